@@ -1,0 +1,20 @@
+"""Make a trained PyTorch model smaller and faster without fine-tuning, as a torch.fx compiler pass."""
+
+from balf_fx import passes
+from balf_fx.api import calibrate, compile, convert, prepare
+from balf_fx.errors import BalfError
+from balf_fx.presets import BALF
+from balf_fx.report import report
+from balf_fx.version import __version__
+
+__all__ = [
+    "BALF",
+    "BalfError",
+    "__version__",
+    "calibrate",
+    "compile",
+    "convert",
+    "passes",
+    "prepare",
+    "report",
+]

@@ -1,0 +1,197 @@
+"""What a user calls: compile = prepare + calibrate + convert."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from tqdm import tqdm
+
+from balf_fx.batches import Forward, forward_for, iterate, run_batch
+from balf_fx.capture import capture, cuda_devices
+from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError
+from balf_fx.passes import Allocate, Annotate, Factorize, FoldBatchNorm, InsertObservers, Score
+from balf_fx.passes.allocate import Method
+from balf_fx.passes.observe import OBSERVERS, remove_observers
+from balf_fx.passes.score import Factors
+from balf_fx.report import report
+from balf_fx.sites import META_KEY, annotation, site_nodes
+
+
+def compile(
+    model: nn.Module,
+    calib_batches: Any,
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    factors: Factors = "activations",
+    allocation: Method | Mapping[str, int | None] = "budget",
+    energy: float | None = None,
+    centred: bool = True,
+    fold_batchnorm: bool = True,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    forward: Forward | None = None,
+    progress: bool = True,
+) -> fx.GraphModule:
+    """Make a trained model cheaper without fine-tuning.
+
+    Args:
+        model: any module in evaluation mode. It is not touched: parameters, buffers, modes and random state stay as
+            they are, bit for bit.
+        calib_batches: unlabelled batches, a few hundred samples in all: a tensor, a mapping of keyword arguments, or
+            any iterable of tensors, tuples of positional arguments or mappings, DataLoaders and one-shot generators
+            included. Labels in `(images, labels)` are recognised as `balf_fx.batches` describes. The first batch
+            also sets the shapes on which FLOPs are counted; the others may differ.
+        flops, params: the budget, exactly one of them: the fraction of the *whole model's* FLOPs (as
+            `torch.utils.flop_counter` counts them) or parameters to keep, in (0, 1].
+        factors: "activations" for the least output error over the calibration data, "svd" for the weights alone.
+        allocation: how the budget is spread over the sites, "budget" (least total loss of energy), "uniform" (same
+            share of each site's cost) or "energy" (same share of each site's energy); or explicit {site: rank},
+            without a budget.
+        energy: with allocation="energy", the share of energy to keep in each site, in place of a budget.
+        centred: move the mean of what is dropped into the bias.
+        fold_batchnorm: fold BatchNorm into the layer before it first.
+        include, exclude: glob patterns of site names.
+        forward: `forward(model, batch)`, called in place of the rules for batches.
+        progress: show progress bars on stderr.
+
+    Returns:
+        A GraphModule of stock modules. Where site `name` was given a rank it holds `name.0` and `name.1`; everything
+        else keeps its name. `balf_fx.report` tells what was done.
+
+    Raises:
+        BalfError: see `balf_fx.errors`; the message says what to do.
+    """
+    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, progress)
+    forward = forward or forward_for(model)
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
+        # 1. The first batch tells how the model is called and what it costs.
+        batches = iterate(calib_batches)
+        first = next(batches, None)
+        if first is None:
+            raise CalibrationError("there are no calibration batches: pass at least one, or a fresh iterator")
+        # 2. Capture the graph, fold BatchNorm, find the sites and put observers beside them.
+        prepared = prepare(
+            model, first, forward=forward, fold_batchnorm=fold_batchnorm, include=include, exclude=exclude
+        )
+        # 3. Calibrate: let the batches flow through.
+        if factors == "activations":
+            calibrate(prepared, itertools.chain([first], batches), forward=forward, progress=progress)
+        # 4. Score every rank, solve the budget, rewrite the graph.
+        return _convert(prepared, score, allocate)
+
+
+def prepare(
+    model: nn.Module,
+    example: Any,
+    *,
+    fold_batchnorm: bool = True,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    forward: Forward | None = None,
+) -> fx.GraphModule:
+    """A graph with observers beside its sites: calling it, as the model is called, calibrates.
+
+    Args:
+        model, fold_batchnorm, include, exclude, forward: as in `compile`.
+        example: one batch; it is run, but not counted as calibration.
+
+    Raises:
+        NoSiteError: nothing in the model can be factorized.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        graph_module = capture(model, example, forward)
+        if fold_batchnorm:
+            FoldBatchNorm()(graph_module)
+        Annotate(include, exclude)(graph_module)
+        if not site_nodes(graph_module):
+            refusals = [mark.refusal for mark in map(annotation, graph_module.graph.nodes) if mark.refusal is not None]
+            listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
+            raise NoSiteError(f"nothing in {type(model).__name__} can be factorized ({listed})")
+        InsertObservers()(graph_module)
+        return graph_module
+
+
+def calibrate(
+    prepared: fx.GraphModule, batches: Iterable[Any], *, forward: Forward | None = None, progress: bool = True
+) -> None:
+    """Run batches through a prepared graph.
+
+    Raises:
+        CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
+    """
+    forward = forward or forward_for(prepared)
+    for index, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress, leave=False)):
+        run_batch(prepared, batch, forward, index)
+
+
+def convert(
+    prepared: fx.GraphModule,
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    factors: Factors = "activations",
+    allocation: Method | Mapping[str, int | None] = "budget",
+    energy: float | None = None,
+    centred: bool = True,
+    progress: bool = True,
+) -> fx.GraphModule:
+    """Compress a calibrated graph; it stays as it is, for other budgets or more calibration.
+
+    Args:
+        prepared: from `prepare`, after calibration.
+        Everything else: as in `compile`.
+
+    Raises:
+        NotCalibratedError: the graph holds no observers, or they have seen nothing.
+        BudgetError: the budget cannot be reached; names the smallest that can.
+    """
+    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, progress)
+    with torch.inference_mode(False), torch.no_grad():
+        return _convert(prepared, score, allocate)
+
+
+def _convert_passes(
+    flops: float | None,
+    params: float | None,
+    factors: Factors,
+    allocation: Method | Mapping[str, int | None],
+    energy: float | None,
+    centred: bool,
+    progress: bool,
+) -> tuple[Score, Allocate]:
+    """The passes that these options mean; checks them before any work is done."""
+    if isinstance(allocation, Mapping):
+        allocate = Allocate(flops, params, energy=energy, ranks=allocation)
+    else:
+        allocate = Allocate(flops, params, method=allocation, energy=energy)
+    return Score(factors, centred, progress), allocate
+
+
+def _convert(prepared: fx.GraphModule, score: Score, allocate: Allocate) -> fx.GraphModule:
+    if not isinstance(prepared, fx.GraphModule) or not hasattr(prepared, OBSERVERS):
+        raise NotCalibratedError(
+            "this is no prepared graph: call balf_fx.prepare first and run a few batches through it"
+        )
+    score(prepared)
+    graph_module = copy.deepcopy(prepared)
+    allocate(graph_module)
+    remove_observers(graph_module)
+    Factorize()(graph_module)
+    return _finish(graph_module)
+
+
+def _finish(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Leave a plain module: the report as plain data, so that a copy loads where balf_fx is not installed."""
+    summary = report(graph_module).to_dict()
+    for node in graph_module.graph.nodes:
+        node.meta.pop(META_KEY, None)
+    graph_module.meta[META_KEY] = summary
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module

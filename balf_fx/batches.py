@@ -1,0 +1,113 @@
+"""What counts as a batch, and how a batch becomes a call of the model.
+
+* A tensor is the only argument; a mapping is keyword arguments; a tuple or list is positional arguments.
+* Labels. DataLoaders yield `(images, labels)`, and calibration needs no labels. From the end of a tuple, elements
+  that `forward` has no room for are dropped, and so are one-dimensional integer tensors that it does not require.
+  In a mapping, `label` and `labels` are dropped where `forward` has no such parameter.
+* Anything else goes through the caller's own `forward(model, batch)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.errors import CalibrationError
+
+Forward = Callable[[nn.Module, Any], Any]
+"""`forward(model, batch)` runs the model on a batch; what it returns is ignored."""
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def iterate(batches: Any) -> Iterator[Any]:
+    """Batches one by one: a single tensor or mapping is one batch, everything else is iterated once.
+
+    Raises:
+        CalibrationError: `batches` is neither a batch nor an iterable of batches.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        return iter([batches])
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration batches are a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
+        )
+    return iter(batches)
+
+
+def forward_for(model: nn.Module) -> Forward:
+    """The default `forward`: decides by the signature of `model.forward` how to pass a batch on.
+
+    Tensors are moved to the model's device where all its parameters are on one.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        if device is not None:
+            batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+        if isinstance(batch, Mapping):
+            return module(**_without_labels(batch, parameters))
+        if isinstance(batch, tuple | list):
+            return module(*_without_trailing_labels(batch, parameters))
+        return module(batch)
+
+    return forward
+
+
+def _without_labels(batch: Mapping[str, Any], parameters: list[inspect.Parameter]) -> dict[str, Any]:
+    names = {parameter.name for parameter in parameters}
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    dropped = set() if open_ended else {"label", "labels"} - names
+    return {key: value for key, value in batch.items() if key not in dropped}
+
+
+def _without_trailing_labels(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Parameter]) -> list[Any]:
+    positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
+    required = sum(parameter.default is inspect.Parameter.empty for parameter in positional)
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    arguments = list(batch) if open_ended else list(batch)[: len(positional)]
+    while len(arguments) > max(required, 1) and _looks_like_labels(arguments[-1]):
+        arguments.pop()
+    return arguments
+
+
+def _looks_like_labels(value: Any) -> bool:
+    integer = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return integer and value.dim() <= 1
+
+
+def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int) -> Any:
+    """Run one batch without gradients.
+
+    Raises:
+        CalibrationError: the model cannot run it; the model's own error is the cause.
+    """
+    try:
+        with torch.no_grad():
+            return forward(module, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(
+            f"the model cannot run calibration batch {index}, which is {describe(batch)}: {error}. A batch is a "
+            "tensor, a tuple of positional arguments or a mapping of keyword arguments; to call the model in another "
+            "way pass forward=lambda model, batch: ..."
+        ) from error
+
+
+def describe(batch: Any) -> str:
+    """A batch in a few words, for error messages."""
+    if isinstance(batch, Tensor):
+        return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
+    if isinstance(batch, Mapping):
+        return "a mapping of " + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of ({', '.join(describe(value) for value in batch)})"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,65 @@
+"""What a graph costs, counted as `torch.utils.flop_counter` counts it, and what a site costs as a function of rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from balf_fx.linalg import tail_energies
+from balf_fx.sites import Candidate, RankCurve, Site, Spectrum, annotate
+
+
+class _Profiler(fx.Interpreter):
+    """Runs a graph node by node, as torch's ShapeProp does, and annotates each node with its FLOPs."""
+
+    def __init__(self, graph_module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(graph_module)
+        self.counter = counter
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        ndim = result.dim() if isinstance(result, torch.Tensor) else None
+        annotate(n, flops=self.counter.get_total_flops() - before, ndim=ndim)
+        return result
+
+
+def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, int]:
+    """Run the graph once on `inputs`, one for each placeholder, and annotate every node with its FLOPs.
+
+    Returns:
+        The graph's output and its total FLOPs.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = _Profiler(graph_module, counter).run(*inputs)
+    return output, counter.get_total_flops()
+
+
+def rank_params(site: Site, rank: int | None, bias: bool) -> int:
+    """Parameters of a site at a rank (None: dense), with or without a bias on its output."""
+    outputs, inputs = site.out_features, site.in_features
+    weights = outputs * inputs if rank is None else rank * (outputs + inputs)
+    return site.groups * (weights + (outputs if bias else 0))
+
+
+def rank_flops(site: Site, rank: int | None, dense_flops: int) -> int:
+    """FLOPs of a site at a rank: both factors run at the dense layer's output positions."""
+    if rank is None:
+        return dense_flops
+    return dense_flops // (site.out_features * site.in_features) * rank * (site.out_features + site.in_features)
+
+
+def rank_curve(site: Site, spectrum: Spectrum, dense_flops: int) -> RankCurve:
+    """Every choice there is for a site: ranks 1 .. break-even, then dense at distortion 0."""
+    tail = tail_energies(spectrum)
+    bias = site.bias is not None or spectrum.mean is not None
+    ranks = [
+        Candidate(rank, rank_flops(site, rank, dense_flops), rank_params(site, rank, bias), tail[rank])
+        for rank in range(1, site.break_even + 1)  # break-even is below min(O, D): the tail reaches that far
+    ]
+    dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
+    return RankCurve((*ranks, dense), tail[0])

@@ -1,0 +1,56 @@
+"""Every error balf_fx raises on purpose. Catch `BalfError` for all of them.
+
+A message says what was wrong and what to do about it; where a number would help, the exception carries it too.
+"""
+
+
+class BalfError(Exception):
+    """Base of all errors raised by balf_fx."""
+
+
+class OptionError(BalfError, ValueError):
+    """An option has a value, a type or a combination that means nothing."""
+
+
+class UnknownSiteError(OptionError):
+    """A name or pattern in `include`, `exclude` or a rank mapping matches no site."""
+
+
+class CalibrationError(BalfError, ValueError):
+    """The calibration batches cannot be used: none at all, or one that the model cannot run."""
+
+
+class NonFiniteError(CalibrationError):
+    """NaN or infinity in the activations of a site."""
+
+
+class NotCalibratedError(BalfError, RuntimeError):
+    """Observers are there but have seen no batch."""
+
+
+class CaptureError(BalfError, RuntimeError):
+    """The model cannot be turned into an FX graph that computes the same."""
+
+
+class TrainingModeError(BalfError, RuntimeError):
+    """A layer that computes something else in training mode is in training mode."""
+
+
+class NoSiteError(BalfError, ValueError):
+    """Nothing in the model can be factorized."""
+
+
+class BudgetError(BalfError, ValueError):
+    """The budget is below what factorization can reach.
+
+    Attributes:
+        minimum: the smallest reachable budget, as a fraction of the whole model's cost.
+    """
+
+    def __init__(self, message: str, minimum: float) -> None:
+        super().__init__(message)
+        self.minimum = minimum
+
+
+class PassError(BalfError, RuntimeError):
+    """A pass was given a graph that lacks what an earlier pass leaves behind, or broke its own promise."""

@@ -1,0 +1,88 @@
+"""Pure tensor functions: statistics and a weight in, spectrum and factors out.
+
+Shapes (see `sites`): a weight is [G, O, D], covariances are [G, O, O] of the output W x or [G, D, D] of the input x,
+energies [G, m] with m = min(O, D) or O. Everything is float64 on the device of its input.
+
+The one-shot optimum. Let C = Cov(W x) with eigenvectors U. The best rank-r affine map in E|y - y'|^2 is
+W' = U_r U_r^T W with b' = b + (I - U_r U_r^T) E[W x], and its error is the sum of the dropped eigenvalues. It spans the
+same subspace with the same error as whitening x, truncating the SVD and unwhitening (BALF, arXiv 2509.25136), but
+nothing is inverted, so singular statistics are no special case.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from balf_fx.sites import Spectrum
+
+
+def weight_matrix(weight: Tensor, groups: int) -> Tensor:
+    """A linear or convolution weight [G * O, C_in / G, *kernel] as float64 [G, O, D]."""
+    return weight.detach().to(torch.float64).reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., m] descending and clamped at zero, eigenvectors [..., m, m] as columns in that order."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def spectrum_from_output(covariance: Tensor, mean: Tensor | None) -> Spectrum:
+    """The optimum from the second moment of W x itself.
+
+    Args:
+        covariance: [G, O, O], centred or not.
+        mean: [G, O], E[W x], for the bias correction; None leaves the bias alone.
+    """
+    energies, left = _descending_eigh(covariance)
+    return Spectrum(energies, left, mean)
+
+
+def spectrum_from_input(weight: Tensor, covariance: Tensor, mean: Tensor | None) -> Spectrum:
+    """The same optimum from the second moment of x, cheaper where D < O.
+
+    With the thin W = Q R the output moves in the D-dimensional range of Q and |W x| = |R x|, so the eigenvectors of
+    R Cov(x) R^T [G, D, D], mapped through Q, are those of Cov(W x).
+
+    Args:
+        weight: [G, O, D] with D <= O.
+        covariance: [G, D, D], centred or not.
+        mean: [G, D], E[x], for the bias correction; None leaves the bias alone.
+    """
+    basis, reduced = torch.linalg.qr(weight)
+    energies, vectors = _descending_eigh(reduced @ covariance @ reduced.mT)
+    output_mean = None if mean is None else (weight @ mean.unsqueeze(-1)).squeeze(-1)
+    return Spectrum(energies, basis @ vectors, output_mean)
+
+
+def spectrum_from_weight(weight: Tensor) -> Spectrum:
+    """The plain truncated SVD of W [G, O, D], as if x were white: energies are squared singular values."""
+    left, singular, _ = torch.linalg.svd(weight, full_matrices=False)
+    return Spectrum(singular.square(), left, None)
+
+
+def tail_energies(spectrum: Spectrum) -> list[float]:
+    """Distortion at ranks 0, 1, .., m: what the dropped components of all groups add up to."""
+    dropped = spectrum.energies.sum(0).flip(0).cumsum(0).flip(0)
+    return [*dropped.tolist(), 0.0]
+
+
+def factors(weight: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
+    """The rank-r factors A [G, O, r] and B [G, r, D] with W' = A B."""
+    left = spectrum.left[..., :rank]
+    return left, left.mT @ weight
+
+
+def corrected_bias(bias: Tensor | None, spectrum: Spectrum, rank: int) -> Tensor | None:
+    """b + (I - A A^T) E[W x], float64 [G, O]: what the dropped components contribute on average moves into the bias.
+
+    Args:
+        bias: [G, O] float64 or None.
+    """
+    if spectrum.mean is None:
+        return bias
+    left = spectrum.left[..., :rank]
+    mean = spectrum.mean.unsqueeze(-1)
+    lost = (mean - left @ (left.mT @ mean)).squeeze(-1)
+    return lost if bias is None else bias + lost

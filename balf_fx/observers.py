@@ -1,0 +1,160 @@
+"""Second-moment statistics of the values that flow through a graph, gathered batch by batch.
+
+`Moments` is an immutable value: count, mean and scatter in float64, merged by Chan's update, so that batches, ranks
+of a cluster and restarts add up to what one pass over everything would give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from balf_fx.errors import NonFiniteError
+from balf_fx.sites import ConvGeometry, Site
+
+_CHUNK_ELEMENTS = 1 << 19  # a chunk's working copy stays in the cache, and calibration's extra memory is bounded
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter of vectors of length F in each of G groups.
+
+    Attributes:
+        count: number of positions seen.
+        mean: [G, F] float64.
+        scatter: [G, F, F] float64, the sum of (v - mean)(v - mean)^T over positions.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both samples together (Chan, Golub & LeVeque 1979)."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        between = delta.unsqueeze(-1) * delta.unsqueeze(-2) * (self.count * other.count / count)
+        return Moments(count, self.mean + delta * (other.count / count), self.scatter + other.scatter + between)
+
+    def covariance(self) -> Tensor:
+        """[G, F, F], the mean of (v - mean)(v - mean)^T."""
+        return self.scatter / self.count
+
+    def second_moment(self, offset: Tensor | None = None) -> Tensor:
+        """[G, F, F], the mean of (v - offset)(v - offset)^T, with `offset` [G, F] (zero if None)."""
+        mean = self.mean if offset is None else self.mean - offset
+        return self.covariance() + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Moments:
+        return self  # never changed in place, and large
+
+
+class CovarianceObserver(nn.Module):
+    """Gathers the `Moments` of a site's output, or of the input positions that several sites read.
+
+    A call returns nothing: the observer stands beside the value's own users, so it delays and keeps nothing.
+
+    Args:
+        site: the first site served; its side says what the value is, its geometry how to cut it into positions.
+    """
+
+    _is_impure = True  # tells FX that dead-code elimination must keep the call
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.moments: Moments | None = None
+
+    def extra_repr(self) -> str:
+        return f"{self.site.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self.moments = None
+
+    @torch.no_grad()
+    def forward(self, value: Tensor) -> None:
+        with torch.autocast(value.device.type, enabled=False):
+            compute_dtype = torch.promote_types(value.dtype, torch.float32)
+            seen = self._batch_moments(value, compute_dtype)
+            if seen is not None and not _finite(seen):
+                if not bool(torch.isfinite(value).all()):
+                    raise NonFiniteError(
+                        f"the {self.site.side} of site {self.site.name!r} holds NaN or infinity: check the calibration "
+                        f"batch and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"
+                    )
+                seen = self._batch_moments(value, torch.float64)  # finite values whose squares overflow
+        if seen is not None:
+            self.moments = seen if self.moments is None else self.moments.merge(seen)
+
+    def _batch_moments(self, value: Tensor, dtype: torch.dtype) -> Moments | None:
+        """Moments of one value; sums of products run in `dtype` around a shift near the mean, totals in float64."""
+        shift: Tensor | None = None if self.moments is None else self.moments.mean.to(dtype)
+        count, total, scatter = 0, None, None
+        for chunk in _position_chunks(value, self.site):
+            chunk = chunk.to(dtype)
+            if shift is None:
+                shift = chunk.mean(-1)
+            centred = chunk - shift.unsqueeze(-1)
+            products, sums = centred @ centred.mT, centred.sum(-1)
+            count += chunk.shape[-1]
+            if total is None or scatter is None:
+                total, scatter = sums.to(torch.float64), products.to(torch.float64)
+            else:
+                total, scatter = total.add_(sums), scatter.add_(products)
+        if shift is None or total is None or scatter is None:
+            return None
+        drift = total / count
+        scatter -= drift.unsqueeze(-1) * drift.unsqueeze(-2) * count
+        return Moments(count, shift.to(torch.float64) + drift, scatter)
+
+
+def _finite(moments: Moments) -> bool:
+    return bool(torch.isfinite(moments.scatter).all()) and bool(torch.isfinite(moments.mean).all())
+
+
+def _position_chunks(value: Tensor, site: Site) -> Iterator[Tensor]:
+    """Cut a site's output or input into [G, F, n] pieces, F = O or D, along the batch."""
+    features = site.out_features if site.side == "output" else site.in_features
+    if site.conv is None:
+        rows = value.reshape(-1, features)
+        for piece in torch.split(rows, max(_CHUNK_ELEMENTS // features, 4 * features)):
+            yield piece.mT.unsqueeze(0)
+        return
+    batched = value if value.dim() == len(site.conv.kernel_size) + 2 else value.unsqueeze(0)
+    if batched.numel() == 0:
+        return
+    pixels = math.prod(batched.shape[2:])
+    per_chunk = max(_CHUNK_ELEMENTS // (features * pixels), 4 * features // pixels, 1)
+    for piece in torch.split(batched, per_chunk):
+        if site.side == "input":
+            yield input_patches(piece, site.conv, site.groups)
+        else:
+            yield piece.reshape(len(piece), site.groups, features, pixels).movedim(0, 2).flatten(2)
+
+
+def input_patches(value: Tensor, conv: ConvGeometry, groups: int) -> Tensor:
+    """im2col for any number of spatial dimensions.
+
+    Args:
+        value: [B, C_in, *size].
+    Returns:
+        [G, D, n]: the patch under the kernel at each of the n output positions, D ordered as in the weight.
+    """
+    spatial = len(conv.kernel_size)
+    if any(pair != (0, 0) for pair in conv.padding):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        value = F.pad(value, [amount for pair in reversed(conv.padding) for amount in pair], mode=mode)
+    for axis, (kernel, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        value = value.unfold(2 + axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+    grouped = value.reshape(len(value), groups, -1, *value.shape[2:])  # [B, G, C_in / G, *out, *kernel]
+    kernel_axes = range(3 + spatial, 3 + 2 * spatial)
+    patches = grouped.permute(1, 2, *kernel_axes, 0, *range(3, 3 + spatial))
+    flat: Tensor = patches.flatten(1, 1 + spatial).flatten(2)
+    return flat

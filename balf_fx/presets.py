@@ -1,0 +1,15 @@
+"""Published methods as keyword arguments of `balf_fx.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+BALF: Mapping[str, object] = MappingProxyType(
+    {"fold_batchnorm": False, "factors": "activations", "centred": False, "allocation": "budget"}
+)
+"""BALF as published (arXiv 2509.25136): activation-aware factors from uncentred second moments, BatchNorm left alone,
+energies normalised per layer, every linear and convolution layer a candidate, one Lagrangian budget over all.
+
+    balf_fx.compile(model, batches, flops=0.55, **balf_fx.BALF)
+"""

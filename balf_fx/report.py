@@ -1,0 +1,177 @@
+"""What was done to a model, site by site: as a table for people and as plain data for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tabulate import tabulate
+from torch import fx, nn
+
+from balf_fx.errors import PassError
+from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site. `rank` None means dense; `energy_kept` is the share of the output's energy on the calibration data;
+    `distortion` is the mean squared output error, summed over the site's outputs."""
+
+    name: str
+    kind: str
+    shape: str
+    rank: int | None
+    flops_before: int
+    flops_after: int
+    params_before: int
+    params_after: int
+    distortion: float
+    energy_kept: float
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A node with parameters that is no site, and why."""
+
+    name: str
+    kind: str
+    reason: str
+    flops: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole model.
+
+    Attributes:
+        method, measure, target: how the budget was given; target is None for explicit ranks and energy thresholds.
+        flops_before, flops_after: of the whole model on the example batch; None where they were never counted.
+        primal, bound, gap: the allocator's objective, what no allocation can undercut, and their difference.
+    """
+
+    sites: tuple[SiteRow, ...]
+    refused: tuple[RefusedRow, ...]
+    method: str
+    measure: str
+    target: float | None
+    flops_before: int | None
+    flops_after: int | None
+    params_before: int
+    params_after: int
+    primal: float
+    bound: float | None
+    gap: float | None
+
+    @property
+    def flops_kept(self) -> float | None:
+        """flops_after / flops_before."""
+        if self.flops_before is None or self.flops_after is None:
+            return None
+        return self.flops_after / self.flops_before if self.flops_before else 1.0
+
+    @property
+    def params_kept(self) -> float:
+        """params_after / params_before."""
+        return self.params_after / self.params_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data that JSON can hold."""
+        return {**asdict(self), "flops_kept": self.flops_kept, "params_kept": self.params_kept}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                r.name,
+                r.kind,
+                r.shape,
+                "dense" if r.rank is None else r.rank,
+                r.flops_before,
+                r.flops_after,
+                r.energy_kept,
+            )
+            for r in self.sites
+        ]
+        headers = ("site", "kind", "O x D x groups", "rank", "FLOPs before", "FLOPs after", "energy kept")
+        table = tabulate(rows, headers, floatfmt=".4f", intfmt=",", stralign="left", numalign="right")
+        refused = tabulate(
+            [(r.name, r.kind, r.reason, r.flops) for r in self.refused],
+            ("not a site", "kind", "reason", "FLOPs"),
+            intfmt=",",
+        )
+        return "\n\n".join(part for part in (table, refused if self.refused else "", "\n".join(self._totals())) if part)
+
+    def _totals(self) -> list[str]:
+        lines = []
+        if self.flops_before is not None and self.flops_after is not None:
+            lines.append(f"FLOPs   {self.flops_before:,} -> {self.flops_after:,} ({self.flops_kept:.2%} kept)")
+        lines.append(f"params  {self.params_before:,} -> {self.params_after:,} ({self.params_kept:.2%} kept)")
+        asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"
+        bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"
+        lines.append(f"budget  {asked}, allocation {self.method}: lost energy {self.primal:.4g}{bound}")
+        return lines
+
+
+def report(graph_module: nn.Module) -> Report:
+    """What balf_fx did to this model.
+
+    Args:
+        graph_module: what `compile` or `convert` returned, or a graph that has been through `passes.Allocate`.
+
+    Raises:
+        PassError: the module carries no allocation.
+    """
+    found = graph_module.meta.get(META_KEY) if isinstance(graph_module, fx.GraphModule) else None
+    if isinstance(found, GraphRecord) and found.allocation is not None:
+        return _summary(found, found.allocation)
+    if isinstance(found, Mapping):
+        return _from_dict(found)
+    raise PassError("there is nothing to report: pass the GraphModule that balf_fx.compile or convert returned")
+
+
+def _summary(record: GraphRecord, allocation: Allocation) -> Report:
+    saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices)
+    return Report(
+        sites=tuple(_site_row(choice) for choice in allocation.choices),
+        refused=tuple(RefusedRow(r.name, r.kind, str(r), flops) for r, flops in record.refusals),
+        method=allocation.method,
+        measure=allocation.measure,
+        target=allocation.target,
+        flops_before=record.flops,
+        flops_after=None if record.flops is None else record.flops - saved,
+        params_before=record.params or 0,
+        params_after=record.params_after or 0,
+        primal=allocation.primal,
+        bound=allocation.bound,
+        gap=allocation.gap,
+    )
+
+
+def _from_dict(data: Mapping[str, Any]) -> Report:
+    """The inverse of `Report.to_dict`."""
+    names = {field.name for field in fields(Report)}
+    rows = {
+        "sites": tuple(SiteRow(**r) for r in data["sites"]),
+        "refused": tuple(RefusedRow(**r) for r in data["refused"]),
+    }
+    return Report(**{**{key: value for key, value in data.items() if key in names}, **rows})
+
+
+def _site_row(choice: Choice) -> SiteRow:
+    chosen, dense = choice.chosen, choice.dense
+    return SiteRow(
+        name=choice.site.name,
+        kind=choice.site.kind,
+        shape=choice.site.shape,
+        rank=chosen.rank,
+        flops_before=dense.flops,
+        flops_after=chosen.flops,
+        params_before=dense.params,
+        params_after=chosen.params,
+        distortion=chosen.distortion,
+        energy_kept=choice.energy_kept,
+    )

@@ -1,0 +1,290 @@
+"""The records that travel between passes, and the one typed accessor of `node.meta`.
+
+Shapes. A site computes, in each of its G groups, y = W x + b with W of shape [O, D]: O outputs and D inputs per
+group. For a convolution x is the patch under the kernel, D = C_in / G * prod(kernel_size), and every output pixel
+is one *position*; for a linear layer a position is one index of the leading dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+META_KEY = "balf"
+"""The only key that balf_fx writes, in `node.meta` (an `Annotation`) and in `GraphModule.meta` (a `GraphRecord`)."""
+
+Measure = Literal["flops", "params"]
+Kind = Literal["linear", "conv1d", "conv2d", "conv3d"]
+
+
+class Reason(str, Enum):
+    """Why a node with parameters is not a site."""
+
+    NOT_LINEAR = "not a linear or convolution layer"
+    SUBCLASS = "a subclass whose forward may differ"
+    PARAMETRIZED = "its weight is parametrized"
+    HOOKED = "it carries forward or backward hooks"
+    SHARED = "its weight is used more than once"
+    COMPUTED = "its weight or geometry is computed in the graph"
+    DTYPE = "its weight is not a real floating-point tensor"
+    DEPTHWISE = "one output channel per group"
+    SINGLE_INPUT = "one input value per group"
+    TOO_SMALL = "no rank is cheaper than the dense layer"
+    EXCLUDED = "excluded by the user"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that has parameters but is no site.
+
+    Attributes:
+        name: dotted path of the module or parameter.
+        kind: the module's class or the function's name.
+        reason: one of `Reason`.
+        detail: a further word for the reader, or "".
+    """
+
+    name: str
+    kind: str
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution lays its kernel on the input; one entry per spatial dimension.
+
+    `padding` is resolved to (before, after) pairs; `padding_mode` is nn.Conv's own.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a patch is a single input pixel."""
+        return math.prod(self.kernel_size) == 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node whose weight a product of two thin layers can stand in for.
+
+    Attributes:
+        name: dotted path; the two factors become `name.0` (D -> r) and `name.1` (r -> O).
+        weight, bias: dotted paths of the parameters; bias may be None.
+        groups, out_features, in_features: G, O and D (per group, see the module's docstring).
+        conv: the geometry of a convolution, None for a linear layer.
+    """
+
+    name: str
+    kind: Kind
+    weight: str
+    bias: str | None
+    groups: int
+    out_features: int
+    in_features: int
+    conv: ConvGeometry | None = None
+
+    @property
+    def side(self) -> Literal["output", "input"]:
+        """Where statistics cost least: min(O, D)^2 per position.
+
+        On a tie the input wins where it needs no patches, since sites that read the same value share one observer.
+        """
+        patches = self.conv is not None and not self.conv.pointwise
+        narrow = self.in_features < self.out_features or (self.in_features == self.out_features and not patches)
+        return "input" if narrow else "output"
+
+    @property
+    def break_even(self) -> int:
+        """The largest rank r with r (O + D) < O D, 0 where there is none."""
+        return (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.out_features} x {self.in_features} x {self.groups}"
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What each rank of a site keeps, and the map that keeps it.
+
+    Attributes:
+        energies: [G, m] float64, descending: mean squared output error avoided by each component.
+        left: [G, O, m] float64, orthonormal columns; rank-r factors are A = left[..., :r] and B = A^T W.
+        mean: [G, O] float64, the mean of W x over positions, for the bias correction; None where not centred.
+    """
+
+    energies: torch.Tensor
+    left: torch.Tensor
+    mean: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice for a site. `rank` None is the dense layer; `distortion` is mean squared output error."""
+
+    rank: int | None
+    flops: int
+    params: int
+    distortion: float
+
+    def cost(self, measure: Measure) -> int:
+        return self.flops if measure == "flops" else self.params
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """Distortion and cost of a site as a function of rank.
+
+    Attributes:
+        candidates: ranks 1 .. break-even ascending, then dense.
+        energy: mean squared output of the site (centred or not, as asked), which normalises its distortions.
+    """
+
+    candidates: tuple[Candidate, ...]
+    energy: float
+
+    @property
+    def dense(self) -> Candidate:
+        return self.candidates[-1]
+
+    def normalised(self, distortion: float) -> float:
+        """`distortion` as a share of the site's energy; a site of no energy has nothing to lose."""
+        return distortion / self.energy if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the allocator decided for a site."""
+
+    site: Site
+    chosen: Candidate
+    dense: Candidate
+    energy_kept: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The solution of one global budget.
+
+    Attributes:
+        method: "budget", "uniform", "energy" or "ranks".
+        measure, target: the currency and the fraction asked for; target is None where no budget was given.
+        choices: one for each site, in graph order.
+        primal: the objective reached, the sum over sites of normalised distortion.
+        bound: no allocation within the budget has a smaller objective (None where nothing was optimised).
+    """
+
+    method: str
+    measure: Measure
+    target: float | None
+    choices: tuple[Choice, ...]
+    primal: float
+    bound: float | None
+
+    @property
+    def gap(self) -> float | None:
+        """primal - bound: at most this much could be gained by a better allocation."""
+        return None if self.bound is None else max(self.primal - self.bound, 0.0)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Everything balf_fx knows of one node, filled in by the passes in turn.
+
+    Attributes:
+        flops: counted on the example batch (`costs.profile`).
+        ndim: dimensions of the node's output on the example batch.
+        site, refusal: by Annotate; at most one of them.
+        observer: path of the observer whose statistics serve the site, by InsertObservers.
+        spectrum, curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
+        choice: by Allocate.
+    """
+
+    flops: int | None = None
+    ndim: int | None = None
+    site: Site | None = None
+    refusal: Refusal | None = None
+    observer: str | None = None
+    spectrum: Spectrum | None = None
+    curve: RankCurve | None = None
+    scored_with: tuple[Any, ...] | None = None
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What balf_fx knows of a whole graph.
+
+    Attributes:
+        flops, params: of the model as the user gave it, before any pass; None where nobody counted.
+        allocation, refusals: by Allocate, kept for the report.
+        params_after: parameters of the compressed graph, by Allocate.
+    """
+
+    flops: int | None = None
+    params: int | None = None
+    params_after: int | None = None
+    allocation: Allocation | None = None
+    refusals: tuple[tuple[Refusal, int | None], ...] = ()
+
+
+def annotation(node: fx.Node) -> Annotation:
+    """The node's annotation, an empty one where no pass has been."""
+    found = node.meta.get(META_KEY)
+    return found if isinstance(found, Annotation) else Annotation()
+
+
+def annotate(node: fx.Node, **changes: Any) -> None:
+    """Replace fields of the node's annotation. Records are frozen, so copies of a graph may share them."""
+    node.meta[META_KEY] = dataclasses.replace(annotation(node), **changes)
+
+
+def graph_record(graph_module: fx.GraphModule) -> GraphRecord:
+    """The graph's record, an empty one where no pass has been."""
+    found = graph_module.meta.get(META_KEY)
+    return found if isinstance(found, GraphRecord) else GraphRecord()
+
+
+def record_graph(graph_module: fx.GraphModule, **changes: Any) -> None:
+    """Replace fields of the graph's record."""
+    graph_module.meta[META_KEY] = dataclasses.replace(graph_record(graph_module), **changes)
+
+
+def site_nodes(graph_module: fx.GraphModule) -> list[tuple[fx.Node, Site]]:
+    """All sites in graph order."""
+    pairs = ((node, annotation(node).site) for node in graph_module.graph.nodes)
+    return [(node, site) for node, site in pairs if site is not None]
+
+
+def site_input(node: fx.Node) -> fx.Node:
+    """The node whose value a site reads."""
+    value = node.args[0] if node.args else node.kwargs["input"]
+    if not isinstance(value, fx.Node):
+        raise TypeError(f"the input of {node.name} is not a node but {value!r}")
+    return value
+
+
+def get_tensor(module: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path, usually a parameter."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,18 @@
+"""The compiler passes, in the order in which `balf_fx.compile` runs them.
+
+Each takes a GraphModule and returns a `PassResult`; options are fields of a frozen dataclass; each can be used alone
+or inside any `torch.fx` PassManager. They mutate the graph they are given.
+"""
+
+if __name__ != "balf_fx.passes":  # a second copy of every class under another name would match nothing
+    raise ImportError("the passes are imported as balf_fx.passes")
+
+from balf_fx.passes.allocate import Allocate
+from balf_fx.passes.annotate import Annotate
+from balf_fx.passes.base import Pass
+from balf_fx.passes.factorize import Factorize
+from balf_fx.passes.fold_batchnorm import FoldBatchNorm
+from balf_fx.passes.observe import InsertObservers
+from balf_fx.passes.score import Score
+
+__all__ = ["Allocate", "Annotate", "Factorize", "FoldBatchNorm", "InsertObservers", "Pass", "Score"]

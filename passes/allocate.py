@@ -1,0 +1,197 @@
+"""Choose one candidate for every site under one budget on the whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
+from balf_fx.knapsack import minimum_cost, solve
+from balf_fx.passes.base import Pass
+from balf_fx.sites import (
+    Allocation,
+    Candidate,
+    Choice,
+    Measure,
+    RankCurve,
+    Site,
+    annotate,
+    annotation,
+    count_parameters,
+    graph_record,
+    record_graph,
+)
+
+Method = Literal["budget", "uniform", "energy"]
+
+
+@dataclass(frozen=True)
+class Allocate(Pass):
+    """Spend a budget, or follow explicit ranks.
+
+    Attributes:
+        flops, params: the fraction of the whole model's cost to keep, in (0, 1]; at most one of them.
+        method: "budget" minimises the sum over sites of distortion as a share of the site's energy, by Lagrangian
+            dual and exact spend (`knapsack`); "uniform" keeps the same share of every site's cost; "energy" keeps the
+            same share of every site's energy.
+        energy: with method="energy" and no budget, the share of energy to keep, in (0, 1].
+        ranks: {site name: rank}, None for dense; sites that are not named stay dense. Excludes all of the above.
+    """
+
+    flops: float | None = None
+    params: float | None = None
+    method: Method = "budget"
+    energy: float | None = None
+    ranks: Mapping[str, int | None] | None = None
+
+    def __post_init__(self) -> None:
+        given = {
+            name: value
+            for name, value in (("flops", self.flops), ("params", self.params), ("energy", self.energy))
+            if value is not None
+        }
+        if self.method not in ("budget", "uniform", "energy"):
+            raise OptionError(f"allocation is 'budget', 'uniform', 'energy' or a mapping of ranks, not {self.method!r}")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise OptionError(f"{name} is a fraction in (0, 1], 0.55 for 55 %, not {value!r}")
+        if self.energy is not None and self.method != "energy":
+            raise OptionError("an energy threshold needs allocation='energy'")
+        if self.ranks is not None and given:
+            raise OptionError(f"explicit ranks leave nothing to a budget: drop {', '.join(given)}")
+        if self.ranks is None and len(given) != 1:
+            wanted = "flops=0.55 or params=0.55" + (" or energy=0.95" if self.method == "energy" else "")
+            raise OptionError(f"give exactly one budget, {wanted}; got {', '.join(given) or 'none'}")
+
+    @property
+    def measure(self) -> Measure:
+        return "params" if self.params is not None else "flops"
+
+    @property
+    def target(self) -> float | None:
+        return self.params if self.params is not None else self.flops
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for node, site in self.require_sites(graph_module):
+            if annotation(node).curve is None:
+                raise PassError(f"Allocate: site {site.name!r} has no curve; run Score first")
+        if self.flops is not None and graph_record(graph_module).flops is None:
+            raise PassError(
+                "Allocate: the graph's FLOPs were never counted; get it from balf_fx.capture, or use params="
+            )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        nodes = self.require_sites(graph_module)
+        sites = [site for _, site in nodes]
+        curves = [curve for node, _ in nodes if (curve := annotation(node).curve) is not None]
+        params_now = count_parameters(graph_module)
+        bound = None
+        if self.ranks is not None:
+            chosen = _explicit(sites, curves, self.ranks)
+        elif self.target is None:
+            chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves]
+        else:
+            chosen, bound = self._within_budget(graph_module, curves, self.target, params_now)
+        choices = tuple(
+            Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
+            for site, candidate, curve in zip(sites, chosen, curves, strict=True)
+        )
+        for (node, _), choice in zip(nodes, choices, strict=True):
+            annotate(node, choice=choice)
+        primal = sum(1.0 - choice.energy_kept for choice in choices)
+        method = "ranks" if self.ranks is not None else self.method
+        marks = [annotation(node) for node in graph_module.graph.nodes]
+        record_graph(
+            graph_module,
+            params=graph_record(graph_module).params or params_now,
+            params_after=params_now + sum(choice.chosen.params - choice.dense.params for choice in choices),
+            allocation=Allocation(method, self.measure, self.target, choices, primal, bound),
+            refusals=tuple((mark.refusal, mark.flops) for mark in marks if mark.refusal is not None),
+        )
+        return PassResult(graph_module, False)
+
+    def _within_budget(
+        self, graph_module: fx.GraphModule, curves: Sequence[RankCurve], target: float, params_now: int
+    ) -> tuple[list[Candidate], float | None]:
+        """The candidates chosen, and the dual bound of method "budget"."""
+        record = graph_record(graph_module)
+        total = record.flops if self.measure == "flops" else record.params or params_now
+        if total is None:
+            raise PassError("Allocate: the graph's FLOPs were never counted")
+        now = total if self.measure == "flops" else params_now
+        fixed = now - sum(curve.dense.cost(self.measure) for curve in curves)
+        options = [_cheaper_than_dense(curve, self.measure) for curve in curves]
+        costs = [[candidate.cost(self.measure) for candidate in row] for row in options]
+        budget = math.floor(target * total) - fixed
+        if minimum_cost(costs) > budget:
+            minimum = math.ceil((minimum_cost(costs) + fixed) / total * 1e4) / 1e4
+            raise BudgetError(
+                f"{self.measure}={target} is out of reach: with every site at rank 1 the model keeps {minimum:.4f} of "
+                f"them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more",
+                minimum,
+            )
+        if sum(row[-1] for row in costs) <= budget:
+            return [curve.dense for curve in curves], 0.0 if self.method == "budget" else None
+        lost = [[curve.normalised(c.distortion) for c in row] for curve, row in zip(curves, options, strict=True)]
+        if self.method == "budget":
+            solution = solve(costs, lost, budget)
+            return [row[index] for row, index in zip(options, solution.choice, strict=True)], solution.bound
+        if self.method == "uniform":
+            levels = [[cost / row[-1] for cost in row] for row in ([max(c, 1) for c in row] for row in costs)]
+        else:
+            levels = [
+                [1 - curve.normalised(c.distortion) for c in row] for curve, row in zip(curves, options, strict=True)
+            ]
+        choice = _raise_lowest(costs, levels, budget)
+        return [row[index] for row, index in zip(options, choice, strict=True)], None
+
+
+def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
+    """Ranks that save something in this currency, ascending, then dense."""
+    return [c for c in curve.candidates[:-1] if c.cost(measure) < curve.dense.cost(measure)] + [curve.dense]
+
+
+def _first_with_energy(curve: RankCurve, energy: float) -> Candidate:
+    """The smallest rank that keeps this share of the energy, dense where none does."""
+    return next(c for c in curve.candidates if 1 - curve.normalised(c.distortion) >= energy)
+
+
+def _raise_lowest(costs: Sequence[Sequence[int]], levels: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """Start everywhere at the cheapest and keep raising the site of the lowest level, until nothing more fits."""
+    choice = [0] * len(costs)
+    left = budget - sum(row[0] for row in costs)
+    growing = set(range(len(costs)))
+    while growing:
+        row = min(growing, key=lambda i: (levels[i][choice[i]], i))
+        index = choice[row] + 1
+        if index == len(costs[row]) or costs[row][index] - costs[row][choice[row]] > left:
+            growing.discard(row)
+            continue
+        left -= costs[row][index] - costs[row][choice[row]]
+        choice[row] = index
+    return choice
+
+
+def _explicit(sites: Sequence[Site], curves: Sequence[RankCurve], ranks: Mapping[str, int | None]) -> list[Candidate]:
+    """The candidates that a mapping names."""
+    unknown = sorted(set(ranks) - {site.name for site in sites})
+    if unknown:
+        raise UnknownSiteError(f"no site is called {', '.join(unknown)}; sites are: {', '.join(s.name for s in sites)}")
+    chosen = []
+    for site, curve in zip(sites, curves, strict=True):
+        rank = ranks.get(site.name)
+        if rank is None:
+            chosen.append(curve.dense)
+        elif isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= site.break_even:
+            raise OptionError(
+                f"the rank of {site.name!r} is a whole number from 1 to {site.break_even}, above which the dense layer "
+                f"is cheaper, or None for dense; not {rank!r}"
+            )
+        else:
+            chosen.append(curve.candidates[rank - 1])
+    return chosen

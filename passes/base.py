@@ -1,0 +1,45 @@
+"""The contract that all passes share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.errors import PassError
+from balf_fx.sites import Site, site_nodes
+
+
+class Pass(ABC):
+    """GraphModule in, `PassResult(graph_module, modified)` out.
+
+    `modified` means that the graph or a weight changed; annotating does not count. `requires` checks the input,
+    `ensures` the result (torch's own PassBase checks the input twice).
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        self.requires(graph_module)
+        result = self.call(graph_module)
+        if result.modified:
+            result.graph_module.graph.lint()
+            result.graph_module.recompile()
+        self.ensures(result.graph_module)
+        return result
+
+    @abstractmethod
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """The pass itself. A changed graph is linted and recompiled by the caller."""
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raise PassError where an earlier pass is missing."""
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Raise PassError where the result breaks the pass's promise."""
+
+    def require_sites(self, graph_module: fx.GraphModule) -> list[tuple[fx.Node, Site]]:
+        """All sites of the graph, at least one."""
+        sites = site_nodes(graph_module)
+        if not sites:
+            raise PassError(f"{type(self).__name__} needs a graph with sites: run Annotate first")
+        return sites

@@ -1,0 +1,86 @@
+"""Put an observer beside every value whose second moments are needed."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.errors import PassError
+from balf_fx.observers import CovarianceObserver
+from balf_fx.passes.base import Pass
+from balf_fx.sites import Site, annotate, annotation, site_input
+
+OBSERVERS = "balf_observers"
+"""Path of the submodule that holds the observers of a prepared graph."""
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Observe each site's output or input, whichever is narrower.
+
+    Sites that read the same value with the same geometry share one observer, unless something may change that value
+    in place.
+    """
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        self.require_sites(graph_module)
+        if hasattr(graph_module, OBSERVERS):
+            raise PassError("InsertObservers: the graph has observers already")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        shared: dict[tuple[object, ...], str] = {}
+        for node, site in self.require_sites(graph_module):
+            key = _sharing_key(graph_module, node, site)
+            if key not in shared:
+                shared[key] = f"{OBSERVERS}.{len(shared)}"
+                graph_module.add_submodule(shared[key], CovarianceObserver(site))
+                value = node if site.side == "output" else site_input(node)
+                insertion = (
+                    graph_module.graph.inserting_after if site.side == "output" else graph_module.graph.inserting_before
+                )
+                with insertion(node):
+                    graph_module.graph.call_module(shared[key], (value,))
+            annotate(node, observer=shared[key])
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        for node, site in self.require_sites(graph_module):
+            path = annotation(node).observer
+            if path is None or not isinstance(graph_module.get_submodule(path), CovarianceObserver):
+                raise PassError(f"InsertObservers left site {site.name!r} without an observer")
+
+
+def remove_observers(graph_module: fx.GraphModule) -> None:
+    """Take all observers out of a graph; the caller recompiles."""
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        if str(node.target).startswith(f"{OBSERVERS}."):
+            graph_module.graph.erase_node(node)
+    graph_module.delete_submodule(OBSERVERS)
+
+
+def _sharing_key(graph_module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[object, ...]:
+    if site.side == "output":
+        return (node,)
+    value = site_input(node)
+    if any(_may_change_in_place(graph_module, user) for user in value.users):
+        return (value, node)
+    pixels = site.conv if site.conv is not None and not _reads_every_pixel_once(site) else None
+    return (value, site.groups, site.in_features, pixels, site.conv is None)
+
+
+def _reads_every_pixel_once(site: Site) -> bool:
+    conv = site.conv
+    return conv is not None and conv.pointwise and set(conv.stride) == {1} and set(conv.padding) == {(0, 0)}
+
+
+def _may_change_in_place(graph_module: fx.GraphModule, user: fx.Node) -> bool:
+    if user.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(user.target)), "inplace", False))
+    if user.op == "call_method":
+        return str(user.target).endswith("_") and not str(user.target).endswith("__")
+    name = str(getattr(user.target, "__name__", ""))
+    augmented = user.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+    return augmented or name.endswith("_") or bool(user.kwargs.get("inplace", False)) or "out" in user.kwargs

@@ -1,0 +1,90 @@
+"""Turn each site's statistics and weight into a spectrum and a distortion / cost curve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassResult
+from tqdm import tqdm
+
+from balf_fx.costs import rank_curve
+from balf_fx.errors import NotCalibratedError, PassError
+from balf_fx.linalg import spectrum_from_input, spectrum_from_output, spectrum_from_weight, weight_matrix
+from balf_fx.observers import CovarianceObserver, Moments
+from balf_fx.passes.base import Pass
+from balf_fx.sites import Site, Spectrum, annotate, annotation, get_tensor
+
+Factors = Literal["activations", "svd"]
+
+
+@dataclass(frozen=True)
+class Score(Pass):
+    """Score every candidate rank of every site.
+
+    Attributes:
+        factors: "activations" minimises the output error over the calibration data; "svd" truncates the weight alone
+            and needs no observers.
+        centred: use covariances and move the mean of what is dropped into the bias; False uses uncentred second
+            moments and leaves the bias alone, as BALF (arXiv 2509.25136) does.
+        progress: show a progress bar.
+
+    A site whose statistics and options are those of its last score is not scored again.
+    """
+
+    factors: Factors = "activations"
+    centred: bool = True
+    progress: bool = False
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for node, site in self.require_sites(graph_module):
+            if self.factors == "activations":
+                self._moments(graph_module, node, site)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        sites = self.require_sites(graph_module)
+        for node, site in tqdm(sites, desc="scoring", unit="site", disable=not self.progress, leave=False):
+            mark = annotation(node)
+            moments = self._moments(graph_module, node, site) if self.factors == "activations" else None
+            scored_with = (self.factors, self.centred, moments)
+            if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
+                continue
+            spectrum = self._spectrum(graph_module, site, moments)
+            curve = rank_curve(site, spectrum, mark.flops or 0)
+            annotate(node, spectrum=spectrum, curve=curve, scored_with=scored_with)
+        return PassResult(graph_module, False)
+
+    def _spectrum(self, graph_module: fx.GraphModule, site: Site, moments: Moments | None) -> Spectrum:
+        weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups)
+        if moments is None:
+            return spectrum_from_weight(weight)
+        if site.side == "input":
+            moment = moments.covariance() if self.centred else moments.second_moment()
+            return spectrum_from_input(weight, moment, moments.mean if self.centred else None)
+        bias = grouped_bias(graph_module, site)
+        moment = moments.covariance() if self.centred else moments.second_moment(bias)
+        mean = moments.mean if bias is None else moments.mean - bias
+        return spectrum_from_output(moment, mean if self.centred else None)
+
+    def _moments(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Moments:
+        path = annotation(node).observer
+        observer: Any = None if path is None else graph_module.get_submodule(path)
+        if not isinstance(observer, CovarianceObserver):
+            raise PassError(
+                f"Score: site {site.name!r} has no observer; run InsertObservers first, or use factors='svd'"
+            )
+        if observer.moments is None:
+            raise NotCalibratedError(
+                f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
+            )
+        return observer.moments
+
+
+def grouped_bias(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
+    """The site's bias as float64 [G, O], or None."""
+    if site.bias is None:
+        return None
+    bias: Tensor = get_tensor(graph_module, site.bias)
+    return bias.detach().to(torch.float64).reshape(site.groups, -1)
