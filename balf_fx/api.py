@@ -18,7 +18,7 @@ from balf_fx.passes import Allocate, Annotate, Factorize, FoldBatchNorm, InsertO
 from balf_fx.passes.allocate import Method
 from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.passes.score import Factors
-from balf_fx.report import report
+from balf_fx.report import REPORT_ATTRIBUTE, report
 from balf_fx.sites import META_KEY, annotation, site_nodes
 
 
@@ -192,6 +192,7 @@ def _finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in graph_module.graph.nodes:
         node.meta.pop(META_KEY, None)
     graph_module.meta[META_KEY] = summary
+    graph_module.__dict__[REPORT_ATTRIBUTE] = summary
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module

@@ -62,14 +62,15 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None) -> f
         call = record_call(subject, example, forward)
     _restore_buffers(subject, model)
     graph_module = _trace(subject, call)
+    _restore_buffers(graph_module, model)
     _check_functional_training(graph_module)
     if not model.training:
         graph_module.eval()
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        output, flops = profile(graph_module, [call.value(str(p.target)) for p in _placeholders(graph_module)])
+        output = profile(graph_module, [call.value(str(p.target)) for p in _placeholders(graph_module)])
     _restore_buffers(graph_module, model)
     _check_same_output(call.output, output)
-    record_graph(graph_module, flops=flops, params=count_parameters(model))
+    record_graph(graph_module, params=count_parameters(model))
     return graph_module
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from balf_fx.linalg import tail_energies
-from balf_fx.sites import Candidate, RankCurve, Site, Spectrum, annotate
+from balf_fx.sites import Candidate, RankCurve, Site, Spectrum, annotate, record_graph
 
 
 class _Profiler(fx.Interpreter):
@@ -28,15 +28,16 @@ class _Profiler(fx.Interpreter):
         return result
 
 
-def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, int]:
-    """Run the graph once on `inputs`, one for each placeholder, and annotate every node with its FLOPs.
+def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run the graph once on `inputs`, one for each placeholder; record its FLOPs and annotate every node with its own.
 
     Returns:
-        The graph's output and its total FLOPs.
+        The graph's output.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         output = _Profiler(graph_module, counter).run(*inputs)
-    return output, counter.get_total_flops()
+    record_graph(graph_module, flops=counter.get_total_flops())
+    return output
 
 
 def rank_params(site: Site, rank: int | None, bias: bool) -> int:

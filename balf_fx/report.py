@@ -13,6 +13,9 @@ from torch import fx, nn
 from balf_fx.errors import PassError
 from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord
 
+REPORT_ATTRIBUTE = "balf_report"
+"""Where a finished GraphModule carries its report beside `meta`: copies keep only `meta`, pickles only attributes."""
+
 
 @dataclass(frozen=True)
 class SiteRow:
@@ -125,7 +128,8 @@ def report(graph_module: nn.Module) -> Report:
     Raises:
         PassError: the module carries no allocation.
     """
-    found = graph_module.meta.get(META_KEY) if isinstance(graph_module, fx.GraphModule) else None
+    meta = graph_module.meta if isinstance(graph_module, fx.GraphModule) else {}
+    found = meta.get(META_KEY, getattr(graph_module, REPORT_ATTRIBUTE, None))
     if isinstance(found, GraphRecord) and found.allocation is not None:
         return _summary(found, found.allocation)
     if isinstance(found, Mapping):

@@ -285,6 +285,12 @@ def get_tensor(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Parameters of a module, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())

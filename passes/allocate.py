@@ -81,9 +81,7 @@ class Allocate(Pass):
             if annotation(node).curve is None:
                 raise PassError(f"Allocate: site {site.name!r} has no curve; run Score first")
         if self.flops is not None and graph_record(graph_module).flops is None:
-            raise PassError(
-                "Allocate: the graph's FLOPs were never counted; get it from balf_fx.capture, or use params="
-            )
+            raise PassError("Allocate: nobody counted the graph's FLOPs; run balf_fx.costs.profile, or use params=")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = self.require_sites(graph_module)
@@ -120,9 +118,7 @@ class Allocate(Pass):
     ) -> tuple[list[Candidate], float | None]:
         """The candidates chosen, and the dual bound of method "budget"."""
         record = graph_record(graph_module)
-        total = record.flops if self.measure == "flops" else record.params or params_now
-        if total is None:
-            raise PassError("Allocate: the graph's FLOPs were never counted")
+        total = (record.flops or 0) if self.measure == "flops" else (record.params or params_now)
         now = total if self.measure == "flops" else params_now
         fixed = now - sum(curve.dense.cost(self.measure) for curve in curves)
         options = [_cheaper_than_dense(curve, self.measure) for curve in curves]
@@ -142,11 +138,9 @@ class Allocate(Pass):
             solution = solve(costs, lost, budget)
             return [row[index] for row, index in zip(options, solution.choice, strict=True)], solution.bound
         if self.method == "uniform":
-            levels = [[cost / row[-1] for cost in row] for row in ([max(c, 1) for c in row] for row in costs)]
+            levels = [[cost / max(row[-1], 1) for cost in row] for row in costs]
         else:
-            levels = [
-                [1 - curve.normalised(c.distortion) for c in row] for curve, row in zip(curves, options, strict=True)
-            ]
+            levels = [[1.0 - loss for loss in row] for row in lost]
         choice = _raise_lowest(costs, levels, budget)
         return [row[index] for row, index in zip(options, choice, strict=True)], None
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from balf_fx.errors import PassError, UnknownSiteError
 from balf_fx.passes.base import Pass
-from balf_fx.sites import ConvGeometry, Kind, Reason, Refusal, Site, annotate, annotation, get_tensor
+from balf_fx.sites import ConvGeometry, Kind, Reason, Refusal, Site, annotate, annotation, get_tensor, is_hooked
 
 _MODULES: dict[type[nn.Module], Kind] = {
     nn.Linear: "linear",
@@ -110,7 +110,7 @@ def _classify_module(graph_module: fx.GraphModule, node: fx.Node, uses: Counter[
         if isinstance(module, tuple(_MODULES)):
             refused = Reason.PARAMETRIZED if hasattr(module, "parametrizations") else Reason.SUBCLASS
         return Refusal(name, type(module).__name__, refused)
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+    if is_hooked(module):
         return Refusal(name, kind, Reason.HOOKED)
     if "weight" not in module._parameters:
         return Refusal(name, kind, Reason.COMPUTED, "weight is not a parameter")

@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from balf_fx.passes.base import Pass
-from balf_fx.sites import annotation
+from balf_fx.sites import annotation, is_hooked
 
 Fuse = Callable[..., tuple[Tensor, Tensor]]
 
@@ -56,7 +56,9 @@ def _foldable(graph_module: fx.GraphModule, layer_node: fx.Node, norm_node: fx.N
         return False
     if isinstance(layer, nn.Linear) and annotation(layer_node).ndim != 2:
         return False
-    return _used_once(graph_module, layer) and _used_once(graph_module, norm) and not (_hooked(layer) or _hooked(norm))
+    return (
+        _used_once(graph_module, layer) and _used_once(graph_module, norm) and not (is_hooked(layer) or is_hooked(norm))
+    )
 
 
 def _used_once(graph_module: fx.GraphModule, module: nn.Module) -> bool:
@@ -74,10 +76,6 @@ def _used_once(graph_module: fx.GraphModule, module: nn.Module) -> bool:
         for parameter in other.parameters(recurse=False)
     )
     return len(calls) == 1 and not any(id(parameter) in own for parameter in elsewhere)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _fold(layer: Any, norm: Any) -> None:

@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tqdm import tqdm
 
 from balf_fx.costs import rank_curve
-from balf_fx.errors import NotCalibratedError, PassError
+from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.linalg import spectrum_from_input, spectrum_from_output, spectrum_from_weight, weight_matrix
 from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.passes.base import Pass
@@ -37,6 +37,10 @@ class Score(Pass):
     factors: Factors = "activations"
     centred: bool = True
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.factors not in ("activations", "svd"):
+            raise OptionError(f"factors is 'activations' or 'svd', not {self.factors!r}")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for node, site in self.require_sites(graph_module):

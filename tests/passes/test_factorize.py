@@ -1,0 +1,151 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.nn import functional as F
+
+import balf_fx
+from balf_fx.errors import PassError
+from balf_fx.passes import Allocate, Annotate, Factorize, Score
+
+
+class FunctionalConv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, 1, "same", groups=2)
+
+
+class FunctionalLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.randn(12, 6))
+
+    def forward(self, x):
+        return F.linear(input=x, weight=self.proj)
+
+
+SITES = {
+    "linear": (nn.Linear(12, 7), (20, 12)),
+    "linear widening": (nn.Linear(6, 15, bias=False), (20, 6)),
+    "linear, one sample": (nn.Linear(8, 8), (8,)),
+    "linear, four dimensions": (nn.Linear(8, 8), (2, 3, 4, 8)),
+    "conv1d": (nn.Conv1d(6, 8, 5, stride=2, padding=2, padding_mode="circular"), (4, 6, 15)),
+    "conv2d": (nn.Conv2d(4, 8, 3, stride=2, padding=1), (3, 4, 9, 8)),
+    "conv2d same, even kernel": (nn.Conv2d(4, 8, (2, 4), padding="same", dilation=(1, 2)), (3, 4, 9, 8)),
+    "conv2d valid": (nn.Conv2d(4, 8, 3, padding="valid", bias=False), (3, 4, 9, 8)),
+    "conv2d reflect": (nn.Conv2d(4, 8, 3, padding=(1, 2), padding_mode="reflect"), (3, 4, 9, 8)),
+    "conv2d grouped": (nn.Conv2d(8, 12, 3, groups=2, padding=1), (3, 8, 6, 6)),
+    "conv2d stem": (nn.Conv2d(2, 32, 3, stride=2, padding=1), (3, 2, 9, 9)),
+    "conv2d stem, same": (nn.Conv2d(1, 32, (2, 3), padding="same", padding_mode="replicate"), (3, 1, 9, 9)),
+    "conv2d grouped pointwise": (nn.Conv2d(8, 24, 1, groups=2, stride=2), (3, 8, 6, 6)),
+    "conv2d, one image": (nn.Conv2d(4, 8, 3), (4, 9, 8)),
+    "conv3d": (nn.Conv3d(2, 6, 3, padding=1, stride=(1, 2, 2)), (2, 2, 5, 6, 6)),
+    "F.conv2d": (FunctionalConv(), (3, 6, 7, 7)),
+    "F.linear": (FunctionalLinear(), (20, 6)),
+}
+
+
+def single(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer).double().eval()
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "uncentred"])
+@pytest.mark.parametrize("name", SITES)
+def test_the_reported_distortion_is_the_measured_error(name, centred):
+    layer, shape = SITES[name]
+    model, batches = single(layer), [torch.randn(shape, dtype=torch.float64) + 0.3 for _ in range(6)]
+    prepared = balf_fx.prepare(model, batches[0])
+    for batch in batches:
+        prepared(batch)
+    (row,) = balf_fx.report(balf_fx.convert(prepared, allocation={}, centred=centred, progress=False)).sites
+    compressed = balf_fx.convert(prepared, allocation={row.name: 2}, centred=centred, progress=False)
+    (row,) = balf_fx.report(compressed).sites
+    assert row.rank == 2
+    channels = -1 if row.kind == "linear" else -1 - int(row.kind.removeprefix("conv").removesuffix("d"))
+    errors = torch.stack([(model(batch) - compressed(batch)).square().sum(channels).mean() for batch in batches])
+    assert errors.mean().item() == pytest.approx(row.distortion, rel=1e-9)
+    assert row.distortion > 1e-6
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_stock_modules_replace_the_layer(name):
+    layer, shape = SITES[name]
+    compressed = balf_fx.compile(single(layer), torch.randn(shape, dtype=torch.float64), params=0.7, progress=False)
+    kinds = {type(module) for module in compressed.modules() if not list(module.children())}
+    assert kinds <= {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
+    assert [node.op for node in compressed.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+
+
+def test_names_and_attributes_of_the_factors():
+    layer = nn.Conv2d(8, 8, 3, stride=2, padding=1).to(torch.bfloat16, memory_format=torch.channels_last)
+    layer.requires_grad_(False)
+    compressed = balf_fx.compile(
+        nn.Sequential(layer).eval(), torch.randn(2, 8, 6, 6, dtype=torch.bfloat16), flops=0.5, progress=False
+    )
+    pair = compressed.get_submodule("0")
+    assert isinstance(pair, nn.Sequential)
+    assert [str(node.target) for node in compressed.graph.find_nodes(op="call_module")] == ["0.0", "0.1"]
+    assert pair[0].stride == (2, 2)
+    assert pair[1].kernel_size == (1, 1)
+    assert pair[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert {(p.dtype, p.requires_grad) for p in compressed.parameters()} == {(torch.bfloat16, False)}
+    assert not any(module.training for module in compressed.modules())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3))
+def test_no_other_map_of_that_rank_does_better(seed, rank):
+    generator = torch.Generator().manual_seed(seed)
+    model = single(nn.Linear(8, 8))
+    x = torch.randn(40, 8, generator=generator, dtype=torch.float64) @ torch.randn(8, 8, generator=generator).double()
+    compressed = balf_fx.compile(model, x, allocation={"0": rank}, progress=False)
+    first, second = compressed.get_submodule("0")
+    best = (model(x) - compressed(x)).square().sum(1).mean()
+    for scale in (1e-3, 1e-1, 1.0):
+        moved = [
+            p + scale * torch.randn(p.shape, generator=generator).double()
+            for p in (first.weight, second.weight, second.bias)
+        ]
+        other = F.linear(F.linear(x, moved[0]), moved[1], moved[2])
+        assert best <= (model(x) - other).square().sum(1).mean() + 1e-12
+
+
+def test_node_meta_is_carried_over_as_a_copy():
+    graph_module = fx.symbolic_trace(single(nn.Linear(8, 8)))
+    node = graph_module.graph.find_nodes(op="call_module")[0]
+    node.meta.update(stack_trace="here", tensor_meta="of the output", custom=[1])
+    for apply in (Annotate(), Score(factors="svd"), Allocate(params=0.7), Factorize()):
+        graph_module = apply(graph_module).graph_module
+    thin, wide = graph_module.graph.find_nodes(op="call_module")
+    assert thin.meta["stack_trace"] == wide.meta["stack_trace"] == "here"
+    assert thin.meta["custom"] == wide.meta["custom"] == [1]
+    assert "tensor_meta" not in thin.meta
+    assert wide.meta["tensor_meta"] == "of the output"
+    assert thin.meta is not wide.meta
+
+
+def test_all_passes_run_in_a_pass_manager(conv_net, images):
+    manager = PassManager([Annotate(), Score(factors="svd"), Allocate(params=0.6), Factorize()])
+    result = manager(fx.symbolic_trace(conv_net))
+    assert result.modified
+    assert result.graph_module(images[0]).shape == (8, 10)
+    assert balf_fx.report(result.graph_module).params_kept <= 0.6
+
+
+def test_nothing_to_rewrite_is_not_a_modification():
+    graph_module = fx.symbolic_trace(single(nn.Linear(8, 8)))
+    for apply in (Annotate(), Score(factors="svd"), Allocate(params=1.0)):
+        apply(graph_module)
+    assert not Factorize()(graph_module).modified
+
+
+def test_factorize_needs_choices():
+    graph_module = Annotate()(fx.symbolic_trace(single(nn.Linear(8, 8)))).graph_module
+    with pytest.raises(PassError, match="run Score and Allocate first"):
+        Factorize()(graph_module)

@@ -1,0 +1,97 @@
+import copy
+
+import pytest
+import torch
+from conftest import randomise_batchnorm
+from torch import fx, nn
+
+from balf_fx.capture import capture
+from balf_fx.passes import FoldBatchNorm
+
+PAIRS = {
+    "conv1d": (nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6), (2, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+    "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6, affine=False), (2, 4, 9, 9)),
+    "conv3d": (nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4), (2, 2, 4, 4, 4)),
+    "linear": (nn.Linear(5, 7), nn.BatchNorm1d(7), (3, 5)),
+}
+
+
+def fold(model: nn.Module, *inputs: torch.Tensor) -> tuple[fx.GraphModule, bool]:
+    result = FoldBatchNorm()(capture(model.double().eval(), inputs))
+    return result.graph_module, result.modified
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_becomes_one_layer_that_computes_the_same(name):
+    layer, norm, shape = copy.deepcopy(PAIRS[name])
+    if norm.affine:
+        randomise_batchnorm(norm)
+    model = nn.Sequential(layer, norm, nn.ReLU()).double().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    folded, modified = fold(model, x)
+    assert modified
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_the_original_model_is_not_folded():
+    model = randomise_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).double().eval()
+    before = copy.deepcopy(model.state_dict())
+    fold(model, torch.randn(1, 3, 4, 4, dtype=torch.float64))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_half_precision_is_folded_in_single_precision():
+    model = randomise_batchnorm(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))).to(torch.bfloat16).eval()
+    x = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
+    folded = FoldBatchNorm()(capture(model, x)).graph_module
+    exact = copy.deepcopy(model).float()
+    fused = nn.utils.fusion.fuse_conv_bn_eval(exact[0], exact[1])
+    assert torch.equal(folded.get_submodule("0").weight, fused.weight.to(torch.bfloat16))
+
+
+class Twice(nn.Module):
+    def __init__(self, reads_layer: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.reads_layer = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), reads_layer
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + (y if self.reads_layer else self.bn(self.conv(y)))
+
+
+class TokenNorm(nn.Module):
+    """BatchNorm1d over tokens, not over the linear layer's features; the two happen to be equally many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.bn(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Twice(reads_layer=True), (2, 3, 4, 4)),
+        (Twice(reads_layer=False), (2, 3, 4, 4)),
+        (TokenNorm(), (2, 6, 5)),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), (2, 3, 4, 4)),
+    ],
+    ids=["output read elsewhere", "called twice", "other axis", "batch statistics"],
+)
+def test_a_pair_that_folding_would_change_is_left_alone(model, shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    randomise_batchnorm(model) if not isinstance(model, nn.Sequential) else None
+    folded, modified = fold(model, x)
+    assert not modified
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_weight_that_another_module_shares_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+    model[2].weight = model[0].weight
+    _, modified = fold(randomise_batchnorm(model), torch.randn(1, 3, 4, 4, dtype=torch.float64))
+    assert not modified

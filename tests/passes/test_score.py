@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import fx, nn
+
+import balf_fx
+from balf_fx.capture import capture
+from balf_fx.errors import NotCalibratedError, PassError
+from balf_fx.passes import Annotate, InsertObservers, Score
+from balf_fx.sites import annotation, site_nodes
+
+
+def prepared(model: nn.Module, x: torch.Tensor, run: bool = True) -> fx.GraphModule:
+    graph_module = balf_fx.prepare(model.double(), x, fold_batchnorm=False)
+    if run:
+        graph_module(x)
+    return graph_module
+
+
+def curves(graph_module: fx.GraphModule, **options):
+    Score(**options)(graph_module)
+    return {site.name: annotation(node).curve for node, site in site_nodes(graph_module)}
+
+
+def test_energies_are_the_mean_squared_output():
+    model, x = nn.Linear(12, 6), torch.randn(100, 12, dtype=torch.float64)
+    graph_module = prepared(nn.Sequential(model), x)
+    linear_part = x @ model.weight.T
+    centred = linear_part - linear_part.mean(0)
+    assert curves(graph_module)["0"].energy == pytest.approx(float(centred.square().sum(1).mean()))
+    assert curves(graph_module, centred=False)["0"].energy == pytest.approx(float(linear_part.square().sum(1).mean()))
+    assert curves(graph_module, factors="svd")["0"].energy == pytest.approx(float(model.weight.square().sum()))
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (6, 12)], ids=["output side", "input side"])
+def test_distortion_falls_with_rank_down_to_zero_for_dense(shape):
+    curve = curves(prepared(nn.Sequential(nn.Linear(*shape)), torch.randn(50, shape[0], dtype=torch.float64)))["0"]
+    distortions = [candidate.distortion for candidate in curve.candidates]
+    assert distortions == sorted(distortions, reverse=True)
+    assert [candidate.rank for candidate in curve.candidates] == [1, 2, 3, None]
+    assert curve.dense.distortion == 0.0
+
+
+def test_weights_alone_need_no_observers():
+    graph_module = capture(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8))
+    Annotate()(graph_module)
+    assert curves(graph_module, factors="svd")["0"].energy > 0
+    with pytest.raises(PassError, match=r"'0' has no observer.*factors='svd'"):
+        Score()(graph_module)
+
+
+def test_observers_that_never_ran_are_an_error():
+    graph_module = prepared(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8, dtype=torch.float64), run=False)
+    with pytest.raises(NotCalibratedError, match="no calibration data has reached site '0'"):
+        Score()(graph_module)
+
+
+def test_a_graph_without_sites_is_an_error():
+    with pytest.raises(PassError, match="run Annotate first"):
+        Score()(fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8))))
+
+
+def test_scores_are_kept_until_data_or_options_change():
+    x = torch.randn(30, 8, dtype=torch.float64)
+    graph_module = prepared(nn.Sequential(nn.Linear(8, 8)), x)
+    first = curves(graph_module)["0"]
+    assert curves(graph_module)["0"] is first
+    assert curves(graph_module, centred=False)["0"] is not first
+    again = curves(graph_module)["0"]
+    graph_module(3 * x)
+    assert curves(graph_module)["0"].energy > again.energy
+
+
+def test_scoring_changes_nothing_but_annotations():
+    graph_module = prepared(nn.Sequential(nn.Linear(8, 8)), torch.randn(30, 8, dtype=torch.float64))
+    code, weight = graph_module.code, graph_module.get_parameter("0.weight").clone()
+    assert not Score()(graph_module).modified
+    assert graph_module.code == code
+    assert torch.equal(graph_module.get_parameter("0.weight"), weight)
+
+
+def test_passes_take_a_graph_that_was_traced_elsewhere():
+    graph_module = fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8)).double())
+    for apply in (Annotate(), InsertObservers()):
+        graph_module = apply(graph_module).graph_module
+    graph_module(torch.randn(30, 8, dtype=torch.float64))
+    assert curves(graph_module)["0"].candidates[0].params == 16 + 8

@@ -1,0 +1,317 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import ConvNet, randomise_batchnorm
+from torch import fx, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import balf_fx
+from balf_fx.errors import (
+    BudgetError,
+    CalibrationError,
+    NonFiniteError,
+    NoSiteError,
+    NotCalibratedError,
+    OptionError,
+    TrainingModeError,
+)
+
+
+def compress(model: nn.Module, batches, **options) -> fx.GraphModule:
+    return balf_fx.compile(model, batches, progress=False, **({"flops": 0.6} | options))
+
+
+def count_flops(module: nn.Module, x: torch.Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x)
+    return counter.get_total_flops()
+
+
+def snapshot(model: nn.Module):
+    modes = {name: module.training for name, module in model.named_modules()}
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    return copy.deepcopy(model.state_dict()), modes, hooks, [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("measure", ["flops", "params"])
+@pytest.mark.parametrize("target", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize("allocation", ["budget", "uniform", "energy"])
+def test_the_budget_holds_as_counted_on_the_result(measure, target, allocation, images):
+    model = randomise_batchnorm(ConvNet(48)).eval()
+    compressed = compress(model, images, **{"flops": None, measure: target}, allocation=allocation)
+    report = balf_fx.report(compressed)
+    flops = count_flops(compressed, images[0]), count_flops(model, images[0])
+    params = [sum(p.numel() for p in module.parameters()) for module in (compressed, model)]
+    assert (report.flops_after, report.flops_before) == flops
+    assert [report.params_after, report.params_before] == params
+    kept = report.flops_kept if measure == "flops" else report.params_kept
+    assert target - 0.005 <= kept <= target
+
+
+def test_the_whole_budget_returns_the_same_function(conv_net, images):
+    for options in ({"flops": 1.0}, {"flops": 1, "fold_batchnorm": False}, {"flops": None, "params": 1.0}):
+        compressed = compress(conv_net.double(), [image.double() for image in images], **options)
+        torch.testing.assert_close(compressed(images[0].double()), conv_net(images[0].double()))
+
+
+def test_untouched_layers_keep_their_names(conv_net, images):
+    compressed = compress(conv_net, images, allocation={"block.0": 4}, flops=None, fold_batchnorm=False)
+    before, after = conv_net.state_dict(), compressed.state_dict()
+    assert set(after) - set(before) == {"block.0.0.weight", "block.0.1.weight", "block.0.1.bias"}
+    assert set(before) - set(after) == {"block.0.weight"}
+    assert all(torch.equal(after[key], before[key]) for key in set(after) & set(before))
+
+
+def test_the_model_and_the_random_state_stay_as_they_are(conv_net, images):
+    for parameter in conv_net.block.parameters():
+        parameter.requires_grad_(False)
+    state, *rest = snapshot(conv_net)
+    random_state = torch.get_rng_state()
+    compressed = compress(conv_net, DataLoader(TensorDataset(torch.cat(images)), batch_size=8, shuffle=True))
+    after, *rest_after = snapshot(conv_net)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert rest_after == rest
+    assert all(torch.equal(state[key], after[key]) for key in state)
+    original = {parameter.data_ptr() for parameter in conv_net.parameters()}
+    assert not any(parameter.data_ptr() in original for parameter in compressed.parameters())
+
+
+def test_no_global_state_changes(conv_net, images):
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    with torch.inference_mode():
+        compressed = compress(conv_net, images)
+    assert not any(parameter.is_inference() for parameter in compressed.parameters())
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, gradients)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_the_result_is_deterministic(conv_net, images):
+    first, second = (compress(conv_net, images).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_many_budgets_from_one_calibration(conv_net, images):
+    prepared = balf_fx.prepare(conv_net, images[0])
+    balf_fx.calibrate(prepared, images, progress=False)
+    shares = [balf_fx.report(balf_fx.convert(prepared, flops=f, progress=False)).flops_kept for f in (0.8, 0.6, 0.4)]
+    assert shares == sorted(shares, reverse=True)
+    same = compress(conv_net, images, flops=0.6).state_dict()
+    again = balf_fx.convert(prepared, flops=0.6, progress=False).state_dict()
+    assert all(torch.equal(same[key], again[key]) for key in same)
+    prepared(images[0])
+
+
+def test_more_calibration_after_a_conversion_counts(conv_net, images):
+    prepared = balf_fx.prepare(conv_net, images[0])
+    prepared(images[0])
+    balf_fx.convert(prepared, flops=0.6, progress=False)
+    for image in images[1:]:
+        prepared(image)
+    late = balf_fx.convert(prepared, flops=0.6, progress=False).state_dict()
+    assert all(torch.allclose(late[key], value) for key, value in compress(conv_net, images).state_dict().items())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x, y=None, *, scale=1.0):
+        return self.a(x) + (0 if y is None else self.b(y)) * scale
+
+
+def test_batches_in_every_form_give_the_same_result(conv_net, images):
+    labels = torch.zeros(8, dtype=torch.int64)
+    loader = DataLoader(TensorDataset(torch.cat(images), torch.zeros(32, dtype=torch.int64)), batch_size=8)
+    forms = {
+        "list": images,
+        "generator": (image for image in images),
+        "tuples": [(image,) for image in images],
+        "labelled": [(image, labels) for image in images],
+        "keywords": [{"x": image} for image in images],
+        "keywords, labelled": [{"x": image, "labels": labels} for image in images],
+        "loader": loader,
+    }
+    expected = compress(conv_net, images).state_dict()
+    for name, form in forms.items():
+        got = compress(conv_net, form).state_dict()
+        assert all(torch.equal(got[key], value) for key, value in expected.items()), name
+    own = compress(conv_net, [{"images": i} for i in images], forward=lambda model, batch: model(batch["images"]))
+    assert all(torch.equal(own.state_dict()[key], value) for key, value in expected.items())
+
+
+def test_keyword_and_optional_arguments():
+    model, x, y = TwoInputs().double(), *torch.randn(2, 20, 16, dtype=torch.float64)
+    both = compress(model, [{"x": x, "y": y, "scale": 2.0}], flops=1.0)
+    torch.testing.assert_close(both(x, y, scale=2.0), model(x, y, scale=2.0))
+    with pytest.raises(AssertionError, match=r"'scale' was 2\.0 when the graph was captured"):
+        both(x, y, scale=3.0)
+    alone = compress(model, x, flops=1.0)
+    torch.testing.assert_close(alone(x), model(x))
+    with pytest.raises(AssertionError, match="'y' was None when the graph was captured"):
+        alone(x, y)
+    assert [row.name for row in balf_fx.report(alone).sites] == ["a"]
+
+
+def test_batches_may_differ_in_shape(conv_net):
+    batches = [torch.randn(shape) for shape in ((2, 3, 12, 12), (5, 3, 16, 8), (1, 3, 20, 20))]
+    assert compress(conv_net, batches)(batches[1]).shape == (5, 10)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [torch.zeros(4, 3, 12, 12), torch.ones(1, 3, 12, 12), torch.randn(1, 3, 4, 4)],
+    ids=["zeros", "constant", "one small image"],
+)
+def test_degenerate_calibration_data_gives_a_finite_model(conv_net, batches):
+    compressed = compress(conv_net, [batches])
+    assert torch.isfinite(compressed(torch.randn(2, 3, 12, 12))).all()
+    assert balf_fx.report(compressed).flops_kept <= 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dtypes_and_memory_formats(dtype, layout, images):
+    model = randomise_batchnorm(ConvNet()).eval().to(dtype, memory_format=layout)
+    batches = [image.to(dtype, memory_format=layout) for image in images]
+    compressed = compress(model, batches, flops=0.8)
+    assert {parameter.dtype for parameter in compressed.parameters()} == {dtype}
+    exact = compress(model.double(), [batch.double() for batch in batches], flops=0.8)
+    tolerance = 30 * torch.finfo(dtype).eps
+    got, want = compressed(batches[0]).double(), exact(batches[0].double())
+    assert (got - want).norm() <= tolerance * want.norm() + 1e-12
+
+
+def test_the_result_is_an_ordinary_module(conv_net, images):
+    compressed = compress(conv_net, images)
+    expected = compressed(images[0])
+    copies = {
+        "deepcopy": copy.deepcopy(compressed),
+        "pickle": pickle.loads(pickle.dumps(compressed)),
+        "state_dict": compress(conv_net, images[:1], allocation=ranks(compressed), flops=None),
+        "to": copy.deepcopy(compressed).to(torch.float64).to(torch.float32),
+    }
+    copies["state_dict"].load_state_dict(compressed.state_dict())
+    for name, other in copies.items():
+        assert torch.equal(other(images[0]), expected), name
+        assert balf_fx.report(other).flops_after == balf_fx.report(compressed).flops_after
+    buffer = io.BytesIO()
+    torch.save(compressed, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(images[0]), expected)
+
+
+def test_a_pickle_does_not_need_balf_fx(conv_net, images):
+    compressed = compress(conv_net, images)
+    assert b"balf_fx" not in pickle.dumps(compressed)
+
+
+def ranks(compressed: fx.GraphModule) -> dict[str, int | None]:
+    return {row.name: row.rank for row in balf_fx.report(compressed).sites}
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_the_result(conv_net, images):
+    compressed = compress(conv_net, images)
+    with torch.no_grad():
+        optimised = torch.compile(compressed, fullgraph=True)(images[0])
+        torch.testing.assert_close(optimised, compressed(images[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_the_factors(conv_net, images):
+    compressed = compress(conv_net, images)
+    compressed(images[0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in compressed.parameters())
+
+
+def test_the_published_preset(conv_net, images):
+    compressed = compress(conv_net, images, **balf_fx.BALF)
+    assert isinstance(compressed.get_submodule("bn"), nn.BatchNorm2d)
+    report = balf_fx.report(compressed)
+    uncentred = compress(conv_net, images, centred=False, fold_batchnorm=False)
+    assert ranks(uncentred) == {row.name: row.rank for row in report.sites}
+
+
+def test_weights_alone_ignore_the_data(conv_net, images):
+    first = compress(conv_net, images, factors="svd").state_dict()
+    second = compress(conv_net, [10 * images[0]], factors="svd").state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_no_batches(conv_net):
+    for empty in ([], iter(()), DataLoader(TensorDataset(torch.empty(0, 3)))):
+        with pytest.raises(CalibrationError, match="no calibration batches"):
+            compress(conv_net, empty)
+
+
+def test_a_batch_the_model_cannot_run(conv_net, images):
+    with pytest.raises(CalibrationError, match=r"batch 0, which is a float32 tensor of shape \(2, 5, 8, 8\)"):
+        compress(conv_net, [torch.randn(2, 5, 8, 8)])
+    with pytest.raises(CalibrationError, match="batch 1, which is a str"):
+        compress(conv_net, [images[0], "image"])
+    with pytest.raises(CalibrationError, match="not int"):
+        compress(conv_net, 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_the_site(conv_net, images, value):
+    images[2][0, 0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match="site 'stem' holds NaN or infinity"):
+        compress(conv_net, images)
+
+
+@pytest.mark.parametrize(
+    "options", [{"flops": None}, {"params": 0.5}, {"flops": 0.0}, {"flops": 1.5}, {"flops": "55 %"}]
+)
+def test_a_budget_that_is_none(conv_net, images, options):
+    with pytest.raises(OptionError, match=r"budget|fraction"):
+        compress(conv_net, images, **options)
+
+
+def test_unknown_option_values(conv_net, images):
+    with pytest.raises(OptionError, match="allocation is"):
+        compress(conv_net, images, allocation="magic")
+    with pytest.raises(OptionError, match="factors is 'activations' or 'svd', not 'cp'"):
+        compress(conv_net, images, factors="cp")
+
+
+def test_a_budget_out_of_reach_names_the_minimum(conv_net, images):
+    with pytest.raises(BudgetError, match="out of reach") as caught:
+        compress(conv_net, images, flops=0.02)
+    reached = balf_fx.report(compress(conv_net, images, flops=caught.value.minimum)).flops_kept
+    assert caught.value.minimum - 1e-3 < reached <= caught.value.minimum
+
+
+def test_a_model_without_sites(images):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.ReLU())
+    with pytest.raises(NoSiteError, match=r"nothing in Sequential.*0: one output channel per group"):
+        compress(model, images)
+    with pytest.raises(NoSiteError, match="no parameters in use"):
+        compress(nn.Sequential(nn.ReLU()), images)
+
+
+def test_training_mode(conv_net, images):
+    conv_net.block[1].train()
+    with pytest.raises(TrainingModeError, match=r"block\.1 \(BatchNorm2d\) is in training mode.*model\.eval\(\)"):
+        compress(conv_net, images)
+
+
+def test_graphs_that_were_never_prepared_or_calibrated(conv_net, images):
+    with pytest.raises(NotCalibratedError, match=r"balf_fx\.prepare"):
+        balf_fx.convert(fx.symbolic_trace(conv_net), flops=0.5)
+    with pytest.raises(NotCalibratedError, match="no calibration data has reached site"):
+        balf_fx.convert(balf_fx.prepare(conv_net, images[0]), flops=0.5, progress=False)
+
+
+def test_progress_goes_to_stderr_and_can_be_silenced(conv_net, images, capfd):
+    balf_fx.compile(conv_net, images, flops=0.6)
+    shown = capfd.readouterr()
+    assert "calibrating" in shown.err
+    assert "scoring" in shown.err
+    compress(conv_net, images)
+    silent = capfd.readouterr()
+    assert shown.out == silent.out == silent.err == ""

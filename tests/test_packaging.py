@@ -1,0 +1,58 @@
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    source = tmp_path / "source"
+    tracked = ("pyproject.toml", "README.md", "LICENSE", "balf_fx", "passes")
+    source.mkdir()
+    subprocess.run(["cp", "-a", *tracked, source], cwd=ROOT, check=True)
+    built = python(
+        "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), ".", cwd=source
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"balf_fx/{path.name}" for path in (ROOT / "balf_fx").glob("*.py")}
+    expected |= {f"balf_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
+    assert expected | {"balf_fx/py.typed"} == {name for name in names if ".dist-info/" not in name}
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    imported = python("-c", "import balf_fx.passes as p; print(p.__file__)", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert imported.stdout.strip() == str(installed / "balf_fx" / "passes" / "__init__.py"), imported.stderr
+
+
+def test_the_passes_are_importable_from_the_repository_root():
+    assert python("-c", "import balf_fx.passes").returncode == 0
+
+
+def test_the_passes_refuse_a_second_identity():
+    result = python("-c", "import passes")
+    assert "the passes are imported as balf_fx.passes" in result.stderr
+
+
+def test_importing_the_library_imports_nothing_heavy():
+    heavy = {"torchvision", "sklearn", "scipy", "matplotlib", "click", "transformers", "onnx", "torchao", "sympy.core"}
+    code = "import sys, torch, torch.fx; before = set(sys.modules); import balf_fx; print(*set(sys.modules) - before)"
+    assert heavy.isdisjoint(python("-c", code).stdout.split())
+
+
+def test_the_front_door_exports_at_most_ten_names():
+    import balf_fx
+
+    assert len(balf_fx.__all__) <= 10
+    assert all(hasattr(balf_fx, name) for name in balf_fx.__all__)
