@@ -19,9 +19,22 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.errors import CalibrationError
 
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model's own Python code raises on input that does not suit it; anything else is none of our business."""
+
 Forward = Callable[[nn.Module, Any], Any]
 """`forward(model, batch)` runs the model on a batch; what it returns is ignored."""
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -50,9 +63,11 @@ def forward_for(model: nn.Module) -> Forward:
     device = devices.pop() if len(devices) == 1 else None
 
     def forward(module: nn.Module, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            batch = dict(batch)  # pytree looks into dict alone
         if device is not None:
             batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
-        if isinstance(batch, Mapping):
+        if isinstance(batch, dict):
             return module(**_without_labels(batch, parameters))
         if isinstance(batch, tuple | list):
             return module(*_without_trailing_labels(batch, parameters))
@@ -79,8 +94,7 @@ def _without_trailing_labels(batch: tuple[Any, ...] | list[Any], parameters: lis
 
 
 def _looks_like_labels(value: Any) -> bool:
-    integer = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-    return integer and value.dim() <= 1
+    return isinstance(value, Tensor) and value.dim() == 1 and value.dtype in _INTEGERS
 
 
 def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int) -> Any:
@@ -92,7 +106,7 @@ def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int) -> An
     try:
         with torch.no_grad():
             return forward(module, batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+    except MODEL_ERRORS as error:
         if isinstance(error, CalibrationError):
             raise
         raise CalibrationError(

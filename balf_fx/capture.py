@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.batches import Forward, forward_for, run_batch
+from balf_fx.batches import MODEL_ERRORS, Forward, forward_for, run_batch
 from balf_fx.costs import profile
 from balf_fx.errors import CalibrationError, CaptureError, TrainingModeError
 from balf_fx.sites import count_parameters, record_graph
@@ -135,19 +135,7 @@ def _trace(model: nn.Module, call: Call) -> fx.GraphModule:
     tracer = _Tracer({**constants, **call.defaults})
     try:
         graph = tracer.trace(model)
-    # Whatever Python code the model runs on proxies can raise, so every ordinary error means "not traceable".
-    except (
-        fx.proxy.TraceError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        NameError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:
+    except MODEL_ERRORS as error:  # TraceError is a ValueError
         raise CaptureError(
             f"{type(model).__name__} cannot be traced symbolically: {_user_line(error)}{error}. Data-dependent control "
             "flow must leave the traced module, for instance into a module of its own wrapped with torch.fx.wrap"

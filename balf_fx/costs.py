@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from balf_fx.linalg import tail_energies
 from balf_fx.sites import Candidate, RankCurve, Site, Spectrum, annotate, record_graph
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 class _Profiler(fx.Interpreter):
@@ -20,6 +22,10 @@ class _Profiler(fx.Interpreter):
         super().__init__(graph_module)
         self.counter = counter
 
+    def fetch_args_from_env(self, n: fx.Node) -> tuple[Any, Any]:  # type: ignore[misc]
+        args, kwargs = super().fetch_args_from_env(n)
+        return tuple(map(_mutable, args)), {key: _mutable(value) for key, value in kwargs.items()}
+
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         result = super().run_node(n)
@@ -28,12 +34,23 @@ class _Profiler(fx.Interpreter):
         return result
 
 
+def _mutable(value: Any) -> Any:
+    """Lists and dicts as generated code passes them, for FX's immutable ones: some functions change their arguments."""
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return value
+
+
 def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Run the graph once on `inputs`, one for each placeholder; record its FLOPs and annotate every node with its own.
 
     Returns:
         The graph's output.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where it is installed: only when needed
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         output = _Profiler(graph_module, counter).run(*inputs)
     record_graph(graph_module, flops=counter.get_total_flops())

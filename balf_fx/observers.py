@@ -81,46 +81,50 @@ class CovarianceObserver(nn.Module):
     @torch.no_grad()
     def forward(self, value: Tensor) -> None:
         with torch.autocast(value.device.type, enabled=False):
-            compute_dtype = torch.promote_types(value.dtype, torch.float32)
-            seen = self._batch_moments(value, compute_dtype)
-            if seen is not None and not _finite(seen):
-                if not bool(torch.isfinite(value).all()):
-                    raise NonFiniteError(
-                        f"the {self.site.side} of site {self.site.name!r} holds NaN or infinity: check the calibration "
-                        f"batch and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"
-                    )
-                seen = self._batch_moments(value, torch.float64)  # finite values whose squares overflow
-        if seen is not None:
-            self.moments = seen if self.moments is None else self.moments.merge(seen)
-
-    def _batch_moments(self, value: Tensor, dtype: torch.dtype) -> Moments | None:
-        """Moments of one value; sums of products run in `dtype` around a shift near the mean, totals in float64."""
-        shift: Tensor | None = None if self.moments is None else self.moments.mean.to(dtype)
-        count, total, scatter = 0, None, None
-        for chunk in _position_chunks(value, self.site):
-            chunk = chunk.to(dtype)
-            if shift is None:
-                shift = chunk.mean(-1)
-            centred = chunk - shift.unsqueeze(-1)
-            products, sums = centred @ centred.mT, centred.sum(-1)
-            count += chunk.shape[-1]
-            if total is None or scatter is None:
-                total, scatter = sums.to(torch.float64), products.to(torch.float64)
-            else:
-                total, scatter = total.add_(sums), scatter.add_(products)
-        if shift is None or total is None or scatter is None:
-            return None
-        drift = total / count
-        scatter -= drift.unsqueeze(-1) * drift.unsqueeze(-2) * count
-        return Moments(count, shift.to(torch.float64) + drift, scatter)
+            seen = _batch_moments(value, self.site, torch.promote_types(value.dtype, torch.float32))
+            if seen is not None and not _in_range(seen):  # squares overflow or underflow long before the values do
+                seen = _batch_moments(value, self.site, torch.float64)
+        if seen is None:
+            return
+        if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
+            raise NonFiniteError(
+                f"the {self.site.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
+                f"and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"
+            )
+        self.moments = seen if self.moments is None else self.moments.merge(seen)
 
 
-def _finite(moments: Moments) -> bool:
-    return bool(torch.isfinite(moments.scatter).all()) and bool(torch.isfinite(moments.mean).all())
+def _in_range(moments: Moments) -> bool:
+    """Whether sums of squares stayed where float32 is accurate."""
+    largest = float(moments.scatter.diagonal(dim1=-2, dim2=-1).max())
+    return 1e-30 < largest < float("inf") and bool(torch.isfinite(moments.scatter).all())
+
+
+def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype) -> Moments | None:
+    """Moments of one value: products in `dtype` around a shift near the mean, totals in float64."""
+    shift, total, scatter, count = None, None, None, 0
+    for chunk in _position_chunks(value, site):
+        chunk = chunk.to(dtype)
+        if shift is None:
+            shift = chunk.mean(-1)
+        centred = chunk - shift.unsqueeze(-1)
+        products, sums = centred @ centred.mT, centred.sum(-1)
+        count += chunk.shape[-1]
+        if total is None or scatter is None:
+            total, scatter = sums.to(torch.float64), products.to(torch.float64)
+        else:
+            total, scatter = total.add_(sums), scatter.add_(products)
+    if shift is None or total is None or scatter is None:
+        return None
+    drift = total / count
+    scatter -= drift.unsqueeze(-1) * drift.unsqueeze(-2) * count
+    return Moments(count, shift.to(torch.float64) + drift, scatter)
 
 
 def _position_chunks(value: Tensor, site: Site) -> Iterator[Tensor]:
     """Cut a site's output or input into [G, F, n] pieces, F = O or D, along the batch."""
+    if value.numel() == 0:
+        return
     features = site.out_features if site.side == "output" else site.in_features
     if site.conv is None:
         rows = value.reshape(-1, features)
@@ -128,8 +132,6 @@ def _position_chunks(value: Tensor, site: Site) -> Iterator[Tensor]:
             yield piece.mT.unsqueeze(0)
         return
     batched = value if value.dim() == len(site.conv.kernel_size) + 2 else value.unsqueeze(0)
-    if batched.numel() == 0:
-        return
     pixels = math.prod(batched.shape[2:])
     per_chunk = max(_CHUNK_ELEMENTS // (features * pixels), 4 * features // pixels, 1)
     for piece in torch.split(batched, per_chunk):

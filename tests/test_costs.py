@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import balf_fx
 from balf_fx.costs import profile, rank_curve, rank_flops, rank_params
 from balf_fx.linalg import spectrum_from_weight
-from balf_fx.sites import META_KEY, Site, Spectrum, annotation, count_parameters, site_nodes
+from balf_fx.sites import META_KEY, Site, Spectrum, annotation, count_parameters, graph_record, site_nodes
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True)
 widths = st.integers(1, 24)
@@ -108,7 +108,8 @@ def test_costs_of_a_whole_model_after_compression_are_as_reported():
 def test_profile_counts_what_the_flop_counter_counts_and_every_node_its_share():
     model, x = Mixed().eval(), torch.randn(MIXED_INPUT)
     graph_module = fx.symbolic_trace(model)
-    output, total = profile(graph_module, [x])
+    output = profile(graph_module, [x])
+    total = graph_record(graph_module).flops
     marks = {node.name: annotation(node) for node in graph_module.graph.nodes}
     assert total == counted_flops(model, x) == MIXED_FLOPS
     assert sum(mark.flops for mark in marks.values()) == total
@@ -119,13 +120,14 @@ def test_profile_counts_what_the_flop_counter_counts_and_every_node_its_share():
     torch.testing.assert_close(output, model(x))
 
 
-def test_profile_keeps_what_is_already_known_of_a_node():
+def test_profile_counts_the_last_inputs_and_keeps_what_else_is_known_of_a_node():
     graph_module = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4)))
     for node in graph_module.graph.nodes:
         node.meta["other"] = node.name
     profile(graph_module, [torch.randn(2, 3)])
     profile(graph_module, [torch.randn(5, 3)])
     assert [annotation(node).flops for node in graph_module.graph.nodes] == [0, 2 * 5 * 3 * 4, 0]
+    assert graph_record(graph_module).flops == 2 * 5 * 3 * 4
     assert all(set(node.meta) >= {"other", META_KEY} for node in graph_module.graph.nodes)
 
 

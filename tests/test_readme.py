@@ -1,0 +1,23 @@
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"```console\n(.*?)\n```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])
+def test_every_snippet_runs(snippet):
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_two_commands_of_one_line_each():
+    assert len(COMMANDS) == 2
+    assert not any("\n" in command for command in COMMANDS)
+
+
+def test_ci_runs_exactly_the_test_command():
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == COMMANDS[-1]
