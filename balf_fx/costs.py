@@ -22,8 +22,8 @@ class _Profiler(fx.Interpreter):
         super().__init__(graph_module)
         self.counter = counter
 
-    def fetch_args_from_env(self, n: fx.Node) -> tuple[Any, Any]:  # type: ignore[misc]
-        args, kwargs = super().fetch_args_from_env(n)
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(map(_mutable, args)), {key: _mutable(value) for key, value in kwargs.items()}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -117,3 +117,18 @@ def test_training_mode_without_effect_is_fine():
 def test_a_forward_that_does_not_call_the_model():
     with pytest.raises(CalibrationError, match="did not call the model"):
         capture(nn.Linear(4, 4), X, forward=lambda model, batch: None)
+
+
+@torch.fx.wrap
+def _first_set(values, x):
+    values[0] = 2.0  # legal on the list that generated code passes
+    return x * values[0]
+
+
+class MutatesArgument(nn.Module):
+    def forward(self, x):
+        return _first_set([0.0], x)
+
+
+def test_functions_may_change_their_list_arguments():
+    torch.testing.assert_close(capture(MutatesArgument(), X)(X), 2 * X)
