@@ -19,7 +19,7 @@ from balf_fx.passes.allocate import Method
 from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
-from balf_fx.sites import META_KEY, annotation, site_nodes
+from balf_fx.sites import META_KEY, annotation, sites
 
 
 def compile(
@@ -109,7 +109,7 @@ def prepare(
         if fold_batchnorm:
             FoldBatchNorm()(graph_module)
         Annotate(include, exclude)(graph_module)
-        if not site_nodes(graph_module):
+        if not sites(graph_module):
             refusals = [mark.refusal for mark in map(annotation, graph_module.graph.nodes) if mark.refusal is not None]
             listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
             raise NoSiteError(f"nothing in {type(model).__name__} can be factorized ({listed})")

@@ -29,8 +29,8 @@ class _Profiler(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         result = super().run_node(n)
-        ndim = result.dim() if isinstance(result, torch.Tensor) else None
-        annotate(n, flops=self.counter.get_total_flops() - before, ndim=ndim)
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        annotate(n, flops=self.counter.get_total_flops() - before, shape=shape)
         return result
 
 
@@ -60,23 +60,32 @@ def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
 def rank_params(site: Site, rank: int | None, bias: bool) -> int:
     """Parameters of a site at a rank (None: dense), with or without a bias on its output."""
     outputs, inputs = site.out_features, site.in_features
-    weights = outputs * inputs if rank is None else rank * (outputs + inputs)
+    weights = 0 if rank is None else rank * (outputs + inputs)
+    if rank is None or site.keeps_weight:
+        weights += outputs * inputs
     return site.groups * (weights + (outputs if bias else 0))
 
 
-def rank_flops(site: Site, rank: int | None, dense_flops: int) -> int:
-    """FLOPs of a site at a rank: both factors run at the dense layer's output positions."""
-    if rank is None:
+def rank_flops(site: Site, rank: int | None, dense_flops: int, output_elements: int) -> int:
+    """FLOPs of a site at a rank.
+
+    The first factor is the layer itself with r outputs per group in place of O; the second takes r multiply-adds for
+    each element of the output.
+
+    Args:
+        dense_flops, output_elements: of all uses of the site together.
+    """
+    if rank is None or dense_flops == 0:
         return dense_flops
-    return dense_flops // (site.out_features * site.in_features) * rank * (site.out_features + site.in_features)
+    return dense_flops // site.out_features * rank + 2 * rank * output_elements
 
 
-def rank_curve(site: Site, spectrum: Spectrum, dense_flops: int) -> RankCurve:
+def rank_curve(site: Site, spectrum: Spectrum, dense_flops: int, output_elements: int) -> RankCurve:
     """Every choice there is for a site: ranks 1 .. break-even, then dense at distortion 0."""
     tail = tail_energies(spectrum)
     bias = site.bias is not None or spectrum.mean is not None
     ranks = [
-        Candidate(rank, rank_flops(site, rank, dense_flops), rank_params(site, rank, bias), tail[rank])
+        Candidate(rank, rank_flops(site, rank, dense_flops, output_elements), rank_params(site, rank, bias), tail[rank])
         for rank in range(1, site.break_even + 1)  # break-even is below min(O, D): the tail reaches that far
     ]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)

@@ -17,9 +17,14 @@ from torch import Tensor
 from balf_fx.sites import Spectrum
 
 
-def weight_matrix(weight: Tensor, groups: int) -> Tensor:
-    """A linear or convolution weight [G * O, C_in / G, *kernel] as float64 [G, O, D]."""
-    return weight.detach().to(torch.float64).reshape(groups, weight.shape[0] // groups, -1)
+def weight_matrix(weight: Tensor, groups: int, inputs_first: bool = False) -> Tensor:
+    """A linear or convolution weight as float64 [G, O, D].
+
+    Args:
+        weight: [G * O, C_in / G, *kernel], or with `inputs_first` [C_in, O, *kernel].
+    """
+    grouped = weight.detach().to(torch.float64).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return (grouped.transpose(1, 2) if inputs_first else grouped).flatten(2)
 
 
 def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ META_KEY = "balf"
 """The only key that balf_fx writes, in `node.meta` (an `Annotation`) and in `GraphModule.meta` (a `GraphRecord`)."""
 
 Measure = Literal["flops", "params"]
-Kind = Literal["linear", "conv1d", "conv2d", "conv3d"]
+Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
 
 class Reason(str, Enum):
@@ -30,7 +30,7 @@ class Reason(str, Enum):
     SUBCLASS = "a subclass whose forward may differ"
     PARAMETRIZED = "its weight is parametrized"
     HOOKED = "it carries forward or backward hooks"
-    SHARED = "its weight is used more than once"
+    SHARED = "its weight or bias is shared"
     COMPUTED = "its weight or geometry is computed in the graph"
     DTYPE = "its weight is not a real floating-point tensor"
     DEPTHWISE = "one output channel per group"
@@ -63,7 +63,8 @@ class Refusal:
 class ConvGeometry:
     """How a convolution lays its kernel on the input; one entry per spatial dimension.
 
-    `padding` is resolved to (before, after) pairs; `padding_mode` is nn.Conv's own.
+    `padding` is resolved to (before, after) pairs; `padding_mode` is nn.Conv's own; `output_padding` is None unless the
+    convolution is transposed.
     """
 
     kernel_size: tuple[int, ...]
@@ -71,6 +72,7 @@ class ConvGeometry:
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     padding_mode: str
+    output_padding: tuple[int, ...] | None = None
 
     @property
     def pointwise(self) -> bool:
@@ -87,6 +89,9 @@ class Site:
         weight, bias: dotted paths of the parameters; bias may be None.
         groups, out_features, in_features: G, O and D (per group, see the module's docstring).
         conv: the geometry of a convolution, None for a linear layer.
+        inputs_first: the weight is stored [D, O], as in x @ W, or [C_in, C_out / G, *kernel], as in transposed
+            convolutions, for which D = C_in / G * prod(kernel_size) all the same.
+        keeps_weight: something else, a tied embedding say, needs the weight too: the factors come on top of it.
     """
 
     name: str
@@ -97,6 +102,8 @@ class Site:
     out_features: int
     in_features: int
     conv: ConvGeometry | None = None
+    inputs_first: bool = False
+    keeps_weight: bool = False
 
     @property
     def side(self) -> Literal["output", "input"]:
@@ -104,6 +111,8 @@ class Site:
 
         On a tie the input wins where it needs no patches, since sites that read the same value share one observer.
         """
+        if self.conv is not None and self.conv.output_padding is not None:
+            return "output"  # an input pixel of a transposed convolution is no patch
         patches = self.conv is not None and not self.conv.pointwise
         narrow = self.in_features < self.out_features or (self.in_features == self.out_features and not patches)
         return "input" if narrow else "output"
@@ -208,7 +217,7 @@ class Annotation:
 
     Attributes:
         flops: counted on the example batch (`costs.profile`).
-        ndim: dimensions of the node's output on the example batch.
+        shape: of the node's output on the example batch.
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
         spectrum, curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
@@ -216,7 +225,7 @@ class Annotation:
     """
 
     flops: int | None = None
-    ndim: int | None = None
+    shape: tuple[int, ...] | None = None
     site: Site | None = None
     refusal: Refusal | None = None
     observer: str | None = None
@@ -265,18 +274,14 @@ def record_graph(graph_module: fx.GraphModule, **changes: Any) -> None:
     graph_module.meta[META_KEY] = dataclasses.replace(graph_record(graph_module), **changes)
 
 
-def site_nodes(graph_module: fx.GraphModule) -> list[tuple[fx.Node, Site]]:
-    """All sites in graph order."""
-    pairs = ((node, annotation(node).site) for node in graph_module.graph.nodes)
-    return [(node, site) for node, site in pairs if site is not None]
-
-
-def site_input(node: fx.Node) -> fx.Node:
-    """The node whose value a site reads."""
-    value = node.args[0] if node.args else node.kwargs["input"]
-    if not isinstance(value, fx.Node):
-        raise TypeError(f"the input of {node.name} is not a node but {value!r}")
-    return value
+def sites(graph_module: fx.GraphModule) -> dict[Site, list[fx.Node]]:
+    """All sites in graph order, each with the nodes that apply it: several where a weight is shared."""
+    found: dict[Site, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        site = annotation(node).site
+        if site is not None:
+            found.setdefault(site, []).append(node)
+    return found
 
 
 def get_tensor(module: nn.Module, path: str) -> Any:

@@ -77,30 +77,30 @@ class Allocate(Pass):
         return self.params if self.params is not None else self.flops
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        for node, site in self.require_sites(graph_module):
-            if annotation(node).curve is None:
+        for site, nodes in self.require_sites(graph_module).items():
+            if annotation(nodes[0]).curve is None:
                 raise PassError(f"Allocate: site {site.name!r} has no curve; run Score first")
         if self.flops is not None and graph_record(graph_module).flops is None:
             raise PassError("Allocate: nobody counted the graph's FLOPs; run balf_fx.costs.profile, or use params=")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        nodes = self.require_sites(graph_module)
-        sites = [site for _, site in nodes]
-        curves = [curve for node, _ in nodes if (curve := annotation(node).curve) is not None]
+        found = self.require_sites(graph_module)
+        curves = [curve for nodes in found.values() if (curve := annotation(nodes[0]).curve) is not None]
         params_now = count_parameters(graph_module)
         bound = None
         if self.ranks is not None:
-            chosen = _explicit(sites, curves, self.ranks)
+            chosen = _explicit(list(found), curves, self.ranks)
         elif self.target is None:
             chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves]
         else:
             chosen, bound = self._within_budget(graph_module, curves, self.target, params_now)
         choices = tuple(
             Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
-            for site, candidate, curve in zip(sites, chosen, curves, strict=True)
+            for site, candidate, curve in zip(found, chosen, curves, strict=True)
         )
-        for (node, _), choice in zip(nodes, choices, strict=True):
-            annotate(node, choice=choice)
+        for nodes, choice in zip(found.values(), choices, strict=True):
+            for node in nodes:
+                annotate(node, choice=choice)
         primal = sum(1.0 - choice.energy_kept for choice in choices)
         method = "ranks" if self.ranks is not None else self.method
         marks = [annotation(node) for node in graph_module.graph.nodes]

@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
-from balf_fx.sites import Site, site_nodes
+from balf_fx.sites import Site, sites
 
 
 class Pass(ABC):
@@ -37,9 +37,9 @@ class Pass(ABC):
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Raise PassError where the result breaks the pass's promise."""
 
-    def require_sites(self, graph_module: fx.GraphModule) -> list[tuple[fx.Node, Site]]:
-        """All sites of the graph, at least one."""
-        sites = site_nodes(graph_module)
-        if not sites:
+    def require_sites(self, graph_module: fx.GraphModule) -> dict[Site, list[fx.Node]]:
+        """All sites of the graph with their nodes, at least one."""
+        found = sites(graph_module)
+        if not found:
             raise PassError(f"{type(self).__name__} needs a graph with sites: run Annotate first")
-        return sites
+        return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,15 @@ from torch.nn.utils import skip_init
 
 from balf_fx.errors import PassError
 from balf_fx.linalg import corrected_bias, factors, weight_matrix
+from balf_fx.linear_maps import site_input
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias
-from balf_fx.sites import META_KEY, Site, Spectrum, annotation, get_tensor, site_input
+from balf_fx.sites import META_KEY, ConvGeometry, Site, Spectrum, annotation, get_tensor
 
-_CONVS: dict[str, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "conv3d": nn.Conv3d,
+_CONVS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
 }
 _VALUE_META = ("val", "example_value", "tensor_meta")  # describe the node's own output, which the first factor lacks
 
@@ -34,18 +36,18 @@ class Factorize(Pass):
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        for node, site in self.require_sites(graph_module):
-            if annotation(node).choice is None or annotation(node).spectrum is None:
+        for site, nodes in self.require_sites(graph_module).items():
+            if annotation(nodes[0]).choice is None or annotation(nodes[0]).spectrum is None:
                 raise PassError(f"Factorize: site {site.name!r} has no choice; run Score and Allocate first")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
-        for node, site in self.require_sites(graph_module):
-            mark = annotation(node)
+        for site, nodes in self.require_sites(graph_module).items():
+            mark = annotation(nodes[0])
             if mark.choice is None or mark.spectrum is None or mark.choice.chosen.rank is None:
                 continue
             pair = factor_modules(graph_module, site, mark.spectrum, mark.choice.chosen.rank)
-            _replace(graph_module, node, site, pair)
+            _replace(graph_module, nodes, site, pair)
             modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
@@ -54,26 +56,11 @@ class Factorize(Pass):
 def factor_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum, rank: int) -> nn.Sequential:
     """The two stock modules that stand in for a site."""
     original: Tensor = get_tensor(graph_module, site.weight)
-    weight = weight_matrix(original, site.groups)
-    left, right = factors(weight, spectrum, rank)
+    left, right = factors(weight_matrix(original, site.groups, site.inputs_first), spectrum, rank)
     bias = corrected_bias(grouped_bias(graph_module, site), spectrum, rank)
-    outputs, inputs, thin = original.shape[0], original.shape[1] * site.groups, rank * site.groups
-    options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
-    build: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
-    if site.conv is None:
-        first = build(nn.Linear, inputs, thin, bias=False, **options)
-        second = build(nn.Linear, thin, outputs, bias=bias is not None, **options)
-    else:
-        conv = _CONVS[site.kind]
-        geometry = {
-            "stride": site.conv.stride,
-            "padding": _module_padding(site),
-            "dilation": site.conv.dilation,
-            "padding_mode": site.conv.padding_mode,
-        }
-        options["groups"] = site.groups
-        first = build(conv, inputs, thin, site.conv.kernel_size, bias=False, **geometry, **options)
-        second = build(conv, thin, outputs, 1, bias=bias is not None, **options)
+    first, second = _empty_modules(site, original, rank, bias is not None)
+    if site.conv is not None and site.inputs_first:  # [G, r, C_in / G, *kernel] -> [G, C_in / G, r, *kernel]
+        right = right.reshape(*right.shape[:2], -1, math.prod(site.conv.kernel_size)).transpose(1, 2)
     _assign(first, "weight", right, original)
     _assign(second, "weight", left, original)
     if bias is not None:
@@ -81,10 +68,35 @@ def factor_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum,
     return nn.Sequential(first, second).train(graph_module.training)
 
 
-def _module_padding(site: Site) -> str | tuple[int, ...]:
+def _empty_modules(site: Site, original: Tensor, rank: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+    """The modules with parameters of the right shape, dtype and device, but of no particular value."""
+    build: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
+    options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
+    outputs, thin = site.out_features * site.groups, rank * site.groups
+    if site.conv is None:
+        first = build(nn.Linear, site.in_features, thin, bias=False, **options)
+        return first, build(nn.Linear, thin, outputs, bias=bias, **options)
+    inputs = site.in_features * site.groups // math.prod(site.conv.kernel_size)
+    transposed = site.conv.output_padding is not None
+    geometry: dict[str, Any] = {
+        "stride": site.conv.stride,
+        "padding": _module_padding(site.conv),
+        "dilation": site.conv.dilation,
+        "padding_mode": site.conv.padding_mode,
+    }
+    if transposed:
+        geometry["output_padding"] = site.conv.output_padding
+    conv, conv_transpose = _CONVS[len(site.conv.kernel_size)]
+    options["groups"] = site.groups
+    kernel_size = site.conv.kernel_size
+    first = build(conv_transpose if transposed else conv, inputs, thin, kernel_size, bias=False, **geometry, **options)
+    return first, build(conv, thin, outputs, 1, bias=bias, **options)
+
+
+def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:
     """nn.Conv's own spelling: one amount per dimension, or 'same' where the two sides differ."""
-    pairs = () if site.conv is None else site.conv.padding
-    return tuple(before for before, _ in pairs) if all(before == after for before, after in pairs) else "same"
+    even = all(before == after for before, after in conv.padding)
+    return tuple(before for before, _ in conv.padding) if even else "same"
 
 
 def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> None:
@@ -97,21 +109,33 @@ def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> No
     module.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=original.requires_grad))
 
 
-def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, pair: nn.Sequential) -> None:
+def _replace(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Sequential) -> None:
+    """Put the pair where the site's module or weight was, and two calls where each of its nodes was."""
     graph = graph_module.graph
-    for path in (site.weight, site.bias):
-        if path is not None:
-            owner, _, name = path.rpartition(".")
-            delattr(graph_module.get_submodule(owner), name)
     owner, _, name = site.name.rpartition(".")
+    graph_module.get_submodule(owner)._parameters.pop(name, None)
     setattr(graph_module.get_submodule(owner), name, pair)
-    with graph.inserting_before(node):
-        thin = graph.call_module(f"{site.name}.0", (site_input(node),))
-        wide = graph.call_module(f"{site.name}.1", (thin,))
-    for new, dropped in ((thin, _VALUE_META), (wide, ())):
-        new.meta = {key: value for key, value in node.meta.items() if key != META_KEY and key not in dropped}
-    weights = [source for source in node.all_input_nodes if source.op == "get_attr"]
-    node.replace_all_uses_with(wide)
-    graph.erase_node(node)
-    for source in weights:
-        graph.erase_node(source)
+    for node in nodes:
+        with graph.inserting_before(node):
+            thin = graph.call_module(f"{site.name}.0", (site_input(node),))
+            wide = graph.call_module(f"{site.name}.1", (thin,))
+        for new, dropped in ((thin, _VALUE_META), (wide, ())):
+            new.meta = {key: value for key, value in node.meta.items() if key != META_KEY and key not in dropped}
+        node.replace_all_uses_with(wide)
+        sources = [source for source in node.all_input_nodes if source is not site_input(node)]
+        graph.erase_node(node)
+        for source in sources:
+            _erase_unused(graph_module, source)
+
+
+def _erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Erase what fetched a parameter that nobody reads any more, transpositions included, and the parameter itself."""
+    if node.users:
+        return
+    sources = node.all_input_nodes
+    graph_module.graph.erase_node(node)
+    for source in sources:
+        _erase_unused(graph_module, source)
+    if node.op == "get_attr" and all(other.target != node.target for other in graph_module.graph.nodes):
+        owner, _, name = str(node.target).rpartition(".")
+        graph_module.get_submodule(owner)._parameters.pop(name, None)

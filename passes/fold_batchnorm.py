@@ -54,7 +54,7 @@ def _foldable(graph_module: fx.GraphModule, layer_node: fx.Node, norm_node: fx.N
     norm = graph_module.get_submodule(str(norm_node.target))
     if type(norm) is not _FOLDABLE.get(type(layer)) or norm.training or norm.running_mean is None:
         return False
-    if isinstance(layer, nn.Linear) and annotation(layer_node).ndim != 2:
+    if isinstance(layer, nn.Linear) and len(annotation(layer_node).shape or ()) != 2:
         return False
     return (
         _used_once(graph_module, layer) and _used_once(graph_module, norm) and not (is_hooked(layer) or is_hooked(norm))

@@ -9,9 +9,10 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
+from balf_fx.linear_maps import site_input
 from balf_fx.observers import CovarianceObserver
 from balf_fx.passes.base import Pass
-from balf_fx.sites import Site, annotate, annotation, site_input
+from balf_fx.sites import Site, annotate, annotation
 
 OBSERVERS = "balf_observers"
 """Path of the submodule that holds the observers of a prepared graph."""
@@ -22,7 +23,7 @@ class InsertObservers(Pass):
     """Observe each site's output or input, whichever is narrower.
 
     Sites that read the same value with the same geometry share one observer, unless something may change that value
-    in place.
+    in place; a site with several uses has one observer that sees them all.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -32,25 +33,29 @@ class InsertObservers(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         shared: dict[tuple[object, ...], str] = {}
-        for node, site in self.require_sites(graph_module):
-            key = _sharing_key(graph_module, node, site)
-            if key not in shared:
+        for site, nodes in self.require_sites(graph_module).items():
+            key = _sharing_key(graph_module, nodes, site)
+            new = key not in shared
+            if new:
                 shared[key] = f"{OBSERVERS}.{len(shared)}"
                 graph_module.add_submodule(shared[key], CovarianceObserver(site))
-                value = node if site.side == "output" else site_input(node)
-                insertion = (
-                    graph_module.graph.inserting_after if site.side == "output" else graph_module.graph.inserting_before
-                )
-                with insertion(node):
-                    graph_module.graph.call_module(shared[key], (value,))
-            annotate(node, observer=shared[key])
+            for node in nodes:
+                if new:
+                    _observe(graph_module.graph, node, site, shared[key])
+                annotate(node, observer=shared[key])
         return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        for node, site in self.require_sites(graph_module):
-            path = annotation(node).observer
+        for site, nodes in self.require_sites(graph_module).items():
+            path = annotation(nodes[0]).observer
             if path is None or not isinstance(graph_module.get_submodule(path), CovarianceObserver):
                 raise PassError(f"InsertObservers left site {site.name!r} without an observer")
+
+
+def _observe(graph: fx.Graph, node: fx.Node, site: Site, observer: str) -> None:
+    output = site.side == "output"
+    with graph.inserting_after(node) if output else graph.inserting_before(node):
+        graph.call_module(observer, (node if output else site_input(node),))
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:
@@ -61,12 +66,12 @@ def remove_observers(graph_module: fx.GraphModule) -> None:
     graph_module.delete_submodule(OBSERVERS)
 
 
-def _sharing_key(graph_module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[object, ...]:
-    if site.side == "output":
-        return (node,)
-    value = site_input(node)
+def _sharing_key(graph_module: fx.GraphModule, nodes: list[fx.Node], site: Site) -> tuple[object, ...]:
+    if site.side == "output" or len(nodes) > 1:
+        return (site,)
+    value = site_input(nodes[0])
     if any(_may_change_in_place(graph_module, user) for user in value.users):
-        return (value, node)
+        return (site,)
     pixels = site.conv if site.conv is not None and not _reads_every_pixel_once(site) else None
     return (value, site.groups, site.in_features, pixels, site.conv is None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,25 +44,29 @@ class Score(Pass):
             raise OptionError(f"factors is 'activations' or 'svd', not {self.factors!r}")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        for node, site in self.require_sites(graph_module):
+        for site, nodes in self.require_sites(graph_module).items():
             if self.factors == "activations":
-                self._moments(graph_module, node, site)
+                self._moments(graph_module, nodes[0], site)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        sites = self.require_sites(graph_module)
-        for node, site in tqdm(sites, desc="scoring", unit="site", disable=not self.progress, leave=False):
-            mark = annotation(node)
-            moments = self._moments(graph_module, node, site) if self.factors == "activations" else None
+        found = self.require_sites(graph_module)
+        for site, nodes in tqdm(found.items(), desc="scoring", unit="site", disable=not self.progress, leave=False):
+            mark = annotation(nodes[0])
+            moments = self._moments(graph_module, nodes[0], site) if self.factors == "activations" else None
             scored_with = (self.factors, self.centred, moments)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
             spectrum = self._spectrum(graph_module, site, moments)
-            curve = rank_curve(site, spectrum, mark.flops or 0)
-            annotate(node, spectrum=spectrum, curve=curve, scored_with=scored_with)
+            marks = [annotation(node) for node in nodes]
+            flops = sum(mark.flops or 0 for mark in marks)
+            elements = sum(math.prod(mark.shape or (0,)) for mark in marks)
+            curve = rank_curve(site, spectrum, flops, elements)
+            for node in nodes:
+                annotate(node, spectrum=spectrum, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
 
     def _spectrum(self, graph_module: fx.GraphModule, site: Site, moments: Moments | None) -> Spectrum:
-        weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups)
+        weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
         if moments is None:
             return spectrum_from_weight(weight)
         if site.side == "input":

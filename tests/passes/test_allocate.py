@@ -9,7 +9,7 @@ from torch import fx, nn
 import balf_fx
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.passes import Allocate, Annotate, Score
-from balf_fx.sites import annotation, graph_record, site_nodes
+from balf_fx.sites import annotation, graph_record, sites
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_budget_is_kept_and_used_up(scored, target, measure, method):
     assert spent <= target * total
     steps = [
         candidate.cost(measure) - choice.chosen.cost(measure)
-        for choice, (node, _) in zip(allocation.choices, site_nodes(scored), strict=True)
+        for choice, (node, *_) in zip(allocation.choices, sites(scored).values(), strict=True)
         for candidate in annotation(node).curve.candidates
         if choice.chosen.cost(measure) < candidate.cost(measure) <= choice.dense.cost(measure)
     ]
@@ -85,7 +85,7 @@ def test_uniform_keeps_nearly_the_same_share_of_each_site(scored):
 def test_an_energy_threshold_takes_the_smallest_rank_that_keeps_it(scored):
     allocation = allocate(scored, method="energy", energy=0.9)
     assert allocation.target is None
-    for choice, (node, _) in zip(allocation.choices, site_nodes(scored), strict=True):
+    for choice, (node, *_) in zip(allocation.choices, sites(scored).values(), strict=True):
         assert choice.energy_kept >= 0.9
         smaller = [c for c in annotation(node).curve.candidates[:-1] if c.flops < choice.chosen.flops]
         assert all(1 - c.distortion / annotation(node).curve.energy < 0.9 for c in smaller)

@@ -6,7 +6,7 @@ import balf_fx
 from balf_fx.capture import capture
 from balf_fx.errors import NotCalibratedError, PassError
 from balf_fx.passes import Annotate, InsertObservers, Score
-from balf_fx.sites import annotation, site_nodes
+from balf_fx.sites import annotation, sites
 
 
 def prepared(model: nn.Module, x: torch.Tensor, run: bool = True) -> fx.GraphModule:
@@ -18,7 +18,7 @@ def prepared(model: nn.Module, x: torch.Tensor, run: bool = True) -> fx.GraphMod
 
 def curves(graph_module: fx.GraphModule, **options):
     Score(**options)(graph_module)
-    return {site.name: annotation(node).curve for node, site in site_nodes(graph_module)}
+    return {site.name: annotation(node).curve for site, (node, *_) in sites(graph_module).items()}
 
 
 def test_energies_are_the_mean_squared_output():
