@@ -12,7 +12,9 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from balf_fx.batches import Forward, forward_for, iterate, run_batch
-from balf_fx.capture import capture, cuda_devices
+from balf_fx.capture import Method as CaptureMethod
+from balf_fx.capture import capture as capture_graph
+from balf_fx.capture import cuda_devices
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError
 from balf_fx.passes import Allocate, Annotate, Factorize, FoldBatchNorm, InsertObservers, Score
 from balf_fx.passes.allocate import Method
@@ -35,6 +37,8 @@ def compile(
     fold_batchnorm: bool = True,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    strict: bool = True,
+    capture: CaptureMethod = "auto",
     forward: Forward | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -57,6 +61,8 @@ def compile(
         centred: move the mean of what is dropped into the bias.
         fold_batchnorm: fold BatchNorm into the layer before it first.
         include, exclude: glob patterns of site names.
+        strict: a budget below what is reachable is an error; False takes the closest reachable model instead.
+        capture: "symbolic_trace", "export", or "auto", which tries them in this order (`balf_fx.capture`).
         forward: `forward(model, batch)`, called in place of the rules for batches.
         progress: show progress bars on stderr.
 
@@ -67,7 +73,7 @@ def compile(
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.
     """
-    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, progress)
+    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, strict, progress)
     forward = forward or forward_for(model)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
         # 1. The first batch tells how the model is called and what it costs.
@@ -77,7 +83,13 @@ def compile(
             raise CalibrationError("there are no calibration batches: pass at least one, or a fresh iterator")
         # 2. Capture the graph, fold BatchNorm, find the sites and put observers beside them.
         prepared = prepare(
-            model, first, forward=forward, fold_batchnorm=fold_batchnorm, include=include, exclude=exclude
+            model,
+            first,
+            fold_batchnorm=fold_batchnorm,
+            include=include,
+            exclude=exclude,
+            capture=capture,
+            forward=forward,
         )
         # 3. Calibrate: let the batches flow through.
         if factors == "activations":
@@ -93,19 +105,20 @@ def prepare(
     fold_batchnorm: bool = True,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    capture: CaptureMethod = "auto",
     forward: Forward | None = None,
 ) -> fx.GraphModule:
     """A graph with observers beside its sites: calling it, as the model is called, calibrates.
 
     Args:
-        model, fold_batchnorm, include, exclude, forward: as in `compile`.
+        model, fold_batchnorm, include, exclude, capture, forward: as in `compile`.
         example: one batch; it is run, but not counted as calibration.
 
     Raises:
         NoSiteError: nothing in the model can be factorized.
     """
     with torch.inference_mode(False), torch.no_grad():
-        graph_module = capture(model, example, forward)
+        graph_module = capture_graph(model, example, forward, capture)
         if fold_batchnorm:
             FoldBatchNorm()(graph_module)
         Annotate(include, exclude)(graph_module)
@@ -139,6 +152,7 @@ def convert(
     allocation: Method | Mapping[str, int | None] = "budget",
     energy: float | None = None,
     centred: bool = True,
+    strict: bool = True,
     progress: bool = True,
 ) -> fx.GraphModule:
     """Compress a calibrated graph; it stays as it is, for other budgets or more calibration.
@@ -151,7 +165,7 @@ def convert(
         NotCalibratedError: the graph holds no observers, or they have seen nothing.
         BudgetError: the budget cannot be reached; names the smallest that can.
     """
-    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, progress)
+    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, strict, progress)
     with torch.inference_mode(False), torch.no_grad():
         return _convert(prepared, score, allocate)
 
@@ -163,13 +177,14 @@ def _convert_passes(
     allocation: Method | Mapping[str, int | None],
     energy: float | None,
     centred: bool,
+    strict: bool,
     progress: bool,
 ) -> tuple[Score, Allocate]:
     """The passes that these options mean; checks them before any work is done."""
     if isinstance(allocation, Mapping):
-        allocate = Allocate(flops, params, energy=energy, ranks=allocation)
+        allocate = Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
     else:
-        allocate = Allocate(flops, params, method=allocation, energy=energy)
+        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict)
     return Score(factors, centred, progress), allocate
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
-import traceback
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,18 +18,25 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.batches import MODEL_ERRORS, Forward, forward_for, run_batch
 from balf_fx.costs import profile
-from balf_fx.errors import CalibrationError, CaptureError, TrainingModeError
-from balf_fx.sites import count_parameters, record_graph
+from balf_fx.errors import CalibrationError, CaptureError, ModelError, OptionError, TrainingModeError
+from balf_fx.exported import export
+from balf_fx.linear_maps import read_site
+from balf_fx.passes import DecomposeAttention
+from balf_fx.sites import Reason, Refusal, Site, annotation, count_parameters, get_tensor, record_graph
+from balf_fx.symbolic import trace
 
-_OWN_PATHS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+Method = Literal["auto", "symbolic_trace", "export"]
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a module, by parameter name, and what came out of it."""
+    """One call of a model: its arguments by parameter name, how many of them positional, and what came out."""
 
     supplied: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    positional: int
     output: Any
 
     def value(self, name: str) -> Any:
@@ -39,8 +44,8 @@ class Call:
         return self.supplied[name] if name in self.supplied else self.defaults[name]
 
 
-def capture(model: nn.Module, example: Any, forward: Forward | None = None) -> fx.GraphModule:
-    """Trace a copy of the model symbolically, check it on the example batch and count its FLOPs.
+def capture(model: nn.Module, example: Any, forward: Forward | None = None, method: Method = "auto") -> fx.GraphModule:
+    """Turn a copy of the model into a graph, check it on the example batch and count its FLOPs.
 
     Arguments that the example does not supply, or supplies with something other than tensors, keep that value in the
     graph, guarded by an assertion.
@@ -49,29 +54,101 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None) -> f
         model: any module in evaluation mode; never touched.
         example: one batch, see `batches`.
         forward: `forward(model, batch)`, in place of the rules in `batches`.
+        method: "symbolic_trace", "export", or "auto": symbolic tracing first, torch.export where that fails or leaves
+            weights inside of calls that it cannot look into.
 
     Raises:
+        ModelError: weights are missing or quantized.
         CalibrationError: the model cannot run the example.
         TrainingModeError: a layer such as BatchNorm or Dropout is in training mode.
-        CaptureError: the model cannot be traced, or its graph computes something else.
+        CaptureError: the model cannot be captured, or its graph computes something else.
     """
+    if method not in ("auto", "symbolic_trace", "export"):
+        raise OptionError(f"capture is 'auto', 'symbolic_trace' or 'export', not {method!r}")
+    check_weights(model)
     check_evaluation_mode(model)
-    forward = forward or forward_for(model)
-    subject = copy.deepcopy(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        call = record_call(subject, example, forward)
-    _restore_buffers(subject, model)
-    graph_module = _trace(subject, call)
+        call = record_call(copy.deepcopy(model), example, forward or forward_for(model))
+    if method != "auto":
+        return _captured(model, call, method)
+    try:
+        traced = _captured(model, call, "symbolic_trace")
+    except CaptureError as not_traced:
+        try:
+            return _captured(model, call, "export")
+        except CaptureError as not_exported:
+            raise CaptureError(
+                f"{not_traced}\n{not_exported}\nUse torch.compile(model, backend='balf') for a model that runs only "
+                "piece by piece"
+            ) from not_exported
+    if not _has_opaque_weights(traced):
+        return traced
+    try:
+        exported = _captured(model, call, "export")
+    except CaptureError as error:
+        _LOGGER.info("weights stay inside of calls that tracing cannot look into: %s", error)
+        return traced
+    return max((traced, exported), key=_flops_in_sites)
+
+
+def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
+    """One way of capture, checked and profiled."""
+    subject = copy.deepcopy(model)
+    if method == "symbolic_trace":
+        constants = {name: value for name, value in call.supplied.items() if not _holds_tensor(value)}
+        graph_module = trace(subject, {**constants, **call.defaults})
+    else:
+        names = list(call.supplied)[: call.positional]
+        keywords = {name: value for name, value in call.supplied.items() if name not in names}
+        graph_module = export(subject, [call.supplied[name] for name in names], keywords, names)
     _restore_buffers(graph_module, model)
     _check_functional_training(graph_module)
     if not model.training:
         graph_module.eval()
+    DecomposeAttention()(graph_module)
+    inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        output = profile(graph_module, [call.value(str(p.target)) for p in _placeholders(graph_module)])
+        output = _profiled(graph_module, inputs)
     _restore_buffers(graph_module, model)
     _check_same_output(call.output, output)
-    record_graph(graph_module, params=count_parameters(model))
+    graph_module.graph.lint()
+    record_graph(graph_module, params=count_parameters(model), captured=method)
     return graph_module
+
+
+def _profiled(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+    try:
+        return profile(graph_module, inputs)
+    except MODEL_ERRORS as error:
+        raise CaptureError(f"the captured graph cannot run the example batch: {error}") from error
+
+
+def _has_opaque_weights(graph_module: fx.GraphModule) -> bool:
+    """Whether matrices hide inside of modules or functions that the graph calls as a whole."""
+    for node in graph_module.graph.nodes:
+        mark = read_site(graph_module, node)
+        if isinstance(mark, Refusal) and mark.reason is Reason.NOT_LINEAR and _is_opaque(graph_module, node):
+            return True
+    return False
+
+
+def _is_opaque(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        held: Iterable[Any] = module.parameters()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return False
+    else:
+        if str(getattr(node.target, "__module__", "torch")).partition(".")[0] in ("torch", "_operator", "math"):
+            return False
+        attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        held = [get_tensor(graph_module, str(source.target)) for source in attributes]
+    return any(isinstance(tensor, Tensor) and tensor.dim() >= 2 for tensor in held)
+
+
+def _flops_in_sites(graph_module: fx.GraphModule) -> int:
+    nodes = graph_module.graph.nodes
+    return sum(annotation(node).flops or 0 for node in nodes if isinstance(read_site(graph_module, node), Site))
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
@@ -82,83 +159,50 @@ def cuda_devices(model: nn.Module) -> list[int]:
 
 def record_call(model: nn.Module, batch: Any, forward: Forward) -> Call:
     """Run one batch and note how `forward` called the model."""
-    recorded: list[tuple[inspect.BoundArguments, Any]] = []
+    calls: list[Call] = []
     signature = inspect.signature(model.forward)
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        recorded.append((signature.bind(*args, **kwargs), output))
+        bound = signature.bind(*args, **kwargs)
+        supplied = dict(bound.arguments)
+        bound.apply_defaults()
+        defaults = {name: value for name, value in bound.arguments.items() if name not in supplied}
+        calls.append(Call(supplied, defaults, len(args), output))
 
     handle = model.register_forward_hook(note, with_kwargs=True)
     try:
         run_batch(model, batch, forward, index=0)
     finally:
         handle.remove()
-    if not recorded:
+    if not calls:
         raise CalibrationError("forward(model, batch) did not call the model it was given")
-    bound, output = recorded[0]
-    supplied = dict(bound.arguments)
-    bound.apply_defaults()
-    defaults = {name: value for name, value in bound.arguments.items() if name not in supplied}
-    return Call(supplied, defaults, output)
-
-
-class _Tracer(fx.Tracer):
-    """Symbolic tracing in which some arguments of forward keep a constant value."""
-
-    def __init__(self, constants: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.constants = constants
-
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
-    ) -> tuple[Any, list[Any]]:
-        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return function, [self._specialise(argument) for argument in arguments]
-
-    def _specialise(self, argument: Any) -> Any:
-        name = str(argument.node.target).lstrip("*") if isinstance(argument, fx.Proxy) else ""
-        if name not in self.constants:
-            return argument
-        constant = self.constants[name]
-        if argument.node.target != name:  # *args or **kwargs that the example left empty: no such input
-            self.graph.erase_node(argument.node)
-        elif constant is None or isinstance(constant, bool | int | float | str):
-            compare = operator.is_ if constant is None else operator.eq
-            same = self.create_proxy("call_function", compare, (argument, constant), {})
-            message = f"{name!r} was {constant!r} when the graph was captured and cannot be anything else"
-            self.create_proxy("call_function", torch._assert, (same, message), {})
-        return constant
-
-
-def _trace(model: nn.Module, call: Call) -> fx.GraphModule:
-    constants = {name: value for name, value in call.supplied.items() if not _holds_tensor(value)}
-    tracer = _Tracer({**constants, **call.defaults})
-    try:
-        graph = tracer.trace(model)
-    except MODEL_ERRORS as error:  # TraceError is a ValueError
-        raise CaptureError(
-            f"{type(model).__name__} cannot be traced symbolically: {_user_line(error)}{error}. Data-dependent control "
-            "flow must leave the traced module, for instance into a module of its own wrapped with torch.fx.wrap"
-        ) from error
-    plain = fx.Graph()  # one that does not name our tracer, so that unpickling the result does not need balf_fx
-    plain.output(plain.graph_copy(graph, {}))
-    graph_module = fx.GraphModule(tracer.root, plain, type(model).__name__)
-    graph_module.graph.lint()
-    return graph_module
+    return calls[0]
 
 
 def _holds_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the user's own code in a traceback, as "file:line: `source`: "."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_OWN_PATHS, "<"))]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`: " if frames else ""
+def check_weights(model: nn.Module) -> None:
+    """Refuse models whose weights are not there, or no longer what they stand for.
 
-
-def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return graph_module.graph.find_nodes(op="placeholder")
+    Raises:
+        ModelError: names the first module concerned.
+    """
+    for name, module in model.named_modules():
+        label = f"{name or 'the model'} ({type(module).__name__})"
+        if type(module).__module__.startswith(_QUANTIZED):
+            raise ModelError(f"{label} is quantized: compress the float model first, then quantize the result")
+        for parameter in module.parameters(recurse=False):
+            if nn.parameter.is_lazy(parameter):
+                raise ModelError(f"{label} is lazy and has no weights yet: run one batch through the model first")
+            if parameter.device.type == "meta":
+                raise ModelError(f"{label} lies on the meta device: load its weights first")
+            if type(parameter.data) is not Tensor:
+                raise ModelError(
+                    f"{label} holds a {type(parameter.data).__name__} in place of a plain tensor, as quantization "
+                    "leaves it: compress the float model first, then quantize the result"
+                )
 
 
 def check_evaluation_mode(model: nn.Module) -> None:

@@ -28,6 +28,10 @@ class NotCalibratedError(BalfError, RuntimeError):
     """Observers are there but have seen no batch."""
 
 
+class ModelError(BalfError, ValueError):
+    """The model is not ready to be compressed: its weights are missing, or quantized already."""
+
+
 class CaptureError(BalfError, RuntimeError):
     """The model cannot be turned into an FX graph that computes the same."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,22 @@ class _Constant:
 
 def read_site(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
     """The node's site, or why it is none; None where it has no parameters."""
+    layer = read_layer(graph_module, node)
+    if not isinstance(layer, Site):
+        return layer
+    dtype = get_tensor(graph_module, layer.weight).dtype
+    if dtype not in _DTYPES:
+        return Refusal(layer.name, layer.kind, Reason.DTYPE, str(dtype).removeprefix("torch."))
+    if layer.break_even < 1:
+        reason = Reason.TOO_SMALL
+        if layer.groups > 1 and 1 in (layer.out_features, layer.in_features):
+            reason = Reason.DEPTHWISE if layer.out_features == 1 else Reason.SINGLE_INPUT
+        return Refusal(layer.name, layer.kind, reason, f"O x D x groups = {layer.shape}")
+    return layer
+
+
+def read_layer(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
+    """As `read_site`, but also for layers that are no sites because no rank would help."""
     if node.op == "call_module":
         return _read_module(graph_module, node)
     if node.op in ("call_function", "call_method"):
@@ -110,7 +127,7 @@ def _read_module(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal 
         return Refusal(name, kind, Reason.COMPUTED)
     bias = None if module._parameters["bias"] is None else f"{name}.bias"
     if kind == "linear":
-        return _checked(graph_module, name, kind, f"{name}.weight", bias)
+        return _layer(graph_module, name, kind, f"{name}.weight", bias)
     transposed = kind.startswith("conv_transpose")
     conv = ConvGeometry(
         kernel_size=module.kernel_size,
@@ -120,7 +137,7 @@ def _read_module(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal 
         padding_mode=module.padding_mode,
         output_padding=module.output_padding if transposed else None,
     )
-    return _checked(graph_module, name, kind, f"{name}.weight", bias, module.groups, conv, inputs_first=transposed)
+    return _layer(graph_module, name, kind, f"{name}.weight", bias, module.groups, conv, inputs_first=transposed)
 
 
 def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
@@ -145,14 +162,69 @@ def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | 
         if weight.dim() != 2 or (bias is not None and get_tensor(graph_module, bias.path).dim() != 1):
             return Refusal(name, function, Reason.NOT_LINEAR, "weight or bias of another rank")
         inputs_first = bool(arguments["inputs_first"]) != constant.transposed
-        return _checked(graph_module, None, kind, constant.path, bias_path, inputs_first=inputs_first)
+        return _layer(graph_module, None, kind, constant.path, bias_path, inputs_first=inputs_first)
     settings = {key: arguments.get(key) for key in ("stride", "padding", "dilation", "output_padding", "groups")}
     if constant.transposed or any(isinstance(item, fx.Node) for item in _flat(settings.values())):
         return Refusal(name, function, Reason.COMPUTED)
     conv = _geometry(tuple(weight.shape[2:]), kind, settings)
     groups = settings["groups"] or 1
     transposed = kind.startswith("conv_transpose")
-    return _checked(graph_module, None, kind, constant.path, bias_path, groups, conv, inputs_first=transposed)
+    return _layer(graph_module, None, kind, constant.path, bias_path, groups, conv, inputs_first=transposed)
+
+
+def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) -> None:
+    """Give a layer that has none a bias: as its module's, or as a new parameter that the call fetches."""
+    if node.op == "call_module":
+        graph_module.get_submodule(str(node.target)).register_parameter("bias", bias)
+        return
+    layer = read_layer(graph_module, node)
+    if not isinstance(layer, Site):
+        raise TypeError(f"{node.name} is not a layer")
+    owner, _, name = layer.weight.rpartition(".")
+    module = graph_module.get_submodule(owner)
+    free = "bias" if name == "weight" and not hasattr(module, "bias") else f"{name}_bias"
+    module.register_parameter(free, bias)
+    with graph_module.graph.inserting_before(node):
+        fetched = graph_module.graph.get_attr(f"{owner}.{free}" if owner else free)
+    position = _CALLS[node.target][1].index("bias")
+    if position < len(node.args):
+        node.update_arg(position, fetched)
+    else:
+        node.update_kwarg("bias", fetched)
+
+
+def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Erase a node that nobody reads, and with it what only fetched a tensor for it, and that tensor."""
+    if node.users:
+        return
+    sources = [source for source in node.all_input_nodes if source.op == "get_attr" or is_transposition(source)]
+    graph_module.graph.erase_node(node)
+    for source in sources:
+        erase_unused(graph_module, source)
+    if node.op == "get_attr" and all(other.target != node.target for other in graph_module.graph.nodes):
+        owner, _, name = str(node.target).rpartition(".")
+        module = graph_module.get_submodule(owner)
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+
+
+def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
+    """The nodes that read each parameter, by identity, seen through nodes that only transpose it."""
+    users: dict[int, set[fx.Node]] = defaultdict(set)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            for parameter in graph_module.get_submodule(node.target).parameters():
+                users[id(parameter)].add(node)
+        elif node.op == "get_attr":
+            users[id(get_tensor(graph_module, node.target))] |= _readers(node)
+    return users
+
+
+def _readers(source: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for user in source.users:
+        found |= _readers(user) if is_transposition(user) else {user}
+    return found
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:
@@ -204,7 +276,7 @@ def _constant(graph_module: fx.GraphModule, value: Any) -> _Constant | None:
     return _Constant(path, transposed) if isinstance(get_tensor(graph_module, path), nn.Parameter) else None
 
 
-def _checked(
+def _layer(
     graph_module: fx.GraphModule,
     name: str | None,
     kind: Kind,
@@ -213,23 +285,14 @@ def _checked(
     groups: int = 1,
     conv: ConvGeometry | None = None,
     inputs_first: bool = False,
-) -> Site | Refusal:
-    """The site, unless its weight or its shape speaks against it."""
+) -> Site:
     weight: Tensor = get_tensor(graph_module, weight_path)
-    name = name or _site_path(graph_module, weight_path)
-    if weight.dtype not in _DTYPES:
-        return Refusal(name, kind, Reason.DTYPE, str(weight.dtype).removeprefix("torch."))
     if inputs_first:
         outputs, inputs = weight.shape[1], weight.shape[0] // groups * math.prod(weight.shape[2:])
     else:
         outputs, inputs = weight.shape[0] // groups, math.prod(weight.shape[1:])
-    site = Site(name, kind, weight_path, bias_path, groups, outputs, inputs, conv, inputs_first)
-    if site.break_even < 1:
-        reason = Reason.TOO_SMALL
-        if groups > 1 and 1 in (outputs, inputs):
-            reason = Reason.DEPTHWISE if outputs == 1 else Reason.SINGLE_INPUT
-        return Refusal(name, kind, reason, f"O x D x groups = {site.shape}")
-    return site
+    name = name or _site_path(graph_module, weight_path)
+    return Site(name, kind, weight_path, bias_path, groups, outputs, inputs, conv, inputs_first)
 
 
 def _site_path(graph_module: fx.GraphModule, weight_path: str) -> str:

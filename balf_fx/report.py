@@ -51,6 +51,9 @@ class Report:
     Attributes:
         method, measure, target: how the budget was given; target is None for explicit ranks and energy thresholds.
         flops_before, flops_after: of the whole model on the example batch; None where they were never counted.
+        captured: how the graph came about, "symbolic_trace" or "export".
+        flops_in_sites: the share of the original FLOPs that lies in sites.
+        flops_refused: the share in layers that are no sites, by reason; the rest is not parametric.
         primal, bound, gap: the allocator's objective, what no allocation can undercut, and their difference.
     """
 
@@ -63,6 +66,9 @@ class Report:
     flops_after: int | None
     params_before: int
     params_after: int
+    captured: str
+    flops_in_sites: float
+    flops_refused: dict[str, float]
     primal: float
     bound: float | None
     gap: float | None
@@ -112,6 +118,8 @@ class Report:
         lines = []
         if self.flops_before is not None and self.flops_after is not None:
             lines.append(f"FLOPs   {self.flops_before:,} -> {self.flops_after:,} ({self.flops_kept:.2%} kept)")
+            refused = "".join(f", {share:.1%} {why}" for why, share in self.flops_refused.items() if share >= 5e-4)
+            lines.append(f"        {self.flops_in_sites:.1%} in sites{refused}, the rest not parametric")
         lines.append(f"params  {self.params_before:,} -> {self.params_after:,} ({self.params_kept:.2%} kept)")
         asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"
         bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"
@@ -139,6 +147,10 @@ def report(graph_module: nn.Module) -> Report:
 
 def _summary(record: GraphRecord, allocation: Allocation) -> Report:
     saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices)
+    total = record.flops or 1
+    refused: dict[str, float] = {}
+    for refusal, flops in record.refusals:
+        refused[refusal.reason.value] = refused.get(refusal.reason.value, 0.0) + (flops or 0) / total
     return Report(
         sites=tuple(_site_row(choice) for choice in allocation.choices),
         refused=tuple(RefusedRow(r.name, r.kind, str(r), flops) for r, flops in record.refusals),
@@ -149,6 +161,9 @@ def _summary(record: GraphRecord, allocation: Allocation) -> Report:
         flops_after=None if record.flops is None else record.flops - saved,
         params_before=record.params or 0,
         params_after=record.params_after or 0,
+        captured=record.captured,
+        flops_in_sites=sum(choice.dense.flops for choice in allocation.choices) / total,
+        flops_refused=refused,
         primal=allocation.primal,
         bound=allocation.bound,
         gap=allocation.gap,

@@ -241,6 +241,7 @@ class GraphRecord:
 
     Attributes:
         flops, params: of the model as the user gave it, before any pass; None where nobody counted.
+        captured: how the graph came about, "symbolic_trace" or "export".
         allocation, refusals: by Allocate, kept for the report.
         params_after: parameters of the compressed graph, by Allocate.
     """
@@ -248,6 +249,7 @@ class GraphRecord:
     flops: int | None = None
     params: int | None = None
     params_after: int | None = None
+    captured: str = "elsewhere"
     allocation: Allocation | None = None
     refusals: tuple[tuple[Refusal, int | None], ...] = ()
 

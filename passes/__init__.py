@@ -10,9 +10,19 @@ if __name__ != "balf_fx.passes":  # a second copy of every class under another n
 from balf_fx.passes.allocate import Allocate
 from balf_fx.passes.annotate import Annotate
 from balf_fx.passes.base import Pass
+from balf_fx.passes.decompose_attention import DecomposeAttention
 from balf_fx.passes.factorize import Factorize
 from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.observe import InsertObservers
 from balf_fx.passes.score import Score
 
-__all__ = ["Allocate", "Annotate", "Factorize", "FoldBatchNorm", "InsertObservers", "Pass", "Score"]
+__all__ = [
+    "Allocate",
+    "Annotate",
+    "DecomposeAttention",
+    "Factorize",
+    "FoldBatchNorm",
+    "InsertObservers",
+    "Pass",
+    "Score",
+]

@@ -40,6 +40,7 @@ class Allocate(Pass):
             dual and exact spend (`knapsack`); "uniform" keeps the same share of every site's cost; "energy" keeps the
             same share of every site's energy.
         energy: with method="energy" and no budget, the share of energy to keep, in (0, 1].
+        strict: a budget below what is reachable is an error; False takes the closest reachable choice instead.
         ranks: {site name: rank}, None for dense; sites that are not named stay dense. Excludes all of the above.
     """
 
@@ -48,6 +49,7 @@ class Allocate(Pass):
     method: Method = "budget"
     energy: float | None = None
     ranks: Mapping[str, int | None] | None = None
+    strict: bool = True
 
     def __post_init__(self) -> None:
         given = {
@@ -124,13 +126,15 @@ class Allocate(Pass):
         options = [_cheaper_than_dense(curve, self.measure) for curve in curves]
         costs = [[candidate.cost(self.measure) for candidate in row] for row in options]
         budget = math.floor(target * total) - fixed
-        if minimum_cost(costs) > budget:
+        if minimum_cost(costs) > budget and self.strict:
             minimum = math.ceil((minimum_cost(costs) + fixed) / total * 1e4) / 1e4
             raise BudgetError(
                 f"{self.measure}={target} is out of reach: with every site at rank 1 the model keeps {minimum:.4f} of "
-                f"them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more",
+                f"them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more, or pass "
+                "strict=False to get the closest reachable model",
                 minimum,
             )
+        budget = max(budget, minimum_cost(costs))
         if sum(row[-1] for row in costs) <= budget:
             return [curve.dense for curve in curves], 0.0 if self.method == "budget" else None
         lost = [[curve.normalised(c.distortion) for c in row] for curve, row in zip(curves, options, strict=True)]

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError, UnknownSiteError
-from balf_fx.linear_maps import is_transposition, read_site
+from balf_fx.linear_maps import parameter_users, read_site
 from balf_fx.passes.base import Pass
 from balf_fx.sites import Reason, Refusal, Site, annotate, get_tensor, sites
 
@@ -70,7 +70,7 @@ class Annotate(Pass):
 
 def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
     """Give nodes with the same weight one site, the first one's, or refuse them where they use it in different ways."""
-    users = _tensor_users(graph_module)
+    users = parameter_users(graph_module)
     by_weight: dict[int, list[fx.Node]] = defaultdict(list)
     for node, mark in marks.items():
         if isinstance(mark, Site):
@@ -97,22 +97,3 @@ def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
 def _way_of_use(graph_module: fx.GraphModule, site: Site) -> tuple[object, ...]:
     bias = None if site.bias is None else id(get_tensor(graph_module, site.bias))
     return (site.kind, bias, site.groups, site.conv, site.inputs_first)
-
-
-def _tensor_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
-    """The nodes that read each parameter, by identity, seen through nodes that only transpose it."""
-    users: dict[int, set[fx.Node]] = defaultdict(set)
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            for parameter in graph_module.get_submodule(node.target).parameters():
-                users[id(parameter)].add(node)
-        elif node.op == "get_attr":
-            users[id(get_tensor(graph_module, node.target))] |= _readers(graph_module, node)
-    return users
-
-
-def _readers(graph_module: fx.GraphModule, source: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    for user in source.users:
-        found |= _readers(graph_module, user) if is_transposition(user) else {user}
-    return found

@@ -14,7 +14,7 @@ from torch.nn.utils import skip_init
 
 from balf_fx.errors import PassError
 from balf_fx.linalg import corrected_bias, factors, weight_matrix
-from balf_fx.linear_maps import site_input
+from balf_fx.linear_maps import erase_unused, site_input
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias
 from balf_fx.sites import META_KEY, ConvGeometry, Site, Spectrum, annotation, get_tensor
@@ -125,17 +125,4 @@ def _replace(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site,
         sources = [source for source in node.all_input_nodes if source is not site_input(node)]
         graph.erase_node(node)
         for source in sources:
-            _erase_unused(graph_module, source)
-
-
-def _erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Erase what fetched a parameter that nobody reads any more, transpositions included, and the parameter itself."""
-    if node.users:
-        return
-    sources = node.all_input_nodes
-    graph_module.graph.erase_node(node)
-    for source in sources:
-        _erase_unused(graph_module, source)
-    if node.op == "get_attr" and all(other.target != node.target for other in graph_module.graph.nodes):
-        owner, _, name = str(node.target).rpartition(".")
-        graph_module.get_submodule(owner)._parameters.pop(name, None)
+            erase_unused(graph_module, source)

@@ -2,88 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn import functional as F
 
+from balf_fx.linear_maps import erase_unused, parameter_users, read_layer, set_bias
 from balf_fx.passes.base import Pass
-from balf_fx.sites import annotation, is_hooked
+from balf_fx.sites import Site, annotation, get_tensor, is_hooked
 
-Fuse = Callable[..., tuple[Tensor, Tensor]]
-
-_FOLDABLE = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-    nn.Linear: nn.BatchNorm1d,
+_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CALLS = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.ops.aten.batch_norm.default: (
+        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+        "cudnn_enabled",
+    ),
 }
 
 
 @dataclass(frozen=True)
-class FoldBatchNorm(Pass):
-    """Replace conv-BatchNorm and linear-BatchNorm pairs by one layer.
+class _Norm:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, all of length C; weight and bias may be None."""
 
-    A pair is folded where the BatchNorm uses running statistics, nothing else reads the layer's output, and both
-    modules and their parameters have no other use. Linear-BatchNorm pairs need the output's dimensions, which
-    `capture` records, since BatchNorm1d normalises another axis of a three-dimensional input.
+    source: fx.Node
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Replace layer-BatchNorm pairs by one layer.
+
+    A pair is folded where the BatchNorm uses running statistics, nothing else reads the layer's output, and nothing
+    else its parameters. Linear-BatchNorm pairs need the output's shape, which `capture` records, since BatchNorm1d
+    normalises another axis of a three-dimensional input.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
-        for node in graph_module.graph.find_nodes(op="call_module"):
-            layer_node = node.args[0] if node.args else None
-            if isinstance(layer_node, fx.Node) and _foldable(graph_module, layer_node, node):
-                layer = graph_module.get_submodule(str(layer_node.target))
-                _fold(layer, graph_module.get_submodule(str(node.target)))
-                node.replace_all_uses_with(layer_node)
-                graph_module.graph.erase_node(node)
+        for node in list(graph_module.graph.nodes):
+            norm = _read_norm(graph_module, node)
+            layer = None if norm is None else _foldable_layer(graph_module, norm)
+            if norm is not None and layer is not None:
+                _fold(graph_module, layer, norm)
+                node.replace_all_uses_with(norm.source)
+                erase_unused(graph_module, node)
                 modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
 
 
-def _foldable(graph_module: fx.GraphModule, layer_node: fx.Node, norm_node: fx.Node) -> bool:
-    if layer_node.op != "call_module" or len(layer_node.users) != 1:
-        return False
-    layer = graph_module.get_submodule(str(layer_node.target))
-    norm = graph_module.get_submodule(str(norm_node.target))
-    if type(norm) is not _FOLDABLE.get(type(layer)) or norm.training or norm.running_mean is None:
-        return False
-    if isinstance(layer, nn.Linear) and len(annotation(layer_node).shape or ()) != 2:
-        return False
-    return (
-        _used_once(graph_module, layer) and _used_once(graph_module, norm) and not (is_hooked(layer) or is_hooked(norm))
-    )
+def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> _Norm | None:
+    """The node as a BatchNorm with running statistics, or None."""
+    if node.op == "call_module":
+        module: Any = graph_module.get_submodule(str(node.target))
+        source = node.args[0] if node.args else None
+        if type(module) not in _MODULES or module.training or module.running_mean is None or is_hooked(module):
+            return None
+        if not isinstance(source, fx.Node):
+            return None
+        return _Norm(source, module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+    if node.op != "call_function" or node.target not in _CALLS:
+        return None
+    names = _CALLS[node.target]
+    bound: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    tensors = [bound.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
+    constant = all(value is None or (isinstance(value, fx.Node) and value.op == "get_attr") for value in tensors)
+    if not constant or tensors[0] is None or tensors[1] is None or bound.get("training"):
+        return None
+    found: list[Any] = [None if value is None else get_tensor(graph_module, str(value.target)) for value in tensors]
+    mean, variance, weight, bias = found
+    return _Norm(bound["input"], mean, variance, weight, bias, float(bound.get("eps", 1e-5)))
 
 
-def _used_once(graph_module: fx.GraphModule, module: nn.Module) -> bool:
-    """Whether one node calls the module and no other module or node holds its parameters."""
-    calls = [
-        node
-        for node in graph_module.graph.find_nodes(op="call_module")
-        if graph_module.get_submodule(str(node.target)) is module
-    ]
-    own = {id(parameter) for parameter in module.parameters()}
-    elsewhere = (
-        parameter
-        for other in graph_module.modules()
-        if other is not module
-        for parameter in other.parameters(recurse=False)
-    )
-    return len(calls) == 1 and not any(id(parameter) in own for parameter in elsewhere)
+def _foldable_layer(graph_module: fx.GraphModule, norm: _Norm) -> Site | None:
+    """The layer before a BatchNorm, where folding changes nothing else."""
+    layer = read_layer(graph_module, norm.source)
+    if not isinstance(layer, Site) or len(norm.source.users) != 1:
+        return None
+    dimensions = 2 if layer.conv is None else len(layer.conv.kernel_size) + 2
+    shape = annotation(norm.source).shape
+    if shape is None and layer.conv is None:
+        return None
+    if (shape is not None and len(shape) != dimensions) or len(norm.mean) != layer.out_features * layer.groups:
+        return None
+    users = parameter_users(graph_module)
+    own = [get_tensor(graph_module, path) for path in (layer.weight, layer.bias) if path is not None]
+    has_bias_argument = layer.bias is not None or layer.conv is not None or not layer.inputs_first
+    return layer if has_bias_argument and all(users[id(tensor)] == {norm.source} for tensor in own) else None
 
 
-def _fold(layer: Any, norm: Any) -> None:
-    """Change the layer's weight and bias in place; half precision is folded in float32."""
-    fuse: Fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-    weight, bias = layer.weight, layer.bias
-    tensors: tuple[Any, ...] = (weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+def _fold(graph_module: fx.GraphModule, layer: Site, norm: _Norm) -> None:
+    """Scale the layer's outputs and shift its bias; half precision is folded in float32."""
+    weight: Tensor = get_tensor(graph_module, layer.weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    w, b, mean, variance, scale, offset = (None if t is None else t.detach().to(wide) for t in tensors)
-    folded = fuse(w, b, mean, variance, norm.eps, scale, offset)
-    layer.weight, layer.bias = (nn.Parameter(t.to(weight.dtype), weight.requires_grad) for t in folded)
+    scale = (norm.variance.to(wide) + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.detach().to(wide)
+    shift = -norm.mean.to(wide) if layer.bias is None else get_tensor(graph_module, layer.bias).detach() - norm.mean
+    bias = shift.to(wide) * scale
+    bias = bias if norm.bias is None else bias + norm.bias.detach().to(wide)
+    new_weight = nn.Parameter(
+        (weight.detach() * _per_output(scale, layer, weight)).to(weight.dtype), weight.requires_grad
+    )
+    new_bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+    _set_parameter(graph_module, layer.weight, new_weight)
+    if layer.bias is None:
+        set_bias(graph_module, norm.source, new_bias)
+    else:
+        _set_parameter(graph_module, layer.bias, new_bias)
+
+
+def _per_output(scale: Tensor, layer: Site, weight: Tensor) -> Tensor:
+    """`scale` [G * O] in a shape that multiplies the weight, output by output."""
+    if not layer.inputs_first:
+        return scale.reshape(-1, *[1] * (weight.dim() - 1))
+    repeated = scale.reshape(layer.groups, 1, -1).expand(-1, weight.shape[0] // layer.groups, -1)
+    return repeated.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+
+
+def _set_parameter(graph_module: fx.GraphModule, path: str, value: nn.Parameter) -> None:
+    owner, _, name = path.rpartition(".")
+    graph_module.get_submodule(owner).register_parameter(name, value)

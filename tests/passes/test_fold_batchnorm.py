@@ -4,11 +4,28 @@ import pytest
 import torch
 from conftest import randomise_batchnorm
 from torch import fx, nn
+from torch.nn import functional as F
 
 from balf_fx.capture import capture
 from balf_fx.passes import FoldBatchNorm
 
+
+class Functional(nn.Module):
+    """A layer and BatchNorm as functional calls, without a bias to fold into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        y = F.conv2d(x, self.conv.weight, None, 1, 1, groups=2)
+        norm = self.norm
+        return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
+
+
 PAIRS = {
+    "conv_transpose2d grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+    "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, bias=False), nn.BatchNorm1d(6), (2, 4, 5)),
     "conv1d": (nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6), (2, 4, 9)),
     "conv2d": (nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), (2, 4, 9, 9)),
     "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6, affine=False), (2, 4, 9, 9)),
@@ -95,3 +112,17 @@ def test_a_weight_that_another_module_shares_is_left_alone():
     model[2].weight = model[0].weight
     _, modified = fold(randomise_batchnorm(model), torch.randn(1, 3, 4, 4, dtype=torch.float64))
     assert not modified
+
+
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("name", ["functional", *PAIRS])
+def test_functional_and_exported_pairs_are_folded(name, method):
+    layer, norm, shape = copy.deepcopy(PAIRS.get(name, (Functional(), nn.Identity(), (2, 4, 7, 7))))
+    model = randomise_batchnorm(nn.Sequential(layer, norm) if norm.__class__ is nn.Identity or norm.affine else layer)
+    model = model.double().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    graph_module = capture(model, x, method=method)
+    FoldBatchNorm()(graph_module)
+    assert not any("batch_norm" in str(node.target) for node in graph_module.graph.nodes)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in graph_module.modules())
+    torch.testing.assert_close(graph_module(x), model(x))

@@ -1,0 +1,90 @@
+"""Capture by symbolic tracing: the forward runs once on proxies, and modules of torch.nn stay whole."""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from balf_fx.batches import MODEL_ERRORS
+from balf_fx.errors import CaptureError
+
+_OWN_PATHS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def trace(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
+    """Trace a model symbolically.
+
+    Args:
+        model: the graph's modules will be this model's own.
+        constants: arguments of forward that keep a value, guarded by an assertion in the graph.
+
+    Raises:
+        CaptureError: names the line that cannot be traced.
+    """
+    tracer = _Tracer(constants)
+    try:
+        graph = tracer.trace(model)
+    except MODEL_ERRORS as error:  # TraceError is a ValueError
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced symbolically: {user_line(error)}{error}. Data-dependent control "
+            "flow must leave the traced module, for instance into a function wrapped with torch.fx.wrap"
+        ) from error
+    plain = fx.Graph()  # one that does not name our tracer, so that unpickling the result does not need balf_fx
+    plain.output(plain.graph_copy(graph, {}))
+    return fx.GraphModule(tracer.root, plain, type(model).__name__)
+
+
+def guard_constant(graph: fx.Graph, node: fx.Node, constant: Any) -> None:
+    """Assert in the graph that an argument is what it was at capture, where that can be compared."""
+    if constant is None or isinstance(constant, bool | int | float | str):
+        same = graph.call_function(operator.eq, (node, constant))  # `is` would not survive the tracing of unpickling
+        message = f"{node.target!r} was {constant!r} when the graph was captured and cannot be anything else"
+        graph.call_function(torch._assert, (same, message))
+
+
+def guard_shape(graph: fx.Graph, node: fx.Node, name: str, shape: Sequence[Any]) -> None:
+    """Assert in the graph that an input has the sizes for which it was captured, where these are numbers."""
+    for dimension, size in enumerate(shape):
+        if isinstance(size, int):
+            same = graph.call_function(operator.eq, (graph.call_method("size", (node, dimension)), size))
+            message = (
+                f"{name!r} had size {size} in dimension {dimension} when torch.export captured the graph and "
+                "cannot have another; capture='symbolic_trace' leaves sizes open where the model allows it"
+            )
+            graph.call_function(torch._assert, (same, message))
+
+
+def user_line(error: BaseException) -> str:
+    """The innermost line of the user's own code in a traceback, as "file:line: `source`: "."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_OWN_PATHS, "<"))]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`: " if frames else ""
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic tracing in which some arguments of forward keep a constant value."""
+
+    def __init__(self, constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.constants = constants
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Any, list[Any]]:
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return function, [self._specialise(argument) for argument in arguments]
+
+    def _specialise(self, argument: Any) -> Any:
+        name = str(argument.node.target).lstrip("*") if isinstance(argument, fx.Proxy) else ""
+        if name not in self.constants:
+            return argument
+        if argument.node.target == name:
+            guard_constant(self.graph, argument.node, self.constants[name])
+        else:  # *args or **kwargs that the example left empty: no such input
+            self.graph.erase_node(argument.node)
+        return self.constants[name]

@@ -1,0 +1,397 @@
+"""Lay multi-head attention open: linear projections around `scaled_dot_product_attention`.
+
+Shapes. "..." stands for the batch dimension of batched inputs and for nothing otherwise; T is the length of the query
+and S that of the key, E the embedding, H the heads and d = E / H. A graph may be traced without example inputs, so that
+everything here holds for batched and unbatched inputs alike, for masks of either type and for any T, S and batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.fx.proxy import GraphAppendingTracer
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from balf_fx.passes.base import Pass
+from balf_fx.sites import META_KEY, annotation, get_tensor, is_hooked
+
+_INPUTS = ("query", "key", "value")
+_PARTS = ("q", "k", "v")
+_MASKS = ("key_padding_mask", "attn_mask")
+_FLAGS = (
+    "num_heads",
+    "add_zero_attn",
+    "dropout_p",
+    "training",
+    "need_weights",
+    "average_attn_weights",
+    "is_causal",
+    "use_separate_proj_weight",
+)
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_VALUE_META = ("val", "example_value", "tensor_meta", META_KEY)  # describe the tuple, which no new node returns
+
+
+@dataclass(frozen=True)
+class DecomposeAttention(Pass):
+    """Replace nn.MultiheadAttention and `F.multi_head_attention_forward` by operations that other passes understand.
+
+    A module at `name` gives way to a container of plain nn.Linear modules: `name.in_proj` (E -> 3E) where query, key
+    and value are one node in every call, else `name.q_proj`, `name.k_proj` and `name.v_proj`; and `name.out_proj`.
+    A function's projections become `F.linear`. Attention weights are computed only where the graph reads them.
+
+    Left alone are attention with active dropout, with hooks, parametrized or subclassed modules, modules whose
+    parameters something else uses, flags computed in the graph, `static_k` and `static_v`, a mask that may be None at
+    run time, and `is_causal` without a mask, which is an error except on the module's fast path, where it is ignored.
+
+    A query whose keys are all masked has no defined output: the module gives NaN or zero, depending on the path that
+    it takes, and here it gives what `scaled_dot_product_attention` gives, or NaN where the weights are read.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        uses = _parameter_uses(graph_module)
+        modified = False
+        for module, nodes in _module_calls(graph_module).items():
+            supported = all(_is_supported(_module_arguments(module, node)) for node in nodes)
+            if supported and _is_plain(module, uses, len(nodes)):
+                _replace_module(graph_module, module, nodes)
+                modified = True
+        for node in graph_module.graph.find_nodes(op="call_function", target=F.multi_head_attention_forward):
+            call = _bind(F.multi_head_attention_forward, node)
+            if _is_supported(call):
+                _replace_function(graph_module, node, call, uses)
+                modified = True
+        return PassResult(graph_module, modified)
+
+
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    num_heads: int,
+    batch_first: bool,
+    bias_k: Any = None,
+    bias_v: Any = None,
+    add_zero_attn: bool = False,
+    key_padding_mask: Any = None,
+    attn_mask: Any = None,
+    is_causal: bool = False,
+    weights: bool = False,
+    average_attn_weights: bool = True,
+) -> tuple[Any, Any]:
+    """What nn.MultiheadAttention does between its projections, on tensors or on proxies for them.
+
+    Args:
+        q, k, v: [..., T or S, E] where `batch_first`, else [T or S, ..., E].
+        bias_k, bias_v: [1, 1, E], appended to the sequences of keys and values, as is a row of zeros if asked for.
+        key_padding_mask: [..., S], boolean, True where a key is hidden, or added to the scores.
+        attn_mask: [T, S] or [product of "..." and H, T, S], likewise.
+        is_causal: mask with a lower triangle; only without other masks and weights.
+        weights: also return the attention weights, averaged over the heads or not.
+
+    Returns:
+        The output, shaped as q, and the weights, [..., T, S] or [..., H, T, S], or None.
+    """
+    sequence = -3 if batch_first else 0
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).movedim(sequence, -2) for x in (q, k, v))  # [..., H, T or S, d]
+    added = (bias_k is not None) + add_zero_attn
+    masks = []
+    if key_padding_mask is not None:
+        masks.append(_additive(key_padding_mask, q.dtype, added)[..., None, None, :])
+    if attn_mask is not None:
+        leading = q.shape[:-2]
+        product = q.new_empty(leading).numel()  # leading.numel() would be a constant to torch.export
+        masks.append(_additive(attn_mask, q.dtype, added).expand(product, -1, -1).unflatten(0, leading))
+    if bias_k is not None:
+        shape = q.shape[:-2] + (1, -1)  # noqa: RUF005 (a proxy cannot be unpacked)
+        k, v = (torch.cat([x, y.view(num_heads, 1, -1).expand(shape)], -2) for x, y in ((k, bias_k), (v, bias_v)))
+    if add_zero_attn:
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    mask = sum(masks[1:], masks[0]) if masks else None
+    if weights:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        shares = (scores if mask is None else scores + mask).softmax(-1)
+        output = shares @ v
+        shares = shares.mean(-3) if average_attn_weights else shares
+    else:
+        output, shares = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal), None
+    return output.movedim(-2, sequence).flatten(-2), shares
+
+
+def _additive(mask: Any, dtype: Any, added: int) -> Any:
+    """The mask as what to add to the scores, nothing for keys that were added; its type is known only at run time."""
+    mask = mask.to(dtype).masked_fill(mask.to(torch.bool) & (mask.dtype == torch.bool), -torch.inf)
+    return F.pad(mask, (0, added)) if added else mask
+
+
+def _module_calls(graph_module: fx.GraphModule) -> dict[nn.MultiheadAttention, list[fx.Node]]:
+    calls: dict[nn.MultiheadAttention, list[fx.Node]] = {}
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        module = graph_module.get_submodule(str(node.target))
+        if type(module) is nn.MultiheadAttention:
+            calls.setdefault(module, []).append(node)
+    return calls
+
+
+def _parameter_uses(graph_module: fx.GraphModule) -> Counter[int]:
+    """How often nodes use each tensor, by identity."""
+    uses: Counter[int] = Counter()
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            uses.update({id(parameter) for parameter in graph_module.get_submodule(node.target).parameters()})
+        elif node.op == "get_attr":
+            uses[id(get_tensor(graph_module, node.target))] += max(len(node.users), 1)
+    return uses
+
+
+def _is_plain(module: nn.MultiheadAttention, uses: Counter[int], calls: int) -> bool:
+    """Whether calling the module is all that the graph does with it and runs nothing but its own forward."""
+    out = module.out_proj
+    return (
+        type(out) in (NonDynamicallyQuantizableLinear, nn.Linear)
+        and "weight" in out._parameters  # not one that pruning or weight normalisation computes
+        and not is_hooked(module)
+        and all(uses[id(parameter)] == calls for parameter in module.parameters())
+    )
+
+
+def _bind(function: Callable[..., Any], node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by parameter name, defaults included."""
+    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _module_arguments(module: nn.MultiheadAttention, node: fx.Node) -> dict[str, Any]:
+    """The call in the terms of `F.multi_head_attention_forward`, but for the parameters."""
+    constants = {name: getattr(module, name) for name in ("num_heads", "add_zero_attn", "training")}
+    return {**_bind(module.forward, node), **constants, "dropout_p": module.dropout}
+
+
+def _is_supported(call: dict[str, Any]) -> bool:
+    if any(isinstance(call.get(flag), fx.Node) for flag in _FLAGS) or any(_may_be_none(call[name]) for name in _MASKS):
+        return False
+    if call.get("static_k") is not None or call.get("static_v") is not None:
+        return False
+    if call["is_causal"] and call["attn_mask"] is None:
+        return False
+    return not (call["training"] and call["dropout_p"] > 0)
+
+
+def _may_be_none(mask: fx.Node | None) -> bool:
+    """Whether the mask is an optional input of the graph, unless it is known to have been there on an example."""
+    return mask is not None and mask.op == "placeholder" and mask.args == (None,) and annotation(mask).shape is None
+
+
+def _replace_module(graph_module: fx.GraphModule, module: nn.MultiheadAttention, nodes: list[fx.Node]) -> None:
+    """Put plain modules in place of the attention, at every path that a node calls it by."""
+    packed = module.in_proj_weight is not None
+    fused = packed and all(_is_self_attention(_module_arguments(module, node)) for node in nodes)
+    container = _container(module, fused)
+    for path in {str(node.target) for node in nodes}:
+        _put(graph_module, path, container)
+    for node in nodes:
+        with _in_place_of(node) as tracer:
+            arguments = _proxies(tracer, _module_arguments(module, node))
+            for name in ("bias_k", "bias_v"):
+                held = getattr(module, name) is not None
+                arguments[name] = tracer.create_proxy("get_attr", f"{node.target}.{name}", (), {}) if held else None
+            inputs = [arguments[name] for name in _INPUTS]
+            if fused:
+                q, k, v = _chunks(_linear(tracer, f"{node.target}.in_proj", inputs[0]), -1)
+            else:
+                parts = zip(_PARTS, inputs, strict=True)
+                q, k, v = (_linear(tracer, f"{node.target}.{part}_proj", x) for part, x in parts)
+            output, weights = _attend(node, q, k, v, arguments, module.batch_first)
+            output = _linear(tracer, f"{node.target}.out_proj", output)
+        _rewire(node, output, weights)
+
+
+def _replace_function(graph_module: fx.GraphModule, node: fx.Node, call: dict[str, Any], uses: Counter[int]) -> None:
+    with _in_place_of(node) as tracer:
+        arguments = _proxies(tracer, call)
+        if _is_self_attention(call) and not call["use_separate_proj_weight"]:
+            packed = F.linear(arguments["query"], arguments["in_proj_weight"], arguments["in_proj_bias"])
+            q, k, v = _chunks(packed, -1)
+        else:
+            weights: Sequence[Any] = [arguments[f"{part}_proj_weight"] for part in _PARTS]
+            if not call["use_separate_proj_weight"]:
+                weights = _thirds(graph_module, arguments["in_proj_weight"], uses)
+            biases = _thirds(graph_module, arguments["in_proj_bias"], uses)
+            inputs = [arguments[name] for name in _INPUTS]
+            q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+        output, shares = _attend(node, q, k, v, arguments, batch_first=False)
+        output = F.linear(output, arguments["out_proj_weight"], arguments["out_proj_bias"])
+    sources = node.all_input_nodes
+    _rewire(node, output, shares)
+    _erase_unused(sources)
+
+
+def _is_self_attention(call: dict[str, Any]) -> bool:
+    return call["query"] is call["key"] is call["value"]
+
+
+def _proxies(tracer: GraphAppendingTracer, call: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments with a proxy for every node: what is done to it is recorded in the graph."""
+    return {name: tracer.proxy(value) if isinstance(value, fx.Node) else value for name, value in call.items()}
+
+
+def _linear(tracer: GraphAppendingTracer, path: str, x: Any) -> Any:
+    return tracer.create_proxy("call_module", path, (x,), {})
+
+
+def _chunks(packed: Any, dim: int) -> tuple[Any, Any, Any]:
+    chunks = packed.chunk(3, dim)
+    return chunks[0], chunks[1], chunks[2]  # a proxy cannot be unpacked
+
+
+def _attend(node: fx.Node, q: Any, k: Any, v: Any, arguments: dict[str, Any], batch_first: bool) -> tuple[Any, Any]:
+    """Record the attention of one call; the weights are None where they were not asked for or nothing reads them."""
+    need_weights = arguments["need_weights"]
+    # As the original does: the hint stands in for the mask only where nothing else needs the mask itself.
+    causal = arguments["is_causal"] and arguments["key_padding_mask"] is None and not need_weights
+    same = ("num_heads", "bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "average_attn_weights")
+    return attend(
+        q,
+        k,
+        v,
+        batch_first=batch_first,
+        attn_mask=None if causal else arguments["attn_mask"],
+        is_causal=causal,
+        weights=need_weights and _reads_weights(node),
+        **{name: arguments[name] for name in same},
+    )
+
+
+def _container(module: Any, fused: bool) -> nn.Module:
+    """The parameters of the attention in plain modules; only those that are cut up are new tensors."""
+    container = nn.Module()
+    if fused:
+        container.in_proj = _linear_module(module.in_proj_weight, module.in_proj_bias)
+    else:
+        weights = [getattr(module, f"{part}_proj_weight") for part in _PARTS]
+        if module.in_proj_weight is not None:
+            weights = _cut(module.in_proj_weight)
+        biases = [None] * 3 if module.in_proj_bias is None else _cut(module.in_proj_bias)
+        for part, weight, bias in zip(_PARTS, weights, biases, strict=True):
+            container.add_module(f"{part}_proj", _linear_module(weight, bias))
+    container.out_proj = _linear_module(module.out_proj.weight, module.out_proj.bias)
+    container.register_parameter("bias_k", module.bias_k)
+    container.register_parameter("bias_v", module.bias_v)
+    return container.train(module.training)
+
+
+def _put(graph_module: fx.GraphModule, path: str, container: nn.Module) -> None:
+    """Replace the module or the parameter at a path."""
+    owner, _, name = path.rpartition(".")
+    delattr(graph_module.get_submodule(owner), name)
+    setattr(graph_module.get_submodule(owner), name, container)
+
+
+def _linear_module(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = weight
+    linear.register_parameter("bias", bias)
+    return linear
+
+
+def _cut(parameter: Tensor) -> list[nn.Parameter]:
+    return [nn.Parameter(part.clone(), parameter.requires_grad) for part in parameter.detach().chunk(3)]
+
+
+def _thirds(graph_module: fx.GraphModule, packed: Any, uses: Counter[int]) -> Sequence[Any]:
+    """Proxies for the parts of a packed weight or bias that belong to query, key and value.
+
+    They are parameters of their own where that is possible: those which the graph concatenates, or, where nothing else
+    uses the packed one, its parts, at `name.q`, `name.k` and `name.v`.
+    """
+    if packed is None:
+        return (None, None, None)
+    node, path = packed.node, str(packed.node.target)
+    parts = _concatenated(graph_module, node)
+    if parts is None and node.op == "get_attr":
+        parameter = get_tensor(graph_module, path)
+        if isinstance(parameter, nn.Parameter) and uses[id(parameter)] == 1:
+            container = nn.Module()
+            for name, part in zip(_PARTS, _cut(parameter), strict=True):
+                container.register_parameter(name, part)
+            _put(graph_module, path, container)
+            parts = [node.graph.get_attr(f"{path}.{part}") for part in _PARTS]
+    return _chunks(packed, 0) if parts is None else [packed.tracer.proxy(part) for part in parts]
+
+
+def _concatenated(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
+    """The three attributes of the same shape that the node concatenates, if it does."""
+    if node.op != "call_function" or node.target not in _CONCATENATIONS:
+        return None
+    arguments: dict[str, Any] = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    parts = arguments.pop("tensors", None)
+    if not isinstance(parts, Sequence) or len(parts) != 3 or arguments not in ({}, {"dim": 0}):
+        return None
+    if any(part.op != "get_attr" for part in parts):
+        return None
+    return list(parts) if len({get_tensor(graph_module, part.target).shape for part in parts}) == 1 else None
+
+
+@contextmanager
+def _in_place_of(node: fx.Node) -> Iterator[GraphAppendingTracer]:
+    """Nodes that the tracer records come before the node and inherit what its meta tells of where it came from."""
+    previous = node.prev
+    with node.graph.inserting_before(node):
+        yield GraphAppendingTracer(node.graph)
+    new = previous.next
+    while new is not node:
+        new.meta = {key: value for key, value in node.meta.items() if key not in _VALUE_META}
+        new = new.next
+
+
+def _item(user: fx.Node) -> int | None:
+    """Which item of the tuple a node takes out, None where it does something else with the tuple."""
+    index = user.args[1] if user.target is operator.getitem else None
+    return index if isinstance(index, int) and index in (0, 1) else None
+
+
+def _reads_weights(node: fx.Node) -> bool:
+    items = {user: _item(user) for user in node.users}
+    return any(item is None or (item == 1 and user.users) for user, item in items.items())
+
+
+def _rewire(node: fx.Node, output: Any, weights: Any) -> None:
+    """Give the node's users the output and the weights, as single values or as a tuple, and erase the node."""
+    result = (output.node, None if weights is None else weights.node)
+    for user in list(node.users):
+        item = _item(user)
+        if item is None:
+            _substitute(user, node, result)
+            continue
+        for reader in list(user.users):
+            _substitute(reader, user, result[item])
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _substitute(reader: fx.Node, old: fx.Node, new: Any) -> None:
+    reader.args = map_arg(reader.args, lambda node: new if node is old else node)
+    reader.kwargs = map_arg(reader.kwargs, lambda node: new if node is old else node)
+
+
+def _erase_unused(nodes: Sequence[fx.Node]) -> None:
+    """Erase what was only there to be an argument: attributes, joined ones, sizes."""
+    pending = dict.fromkeys(nodes)
+    while pending:
+        node, _ = pending.popitem()
+        if not node.users and (node.op == "get_attr" or node.target in (*_CONCATENATIONS, getattr, operator.getitem)):
+            pending.update(dict.fromkeys(node.all_input_nodes))
+            node.graph.erase_node(node)
