@@ -20,12 +20,10 @@ def benchmark(monkeypatch):
 
 
 @pytest.mark.slow
-def test_balf_matches_the_reference(benchmark, tmp_path):
-    accuracy, folder = benchmark("accuracy"), benchmark("cifar").default_data()
-    if not all((folder / name).is_file() for name in ("cifar10.npz", "resnet20.pth")):
-        pytest.skip("needs cifar10.npz and resnet20.pth in the folder that BALF_FX_DATA names")
-    output = tmp_path / "results.json"
-    result = CliRunner().invoke(accuracy.main, ["--method", "balf", "--json", str(output)], catch_exceptions=False)
+def test_balf_matches_the_reference(benchmark, data_folder, tmp_path):
+    accuracy, output = benchmark("accuracy"), tmp_path / "results.json"
+    arguments = ["--method", "balf", "--data", str(data_folder), "--json", str(output)]
+    result = CliRunner().invoke(accuracy.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     results = json.loads(output.read_text())
     assert results["test_images"] == 9979

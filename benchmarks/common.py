@@ -1,0 +1,56 @@
+"""What the benchmarks share: counting, evaluating, and the header of a results file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(model: nn.Module, batch: Tensor) -> int:
+    """FLOPs of one call, as torch counts them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(batch)
+    return counter.get_total_flops()
+
+
+def top1(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Share of right answers in percent."""
+    right = total = 0
+    with torch.inference_mode():
+        for images, labels in batches:
+            right += int((model(images).argmax(1) == labels).sum())
+            total += len(labels)
+    return 100 * right / total
+
+
+def machine() -> dict[str, Any]:
+    """Where a result comes from."""
+    return {
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the platform tells it, and the instruction set torch uses."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write results under the machine's header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**machine(), **results}, indent=2) + "\n")
