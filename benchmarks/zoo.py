@@ -2,13 +2,12 @@
 
 python benchmarks/zoo.py --compile --json benchmarks/results/zoo.json
 
-Weights are random, so nothing is said about accuracy. Each model is examined in a process of its own, which a crash or
-a time limit ends without ending the sweep.
+Weights are random, so nothing is said about accuracy. Models are examined in a process apart, which a crash or a time
+limit ends without ending the sweep.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import importlib.metadata
 import importlib.util
@@ -23,7 +22,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,7 +79,8 @@ class Row:
     """What was found out about one model; None where it was not reached.
 
     Attributes:
-        input: the first calibration batch.
+        options: keyword arguments that make the model smaller than its name says.
+        input: the shapes of the first calibration batch.
         captured: "symbolic_trace" or "export".
         flops_in_sites, flops_refused: shares of the model's FLOPs, the latter by reason.
         minimum: the smallest budget that factorization can reach, where that is above what was asked for.
@@ -93,11 +93,12 @@ class Row:
 
     source: Source
     name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     params: int | None = None
     input: str | None = None
     captured: str | None = None
     flops_in_sites: float | None = None
-    flops_refused: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    flops_refused: Mapping[str, float] = field(default_factory=dict)
     minimum: float | None = None
     flops_kept: float | None = None
     spread: float | None = None
@@ -466,7 +467,8 @@ class Examination:
             self.problems.append(f"{name}: {type(error).__name__}: {first_line(error)}")
 
     def row(self, case: Case, seconds: float) -> Row:
-        return Row(case.source, case.name, **self.found, seconds=round(seconds, 1), problems=tuple(self.problems))
+        facts = {"seconds": round(seconds, 1), "problems": tuple(self.problems)}
+        return Row(case.source, case.name, dict(case.options), **self.found, **facts)
 
 
 def first_line(error: BaseException) -> str:
@@ -657,7 +659,8 @@ class Worker:
             self._process.join()
             problem = f"process: crash: exit code {self._process.exitcode}"
         self.stop()
-        return Row(case.source, case.name, seconds=round(time.perf_counter() - started, 1), problems=(problem,))
+        seconds = round(time.perf_counter() - started, 1)
+        return Row(case.source, case.name, dict(case.options), seconds=seconds, problems=(problem,))
 
     def stop(self) -> None:
         """End the process, which leaves by itself where it has nothing to do."""
@@ -695,6 +698,11 @@ class Results:
         self._old = json.loads(path.read_text()) if path is not None and path.exists() else {}
         self.rows: list[Row] = []
         self.skips: list[Skip] = []
+
+    def known(self, entry: Case | Skip) -> bool:
+        """Whether an earlier run got to this model."""
+        old = (*self._old.get("results", []), *self._old.get("skipped", []))
+        return any((entry.source, entry.name) == (one["source"], one["name"]) for one in old)
 
     def add(self, entry: Row | Skip) -> None:
         """Take the place of what was known of this model."""
@@ -758,6 +766,7 @@ def summary(rows: Sequence[Row], skips: Sequence[Skip]) -> str:
 @click.option("--limit", type=int, help="At most this many models of each source.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile a sample of the compressed models.")
 @click.option("--time-limit", default=240.0, show_default=True, help="Seconds for each model.")
+@click.option("--resume", is_flag=True, help="Leave out what the results file already holds.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Merge the results into this file.")
 def main(
     sources: Sequence[Source],
@@ -765,13 +774,15 @@ def main(
     limit: int | None,
     compiled: bool,
     time_limit: float,
+    resume: bool,
     output: Path | None,
 ) -> None:
     """Capture, compress and check the architectures of torchvision, timm and transformers."""
     results, worker = Results(output), Worker(time_limit)
     try:
         for source in sources or get_args(Source):
-            found = itertools.islice(cases(source, patterns), limit)
+            wanted = (case for case in cases(source, patterns) if not (resume and results.known(case)))
+            found = itertools.islice(wanted, limit)
             for case in (bar := tqdm(found, desc=source, unit="model", leave=False)):
                 bar.set_postfix_str(case.name)
                 known = isinstance(case, Skip)

@@ -15,12 +15,17 @@ def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.
     )
 
 
+def copied_sources(folder: Path) -> Path:
+    source = folder / "source"
+    source.mkdir()
+    tracked = ("pyproject.toml", "README.md", "LICENSE", "balf_fx", "passes")
+    subprocess.run(["cp", "-a", *tracked, source], cwd=ROOT, check=True)
+    return source
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
-    source = tmp_path / "source"
-    tracked = ("pyproject.toml", "README.md", "LICENSE", "balf_fx", "passes")
-    source.mkdir()
-    subprocess.run(["cp", "-a", *tracked, source], cwd=ROOT, check=True)
+    source = copied_sources(tmp_path)
     built = python(
         "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), ".", cwd=source
     )
@@ -34,6 +39,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     zipfile.ZipFile(wheel).extractall(installed)
     imported = python("-c", "import balf_fx.passes as p; print(p.__file__)", cwd=tmp_path, PYTHONPATH=str(installed))
     assert imported.stdout.strip() == str(installed / "balf_fx" / "passes" / "__init__.py"), imported.stderr
+
+
+@pytest.mark.slow
+def test_an_editable_install_imports_the_sources(tmp_path):
+    source, target = copied_sources(tmp_path), tmp_path / "site"
+    options = ("--no-deps", "--no-build-isolation", "-q", "--target", str(target), "-e", ".")
+    installed = python("-m", "pip", "install", *options, cwd=source)
+    assert installed.returncode == 0, installed.stderr
+    code = f"import site; site.addsitedir({str(target)!r}); import balf_fx.passes as p; print(p.__file__)"
+    found = python("-c", code, cwd=tmp_path, PYTHONPATH="").stdout.strip()
+    assert Path(found).resolve() == (source / "passes" / "__init__.py").resolve()
 
 
 def test_the_passes_are_importable_from_the_repository_root():

@@ -170,6 +170,7 @@ def test_results_replace_only_what_was_run_again(zoo, tmp_path):
         first.add(zoo.Row("torchvision", name, seconds=1))
     first.add(zoo.Skip("torchvision", "c", "too large: 200 M parameters"))
     again = zoo.Results(path)
+    assert [again.known(zoo.Case("torchvision", name)) for name in "abcd"] == [True, True, True, False]
     again.add(zoo.Row("torchvision", "b", seconds=2))
     again.add(zoo.Row("torchvision", "c", seconds=2))
     data = json.loads(path.read_text())
