@@ -201,11 +201,20 @@ def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
     graph_module.graph.erase_node(node)
     for source in sources:
         erase_unused(graph_module, source)
-    if node.op == "get_attr" and all(other.target != node.target for other in graph_module.graph.nodes):
+    if node.op == "get_attr" and not any(_fetches(other, str(node.target)) for other in graph_module.graph.nodes):
         owner, _, name = str(node.target).rpartition(".")
         module = graph_module.get_submodule(owner)
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
+
+
+def _fetches(node: fx.Node, path: str) -> bool:
+    """Whether a node reads the tensor at a path, itself or through the module that it calls."""
+    return (
+        node.target == path
+        if node.op == "get_attr"
+        else node.op == "call_module" and path.startswith(f"{node.target}.")
+    )
 
 
 def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:

@@ -85,11 +85,9 @@ def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
             for node, site in zip(nodes, found, strict=True):
                 marks[node] = Refusal(site.name, site.kind, Reason.SHARED, "used in different ways")
             continue
-        if elsewhere:  # a tied embedding keeps the weight, so the factors cannot take its place
-            taken = first.name in {path for path, _ in graph_module.named_modules()} and any(
-                node.op != "call_module" for node in nodes
-            )
-            first = dataclasses.replace(first, keeps_weight=True, name=f"{first.name}_factors" if taken else first.name)
+        if elsewhere:  # a tied embedding, say, keeps the weight: the factors must not take its place
+            held = _holds_what_others_fetch(graph_module, first, nodes)
+            first = dataclasses.replace(first, keeps_weight=True, name=f"{first.name}_factors" if held else first.name)
         for node in nodes:
             marks[node] = first
 
@@ -97,3 +95,12 @@ def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
 def _way_of_use(graph_module: fx.GraphModule, site: Site) -> tuple[object, ...]:
     bias = None if site.bias is None else id(get_tensor(graph_module, site.bias))
     return (site.kind, bias, site.groups, site.conv, site.inputs_first)
+
+
+def _holds_what_others_fetch(graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node]) -> bool:
+    """Whether something that nodes besides the site's own read lies where its factors would go."""
+    for node in graph_module.graph.nodes:
+        inside = str(node.target) == site.name or str(node.target).startswith(f"{site.name}.")
+        if node.op in ("get_attr", "call_module") and inside and node not in nodes and set(node.users) - set(nodes):
+            return True
+    return False

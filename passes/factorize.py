@@ -112,6 +112,9 @@ def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> No
 def _replace(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Sequential) -> None:
     """Put the pair where the site's module or weight was, and two calls where each of its nodes was."""
     graph = graph_module.graph
+    if site.keeps_weight and site.bias is not None:  # the weight's module may stay, without a bias that nobody reads
+        owner, _, name = site.bias.rpartition(".")
+        graph_module.get_submodule(owner)._parameters.pop(name, None)
     owner, _, name = site.name.rpartition(".")
     graph_module.get_submodule(owner)._parameters.pop(name, None)
     setattr(graph_module.get_submodule(owner), name, pair)

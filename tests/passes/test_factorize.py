@@ -199,3 +199,36 @@ def test_factorize_needs_choices():
     graph_module = Annotate()(fx.symbolic_trace(single(nn.Linear(8, 8)))).graph_module
     with pytest.raises(PassError, match="run Score and Allocate first"):
         Factorize()(graph_module)
+
+
+class TiedHead(nn.Module):
+    """A head tied to an embedding, as a module or as a call; and a layer whose weight is looked at, too."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.tokens, self.functional = nn.Embedding(20, 8), functional
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        x = self.tokens(ids).to(self.body.weight.dtype)
+        x = self.body(x)
+        return F.linear(x, self.tokens.weight) if self.functional else self.head(x)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("functional", [True, False], ids=["call", "module"])
+def test_a_weight_that_others_need_stays_beside_its_factors(functional, capture):
+    model, ids = TiedHead(functional).double().eval(), torch.randint(0, 20, (4, 9))
+    compressed = balf_fx.compile(model, ids, flops=0.7, capture=capture, progress=False)
+    report = balf_fx.report(compressed)
+    assert len(report.sites) == 2
+    assert any(row.rank is not None for row in report.sites)
+    assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
+    assert report.flops_kept <= 0.7
+    embedding = next(p for name, p in compressed.named_parameters() if "tokens.weight" in name or "head.weight" in name)
+    assert torch.equal(embedding, model.tokens.weight)
+    exact = balf_fx.compile(model, ids, flops=1.0, capture=capture, progress=False)
+    torch.testing.assert_close(exact(ids), model(ids))
+    assert (compressed(ids) - model(ids)).norm() < model(ids).norm()
