@@ -47,7 +47,15 @@ def test_an_editable_install_imports_the_sources(tmp_path):
     options = ("--no-deps", "--no-build-isolation", "-q", "--target", str(target), "-e", ".")
     installed = python("-m", "pip", "install", *options, cwd=source)
     assert installed.returncode == 0, installed.stderr
-    code = f"import site; site.addsitedir({str(target)!r}); import balf_fx.passes as p; print(p.__file__)"
+    code = f"""
+import site, sys
+path, finders = list(sys.path), list(sys.meta_path)
+site.addsitedir({str(target)!r})
+sys.path.sort(key=path.__contains__)  # what is new goes first, before a copy that is installed already
+sys.meta_path.sort(key=finders.__contains__)
+import balf_fx.passes
+print(balf_fx.passes.__file__)
+"""
     found = python("-c", code, cwd=tmp_path, PYTHONPATH="").stdout.strip()
     assert Path(found).resolve() == (source / "passes" / "__init__.py").resolve()
 
