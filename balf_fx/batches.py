@@ -97,6 +97,11 @@ def _looks_like_labels(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and value.dtype in _INTEGERS
 
 
+def holds_tensor(value: Any) -> bool:
+    """Whether a value, nested or not, holds any tensor."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int) -> Any:
     """Run one batch without gradients.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.batches import MODEL_ERRORS, Forward, forward_for, run_batch
+from balf_fx.batches import MODEL_ERRORS, Forward, forward_for, holds_tensor, run_batch
 from balf_fx.costs import profile
 from balf_fx.errors import CalibrationError, CaptureError, ModelError, OptionError, TrainingModeError
 from balf_fx.exported import export
@@ -95,7 +95,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     """One way of capture, checked and profiled."""
     subject = copy.deepcopy(model)
     if method == "symbolic_trace":
-        constants = {name: value for name, value in call.supplied.items() if not _holds_tensor(value)}
+        constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
         graph_module = trace(subject, {**constants, **call.defaults})
     else:
         names = list(call.supplied)[: call.positional]
@@ -177,10 +177,6 @@ def record_call(model: nn.Module, batch: Any, forward: Forward) -> Call:
     if not calls:
         raise CalibrationError("forward(model, batch) did not call the model it was given")
     return calls[0]
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def check_weights(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.batches import MODEL_ERRORS
+from balf_fx.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.errors import CaptureError
 from balf_fx.symbolic import guard_constant, guard_shape, user_line
 
@@ -84,7 +84,7 @@ def _plain(
 def _name_inputs(graph: fx.Graph, inputs: Mapping[str, Any], example: Mapping[str, Any]) -> None:
     """One placeholder for each argument, under its name; those that held no tensor stay what they were."""
     start = next(iter(graph.nodes))
-    constants = {name for name, value in example.items() if not any(map(_is_tensor, pytree.tree_leaves(value)))}
+    constants = {name for name, value in example.items() if not holds_tensor(value)}
     placeholders: dict[str, fx.Node] = {}
     for name in inputs:
         with graph.inserting_before(start):
@@ -122,10 +122,6 @@ def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:
                 picked = graph.call_function(operator.getitem, (source, key))
             found += _scatter(graph, picked, item)
     return found
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
 
 
 def _nested(graph: fx.Graph, value: Any) -> Any:

@@ -19,6 +19,9 @@ from torch import fx, nn
 META_KEY = "balf"
 """The only key that balf_fx writes, in `node.meta` (an `Annotation`) and in `GraphModule.meta` (a `GraphRecord`)."""
 
+VALUE_META = ("val", "example_value", "tensor_meta")
+"""Keys of `node.meta` that describe the node's own value: a node that returns another must not inherit them."""
+
 Measure = Literal["flops", "params"]
 Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 

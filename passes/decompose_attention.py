@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from balf_fx.passes.base import Pass
-from balf_fx.sites import META_KEY, annotation, get_tensor, is_hooked
+from balf_fx.sites import META_KEY, VALUE_META, annotation, get_tensor, is_hooked
 
 _INPUTS = ("query", "key", "value")
 _PARTS = ("q", "k", "v")
@@ -40,7 +40,7 @@ _FLAGS = (
     "use_separate_proj_weight",
 )
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-_VALUE_META = ("val", "example_value", "tensor_meta", META_KEY)  # describe the tuple, which no new node returns
+_DROPPED_META = (*VALUE_META, META_KEY)  # these describe the tuple, which no new node returns
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def _in_place_of(node: fx.Node) -> Iterator[GraphAppendingTracer]:
         yield GraphAppendingTracer(node.graph)
     new = previous.next
     while new is not node:
-        new.meta = {key: value for key, value in node.meta.items() if key not in _VALUE_META}
+        new.meta = {key: value for key, value in node.meta.items() if key not in _DROPPED_META}
         new = new.next
 
 

@@ -17,14 +17,13 @@ from balf_fx.linalg import corrected_bias, factors, weight_matrix
 from balf_fx.linear_maps import erase_unused, site_input
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias
-from balf_fx.sites import META_KEY, ConvGeometry, Site, Spectrum, annotation, get_tensor
+from balf_fx.sites import META_KEY, VALUE_META, ConvGeometry, Site, Spectrum, annotation, get_tensor
 
 _CONVS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
     2: (nn.Conv2d, nn.ConvTranspose2d),
     3: (nn.Conv3d, nn.ConvTranspose3d),
 }
-_VALUE_META = ("val", "example_value", "tensor_meta")  # describe the node's own output, which the first factor lacks
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _replace(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site,
         with graph.inserting_before(node):
             thin = graph.call_module(f"{site.name}.0", (site_input(node),))
             wide = graph.call_module(f"{site.name}.1", (thin,))
-        for new, dropped in ((thin, _VALUE_META), (wide, ())):
+        for new, dropped in ((thin, VALUE_META), (wide, ())):
             new.meta = {key: value for key, value in node.meta.items() if key != META_KEY and key not in dropped}
         node.replace_all_uses_with(wide)
         sources = [source for source in node.all_input_nodes if source is not site_input(node)]
