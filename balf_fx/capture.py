@@ -21,12 +21,13 @@ from balf_fx.costs import profile
 from balf_fx.errors import CalibrationError, CaptureError, ModelError, OptionError, TrainingModeError
 from balf_fx.exported import export
 from balf_fx.linear_maps import read_site
-from balf_fx.passes import DecomposeAttention
+from balf_fx.passes import DecomposeAttention, FoldConstants
 from balf_fx.sites import Reason, Refusal, Site, annotation, count_parameters, get_tensor, record_graph
 from balf_fx.symbolic import trace
 
 Method = Literal["auto", "symbolic_trace", "export"]
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
+_OPAQUE = (Reason.NOT_LINEAR, Reason.SUBCLASS, Reason.PARAMETRIZED, Reason.HOOKED)  # another capture may look inside
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -68,7 +69,7 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
     check_weights(model)
     check_evaluation_mode(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        call = record_call(copy.deepcopy(model), example, forward or forward_for(model))
+        call = record_call(copy_model(model), example, forward or forward_for(model))
     if method != "auto":
         return _captured(model, call, method)
     try:
@@ -93,7 +94,7 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
 
 def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     """One way of capture, checked and profiled."""
-    subject = copy.deepcopy(model)
+    subject = copy_model(model)
     if method == "symbolic_trace":
         constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
         graph_module = trace(subject, {**constants, **call.defaults})
@@ -102,10 +103,12 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         keywords = {name: value for name, value in call.supplied.items() if name not in names}
         graph_module = export(subject, [call.supplied[name] for name in names], keywords, names)
     _restore_buffers(graph_module, model)
-    _check_functional_training(graph_module)
+    if any(module.training for module in model.modules()):
+        _check_functional_training(graph_module)
     if not model.training:
         graph_module.eval()
     DecomposeAttention()(graph_module)
+    FoldConstants()(graph_module)
     inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
         output = _profiled(graph_module, inputs)
@@ -127,7 +130,7 @@ def _has_opaque_weights(graph_module: fx.GraphModule) -> bool:
     """Whether matrices hide inside of modules or functions that the graph calls as a whole."""
     for node in graph_module.graph.nodes:
         mark = read_site(graph_module, node)
-        if isinstance(mark, Refusal) and mark.reason is Reason.NOT_LINEAR and _is_opaque(graph_module, node):
+        if isinstance(mark, Refusal) and mark.reason in _OPAQUE and _is_opaque(graph_module, node):
             return True
     return False
 
@@ -149,6 +152,20 @@ def _is_opaque(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def _flops_in_sites(graph_module: fx.GraphModule) -> int:
     nodes = graph_module.graph.nodes
     return sum(annotation(node).flops or 0 for node in nodes if isinstance(read_site(graph_module, node), Site))
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that hooks compute and leave on a module, as `torch.nn.utils.weight_norm` does, as well.
+
+    Raises:
+        ModelError: some other part of the model cannot be copied.
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    computed = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    try:
+        return copy.deepcopy(model, computed)
+    except MODEL_ERRORS as error:
+        raise ModelError(f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}") from error
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -172,6 +172,22 @@ def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | 
     return _layer(graph_module, None, kind, constant.path, bias_path, groups, conv, inputs_first=transposed)
 
 
+def layer_parameters(node: fx.Node) -> dict[str, fx.Node]:
+    """The nodes that a functional layer, or a product, takes as "weight" and "bias"."""
+    bound = _bind(node) if node.op in ("call_function", "call_method") else {}
+    return {role: value for role in _WEIGHTS if isinstance(value := bound.get(role), fx.Node)}
+
+
+def constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that depend on nothing but the module's own tensors: `get_attr` and what is computed from it."""
+    found: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+        if node.op == "get_attr" or (computed and not node.is_impure() and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
 def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) -> None:
     """Give a layer that has none a bias: as its module's, or as a new parameter that the call fetches."""
     if node.op == "call_module":
@@ -194,18 +210,20 @@ def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) ->
 
 
 def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Erase a node that nobody reads, and with it what only fetched a tensor for it, and that tensor."""
-    if node.users:
-        return
-    sources = [source for source in node.all_input_nodes if source.op == "get_attr" or is_transposition(source)]
-    graph_module.graph.erase_node(node)
-    for source in sources:
-        erase_unused(graph_module, source)
-    if node.op == "get_attr" and not any(_fetches(other, str(node.target)) for other in graph_module.graph.nodes):
-        owner, _, name = str(node.target).rpartition(".")
-        module = graph_module.get_submodule(owner)
-        module._parameters.pop(name, None)
-        module._buffers.pop(name, None)
+    """Erase a node that nobody reads, and with it what only made a constant for it, and that constant."""
+    constants = constant_nodes(graph_module)
+    pending = {node: None}
+    while pending:
+        node, _ = pending.popitem()
+        if node.users:
+            continue
+        pending |= {source: None for source in node.all_input_nodes if source in constants}
+        graph_module.graph.erase_node(node)
+        if node.op == "get_attr" and not any(_fetches(other, str(node.target)) for other in graph_module.graph.nodes):
+            owner, _, name = str(node.target).rpartition(".")
+            module = graph_module.get_submodule(owner)
+            module._parameters.pop(name, None)
+            module._buffers.pop(name, None)
 
 
 def _fetches(node: fx.Node, path: str) -> bool:

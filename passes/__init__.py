@@ -13,6 +13,7 @@ from balf_fx.passes.base import Pass
 from balf_fx.passes.decompose_attention import DecomposeAttention
 from balf_fx.passes.factorize import Factorize
 from balf_fx.passes.fold_batchnorm import FoldBatchNorm
+from balf_fx.passes.fold_constants import FoldConstants
 from balf_fx.passes.observe import InsertObservers
 from balf_fx.passes.score import Score
 
@@ -22,6 +23,7 @@ __all__ = [
     "DecomposeAttention",
     "Factorize",
     "FoldBatchNorm",
+    "FoldConstants",
     "InsertObservers",
     "Pass",
     "Score",

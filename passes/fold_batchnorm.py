@@ -40,9 +40,9 @@ class _Norm:
 class FoldBatchNorm(Pass):
     """Replace layer-BatchNorm pairs by one layer.
 
-    A pair is folded where the BatchNorm uses running statistics, nothing else reads the layer's output, and nothing
-    else its parameters. Linear-BatchNorm pairs need the output's shape, which `capture` records, since BatchNorm1d
-    normalises another axis of a three-dimensional input.
+    A pair is folded where the BatchNorm uses running statistics, nothing else reads the values of the layer's output,
+    and nothing else its parameters. Linear-BatchNorm pairs need the output's shape, which `capture` records, since
+    BatchNorm1d normalises another axis of a three-dimensional input.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -85,7 +85,7 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> _Norm | None:
 def _foldable_layer(graph_module: fx.GraphModule, norm: _Norm) -> Site | None:
     """The layer before a BatchNorm, where folding changes nothing else."""
     layer = read_layer(graph_module, norm.source)
-    if not isinstance(layer, Site) or len(norm.source.users) != 1:
+    if not isinstance(layer, Site) or sum(not _reads_metadata(user) for user in norm.source.users) != 1:
         return None
     dimensions = 2 if layer.conv is None else len(layer.conv.kernel_size) + 2
     shape = annotation(norm.source).shape
@@ -97,6 +97,13 @@ def _foldable_layer(graph_module: fx.GraphModule, norm: _Norm) -> Site | None:
     own = [get_tensor(graph_module, path) for path in (layer.weight, layer.bias) if path is not None]
     has_bias_argument = layer.bias is not None or layer.conv is not None or not layer.inputs_first
     return layer if has_bias_argument and all(users[id(tensor)] == {norm.source} for tensor in own) else None
+
+
+def _reads_metadata(node: fx.Node) -> bool:
+    """Whether a node looks at what folding leaves as it is: the shape and type of a value."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def _fold(graph_module: fx.GraphModule, layer: Site, norm: _Norm) -> None:

@@ -23,6 +23,21 @@ class Functional(nn.Module):
         return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
 
 
+class Checked(Functional):
+    """Looks at the shape of what it normalises, as many models do, and with `values` at more."""
+
+    def __init__(self, values: bool = False) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, x):
+        y, norm = self.conv(x), self.norm
+        torch._assert(y.ndim == 4, "images")
+        z = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
+        z = z.reshape(y.shape[0], y.size(1), -1)
+        return z + y.mean() if self.values else z
+
+
 PAIRS = {
     "conv_transpose2d grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), nn.BatchNorm2d(6), (2, 4, 5, 5)),
     "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, bias=False), nn.BatchNorm1d(6), (2, 4, 5)),
@@ -126,3 +141,12 @@ def test_functional_and_exported_pairs_are_folded(name, method):
     assert not any("batch_norm" in str(node.target) for node in graph_module.graph.nodes)
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in graph_module.modules())
     torch.testing.assert_close(graph_module(x), model(x))
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_looking_at_the_shape_of_a_layers_output_does_not_prevent_folding(values):
+    model = randomise_batchnorm(Checked(values)).double().eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    folded, modified = fold(model, x)
+    assert modified is not values
+    torch.testing.assert_close(folded(x), model(x))

@@ -1,0 +1,115 @@
+"""Evaluate, once and for all, the weights and biases that a graph computes from its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from balf_fx.linear_maps import constant_nodes, erase_unused, is_transposition, layer_parameters
+from balf_fx.passes.base import Pass
+from balf_fx.sites import get_tensor
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace computed weights and biases of layers by new parameters.
+
+    Standardised and parametrized weights, concatenated biases and the like are constant in deployment. Folded is what
+    depends on nothing but parameters and buffers, at least one parameter among them, is not random, changes nothing
+    in place, and takes no more memory than what it is computed from. A new parameter lies in the layer that holds the
+    first old one.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        constants = constant_nodes(graph_module)
+        operands = [value for node in graph_module.graph.nodes for value in layer_parameters(node).items()]
+        folded = False
+        for role, node in dict.fromkeys((role, _behind_transpositions(value)) for role, value in operands):
+            if node in constants and node.op != "get_attr":
+                folded |= _fold(graph_module, role, node, constants)
+        return PassResult(graph_module, folded)
+
+
+def _behind_transpositions(node: fx.Node) -> fx.Node:
+    """What a site can read as it stands needs no folding."""
+    while is_transposition(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set[fx.Node]) -> bool:
+    sources = _sources(node)
+    tensors = [get_tensor(graph_module, str(source.target)) for source in sources]
+    first = next((i for i, tensor in enumerate(tensors) if isinstance(tensor, nn.Parameter)), None)
+    if first is None:
+        return False
+    try:
+        with torch.no_grad(), _Deterministic():  # type: ignore[no-untyped-call]
+            value = _evaluate(graph_module, node, {})
+    except _NotConstantError:
+        return False
+    if not value.is_floating_point() or value.numel() > sum(tensor.numel() for tensor in tensors):
+        return False
+    owner_path = _layer_path(str(sources[first].target))
+    with graph_module.graph.inserting_before(node):
+        fetched = graph_module.graph.create_node("get_attr", "")  # named below, once the old names are free
+    node.replace_all_uses_with(fetched)
+    constants.add(fetched)
+    erase_unused(graph_module, node)
+    owner = graph_module.get_submodule(owner_path)
+    name = role if not hasattr(owner, role) else f"{role}_folded"
+    while hasattr(owner, name):
+        name += "_"
+    owner.register_parameter(name, nn.Parameter(value.clone(), any(tensor.requires_grad for tensor in tensors)))
+    fetched.target = f"{owner_path}.{name}" if owner_path else name
+    return True
+
+
+def _layer_path(path: str) -> str:
+    """The module that a parameter belongs to; what torch.nn.utils.parametrize keeps belongs to the layer above it."""
+    parts = path.split(".")[:-1]
+    return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The attributes from which a constant node is computed, in order of use."""
+    if node.op == "get_attr":
+        return [node]
+    found = (source for argument in node.all_input_nodes for source in _sources(argument))
+    return list(dict.fromkeys(found))
+
+
+class _NotConstantError(Exception):
+    """An operation is random or changes a tensor in place."""
+
+
+class _Deterministic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses operations that draw random numbers or change their arguments."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
+            raise _NotConstantError
+        return func(*args, **(kwargs or {}))
+
+
+def _evaluate(graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor:
+    """The value of a constant node."""
+    if node not in known:
+        if node.op == "get_attr":
+            known[node] = get_tensor(graph_module, str(node.target))
+        else:
+            args: Any = map_arg(node.args, lambda argument: _evaluate(graph_module, argument, known))
+            kwargs: Any = map_arg(node.kwargs, lambda argument: _evaluate(graph_module, argument, known))
+            if node.op == "call_method":
+                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                function: Any = node.target
+                known[node] = function(*args, **kwargs)
+    value: Tensor = known[node]
+    return value

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import balf_fx
+from balf_fx.passes import FoldConstants
+from balf_fx.sites import Reason
+
+
+class Concatenated(nn.Module):
+    """A fused projection whose bias has a constant part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.register_buffer("k_bias", torch.zeros(8))
+
+    def forward(self, x):
+        return F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        flat = self.weight.reshape(1, len(self.weight), -1)
+        weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+class Twice(nn.Module):
+    """One computed weight, used by two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.rand(8, 1) + 0.5)
+
+    def forward(self, x):
+        weight = self.weight * self.gain
+        return F.linear(torch.tanh(F.linear(x, weight)), weight)
+
+
+class Calls(nn.Module):
+    """Calls a function of its weight, which lies beside it, as the weight of a linear layer."""
+
+    def __init__(self, compute, shape=(8, 8)) -> None:
+        super().__init__()
+        self.compute, self.weight = compute, nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return F.linear(x, self.compute(self.weight))
+
+
+class Reader(nn.Module):
+    """Its computed weight depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight * x.mean())
+
+
+def folded(model, x, **options):
+    return balf_fx.compile(model.eval(), x, flops=1.0, progress=False, **options)
+
+
+MODELS = {
+    "concatenated bias": (Concatenated, (3, 8), ["qkv"]),
+    "standardised conv": (lambda: nn.Sequential(Standardised(6, 8, 3)), (2, 6, 5, 5), ["0"]),
+    "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 9))), (3, 8), ["0"]),
+    "legacy weight_norm": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(6, 8, 3))), (2, 6, 5, 5), ["0"]),
+    "spectral_norm": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 9))), (3, 8), ["0"]),
+    "used twice": (Twice, (3, 8), ["weight"]),
+    "transposed and scaled": (lambda: Calls(lambda w: (w.t() * 2).t()), (3, 8), ["weight"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight_norm|assigned during export)")
+@pytest.mark.parametrize("capture", ["auto", "export"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_computed_weight_becomes_a_site_that_computes_the_same(name, capture):
+    make, shape, expected = MODELS[name]
+    model, x = make(), torch.randn(shape)
+    names = list(model.state_dict())
+    compiled = folded(model, x, capture=capture)
+    assert [row.name for row in balf_fx.report(compiled).sites] == expected
+    assert balf_fx.report(compiled).flops_in_sites == 1.0
+    torch.testing.assert_close(compiled(x), model(x))
+    smaller = balf_fx.compile(model, x, flops=0.9, progress=False, capture=capture)
+    assert balf_fx.report(smaller).flops_kept <= 0.9
+    assert list(model.state_dict()) == names
+
+
+def test_what_it_was_computed_from_is_gone():
+    compiled = folded(Twice(), torch.randn(3, 8))
+    assert {name: tuple(value.shape) for name, value in compiled.named_parameters()} == {"weight": (8, 8)}
+    assert not any(node.target in (torch.mul, "mul") for node in compiled.graph.nodes)
+
+
+def random_weight(weight):
+    return weight + torch.rand_like(weight)
+
+
+def changed_in_place(weight):
+    return weight.detach().mul_(1.0)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [random_weight, changed_in_place, lambda w: w.repeat(2, 2)[:8, 1:9].repeat(3, 1)],
+    ids=["random", "in place", "larger"],
+)
+def test_what_is_not_constant_or_would_grow_stays(compute):
+    model = Calls(compute)
+    graph_module = fx.symbolic_trace(model)
+    before, x = graph_module.code, torch.randn(3, 8)
+    result = FoldConstants()(graph_module)
+    assert not result.modified
+    assert graph_module.code == before
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(graph_module(x), expected)
+
+
+def test_weights_that_depend_on_the_input_are_refused():
+    with pytest.raises(balf_fx.BalfError, match=Reason.COMPUTED.value):
+        folded(Reader(), torch.randn(3, 8))
