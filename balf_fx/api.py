@@ -21,7 +21,7 @@ from balf_fx.passes.allocate import Method
 from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
-from balf_fx.sites import META_KEY, annotation, sites
+from balf_fx.sites import META_KEY, Rank, annotation, sites
 
 
 def compile(
@@ -31,9 +31,10 @@ def compile(
     flops: float | None = None,
     params: float | None = None,
     factors: Factors = "activations",
-    allocation: Method | Mapping[str, int | None] = "budget",
+    allocation: Method | Mapping[str, Rank] = "budget",
     energy: float | None = None,
     centred: bool = True,
+    split: bool = True,
     fold_batchnorm: bool = True,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -59,6 +60,8 @@ def compile(
             without a budget.
         energy: with allocation="energy", the share of energy to keep in each site, in place of a budget.
         centred: move the mean of what is dropped into the bias.
+        split: let the parts of fused projections, as of query, key and value, have factors of their own where that
+            loses less at the same budget.
         fold_batchnorm: fold BatchNorm into the layer before it first.
         include, exclude: glob patterns of site names.
         strict: a budget below what is reachable is an error; False takes the closest reachable model instead.
@@ -73,7 +76,7 @@ def compile(
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.
     """
-    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, strict, progress)
+    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
     forward = forward or forward_for(model)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
         # 1. The first batch tells how the model is called and what it costs.
@@ -149,9 +152,10 @@ def convert(
     flops: float | None = None,
     params: float | None = None,
     factors: Factors = "activations",
-    allocation: Method | Mapping[str, int | None] = "budget",
+    allocation: Method | Mapping[str, Rank] = "budget",
     energy: float | None = None,
     centred: bool = True,
+    split: bool = True,
     strict: bool = True,
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -165,7 +169,7 @@ def convert(
         NotCalibratedError: the graph holds no observers, or they have seen nothing.
         BudgetError: the budget cannot be reached; names the smallest that can.
     """
-    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, strict, progress)
+    score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
     with torch.inference_mode(False), torch.no_grad():
         return _convert(prepared, score, allocate)
 
@@ -174,9 +178,10 @@ def _convert_passes(
     flops: float | None,
     params: float | None,
     factors: Factors,
-    allocation: Method | Mapping[str, int | None],
+    allocation: Method | Mapping[str, Rank],
     energy: float | None,
     centred: bool,
+    split: bool,
     strict: bool,
     progress: bool,
 ) -> tuple[Score, Allocate]:
@@ -185,7 +190,7 @@ def _convert_passes(
         allocate = Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
     else:
         allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict)
-    return Score(factors, centred, progress), allocate
+    return Score(factors, centred, split, progress), allocate
 
 
 def _convert(prepared: fx.GraphModule, score: Score, allocate: Allocate) -> fx.GraphModule:

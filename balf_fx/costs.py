@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from balf_fx.linalg import tail_energies
-from balf_fx.sites import Candidate, RankCurve, Site, Spectrum, annotate, record_graph
+from balf_fx.sites import Candidate, PartRanks, Rank, RankCurve, Site, Spectrum, annotate, annotation, record_graph
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -57,36 +59,99 @@ def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     return output
 
 
-def rank_params(site: Site, rank: int | None, bias: bool) -> int:
-    """Parameters of a site at a rank (None: dense), with or without a bias on its output."""
+def use(nodes: Iterable[fx.Node]) -> tuple[int, int]:
+    """FLOPs and output elements of all uses of a site together, as `profile` recorded them."""
+    marks = [annotation(node) for node in nodes]
+    return sum(mark.flops or 0 for mark in marks), sum(math.prod(mark.shape or (0,)) for mark in marks)
+
+
+def rank_params(site: Site, rank: Rank, bias: bool) -> int:
+    """Parameters of a site at a rank; with `bias` a site that has none gains one for what is not dense."""
     outputs, inputs = site.out_features, site.in_features
-    weights = 0 if rank is None else rank * (outputs + inputs)
-    if rank is None or site.keeps_weight:
+    total, parts, dense = _spread(rank)
+    weights = total * (outputs // parts + inputs) + dense * (outputs // parts * inputs)
+    if site.keeps_weight and rank is not None:
         weights += outputs * inputs
-    return site.groups * (weights + (outputs if bias else 0))
+    biased = outputs if site.bias is not None else outputs // parts * (parts - dense) * bias
+    return site.groups * (weights + biased)
 
 
-def rank_flops(site: Site, rank: int | None, dense_flops: int, output_elements: int) -> int:
+def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -> int:
     """FLOPs of a site at a rank.
 
     The first factor is the layer itself with r outputs per group in place of O; the second takes r multiply-adds for
-    each element of the output.
+    each element of the output, or of that part of the output to which the rank belongs.
 
     Args:
         dense_flops, output_elements: of all uses of the site together.
     """
-    if rank is None or dense_flops == 0:
-        return dense_flops
-    return dense_flops // site.out_features * rank + 2 * rank * output_elements
+    if dense_flops == 0:
+        return 0
+    total, parts, dense = _spread(rank)
+    return (
+        dense_flops // site.out_features * total + 2 * total * output_elements // parts + dense_flops // parts * dense
+    )
 
 
-def rank_curve(site: Site, spectrum: Spectrum, dense_flops: int, output_elements: int) -> RankCurve:
-    """Every choice there is for a site: ranks 1 .. break-even, then dense at distortion 0."""
+def _spread(rank: Rank) -> tuple[int, int, int]:
+    """The outputs of the first factor per group, how many parts there are, and how many of them stay dense."""
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    return sum(r or 0 for r in ranks), len(ranks), ranks.count(None)
+
+
+def rank_curve(
+    site: Site, spectrum: Spectrum, dense_flops: int, output_elements: int, parts: Spectrum | None = None
+) -> RankCurve:
+    """Every choice there is for a site: ranks 1 .. break-even, ranks of its parts, then dense at distortion 0.
+
+    Args:
+        parts: the spectrum of the site's parts, if these may have factors of their own.
+    """
     tail = tail_energies(spectrum)
     bias = site.bias is not None or spectrum.mean is not None
-    ranks = [
-        Candidate(rank, rank_flops(site, rank, dense_flops, output_elements), rank_params(site, rank, bias), tail[rank])
-        for rank in range(1, site.break_even + 1)  # break-even is below min(O, D): the tail reaches that far
-    ]
+
+    def candidate(rank: Rank, distortion: float) -> Candidate:
+        flops = rank_flops(site, rank, dense_flops, output_elements)
+        return Candidate(rank, flops, rank_params(site, rank, bias), distortion)
+
+    # Break-even is below min(O, D): the tail reaches that far.
+    joint = [candidate(rank, tail[rank]) for rank in range(1, site.break_even + 1)]
+    split = [] if parts is None else [candidate(*choice) for choice in _parts_choices(site, parts, tail)]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
-    return RankCurve((*ranks, dense), tail[0])
+    return RankCurve((*joint, *split, dense), tail[0])
+
+
+def parts_candidate(site: Site, parts: Spectrum, ranks: PartRanks, dense_flops: int, output_elements: int) -> Candidate:
+    """The choice of one rank, or None for dense, for each part of a site."""
+    lost = [float(row[rank:].sum()) for row, rank in zip(parts.energies, ranks, strict=True) if rank is not None]
+    flops = rank_flops(site, ranks, dense_flops, output_elements)
+    return Candidate(ranks, flops, rank_params(site, ranks, site.bias is not None or parts.mean is not None), sum(lost))
+
+
+def _parts_choices(site: Site, parts: Spectrum, tail: Sequence[float]) -> Iterator[tuple[PartRanks, float]]:
+    """Ranks of the parts, ascending in cost, that lose less than whatever costs no more, with what they lose.
+
+    Any of the parts may stay dense. A component costs the same in each of the others, so that there the largest
+    energies are the best choice; each keeps one component at least.
+    """
+    outputs, inputs = site.out_features // site.parts, site.in_features
+    price = outputs + inputs
+    choices: list[tuple[int, float, tuple[int, ...], Tensor]] = []
+    for count in range(1, site.parts + 1):
+        for thin in itertools.combinations(range(site.parts), count):
+            rest = parts.energies[list(thin), 1 : min(outputs, inputs)]
+            order = torch.argsort(rest.flatten(), descending=True, stable=True)
+            lost = rest.sum() - torch.cat([rest.new_zeros(1), rest.flatten()[order].cumsum(0)])
+            fixed = (site.parts - count) * outputs * inputs + count * price
+            choices += [(fixed + i * price, value, thin, order[:i]) for i, value in enumerate(lost.tolist())]
+    choices.sort(key=lambda choice: choice[:3])
+    best = math.inf
+    for cost, lost_here, thin, chosen in choices:
+        rank = cost // (site.out_features + inputs)
+        if cost >= site.out_features * inputs:
+            return
+        if lost_here < min(best, tail[min(rank, len(tail) - 1)]):
+            best = lost_here
+            counts = torch.bincount(chosen // max(min(outputs, inputs) - 1, 1), minlength=len(thin)) + 1
+            ranks = dict(zip(thin, counts.tolist(), strict=True))
+            yield tuple(ranks.get(part) for part in range(site.parts)), max(best, 0.0)

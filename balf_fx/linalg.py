@@ -27,6 +27,18 @@ def weight_matrix(weight: Tensor, groups: int, inputs_first: bool = False) -> Te
     return (grouped.transpose(1, 2) if inputs_first else grouped).flatten(2)
 
 
+def in_parts(value: Tensor, parts: int) -> Tensor:
+    """[G, O, ...] cut along O into [G * parts, O / parts, ...]."""
+    return value.reshape(value.shape[0] * parts, value.shape[1] // parts, *value.shape[2:])
+
+
+def diagonal_blocks(matrix: Tensor, parts: int) -> Tensor:
+    """The blocks [G * parts, O / parts, O / parts] on the diagonal of [G, O, O]."""
+    groups, size = matrix.shape[0], matrix.shape[1] // parts
+    blocks = matrix.reshape(groups, parts, size, parts, size).diagonal(dim1=1, dim2=3)
+    return blocks.movedim(-1, 1).reshape(groups * parts, size, size)
+
+
 def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., m] descending and clamped at zero, eigenvectors [..., m, m] as columns in that order."""
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
@@ -47,13 +59,13 @@ def spectrum_from_output(covariance: Tensor, mean: Tensor | None) -> Spectrum:
 def spectrum_from_input(weight: Tensor, covariance: Tensor, mean: Tensor | None) -> Spectrum:
     """The same optimum from the second moment of x, cheaper where D < O.
 
-    With the thin W = Q R the output moves in the D-dimensional range of Q and |W x| = |R x|, so the eigenvectors of
-    R Cov(x) R^T [G, D, D], mapped through Q, are those of Cov(W x).
+    With the thin W = Q R the output moves in the m-dimensional range of Q, m = min(O, D), and |W x| = |R x|, so the
+    eigenvectors of R Cov(x) R^T [G, m, m], mapped through Q, are those of Cov(W x).
 
     Args:
-        weight: [G, O, D] with D <= O.
-        covariance: [G, D, D], centred or not.
-        mean: [G, D], E[x], for the bias correction; None leaves the bias alone.
+        weight: [G, O, D].
+        covariance: [G, D, D], centred or not; one for all groups of the weight where G is 1.
+        mean: [G, D], E[x], likewise, for the bias correction; None leaves the bias alone.
     """
     basis, reduced = torch.linalg.qr(weight)
     energies, vectors = _descending_eigh(reduced @ covariance @ reduced.mT)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from balf_fx.sites import ConvGeometry, Kind, Reason, Refusal, Site, get_tensor, is_hooked
+from balf_fx.sites import ConvGeometry, Kind, Reason, Refusal, Site, annotation, get_tensor, is_hooked
 
 aten = torch.ops.aten
 
@@ -65,6 +65,15 @@ _CALLS: dict[Any, tuple[Kind, tuple[str, ...]]] = {
 }
 _TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
 _EINSUMS = (torch.einsum, torch.functional.einsum, aten.einsum.default)
+_RESHAPES: tuple[Any, ...] = (
+    *(torch.reshape, torch.unflatten, "reshape", "view", "unflatten"),
+    *(aten.reshape.default, aten.view.default, aten.unflatten.int),
+)
+_SPLITS: tuple[Any, ...] = (
+    *(torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split"),
+    *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.tensor_split.sections),
+)
+_PARTS = (2, 3)
 _WEIGHTS = ("weight", "bias")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -245,6 +254,32 @@ def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
         elif node.op == "get_attr":
             users[id(get_tensor(graph_module, node.target))] |= _readers(node)
     return users
+
+
+def read_parts(node: fx.Node, features: int) -> int:
+    """Into how many equal pieces the graph takes a linear layer's output apart, 2 or 3, else 1.
+
+    That is by chunking or splitting the last dimension, or by reshaping it to [pieces, heads, features of a head].
+    """
+    found = {_pieces(user, features) for user in node.users if not reads_metadata(user)}
+    return found.pop() if len(found) == 1 else 1
+
+
+def _pieces(user: fx.Node, features: int) -> int:
+    shape = annotation(user).shape
+    if shape is not None:
+        reshaped = len(shape) > 2 and shape[-3] in _PARTS and math.prod(shape[-3:]) == features
+        return shape[-3] if reshaped and user.target in _RESHAPES else 1
+    widths = [(annotation(item).shape or (0,))[-1] for item in user.users if item.target is operator.getitem]
+    equal = len(widths) in _PARTS and set(widths) == {features // len(widths)}
+    return len(widths) if equal and features % len(widths) == 0 and user.target in _SPLITS else 1
+
+
+def reads_metadata(node: fx.Node) -> bool:
+    """Whether a node looks at no more than the shape and the type of a value."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def _readers(source: fx.Node) -> set[fx.Node]:

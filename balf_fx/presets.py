@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 BALF: Mapping[str, object] = MappingProxyType(
-    {"fold_batchnorm": False, "factors": "activations", "centred": False, "allocation": "budget"}
+    {"fold_batchnorm": False, "factors": "activations", "centred": False, "split": False, "allocation": "budget"}
 )
 """BALF as published (arXiv 2509.25136): activation-aware factors from uncentred second moments, BatchNorm left alone,
-energies normalised per layer, every linear and convolution layer a candidate, one Lagrangian budget over all.
+energies normalised per layer, fused projections as one, every linear and convolution layer a candidate, one
+Lagrangian budget over all.
 
     balf_fx.compile(model, batches, flops=0.55, **balf_fx.BALF)
 """

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from balf_fx.errors import PassError
-from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord
+from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord, Rank
 
 REPORT_ATTRIBUTE = "balf_report"
 """Where a finished GraphModule carries its report beside `meta`: copies keep only `meta`, pickles only attributes."""
@@ -19,13 +19,18 @@ REPORT_ATTRIBUTE = "balf_report"
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site. `rank` None means dense; `energy_kept` is the share of the output's energy on the calibration data;
-    `distortion` is the mean squared output error, summed over the site's outputs."""
+    """One site.
+
+    Attributes:
+        rank: None means dense, a tuple one rank for each of the site's parts.
+        energy_kept: the share of the output's energy on the calibration data.
+        distortion: the mean squared output error, summed over the site's outputs.
+    """
 
     name: str
     kind: str
     shape: str
-    rank: int | None
+    rank: Rank
     flops_before: int
     flops_after: int
     params_before: int
@@ -98,7 +103,7 @@ class Report:
                 r.name,
                 r.kind,
                 r.shape,
-                "dense" if r.rank is None else r.rank,
+                _rank_in_words(r.rank),
                 r.flops_before,
                 r.flops_after,
                 r.energy_kept,
@@ -125,6 +130,12 @@ class Report:
         bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"
         lines.append(f"budget  {asked}, allocation {self.method}: lost energy {self.primal:.4g}{bound}")
         return lines
+
+
+def _rank_in_words(rank: Rank) -> str | int:
+    if isinstance(rank, tuple):
+        return "+".join(str(_rank_in_words(part)) for part in rank)
+    return "dense" if rank is None else rank
 
 
 def report(graph_module: nn.Module) -> Report:
@@ -174,10 +185,15 @@ def _from_dict(data: Mapping[str, Any]) -> Report:
     """The inverse of `Report.to_dict`."""
     names = {field.name for field in fields(Report)}
     rows = {
-        "sites": tuple(SiteRow(**r) for r in data["sites"]),
+        "sites": tuple(SiteRow(**{**r, "rank": _rank_from_data(r["rank"])}) for r in data["sites"]),
         "refused": tuple(RefusedRow(**r) for r in data["refused"]),
     }
     return Report(**{**{key: value for key, value in data.items() if key in names}, **rows})
+
+
+def _rank_from_data(rank: Any) -> Rank:
+    """JSON knows lists only."""
+    return tuple(rank) if isinstance(rank, list) else rank
 
 
 def _site_row(choice: Choice) -> SiteRow:

@@ -22,6 +22,10 @@ META_KEY = "balf"
 VALUE_META = ("val", "example_value", "tensor_meta")
 """Keys of `node.meta` that describe the node's own value: a node that returns another must not inherit them."""
 
+PartRanks = tuple[int | None, ...]
+Rank = int | PartRanks | None
+"""One rank for all of a site, or one for each of its parts; None is dense."""
+
 Measure = Literal["flops", "params"]
 Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
@@ -95,6 +99,8 @@ class Site:
         inputs_first: the weight is stored [D, O], as in x @ W, or [C_in, C_out / G, *kernel], as in transposed
             convolutions, for which D = C_in / G * prod(kernel_size) all the same.
         keeps_weight: something else, a tied embedding say, needs the weight too: the factors come on top of it.
+        parts: the graph takes the outputs apart into this many equal pieces, as with a fused query-key-value
+            projection: each may have factors of its own.
     """
 
     name: str
@@ -107,6 +113,7 @@ class Site:
     conv: ConvGeometry | None = None
     inputs_first: bool = False
     keeps_weight: bool = False
+    parts: int = 1
 
     @property
     def side(self) -> Literal["output", "input"]:
@@ -134,6 +141,8 @@ class Site:
 class Spectrum:
     """What each rank of a site keeps, and the map that keeps it.
 
+    The spectrum of a site's parts has the parts in place of the groups, with O outputs each.
+
     Attributes:
         energies: [G, m] float64, descending: mean squared output error avoided by each component.
         left: [G, O, m] float64, orthonormal columns; rank-r factors are A = left[..., :r] and B = A^T W.
@@ -144,12 +153,17 @@ class Spectrum:
     left: torch.Tensor
     mean: torch.Tensor | None
 
+    def only(self, group: int) -> Spectrum:
+        """The spectrum of one group, or part."""
+        own = slice(group, group + 1)
+        return Spectrum(self.energies[own], self.left[own], None if self.mean is None else self.mean[own])
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice for a site. `rank` None is the dense layer; `distortion` is mean squared output error."""
+    """One choice for a site; `distortion` is mean squared output error."""
 
-    rank: int | None
+    rank: Rank
     flops: int
     params: int
     distortion: float
@@ -163,7 +177,7 @@ class RankCurve:
     """Distortion and cost of a site as a function of rank.
 
     Attributes:
-        candidates: ranks 1 .. break-even ascending, then dense.
+        candidates: ranks 1 .. break-even ascending, then ranks of the parts that beat them, ascending, then dense.
         energy: mean squared output of the site (centred or not, as asked), which normalises its distortions.
     """
 
@@ -223,7 +237,8 @@ class Annotation:
         shape: of the node's output on the example batch.
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
-        spectrum, curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
+        spectrum, parts_spectrum, curve, scored_with: by Score; the second of a site that has parts; scored_with tells
+            a fresh score from a stale one.
         choice: by Allocate.
     """
 
@@ -233,6 +248,7 @@ class Annotation:
     refusal: Refusal | None = None
     observer: str | None = None
     spectrum: Spectrum | None = None
+    parts_spectrum: Spectrum | None = None
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
     choice: Choice | None = None

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.costs import parts_candidate, use
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.knapsack import minimum_cost, solve
 from balf_fx.passes.base import Pass
@@ -18,6 +19,8 @@ from balf_fx.sites import (
     Candidate,
     Choice,
     Measure,
+    PartRanks,
+    Rank,
     RankCurve,
     Site,
     annotate,
@@ -41,14 +44,15 @@ class Allocate(Pass):
             same share of every site's energy.
         energy: with method="energy" and no budget, the share of energy to keep, in (0, 1].
         strict: a budget below what is reachable is an error; False takes the closest reachable choice instead.
-        ranks: {site name: rank}, None for dense; sites that are not named stay dense. Excludes all of the above.
+        ranks: {site name: rank}, None for dense, a tuple for one rank in each part; sites that are not named stay
+            dense. Excludes all of the above.
     """
 
     flops: float | None = None
     params: float | None = None
     method: Method = "budget"
     energy: float | None = None
-    ranks: Mapping[str, int | None] | None = None
+    ranks: Mapping[str, Rank] | None = None
     strict: bool = True
 
     def __post_init__(self) -> None:
@@ -91,7 +95,7 @@ class Allocate(Pass):
         params_now = count_parameters(graph_module)
         bound = None
         if self.ranks is not None:
-            chosen = _explicit(list(found), curves, self.ranks)
+            chosen = _explicit(found, curves, self.ranks)
         elif self.target is None:
             chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves]
         else:
@@ -124,6 +128,8 @@ class Allocate(Pass):
         now = total if self.measure == "flops" else params_now
         fixed = now - sum(curve.dense.cost(self.measure) for curve in curves)
         options = [_cheaper_than_dense(curve, self.measure) for curve in curves]
+        if self.method != "budget":  # what is raised step by step needs one order
+            options = [[c for c in row if not isinstance(c.rank, tuple)] for row in options]
         costs = [[candidate.cost(self.measure) for candidate in row] for row in options]
         budget = math.floor(target * total) - fixed
         if minimum_cost(costs) > budget and self.strict:
@@ -156,7 +162,8 @@ def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
 
 def _first_with_energy(curve: RankCurve, energy: float) -> Candidate:
     """The smallest rank that keeps this share of the energy, dense where none does."""
-    return next(c for c in curve.candidates if 1 - curve.normalised(c.distortion) >= energy)
+    joint = (c for c in curve.candidates if not isinstance(c.rank, tuple))
+    return next(c for c in joint if 1 - curve.normalised(c.distortion) >= energy)
 
 
 def _raise_lowest(costs: Sequence[Sequence[int]], levels: Sequence[Sequence[float]], budget: int) -> list[int]:
@@ -175,16 +182,20 @@ def _raise_lowest(costs: Sequence[Sequence[int]], levels: Sequence[Sequence[floa
     return choice
 
 
-def _explicit(sites: Sequence[Site], curves: Sequence[RankCurve], ranks: Mapping[str, int | None]) -> list[Candidate]:
+def _explicit(
+    sites: Mapping[Site, list[fx.Node]], curves: Sequence[RankCurve], ranks: Mapping[str, Rank]
+) -> list[Candidate]:
     """The candidates that a mapping names."""
     unknown = sorted(set(ranks) - {site.name for site in sites})
     if unknown:
         raise UnknownSiteError(f"no site is called {', '.join(unknown)}; sites are: {', '.join(s.name for s in sites)}")
     chosen = []
-    for site, curve in zip(sites, curves, strict=True):
+    for (site, nodes), curve in zip(sites.items(), curves, strict=True):
         rank = ranks.get(site.name)
         if rank is None:
             chosen.append(curve.dense)
+        elif isinstance(rank, tuple):
+            chosen.append(_explicit_parts(site, nodes, rank))
         elif isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= site.break_even:
             raise OptionError(
                 f"the rank of {site.name!r} is a whole number from 1 to {site.break_even}, above which the dense layer "
@@ -193,3 +204,18 @@ def _explicit(sites: Sequence[Site], curves: Sequence[RankCurve], ranks: Mapping
         else:
             chosen.append(curve.candidates[rank - 1])
     return chosen
+
+
+def _explicit_parts(site: Site, nodes: Sequence[fx.Node], ranks: PartRanks) -> Candidate:
+    parts = annotation(nodes[0]).parts_spectrum
+    if parts is None:
+        raise OptionError(f"{site.name!r} has no parts to give ranks of their own: pass one whole number or None")
+    limit = min(site.out_features // site.parts, site.in_features)
+    numbers = [rank for rank in ranks if rank is not None]
+    whole = all(isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= limit for rank in numbers)
+    if not whole or not numbers or len(ranks) != site.parts:
+        raise OptionError(
+            f"the ranks of the parts of {site.name!r} are {site.parts} whole numbers from 1 to {limit}, some of which "
+            f"may be None for dense, not {ranks!r}"
+        )
+    return parts_candidate(site, parts, ranks, *use(nodes))

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError, UnknownSiteError
-from balf_fx.linear_maps import parameter_users, read_site
+from balf_fx.linear_maps import parameter_users, read_parts, read_site
 from balf_fx.passes.base import Pass
 from balf_fx.sites import Reason, Refusal, Site, annotate, get_tensor, sites
 
@@ -41,6 +41,7 @@ class Annotate(Pass):
         marks: Marks = {node: read_site(graph_module, node) for node in graph_module.graph.nodes}
         _join_shared(graph_module, marks)
         self._check_patterns([mark.name for mark in marks.values() if isinstance(mark, Site)])
+        _find_parts(marks)
         for node, mark in marks.items():
             chosen = self._selected(mark) if isinstance(mark, Site) else mark
             site = chosen if isinstance(chosen, Site) else None
@@ -90,6 +91,18 @@ def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
             first = dataclasses.replace(first, keeps_weight=True, name=f"{first.name}_factors" if held else first.name)
         for node in nodes:
             marks[node] = first
+
+
+def _find_parts(marks: Marks) -> None:
+    """Note on every linear site into how many parts its outputs are taken, where all its uses agree."""
+    uses: dict[Site, list[fx.Node]] = defaultdict(list)
+    for node, mark in marks.items():
+        if isinstance(mark, Site) and mark.conv is None:
+            uses[mark].append(node)
+    for site, nodes in uses.items():
+        parts = {read_parts(node, site.out_features) for node in nodes}
+        if len(parts) == 1:
+            marks.update(dict.fromkeys(nodes, dataclasses.replace(site, parts=parts.pop())))
 
 
 def _way_of_use(graph_module: fx.GraphModule, site: Site) -> tuple[object, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +15,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils import skip_init
 
 from balf_fx.errors import PassError
-from balf_fx.linalg import corrected_bias, factors, weight_matrix
+from balf_fx.linalg import corrected_bias, factors, in_parts, weight_matrix
 from balf_fx.linear_maps import erase_unused, site_input
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias
-from balf_fx.sites import META_KEY, VALUE_META, ConvGeometry, Site, Spectrum, annotation, get_tensor
+from balf_fx.sites import META_KEY, VALUE_META, ConvGeometry, PartRanks, Site, Spectrum, annotation, get_tensor
 
 _CONVS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
@@ -30,8 +32,10 @@ _CONVS = {
 class Factorize(Pass):
     """Replace every site that was given a rank by `name.0` (D -> r, the layer's own geometry) and `name.1` (r -> O).
 
-    `name` becomes an nn.Sequential of the two, and the graph calls each of them in a node of its own. Parameters keep
-    dtype, device, memory format and requires_grad.
+    `name` becomes an nn.Sequential of the two, and the graph calls each of them in a node of its own. Where the parts
+    of a site were given ranks of their own, `name.1` is a list of layers, one for each part: the graph splits what
+    `name.0` returns and concatenates what they return; parts that stay dense read the input. Parameters keep dtype,
+    device, memory format and requires_grad.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -43,10 +47,14 @@ class Factorize(Pass):
         modified = False
         for site, nodes in self.require_sites(graph_module).items():
             mark = annotation(nodes[0])
-            if mark.choice is None or mark.spectrum is None or mark.choice.chosen.rank is None:
+            rank = None if mark.choice is None else mark.choice.chosen.rank
+            spectrum = mark.parts_spectrum if isinstance(rank, tuple) else mark.spectrum
+            if rank is None or spectrum is None:
                 continue
-            pair = factor_modules(graph_module, site, mark.spectrum, mark.choice.chosen.rank)
-            _replace(graph_module, nodes, site, pair)
+            if isinstance(rank, tuple):
+                _replace(graph_module, nodes, site, parts_modules(graph_module, site, spectrum, rank), rank)
+            else:
+                _replace(graph_module, nodes, site, factor_modules(graph_module, site, spectrum, rank), rank)
             modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
@@ -67,14 +75,41 @@ def factor_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum,
     return nn.Sequential(first, second).train(graph_module.training)
 
 
+def parts_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum, ranks: PartRanks) -> nn.ModuleList:
+    """The layer that the thin parts of a linear site share, D -> sum of ranks, and one layer for each part."""
+    original: Tensor = get_tensor(graph_module, site.weight)
+    weights = in_parts(weight_matrix(original, 1, site.inputs_first), site.parts)
+    bias = grouped_bias(graph_module, site)
+    biases = [None] * site.parts if bias is None else list(in_parts(bias, site.parts).unsqueeze(1))
+    thin, layers = [], []
+    for index, (rank, part_bias) in enumerate(zip(ranks, biases, strict=True)):
+        weight, own = weights[index : index + 1], spectrum.only(index)
+        if rank is not None:
+            weight, right = factors(weight, own, rank)
+            part_bias = corrected_bias(part_bias, own, rank)
+            thin.append(right)
+        layer = _empty_linear(weight.shape[2], weight.shape[1], part_bias is not None, original)
+        _assign(layer, "weight", weight, original)
+        if part_bias is not None:
+            _assign(layer, "bias", part_bias, original)
+        layers.append(layer)
+    first = _empty_linear(site.in_features, sum(rank or 0 for rank in ranks), False, original)
+    _assign(first, "weight", torch.cat(thin, 1), original)
+    return nn.ModuleList([first, nn.ModuleList(layers)]).train(graph_module.training)
+
+
+def _empty_linear(inputs: int, outputs: int, bias: bool, original: Tensor) -> nn.Linear:
+    build: Callable[..., nn.Linear] = skip_init  # an initialisation would only draw random numbers
+    return build(nn.Linear, inputs, outputs, bias=bias, device=original.device, dtype=original.dtype)
+
+
 def _empty_modules(site: Site, original: Tensor, rank: int, bias: bool) -> tuple[nn.Module, nn.Module]:
     """The modules with parameters of the right shape, dtype and device, but of no particular value."""
     build: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
     options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
     outputs, thin = site.out_features * site.groups, rank * site.groups
     if site.conv is None:
-        first = build(nn.Linear, site.in_features, thin, bias=False, **options)
-        return first, build(nn.Linear, thin, outputs, bias=bias, **options)
+        return _empty_linear(site.in_features, thin, False, original), _empty_linear(thin, outputs, bias, original)
     inputs = site.in_features * site.groups // math.prod(site.conv.kernel_size)
     transposed = site.conv.output_padding is not None
     geometry: dict[str, Any] = {
@@ -108,8 +143,10 @@ def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> No
     module.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=original.requires_grad))
 
 
-def _replace(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Sequential) -> None:
-    """Put the pair where the site's module or weight was, and two calls where each of its nodes was."""
+def _replace(
+    graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Module, rank: int | PartRanks
+) -> None:
+    """Put the pair where the site's module or weight was, and calls of its layers where each of its nodes was."""
     graph = graph_module.graph
     if site.keeps_weight and site.bias is not None:  # the weight's module may stay, without a bias that nobody reads
         owner, _, name = site.bias.rpartition(".")
@@ -118,13 +155,31 @@ def _replace(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site,
     graph_module.get_submodule(owner)._parameters.pop(name, None)
     setattr(graph_module.get_submodule(owner), name, pair)
     for node in nodes:
+        before = node.prev
         with graph.inserting_before(node):
             thin = graph.call_module(f"{site.name}.0", (site_input(node),))
-            wide = graph.call_module(f"{site.name}.1", (thin,))
-        for new, dropped in ((thin, VALUE_META), (wide, ())):
-            new.meta = {key: value for key, value in node.meta.items() if key != META_KEY and key not in dropped}
+            wide = _second_calls(graph, f"{site.name}.1", site_input(node), thin, rank)
+        new = before.next
+        while new is not node:
+            dropped = (META_KEY,) if new is wide else (META_KEY, *VALUE_META)
+            new.meta = {key: value for key, value in node.meta.items() if key not in dropped}
+            new = new.next
         node.replace_all_uses_with(wide)
         sources = [source for source in node.all_input_nodes if source is not site_input(node)]
         graph.erase_node(node)
         for source in sources:
             erase_unused(graph_module, source)
+
+
+def _second_calls(graph: fx.Graph, path: str, source: fx.Node, thin: fx.Node, rank: int | PartRanks) -> fx.Node:
+    """Calls of the second factors on the output of the first, and of parts that stay dense on the input itself."""
+    if not isinstance(rank, tuple):
+        return graph.call_module(path, (thin,))
+    widths = [part for part in rank if part is not None]
+    pieces = graph.call_function(torch.split, (thin, widths, -1))
+    numbers = itertools.count()
+    values = [
+        source if part is None else graph.call_function(operator.getitem, (pieces, next(numbers))) for part in rank
+    ]
+    parts = [graph.call_module(f"{path}.{index}", (value,)) for index, value in enumerate(values)]
+    return graph.call_function(torch.cat, (parts, -1))

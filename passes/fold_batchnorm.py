@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.linear_maps import erase_unused, parameter_users, read_layer, set_bias
+from balf_fx.linear_maps import erase_unused, parameter_users, read_layer, reads_metadata, set_bias
 from balf_fx.passes.base import Pass
 from balf_fx.sites import Site, annotation, get_tensor, is_hooked
 
@@ -85,7 +85,7 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> _Norm | None:
 def _foldable_layer(graph_module: fx.GraphModule, norm: _Norm) -> Site | None:
     """The layer before a BatchNorm, where folding changes nothing else."""
     layer = read_layer(graph_module, norm.source)
-    if not isinstance(layer, Site) or sum(not _reads_metadata(user) for user in norm.source.users) != 1:
+    if not isinstance(layer, Site) or sum(not reads_metadata(user) for user in norm.source.users) != 1:
         return None
     dimensions = 2 if layer.conv is None else len(layer.conv.kernel_size) + 2
     shape = annotation(norm.source).shape
@@ -97,13 +97,6 @@ def _foldable_layer(graph_module: fx.GraphModule, norm: _Norm) -> Site | None:
     own = [get_tensor(graph_module, path) for path in (layer.weight, layer.bias) if path is not None]
     has_bias_argument = layer.bias is not None or layer.conv is not None or not layer.inputs_first
     return layer if has_bias_argument and all(users[id(tensor)] == {norm.source} for tensor in own) else None
-
-
-def _reads_metadata(node: fx.Node) -> bool:
-    """Whether a node looks at what folding leaves as it is: the shape and type of a value."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim")
-    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def _fold(graph_module: fx.GraphModule, layer: Site, norm: _Norm) -> None:

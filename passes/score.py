@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +10,16 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 from tqdm import tqdm
 
-from balf_fx.costs import rank_curve
+from balf_fx.costs import rank_curve, use
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
-from balf_fx.linalg import spectrum_from_input, spectrum_from_output, spectrum_from_weight, weight_matrix
+from balf_fx.linalg import (
+    diagonal_blocks,
+    in_parts,
+    spectrum_from_input,
+    spectrum_from_output,
+    spectrum_from_weight,
+    weight_matrix,
+)
 from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.passes.base import Pass
 from balf_fx.sites import Site, Spectrum, annotate, annotation, get_tensor
@@ -30,6 +36,7 @@ class Score(Pass):
             and needs no observers.
         centred: use covariances and move the mean of what is dropped into the bias; False uses uncentred second
             moments and leaves the bias alone, as BALF (arXiv 2509.25136) does.
+        split: let the parts of a fused projection have factors of their own where that is better.
         progress: show a progress bar.
 
     A site whose statistics and options are those of its last score is not scored again.
@@ -37,6 +44,7 @@ class Score(Pass):
 
     factors: Factors = "activations"
     centred: bool = True
+    split: bool = True
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -53,20 +61,19 @@ class Score(Pass):
         for site, nodes in tqdm(found.items(), desc="scoring", unit="site", disable=not self.progress, leave=False):
             mark = annotation(nodes[0])
             moments = self._moments(graph_module, nodes[0], site) if self.factors == "activations" else None
-            scored_with = (self.factors, self.centred, moments)
+            scored_with = (self.factors, self.centred, self.split, moments)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            spectrum = self._spectrum(graph_module, site, moments)
-            marks = [annotation(node) for node in nodes]
-            flops = sum(mark.flops or 0 for mark in marks)
-            elements = sum(math.prod(mark.shape or (0,)) for mark in marks)
-            curve = rank_curve(site, spectrum, flops, elements)
+            spectrum = self._spectrum(graph_module, site, moments, parts=1)
+            parts = self._spectrum(graph_module, site, moments, site.parts) if self.split and site.parts > 1 else None
+            curve = rank_curve(site, spectrum, *use(nodes), parts)
             for node in nodes:
-                annotate(node, spectrum=spectrum, curve=curve, scored_with=scored_with)
+                annotate(node, spectrum=spectrum, parts_spectrum=parts, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
 
-    def _spectrum(self, graph_module: fx.GraphModule, site: Site, moments: Moments | None) -> Spectrum:
-        weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
+    def _spectrum(self, graph_module: fx.GraphModule, site: Site, moments: Moments | None, parts: int) -> Spectrum:
+        """The spectrum of the site as a whole, or with `parts` above 1 of its parts."""
+        weight = in_parts(weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first), parts)
         if moments is None:
             return spectrum_from_weight(weight)
         if site.side == "input":
@@ -74,8 +81,8 @@ class Score(Pass):
             return spectrum_from_input(weight, moment, moments.mean if self.centred else None)
         bias = grouped_bias(graph_module, site)
         moment = moments.covariance() if self.centred else moments.second_moment(bias)
-        mean = moments.mean if bias is None else moments.mean - bias
-        return spectrum_from_output(moment, mean if self.centred else None)
+        mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)
+        return spectrum_from_output(diagonal_blocks(moment, parts), mean if self.centred else None)
 
     def _moments(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Moments:
         path = annotation(node).observer

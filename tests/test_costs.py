@@ -1,3 +1,7 @@
+import dataclasses
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import balf_fx
-from balf_fx.costs import profile, rank_curve, rank_flops, rank_params
-from balf_fx.linalg import spectrum_from_weight
+from balf_fx.costs import parts_candidate, profile, rank_curve, rank_flops, rank_params
+from balf_fx.linalg import in_parts, spectrum_from_weight
 from balf_fx.sites import META_KEY, Site, Spectrum, annotation, count_parameters, graph_record, sites
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True)
@@ -157,6 +161,30 @@ def test_rank_curve_trades_distortion_for_cost(outputs, inputs, groups, position
         assert (left.cost("flops") < right.cost("flops")) if positions else left.flops == right.flops == 0
         assert left.cost("params") < right.cost("params")
         assert left.distortion > right.distortion
+
+
+@PROPERTY
+@given(st.integers(1, 4), st.integers(1, 8), st.sampled_from([2, 3]), st.booleans(), st.integers(0, 3))
+def test_no_ranks_of_the_parts_beat_those_on_the_curve(outputs, inputs, count, bias, seed):
+    site = dataclasses.replace(a_site(outputs * count, inputs, bias="fc.bias" if bias else None), parts=count)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1, outputs * count, inputs, dtype=torch.float64, generator=generator)
+    parts = spectrum_from_weight(in_parts(weight, count))
+    dense_flops, elements = 2 * 5 * outputs * count * inputs, 5 * outputs * count
+    curve = rank_curve(site, spectrum_from_weight(weight), dense_flops, elements, parts)
+    split = [c for c in curve.candidates if isinstance(c.rank, tuple)]
+    assert split == sorted(split, key=lambda c: c.flops)
+    for c in split:
+        again = parts_candidate(site, parts, c.rank, dense_flops, elements)
+        assert (again.rank, again.flops, again.params) == (c.rank, c.flops, c.params)
+        assert again.distortion == pytest.approx(c.distortion, abs=1e-9)
+    choices = [None, *range(1, min(outputs, inputs) + 1)]
+    for ranks in itertools.product(choices, repeat=count):
+        if any(ranks):
+            other = parts_candidate(site, parts, ranks, dense_flops, elements)
+            if other.flops < curve.dense.flops:
+                best = min((c.distortion for c in curve.candidates if c.flops <= other.flops), default=math.inf)
+                assert best <= other.distortion + 1e-9
 
 
 def test_moving_the_mean_into_a_missing_bias_costs_a_bias():

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,9 +7,10 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import balf_fx
-from balf_fx.errors import PassError
+from balf_fx.errors import OptionError, PassError
 from balf_fx.passes import Allocate, Annotate, Factorize, Score
 
 
@@ -232,3 +235,98 @@ def test_a_weight_that_others_need_stays_beside_its_factors(functional, capture)
     exact = balf_fx.compile(model, ids, flops=1.0, capture=capture, progress=False)
     torch.testing.assert_close(exact(ids), model(ids))
     assert (compressed(ids) - model(ids)).norm() < model(ids).norm()
+
+
+class Fused(nn.Module):
+    """Query, key and value from one projection, taken apart in the ways that people write it.
+
+    Queries depend on two directions of the input, keys on one, values on all.
+    """
+
+    def __init__(self, form: str, bias: bool = True) -> None:
+        super().__init__()
+        self.form, self.qkv = form, nn.Linear(8, 24, bias=bias)
+        with torch.no_grad():
+            self.qkv.weight[:8] = torch.randn(8, 2) @ torch.randn(2, 8)
+            self.qkv.weight[8:16] = torch.randn(8, 1) @ torch.randn(1, 8)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        y = self.qkv(x)
+        match self.form:
+            case "chunk":
+                q, k, v = y.chunk(3, dim=-1)
+            case "split":
+                q, k, v = torch.split(y, 8, dim=2)
+            case "reshape":
+                q, k, v = y.reshape(b, t, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            case "view":
+                q, k, v = y.view(b, -1, 3, 2, 4).transpose(1, 3).unbind(2)
+            case _:  # heads first: no part of the output is a query as a whole
+                q, k, v = y.view(b, t, 4, 3, 2).unbind(3)
+        return F.scaled_dot_product_attention(q, k, v) + v
+
+
+FUSED = ("chunk", "split", "reshape", "view")
+
+
+def prepared(model, x, **options):
+    graph_module = balf_fx.prepare(model.double().eval(), x, **options)
+    graph_module(x)
+    return graph_module
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("form", FUSED)
+def test_the_parts_of_a_fused_projection_get_factors_where_these_are_better(form, capture):
+    model, x = Fused(form), torch.randn(6, 5, 8, dtype=torch.float64)
+    graph_module = prepared(model, x, capture=capture)
+    split = balf_fx.convert(graph_module, params=0.64, progress=False)
+    joint = balf_fx.convert(graph_module, params=0.64, split=False, progress=False)
+    (split_row,), (joint_row,) = balf_fx.report(split).sites, balf_fx.report(joint).sites
+    assert split_row.rank == (2, 1, None)
+    assert split_row.distortion < 1e-9 < joint_row.distortion
+    assert isinstance(joint_row.rank, int)
+    torch.testing.assert_close(split(x), model(x))
+    torch.testing.assert_close(split(x[:2]), model(x[:2]))
+
+
+def test_parts_that_are_no_pieces_of_the_output_stay_together():
+    graph_module = prepared(Fused("heads first"), torch.randn(6, 5, 8, dtype=torch.float64))
+    compressed = balf_fx.convert(graph_module, params=0.8, progress=False)
+    assert isinstance(balf_fx.report(compressed).sites[0].rank, int)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ranks", [(2, 1, 3), (None, 1, 3), (1, None, None), (8, 8, 8)])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_ranks_of_parts_cost_and_lose_what_is_reported(ranks, bias, side):
+    x = torch.randn(6, 5, 8, dtype=torch.float64) + 0.3
+    model = Fused("chunk", bias)
+    if side == "output":  # a narrow projection of a wide input
+        x, model.qkv = torch.cat([x] * 4, -1) + torch.randn(6, 5, 32), nn.Linear(32, 24, bias=bias)
+    graph_module = prepared(model, x)
+    compressed = balf_fx.convert(graph_module, allocation={"qkv": ranks}, progress=False)
+    report = balf_fx.report(compressed)
+    assert report.sites[0].rank == ranks
+    assert balf_fx.report(copy.deepcopy(compressed)).sites[0].rank == ranks
+    assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
+    with FlopCounterMode(display=False) as counter:
+        compressed(x)
+    assert counter.get_total_flops() == report.flops_after
+    parts = compressed.get_submodule("qkv.1")
+    thin = compressed.get_submodule("qkv.0")(x).split([rank for rank in ranks if rank is not None], -1)
+    pieces = iter(thin)
+    output = torch.cat([part(x if rank is None else next(pieces)) for part, rank in zip(parts, ranks, strict=True)], -1)
+    error = (model.qkv(x) - output).square().sum(-1).mean()
+    assert error.item() == pytest.approx(report.sites[0].distortion, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (2, 1, 0), (2, 1, 9), (None, None, None), (True, 1, 1)])
+def test_ranks_of_parts_that_make_no_sense_are_errors(ranks):
+    graph_module = prepared(Fused("chunk"), torch.randn(6, 5, 8, dtype=torch.float64))
+    with pytest.raises(OptionError, match="3 whole numbers from 1 to 8"):
+        balf_fx.convert(graph_module, allocation={"qkv": ranks}, progress=False)
+    plain = prepared(nn.Sequential(nn.Linear(8, 8)), torch.randn(6, 8, dtype=torch.float64))
+    with pytest.raises(OptionError, match="'0' has no parts"):
+        balf_fx.convert(plain, allocation={"0": (1, 2)}, progress=False)
