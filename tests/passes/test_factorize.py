@@ -245,10 +245,9 @@ class Fused(nn.Module):
 
     def __init__(self, form: str, bias: bool = True) -> None:
         super().__init__()
-        self.form, self.qkv = form, nn.Linear(8, 24, bias=bias)
-        with torch.no_grad():
-            self.qkv.weight[:8] = torch.randn(8, 2) @ torch.randn(2, 8)
-            self.qkv.weight[8:16] = torch.randn(8, 1) @ torch.randn(1, 8)
+        self.form, self.qkv = form, nn.Linear(8, 24, bias=bias, dtype=torch.float64)
+        for rows, rank in ((self.qkv.weight[:8], 2), (self.qkv.weight[8:16], 1)):
+            rows.data.copy_(torch.randn(8, rank).double() @ torch.randn(rank, 8).double())
 
     def forward(self, x):
         b, t, _ = x.shape
