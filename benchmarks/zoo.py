@@ -287,15 +287,21 @@ def _timm_subject(name: str, options: Mapping[str, Any]) -> Subject:
 def _first_that_runs(
     make: Callable[[Mapping[str, Any]], nn.Module], attempts: Sequence[tuple[Mapping[str, Any], tuple[int, ...]]]
 ) -> Subject:
-    """The model with the first options and input shape that work on the meta device, else with the last ones."""
+    """The model with the first options and input shape that work, else with the last ones."""
     options, shape = next((attempt for attempt in attempts[:-1] if _runs(make, *attempt)), attempts[-1])
     return Subject(make(options), lambda samples: torch.randn(samples, *shape))
 
 
 def _runs(make: Callable[[Mapping[str, Any]], nn.Module], options: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    def attempt(device: str) -> None:
+        with torch.device(device), torch.no_grad():
+            make(options).eval()(torch.zeros(2, *shape))
+
     try:
-        with torch.device("meta"), torch.no_grad():
-            make(options).eval()(torch.empty(2, *shape))
+        try:
+            attempt("meta")
+        except NotImplementedError:  # it computes its widths with tensors
+            attempt("cpu")
     except Exception:  # noqa: BLE001 - architectures refuse sizes and options in every possible way
         return False
     return True
