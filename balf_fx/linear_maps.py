@@ -197,6 +197,21 @@ def constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
+def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may change the values that it reads."""
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = str(getattr(node.target, "__name__", ""))
+    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+    return augmented or name.endswith("_") or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+
+
 def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) -> None:
     """Give a layer that has none a bias: as its module's, or as a new parameter that the call fetches."""
     if node.op == "call_module":

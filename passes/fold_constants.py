@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from balf_fx.linear_maps import constant_nodes, erase_unused, is_transposition, layer_parameters
+from balf_fx.linear_maps import changes_in_place, constant_nodes, erase_unused, is_transposition, layer_parameters
 from balf_fx.passes.base import Pass
 from balf_fx.sites import get_tensor
 
@@ -21,17 +21,18 @@ class FoldConstants(Pass):
     """Replace computed weights and biases of layers by new parameters.
 
     Standardised and parametrized weights, concatenated biases and the like are constant in deployment. Folded is what
-    depends on nothing but parameters and buffers, at least one parameter among them, is not random, changes nothing
-    in place, and takes no more memory than what it is computed from. A new parameter lies in the layer that holds the
+    depends on nothing but parameters and buffers, at least one parameter among them, is not random, is not changed in
+    place, and takes no more memory than what it is computed from. A new parameter lies in the layer that holds the
     first old one.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         constants = constant_nodes(graph_module)
+        constants -= _changed(graph_module, constants)
         operands = [value for node in graph_module.graph.nodes for value in layer_parameters(node).items()]
         folded = False
         for role, node in dict.fromkeys((role, _behind_transpositions(value)) for role, value in operands):
-            if node in constants and node.op != "get_attr":
+            if node.op != "get_attr" and constants.issuperset(_expression(node)):
                 folded |= _fold(graph_module, role, node, constants)
         return PassResult(graph_module, folded)
 
@@ -69,6 +70,25 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
     owner.register_parameter(name, nn.Parameter(value.clone(), any(tensor.requires_grad for tensor in tensors)))
     fetched.target = f"{owner_path}.{name}" if owner_path else name
     return True
+
+
+def _changed(graph_module: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
+    """Constants that some node changes in place, perhaps through a view, and all that they are computed from."""
+    changes = [node for node in graph_module.graph.nodes if changes_in_place(graph_module, node) and node.args]
+    targets = [node.args[0] for node in changes if node.args[0] in constants]
+    return {source for target in targets if isinstance(target, fx.Node) for source in _expression(target)}
+
+
+def _expression(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _layer_path(path: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
-from balf_fx.linear_maps import site_input
+from balf_fx.linear_maps import changes_in_place, site_input
 from balf_fx.observers import CovarianceObserver
 from balf_fx.passes.base import Pass
 from balf_fx.sites import Site, annotate, annotation
@@ -70,7 +69,7 @@ def _sharing_key(graph_module: fx.GraphModule, nodes: list[fx.Node], site: Site)
     if site.side == "output" or len(nodes) > 1:
         return (site,)
     value = site_input(nodes[0])
-    if any(_may_change_in_place(graph_module, user) for user in value.users):
+    if any(changes_in_place(graph_module, user) for user in value.users):
         return (site,)
     pixels = site.conv if site.conv is not None and not _reads_every_pixel_once(site) else None
     return (value, site.groups, site.in_features, pixels, site.conv is None)
@@ -79,13 +78,3 @@ def _sharing_key(graph_module: fx.GraphModule, nodes: list[fx.Node], site: Site)
 def _reads_every_pixel_once(site: Site) -> bool:
     conv = site.conv
     return conv is not None and conv.pointwise and set(conv.stride) == {1} and set(conv.padding) == {(0, 0)}
-
-
-def _may_change_in_place(graph_module: fx.GraphModule, user: fx.Node) -> bool:
-    if user.op == "call_module":
-        return bool(getattr(graph_module.get_submodule(str(user.target)), "inplace", False))
-    if user.op == "call_method":
-        return str(user.target).endswith("_") and not str(user.target).endswith("__")
-    name = str(getattr(user.target, "__name__", ""))
-    augmented = user.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
-    return augmented or name.endswith("_") or bool(user.kwargs.get("inplace", False)) or "out" in user.kwargs

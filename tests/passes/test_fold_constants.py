@@ -24,7 +24,7 @@ class Concatenated(nn.Module):
 
 class Standardised(nn.Conv2d):
     def forward(self, x):
-        flat = self.weight.reshape(1, len(self.weight), -1)
+        flat = self.weight.reshape(1, self.out_channels, -1)
         weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
         return F.conv2d(x, weight, self.bias, padding=1)
 
@@ -108,10 +108,16 @@ def changed_in_place(weight):
     return weight.detach().mul_(1.0)
 
 
+def changed_through_a_view(weight):
+    copied = weight.clone()
+    copied[:4].zero_()
+    return copied * 2
+
+
 @pytest.mark.parametrize(
     "compute",
-    [random_weight, changed_in_place, lambda w: w.repeat(2, 2)[:8, 1:9].repeat(3, 1)],
-    ids=["random", "in place", "larger"],
+    [random_weight, changed_in_place, changed_through_a_view, lambda w: w.repeat(2, 2)[:8, 1:9].repeat(3, 1)],
+    ids=["random", "in place", "in place, through a view", "larger"],
 )
 def test_what_is_not_constant_or_would_grow_stays(compute):
     model = Calls(compute)
@@ -129,3 +135,11 @@ def test_what_is_not_constant_or_would_grow_stays(compute):
 def test_weights_that_depend_on_the_input_are_refused():
     with pytest.raises(balf_fx.BalfError, match=Reason.COMPUTED.value):
         folded(Reader(), torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_activations_that_change_in_place_do_not_prevent_folding(capture):
+    model, x = nn.Sequential(Twice(), nn.ReLU(inplace=True), Standardised(3, 8, 3)), torch.randn(2, 3, 8, 8)
+    compiled = folded(model, x, capture=capture)
+    assert balf_fx.report(compiled).flops_in_sites == 1.0
+    torch.testing.assert_close(compiled(x), model(x))
