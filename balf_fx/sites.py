@@ -215,12 +215,37 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A BatchNorm by its running statistics: y = (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    All of length C; weight and bias may be None.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+    def scale(self, dtype: torch.dtype) -> torch.Tensor:
+        """[C], what it multiplies its input by."""
+        scale = (self.variance.to(dtype) + self.eps).rsqrt()
+        return scale if self.weight is None else scale * self.weight.detach().to(dtype)
+
+    def shift(self, dtype: torch.dtype) -> torch.Tensor:
+        """[C], what it adds after that."""
+        shift = -self.mean.to(dtype) * self.scale(dtype)
+        return shift if self.bias is None else shift + self.bias.detach().to(dtype)
+
+
+@dataclass(frozen=True)
 class Annotation:
     """Everything balf_fx knows of one node, filled in by the passes in turn.
 
     Attributes:
         flops: counted on the example batch (`costs.profile`).
         shape: of the node's output on the example batch.
+        folded: the BatchNorms that the node has taken in, in their order, by FoldBatchNorm.
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
         spectrum, curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
@@ -229,6 +254,7 @@ class Annotation:
 
     flops: int | None = None
     shape: tuple[int, ...] | None = None
+    folded: tuple[Norm, ...] = ()
     site: Site | None = None
     refusal: Refusal | None = None
     observer: str | None = None

@@ -31,6 +31,24 @@ Method = Literal["budget", "uniform", "energy"]
 
 
 @dataclass(frozen=True)
+class Totals:
+    """What the whole model costs.
+
+    Attributes:
+        flops, params: as the user gave it; budgets are fractions of these.
+        params_now: after the passes so far, which may have folded some into others.
+    """
+
+    flops: int
+    params: int
+    params_now: int
+
+    def params_after(self, allocation: Allocation) -> int:
+        """Parameters once the chosen sites are factorized."""
+        return self.params_now + sum(choice.chosen.params - choice.dense.params for choice in allocation.choices)
+
+
+@dataclass(frozen=True)
 class Allocate(Pass):
     """Spend a budget, or follow explicit ranks.
 
@@ -87,41 +105,51 @@ class Allocate(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        curves = [curve for nodes in found.values() if (curve := annotation(nodes[0]).curve) is not None]
+        curves = {site: curve for site, nodes in found.items() if (curve := annotation(nodes[0]).curve) is not None}
+        record = graph_record(graph_module)
         params_now = count_parameters(graph_module)
-        bound = None
-        if self.ranks is not None:
-            chosen = _explicit(list(found), curves, self.ranks)
-        elif self.target is None:
-            chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves]
-        else:
-            chosen, bound = self._within_budget(graph_module, curves, self.target, params_now)
-        choices = tuple(
-            Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
-            for site, candidate, curve in zip(found, chosen, curves, strict=True)
-        )
-        for nodes, choice in zip(found.values(), choices, strict=True):
+        totals = Totals(record.flops or 0, record.params or params_now, params_now)
+        allocation = self.solve(curves, totals)
+        for nodes, choice in zip(found.values(), allocation.choices, strict=True):
             for node in nodes:
                 annotate(node, choice=choice)
-        primal = sum(1.0 - choice.energy_kept for choice in choices)
-        method = "ranks" if self.ranks is not None else self.method
         marks = [annotation(node) for node in graph_module.graph.nodes]
         record_graph(
             graph_module,
-            params=graph_record(graph_module).params or params_now,
-            params_after=params_now + sum(choice.chosen.params - choice.dense.params for choice in choices),
-            allocation=Allocation(method, self.measure, self.target, choices, primal, bound),
+            params=totals.params,
+            params_after=totals.params_after(allocation),
+            allocation=allocation,
             refusals=tuple((mark.refusal, mark.flops) for mark in marks if mark.refusal is not None),
         )
         return PassResult(graph_module, False)
 
+    def solve(self, curves: Mapping[Site, RankCurve], totals: Totals) -> Allocation:
+        """Choose one candidate for each site, wherever the sites lie: in one graph or in several.
+
+        Raises:
+            BudgetError: the budget cannot be reached.
+        """
+        bound = None
+        if self.ranks is not None:
+            chosen = _explicit(list(curves), list(curves.values()), self.ranks)
+        elif self.target is None:
+            chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves.values()]
+        else:
+            chosen, bound = self._within_budget(list(curves.values()), self.target, totals)
+        choices = tuple(
+            Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
+            for (site, curve), candidate in zip(curves.items(), chosen, strict=True)
+        )
+        primal = sum(1.0 - choice.energy_kept for choice in choices)
+        method = "ranks" if self.ranks is not None else self.method
+        return Allocation(method, self.measure, self.target, choices, primal, bound)
+
     def _within_budget(
-        self, graph_module: fx.GraphModule, curves: Sequence[RankCurve], target: float, params_now: int
+        self, curves: Sequence[RankCurve], target: float, totals: Totals
     ) -> tuple[list[Candidate], float | None]:
         """The candidates chosen, and the dual bound of method "budget"."""
-        record = graph_record(graph_module)
-        total = (record.flops or 0) if self.measure == "flops" else (record.params or params_now)
-        now = total if self.measure == "flops" else params_now
+        total = totals.flops if self.measure == "flops" else totals.params
+        now = totals.flops if self.measure == "flops" else totals.params_now
         fixed = now - sum(curve.dense.cost(self.measure) for curve in curves)
         options = [_cheaper_than_dense(curve, self.measure) for curve in curves]
         costs = [[candidate.cost(self.measure) for candidate in row] for row in options]

@@ -46,7 +46,7 @@ class Factorize(Pass):
             if mark.choice is None or mark.spectrum is None or mark.choice.chosen.rank is None:
                 continue
             pair = factor_modules(graph_module, site, mark.spectrum, mark.choice.chosen.rank)
-            _replace(graph_module, nodes, site, pair)
+            replace_site(graph_module, nodes, site, pair)
             modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
@@ -108,8 +108,11 @@ def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> No
     module.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=original.requires_grad))
 
 
-def _replace(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Sequential) -> None:
-    """Put the pair where the site's module or weight was, and two calls where each of its nodes was."""
+def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Sequential) -> None:
+    """Put the pair where the site's module or weight was, and two calls where each of its nodes was.
+
+    The caller lints and recompiles the graph.
+    """
     graph = graph_module.graph
     if site.keeps_weight and site.bias is not None:  # the weight's module may stay, without a bias that nobody reads
         owner, _, name = site.bias.rpartition(".")

@@ -56,7 +56,7 @@ class Score(Pass):
             scored_with = (self.factors, self.centred, moments)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            spectrum = self._spectrum(graph_module, site, moments)
+            spectrum = site_spectrum(graph_module, site, moments, self.centred)
             marks = [annotation(node) for node in nodes]
             flops = sum(mark.flops or 0 for mark in marks)
             elements = sum(math.prod(mark.shape or (0,)) for mark in marks)
@@ -64,18 +64,6 @@ class Score(Pass):
             for node in nodes:
                 annotate(node, spectrum=spectrum, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
-
-    def _spectrum(self, graph_module: fx.GraphModule, site: Site, moments: Moments | None) -> Spectrum:
-        weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
-        if moments is None:
-            return spectrum_from_weight(weight)
-        if site.side == "input":
-            moment = moments.covariance() if self.centred else moments.second_moment()
-            return spectrum_from_input(weight, moment, moments.mean if self.centred else None)
-        bias = grouped_bias(graph_module, site)
-        moment = moments.covariance() if self.centred else moments.second_moment(bias)
-        mean = moments.mean if bias is None else moments.mean - bias
-        return spectrum_from_output(moment, mean if self.centred else None)
 
     def _moments(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Moments:
         path = annotation(node).observer
@@ -89,6 +77,20 @@ class Score(Pass):
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
         return observer.moments
+
+
+def site_spectrum(graph_module: fx.GraphModule, site: Site, moments: Moments | None, centred: bool) -> Spectrum:
+    """The spectrum of a site from the moments on its side, or from its weight alone where there are none."""
+    weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
+    if moments is None:
+        return spectrum_from_weight(weight)
+    if site.side == "input":
+        moment = moments.covariance() if centred else moments.second_moment()
+        return spectrum_from_input(weight, moment, moments.mean if centred else None)
+    bias = grouped_bias(graph_module, site)
+    moment = moments.covariance() if centred else moments.second_moment(bias)
+    mean = moments.mean if bias is None else moments.mean - bias
+    return spectrum_from_output(moment, mean if centred else None)
 
 
 def grouped_bias(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
