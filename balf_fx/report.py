@@ -139,13 +139,14 @@ def report(graph_module: nn.Module) -> Report:
     meta = graph_module.meta if isinstance(graph_module, fx.GraphModule) else {}
     found = meta.get(META_KEY, getattr(graph_module, REPORT_ATTRIBUTE, None))
     if isinstance(found, GraphRecord) and found.allocation is not None:
-        return _summary(found, found.allocation)
+        return summarise(found, found.allocation)
     if isinstance(found, Mapping):
         return _from_dict(found)
     raise PassError("there is nothing to report: pass the GraphModule that balf_fx.compile or convert returned")
 
 
-def _summary(record: GraphRecord, allocation: Allocation) -> Report:
+def summarise(record: GraphRecord, allocation: Allocation) -> Report:
+    """The report on a record whose allocation is known."""
     saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices)
     total = record.flops or 1
     refused: dict[str, float] = {}

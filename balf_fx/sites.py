@@ -232,10 +232,11 @@ class Norm:
         scale = (self.variance.to(dtype) + self.eps).rsqrt()
         return scale if self.weight is None else scale * self.weight.detach().to(dtype)
 
-    def shift(self, dtype: torch.dtype) -> torch.Tensor:
-        """[C], what it adds after that."""
-        shift = -self.mean.to(dtype) * self.scale(dtype)
-        return shift if self.bias is None else shift + self.bias.detach().to(dtype)
+    def affine(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of [C]: what it multiplies its input by, and what it adds then."""
+        scale = self.scale(dtype)
+        shift = -self.mean.to(dtype) * scale
+        return scale, shift if self.bias is None else shift + self.bias.detach().to(dtype)
 
 
 @dataclass(frozen=True)

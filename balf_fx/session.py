@@ -1,0 +1,620 @@
+"""What one call of `torch.compile(..., backend="balf")` knows: graphs, statistics, and in the end factors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from balf_fx.costs import profile, rank_curve
+from balf_fx.dynamo import Request, WeightInput, is_dynamic, is_training, lift, weight_inputs
+from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
+from balf_fx.observers import CovarianceObserver, Moments
+from balf_fx.options import BackendOptions, PlanLike
+from balf_fx.passes import Annotate, FoldBatchNorm, InsertObservers
+from balf_fx.passes.allocate import Totals
+from balf_fx.passes.annotate import check_patterns
+from balf_fx.passes.factorize import factor_modules, replace_site
+from balf_fx.passes.observe import OBSERVERS, remove_observers
+from balf_fx.passes.score import site_spectrum
+from balf_fx.report import Report, summarise
+from balf_fx.sites import ConvGeometry, GraphRecord, Reason, Refusal, Site, Spectrum, annotation, get_tensor, sites
+
+_LOGGER = logging.getLogger("balf_fx.backend")
+_version = attrgetter("_version")
+_NORM_TENSORS = ("mean", "variance", "weight", "bias")
+
+
+class Watch:
+    """Tells whether tensors still are what they were, by address and version counter.
+
+    Not seen are writes through `tensor.data` and, in place, to inference tensors: neither counts as a new version.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._names = tuple(tensors)
+        self._tensors = tuple(tensors.values())
+        self._counting = tuple(tensor for tensor in self._tensors if not tensor.is_inference())
+        self._seen = self._now()
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(_version, self._counting))
+
+    def unchanged(self) -> bool:
+        """Whether nothing has written to a tensor or moved it; cheap, since every call asks it."""
+        return self._now() == self._seen
+
+    def changed(self) -> list[str]:
+        """Names of the tensors that are not what they were."""
+        addresses, versions = self._now()
+        moved = {id(t) for t, now, then in zip(self._tensors, addresses, self._seen[0], strict=True) if now != then}
+        written = {id(t) for t, now, then in zip(self._counting, versions, self._seen[1], strict=True) if now != then}
+        named = zip(self._names, self._tensors, strict=True)
+        return [name for name, tensor in named if id(tensor) in moved | written]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes two uses of a weight, in whatever graphs, one site: the same tensors, used in the same way.
+
+    Attributes:
+        tensors: ids of weight, bias and the BatchNorms folded into them.
+    """
+
+    tensors: tuple[int, ...]
+    kind: str
+    groups: int
+    conv: ConvGeometry | None
+    inputs_first: bool
+
+
+@dataclass(frozen=True)
+class Use:
+    """A site in one graph, or in all of them together, with what its calls have shown.
+
+    Attributes:
+        graph_module, nodes: of the one graph, or of the first.
+        originals: the user's tensors that factors will stand for, by name.
+        moments: None where nothing was observed.
+        flops, elements: of all calibration calls together.
+    """
+
+    key: Key
+    site: Site
+    graph_module: fx.GraphModule
+    nodes: tuple[fx.Node, ...]
+    originals: Mapping[str, Tensor]
+    moments: Moments | None
+    flops: int
+    elements: int
+
+    def merge(self, other: Use) -> Use:
+        """Both uses of the same weight together."""
+        moments = [use.moments for use in (self, other) if use.moments is not None]
+        keeps_weight = self.site.keeps_weight or other.site.keeps_weight
+        return replace(
+            self,
+            site=replace(self.site, keeps_weight=keeps_weight),
+            moments=moments[0].merge(moments[1]) if len(moments) == 2 else next(iter(moments), None),
+            flops=self.flops + other.flops,
+            elements=self.elements + other.elements,
+        )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two layers in place of a site, None where it stays dense, and the watch over the tensors they stand for."""
+
+    pair: nn.Sequential | None
+    originals: Mapping[str, Tensor]
+    watch: Watch
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A few sums by which to tell one weight and bias from another."""
+
+    shape: tuple[int, ...]
+    sums: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Fingerprint:
+        """The fingerprint of a layer, the same up to rounding on every device."""
+        sums: list[float] = []
+        for tensor in (weight, *(() if bias is None else (bias,))):
+            flat = tensor.detach().to(torch.float64).flatten()
+            ramp = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
+            sums += [float(flat.square().sum()), float(flat.square() @ ramp), float(flat.abs().sum())]
+        return cls(tuple(weight.shape), tuple(sums))
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both are of the same layer, up to the rounding of its weights when BatchNorm is folded."""
+        close = len(self.sums) == len(other.sums) and all(
+            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(self.sums, other.sums, strict=True)
+        )
+        return close and self.shape == other.shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks and factors by the names of sites, from one compiled model for another with the same weights.
+
+    Attributes:
+        pairs: by site that was given a rank, its two layers and the fingerprint of the layer that they replace.
+        fold_batchnorm: whether BatchNorm was folded before.
+        report: of the model that the plan comes from.
+    """
+
+    pairs: Mapping[str, tuple[nn.Sequential, Fingerprint]]
+    fold_batchnorm: bool
+    report: Report
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        """{site: rank}, None for dense, as `allocation` takes it."""
+        return {row.name: row.rank for row in self.report.sites}
+
+    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> nn.Sequential | None:
+        """The factors of a site, None where it stays dense.
+
+        Raises:
+            OptionError: the plan was made for other weights.
+        """
+        if site not in self.pairs:
+            return None
+        pair, fingerprint = self.pairs[site]
+        if not fingerprint.matches(Fingerprint.of(weight, bias)):
+            raise OptionError(f"the plan was made for other weights than those of site {site!r}: calibrate again")
+        return pair.to(weight.device, weight.dtype)
+
+
+class Region:
+    """One graph that Dynamo captured: what the compiled code calls.
+
+    It is called with the weights among its arguments; each set of weights has a binding of its own, since Dynamo runs
+    all layers of one class through the same graph where it can.
+    """
+
+    def __init__(
+        self, session: Session, graph_module: fx.GraphModule, weights: tuple[WeightInput, ...], frame: int | None
+    ) -> None:
+        self.graph_module = graph_module
+        self.weights = weights
+        self.frame = frame
+        self._session = session
+        self._positions = tuple(weight.position for weight in weights)
+        count = len(graph_module.graph.find_nodes(op="placeholder"))
+        self._others = tuple(sorted(set(range(count)) - set(self._positions)))
+        self.bindings: dict[tuple[int, ...], Binding] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        weights = [args[position] for position in self._positions]
+        inputs = [args[position] for position in self._others]
+        binding = self.bindings.get(tuple(map(id, weights)))
+        if binding is None or binding.compiled is None:  # calibrating, switching, or weights seen for the first time
+            return self._session.run(self, weights, inputs)
+        if not binding.watch.unchanged():
+            raise changed(binding)
+        return binding.compiled(*inputs)
+
+
+class Binding:
+    """A graph together with the weights that it is called with.
+
+    Attributes:
+        graph_module: holds the weights; with observers during calibration, with factors after the switch.
+        originals: the user's tensors, by dotted name.
+        calls: how often it has run in calibration.
+        compiled: what runs in its place after the switch.
+        watch: over all parameters during calibration, later over what factors stand for.
+    """
+
+    def __init__(self, region: Region, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+        self.graph_module = lift(
+            region.graph_module,
+            {
+                given.position: (name, weight)
+                for given, name, weight in zip(region.weights, names, weights, strict=True)
+            },
+        )
+        held = self.graph_module
+        self.originals: dict[str, Tensor] = {**dict(held.named_parameters()), **dict(held.named_buffers())}
+        self.calls = 0
+        self.compiled: Callable[..., Any] | None = None
+        self.watch = self._watch_parameters()
+        self._moments: dict[str, Moments] | None = None
+
+    def _watch_parameters(self) -> Watch:
+        return Watch({name: tensor for name, tensor in self.originals.items() if isinstance(tensor, nn.Parameter)})
+
+    def observe(self, inputs: list[Any]) -> Any:
+        """Run the graph as it is, and take note."""
+        output = self.graph_module(*inputs) if self.calls else profile(self.graph_module, inputs)
+        self.calls += 1
+        return output
+
+    def restart(self) -> None:
+        """Forget what was observed."""
+        self.calls = 0
+        self.watch = self._watch_parameters()
+        for module in self.graph_module.modules():
+            if isinstance(module, CovarianceObserver):
+                module.reset()
+
+    def settle(self, fold_batchnorm: bool) -> None:
+        """End calibration: take the observers out, and fold BatchNorm."""
+        if self._moments is not None:
+            return
+        self._moments = dict(self._observed())
+        if hasattr(self.graph_module, OBSERVERS):
+            remove_observers(self.graph_module)
+        if fold_batchnorm:
+            FoldBatchNorm()(self.graph_module)
+        self.graph_module.recompile()
+
+    def _observed(self) -> Iterator[tuple[str, Moments]]:
+        """What was seen at each site, by the name of its weight."""
+        for site, nodes in sites(self.graph_module).items():
+            path = annotation(nodes[0]).observer
+            observer = None if path is None else self.graph_module.get_submodule(path)
+            if isinstance(observer, CovarianceObserver) and observer.moments is not None:
+                yield site.weight, observer.moments
+
+    @property
+    def flops(self) -> int:
+        """Of one call, on the arguments of the first."""
+        return sum(annotation(node).flops or 0 for node in self.graph_module.graph.nodes)
+
+    @property
+    def refusals(self) -> list[tuple[Refusal, int]]:
+        """What is no site, with the FLOPs of one call."""
+        marks = [annotation(node) for node in self.graph_module.graph.nodes]
+        return [(mark.refusal, mark.flops or 0) for mark in marks if mark.refusal is not None]
+
+    def uses(self) -> list[Use]:
+        """The graph's sites, with what was observed of them."""
+        return [self._use(site, nodes) for site, nodes in sites(self.graph_module).items()]
+
+    def _use(self, site: Site, nodes: list[fx.Node]) -> Use:
+        moments = (self._moments or {}).get(site.weight)
+        tensors = {name: self.originals.get(name) for name in (site.weight, site.bias) if name is not None}
+        for norm in annotation(nodes[0]).folded:
+            tensors |= {f"{site.name} (BatchNorm {field})": getattr(norm, field) for field in _NORM_TENSORS}
+            if moments is not None and site.side == "output":
+                scale, shift = (value.reshape(site.groups, -1) for value in norm.affine(torch.float64))
+                moments = moments.affine(scale, shift)
+        marks = [annotation(node) for node in nodes]
+        return Use(
+            key=Key(tuple(map(id, tensors.values())), site.kind, site.groups, site.conv, site.inputs_first),
+            site=site,
+            graph_module=self.graph_module,
+            nodes=tuple(nodes),
+            originals={name: tensor for name, tensor in tensors.items() if tensor is not None},
+            moments=moments,
+            flops=self.calls * sum(mark.flops or 0 for mark in marks),
+            elements=self.calls * sum(math.prod(mark.shape or (0,)) for mark in marks),
+        )
+
+
+class Session:
+    """Calibrates, switches once, and keeps the factors, for one call of `torch.compile`."""
+
+    def __init__(self, options: BackendOptions, owner: object | None) -> None:
+        self.options = options
+        self._owner = owner
+        self._lock = threading.RLock()
+        self._warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._regions: list[Region] = []
+        self._names: dict[int, str] = {}
+        self._step = 0
+        self._entered: set[tuple[Any, ...]] = set()
+        self._failure: BalfError | None = None
+        self._plan: PlanLike | None = self.options.plan
+        self._factors: dict[Key, Factors] | None = None if self._plan is None else {}
+
+    def release(self) -> None:
+        """Let go of every tensor and graph; whatever is called after this calibrates anew."""
+        with self._lock:
+            for region in self._regions:
+                region.bindings.clear()
+            self._forget()
+
+    @property
+    def plan(self) -> PlanLike:
+        """Ranks and factors.
+
+        Raises:
+            NotCalibratedError: it is still calibrating.
+        """
+        if self._plan is None:
+            raise NotCalibratedError(
+                f"{self._step} of {self.options.calibration_steps} calls of the model have been observed so far; the "
+                "one after the last is compressed"
+            )
+        return self._plan
+
+    # Taking in graphs, while Dynamo compiles.
+
+    def take(self, graph_module: fx.GraphModule, example_inputs: list[Any], request: Request) -> Callable[..., Any]:
+        """What stands in for one graph: a region, or the graph itself where it must not be compressed."""
+        needs_gradients = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+        )
+        if needs_gradients or is_training(graph_module):
+            self._warn_uncompressed("gradients are required" if needs_gradients else "the model is in training mode")
+            return self.options.compiler(graph_module, example_inputs)
+        with self._lock:
+            region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request.frame)
+            if not self._regions and request.module is not None:  # the model itself: when it goes, all of this goes
+                weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
+            self._regions.append(region)
+        return region
+
+    def _warn_uncompressed(self, reason: str) -> None:
+        with self._lock:
+            if not self._warned:
+                _LOGGER.warning(
+                    "%s: such calls run uncompressed and are not observed. Compression is for inference, after "
+                    "model.eval() and under torch.no_grad() or torch.inference_mode()",
+                    reason,
+                )
+            self._warned = True
+
+    # Running them, until each is compiled.
+
+    def run(self, region: Region, weights: list[Tensor], inputs: list[Any]) -> Any:
+        """Run a graph that is not compiled yet: observed, or, from the switch on, compiled now."""
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            binding = self._binding(region, weights)
+            if self._factors is None and self._calibrates(region, binding):
+                return binding.observe(inputs)
+            if self._factors is None:
+                self._switch()
+            if binding.compiled is None:
+                binding.compiled = self._compile(binding, inputs)
+            compiled = binding.compiled
+        return compiled(*inputs)
+
+    def _binding(self, region: Region, weights: list[Tensor]) -> Binding:
+        key = tuple(map(id, weights))
+        if key not in region.bindings:
+            names = [self._name(given.name, weight) for given, weight in zip(region.weights, weights, strict=True)]
+            binding = Binding(region, names, weights)
+            self._annotate(binding.graph_module)
+            if self._factors is None and self.options.factors == "activations" and sites(binding.graph_module):
+                InsertObservers(skip_non_finite=True)(binding.graph_module)
+            region.bindings[key] = binding
+        return region.bindings[key]
+
+    def _name(self, proposed: str, weight: Tensor) -> str:
+        """The weight's name in all graphs; two frames may have the same name for different weights."""
+        if id(weight) not in self._names:
+            taken = set(self._names.values())
+            owner, dot, last = proposed.rpartition(".")
+            numbered = (f"{owner}_{number}{dot}{last}" for number in range(1, len(taken) + 1))
+            self._names[id(weight)] = next(name for name in (proposed, *numbered) if name not in taken)
+        return self._names[id(weight)]
+
+    def _annotate(self, graph_module: fx.GraphModule) -> None:
+        """Find the sites of one graph; which patterns match nothing is known when all graphs are."""
+        Annotate()(graph_module)
+        names = [site.name for site in sites(graph_module)]
+        include, exclude = (
+            [pattern for pattern in patterns or () if any(fnmatchcase(name, pattern) for name in names)]
+            for patterns in (self.options.include, self.options.exclude)
+        )
+        Annotate(None if self.options.include is None else include, exclude)(graph_module)
+
+    def _calibrates(self, region: Region, binding: Binding) -> bool:
+        """Count a call of the model whenever a frame is entered again, and tell whether it is still to be observed."""
+        if not binding.watch.unchanged():
+            _LOGGER.warning("%s changed: calibration starts again", ", ".join(binding.watch.changed()))
+            self._step, self._entered = 0, set()
+            for other in self._bindings():
+                other.restart()
+        entered = (region.frame, *map(id, binding.originals.values()))
+        if not self._entered or entered in self._entered:
+            self._step, self._entered = self._step + 1, set()
+        self._entered.add(entered)
+        return self._step <= self.options.calibration_steps
+
+    def _bindings(self) -> list[Binding]:
+        return [binding for region in self._regions for binding in region.bindings.values()]
+
+    # The switch.
+
+    def _switch(self) -> None:
+        try:
+            with _computing():
+                self._solve([binding for binding in self._bindings() if binding.calls])
+        except BalfError as error:
+            self._failure = error  # later calls would only find the same
+            raise
+
+    def _solve(self, bindings: list[Binding]) -> None:
+        """Spend one budget on all graphs that were called, and keep the factors that it chooses."""
+        options = self.options
+        # 1. Bring the graphs into the form that is rewritten, and see which sites they have in common.
+        for binding in bindings:
+            binding.settle(options.fold_batchnorm)
+            self._annotate(binding.graph_module)
+        refusals = [(refusal, flops, b.calls) for b in bindings for refusal, flops in b.refusals]
+        layers = _merge([use for binding in bindings for use in binding.uses()], options.factors == "activations")
+        self._check_sites([use.site for use in layers.values()], [refusal for refusal, *_ in refusals])
+        # 2. Score every rank of every site, at what it costs in one call of the model.
+        repeats = math.gcd(*(binding.calls for binding in bindings))
+        spectra = [site_spectrum(use.graph_module, use.site, use.moments, options.centred) for use in layers.values()]
+        curves = {
+            use.site: rank_curve(use.site, spectrum, use.flops // repeats, use.elements // repeats)
+            for use, spectrum in zip(layers.values(), spectra, strict=True)
+        }
+        # 3. Solve the budget.
+        totals = Totals(
+            flops=sum(binding.calls * binding.flops for binding in bindings) // repeats,
+            params=_count_by_name(binding.originals for binding in bindings),
+            params_now=_count_by_name(dict(binding.graph_module.named_parameters()) for binding in bindings),
+        )
+        allocation = options.allocate.solve(curves, totals)
+        # 4. Keep the factors: each graph is rewritten and compiled when it is called next.
+        ranks = [choice.chosen.rank for choice in allocation.choices]
+        factors = {
+            key: _factors(use, spectrum, rank)
+            for (key, use), spectrum, rank in zip(layers.items(), spectra, ranks, strict=True)
+        }
+        record = GraphRecord(
+            flops=totals.flops,
+            params=totals.params,
+            params_after=totals.params_after(allocation),
+            captured="dynamo",
+            allocation=allocation,
+            refusals=tuple((refusal, flops * calls // repeats) for refusal, flops, calls in refusals),
+        )
+        report = summarise(record, allocation)
+        self._plan = Plan(_planned(layers, factors), options.fold_batchnorm, report)
+        self._factors = factors
+        self._log_switch(report, len(bindings))
+
+    def _check_sites(self, found: list[Site], refusals: list[Refusal]) -> None:
+        excluded = [refusal.name for refusal in refusals if refusal.reason is Reason.EXCLUDED]
+        check_patterns(self.options.include, self.options.exclude, [*(site.name for site in found), *excluded])
+        if not found and self.options.strict:
+            listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "they have no parameters"
+            raise NoSiteError(f"nothing in the compiled graphs can be factorized ({listed})")
+
+    def _log_switch(self, report: Report, graphs: int) -> None:
+        ranks = ", ".join(f"{row.name} {'dense' if row.rank is None else row.rank}" for row in report.sites)
+        _LOGGER.info("call %d is the first compressed one, %d graphs; ranks: %s", self._step, graphs, ranks)
+        _LOGGER.info(
+            "FLOPs of a call %s -> %s (%.2f %% kept), parameters %s -> %s (%.2f %% kept)",
+            f"{report.flops_before:,}",
+            f"{report.flops_after:,}",
+            100 * (report.flops_kept or 0.0),
+            f"{report.params_before:,}",
+            f"{report.params_after:,}",
+            100 * report.params_kept,
+        )
+        _LOGGER.debug("%s", report)
+
+    # After the switch.
+
+    def _compile(self, binding: Binding, inputs: list[Any]) -> Callable[..., Any]:
+        """Rewrite a graph with the factors that there are, and hand it to the inner backend."""
+        with _computing():
+            binding.settle(self.plan.fold_batchnorm)
+            self._annotate(binding.graph_module)
+            uses = binding.uses()
+            known = {use.key: factors for use in uses if (factors := self._find(use)) is not None}
+            stale = [name for factors in known.values() for name in factors.watch.changed()]
+            if stale:
+                raise WeightsChangedError(_changed_message(stale))
+            for use in uses:
+                pair = known[use.key].pair if use.key in known else None
+                if pair is not None:
+                    replace_site(binding.graph_module, use.nodes, use.site, pair)
+            binding.graph_module.delete_all_unused_submodules()
+            binding.graph_module.graph.lint()
+            binding.graph_module.recompile()
+        replaced = [factors.originals for factors in known.values() if factors.pair is not None]
+        binding.watch = Watch({name: tensor for originals in replaced for name, tensor in originals.items()})
+        if is_dynamic(binding.graph_module):
+            return self.options.compile_dynamic(binding.graph_module)
+        return self.options.compiler(binding.graph_module, inputs)
+
+    def _find(self, use: Use) -> Factors | None:
+        """The factors of a site: those of the switch, or else the plan's."""
+        known = self._factors or {}
+        if use.key not in known and self.options.plan is not None:
+            weight, bias = _weight_and_bias(use)
+            pair = self.options.plan.pair(use.site.name, weight, bias)
+            known[use.key] = Factors(pair, use.originals, Watch(use.originals))
+            self._factors = known
+        if use.key not in known:
+            _LOGGER.info("site %s stays dense: calibration has not seen its weights", use.site.name)
+        return known.get(use.key)
+
+
+def changed(binding: Binding) -> WeightsChangedError:
+    """The error for a call with weights that are not what the factors stand for."""
+    return WeightsChangedError(_changed_message(binding.watch.changed()))
+
+
+def _changed_message(names: Sequence[str]) -> str:
+    return (
+        f"{', '.join(names)} changed after the switch, and the compressed graphs still compute with what was there: "
+        "call torch.compiler.reset() to calibrate again with the new weights"
+    )
+
+
+def _release(session: weakref.ref[Session]) -> None:
+    found = session()
+    if found is not None:
+        found.release()
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """Ordinary tensors, whatever mode the model was called in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _merge(uses: Sequence[Use], observed: bool) -> dict[Key, Use]:
+    """One use for each site, with the statistics and costs of all; without those that no finite value has reached."""
+    merged: dict[Key, Use] = {}
+    for use in uses:
+        other = merged.get(use.key)
+        merged[use.key] = use if other is None else other.merge(use)
+    if observed:
+        for use in merged.values():
+            if use.moments is None:
+                _LOGGER.warning("site %s stays dense: no finite value has reached it", use.site.name)
+        merged = {key: use for key, use in merged.items() if use.moments is not None}
+    names: set[str] = set()
+    for key, use in merged.items():
+        numbered = (f"{use.site.name}_{number}" for number in range(1, len(names) + 1))
+        name = next(name for name in (use.site.name, *numbered) if name not in names)
+        merged[key] = replace(use, site=replace(use.site, name=name))
+        names.add(name)
+    return merged
+
+
+def _count_by_name(graphs: Iterable[Mapping[str, Tensor]]) -> int:
+    """Parameters in all graphs together, each once."""
+    sizes = {
+        name: tensor.numel() for held in graphs for name, tensor in held.items() if isinstance(tensor, nn.Parameter)
+    }
+    return sum(sizes.values())
+
+
+def _factors(use: Use, spectrum: Spectrum, rank: int | None) -> Factors:
+    pair = None if rank is None else factor_modules(use.graph_module, use.site, spectrum, rank)
+    return Factors(pair, use.originals, Watch(use.originals))
+
+
+def _planned(layers: Mapping[Key, Use], factors: Mapping[Key, Factors]) -> dict[str, tuple[nn.Sequential, Fingerprint]]:
+    return {
+        use.site.name: (pair, Fingerprint.of(*_weight_and_bias(use)))
+        for key, use in layers.items()
+        if (pair := factors[key].pair) is not None
+    }
+
+
+def _weight_and_bias(use: Use) -> tuple[Tensor, Tensor | None]:
+    """Of the layer that factors stand for, BatchNorm folded into it."""
+    bias = use.site.bias
+    return get_tensor(use.graph_module, use.site.weight), None if bias is None else get_tensor(use.graph_module, bias)
