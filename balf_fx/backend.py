@@ -19,7 +19,6 @@ from torch._dynamo.exc import ShortenTraceback
 from balf_fx.dynamo import current_request, owner_of
 from balf_fx.errors import NotCalibratedError, OptionError
 from balf_fx.options import BackendOptions, PlanLike, parse_options
-from balf_fx.report import Report
 from balf_fx.session import Session
 
 
@@ -110,21 +109,13 @@ balf = Backend()
 """What the entry point names."""
 
 
-def report(compiled: Any) -> Report:
-    """What the backend did to a compiled model: totals over all of its graphs.
+def plan(compiled: Any) -> PlanLike:
+    """Ranks and factors of a compiled model: `options={"plan": plan}` starts compressed at once.
 
     Args:
         compiled: what `torch.compile(..., backend="balf")` returned, or a module after `module.compile`.
 
     Raises:
-        NotCalibratedError: it is still calibrating; says how many calls are left.
-    """
-    return balf.find(compiled).plan.report
-
-
-def plan(compiled: Any) -> PlanLike:
-    """Ranks and factors of a compiled model: `options={"plan": plan}` starts compressed at once.
-
-    Args, Raises: as `report`.
+        NotCalibratedError: it is still calibrating; says how far it is.
     """
     return balf.find(compiled).plan

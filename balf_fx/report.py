@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -127,14 +128,16 @@ class Report:
         return lines
 
 
-def report(graph_module: nn.Module) -> Report:
+def report(graph_module: Any) -> Report:
     """What balf_fx did to this model.
 
     Args:
-        graph_module: what `compile` or `convert` returned, or a graph that has been through `passes.Allocate`.
+        graph_module: what `compile` or `convert` returned, a graph that has been through `passes.Allocate`, or what
+            `torch.compile(..., backend="balf")` returned.
 
     Raises:
         PassError: the module carries no allocation.
+        NotCalibratedError: the backend is still calibrating; says how far it is.
     """
     meta = graph_module.meta if isinstance(graph_module, fx.GraphModule) else {}
     found = meta.get(META_KEY, getattr(graph_module, REPORT_ATTRIBUTE, None))
@@ -142,6 +145,9 @@ def report(graph_module: nn.Module) -> Report:
         return summarise(found, found.allocation)
     if isinstance(found, Mapping):
         return _from_dict(found)
+    backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
+    if backend is not None and backend.owner_of(graph_module) is not None:
+        return backend.plan(graph_module).report  # type: ignore[no-any-return]
     raise PassError("there is nothing to report: pass the GraphModule that balf_fx.compile or convert returned")
 
 
