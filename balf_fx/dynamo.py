@@ -9,16 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import CompileContext
 
 from balf_fx.sites import annotate
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "__closure__", "cell_contents", "__dict__", "_orig_mod")
+_ROOTS = ("self", "fn")  # the module in its own methods, and in the function that torch puts around its own modules
 _RESERVED = frozenset(dir(fx.GraphModule)) | {"meta", "training"}
 _TRAINING: dict[Any, int] = {nn.functional.dropout: 2, nn.functional.batch_norm: 5, nn.functional.instance_norm: 5}
 
@@ -37,30 +38,27 @@ class Request:
 
     Attributes:
         owner: the object that `torch.compile` made for one call of it, or None outside of Dynamo.
-        frame: Dynamo's number of the Python frame, the same for recompilations of it.
+        frame: the code of the Python frame that is compiled, the same for recompilations of it; Dynamo's own number
+            of it is another one where several threads compile it at once.
         module: the module whose method the frame runs, or None.
     """
 
     owner: object | None
-    frame: int | None
+    frame: CodeType | None
     module: nn.Module | None
 
 
 def current_request() -> Request:
     """The compilation that Dynamo is at, on this thread."""
-    compile_id = CompileContext.current_compile_id()
     try:
         translator: Any = InstructionTranslator.current_tx()
     except AttributeError:  # no frame has ever been translated on this thread
         translator = None
-    if translator is None or compile_id is None:
+    if translator is None:
         return Request(None, None, None)
-    module = translator.f_locals.get("self")
-    return Request(
-        innermost_backend(translator.output.compiler_fn),
-        compile_id.frame_id,
-        module if isinstance(module, nn.Module) else None,
-    )
+    roots = (translator.f_locals.get(name) for name in _ROOTS)
+    module = next((root for root in roots if isinstance(root, nn.Module)), None)
+    return Request(innermost_backend(translator.output.compiler_fn), translator.f_code, module)
 
 
 def innermost_backend(backend: Any) -> Any:
@@ -107,7 +105,7 @@ def weight_name(source: str) -> str:
     """The dotted name of a weight: `L['self']._modules['head']._parameters['weight']` is "head.weight"."""
     words = [word for word in re.findall(r"\w+", source.replace("__closure__[0]", "")) if word not in _REGISTRIES]
     scoped = words[1:] if words[:1] in (["L"], ["G"]) else words
-    path = scoped[1:] if scoped[:1] == ["self"] and len(scoped) > 1 else scoped
+    path = scoped[1:] if scoped[0] in _ROOTS and len(scoped) > 1 else scoped
     return ".".join([f"{path[0]}_" if path[0] in _RESERVED else path[0], *path[1:]])
 
 

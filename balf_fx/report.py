@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tabulate import tabulate
-from torch import fx, nn
+from torch import fx
 
 from balf_fx.errors import PassError
 from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord

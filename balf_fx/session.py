@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
+from types import CodeType
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ class Region:
     """
 
     def __init__(
-        self, session: Session, graph_module: fx.GraphModule, weights: tuple[WeightInput, ...], frame: int | None
+        self, session: Session, graph_module: fx.GraphModule, weights: tuple[WeightInput, ...], frame: CodeType | None
     ) -> None:
         self.graph_module = graph_module
         self.weights = weights

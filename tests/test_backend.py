@@ -1,15 +1,16 @@
-"""`torch.compile(model, backend="balf")`, mostly with the eager inner backend, so that Dynamo is all that takes time."""
+"""`torch.compile(model, backend="balf")`, mostly with "eager" as the inner backend: only Dynamo takes time."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import logging
+import os
 import subprocess
 import sys
+import textwrap
 import threading
 import weakref
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,11 @@ def calibrated(model, batches, **changes):
         for batch in batches[:STEPS]:
             small(batch)
     return small
+
+
+def messages(caplog):
+    """What the backend has logged, without what Dynamo traces in between."""
+    return [record.getMessage() for record in caplog.records if record.name == "balf_fx.backend"]
 
 
 def ranks(report):
@@ -166,14 +172,14 @@ def test_the_same_ranks_and_outputs_as_compile_for_a_transformer(tokens):
 def test_the_log_tells_the_switch(conv_net, images, caplog):
     caplog.set_level(logging.INFO, "balf_fx.backend")
     small = calibrated(conv_net, images)
-    assert not caplog.messages
+    assert not messages(caplog)
     with torch.no_grad():
         small(images[0])
         small(images[1])
-    assert len(caplog.messages) == 2
-    assert "call 4 is the first compressed one" in caplog.messages[0]
-    assert f"block.0 {ranks(balf_fx.report(small))['block.0']}" in caplog.messages[0]
-    assert "% kept" in caplog.messages[1]
+    which, how_much = messages(caplog)
+    assert "call 4 is the first compressed one" in which
+    assert f"block.0 {ranks(balf_fx.report(small))['block.0']}" in which
+    assert "% kept" in how_much
 
 
 def test_the_model_is_not_touched(conv_net, images):
@@ -266,7 +272,7 @@ def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog)
         for shape in ((8, 3, 16, 16), (3, 3, 20, 24), (1, 3, 12, 12)):
             batch = torch.randn(shape)
             torch.testing.assert_close(small(batch), offline(batch))
-    assert not caplog.messages
+    assert not messages(caplog)
     assert balf_fx.report(small) is before
 
 
@@ -291,7 +297,7 @@ def test_weights_that_calibration_has_not_seen_stay_dense(tokens, caplog):
             small(seen, batch)
         assert torch.equal(small(unseen, tokens[0]), unseen(tokens[0]))
         assert not torch.allclose(small(seen, tokens[0]), seen(tokens[0]))
-    assert "calibration has not seen" in caplog.messages[-1]
+    assert "calibration has not seen" in messages(caplog)[-1]
 
 
 def test_a_tied_weight_is_kept_for_the_embedding():
@@ -387,11 +393,12 @@ def test_calls_from_several_threads(conv_net, images):
         thread.start()
     for thread in threads:
         thread.join()
-    exact = sum(torch.equal(output, dense[index]) for index, found in enumerate(outputs) for output in found)
-    assert exact == 12
     with torch.no_grad():
-        for index, found in enumerate(outputs):
-            torch.testing.assert_close(found[-1], small(images[index]))
+        final = [small(batch) for batch in images]
+    exact = [[torch.equal(output, dense[index]) for output in found] for index, found in enumerate(outputs)]
+    assert sum(map(sum, exact)) == 12
+    for found, same, compressed in zip(outputs, exact, final, strict=True):
+        assert all(same or torch.equal(output, compressed) for output, same in zip(found, same, strict=True))
 
 
 # Gradients and changing weights.
@@ -408,7 +415,7 @@ def test_gradients_are_those_of_the_model(conv_net, images, caplog):
     torch.testing.assert_close(got, wanted)
     small(images[0])
     torch.randn(2, requires_grad=True)
-    assert sum("gradients are required" in message for message in caplog.messages) == 1
+    assert sum("gradients are required" in message for message in messages(caplog)) == 1
     with torch.no_grad():
         assert not torch.equal(small(images[0]), conv_net(images[0]))
 
@@ -615,7 +622,7 @@ def test_a_callable_inner_backend(conv_net, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"mode": "reduce-overhead"}, {"inner_options": {"max_fusion_size": 32}}])
 def test_inductor(tokens, settings):
-    model = Transformer(depth=1).eval()
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     offline = balf_fx.compile(model, tokens[:STEPS], flops=0.5, progress=False)
     small = calibrated(model, tokens, inner="inductor", **settings)
     with torch.no_grad():
@@ -623,11 +630,12 @@ def test_inductor(tokens, settings):
 
 
 @pytest.mark.slow
-def test_inductor_with_a_dynamic_batch(conv_net, images):
-    small = calibrated(conv_net, images, inner="inductor", dynamic=True)
+def test_inductor_with_a_dynamic_batch(tokens):
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    small = calibrated(model, tokens, inner="inductor", dynamic=True)
     with torch.no_grad():
-        whole = small(images[3])
-        torch.testing.assert_close(small(images[3][:5]), whole[:5])
+        whole = small(tokens[3])
+        torch.testing.assert_close(small(tokens[3][:3]), whole[:3])
 
 
 @pytest.mark.slow
@@ -798,15 +806,28 @@ def test_a_timm_model():
 # What Dynamo and Python packaging need.
 
 
-def test_the_entry_point_is_the_backend():
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert '[project.entry-points.torch_dynamo_backends]\nbalf = "balf_fx.backend:balf"' in text
-    assert EntryPoint("balf", "balf_fx.backend:balf", "torch_dynamo_backends").load() is balf
-
-
-def test_importing_balf_fx_does_not_import_dynamo():
-    code = "import sys, balf_fx; sys.exit('balf_fx.dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_dynamo_finds_the_installed_backend_and_its_log(tmp_path):
+    root = Path(__file__).parents[1]
+    group, name = "torch_dynamo_backends", 'balf = "balf_fx.backend:balf"'
+    assert f"[project.entry-points.{group}]\n{name}\n" in (root / "pyproject.toml").read_text()
+    installed = tmp_path / "balf_fx-0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: balf-fx\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text(f"[{group}]\n{name.replace(chr(34), '')}\n")
+    code = """
+        import torch
+        model = torch.nn.Linear(32, 32)
+        options = {"flops": 0.5, "calibration_steps": 1, "inner": "eager"}
+        small = torch.compile(model, backend="balf", options=options)
+        with torch.no_grad():
+            print(*(torch.equal(small(x), model(x)) for x in torch.randn(2, 4, 32)))
+        """
+    path = os.pathsep.join([str(tmp_path), str(root)])
+    environment = {**os.environ, "PYTHONPATH": path, "TORCH_LOGS": "balf_fx.backend"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == "True False\n", result.stderr
+    assert "call 2 is the first compressed one" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -816,7 +837,7 @@ def test_importing_balf_fx_does_not_import_dynamo():
         ("L['self']._modules['layers']._modules['0']._buffers['mean']", "layers.0.mean"),
         ("L['self'].layers[0].weight", "layers.0.weight"),
         ("G['model']._modules['head']._parameters['bias']", "model.head.bias"),
-        ("L['fn'].__closure__[0].cell_contents._modules['a']._parameters['weight']", "fn.a.weight"),
+        ("L['fn'].__closure__[0].cell_contents._modules['a']._parameters['weight']", "a.weight"),
         ("L['self']._modules['graph']._parameters['weight']", "graph_.weight"),
         ("L['w']", "w"),
     ],
