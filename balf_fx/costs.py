@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from balf_fx.linalg import tail_energies
 from balf_fx.sites import Candidate, RankCurve, Site, Spectrum, annotate, record_graph
@@ -24,6 +25,8 @@ class _Profiler(fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if isinstance(n.target, torch._ops.HigherOrderOperator):  # the counter cannot look into these with gradients
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         return tuple(map(_mutable, args)), {key: _mutable(value) for key, value in kwargs.items()}
 
     def run_node(self, n: fx.Node) -> Any:

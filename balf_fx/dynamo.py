@@ -106,7 +106,13 @@ def weight_name(source: str) -> str:
     words = [word for word in re.findall(r"\w+", source.replace("__closure__[0]", "")) if word not in _REGISTRIES]
     scoped = words[1:] if words[:1] in (["L"], ["G"]) else words
     path = scoped[1:] if scoped[0] in _ROOTS and len(scoped) > 1 else scoped
-    return ".".join([f"{path[0]}_" if path[0] in _RESERVED else path[0], *path[1:]])
+    return legal_path(".".join(path))
+
+
+def legal_path(path: str) -> str:
+    """The path in a GraphModule for what has this one in a model: some names are taken there."""
+    first, dot, rest = path.partition(".")
+    return f"{first}_{dot}{rest}" if first in _RESERVED else path
 
 
 def lift(graph_module: fx.GraphModule, weights: Mapping[int, tuple[str, Tensor]]) -> fx.GraphModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.costs import profile, rank_curve
-from balf_fx.dynamo import Request, WeightInput, is_dynamic, is_training, lift, weight_inputs
+from balf_fx.dynamo import Request, WeightInput, is_dynamic, is_training, legal_path, lift, weight_inputs
 from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.options import BackendOptions, PlanLike
@@ -319,7 +320,8 @@ class Session:
 
     def _forget(self) -> None:
         self._regions: list[Region] = []
-        self._names: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # by the weight's id
+        self._taken: set[str] = set()
         self._step = 0
         self._entered: set[tuple[Any, ...]] = set()
         self._failure: BalfError | None = None
@@ -359,8 +361,10 @@ class Session:
             return self.options.compiler(graph_module, example_inputs)
         with self._lock:
             region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request.frame)
-            if not self._regions and request.module is not None:  # the model itself: when it goes, all of this goes
-                weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
+            if request.module is not None:
+                self._take_names(request.module)
+                if not self._regions:  # the model itself, or the first part that is compiled: when it goes, all goes
+                    weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
             self._regions.append(region)
         return region
 
@@ -402,13 +406,19 @@ class Session:
             region.bindings[key] = binding
         return region.bindings[key]
 
+    def _take_names(self, module: nn.Module) -> None:
+        """Call weights what the module calls them: Dynamo may have found them in other places."""
+        for name, weight in (*module.named_parameters(), *module.named_buffers()):
+            self._name(legal_path(name), weight)
+
     def _name(self, proposed: str, weight: Tensor) -> str:
-        """The weight's name in all graphs; two frames may have the same name for different weights."""
+        """The weight's name in all graphs; two modules may have the same name for different weights."""
         if id(weight) not in self._names:
-            taken = set(self._names.values())
             owner, dot, last = proposed.rpartition(".")
-            numbered = (f"{owner}_{number}{dot}{last}" for number in range(1, len(taken) + 1))
-            self._names[id(weight)] = next(name for name in (proposed, *numbered) if name not in taken)
+            numbered = (f"{owner}_{number}{dot}{last}" for number in itertools.count(1))
+            names = itertools.chain([proposed], numbered)
+            self._names[id(weight)] = next(name for name in names if name not in self._taken)
+            self._taken.add(self._names[id(weight)])
         return self._names[id(weight)]
 
     def _annotate(self, graph_module: fx.GraphModule) -> None:
