@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from types import CodeType
 from typing import Any
 
@@ -194,20 +194,27 @@ class Region:
         self.weights = weights
         self.frame = frame
         self._session = session
-        self._positions = tuple(weight.position for weight in weights)
+        positions = [weight.position for weight in weights]
         count = len(graph_module.graph.find_nodes(op="placeholder"))
-        self._others = tuple(sorted(set(range(count)) - set(self._positions)))
+        self._weights = _picker(positions)
+        self._inputs = _picker(sorted(set(range(count)) - set(positions)))
         self.bindings: dict[tuple[int, ...], Binding] = {}
 
     def __call__(self, *args: Any) -> Any:
-        weights = [args[position] for position in self._positions]
-        inputs = [args[position] for position in self._others]
+        weights, inputs = self._weights(args), self._inputs(args)
         binding = self.bindings.get(tuple(map(id, weights)))
         if binding is None or binding.compiled is None:  # calibrating, switching, or weights seen for the first time
             return self._session.run(self, weights, inputs)
         if not binding.watch.unchanged():
             raise changed(binding)
         return binding.compiled(*inputs)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Takes some items out of a tuple, as fast as Python can."""
+    if len(positions) < 2:  # itemgetter would give a single item, and needs one at least
+        return lambda values: tuple(values[position] for position in positions)
+    return itemgetter(*positions)
 
 
 class Binding:
@@ -239,7 +246,7 @@ class Binding:
     def _watch_parameters(self) -> Watch:
         return Watch({name: tensor for name, tensor in self.originals.items() if isinstance(tensor, nn.Parameter)})
 
-    def observe(self, inputs: list[Any]) -> Any:
+    def observe(self, inputs: Sequence[Any]) -> Any:
         """Run the graph as it is, and take note."""
         output = self.graph_module(*inputs) if self.calls else profile(self.graph_module, inputs)
         self.calls += 1
@@ -380,7 +387,7 @@ class Session:
 
     # Running them, until each is compiled.
 
-    def run(self, region: Region, weights: list[Tensor], inputs: list[Any]) -> Any:
+    def run(self, region: Region, weights: Sequence[Tensor], inputs: Sequence[Any]) -> Any:
         """Run a graph that is not compiled yet: observed, or, from the switch on, compiled now."""
         with self._lock:
             if self._failure is not None:
@@ -395,7 +402,7 @@ class Session:
             compiled = binding.compiled
         return compiled(*inputs)
 
-    def _binding(self, region: Region, weights: list[Tensor]) -> Binding:
+    def _binding(self, region: Region, weights: Sequence[Tensor]) -> Binding:
         key = tuple(map(id, weights))
         if key not in region.bindings:
             names = [self._name(given.name, weight) for given, weight in zip(region.weights, weights, strict=True)]
@@ -523,7 +530,7 @@ class Session:
 
     # After the switch.
 
-    def _compile(self, binding: Binding, inputs: list[Any]) -> Callable[..., Any]:
+    def _compile(self, binding: Binding, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite a graph with the factors that there are, and hand it to the inner backend."""
         with _computing():
             binding.settle(self.plan.fold_batchnorm)
@@ -544,7 +551,7 @@ class Session:
         binding.watch = Watch({name: tensor for originals in replaced for name, tensor in originals.items()})
         if is_dynamic(binding.graph_module):
             return self.options.compile_dynamic(binding.graph_module)
-        return self.options.compiler(binding.graph_module, inputs)
+        return self.options.compiler(binding.graph_module, list(inputs))
 
     def _find(self, use: Use) -> Factors | None:
         """The factors of a site: those of the switch, or else the plan's."""
