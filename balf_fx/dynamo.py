@@ -20,6 +20,7 @@ from balf_fx.sites import annotate
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "__closure__", "cell_contents", "__dict__", "_orig_mod")
 _ROOTS = ("self", "fn")  # the module in its own methods, and in the function that torch puts around its own modules
+_WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the latter in torch 2.8
 _RESERVED = frozenset(dir(fx.GraphModule)) | {"meta", "training"}
 _TRAINING: dict[Any, int] = {nn.functional.dropout: 2, nn.functional.batch_norm: 5, nn.functional.instance_norm: 5}
 
@@ -63,8 +64,9 @@ def current_request() -> Request:
 
 def innermost_backend(backend: Any) -> Any:
     """What was passed to Dynamo, without the wrappers that Dynamo puts around it."""
-    while hasattr(backend, "_torchdynamo_orig_backend"):
-        backend = backend._torchdynamo_orig_backend
+    for name in _WRAPPED:
+        if hasattr(backend, name):
+            return innermost_backend(getattr(backend, name))
     return backend
 
 
@@ -74,9 +76,8 @@ def owner_of(compiled: Any) -> object | None:
     function = getattr(compiled, "_compiled_call_impl", None) or compiled  # module.compile() leaves a function there
     held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     for item in held:
-        callback = getattr(item, "callback", item)
-        if hasattr(callback, "_torchdynamo_orig_backend"):
-            found: object = innermost_backend(callback)
+        found: object = innermost_backend(getattr(item, "callback", item))
+        if isinstance(found, torch._TorchCompileWrapper):
             return found
     return None
 

@@ -515,8 +515,8 @@ class Session:
             raise NoSiteError(f"nothing in the compiled graphs can be factorized ({listed})")
 
     def _log_switch(self, report: Report, graphs: int) -> None:
-        ranks = ", ".join(f"{row.name} {'dense' if row.rank is None else row.rank}" for row in report.sites)
-        _LOGGER.info("call %d is the first compressed one, %d graphs; ranks: %s", self._step, graphs, ranks)
+        ranks = ", ".join(f"{row.name}: {'dense' if row.rank is None else row.rank}" for row in report.sites)
+        _LOGGER.info("call %d is the first compressed one (graphs: %d); ranks: {%s}", self._step, graphs, ranks)
         _LOGGER.info(
             "FLOPs of a call %s -> %s (%.2f %% kept), parameters %s -> %s (%.2f %% kept)",
             f"{report.flops_before:,}",

@@ -2,9 +2,10 @@
 
 python benchmarks/backend.py --json benchmarks/results/backend.json
 
-All contenders are called in turn on one batch within one process, and ratios are medians over rounds of the ratio within
-a round. Weights are random: the cost depends on shapes alone. The switch is timed once, from the call that makes it, and
-next to it the first call of the model that `balf_fx.compile` and inductor make of the same statistics.
+All contenders are called in turn on one batch within one process, and ratios are medians over rounds of the ratio
+within a round. Weights are random: the cost depends on shapes alone. The switch is timed once, as the call that makes
+it, without caches of inductor and after it has compiled something else; next to it `balf_fx.compile` with the first call
+of what it returns, and the first call of the dense model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import click
 import torch
+import torch._inductor.config
 from common import write_json
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -75,6 +77,7 @@ def contenders(case: Case, inner: str) -> tuple[dict[str, Callable[[Tensor], Any
     """Everything that is timed, compiled and warm."""
     torch.compiler.reset()
     torch.manual_seed(0)
+    torch.compile(nn.Linear(8, 8), backend=inner)(torch.randn(8, 8))  # compilers start up
     model = case.build().eval()
     batch = torch.randn(case.shape)
     calibrating = torch.compile(model, backend=balf, options=_options(1 << 30, inner))
@@ -106,7 +109,8 @@ def seconds(model: Callable[[Tensor], Any], batch: Tensor) -> float:
 def measure(case: Case, rounds: int, inner: str) -> tuple[dict[str, Cost], Switch]:
     """Call all contenders in turn, `rounds` times after one round to warm up."""
     with torch.no_grad():
-        models, batch, switch = contenders(case, inner)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            models, batch, switch = contenders(case, inner)
         laps = [{name: seconds(model, batch) for name, model in models.items()} for _ in range(rounds + 1)][1:]
     costs = {
         name: Cost(

@@ -178,7 +178,7 @@ def test_the_log_tells_the_switch(conv_net, images, caplog):
         small(images[1])
     which, how_much = messages(caplog)
     assert "call 4 is the first compressed one" in which
-    assert f"block.0 {ranks(balf_fx.report(small))['block.0']}" in which
+    assert f"block.0: {ranks(balf_fx.report(small))['block.0']}" in which
     assert "% kept" in how_much
 
 
@@ -398,7 +398,7 @@ def test_calls_from_several_threads(conv_net, images):
     exact = [[torch.equal(output, dense[index]) for output in found] for index, found in enumerate(outputs)]
     assert sum(map(sum, exact)) == 12
     for found, same, compressed in zip(outputs, exact, final, strict=True):
-        assert all(same or torch.equal(output, compressed) for output, same in zip(found, same, strict=True))
+        assert all(same or torch.allclose(output, compressed) for output, same in zip(found, same, strict=True))
 
 
 # Gradients and changing weights.
@@ -571,7 +571,7 @@ def test_fullgraph(tokens):
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_dynamic_shapes(inner):
-    model = Transformer().eval()
+    model = Transformer(depth=1).eval()
     batches = [torch.randn(size, length, 32) for size, length in ((4, 10), (3, 7), (6, 12))]
     offline = balf_fx.compile(model, batches, flops=0.5, progress=False)
     small = compiled(model, dynamic=True, inner=inner)
