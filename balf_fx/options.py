@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from balf_fx.dynamo import is_dynamic
 from balf_fx.errors import OptionError
 from balf_fx.passes import Allocate, Score
 from balf_fx.passes.allocate import Method
@@ -93,8 +94,13 @@ class BackendOptions:
         """The inner backend with its own options, as `torch.compile` would call it."""
         return _inner_compiler(self.inner, self.mode, self.inner_options)
 
-    def compile_dynamic(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
-        """Leave the graph to torch.compile itself, which guards whatever the inner backend assumes of open sizes."""
+    def compile(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Hand a graph to the inner backend while the model runs.
+
+        A graph with open sizes goes through torch.compile, which guards whatever the inner backend assumes of them.
+        """
+        if not is_dynamic(graph_module):
+            return self.compiler(graph_module, list(inputs))
         options = None if self.inner_options is None else dict(self.inner_options)
         compiled: Callable[..., Any] = torch.compile(
             graph_module, backend=self.inner, mode=self.mode, options=options, dynamic=True

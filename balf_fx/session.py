@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -12,14 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import attrgetter, itemgetter
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.costs import profile, rank_curve
-from balf_fx.dynamo import Request, WeightInput, is_dynamic, is_training, legal_path, lift, weight_inputs
+from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, lift, weight_inputs
 from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.options import BackendOptions, PlanLike
@@ -177,7 +177,9 @@ class Plan:
         pair, fingerprint = self.pairs[site]
         if not fingerprint.matches(Fingerprint.of(weight, bias)):
             raise OptionError(f"the plan was made for other weights than those of site {site!r}: calibrate again")
-        return pair.to(weight.device, weight.dtype)
+        like = pair[0].weight
+        alike = isinstance(like, Tensor) and (like.device, like.dtype) == (weight.device, weight.dtype)
+        return pair if alike else copy.deepcopy(pair).to(weight.device, weight.dtype)
 
 
 class Region:
@@ -188,11 +190,12 @@ class Region:
     """
 
     def __init__(
-        self, session: Session, graph_module: fx.GraphModule, weights: tuple[WeightInput, ...], frame: CodeType | None
+        self, session: Session, graph_module: fx.GraphModule, weights: tuple[WeightInput, ...], request: Request
     ) -> None:
         self.graph_module = graph_module
         self.weights = weights
-        self.frame = frame
+        self.frame = request.frame
+        self.module = None if request.module is None else weakref.ref(request.module)
         self._session = session
         positions = [weight.position for weight in weights]
         count = len(graph_module.graph.find_nodes(op="placeholder"))
@@ -224,7 +227,8 @@ class Binding:
         graph_module: holds the weights; with observers during calibration, with factors after the switch.
         originals: the user's tensors, by dotted name.
         calls: how often it has run in calibration.
-        compiled: what runs in its place after the switch.
+        rewritten: whether factors have been put into the graph.
+        compiled: what runs in its place then.
         watch: over all parameters during calibration, later over what factors stand for.
     """
 
@@ -239,6 +243,7 @@ class Binding:
         held = self.graph_module
         self.originals: dict[str, Tensor] = {**dict(held.named_parameters()), **dict(held.named_buffers())}
         self.calls = 0
+        self.rewritten = False
         self.compiled: Callable[..., Any] | None = None
         self.watch = self._watch_parameters()
         self._moments: dict[str, Moments] | None = None
@@ -270,6 +275,13 @@ class Binding:
         if fold_batchnorm:
             FoldBatchNorm()(self.graph_module)
         self.graph_module.recompile()
+
+    def finish(self, watch: Watch) -> None:
+        """Take in that factors stand in the graph now, for what the watch is over."""
+        self.graph_module.delete_all_unused_submodules()
+        self.graph_module.graph.lint()
+        self.graph_module.recompile()
+        self.watch, self.rewritten, self._moments = watch, True, {}
 
     def _observed(self) -> Iterator[tuple[str, Moments]]:
         """What was seen at each site, by the name of its weight."""
@@ -337,10 +349,9 @@ class Session:
 
     def release(self) -> None:
         """Let go of every tensor and graph; whatever is called after this calibrates anew."""
-        with self._lock:
-            for region in self._regions:
-                region.bindings.clear()
-            self._forget()
+        for region in self._regions:
+            region.bindings = {}
+        self._forget()
 
     @property
     def plan(self) -> PlanLike:
@@ -356,7 +367,7 @@ class Session:
             )
         return self._plan
 
-    # Taking in graphs, while Dynamo compiles.
+    # Taking in graphs, while Dynamo compiles. Dynamo's lock is held here, and `run` may ask for it with ours: no lock.
 
     def take(self, graph_module: fx.GraphModule, example_inputs: list[Any], request: Request) -> Callable[..., Any]:
         """What stands in for one graph: a region, or the graph itself where it must not be compressed."""
@@ -366,24 +377,20 @@ class Session:
         if needs_gradients or is_training(graph_module):
             self._warn_uncompressed("gradients are required" if needs_gradients else "the model is in training mode")
             return self.options.compiler(graph_module, example_inputs)
-        with self._lock:
-            region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request.frame)
-            if request.module is not None:
-                self._take_names(request.module)
-                if not self._regions:  # the model itself, or the first part that is compiled: when it goes, all goes
-                    weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
-            self._regions.append(region)
+        region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request)
+        if request.module is not None and not self._regions:  # the model, or the first part of it that is compiled
+            weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
+        self._regions.append(region)
         return region
 
     def _warn_uncompressed(self, reason: str) -> None:
-        with self._lock:
-            if not self._warned:
-                _LOGGER.warning(
-                    "%s: such calls run uncompressed and are not observed. Compression is for inference, after "
-                    "model.eval() and under torch.no_grad() or torch.inference_mode()",
-                    reason,
-                )
-            self._warned = True
+        if not self._warned:
+            _LOGGER.warning(
+                "%s: such calls run uncompressed and are not observed. Compression is for inference, after "
+                "model.eval() and under torch.no_grad() or torch.inference_mode()",
+                reason,
+            )
+        self._warned = True
 
     # Running them, until each is compiled.
 
@@ -397,14 +404,20 @@ class Session:
                 return binding.observe(inputs)
             if self._factors is None:
                 self._switch()
+            if not binding.rewritten:
+                with _computing():
+                    self._rewrite(binding)
             if binding.compiled is None:
-                binding.compiled = self._compile(binding, inputs)
+                binding.compiled = self.options.compile(binding.graph_module, inputs)
             compiled = binding.compiled
         return compiled(*inputs)
 
     def _binding(self, region: Region, weights: Sequence[Tensor]) -> Binding:
         key = tuple(map(id, weights))
         if key not in region.bindings:
+            module = None if region.module is None else region.module()
+            if module is not None:
+                self._take_names(module)
             names = [self._name(given.name, weight) for given, weight in zip(region.weights, weights, strict=True)]
             binding = Binding(region, names, weights)
             self._annotate(binding.graph_module)
@@ -530,28 +543,21 @@ class Session:
 
     # After the switch.
 
-    def _compile(self, binding: Binding, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Rewrite a graph with the factors that there are, and hand it to the inner backend."""
-        with _computing():
-            binding.settle(self.plan.fold_batchnorm)
-            self._annotate(binding.graph_module)
-            uses = binding.uses()
-            known = {use.key: factors for use in uses if (factors := self._find(use)) is not None}
-            stale = [name for factors in known.values() for name in factors.watch.changed()]
-            if stale:
-                raise WeightsChangedError(_changed_message(stale))
-            for use in uses:
-                pair = known[use.key].pair if use.key in known else None
-                if pair is not None:
-                    replace_site(binding.graph_module, use.nodes, use.site, pair)
-            binding.graph_module.delete_all_unused_submodules()
-            binding.graph_module.graph.lint()
-            binding.graph_module.recompile()
+    def _rewrite(self, binding: Binding) -> None:
+        """Put the factors that there are into a graph."""
+        binding.settle(self.plan.fold_batchnorm)
+        self._annotate(binding.graph_module)
+        uses = binding.uses()
+        known = {use.key: factors for use in uses if (factors := self._find(use)) is not None}
+        stale = [name for factors in known.values() for name in factors.watch.changed()]
+        if stale:
+            raise WeightsChangedError(_changed_message(stale))
+        for use in uses:
+            pair = known[use.key].pair if use.key in known else None
+            if pair is not None:
+                replace_site(binding.graph_module, use.nodes, use.site, pair)
         replaced = [factors.originals for factors in known.values() if factors.pair is not None]
-        binding.watch = Watch({name: tensor for originals in replaced for name, tensor in originals.items()})
-        if is_dynamic(binding.graph_module):
-            return self.options.compile_dynamic(binding.graph_module)
-        return self.options.compiler(binding.graph_module, list(inputs))
+        binding.finish(Watch({name: tensor for originals in replaced for name, tensor in originals.items()}))
 
     def _find(self, use: Use) -> Factors | None:
         """The factors of a site: those of the switch, or else the plan's."""

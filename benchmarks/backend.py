@@ -4,8 +4,8 @@ python benchmarks/backend.py --json benchmarks/results/backend.json
 
 All contenders are called in turn on one batch within one process, and ratios are medians over rounds of the ratio
 within a round. Weights are random: the cost depends on shapes alone. The switch is timed once, as the call that makes
-it, without caches of inductor and after it has compiled something else; next to it `balf_fx.compile` with the first call
-of what it returns, and the first call of the dense model.
+it, without caches of inductor and after it has compiled something else; next to it `balf_fx.compile` with the first
+call of what it returns, and the first call of the dense model.
 """
 
 from __future__ import annotations
