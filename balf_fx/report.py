@@ -84,7 +84,7 @@ class Report:
     @property
     def params_kept(self) -> float:
         """params_after / params_before."""
-        return self.params_after / self.params_before
+        return self.params_after / self.params_before if self.params_before else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""

@@ -23,7 +23,7 @@ from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, lift, 
 from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.options import BackendOptions, PlanLike
-from balf_fx.passes import Annotate, FoldBatchNorm, InsertObservers
+from balf_fx.passes import Annotate, DecomposeAttention, FoldBatchNorm, InsertObservers
 from balf_fx.passes.allocate import Totals
 from balf_fx.passes.annotate import check_patterns
 from balf_fx.passes.factorize import factor_modules, replace_site
@@ -240,6 +240,7 @@ class Binding:
                 for given, name, weight in zip(region.weights, names, weights, strict=True)
             },
         )
+        DecomposeAttention(copy_weights=False)(self.graph_module)
         held = self.graph_module
         self.originals: dict[str, Tensor] = {**dict(held.named_parameters()), **dict(held.named_buffers())}
         self.calls = 0
@@ -350,7 +351,7 @@ class Session:
     def release(self) -> None:
         """Let go of every tensor and graph; whatever is called after this calibrates anew."""
         for region in self._regions:
-            region.bindings = {}
+            region.bindings.clear()  # in place: Dynamo copies a region's attributes to the function that it calls
         self._forget()
 
     @property

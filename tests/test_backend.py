@@ -773,21 +773,45 @@ def test_side_effects_and_randomness_happen_once_per_call():
     assert model.calls == twin.calls == STEPS + 2
 
 
-def test_layers_on_the_fast_path_are_reached_without_it(tokens):
-    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
-    small = calibrated(model, tokens)
-    with pytest.raises(NoSiteError, match="self_attn"), torch.no_grad():
-        small(tokens[0])
-    torch.compiler.reset()
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_layers_with_and_without_their_fast_path(tokens, fast_path, norm_first):
+    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    offline = balf_fx.compile(model, tokens[:STEPS], flops=0.6, progress=False)
     enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(fast_path)
     try:
-        small = calibrated(model, tokens)
+        small = compiled(model, flops=0.6)
         with torch.no_grad():
-            small(tokens[0])
+            for batch in tokens[:STEPS]:
+                torch.testing.assert_close(small(batch), model(batch))
+            torch.testing.assert_close(small(tokens[3]), offline(tokens[3]), rtol=1e-4, atol=1e-4)
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-    assert "linear1" in ranks(balf_fx.report(small))
+    assert list(ranks(balf_fx.report(small)).values()) == list(ranks(balf_fx.report(offline)).values())
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_weights_of_the_fast_path(tokens, average):
+    model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    small = torch.compile(
+        lambda x: model(x, x, x, average_attn_weights=average), backend=balf, options=options(flops=0.9)
+    )
+    with torch.no_grad():
+        for batch in tokens[:STEPS]:
+            torch.testing.assert_close(small(batch), model(batch, batch, batch, average_attn_weights=average))
+        small(tokens[3])
+    assert len(balf_fx.report(small).sites) == 2
+
+
+def test_cross_attention_stays_as_it_is(tokens):
+    model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    small = torch.compile(lambda x, y: model(x, y, y)[0], backend=balf, options=options(strict=False))
+    with torch.no_grad():
+        for batch in tokens:
+            torch.testing.assert_close(small(batch, tokens[0]), model(batch, tokens[0], tokens[0])[0])
 
 
 def test_a_call_with_nan_returns_nan_and_does_not_count(tokens, caplog):
