@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,12 @@ class _Profiler(fx.Interpreter):
         return result
 
 
+class _NoModules(contextlib.nullcontext[None]):
+    """In place of the counter's tracker of modules, whose global hooks Dynamo would meet in other threads."""
+
+    parents = frozenset({"Global"})
+
+
 def _mutable(value: Any) -> Any:
     """Lists and dicts as generated code passes them, for FX's immutable ones: some functions change their arguments."""
     if isinstance(value, list):
@@ -54,7 +61,9 @@ def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where it is installed: only when needed
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with torch.no_grad(), counter:
         output = _Profiler(graph_module, counter).run(*inputs)
     record_graph(graph_module, flops=counter.get_total_flops())
     return output
