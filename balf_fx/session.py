@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.convert_frame import compile_lock
 
 from balf_fx.costs import profile, rank_curve
 from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, lift, weight_inputs
@@ -254,7 +255,11 @@ class Binding:
 
     def observe(self, inputs: Sequence[Any]) -> Any:
         """Run the graph as it is, and take note."""
-        output = self.graph_module(*inputs) if self.calls else profile(self.graph_module, inputs)
+        if self.calls:
+            output = self.graph_module(*inputs)
+        else:
+            with compile_lock:  # torch notes in a global that a counter is at work, as it does when Dynamo compiles
+                output = profile(self.graph_module, inputs)
         self.calls += 1
         return output
 
