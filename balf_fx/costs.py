@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from balf_fx.linalg import tail_energies
 from balf_fx.sites import Candidate, PartRanks, Rank, RankCurve, Site, Spectrum, annotate, annotation, record_graph
@@ -26,6 +28,8 @@ class _Profiler(fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if isinstance(n.target, torch._ops.HigherOrderOperator):  # the counter cannot look into these with gradients
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         return tuple(map(_mutable, args)), {key: _mutable(value) for key, value in kwargs.items()}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -34,6 +38,12 @@ class _Profiler(fx.Interpreter):
         shape = tuple(result.shape) if isinstance(result, torch.Tensor) else None
         annotate(n, flops=self.counter.get_total_flops() - before, shape=shape)
         return result
+
+
+class _NoModules(contextlib.nullcontext[None]):
+    """In place of the counter's tracker of modules, whose global hooks Dynamo would meet in other threads."""
+
+    parents = frozenset({"Global"})
 
 
 def _mutable(value: Any) -> Any:
@@ -53,7 +63,9 @@ def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where it is installed: only when needed
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with torch.no_grad(), counter:
         output = _Profiler(graph_module, counter).run(*inputs)
     record_graph(graph_module, flops=counter.get_total_flops())
     return output
@@ -118,7 +130,12 @@ def rank_curve(
     joint = [candidate(rank, tail[rank]) for rank in range(1, site.break_even + 1)]
     split = [] if parts is None else [candidate(*choice) for choice in _parts_choices(site, parts, tail)]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
-    return RankCurve((*joint, *split, dense), tail[0])
+    return RankCurve((*joint, *split, dense), tail[0], output_elements, spectrum, parts)
+
+
+def largest_part_rank(site: Site) -> int:
+    """The largest rank of a part: at its D inputs the part had better stay dense."""
+    return min(site.out_features // site.parts, site.in_features - 1)
 
 
 def parts_candidate(site: Site, parts: Spectrum, ranks: PartRanks, dense_flops: int, output_elements: int) -> Candidate:
@@ -134,14 +151,16 @@ def _parts_choices(site: Site, parts: Spectrum, tail: Sequence[float]) -> Iterat
     Any of the parts may stay dense. A component costs the same in each of the others, so that there the largest
     energies are the best choice; each keeps one component at least.
     """
-    outputs, inputs = site.out_features // site.parts, site.in_features
+    outputs, inputs, largest = site.out_features // site.parts, site.in_features, largest_part_rank(site)
     price = outputs + inputs
     choices: list[tuple[int, float, tuple[int, ...], Tensor]] = []
     for count in range(1, site.parts + 1):
         for thin in itertools.combinations(range(site.parts), count):
-            rest = parts.energies[list(thin), 1 : min(outputs, inputs)]
+            rest = parts.energies[list(thin), 1:largest]
             order = torch.argsort(rest.flatten(), descending=True, stable=True)
-            lost = rest.sum() - torch.cat([rest.new_zeros(1), rest.flatten()[order].cumsum(0)])
+            lost = parts.energies[list(thin), 1:].sum() - torch.cat(
+                [rest.new_zeros(1), rest.flatten()[order].cumsum(0)]
+            )
             fixed = (site.parts - count) * outputs * inputs + count * price
             choices += [(fixed + i * price, value, thin, order[:i]) for i, value in enumerate(lost.tolist())]
     choices.sort(key=lambda choice: choice[:3])
@@ -152,6 +171,6 @@ def _parts_choices(site: Site, parts: Spectrum, tail: Sequence[float]) -> Iterat
             return
         if lost_here < min(best, tail[min(rank, len(tail) - 1)]):
             best = lost_here
-            counts = torch.bincount(chosen // max(min(outputs, inputs) - 1, 1), minlength=len(thin)) + 1
+            counts = torch.bincount(chosen // max(largest - 1, 1), minlength=len(thin)) + 1
             ranks = dict(zip(thin, counts.tolist(), strict=True))
             yield tuple(ranks.get(part) for part in range(site.parts)), max(best, 0.0)

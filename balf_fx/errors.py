@@ -56,5 +56,9 @@ class BudgetError(BalfError, ValueError):
         self.minimum = minimum
 
 
+class WeightsChangedError(BalfError, RuntimeError):
+    """A weight that `torch.compile(backend="balf")` has replaced by factors is no longer what the factors stand for."""
+
+
 class PassError(BalfError, RuntimeError):
     """A pass was given a graph that lacks what an earlier pass leaves behind, or broke its own promise."""

@@ -283,7 +283,8 @@ def read_parts(node: fx.Node, features: int) -> int:
 def _pieces(user: fx.Node, features: int) -> int:
     shape = annotation(user).shape
     if shape is not None:
-        reshaped = len(shape) > 2 and shape[-3] in _PARTS and math.prod(shape[-3:]) == features
+        reshaped = len(shape) > 2 and all(isinstance(size, int) for size in shape[-3:])
+        reshaped = reshaped and shape[-3] in _PARTS and math.prod(shape[-3:]) == features
         return shape[-3] if reshaped and user.target in _RESHAPES else 1
     widths = [(annotation(item).shape or (0,))[-1] for item in user.users if item.target is operator.getitem]
     equal = len(widths) in _PARTS and set(widths) == {features // len(widths)}

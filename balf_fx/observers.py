@@ -6,6 +6,7 @@ of a cluster and restarts add up to what one pass over everything would give.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from balf_fx.errors import NonFiniteError
 from balf_fx.sites import ConvGeometry, Site
 
+_LOGGER = logging.getLogger(__name__)
 _CHUNK_ELEMENTS = 1 << 19  # a chunk's working copy stays in the cache, and calibration's extra memory is bounded
 
 
@@ -42,6 +44,11 @@ class Moments:
         between = delta.unsqueeze(-1) * delta.unsqueeze(-2) * (self.count * other.count / count)
         return Moments(count, self.mean + delta * (other.count / count), self.scatter + other.scatter + between)
 
+    def affine(self, scale: Tensor, shift: Tensor) -> Moments:
+        """Moments of `scale * v + shift`, both [G, F]."""
+        between = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        return Moments(self.count, self.mean * scale + shift, self.scatter * between)
+
     def covariance(self) -> Tensor:
         """[G, F, F], the mean of (v - mean)(v - mean)^T."""
         return self.scatter / self.count
@@ -62,13 +69,15 @@ class CovarianceObserver(nn.Module):
 
     Args:
         site: the first site served; its side says what the value is, its geometry how to cut it into positions.
+        skip_non_finite: pass over a value with NaN or infinity, with a warning in the log, in place of an error.
     """
 
     _is_impure = True  # tells FX that dead-code elimination must keep the call
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, skip_non_finite: bool = False) -> None:
         super().__init__()
         self.site = site
+        self.skip_non_finite = skip_non_finite
         self.moments: Moments | None = None
 
     def extra_repr(self) -> str:
@@ -87,6 +96,11 @@ class CovarianceObserver(nn.Module):
         if seen is None:
             return
         if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
+            if self.skip_non_finite:
+                _LOGGER.warning(
+                    "the %s of site %r holds NaN or infinity: this call does not count", self.site.side, self.site.name
+                )
+                return
             raise NonFiniteError(
                 f"the {self.site.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
                 f"and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tabulate import tabulate
-from torch import fx, nn
+from torch import fx
 
 from balf_fx.errors import PassError
 from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord, Rank
@@ -88,7 +89,7 @@ class Report:
     @property
     def params_kept(self) -> float:
         """params_after / params_before."""
-        return self.params_after / self.params_before
+        return self.params_after / self.params_before if self.params_before else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""
@@ -138,25 +139,31 @@ def _rank_in_words(rank: Rank) -> str | int:
     return "dense" if rank is None else rank
 
 
-def report(graph_module: nn.Module) -> Report:
+def report(graph_module: Any) -> Report:
     """What balf_fx did to this model.
 
     Args:
-        graph_module: what `compile` or `convert` returned, or a graph that has been through `passes.Allocate`.
+        graph_module: what `compile` or `convert` returned, a graph that has been through `passes.Allocate`, or what
+            `torch.compile(..., backend="balf")` returned.
 
     Raises:
         PassError: the module carries no allocation.
+        NotCalibratedError: the backend is still calibrating; says how far it is.
     """
     meta = graph_module.meta if isinstance(graph_module, fx.GraphModule) else {}
     found = meta.get(META_KEY, getattr(graph_module, REPORT_ATTRIBUTE, None))
     if isinstance(found, GraphRecord) and found.allocation is not None:
-        return _summary(found, found.allocation)
+        return summarise(found, found.allocation)
     if isinstance(found, Mapping):
         return _from_dict(found)
+    backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
+    if backend is not None and backend.owner_of(graph_module) is not None:
+        return backend.plan(graph_module).report  # type: ignore[no-any-return]
     raise PassError("there is nothing to report: pass the GraphModule that balf_fx.compile or convert returned")
 
 
-def _summary(record: GraphRecord, allocation: Allocation) -> Report:
+def summarise(record: GraphRecord, allocation: Allocation) -> Report:
+    """The report on a record whose allocation is known."""
     saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices)
     total = record.flops or 1
     refused: dict[str, float] = {}

@@ -179,10 +179,16 @@ class RankCurve:
     Attributes:
         candidates: ranks 1 .. break-even ascending, then ranks of the parts that beat them, ascending, then dense.
         energy: mean squared output of the site (centred or not, as asked), which normalises its distortions.
+        output_elements: of all uses of the site together, on which FLOPs depend.
+        spectrum: what the factors are made of.
+        parts: the spectrum of the site's parts, where these may have factors of their own.
     """
 
     candidates: tuple[Candidate, ...]
     energy: float
+    output_elements: int
+    spectrum: Spectrum
+    parts: Spectrum | None = None
 
     @property
     def dense(self) -> Candidate:
@@ -229,26 +235,50 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A BatchNorm by its running statistics: y = (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    All of length C; weight and bias may be None.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+    def scale(self, dtype: torch.dtype) -> torch.Tensor:
+        """[C], what it multiplies its input by."""
+        scale = (self.variance.to(dtype) + self.eps).rsqrt()
+        return scale if self.weight is None else scale * self.weight.detach().to(dtype)
+
+    def affine(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of [C]: what it multiplies its input by, and what it adds then."""
+        scale = self.scale(dtype)
+        shift = -self.mean.to(dtype) * scale
+        return scale, shift if self.bias is None else shift + self.bias.detach().to(dtype)
+
+
+@dataclass(frozen=True)
 class Annotation:
     """Everything balf_fx knows of one node, filled in by the passes in turn.
 
     Attributes:
         flops: counted on the example batch (`costs.profile`).
         shape: of the node's output on the example batch.
+        folded: the BatchNorms that the node has taken in, in their order, by FoldBatchNorm.
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
-        spectrum, parts_spectrum, curve, scored_with: by Score; the second of a site that has parts; scored_with tells
-            a fresh score from a stale one.
+        curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
         choice: by Allocate.
     """
 
     flops: int | None = None
     shape: tuple[int, ...] | None = None
+    folded: tuple[Norm, ...] = ()
     site: Site | None = None
     refusal: Refusal | None = None
     observer: str | None = None
-    spectrum: Spectrum | None = None
-    parts_spectrum: Spectrum | None = None
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
     choice: Choice | None = None

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.costs import parts_candidate, use
+from balf_fx.costs import largest_part_rank, parts_candidate
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.knapsack import minimum_cost, solve
 from balf_fx.passes.base import Pass
@@ -31,6 +31,24 @@ from balf_fx.sites import (
 )
 
 Method = Literal["budget", "uniform", "energy"]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the whole model costs.
+
+    Attributes:
+        flops, params: as the user gave it; budgets are fractions of these.
+        params_now: after the passes so far, which may have folded some into others.
+    """
+
+    flops: int
+    params: int
+    params_now: int
+
+    def params_after(self, allocation: Allocation) -> int:
+        """Parameters once the chosen sites are factorized."""
+        return self.params_now + sum(choice.chosen.params - choice.dense.params for choice in allocation.choices)
 
 
 @dataclass(frozen=True)
@@ -91,41 +109,51 @@ class Allocate(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        curves = [curve for nodes in found.values() if (curve := annotation(nodes[0]).curve) is not None]
+        curves = {site: curve for site, nodes in found.items() if (curve := annotation(nodes[0]).curve) is not None}
+        record = graph_record(graph_module)
         params_now = count_parameters(graph_module)
-        bound = None
-        if self.ranks is not None:
-            chosen = _explicit(found, curves, self.ranks)
-        elif self.target is None:
-            chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves]
-        else:
-            chosen, bound = self._within_budget(graph_module, curves, self.target, params_now)
-        choices = tuple(
-            Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
-            for site, candidate, curve in zip(found, chosen, curves, strict=True)
-        )
-        for nodes, choice in zip(found.values(), choices, strict=True):
+        totals = Totals(record.flops or 0, record.params or params_now, params_now)
+        allocation = self.solve(curves, totals)
+        for nodes, choice in zip(found.values(), allocation.choices, strict=True):
             for node in nodes:
                 annotate(node, choice=choice)
-        primal = sum(1.0 - choice.energy_kept for choice in choices)
-        method = "ranks" if self.ranks is not None else self.method
         marks = [annotation(node) for node in graph_module.graph.nodes]
         record_graph(
             graph_module,
-            params=graph_record(graph_module).params or params_now,
-            params_after=params_now + sum(choice.chosen.params - choice.dense.params for choice in choices),
-            allocation=Allocation(method, self.measure, self.target, choices, primal, bound),
+            params=totals.params,
+            params_after=totals.params_after(allocation),
+            allocation=allocation,
             refusals=tuple((mark.refusal, mark.flops) for mark in marks if mark.refusal is not None),
         )
         return PassResult(graph_module, False)
 
+    def solve(self, curves: Mapping[Site, RankCurve], totals: Totals) -> Allocation:
+        """Choose one candidate for each site, wherever the sites lie: in one graph or in several.
+
+        Raises:
+            BudgetError: the budget cannot be reached.
+        """
+        bound = None
+        if self.ranks is not None:
+            chosen = _explicit(curves, self.ranks)
+        elif self.target is None:
+            chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves.values()]
+        else:
+            chosen, bound = self._within_budget(list(curves.values()), self.target, totals)
+        choices = tuple(
+            Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
+            for (site, curve), candidate in zip(curves.items(), chosen, strict=True)
+        )
+        primal = sum(1.0 - choice.energy_kept for choice in choices)
+        method = "ranks" if self.ranks is not None else self.method
+        return Allocation(method, self.measure, self.target, choices, primal, bound)
+
     def _within_budget(
-        self, graph_module: fx.GraphModule, curves: Sequence[RankCurve], target: float, params_now: int
+        self, curves: Sequence[RankCurve], target: float, totals: Totals
     ) -> tuple[list[Candidate], float | None]:
         """The candidates chosen, and the dual bound of method "budget"."""
-        record = graph_record(graph_module)
-        total = (record.flops or 0) if self.measure == "flops" else (record.params or params_now)
-        now = total if self.measure == "flops" else params_now
+        total = totals.flops if self.measure == "flops" else totals.params
+        now = totals.flops if self.measure == "flops" else totals.params_now
         fixed = now - sum(curve.dense.cost(self.measure) for curve in curves)
         options = [_cheaper_than_dense(curve, self.measure) for curve in curves]
         if self.method != "budget":  # what is raised step by step needs one order
@@ -182,35 +210,32 @@ def _raise_lowest(costs: Sequence[Sequence[int]], levels: Sequence[Sequence[floa
     return choice
 
 
-def _explicit(
-    sites: Mapping[Site, list[fx.Node]], curves: Sequence[RankCurve], ranks: Mapping[str, Rank]
-) -> list[Candidate]:
+def _explicit(curves: Mapping[Site, RankCurve], ranks: Mapping[str, Rank]) -> list[Candidate]:
     """The candidates that a mapping names."""
-    unknown = sorted(set(ranks) - {site.name for site in sites})
+    names = [site.name for site in curves]
+    unknown = sorted(set(ranks) - set(names))
     if unknown:
-        raise UnknownSiteError(f"no site is called {', '.join(unknown)}; sites are: {', '.join(s.name for s in sites)}")
-    chosen = []
-    for (site, nodes), curve in zip(sites.items(), curves, strict=True):
-        rank = ranks.get(site.name)
-        if rank is None:
-            chosen.append(curve.dense)
-        elif isinstance(rank, tuple):
-            chosen.append(_explicit_parts(site, nodes, rank))
-        elif isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= site.break_even:
-            raise OptionError(
-                f"the rank of {site.name!r} is a whole number from 1 to {site.break_even}, above which the dense layer "
-                f"is cheaper, or None for dense; not {rank!r}"
-            )
-        else:
-            chosen.append(curve.candidates[rank - 1])
-    return chosen
+        raise UnknownSiteError(f"no site is called {', '.join(unknown)}; sites are: {', '.join(names)}")
+    return [_explicit_candidate(site, curve, ranks.get(site.name)) for site, curve in curves.items()]
 
 
-def _explicit_parts(site: Site, nodes: Sequence[fx.Node], ranks: PartRanks) -> Candidate:
-    parts = annotation(nodes[0]).parts_spectrum
-    if parts is None:
+def _explicit_candidate(site: Site, curve: RankCurve, rank: Rank) -> Candidate:
+    if rank is None:
+        return curve.dense
+    if isinstance(rank, tuple):
+        return _explicit_parts(site, curve, rank)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= site.break_even:
+        raise OptionError(
+            f"the rank of {site.name!r} is a whole number from 1 to {site.break_even}, above which the dense layer "
+            f"is cheaper, or None for dense; not {rank!r}"
+        )
+    return curve.candidates[rank - 1]
+
+
+def _explicit_parts(site: Site, curve: RankCurve, ranks: PartRanks) -> Candidate:
+    if curve.parts is None:
         raise OptionError(f"{site.name!r} has no parts to give ranks of their own: pass one whole number or None")
-    limit = min(site.out_features // site.parts, site.in_features)
+    limit = largest_part_rank(site)
     numbers = [rank for rank in ranks if rank is not None]
     whole = all(isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= limit for rank in numbers)
     if not whole or not numbers or len(ranks) != site.parts:
@@ -218,4 +243,4 @@ def _explicit_parts(site: Site, nodes: Sequence[fx.Node], ranks: PartRanks) -> C
             f"the ranks of the parts of {site.name!r} are {site.parts} whole numbers from 1 to {limit}, some of which "
             f"may be None for dense, not {ranks!r}"
         )
-    return parts_candidate(site, parts, ranks, *use(nodes))
+    return parts_candidate(site, curve.parts, ranks, curve.dense.flops, curve.output_elements)

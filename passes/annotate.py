@@ -40,7 +40,7 @@ class Annotate(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         marks: Marks = {node: read_site(graph_module, node) for node in graph_module.graph.nodes}
         _join_shared(graph_module, marks)
-        self._check_patterns([mark.name for mark in marks.values() if isinstance(mark, Site)])
+        check_patterns(self.include, self.exclude, [mark.name for mark in marks.values() if isinstance(mark, Site)])
         _find_parts(marks)
         for node, mark in marks.items():
             chosen = self._selected(mark) if isinstance(mark, Site) else mark
@@ -61,12 +61,18 @@ class Annotate(Pass):
             return Refusal(site.name, site.kind, Reason.EXCLUDED, "matches no include")
         return site
 
-    def _check_patterns(self, names: list[str]) -> None:
-        for option, patterns in (("include", self.include or ()), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    listed = ", ".join(dict.fromkeys(names))
-                    raise UnknownSiteError(f"{option} pattern {pattern!r} matches no site; sites are: {listed}")
+
+def check_patterns(include: Sequence[str] | None, exclude: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse patterns that match no site.
+
+    Raises:
+        UnknownSiteError: lists the sites.
+    """
+    for option, patterns in (("include", include or ()), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                listed = ", ".join(dict.fromkeys(names))
+                raise UnknownSiteError(f"{option} pattern {pattern!r} matches no site; sites are: {listed}")
 
 
 def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:

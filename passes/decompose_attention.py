@@ -39,6 +39,18 @@ _FLAGS = (
     "is_causal",
     "use_separate_proj_weight",
 )
+_SELF_ATTENTION = ("in_weight", "in_bias", "out_weight", "out_bias")
+_KERNELS: dict[Any, tuple[str, ...]] = {
+    torch._native_multi_head_attention: (
+        *("query", "key", "value", "embed_dim", "num_heads", *_SELF_ATTENTION),
+        *("mask", "need_weights", "average_attn_weights", "mask_type"),
+    ),
+    torch._transformer_encoder_layer_fwd: (
+        *("query", "embed_dim", "num_heads", *_SELF_ATTENTION, "gelu", "norm_first", "eps"),
+        *("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"),
+        *("weight1", "bias1", "weight2", "bias2", "mask", "mask_type"),
+    ),
+}
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _DROPPED_META = (*VALUE_META, META_KEY)  # these describe the tuple, which no new node returns
 
@@ -57,7 +69,16 @@ class DecomposeAttention(Pass):
 
     A query whose keys are all masked has no defined output: the module gives NaN or zero, depending on the path that
     it takes, and here it gives what `scaled_dot_product_attention` gives, or NaN where the weights are read.
+
+    The kernels that take the place of modules without gradients, and that Dynamo meets, are laid open too: those of
+    self-attention and of encoder layers, without masks.
+
+    Attributes:
+        copy_weights: packed weights that are applied to different inputs are copied, a third for each; False leaves
+            such functions alone, so that every parameter of the graph stays the model's own.
     """
+
+    copy_weights: bool = True
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         uses = _parameter_uses(graph_module)
@@ -69,9 +90,12 @@ class DecomposeAttention(Pass):
                 modified = True
         for node in graph_module.graph.find_nodes(op="call_function", target=F.multi_head_attention_forward):
             call = _bind(F.multi_head_attention_forward, node)
-            if _is_supported(call):
+            packed = _is_self_attention(call) and not call["use_separate_proj_weight"]
+            if _is_supported(call) and (packed or self.copy_weights):
                 _replace_function(graph_module, node, call, uses)
                 modified = True
+        for node in [node for node in graph_module.graph.nodes if node.target in _KERNELS]:
+            modified |= _replace_kernel(node)
         return PassResult(graph_module, modified)
 
 
@@ -237,6 +261,64 @@ def _replace_function(graph_module: fx.GraphModule, node: fx.Node, call: dict[st
     sources = node.all_input_nodes
     _rewire(node, output, shares)
     _erase_unused(sources)
+
+
+def _replace_kernel(node: fx.Node) -> bool:
+    """Lay open what a module calls on its fast path, where it has one input and no mask; tells whether it has."""
+    call: dict[str, Any] = {**dict(zip(_KERNELS[node.target], node.args, strict=False)), **node.kwargs}
+    others = [call[name] for name in ("key", "value") if name in call]
+    if call.get("mask") is not None or any(other is not call["query"] for other in others):
+        return False
+    layer = node.target is torch._transformer_encoder_layer_fwd
+    with _in_place_of(node) as tracer:
+        arguments = _proxies(tracer, call)
+        if layer:
+            output, shares = _encoder_layer(arguments), None
+        else:
+            weights = call.get("need_weights", True) and _reads_weights(node)
+            output, shares = _self_attention(
+                arguments["query"], arguments, weights=weights, average=call.get("average_attn_weights", True)
+            )
+    if layer:
+        node.replace_all_uses_with(output.node)
+        node.graph.erase_node(node)
+    else:
+        _rewire(node, output, shares)
+    return True
+
+
+def _encoder_layer(arguments: dict[str, Any]) -> Any:
+    """What nn.TransformerEncoderLayer computes in evaluation mode."""
+    activation = F.gelu if arguments["gelu"] else F.relu
+
+    def norm(value: Any, number: int) -> Any:
+        weight, bias = (arguments[f"norm{number}_{name}"] for name in ("weight", "bias"))
+        return F.layer_norm(value, (arguments["embed_dim"],), weight, bias, arguments["eps"])
+
+    def feed_forward(value: Any) -> Any:
+        hidden = activation(F.linear(value, arguments["weight1"], arguments["bias1"]))
+        return F.linear(hidden, arguments["weight2"], arguments["bias2"])
+
+    x = arguments["query"]
+    if arguments["norm_first"]:
+        x = x + _self_attention(norm(x, 1), arguments)[0]
+        return x + feed_forward(norm(x, 2))
+    x = norm(x + _self_attention(x, arguments)[0], 1)
+    return norm(x + feed_forward(x), 2)
+
+
+def _self_attention(x: Any, arguments: dict[str, Any], weights: bool = False, average: bool = True) -> tuple[Any, Any]:
+    q, k, v = _chunks(F.linear(x, arguments["in_weight"], arguments["in_bias"]), -1)
+    output, shares = attend(
+        q,
+        k,
+        v,
+        num_heads=arguments["num_heads"],
+        batch_first=True,
+        weights=weights,
+        average_attn_weights=average,
+    )
+    return F.linear(output, arguments["out_weight"], arguments["out_bias"]), shares
 
 
 def _is_self_attention(call: dict[str, Any]) -> bool:

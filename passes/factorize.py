@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -19,7 +18,20 @@ from balf_fx.linalg import corrected_bias, factors, in_parts, weight_matrix
 from balf_fx.linear_maps import erase_unused, site_input
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias
-from balf_fx.sites import META_KEY, VALUE_META, ConvGeometry, PartRanks, Site, Spectrum, annotation, get_tensor
+from balf_fx.sites import (
+    META_KEY,
+    VALUE_META,
+    ConvGeometry,
+    PartRanks,
+    RankCurve,
+    Site,
+    Spectrum,
+    annotation,
+    get_tensor,
+)
+
+Factors = nn.Sequential | nn.ModuleList
+"""The two factors of a site, or the first and a list of the second ones where its parts have their own."""
 
 _CONVS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
@@ -40,28 +52,30 @@ class Factorize(Pass):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
-            if annotation(nodes[0]).choice is None or annotation(nodes[0]).spectrum is None:
+            if annotation(nodes[0]).choice is None or annotation(nodes[0]).curve is None:
                 raise PassError(f"Factorize: site {site.name!r} has no choice; run Score and Allocate first")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
         for site, nodes in self.require_sites(graph_module).items():
             mark = annotation(nodes[0])
-            rank = None if mark.choice is None else mark.choice.chosen.rank
-            spectrum = mark.parts_spectrum if isinstance(rank, tuple) else mark.spectrum
-            if rank is None or spectrum is None:
+            if mark.choice is None or mark.curve is None or mark.choice.chosen.rank is None:
                 continue
-            if isinstance(rank, tuple):
-                _replace(graph_module, nodes, site, parts_modules(graph_module, site, spectrum, rank), rank)
-            else:
-                _replace(graph_module, nodes, site, factor_modules(graph_module, site, spectrum, rank), rank)
+            pair = factor_modules(graph_module, site, mark.curve, mark.choice.chosen.rank)
+            replace_site(graph_module, nodes, site, pair)
             modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
 
 
-def factor_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum, rank: int) -> nn.Sequential:
-    """The two stock modules that stand in for a site."""
+def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> Factors:
+    """The stock modules that stand in for a site."""
+    if isinstance(rank, tuple):
+        return _parts_modules(graph_module, site, curve, rank)
+    return _joint_modules(graph_module, site, curve.spectrum, rank)
+
+
+def _joint_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum, rank: int) -> nn.Sequential:
     original: Tensor = get_tensor(graph_module, site.weight)
     left, right = factors(weight_matrix(original, site.groups, site.inputs_first), spectrum, rank)
     bias = corrected_bias(grouped_bias(graph_module, site), spectrum, rank)
@@ -75,15 +89,17 @@ def factor_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum,
     return nn.Sequential(first, second).train(graph_module.training)
 
 
-def parts_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum, ranks: PartRanks) -> nn.ModuleList:
+def _parts_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, ranks: PartRanks) -> nn.ModuleList:
     """The layer that the thin parts of a linear site share, D -> sum of ranks, and one layer for each part."""
+    if curve.parts is None:
+        raise PassError(f"Factorize: the parts of site {site.name!r} were not scored")
     original: Tensor = get_tensor(graph_module, site.weight)
     weights = in_parts(weight_matrix(original, 1, site.inputs_first), site.parts)
     bias = grouped_bias(graph_module, site)
     biases = [None] * site.parts if bias is None else list(in_parts(bias, site.parts).unsqueeze(1))
     thin, layers = [], []
     for index, (rank, part_bias) in enumerate(zip(ranks, biases, strict=True)):
-        weight, own = weights[index : index + 1], spectrum.only(index)
+        weight, own = weights[index : index + 1], curve.parts.only(index)
         if rank is not None:
             weight, right = factors(weight, own, rank)
             part_bias = corrected_bias(part_bias, own, rank)
@@ -143,10 +159,11 @@ def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> No
     module.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=original.requires_grad))
 
 
-def _replace(
-    graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Module, rank: int | PartRanks
-) -> None:
-    """Put the pair where the site's module or weight was, and calls of its layers where each of its nodes was."""
+def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: Factors) -> None:
+    """Put the pair where the site's module or weight was, and calls of its layers where each of its nodes was.
+
+    The caller lints and recompiles the graph.
+    """
     graph = graph_module.graph
     if site.keeps_weight and site.bias is not None:  # the weight's module may stay, without a bias that nobody reads
         owner, _, name = site.bias.rpartition(".")
@@ -158,7 +175,7 @@ def _replace(
         before = node.prev
         with graph.inserting_before(node):
             thin = graph.call_module(f"{site.name}.0", (site_input(node),))
-            wide = _second_calls(graph, f"{site.name}.1", site_input(node), thin, rank)
+            wide = _second_calls(graph, f"{site.name}.1", site_input(node), thin, pair)
         new = before.next
         while new is not node:
             dropped = (META_KEY,) if new is wide else (META_KEY, *VALUE_META)
@@ -171,15 +188,15 @@ def _replace(
             erase_unused(graph_module, source)
 
 
-def _second_calls(graph: fx.Graph, path: str, source: fx.Node, thin: fx.Node, rank: int | PartRanks) -> fx.Node:
+def _second_calls(graph: fx.Graph, path: str, source: fx.Node, thin: fx.Node, pair: Factors) -> fx.Node:
     """Calls of the second factors on the output of the first, and of parts that stay dense on the input itself."""
-    if not isinstance(rank, tuple):
+    if isinstance(pair, nn.Sequential):
         return graph.call_module(path, (thin,))
-    widths = [part for part in rank if part is not None]
+    first: Any = pair[0]
+    layers: Any = pair[1]
+    widths = [layer.in_features for layer in layers if layer.in_features < first.in_features]
     pieces = graph.call_function(torch.split, (thin, widths, -1))
-    numbers = itertools.count()
-    values = [
-        source if part is None else graph.call_function(operator.getitem, (pieces, next(numbers))) for part in rank
-    ]
+    items = iter([graph.call_function(operator.getitem, (pieces, index)) for index in range(len(widths))])
+    values = [next(items) if layer.in_features < first.in_features else source for layer in layers]
     parts = [graph.call_module(f"{path}.{index}", (value,)) for index, value in enumerate(values)]
     return graph.call_function(torch.cat, (parts, -1))

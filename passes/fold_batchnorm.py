@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from balf_fx.linear_maps import erase_unused, parameter_users, read_layer, reads_metadata, set_bias
 from balf_fx.passes.base import Pass
-from balf_fx.sites import Site, annotation, get_tensor, is_hooked
+from balf_fx.sites import Norm, Site, annotate, annotation, get_tensor, is_hooked
 
 _MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CALLS = {
@@ -22,18 +22,6 @@ _CALLS = {
         "cudnn_enabled",
     ),
 }
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, all of length C; weight and bias may be None."""
-
-    source: fx.Node
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -48,19 +36,20 @@ class FoldBatchNorm(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
         for node in list(graph_module.graph.nodes):
-            norm = _read_norm(graph_module, node)
-            layer = None if norm is None else _foldable_layer(graph_module, norm)
-            if norm is not None and layer is not None:
-                _fold(graph_module, layer, norm)
-                node.replace_all_uses_with(norm.source)
+            source, norm = _read_norm(graph_module, node) or (None, None)
+            layer = None if norm is None or source is None else _foldable_layer(graph_module, source, norm)
+            if norm is not None and source is not None and layer is not None:
+                _fold(graph_module, source, layer, norm)
+                annotate(source, folded=(*annotation(source).folded, norm))
+                node.replace_all_uses_with(source)
                 erase_unused(graph_module, node)
                 modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
 
 
-def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> _Norm | None:
-    """The node as a BatchNorm with running statistics, or None."""
+def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Norm] | None:
+    """The node's input and the node as a BatchNorm with running statistics, or None."""
     if node.op == "call_module":
         module: Any = graph_module.get_submodule(str(node.target))
         source = node.args[0] if node.args else None
@@ -68,27 +57,28 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> _Norm | None:
             return None
         if not isinstance(source, fx.Node):
             return None
-        return _Norm(source, module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+        return source, Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
     if node.op != "call_function" or node.target not in _CALLS:
         return None
     names = _CALLS[node.target]
     bound: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     tensors = [bound.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
     constant = all(value is None or (isinstance(value, fx.Node) and value.op == "get_attr") for value in tensors)
-    if not constant or tensors[0] is None or tensors[1] is None or bound.get("training"):
+    eps = bound.get("eps", 1e-5)
+    if not constant or tensors[0] is None or tensors[1] is None or bound.get("training") or isinstance(eps, fx.Node):
         return None
     found: list[Any] = [None if value is None else get_tensor(graph_module, str(value.target)) for value in tensors]
     mean, variance, weight, bias = found
-    return _Norm(bound["input"], mean, variance, weight, bias, float(bound.get("eps", 1e-5)))
+    return bound["input"], Norm(mean, variance, weight, bias, float(eps))
 
 
-def _foldable_layer(graph_module: fx.GraphModule, norm: _Norm) -> Site | None:
+def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -> Site | None:
     """The layer before a BatchNorm, where folding changes nothing else."""
-    layer = read_layer(graph_module, norm.source)
-    if not isinstance(layer, Site) or sum(not reads_metadata(user) for user in norm.source.users) != 1:
+    layer = read_layer(graph_module, source)
+    if not isinstance(layer, Site) or sum(not reads_metadata(user) for user in source.users) != 1:
         return None
     dimensions = 2 if layer.conv is None else len(layer.conv.kernel_size) + 2
-    shape = annotation(norm.source).shape
+    shape = annotation(source).shape
     if shape is None and layer.conv is None:
         return None
     if (shape is not None and len(shape) != dimensions) or len(norm.mean) != layer.out_features * layer.groups:
@@ -96,15 +86,14 @@ def _foldable_layer(graph_module: fx.GraphModule, norm: _Norm) -> Site | None:
     users = parameter_users(graph_module)
     own = [get_tensor(graph_module, path) for path in (layer.weight, layer.bias) if path is not None]
     has_bias_argument = layer.bias is not None or layer.conv is not None or not layer.inputs_first
-    return layer if has_bias_argument and all(users[id(tensor)] == {norm.source} for tensor in own) else None
+    return layer if has_bias_argument and all(users[id(tensor)] == {source} for tensor in own) else None
 
 
-def _fold(graph_module: fx.GraphModule, layer: Site, norm: _Norm) -> None:
+def _fold(graph_module: fx.GraphModule, source: fx.Node, layer: Site, norm: Norm) -> None:
     """Scale the layer's outputs and shift its bias; half precision is folded in float32."""
     weight: Tensor = get_tensor(graph_module, layer.weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    scale = (norm.variance.to(wide) + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.detach().to(wide)
+    scale = norm.scale(wide)
     shift = -norm.mean.to(wide) if layer.bias is None else get_tensor(graph_module, layer.bias).detach() - norm.mean
     bias = shift.to(wide) * scale
     bias = bias if norm.bias is None else bias + norm.bias.detach().to(wide)
@@ -114,7 +103,7 @@ def _fold(graph_module: fx.GraphModule, layer: Site, norm: _Norm) -> None:
     new_bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
     _set_parameter(graph_module, layer.weight, new_weight)
     if layer.bias is None:
-        set_bias(graph_module, norm.source, new_bias)
+        set_bias(graph_module, source, new_bias)
     else:
         _set_parameter(graph_module, layer.bias, new_bias)
 

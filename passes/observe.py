@@ -23,7 +23,12 @@ class InsertObservers(Pass):
 
     Sites that read the same value with the same geometry share one observer, unless something may change that value
     in place; a site with several uses has one observer that sees them all.
+
+    Attributes:
+        skip_non_finite: pass over batches with NaN or infinity, with a warning in the log, in place of an error.
     """
+
+    skip_non_finite: bool = False
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
@@ -37,7 +42,7 @@ class InsertObservers(Pass):
             new = key not in shared
             if new:
                 shared[key] = f"{OBSERVERS}.{len(shared)}"
-                graph_module.add_submodule(shared[key], CovarianceObserver(site))
+                graph_module.add_submodule(shared[key], CovarianceObserver(site, self.skip_non_finite))
             for node in nodes:
                 if new:
                     _observe(graph_module.graph, node, site, shared[key])

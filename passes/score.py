@@ -22,7 +22,7 @@ from balf_fx.linalg import (
 )
 from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.passes.base import Pass
-from balf_fx.sites import Site, Spectrum, annotate, annotation, get_tensor
+from balf_fx.sites import RankCurve, Site, Spectrum, annotate, annotation, get_tensor
 
 Factors = Literal["activations", "svd"]
 
@@ -64,25 +64,24 @@ class Score(Pass):
             scored_with = (self.factors, self.centred, self.split, moments)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            spectrum = self._spectrum(graph_module, site, moments, parts=1)
-            parts = self._spectrum(graph_module, site, moments, site.parts) if self.split and site.parts > 1 else None
-            curve = rank_curve(site, spectrum, *use(nodes), parts)
+            curve = self.score(graph_module, site, moments, *use(nodes))
             for node in nodes:
-                annotate(node, spectrum=spectrum, parts_spectrum=parts, curve=curve, scored_with=scored_with)
+                annotate(node, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
 
-    def _spectrum(self, graph_module: fx.GraphModule, site: Site, moments: Moments | None, parts: int) -> Spectrum:
-        """The spectrum of the site as a whole, or with `parts` above 1 of its parts."""
-        weight = in_parts(weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first), parts)
-        if moments is None:
-            return spectrum_from_weight(weight)
-        if site.side == "input":
-            moment = moments.covariance() if self.centred else moments.second_moment()
-            return spectrum_from_input(weight, moment, moments.mean if self.centred else None)
-        bias = grouped_bias(graph_module, site)
-        moment = moments.covariance() if self.centred else moments.second_moment(bias)
-        mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)
-        return spectrum_from_output(diagonal_blocks(moment, parts), mean if self.centred else None)
+    def score(
+        self, graph_module: fx.GraphModule, site: Site, moments: Moments | None, flops: int, output_elements: int
+    ) -> RankCurve:
+        """Score one site.
+
+        Args:
+            moments: on the site's side; None for the weight alone.
+            flops, output_elements: of all uses of the site together.
+        """
+        spectrum = _spectrum(graph_module, site, moments, self.centred, parts=1)
+        split = self.split and site.parts > 1
+        parts = _spectrum(graph_module, site, moments, self.centred, site.parts) if split else None
+        return rank_curve(site, spectrum, flops, output_elements, parts)
 
     def _moments(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Moments:
         path = annotation(node).observer
@@ -96,6 +95,20 @@ class Score(Pass):
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
         return observer.moments
+
+
+def _spectrum(graph_module: fx.GraphModule, site: Site, moments: Moments | None, centred: bool, parts: int) -> Spectrum:
+    """The spectrum of the site as a whole, or with `parts` above 1 of its parts."""
+    weight = in_parts(weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first), parts)
+    if moments is None:
+        return spectrum_from_weight(weight)
+    if site.side == "input":
+        moment = moments.covariance() if centred else moments.second_moment()
+        return spectrum_from_input(weight, moment, moments.mean if centred else None)
+    bias = grouped_bias(graph_module, site)
+    moment = moments.covariance() if centred else moments.second_moment(bias)
+    mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)
+    return spectrum_from_output(diagonal_blocks(moment, parts), mean if centred else None)
 
 
 def grouped_bias(graph_module: fx.GraphModule, site: Site) -> Tensor | None:

@@ -2,11 +2,24 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from balf_fx.backend import balf
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"```console\n(.*?)\n```", README, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def _backend():
+    """What installing balf_fx does for torch.compile, where the tests run from a checkout that is not installed."""
+    torch.compiler.reset()
+    if "balf" not in torch._dynamo.list_backends():
+        torch._dynamo.register_backend(balf, name="balf")
+    yield
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])

@@ -1,0 +1,119 @@
+"""`torch.compile(model, backend="balf", options={"flops": 0.55})`: compression while the model is in use.
+
+    calibrate (the first calls, exact) -> solve one budget over all graphs -> rewrite -> inner backend
+
+Dynamo calls the backend for every graph that it captures. What it gets back is a `Region`: the graph and its bindings,
+one for each set of weights that the graph is called with. All regions of one call of `torch.compile` share a `Session`,
+which counts the calls, solves the budget and keeps the factors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+
+from balf_fx.dynamo import current_request, owner_of
+from balf_fx.errors import NotCalibratedError, OptionError
+from balf_fx.options import BackendOptions, PlanLike, parse_options
+from balf_fx.session import Session
+
+
+class BackendOptionError(ShortenTraceback, OptionError):
+    """An option of the backend means nothing.
+
+    Dynamo wraps what a backend raises into an error of its own, except for what derives from ShortenTraceback: this
+    way the user catches an OptionError.
+    """
+
+
+class Backend:
+    """The backend that Dynamo finds under the name "balf"."""
+
+    __name__ = "balf"
+
+    def __init__(self) -> None:
+        # A session lives as long as something that Dynamo has compiled, and keeps its owner, so that no id recurs.
+        self._sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+
+    def __call__(
+        self,
+        graph_module: fx.GraphModule,
+        example_inputs: list[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+        name: str | None = None,  # noqa: ARG002 (torch 2.15 passes on what it calls the region)
+    ) -> Callable[..., Any]:
+        """Take in one graph.
+
+        Args:
+            graph_module: as Dynamo captured it, weights among its inputs.
+            example_inputs: the arguments of the call that Dynamo compiles for.
+            options: see `balf_fx.options.BackendOptions`.
+            mode: for the inner backend.
+
+        Returns:
+            What stands in for the graph.
+
+        Raises:
+            BackendOptionError: there is no budget, or an option that does not exist; lists those that do.
+        """
+        try:
+            parsed = parse_options({**({} if mode is None else {"mode": mode}), **(options or {})})
+        except OptionError as error:
+            raise BackendOptionError(str(error), first_useful_frame=None) from None
+        request = current_request()
+        return self._session(request.owner, parsed).take(graph_module, example_inputs, request)
+
+    def _session(self, owner: object | None, options: BackendOptions) -> Session:
+        found = None if owner is None else self._sessions.get(id(owner))
+        if found is None:
+            found = Session(options, owner)
+            self._sessions[id(found if owner is None else owner)] = found
+        return found
+
+    def find(self, compiled: Any) -> Session:
+        """The session of what `torch.compile` or `module.compile` returned.
+
+        Raises:
+            NotCalibratedError: it has not been called yet, or was compiled with another backend.
+        """
+        owner = owner_of(compiled)
+        found = None if owner is None else self._sessions.get(id(owner))
+        if found is None:
+            raise NotCalibratedError(
+                "there is nothing to report: pass what torch.compile(..., backend='balf') returned, once it has been "
+                "called without gradients"
+            )
+        return found
+
+    def reset(self) -> None:
+        """Forget everything; `torch.compiler.reset` calls this."""
+        self._sessions.clear()  # what Dynamo has compiled held the rest, and lets go of it now
+
+    def __eq__(self, other: object) -> bool:
+        # Dynamo lets two calls of torch.compile on the same code share compiled graphs where backend and options are
+        # equal. Then a model would run through another one's factors: no two uses of this backend are equal.
+        return False
+
+    __hash__ = object.__hash__
+
+
+balf = Backend()
+"""What the entry point names."""
+
+
+def plan(compiled: Any) -> PlanLike:
+    """Ranks and factors of a compiled model: `options={"plan": plan}` starts compressed at once.
+
+    Args:
+        compiled: what `torch.compile(..., backend="balf")` returned, or a module after `module.compile`.
+
+    Raises:
+        NotCalibratedError: it is still calibrating; says how far it is.
+    """
+    return balf.find(compiled).plan

@@ -1,0 +1,661 @@
+"""What one call of `torch.compile(..., backend="balf")` knows: graphs, statistics, and in the end factors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.convert_frame import compile_lock
+
+from balf_fx.costs import profile
+from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, lift, weight_inputs
+from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
+from balf_fx.observers import CovarianceObserver, Moments
+from balf_fx.options import BackendOptions, PlanLike
+from balf_fx.passes import Annotate, DecomposeAttention, FoldBatchNorm, InsertObservers
+from balf_fx.passes.allocate import Totals
+from balf_fx.passes.annotate import check_patterns
+from balf_fx.passes.factorize import Factors as Modules
+from balf_fx.passes.factorize import factor_modules, replace_site
+from balf_fx.passes.observe import OBSERVERS, remove_observers
+from balf_fx.report import Report, summarise
+from balf_fx.sites import (
+    ConvGeometry,
+    GraphRecord,
+    Rank,
+    RankCurve,
+    Reason,
+    Refusal,
+    Site,
+    annotation,
+    get_tensor,
+    sites,
+)
+
+_LOGGER = logging.getLogger("balf_fx.backend")
+_version = attrgetter("_version")
+_NORM_TENSORS = ("mean", "variance", "weight", "bias")
+
+
+class Watch:
+    """Tells whether tensors still are what they were, by address and version counter.
+
+    Not seen are writes through `tensor.data` and, in place, to inference tensors: neither counts as a new version.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._names = tuple(tensors)
+        self._tensors = tuple(tensors.values())
+        self._counting = tuple(tensor for tensor in self._tensors if not tensor.is_inference())
+        self._seen = self._now()
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(_version, self._counting))
+
+    def unchanged(self) -> bool:
+        """Whether nothing has written to a tensor or moved it; cheap, since every call asks it."""
+        return self._now() == self._seen
+
+    def changed(self) -> list[str]:
+        """Names of the tensors that are not what they were."""
+        addresses, versions = self._now()
+        moved = {id(t) for t, now, then in zip(self._tensors, addresses, self._seen[0], strict=True) if now != then}
+        written = {id(t) for t, now, then in zip(self._counting, versions, self._seen[1], strict=True) if now != then}
+        named = zip(self._names, self._tensors, strict=True)
+        return [name for name, tensor in named if id(tensor) in moved | written]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes two uses of a weight, in whatever graphs, one site: the same tensors, used in the same way.
+
+    Attributes:
+        tensors: ids of weight, bias and the BatchNorms folded into them.
+    """
+
+    tensors: tuple[int, ...]
+    kind: str
+    groups: int
+    conv: ConvGeometry | None
+    inputs_first: bool
+
+
+@dataclass(frozen=True)
+class Use:
+    """A site in one graph, or in all of them together, with what its calls have shown.
+
+    Attributes:
+        graph_module, nodes: of the one graph, or of the first.
+        originals: the user's tensors that factors will stand for, by name.
+        moments: None where nothing was observed.
+        flops, elements: of all calibration calls together.
+    """
+
+    key: Key
+    site: Site
+    graph_module: fx.GraphModule
+    nodes: tuple[fx.Node, ...]
+    originals: Mapping[str, Tensor]
+    moments: Moments | None
+    flops: int
+    elements: int
+
+    def merge(self, other: Use) -> Use:
+        """Both uses of the same weight together."""
+        moments = [use.moments for use in (self, other) if use.moments is not None]
+        keeps_weight = self.site.keeps_weight or other.site.keeps_weight
+        return replace(
+            self,
+            site=replace(self.site, keeps_weight=keeps_weight),
+            moments=moments[0].merge(moments[1]) if len(moments) == 2 else next(iter(moments), None),
+            flops=self.flops + other.flops,
+            elements=self.elements + other.elements,
+        )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two layers in place of a site, None where it stays dense, and the watch over the tensors they stand for."""
+
+    pair: Modules | None
+    originals: Mapping[str, Tensor]
+    watch: Watch
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A few sums by which to tell one weight and bias from another."""
+
+    shape: tuple[int, ...]
+    sums: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Fingerprint:
+        """The fingerprint of a layer, the same up to rounding on every device."""
+        sums: list[float] = []
+        for tensor in (weight, *(() if bias is None else (bias,))):
+            flat = tensor.detach().to(torch.float64).flatten()
+            ramp = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
+            sums += [float(flat.square().sum()), float(flat.square() @ ramp), float(flat.abs().sum())]
+        return cls(tuple(weight.shape), tuple(sums))
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both are of the same layer, up to the rounding of its weights when BatchNorm is folded."""
+        close = len(self.sums) == len(other.sums) and all(
+            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(self.sums, other.sums, strict=True)
+        )
+        return close and self.shape == other.shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks and factors by the names of sites, from one compiled model for another with the same weights.
+
+    Attributes:
+        pairs: by site that was given a rank, its two layers and the fingerprint of the layer that they replace.
+        fold_batchnorm: whether BatchNorm was folded before.
+        report: of the model that the plan comes from.
+    """
+
+    pairs: Mapping[str, tuple[Modules, Fingerprint]]
+    fold_batchnorm: bool
+    report: Report
+
+    @property
+    def ranks(self) -> dict[str, Rank]:
+        """{site: rank}, None for dense, as `allocation` takes it."""
+        return {row.name: row.rank for row in self.report.sites}
+
+    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> Modules | None:
+        """The factors of a site, None where it stays dense.
+
+        Raises:
+            OptionError: the plan was made for other weights.
+        """
+        if site not in self.pairs:
+            return None
+        pair, fingerprint = self.pairs[site]
+        if not fingerprint.matches(Fingerprint.of(weight, bias)):
+            raise OptionError(f"the plan was made for other weights than those of site {site!r}: calibrate again")
+        like = pair[0].weight
+        alike = isinstance(like, Tensor) and (like.device, like.dtype) == (weight.device, weight.dtype)
+        return pair if alike else copy.deepcopy(pair).to(weight.device, weight.dtype)
+
+
+class Region:
+    """One graph that Dynamo captured: what the compiled code calls.
+
+    It is called with the weights among its arguments; each set of weights has a binding of its own, since Dynamo runs
+    all layers of one class through the same graph where it can.
+    """
+
+    def __init__(
+        self, session: Session, graph_module: fx.GraphModule, weights: tuple[WeightInput, ...], request: Request
+    ) -> None:
+        self.graph_module = graph_module
+        self.weights = weights
+        self.frame = request.frame
+        self.module = None if request.module is None else weakref.ref(request.module)
+        self._session = session
+        positions = [weight.position for weight in weights]
+        count = len(graph_module.graph.find_nodes(op="placeholder"))
+        self._weights = _picker(positions)
+        self._inputs = _picker(sorted(set(range(count)) - set(positions)))
+        self.bindings: dict[tuple[int, ...], Binding] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        weights, inputs = self._weights(args), self._inputs(args)
+        binding = self.bindings.get(tuple(map(id, weights)))
+        if binding is None or binding.compiled is None:  # calibrating, switching, or weights seen for the first time
+            return self._session.run(self, weights, inputs)
+        if not binding.watch.unchanged():
+            raise changed(binding)
+        return binding.compiled(*inputs)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Takes some items out of a tuple, as fast as Python can."""
+    if len(positions) < 2:  # itemgetter would give a single item, and needs one at least
+        return lambda values: tuple(values[position] for position in positions)
+    return itemgetter(*positions)
+
+
+class Binding:
+    """A graph together with the weights that it is called with.
+
+    Attributes:
+        graph_module: holds the weights; with observers during calibration, with factors after the switch.
+        originals: the user's tensors, by dotted name.
+        calls: how often it has run in calibration.
+        rewritten: whether factors have been put into the graph.
+        compiled: what runs in its place then.
+        watch: over all parameters during calibration, later over what factors stand for.
+    """
+
+    def __init__(self, region: Region, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+        self.graph_module = lift(
+            region.graph_module,
+            {
+                given.position: (name, weight)
+                for given, name, weight in zip(region.weights, names, weights, strict=True)
+            },
+        )
+        DecomposeAttention(copy_weights=False)(self.graph_module)
+        held = self.graph_module
+        self.originals: dict[str, Tensor] = {**dict(held.named_parameters()), **dict(held.named_buffers())}
+        self.calls = 0
+        self.rewritten = False
+        self.compiled: Callable[..., Any] | None = None
+        self.watch = self._watch_parameters()
+        self._moments: dict[str, Moments] | None = None
+
+    def _watch_parameters(self) -> Watch:
+        return Watch({name: tensor for name, tensor in self.originals.items() if isinstance(tensor, nn.Parameter)})
+
+    def observe(self, inputs: Sequence[Any]) -> Any:
+        """Run the graph as it is, and take note."""
+        if self.calls:
+            output = self.graph_module(*inputs)
+        else:
+            with compile_lock:  # torch notes in a global that a counter is at work, as it does when Dynamo compiles
+                output = profile(self.graph_module, inputs)
+        self.calls += 1
+        return output
+
+    def restart(self) -> None:
+        """Forget what was observed."""
+        self.calls = 0
+        self.watch = self._watch_parameters()
+        for module in self.graph_module.modules():
+            if isinstance(module, CovarianceObserver):
+                module.reset()
+
+    def settle(self, fold_batchnorm: bool) -> None:
+        """End calibration: take the observers out, and fold BatchNorm."""
+        if self._moments is not None:
+            return
+        self._moments = dict(self._observed())
+        if hasattr(self.graph_module, OBSERVERS):
+            remove_observers(self.graph_module)
+        if fold_batchnorm:
+            FoldBatchNorm()(self.graph_module)
+        self.graph_module.recompile()
+
+    def finish(self, watch: Watch) -> None:
+        """Take in that factors stand in the graph now, for what the watch is over."""
+        self.graph_module.delete_all_unused_submodules()
+        self.graph_module.graph.lint()
+        self.graph_module.recompile()
+        self.watch, self.rewritten, self._moments = watch, True, {}
+
+    def _observed(self) -> Iterator[tuple[str, Moments]]:
+        """What was seen at each site, by the name of its weight."""
+        for site, nodes in sites(self.graph_module).items():
+            path = annotation(nodes[0]).observer
+            observer = None if path is None else self.graph_module.get_submodule(path)
+            if isinstance(observer, CovarianceObserver) and observer.moments is not None:
+                yield site.weight, observer.moments
+
+    @property
+    def flops(self) -> int:
+        """Of one call, on the arguments of the first."""
+        return sum(annotation(node).flops or 0 for node in self.graph_module.graph.nodes)
+
+    @property
+    def refusals(self) -> list[tuple[Refusal, int]]:
+        """What is no site, with the FLOPs of one call."""
+        marks = [annotation(node) for node in self.graph_module.graph.nodes]
+        return [(mark.refusal, mark.flops or 0) for mark in marks if mark.refusal is not None]
+
+    def uses(self) -> list[Use]:
+        """The graph's sites, with what was observed of them."""
+        return [self._use(site, nodes) for site, nodes in sites(self.graph_module).items()]
+
+    def _use(self, site: Site, nodes: list[fx.Node]) -> Use:
+        moments = (self._moments or {}).get(site.weight)
+        tensors = {name: self.originals.get(name) for name in (site.weight, site.bias) if name is not None}
+        for norm in annotation(nodes[0]).folded:
+            tensors |= {f"{site.name} (BatchNorm {field})": getattr(norm, field) for field in _NORM_TENSORS}
+            if moments is not None and site.side == "output":
+                scale, shift = (value.reshape(site.groups, -1) for value in norm.affine(torch.float64))
+                moments = moments.affine(scale, shift)
+        marks = [annotation(node) for node in nodes]
+        return Use(
+            key=Key(tuple(map(id, tensors.values())), site.kind, site.groups, site.conv, site.inputs_first),
+            site=site,
+            graph_module=self.graph_module,
+            nodes=tuple(nodes),
+            originals={name: tensor for name, tensor in tensors.items() if tensor is not None},
+            moments=moments,
+            flops=self.calls * sum(mark.flops or 0 for mark in marks),
+            elements=self.calls * sum(math.prod(mark.shape or (0,)) for mark in marks),
+        )
+
+
+class Session:
+    """Calibrates, switches once, and keeps the factors, for one call of `torch.compile`."""
+
+    def __init__(self, options: BackendOptions, owner: object | None) -> None:
+        self.options = options
+        self._owner = owner
+        self._lock = threading.RLock()
+        self._warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._regions: list[Region] = []
+        self._names: dict[int, str] = {}  # by the weight's id
+        self._taken: set[str] = set()
+        self._step = 0
+        self._entered: set[tuple[Any, ...]] = set()
+        self._failure: BalfError | None = None
+        self._plan: PlanLike | None = self.options.plan
+        self._factors: dict[Key, Factors] | None = None if self._plan is None else {}
+
+    def release(self) -> None:
+        """Let go of every tensor and graph; whatever is called after this calibrates anew."""
+        for region in self._regions:
+            region.bindings.clear()  # in place: Dynamo copies a region's attributes to the function that it calls
+        self._forget()
+
+    @property
+    def plan(self) -> PlanLike:
+        """Ranks and factors.
+
+        Raises:
+            NotCalibratedError: it is still calibrating.
+        """
+        if self._plan is None:
+            raise NotCalibratedError(
+                f"{self._step} of {self.options.calibration_steps} calls of the model have been observed so far; the "
+                "one after the last is compressed"
+            )
+        return self._plan
+
+    # Taking in graphs, while Dynamo compiles. Dynamo's lock is held here, and `run` may ask for it with ours: no lock.
+
+    def take(self, graph_module: fx.GraphModule, example_inputs: list[Any], request: Request) -> Callable[..., Any]:
+        """What stands in for one graph: a region, or the graph itself where it must not be compressed."""
+        needs_gradients = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+        )
+        if needs_gradients or is_training(graph_module):
+            self._warn_uncompressed("gradients are required" if needs_gradients else "the model is in training mode")
+            return self.options.compiler(graph_module, example_inputs)
+        region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request)
+        if request.module is not None and not self._regions:  # the model, or the first part of it that is compiled
+            weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
+        self._regions.append(region)
+        return region
+
+    def _warn_uncompressed(self, reason: str) -> None:
+        if not self._warned:
+            _LOGGER.warning(
+                "%s: such calls run uncompressed and are not observed. Compression is for inference, after "
+                "model.eval() and under torch.no_grad() or torch.inference_mode()",
+                reason,
+            )
+        self._warned = True
+
+    # Running them, until each is compiled.
+
+    def run(self, region: Region, weights: Sequence[Tensor], inputs: Sequence[Any]) -> Any:
+        """Run a graph that is not compiled yet: observed, or, from the switch on, compiled now."""
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            binding = self._binding(region, weights)
+            if self._factors is None and self._calibrates(region, binding):
+                return binding.observe(inputs)
+            if self._factors is None:
+                self._switch()
+            if not binding.rewritten:
+                with _computing():
+                    self._rewrite(binding)
+            if binding.compiled is None:
+                binding.compiled = self.options.compile(binding.graph_module, inputs)
+            compiled = binding.compiled
+        return compiled(*inputs)
+
+    def _binding(self, region: Region, weights: Sequence[Tensor]) -> Binding:
+        key = tuple(map(id, weights))
+        if key not in region.bindings:
+            module = None if region.module is None else region.module()
+            if module is not None:
+                self._take_names(module)
+            names = [self._name(given.name, weight) for given, weight in zip(region.weights, weights, strict=True)]
+            binding = Binding(region, names, weights)
+            self._annotate(binding.graph_module)
+            if self._factors is None and self.options.factors == "activations" and sites(binding.graph_module):
+                InsertObservers(skip_non_finite=True)(binding.graph_module)
+            region.bindings[key] = binding
+        return region.bindings[key]
+
+    def _take_names(self, module: nn.Module) -> None:
+        """Call weights what the module calls them: Dynamo may have found them in other places."""
+        for name, weight in (*module.named_parameters(), *module.named_buffers()):
+            self._name(legal_path(name), weight)
+
+    def _name(self, proposed: str, weight: Tensor) -> str:
+        """The weight's name in all graphs; two modules may have the same name for different weights."""
+        if id(weight) not in self._names:
+            owner, dot, last = proposed.rpartition(".")
+            numbered = (f"{owner}_{number}{dot}{last}" for number in itertools.count(1))
+            names = itertools.chain([proposed], numbered)
+            self._names[id(weight)] = next(name for name in names if name not in self._taken)
+            self._taken.add(self._names[id(weight)])
+        return self._names[id(weight)]
+
+    def _annotate(self, graph_module: fx.GraphModule) -> None:
+        """Find the sites of one graph; which patterns match nothing is known when all graphs are."""
+        Annotate()(graph_module)
+        names = [site.name for site in sites(graph_module)]
+        include, exclude = (
+            [pattern for pattern in patterns or () if any(fnmatchcase(name, pattern) for name in names)]
+            for patterns in (self.options.include, self.options.exclude)
+        )
+        Annotate(None if self.options.include is None else include, exclude)(graph_module)
+
+    def _calibrates(self, region: Region, binding: Binding) -> bool:
+        """Count a call of the model whenever a frame is entered again, and tell whether it is still to be observed."""
+        if not binding.watch.unchanged():
+            _LOGGER.warning("%s changed: calibration starts again", ", ".join(binding.watch.changed()))
+            self._step, self._entered = 0, set()
+            for other in self._bindings():
+                other.restart()
+        entered = (region.frame, *map(id, binding.originals.values()))
+        if not self._entered or entered in self._entered:
+            self._step, self._entered = self._step + 1, set()
+        self._entered.add(entered)
+        return self._step <= self.options.calibration_steps
+
+    def _bindings(self) -> list[Binding]:
+        return [binding for region in self._regions for binding in region.bindings.values()]
+
+    # The switch.
+
+    def _switch(self) -> None:
+        try:
+            with _computing():
+                self._solve([binding for binding in self._bindings() if binding.calls])
+        except BalfError as error:
+            self._failure = error  # later calls would only find the same
+            raise
+
+    def _solve(self, bindings: list[Binding]) -> None:
+        """Spend one budget on all graphs that were called, and keep the factors that it chooses."""
+        options = self.options
+        # 1. Bring the graphs into the form that is rewritten, and see which sites they have in common.
+        for binding in bindings:
+            binding.settle(options.fold_batchnorm)
+            self._annotate(binding.graph_module)
+        refusals = [(refusal, flops, b.calls) for b in bindings for refusal, flops in b.refusals]
+        layers = _merge([use for binding in bindings for use in binding.uses()], options.factors == "activations")
+        self._check_sites([use.site for use in layers.values()], [refusal for refusal, *_ in refusals])
+        # 2. Score every rank of every site, at what it costs in one call of the model.
+        repeats = math.gcd(*(binding.calls for binding in bindings))
+        curves = {
+            use.site: options.score.score(
+                use.graph_module, use.site, use.moments, use.flops // repeats, use.elements // repeats
+            )
+            for use in layers.values()
+        }
+        # 3. Solve the budget.
+        totals = Totals(
+            flops=sum(binding.calls * binding.flops for binding in bindings) // repeats,
+            params=_count_by_name(binding.originals for binding in bindings),
+            params_now=_count_by_name(dict(binding.graph_module.named_parameters()) for binding in bindings),
+        )
+        allocation = options.allocate.solve(curves, totals)
+        # 4. Keep the factors: each graph is rewritten and compiled when it is called next.
+        ranks = [choice.chosen.rank for choice in allocation.choices]
+        factors = {
+            key: _factors(use, curves[use.site], rank) for (key, use), rank in zip(layers.items(), ranks, strict=True)
+        }
+        record = GraphRecord(
+            flops=totals.flops,
+            params=totals.params,
+            params_after=totals.params_after(allocation),
+            captured="dynamo",
+            allocation=allocation,
+            refusals=tuple((refusal, flops * calls // repeats) for refusal, flops, calls in refusals),
+        )
+        report = summarise(record, allocation)
+        self._plan = Plan(_planned(layers, factors), options.fold_batchnorm, report)
+        self._factors = factors
+        self._log_switch(report, len(bindings))
+
+    def _check_sites(self, found: list[Site], refusals: list[Refusal]) -> None:
+        excluded = [refusal.name for refusal in refusals if refusal.reason is Reason.EXCLUDED]
+        check_patterns(self.options.include, self.options.exclude, [*(site.name for site in found), *excluded])
+        if not found and self.options.strict:
+            listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "they have no parameters"
+            raise NoSiteError(f"nothing in the compiled graphs can be factorized ({listed})")
+
+    def _log_switch(self, report: Report, graphs: int) -> None:
+        ranks = ", ".join(f"{row.name}: {'dense' if row.rank is None else row.rank}" for row in report.sites)
+        _LOGGER.info("call %d is the first compressed one (graphs: %d); ranks: {%s}", self._step, graphs, ranks)
+        _LOGGER.info(
+            "FLOPs of a call %s -> %s (%.2f %% kept), parameters %s -> %s (%.2f %% kept)",
+            f"{report.flops_before:,}",
+            f"{report.flops_after:,}",
+            100 * (report.flops_kept or 0.0),
+            f"{report.params_before:,}",
+            f"{report.params_after:,}",
+            100 * report.params_kept,
+        )
+        _LOGGER.debug("%s", report)
+
+    # After the switch.
+
+    def _rewrite(self, binding: Binding) -> None:
+        """Put the factors that there are into a graph."""
+        binding.settle(self.plan.fold_batchnorm)
+        self._annotate(binding.graph_module)
+        uses = binding.uses()
+        known = {use.key: factors for use in uses if (factors := self._find(use)) is not None}
+        stale = [name for factors in known.values() for name in factors.watch.changed()]
+        if stale:
+            raise WeightsChangedError(_changed_message(stale))
+        for use in uses:
+            pair = known[use.key].pair if use.key in known else None
+            if pair is not None:
+                replace_site(binding.graph_module, use.nodes, use.site, pair)
+        replaced = [factors.originals for factors in known.values() if factors.pair is not None]
+        binding.finish(Watch({name: tensor for originals in replaced for name, tensor in originals.items()}))
+
+    def _find(self, use: Use) -> Factors | None:
+        """The factors of a site: those of the switch, or else the plan's."""
+        known = self._factors or {}
+        if use.key not in known and self.options.plan is not None:
+            weight, bias = _weight_and_bias(use)
+            pair = self.options.plan.pair(use.site.name, weight, bias)
+            known[use.key] = Factors(pair, use.originals, Watch(use.originals))
+            self._factors = known
+        if use.key not in known:
+            _LOGGER.info("site %s stays dense: calibration has not seen its weights", use.site.name)
+        return known.get(use.key)
+
+
+def changed(binding: Binding) -> WeightsChangedError:
+    """The error for a call with weights that are not what the factors stand for."""
+    return WeightsChangedError(_changed_message(binding.watch.changed()))
+
+
+def _changed_message(names: Sequence[str]) -> str:
+    return (
+        f"{', '.join(names)} changed after the switch, and the compressed graphs still compute with what was there: "
+        "call torch.compiler.reset() to calibrate again with the new weights"
+    )
+
+
+def _release(session: weakref.ref[Session]) -> None:
+    found = session()
+    if found is not None:
+        found.release()
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """Ordinary tensors, whatever mode the model was called in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _merge(uses: Sequence[Use], observed: bool) -> dict[Key, Use]:
+    """One use for each site, with the statistics and costs of all; without those that no finite value has reached."""
+    merged: dict[Key, Use] = {}
+    for use in uses:
+        other = merged.get(use.key)
+        merged[use.key] = use if other is None else other.merge(use)
+    if observed:
+        for use in merged.values():
+            if use.moments is None:
+                _LOGGER.warning("site %s stays dense: no finite value has reached it", use.site.name)
+        merged = {key: use for key, use in merged.items() if use.moments is not None}
+    names: set[str] = set()
+    for key, use in merged.items():
+        numbered = (f"{use.site.name}_{number}" for number in range(1, len(names) + 1))
+        name = next(name for name in (use.site.name, *numbered) if name not in names)
+        merged[key] = replace(use, site=replace(use.site, name=name))
+        names.add(name)
+    return merged
+
+
+def _count_by_name(graphs: Iterable[Mapping[str, Tensor]]) -> int:
+    """Parameters in all graphs together, each once."""
+    sizes = {
+        name: tensor.numel() for held in graphs for name, tensor in held.items() if isinstance(tensor, nn.Parameter)
+    }
+    return sum(sizes.values())
+
+
+def _factors(use: Use, curve: RankCurve, rank: Rank) -> Factors:
+    pair = None if rank is None else factor_modules(use.graph_module, use.site, curve, rank)
+    return Factors(pair, use.originals, Watch(use.originals))
+
+
+def _planned(layers: Mapping[Key, Use], factors: Mapping[Key, Factors]) -> dict[str, tuple[Modules, Fingerprint]]:
+    return {
+        use.site.name: (pair, Fingerprint.of(*_weight_and_bias(use)))
+        for key, use in layers.items()
+        if (pair := factors[key].pair) is not None
+    }
+
+
+def _weight_and_bias(use: Use) -> tuple[Tensor, Tensor | None]:
+    """Of the layer that factors stand for, BatchNorm folded into it."""
+    bias = use.site.bias
+    return get_tensor(use.graph_module, use.site.weight), None if bias is None else get_tensor(use.graph_module, bias)
