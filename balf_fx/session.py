@@ -24,7 +24,7 @@ from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, lift, 
 from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.options import BackendOptions, PlanLike
-from balf_fx.passes import Annotate, DecomposeAttention, FoldBatchNorm, InsertObservers
+from balf_fx.passes import Annotate, DecomposeAttention, FoldBatchNorm, FoldConstants, InsertObservers
 from balf_fx.passes.allocate import Totals
 from balf_fx.passes.annotate import check_patterns
 from balf_fx.passes.factorize import Factors as Modules
@@ -255,14 +255,12 @@ class Binding:
         DecomposeAttention(copy_weights=False)(self.graph_module)
         held = self.graph_module
         self.originals: dict[str, Tensor] = {**dict(held.named_parameters()), **dict(held.named_buffers())}
+        FoldConstants()(self.graph_module)
         self.calls = 0
         self.rewritten = False
         self.compiled: Callable[..., Any] | None = None
-        self.watch = self._watch_parameters()
+        self.watch = Watch({name: held for name, held in self.originals.items() if isinstance(held, nn.Parameter)})
         self._moments: dict[str, Moments] | None = None
-
-    def _watch_parameters(self) -> Watch:
-        return Watch({name: tensor for name, tensor in self.originals.items() if isinstance(tensor, nn.Parameter)})
 
     def observe(self, inputs: Sequence[Any]) -> Any:
         """Run the graph as it is, and take note."""
@@ -273,14 +271,6 @@ class Binding:
                 output = profile(self.graph_module, inputs)
         self.calls += 1
         return output
-
-    def restart(self) -> None:
-        """Forget what was observed."""
-        self.calls = 0
-        self.watch = self._watch_parameters()
-        for module in self.graph_module.modules():
-            if isinstance(module, CovarianceObserver):
-                module.reset()
 
     def settle(self, fold_batchnorm: bool) -> None:
         """End calibration: take the observers out, and fold BatchNorm."""
@@ -326,6 +316,9 @@ class Binding:
     def _use(self, site: Site, nodes: list[fx.Node]) -> Use:
         moments = (self._moments or {}).get(site.weight)
         tensors = {name: self.originals.get(name) for name in (site.weight, site.bias) if name is not None}
+        for source in nodes[0].all_input_nodes:
+            computed = enumerate(annotation(source).computed_from)
+            tensors |= {f"{site.name} (source {index} of {source.target})": tensor for index, tensor in computed}
         for norm in annotation(nodes[0]).folded:
             tensors |= {f"{site.name} (BatchNorm {field})": getattr(norm, field) for field in _NORM_TENSORS}
             if moments is not None and site.side == "output":
@@ -417,6 +410,9 @@ class Session:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             binding = self._binding(region, weights)
+            if self._factors is None and not binding.watch.unchanged():
+                self._restart(binding.watch.changed())
+                binding = self._binding(region, weights)
             if self._factors is None and self._calibrates(region, binding):
                 return binding.observe(inputs)
             if self._factors is None:
@@ -468,13 +464,15 @@ class Session:
         )
         Annotate(None if self.options.include is None else include, exclude)(graph_module)
 
+    def _restart(self, changed: Sequence[str]) -> None:
+        """Forget what was observed."""
+        _LOGGER.warning("%s changed: calibration starts again", ", ".join(changed))
+        self._step, self._entered = 0, set()
+        for region in self._regions:
+            region.bindings.clear()
+
     def _calibrates(self, region: Region, binding: Binding) -> bool:
         """Count a call of the model whenever a frame is entered again, and tell whether it is still to be observed."""
-        if not binding.watch.unchanged():
-            _LOGGER.warning("%s changed: calibration starts again", ", ".join(binding.watch.changed()))
-            self._step, self._entered = 0, set()
-            for other in self._bindings():
-                other.restart()
         entered = (region.frame, *map(id, binding.originals.values()))
         if not self._entered or entered in self._entered:
             self._step, self._entered = self._step + 1, set()

@@ -266,6 +266,7 @@ class Annotation:
     Attributes:
         flops: counted on the example batch (`costs.profile`).
         shape: of the node's output on the example batch.
+        computed_from: the tensors of which a parameter is made, by FoldConstants on the node that fetches it.
         folded: the BatchNorms that the node has taken in, in their order, by FoldBatchNorm.
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
@@ -275,6 +276,7 @@ class Annotation:
 
     flops: int | None = None
     shape: tuple[int, ...] | None = None
+    computed_from: tuple[torch.Tensor, ...] = ()
     folded: tuple[Norm, ...] = ()
     site: Site | None = None
     refusal: Refusal | None = None

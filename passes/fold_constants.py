@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from balf_fx.linear_maps import changes_in_place, constant_nodes, erase_unused, is_transposition, layer_parameters
 from balf_fx.passes.base import Pass
-from balf_fx.sites import get_tensor
+from balf_fx.sites import annotate, get_tensor
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
     while hasattr(owner, name):
         name += "_"
     owner.register_parameter(name, nn.Parameter(value.clone(), any(tensor.requires_grad for tensor in tensors)))
+    annotate(fetched, computed_from=tuple(tensors))
     fetched.target = f"{owner_path}.{name}" if owner_path else name
     return True
 

@@ -18,6 +18,7 @@ import torch
 from conftest import ConvNet, randomise_batchnorm
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 import balf_fx
 from balf_fx import backend
@@ -167,6 +168,34 @@ def test_the_same_ranks_and_outputs_as_compile_for_a_transformer(tokens):
     with torch.no_grad():
         torch.testing.assert_close(small(tokens[3]), offline(tokens[3]))
     assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(offline))
+
+
+def computed(model: nn.Module) -> nn.Module:
+    """Computes the weights of its layers anew in every call."""
+    return nn.Sequential(*(parametrizations.weight_norm(layer) for layer in model)).eval()
+
+
+def test_computed_weights_have_factors_as_well():
+    model = computed(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)))
+    x = torch.randn(16, 8)
+    small = torch.compile(model, backend=balf, options={"flops": 0.8, "calibration_steps": 2, "inner": "eager"})
+    with torch.no_grad():
+        assert torch.equal(small(x), model(x))
+        model[0].bias += 1.0  # calibration starts again
+        model[0].parametrizations.weight.original0 *= 2.0
+        for _ in range(2):
+            assert torch.equal(small(x), model(x))
+        small(x)
+        expected = balf_fx.compile(model, x, flops=0.8, progress=False)
+        torch.testing.assert_close(small(x), expected(x))
+        assert [row.rank for row in balf_fx.report(small).sites] == [r.rank for r in balf_fx.report(expected).sites]
+        factorized = [row.name for row in balf_fx.report(small).sites if row.rank is not None]
+        assert factorized
+        assert small(x[:5]).shape == (5, 8)  # another shape: the factors are found by what the weights are made of
+        layer = model.get_submodule(factorized[0])
+        layer.parametrizations.weight.original1 += 1.0
+        with pytest.raises(WeightsChangedError, match="source"):
+            small(x)
 
 
 def test_the_log_tells_the_switch(conv_net, images, caplog):
