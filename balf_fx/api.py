@@ -16,12 +16,16 @@ from balf_fx.capture import Method as CaptureMethod
 from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError
+from balf_fx.observers import SensitivityObserver
 from balf_fx.passes import Allocate, Annotate, Factorize, FoldBatchNorm, InsertObservers, Score
 from balf_fx.passes.allocate import Method
 from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
+from balf_fx.sensitivity import Loss, observe_gradients
 from balf_fx.sites import META_KEY, Rank, annotation, sites
+
+_IMPORTANCE = 0.3
 
 
 def compile(
@@ -30,7 +34,7 @@ def compile(
     *,
     flops: float | None = None,
     params: float | None = None,
-    factors: Factors = "activations",
+    factors: Factors = "sensitivity",
     allocation: Method | Mapping[str, Rank] = "budget",
     energy: float | None = None,
     centred: bool = True,
@@ -40,7 +44,9 @@ def compile(
     exclude: Sequence[str] = (),
     strict: bool = True,
     capture: CaptureMethod = "auto",
+    loss: Loss | None = None,
     forward: Forward | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> fx.GraphModule:
     """Make a trained model cheaper without fine-tuning.
@@ -54,7 +60,8 @@ def compile(
             also sets the shapes on which FLOPs are counted; the others may differ.
         flops, params: the budget, exactly one of them: the fraction of the *whole model's* FLOPs (as
             `torch.utils.flop_counter` counts them) or parameters to keep, in (0, 1].
-        factors: "activations" for the least output error over the calibration data, "svd" for the weights alone.
+        factors: "sensitivity" for the least output error that the model's own answer minds, by gradients of a
+            label-free loss; "activations" for the least output error as it is; "svd" for the weights alone.
         allocation: how the budget is spread over the sites, "budget" (least total loss of energy), "uniform" (same
             share of each site's cost) or "energy" (same share of each site's energy); or explicit {site: rank},
             without a budget.
@@ -66,7 +73,9 @@ def compile(
         include, exclude: glob patterns of site names.
         strict: a budget below what is reachable is an error; False takes the closest reachable model instead.
         capture: "symbolic_trace", "export", or "auto", which tries them in this order (`balf_fx.capture`).
+        loss: `loss(output, batch)`, a scalar that is to stay small, in place of the label-free one (`sensitivity`).
         forward: `forward(model, batch)`, called in place of the rules for batches.
+        seed: of the random probes.
         progress: show progress bars on stderr.
 
     Returns:
@@ -91,12 +100,14 @@ def compile(
             fold_batchnorm=fold_batchnorm,
             include=include,
             exclude=exclude,
+            sensitivity=factors == "sensitivity",
             capture=capture,
             forward=forward,
         )
         # 3. Calibrate: let the batches flow through.
-        if factors == "activations":
-            calibrate(prepared, itertools.chain([first], batches), forward=forward, progress=progress)
+        if factors != "svd":
+            batches = itertools.chain([first], batches)
+            calibrate(prepared, batches, loss=loss, forward=forward, seed=seed, progress=progress)
         # 4. Score every rank, solve the budget, rewrite the graph.
         return _convert(prepared, score, allocate)
 
@@ -108,6 +119,7 @@ def prepare(
     fold_batchnorm: bool = True,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    sensitivity: bool = True,
     capture: CaptureMethod = "auto",
     forward: Forward | None = None,
 ) -> fx.GraphModule:
@@ -116,6 +128,7 @@ def prepare(
     Args:
         model, fold_batchnorm, include, exclude, capture, forward: as in `compile`.
         example: one batch; it is run, but not counted as calibration.
+        sensitivity: observe gradients as well; `calibrate` runs them, a plain call of the graph does not.
 
     Raises:
         NoSiteError: nothing in the model can be factorized.
@@ -129,21 +142,35 @@ def prepare(
             refusals = [mark.refusal for mark in map(annotation, graph_module.graph.nodes) if mark.refusal is not None]
             listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
             raise NoSiteError(f"nothing in {type(model).__name__} can be factorized ({listed})")
-        InsertObservers()(graph_module)
+        InsertObservers(sensitivity)(graph_module)
         return graph_module
 
 
 def calibrate(
-    prepared: fx.GraphModule, batches: Iterable[Any], *, forward: Forward | None = None, progress: bool = True
+    prepared: fx.GraphModule,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> None:
-    """Run batches through a prepared graph.
+    """Run batches through a prepared graph, with gradients where it observes these.
+
+    Args:
+        loss, forward, seed, progress: as in `compile`.
 
     Raises:
         CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
     """
     forward = forward or forward_for(prepared)
+    generator = torch.Generator().manual_seed(seed)
+    wants_gradients = any(isinstance(module, SensitivityObserver) for module in prepared.modules())
     for index, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress, leave=False)):
-        run_batch(prepared, batch, forward, index)
+        if wants_gradients:
+            observe_gradients(prepared, batch, forward, index, generator, loss)
+        else:
+            run_batch(prepared, batch, forward, index)
 
 
 def convert(
@@ -151,7 +178,7 @@ def convert(
     *,
     flops: float | None = None,
     params: float | None = None,
-    factors: Factors = "activations",
+    factors: Factors = "sensitivity",
     allocation: Method | Mapping[str, Rank] = "budget",
     energy: float | None = None,
     centred: bool = True,
@@ -189,8 +216,8 @@ def _convert_passes(
     if isinstance(allocation, Mapping):
         allocate = Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
     else:
-        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict)
-    return Score(factors, centred, split, progress), allocate
+        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict, importance=_IMPORTANCE)
+    return Score(factors, centred, split, progress=progress), allocate
 
 
 def _convert(prepared: fx.GraphModule, score: Score, allocate: Allocate) -> fx.GraphModule:

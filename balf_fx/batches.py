@@ -102,14 +102,14 @@ def holds_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
-def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int) -> Any:
-    """Run one batch without gradients.
+def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradients: bool = False) -> Any:
+    """Run one batch, without gradients unless asked for.
 
     Raises:
         CalibrationError: the model cannot run it; the model's own error is the cause.
     """
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return forward(module, batch)
     except MODEL_ERRORS as error:
         if isinstance(error, CalibrationError):

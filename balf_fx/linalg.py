@@ -7,6 +7,10 @@ The one-shot optimum. Let C = Cov(W x) with eigenvectors U. The best rank-r affi
 W' = U_r U_r^T W with b' = b + (I - U_r U_r^T) E[W x], and its error is the sum of the dropped eigenvalues. It spans the
 same subspace with the same error as whitening x, truncating the SVD and unwhitening (BALF, arXiv 2509.25136), but
 nothing is inverted, so singular statistics are no special case.
+
+Sensitivity. Where the loss has the gradient g at the output, E|S (y - y')|^2 with S S = E[g g^T] tells which errors it
+minds. The optimum truncates the PCA of S W x: W' = S^-1 U_r U_r^T S W (DESIGN: two-sided factors). S is damped, so that
+it has an inverse, and scaled to a mean square of 1, so that energies compare with those of the plain optimum.
 """
 
 from __future__ import annotations
@@ -45,18 +49,46 @@ def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
-def spectrum_from_output(covariance: Tensor, mean: Tensor | None) -> Spectrum:
+def damped_roots(gradient: Tensor, damping: float, unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The square root S of a second moment of gradients, and its inverse.
+
+    Args:
+        gradient: [G, m, m]; where its unit is zero, S is the identity.
+        damping: the share of the unit that is added to each eigenvalue.
+        unit: [G, 1], what counts as 1; None for the mean eigenvalue, which gives S S a trace of m.
+
+    Returns:
+        S and S^-1, [G, m, m].
+    """
+    values, vectors = _descending_eigh(gradient)
+    unit = values.mean(-1, keepdim=True) if unit is None else unit
+    known = unit > 0
+    values = torch.where(known, (values / torch.where(known, unit, 1.0) + damping) / (1 + damping), 1.0)
+    roots = values.sqrt().unsqueeze(-2)
+    return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
+
+
+def spectrum_from_output(
+    covariance: Tensor, mean: Tensor | None, roots: tuple[Tensor, Tensor] | None = None
+) -> Spectrum:
     """The optimum from the second moment of W x itself.
 
     Args:
         covariance: [G, O, O], centred or not.
         mean: [G, O], E[W x], for the bias correction; None leaves the bias alone.
+        roots: S and S^-1, [G, O, O], for the error that the loss minds; None for the plain squared error.
     """
-    energies, left = _descending_eigh(covariance)
-    return Spectrum(energies, left, mean)
+    if roots is None:
+        energies, left = _descending_eigh(covariance)
+        return Spectrum(energies, left, mean)
+    root, inverse = roots
+    energies, vectors = _descending_eigh(root @ covariance @ root)
+    return Spectrum(energies, inverse @ vectors, mean, vectors.mT @ root)
 
 
-def spectrum_from_input(weight: Tensor, covariance: Tensor, mean: Tensor | None) -> Spectrum:
+def spectrum_from_input(
+    weight: Tensor, covariance: Tensor, mean: Tensor | None, roots: tuple[Tensor, Tensor] | None = None
+) -> Spectrum:
     """The same optimum from the second moment of x, cheaper where D < O.
 
     With the thin W = Q R the output moves in the m-dimensional range of Q, m = min(O, D), and |W x| = |R x|, so the
@@ -66,11 +98,13 @@ def spectrum_from_input(weight: Tensor, covariance: Tensor, mean: Tensor | None)
         weight: [G, O, D].
         covariance: [G, D, D], centred or not; one for all groups of the weight where G is 1.
         mean: [G, D], E[x], likewise, for the bias correction; None leaves the bias alone.
+        roots: S and S^-1 [G, m, m] of the gradient Q^T g in the range of Q.
     """
     basis, reduced = torch.linalg.qr(weight)
-    energies, vectors = _descending_eigh(reduced @ covariance @ reduced.mT)
     output_mean = None if mean is None else (weight @ mean.unsqueeze(-1)).squeeze(-1)
-    return Spectrum(energies, basis @ vectors, output_mean)
+    inner = spectrum_from_output(reduced @ covariance @ reduced.mT, output_mean, roots)
+    right = None if inner.right is None else inner.right @ basis.mT
+    return Spectrum(inner.energies, basis @ inner.left, output_mean, right)
 
 
 def spectrum_from_weight(weight: Tensor) -> Spectrum:
@@ -87,19 +121,21 @@ def tail_energies(spectrum: Spectrum) -> list[float]:
 
 def factors(weight: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
     """The rank-r factors A [G, O, r] and B [G, r, D] with W' = A B."""
-    left = spectrum.left[..., :rank]
-    return left, left.mT @ weight
+    left, right = spectrum.maps(rank)
+    return left, right @ weight
 
 
 def corrected_bias(bias: Tensor | None, spectrum: Spectrum, rank: int) -> Tensor | None:
-    """b + (I - A A^T) E[W x], float64 [G, O]: what the dropped components contribute on average moves into the bias.
+    """b + (I - L R) E[W x] with W' = L R W, float64 [G, O].
+
+    What the dropped components contribute on average moves into the bias.
 
     Args:
         bias: [G, O] float64 or None.
     """
     if spectrum.mean is None:
         return bias
-    left = spectrum.left[..., :rank]
+    left, right = spectrum.maps(rank)
     mean = spectrum.mean.unsqueeze(-1)
-    lost = (mean - left @ (left.mT @ mean)).squeeze(-1)
+    lost = (mean - left @ (right @ mean)).squeeze(-1)
     return lost if bias is None else bias + lost

@@ -28,12 +28,12 @@ class Moments:
     """Count, mean and scatter of vectors of length F in each of G groups.
 
     Attributes:
-        count: number of positions seen.
+        count: number of positions seen, or the sum of their weights.
         mean: [G, F] float64.
         scatter: [G, F, F] float64, the sum of (v - mean)(v - mean)^T over positions.
     """
 
-    count: int
+    count: float
     mean: Tensor
     scatter: Tensor
 
@@ -108,27 +108,124 @@ class CovarianceObserver(nn.Module):
         self.moments = seen if self.moments is None else self.moments.merge(seen)
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Second moments of the gradient g at a site's output, summed over positions and samples.
+
+    Attributes:
+        samples: how many samples have been seen.
+        total: the sum of |g|^2.
+        scatter: [G, m, m], the sum of h h^T with h = Q^T g in the range of W = Q R, m = min(O, D); h = g on the output
+            side.
+        parts: [parts, O / parts, O / parts], the same of the parts of g, for sites that have parts.
+    """
+
+    samples: int
+    total: float
+    scatter: Tensor
+    parts: Tensor | None
+
+    def merge(self, other: Gradients) -> Gradients:
+        """Both samples together."""
+        parts = None if self.parts is None or other.parts is None else self.parts + other.parts
+        return Gradients(self.samples + other.samples, self.total + other.total, self.scatter + other.scatter, parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gradients:
+        return self
+
+
+class SensitivityObserver(nn.Module):
+    """Gathers what the loss minds at a site: `Gradients`, and `Moments` in which positions count by their gradients.
+
+    A position's weight is its squared gradient, averaged over the samples of the batch: some positions matter more
+    than others, as the class token in the last block of a vision transformer does, and the average keeps out the
+    noise of single gradients.
+
+    Args:
+        site: the site.
+        basis: Q [G, O, m] on the input side, None on the output side.
+        copies: keep a copy of the value, since something may change it in place.
+    """
+
+    _is_impure = True  # tells FX that dead-code elimination must keep the call
+
+    def __init__(self, site: Site, basis: Tensor | None, copies: bool) -> None:
+        super().__init__()
+        self.site = site
+        self.copies = copies
+        self.basis = basis
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.gradients: Gradients | None = None
+        self.moments: Moments | None = None
+
+    def forward(self, source: Tensor, output: Tensor) -> None:
+        """Hold on to the output, and to the value on the site's side, until the gradient is known."""
+        if torch.is_grad_enabled() and output.requires_grad:
+            value = (output if self.site.side == "output" else source).detach()
+            self.pending.append((output, value.clone() if self.copies else value))
+
+    @torch.no_grad()
+    def take(self, value: Tensor, gradient: Tensor) -> None:
+        """Count one value and the gradient at the output that belongs to it."""
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if not torch.isfinite(gradient).all():
+            return
+        columns = _output_columns(gradient, self.site)  # [G, O, n]
+        squares = columns.square().sum((0, 1))
+        samples = max(gradient.shape[0] if gradient.dim() > 1 else 1, 1)
+        weights = squares.reshape(samples, -1).mean(0).repeat(samples)
+        inner = columns if self.basis is None else self.basis.to(columns).mT @ columns
+        parts = None
+        if self.site.parts > 1:
+            pieces = columns.reshape(self.site.parts, -1, columns.shape[-1])
+            parts = (pieces @ pieces.mT).to(torch.float64)
+        seen = Gradients(samples, float(squares.sum(dtype=torch.float64)), (inner @ inner.mT).to(torch.float64), parts)
+        moments = _batch_moments(value, self.site, columns.dtype, weights)
+        if moments is None:  # no gradient at all
+            return
+        self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
+        self.moments = moments if self.moments is None else self.moments.merge(moments)
+
+
+def _output_columns(value: Tensor, site: Site) -> Tensor:
+    """A site's output as [G, O, n], positions in the order in which `_position_chunks` gives them."""
+    if site.conv is None:
+        return value.reshape(-1, site.out_features).mT.unsqueeze(0)
+    batched = value if value.dim() == len(site.conv.kernel_size) + 2 else value.unsqueeze(0)
+    return batched.reshape(len(batched), site.groups, site.out_features, -1).movedim(0, 2).flatten(2)
+
+
 def _in_range(moments: Moments) -> bool:
     """Whether sums of squares stayed where float32 is accurate."""
     largest = float(moments.scatter.diagonal(dim1=-2, dim2=-1).max())
     return 1e-30 < largest < float("inf") and bool(torch.isfinite(moments.scatter).all())
 
 
-def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype) -> Moments | None:
-    """Moments of one value: products in `dtype` around a shift near the mean, totals in float64."""
-    shift, total, scatter, count = None, None, None, 0
+def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype, weights: Tensor | None = None) -> Moments | None:
+    """Moments of one value: products in `dtype` around a shift near the mean, totals in float64.
+
+    Args:
+        weights: [n], of all positions in their order; None for 1 each.
+    """
+    shift, total, scatter = None, None, None
+    count, seen = 0.0, 0
     for chunk in _position_chunks(value, site):
         chunk = chunk.to(dtype)
         if shift is None:
             shift = chunk.mean(-1)
         centred = chunk - shift.unsqueeze(-1)
-        products, sums = centred @ centred.mT, centred.sum(-1)
-        count += chunk.shape[-1]
+        weighted = centred
+        if weights is not None:
+            own = weights[seen : seen + chunk.shape[-1]].to(dtype)
+            weighted = centred * own
+        products, sums = weighted @ centred.mT, weighted.sum(-1)
+        seen += chunk.shape[-1]
+        count += chunk.shape[-1] if weights is None else float(own.sum(dtype=torch.float64))
         if total is None or scatter is None:
             total, scatter = sums.to(torch.float64), products.to(torch.float64)
         else:
             total, scatter = total.add_(sums), scatter.add_(products)
-    if shift is None or total is None or scatter is None:
+    if shift is None or total is None or scatter is None or count <= 0:
         return None
     drift = total / count
     scatter -= drift.unsqueeze(-1) * drift.unsqueeze(-2) * count

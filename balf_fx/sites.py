@@ -145,18 +145,26 @@ class Spectrum:
 
     Attributes:
         energies: [G, m] float64, descending: mean squared output error avoided by each component.
-        left: [G, O, m] float64, orthonormal columns; rank-r factors are A = left[..., :r] and B = A^T W.
+        left: [G, O, m] float64; rank-r factors are A = left[..., :r] and B = right[..., :r, :] W.
         mean: [G, O] float64, the mean of W x over positions, for the bias correction; None where not centred.
+        right: [G, m, O] float64, a left inverse of `left`; None for its transpose, where columns are orthonormal.
     """
 
     energies: torch.Tensor
     left: torch.Tensor
     mean: torch.Tensor | None
+    right: torch.Tensor | None = None
+
+    def maps(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """L [G, O, r] and R [G, r, O] with W' = L R W."""
+        left = self.left[..., :rank]
+        return left, left.mT if self.right is None else self.right[..., :rank, :]
 
     def only(self, group: int) -> Spectrum:
         """The spectrum of one group, or part."""
         own = slice(group, group + 1)
-        return Spectrum(self.energies[own], self.left[own], None if self.mean is None else self.mean[own])
+        mean, right = (None if value is None else value[own] for value in (self.mean, self.right))
+        return Spectrum(self.energies[own], self.left[own], mean, right)
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,8 @@ class RankCurve:
         energy: mean squared output of the site (centred or not, as asked), which normalises its distortions.
         output_elements: of all uses of the site together, on which FLOPs depend.
         spectrum: what the factors are made of.
+        loss: what the loss rises by, to second order, where the site's output is replaced by its mean; None where no
+            gradient is known.
         parts: the spectrum of the site's parts, where these may have factors of their own.
     """
 
@@ -189,6 +199,7 @@ class RankCurve:
     output_elements: int
     spectrum: Spectrum
     parts: Spectrum | None = None
+    loss: float | None = None
 
     @property
     def dense(self) -> Candidate:
@@ -270,6 +281,7 @@ class Annotation:
         folded: the BatchNorms that the node has taken in, in their order, by FoldBatchNorm.
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
+        sensitivity: path of the observer of its gradients, if there is one.
         curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
         choice: by Allocate.
     """
@@ -281,6 +293,7 @@ class Annotation:
     site: Site | None = None
     refusal: Refusal | None = None
     observer: str | None = None
+    sensitivity: str | None = None
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
     choice: Choice | None = None

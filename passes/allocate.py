@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -61,6 +62,8 @@ class Allocate(Pass):
             dual and exact spend (`knapsack`); "uniform" keeps the same share of every site's cost; "energy" keeps the
             same share of every site's energy.
         energy: with method="energy" and no budget, the share of energy to keep, in (0, 1].
+        importance: with method="budget", how much a site's share in the loss counts: its normalised distortion is
+            multiplied by this power of `RankCurve.loss`, where gradients are known.
         strict: a budget below what is reachable is an error; False takes the closest reachable choice instead.
         ranks: {site name: rank}, None for dense, a tuple for one rank in each part; sites that are not named stay
             dense. Excludes all of the above.
@@ -72,6 +75,7 @@ class Allocate(Pass):
     energy: float | None = None
     ranks: Mapping[str, Rank] | None = None
     strict: bool = True
+    importance: float = 0.0
 
     def __post_init__(self) -> None:
         given = {
@@ -144,7 +148,8 @@ class Allocate(Pass):
             Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
             for (site, curve), candidate in zip(curves.items(), chosen, strict=True)
         )
-        primal = sum(1.0 - choice.energy_kept for choice in choices)
+        weights = _weights(list(curves.values()), self.importance)
+        primal = sum(weight * (1.0 - choice.energy_kept) for weight, choice in zip(weights, choices, strict=True))
         method = "ranks" if self.ranks is not None else self.method
         return Allocation(method, self.measure, self.target, choices, primal, bound)
 
@@ -173,6 +178,7 @@ class Allocate(Pass):
             return [curve.dense for curve in curves], 0.0 if self.method == "budget" else None
         lost = [[curve.normalised(c.distortion) for c in row] for curve, row in zip(curves, options, strict=True)]
         if self.method == "budget":
+            lost = [[w * loss for loss in row] for w, row in zip(_weights(curves, self.importance), lost, strict=True)]
             solution = solve(costs, lost, budget)
             return [row[index] for row, index in zip(options, solution.choice, strict=True)], solution.bound
         if self.method == "uniform":
@@ -181,6 +187,13 @@ class Allocate(Pass):
             levels = [[1.0 - loss for loss in row] for row in lost]
         choice = _raise_lowest(costs, levels, budget)
         return [row[index] for row, index in zip(options, choice, strict=True)], None
+
+
+def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:
+    """What the sites' normalised distortions count, 1 on average; a site without a gradient counts as the average."""
+    known = [curve.loss for curve in curves if curve.loss is not None and curve.loss > 0]
+    mean = statistics.geometric_mean(known) if known else 1.0
+    return [1.0 if curve.loss is None else (curve.loss / mean) ** importance for curve in curves]
 
 
 def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
+from balf_fx.linalg import weight_matrix
 from balf_fx.linear_maps import changes_in_place, site_input
-from balf_fx.observers import CovarianceObserver
+from balf_fx.observers import CovarianceObserver, SensitivityObserver
 from balf_fx.passes.base import Pass
-from balf_fx.sites import Site, annotate, annotation
+from balf_fx.sites import Site, annotate, annotation, get_tensor
 
 OBSERVERS = "balf_observers"
 """Path of the submodule that holds the observers of a prepared graph."""
@@ -25,9 +27,11 @@ class InsertObservers(Pass):
     in place; a site with several uses has one observer that sees them all.
 
     Attributes:
+        sensitivity: also observe gradients at every site's output, in runs with gradients (`sensitivity`).
         skip_non_finite: pass over batches with NaN or infinity, with a warning in the log, in place of an error.
     """
 
+    sensitivity: bool = False
     skip_non_finite: bool = False
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -47,6 +51,9 @@ class InsertObservers(Pass):
                 if new:
                     _observe(graph_module.graph, node, site, shared[key])
                 annotate(node, observer=shared[key])
+        if self.sensitivity:
+            for number, (site, nodes) in enumerate(self.require_sites(graph_module).items(), len(shared)):
+                _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}")
         return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
@@ -60,6 +67,25 @@ def _observe(graph: fx.Graph, node: fx.Node, site: Site, observer: str) -> None:
     output = site.side == "output"
     with graph.inserting_after(node) if output else graph.inserting_before(node):
         graph.call_module(observer, (node if output else site_input(node),))
+
+
+def _observe_gradients(graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node], observer: str) -> None:
+    readers = [user for node in nodes for user in (node if site.side == "output" else site_input(node)).users]
+    copies = any(changes_in_place(graph_module, reader) for reader in readers)
+    graph_module.add_submodule(observer, SensitivityObserver(site, _range_basis(graph_module, site), copies))
+    for node in nodes:
+        with graph_module.graph.inserting_after(node):
+            graph_module.graph.call_module(observer, (site_input(node), node))
+        annotate(node, sensitivity=observer)
+
+
+def _range_basis(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
+    """Q of W = Q R, where statistics are on the input side."""
+    if site.side == "output":
+        return None
+    weight: Tensor = get_tensor(graph_module, site.weight)
+    basis: Tensor = torch.linalg.qr(weight_matrix(weight, site.groups, site.inputs_first))[0]
+    return basis
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:

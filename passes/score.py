@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from balf_fx.costs import rank_curve, use
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.linalg import (
+    damped_roots,
     diagonal_blocks,
     in_parts,
     spectrum_from_input,
@@ -20,11 +23,12 @@ from balf_fx.linalg import (
     spectrum_from_weight,
     weight_matrix,
 )
-from balf_fx.observers import CovarianceObserver, Moments
+from balf_fx.observers import CovarianceObserver, Gradients, Moments, SensitivityObserver
 from balf_fx.passes.base import Pass
 from balf_fx.sites import RankCurve, Site, Spectrum, annotate, annotation, get_tensor
 
-Factors = Literal["activations", "svd"]
+Factors = Literal["sensitivity", "activations", "svd"]
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class Score(Pass):
     """Score every candidate rank of every site.
 
     Attributes:
-        factors: "activations" minimises the output error over the calibration data; "svd" truncates the weight alone
-            and needs no observers.
+        factors: "activations" minimises the output error over the calibration data; "sensitivity" the part of it that
+            the loss minds, where gradients are known, and else the same; "svd" truncates the weight alone and needs
+            no observers.
         centred: use covariances and move the mean of what is dropped into the bias; False uses uncentred second
             moments and leaves the bias alone, as BALF (arXiv 2509.25136) does.
         split: let the parts of a fused projection have factors of their own where that is better.
+        damping: what is added to the eigenvalues of the gradients' second moment, as a share of their mean.
         progress: show a progress bar.
 
     A site whose statistics and options are those of its last score is not scored again.
@@ -45,43 +51,86 @@ class Score(Pass):
     factors: Factors = "activations"
     centred: bool = True
     split: bool = True
+    damping: float = 0.1
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.factors not in ("activations", "svd"):
-            raise OptionError(f"factors is 'activations' or 'svd', not {self.factors!r}")
+        if self.factors not in get_args(Factors):
+            raise OptionError(f"factors is one of {', '.join(map(repr, get_args(Factors)))}, not {self.factors!r}")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
-            if self.factors == "activations":
+            if self.factors != "svd":
                 self._moments(graph_module, nodes[0], site)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
         for site, nodes in tqdm(found.items(), desc="scoring", unit="site", disable=not self.progress, leave=False):
             mark = annotation(nodes[0])
-            moments = self._moments(graph_module, nodes[0], site) if self.factors == "activations" else None
-            scored_with = (self.factors, self.centred, self.split, moments)
+            moments = self._moments(graph_module, nodes[0], site) if self.factors != "svd" else None
+            gradients = None
+            if self.factors == "sensitivity":
+                moments, gradients = self._sensitivity(graph_module, nodes[0]) or (moments, None)
+            scored_with = (self.factors, self.centred, self.split, self.damping, moments, gradients)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            curve = self.score(graph_module, site, moments, *use(nodes))
+            curve = self.score(graph_module, site, moments, *use(nodes), gradients)
             for node in nodes:
                 annotate(node, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
 
     def score(
-        self, graph_module: fx.GraphModule, site: Site, moments: Moments | None, flops: int, output_elements: int
+        self,
+        graph_module: fx.GraphModule,
+        site: Site,
+        moments: Moments | None,
+        flops: int,
+        output_elements: int,
+        gradients: Gradients | None = None,
     ) -> RankCurve:
         """Score one site.
 
         Args:
             moments: on the site's side; None for the weight alone.
             flops, output_elements: of all uses of the site together.
+            gradients: at the site's output; None for the plain output error.
         """
-        spectrum = _spectrum(graph_module, site, moments, self.centred, parts=1)
-        split = self.split and site.parts > 1
-        parts = _spectrum(graph_module, site, moments, self.centred, site.parts) if split else None
-        return rank_curve(site, spectrum, flops, output_elements, parts)
+        roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
+        spectrum = _spectrum(graph_module, site, moments, self.centred, 1, roots)
+        parts = None
+        if self.split and site.parts > 1:
+            roots = None if gradients is None else self._parts_roots(graph_module, site, gradients)
+            parts = _spectrum(graph_module, site, moments, self.centred, site.parts, roots)
+        curve = rank_curve(site, spectrum, flops, output_elements, parts)
+        if gradients is None:
+            return curve
+        # S is scaled to a mean square of 1: the energy of each direction is what it would be for a gradient of 1.
+        per_sample = gradients.total / gradients.samples
+        return dataclasses.replace(curve, loss=0.5 * per_sample * curve.energy / spectrum.energies.shape[-1])
+
+    def _parts_roots(
+        self, graph_module: fx.GraphModule, site: Site, gradients: Gradients
+    ) -> tuple[Tensor, Tensor] | None:
+        """As for the site as a whole, and in its unit, so that the energies of both compare."""
+        if gradients.parts is None:
+            return None
+        own, unit = gradients.parts, gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        if site.side == "input":
+            basis = torch.linalg.qr(in_parts(_weight(graph_module, site), site.parts))[0]
+            own = basis.mT @ own @ basis
+        return damped_roots(own, self.damping, unit)
+
+    def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Moments, Gradients] | None:
+        path = annotation(node).sensitivity
+        observer: Any = None if path is None else graph_module.get_submodule(path)
+        if (
+            isinstance(observer, SensitivityObserver)
+            and observer.moments is not None
+            and observer.gradients is not None
+        ):
+            return observer.moments, observer.gradients
+        _LOGGER.info("no gradient has reached %s: its factors minimise the plain output error", node.name)
+        return None
 
     def _moments(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Moments:
         path = annotation(node).observer
@@ -97,18 +146,29 @@ class Score(Pass):
         return observer.moments
 
 
-def _spectrum(graph_module: fx.GraphModule, site: Site, moments: Moments | None, centred: bool, parts: int) -> Spectrum:
+def _spectrum(
+    graph_module: fx.GraphModule,
+    site: Site,
+    moments: Moments | None,
+    centred: bool,
+    parts: int,
+    roots: tuple[Tensor, Tensor] | None,
+) -> Spectrum:
     """The spectrum of the site as a whole, or with `parts` above 1 of its parts."""
-    weight = in_parts(weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first), parts)
+    weight = in_parts(_weight(graph_module, site), parts)
     if moments is None:
         return spectrum_from_weight(weight)
     if site.side == "input":
         moment = moments.covariance() if centred else moments.second_moment()
-        return spectrum_from_input(weight, moment, moments.mean if centred else None)
+        return spectrum_from_input(weight, moment, moments.mean if centred else None, roots)
     bias = grouped_bias(graph_module, site)
     moment = moments.covariance() if centred else moments.second_moment(bias)
     mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)
-    return spectrum_from_output(diagonal_blocks(moment, parts), mean if centred else None)
+    return spectrum_from_output(diagonal_blocks(moment, parts), mean if centred else None, roots)
+
+
+def _weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
+    return weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
 
 
 def grouped_bias(graph_module: fx.GraphModule, site: Site) -> Tensor | None:

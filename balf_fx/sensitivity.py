@@ -1,0 +1,112 @@
+"""Which output errors of a layer the model's own answer minds: gradients of a label-free loss at every site.
+
+The loss is the divergence of the compressed model's answer from the original's. To second order it is
+1/2 E (dz)^T H (dz) with dz the error of the model's output z. With a random v, E[v v^T] = I, the gradient of the probe
+(L v)^T z, L L^T = H, at a site's output is a sample g of what an error costs there: E[g g^T] = J^T H J. For logits the
+loss is the Kullback-Leibler divergence of softmax(z), whose H = diag(p) - p p^T has the root
+L = diag(sqrt p) - p sqrt(p)^T; for anything else it is the squared error, relative to the output's mean square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.batches import Forward, run_batch
+from balf_fx.errors import CalibrationError
+from balf_fx.observers import SensitivityObserver
+
+Loss = Callable[[Any, Any], Tensor]
+"""`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
+
+
+def observe_gradients(
+    prepared: nn.Module, batch: Any, forward: Forward, index: int, generator: torch.Generator, loss: Loss | None = None
+) -> bool:
+    """Run one batch through a prepared graph, and the gradients of the loss back to its sites.
+
+    Args:
+        generator: on the CPU; draws the probe.
+
+    Returns:
+        Whether any gradient has reached a site.
+
+    Raises:
+        CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
+    """
+    observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
+    try:
+        with _differentiable(prepared), torch.enable_grad():
+            output = run_batch(prepared, batch, forward, index, gradients=True)
+            scalar = probe(output, batch, generator) if loss is None else loss(output, batch)
+            if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {scalar!r}")
+            seen = [(observer, *values) for observer in observers for values in observer.pending]
+            if not seen or not scalar.requires_grad:
+                return False
+            gradients = torch.autograd.grad(scalar, [output for _, output, _ in seen], allow_unused=True)
+        for (observer, _, value), gradient in zip(seen, gradients, strict=True):
+            if gradient is not None:
+                observer.take(value, gradient)
+        return any(gradient is not None for gradient in gradients)
+    finally:
+        for observer in observers:
+            observer.pending.clear()
+
+
+@contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
+    """Let gradients flow, also where the parameters are frozen."""
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def probe(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient at the output is L v, for a random v (see the module's docstring)."""
+    logits = find_logits(output, batch)
+    if logits is not None:
+        p = logits.detach().softmax(-1)
+        v = _normal(logits, generator)
+        direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
+        return (logits * direction).sum()
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    terms = [(leaf * _normal(leaf, generator)).sum() / _scale(leaf) for leaf in leaves]
+    return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
+
+
+def find_logits(output: Any, batch: Any) -> Tensor | None:
+    """The logits of a classifier or language model among a model's outputs, or None.
+
+    These are what goes by the name of `logits`; else the only tensor, if it is [samples, classes], or, for inputs of
+    whole numbers [samples, length], [samples, length, classes].
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor) and named.requires_grad:
+        return named
+    if not isinstance(output, Tensor) or not output.requires_grad or output.dim() < 2 or output.shape[-1] < 2:
+        return None
+    tokens = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
+    language = output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
+    return output if output.dim() == 2 or language else None
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Drawn on the CPU, so that the same seed gives the same probe on every device."""
+    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+
+def _scale(leaf: Tensor) -> Tensor:
+    """The root of the sum of squares of one sample's outputs, on average."""
+    per_sample = leaf.detach().float().square().sum() / max(leaf.shape[0] if leaf.dim() else 1, 1)
+    return per_sample.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
