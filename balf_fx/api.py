@@ -11,13 +11,13 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from balf_fx.batches import Forward, forward_for, iterate, run_batch
+from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, run_batch
 from balf_fx.capture import Method as CaptureMethod
 from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError
 from balf_fx.observers import SensitivityObserver
-from balf_fx.passes import Allocate, Annotate, Factorize, FoldBatchNorm, InsertObservers, Score
+from balf_fx.passes import Allocate, Annotate, Factorize, FoldBatchNorm, InsertObservers, Refit, Score
 from balf_fx.passes.allocate import Method
 from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.passes.score import Factors
@@ -45,6 +45,7 @@ def compile(
     strict: bool = True,
     capture: CaptureMethod = "auto",
     loss: Loss | None = None,
+    refit: bool = True,
     forward: Forward | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -106,10 +107,10 @@ def compile(
         )
         # 3. Calibrate: let the batches flow through.
         if factors != "svd":
-            batches = itertools.chain([first], batches)
-            calibrate(prepared, batches, loss=loss, forward=forward, seed=seed, progress=progress)
-        # 4. Score every rank, solve the budget, rewrite the graph.
-        return _convert(prepared, score, allocate)
+            seen = [first, *batches] if refit else itertools.chain([first], batches)
+            calibrate(prepared, seen, loss=loss, forward=forward, seed=seed, progress=progress)
+        # 4. Score every rank, solve the budget, refit the layers, rewrite the graph.
+        return _convert(prepared, score, allocate, seen if refit else (), forward)
 
 
 def prepare(
@@ -184,12 +185,15 @@ def convert(
     centred: bool = True,
     split: bool = True,
     strict: bool = True,
+    batches: Iterable[Any] = (),
+    forward: Forward | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
     """Compress a calibrated graph; it stays as it is, for other budgets or more calibration.
 
     Args:
         prepared: from `prepare`, after calibration.
+        batches: the calibration batches again, to refit the layers on them; none: no refit.
         Everything else: as in `compile`.
 
     Raises:
@@ -198,7 +202,7 @@ def convert(
     """
     score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
     with torch.inference_mode(False), torch.no_grad():
-        return _convert(prepared, score, allocate)
+        return _convert(prepared, score, allocate, batches, forward or forward_for(prepared))
 
 
 def _convert_passes(
@@ -220,7 +224,9 @@ def _convert_passes(
     return Score(factors, centred, split, progress=progress), allocate
 
 
-def _convert(prepared: fx.GraphModule, score: Score, allocate: Allocate) -> fx.GraphModule:
+def _convert(
+    prepared: fx.GraphModule, score: Score, allocate: Allocate, batches: Iterable[Any], forward: Forward
+) -> fx.GraphModule:
     if not isinstance(prepared, fx.GraphModule) or not hasattr(prepared, OBSERVERS):
         raise NotCalibratedError(
             "this is no prepared graph: call balf_fx.prepare first and run a few batches through it"
@@ -228,6 +234,9 @@ def _convert(prepared: fx.GraphModule, score: Score, allocate: Allocate) -> fx.G
     score(prepared)
     graph_module = copy.deepcopy(prepared)
     allocate(graph_module)
+    inputs = [placeholder_values(prepared, batch, forward) for batch in batches]
+    if inputs:
+        Refit(inputs)(graph_module)
     remove_observers(graph_module)
     Factorize()(graph_module)
     return _finish(graph_module)

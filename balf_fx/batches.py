@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.errors import CalibrationError
@@ -130,3 +130,31 @@ def describe(batch: Any) -> str:
     if isinstance(batch, tuple | list):
         return f"a {type(batch).__name__} of ({', '.join(describe(value) for value in batch)})"
     return f"a {type(batch).__name__}"
+
+
+class _Recorded(BaseException):
+    """Ends a call once its arguments are known; no handler of a user's forward should stop it."""
+
+
+class _Recorder(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = (args, kwargs)
+        raise _Recorded
+
+
+def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forward) -> dict[str, Any]:
+    """The values that a graph's placeholders take when `forward` calls it on a batch; nothing is run.
+
+    Raises:
+        CalibrationError: `forward` does not call the model.
+    """
+    recorder = _Recorder()
+    try:
+        forward(recorder, batch)
+    except _Recorded:
+        args, kwargs = recorder.call
+    else:
+        raise CalibrationError("forward(model, batch) did not call the model it was given")
+    bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)

@@ -145,6 +145,9 @@ class SensitivityObserver(nn.Module):
         site: the site.
         basis: Q [G, O, m] on the input side, None on the output side.
         copies: keep a copy of the value, since something may change it in place.
+
+    Attributes:
+        positions: [P], the sum over batches of the positions' weights; None once batches differ in their positions.
     """
 
     _is_impure = True  # tells FX that dead-code elimination must keep the call
@@ -157,6 +160,7 @@ class SensitivityObserver(nn.Module):
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.gradients: Gradients | None = None
         self.moments: Moments | None = None
+        self.positions: Tensor | None = None
 
     def forward(self, source: Tensor, output: Tensor) -> None:
         """Hold on to the output, and to the value on the site's side, until the gradient is known."""
@@ -170,10 +174,11 @@ class SensitivityObserver(nn.Module):
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if not torch.isfinite(gradient).all():
             return
-        columns = _output_columns(gradient, self.site)  # [G, O, n]
+        columns = output_columns(gradient, self.site)  # [G, O, n]
         squares = columns.square().sum((0, 1))
         samples = max(gradient.shape[0] if gradient.dim() > 1 else 1, 1)
-        weights = squares.reshape(samples, -1).mean(0).repeat(samples)
+        positions = squares.reshape(samples, -1).mean(0)
+        weights = positions.repeat(samples)
         inner = columns if self.basis is None else self.basis.to(columns).mT @ columns
         parts = None
         if self.site.parts > 1:
@@ -183,11 +188,16 @@ class SensitivityObserver(nn.Module):
         moments = _batch_moments(value, self.site, columns.dtype, weights)
         if moments is None:  # no gradient at all
             return
+        if self.gradients is None:
+            self.positions = positions
+        elif self.positions is not None:
+            alike = len(positions) == len(self.positions)
+            self.positions = self.positions + positions if alike else None
         self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
         self.moments = moments if self.moments is None else self.moments.merge(moments)
 
 
-def _output_columns(value: Tensor, site: Site) -> Tensor:
+def output_columns(value: Tensor, site: Site) -> Tensor:
     """A site's output as [G, O, n], positions in the order in which `_position_chunks` gives them."""
     if site.conv is None:
         return value.reshape(-1, site.out_features).mT.unsqueeze(0)

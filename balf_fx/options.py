@@ -9,13 +9,12 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from balf_fx.dynamo import is_dynamic
 from balf_fx.errors import OptionError
 from balf_fx.passes import Allocate, Score
 from balf_fx.passes.allocate import Method
-from balf_fx.passes.factorize import Factors as Modules
 from balf_fx.passes.score import Factors
 from balf_fx.report import Report
 from balf_fx.sites import Rank
@@ -34,7 +33,7 @@ class PlanLike(Protocol):
     def report(self) -> Report:
         """What the plan does to the model as a whole."""
 
-    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> Modules | None:
+    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
         """The factors of a site, None where it stays dense; an error where they stand for other weights."""
 
 

@@ -27,7 +27,6 @@ from balf_fx.options import BackendOptions, PlanLike
 from balf_fx.passes import Annotate, DecomposeAttention, FoldBatchNorm, FoldConstants, InsertObservers
 from balf_fx.passes.allocate import Totals
 from balf_fx.passes.annotate import check_patterns
-from balf_fx.passes.factorize import Factors as Modules
 from balf_fx.passes.factorize import factor_modules, replace_site
 from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.report import Report, summarise
@@ -129,7 +128,7 @@ class Use:
 class Factors:
     """The two layers in place of a site, None where it stays dense, and the watch over the tensors they stand for."""
 
-    pair: Modules | None
+    pair: nn.Module | None
     originals: Mapping[str, Tensor]
     watch: Watch
 
@@ -169,7 +168,7 @@ class Plan:
         report: of the model that the plan comes from.
     """
 
-    pairs: Mapping[str, tuple[Modules, Fingerprint]]
+    pairs: Mapping[str, tuple[nn.Module, Fingerprint]]
     fold_batchnorm: bool
     report: Report
 
@@ -178,7 +177,7 @@ class Plan:
         """{site: rank}, None for dense, as `allocation` takes it."""
         return {row.name: row.rank for row in self.report.sites}
 
-    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> Modules | None:
+    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
         """The factors of a site, None where it stays dense.
 
         Raises:
@@ -189,8 +188,8 @@ class Plan:
         pair, fingerprint = self.pairs[site]
         if not fingerprint.matches(Fingerprint.of(weight, bias)):
             raise OptionError(f"the plan was made for other weights than those of site {site!r}: calibrate again")
-        like = pair[0].weight
-        alike = isinstance(like, Tensor) and (like.device, like.dtype) == (weight.device, weight.dtype)
+        like = next(pair.parameters())
+        alike = (like.device, like.dtype) == (weight.device, weight.dtype)
         return pair if alike else copy.deepcopy(pair).to(weight.device, weight.dtype)
 
 
@@ -645,7 +644,7 @@ def _factors(use: Use, curve: RankCurve, rank: Rank) -> Factors:
     return Factors(pair, use.originals, Watch(use.originals))
 
 
-def _planned(layers: Mapping[Key, Use], factors: Mapping[Key, Factors]) -> dict[str, tuple[Modules, Fingerprint]]:
+def _planned(layers: Mapping[Key, Use], factors: Mapping[Key, Factors]) -> dict[str, tuple[nn.Module, Fingerprint]]:
     return {
         use.site.name: (pair, Fingerprint.of(*_weight_and_bias(use)))
         for key, use in layers.items()

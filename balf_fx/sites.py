@@ -211,6 +211,21 @@ class RankCurve:
 
 
 @dataclass(frozen=True)
+class Solution:
+    """What a site, or a part of it, computes in the compressed model: left right x + bias.
+
+    Attributes:
+        left: [G, O, r], None where it stays dense.
+        right: [G, r, D], or [G, O, D] of a dense layer.
+        bias: [G, O] or None.
+    """
+
+    left: torch.Tensor | None
+    right: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Choice:
     """What the allocator decided for a site."""
 
@@ -284,6 +299,7 @@ class Annotation:
         sensitivity: path of the observer of its gradients, if there is one.
         curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
         choice: by Allocate.
+        refit: by Refit, what takes the place of the one-shot factors or of a dense layer's weight.
     """
 
     flops: int | None = None
@@ -297,6 +313,7 @@ class Annotation:
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
     choice: Choice | None = None
+    refit: tuple[Solution, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn.utils import skip_init
 
 from balf_fx.errors import PassError
 from balf_fx.linalg import corrected_bias, factors, in_parts, weight_matrix
-from balf_fx.linear_maps import erase_unused, site_input
+from balf_fx.linear_maps import erase_unused, read_layer, site_input
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias
 from balf_fx.sites import (
@@ -23,15 +23,14 @@ from balf_fx.sites import (
     VALUE_META,
     ConvGeometry,
     PartRanks,
+    Rank,
     RankCurve,
     Site,
+    Solution,
     Spectrum,
     annotation,
     get_tensor,
 )
-
-Factors = nn.Sequential | nn.ModuleList
-"""The two factors of a site, or the first and a list of the second ones where its parts have their own."""
 
 _CONVS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
@@ -59,59 +58,99 @@ class Factorize(Pass):
         modified = False
         for site, nodes in self.require_sites(graph_module).items():
             mark = annotation(nodes[0])
-            if mark.choice is None or mark.curve is None or mark.choice.chosen.rank is None:
+            if mark.refit is not None or mark.choice is None or mark.curve is None or mark.choice.chosen.rank is None:
                 continue
             pair = factor_modules(graph_module, site, mark.curve, mark.choice.chosen.rank)
             replace_site(graph_module, nodes, site, pair)
             modified = True
+        for node in list(graph_module.graph.nodes):
+            solution, layer = annotation(node).refit, annotation(node).site or read_layer(graph_module, node)
+            if solution is not None and isinstance(layer, Site):
+                replace_site(graph_module, [node], layer, build(graph_module, layer, solution))
+                modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
 
 
-def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> Factors:
-    """The stock modules that stand in for a site."""
-    if isinstance(rank, tuple):
-        return _parts_modules(graph_module, site, curve, rank)
-    return _joint_modules(graph_module, site, curve.spectrum, rank)
+def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> nn.Module:
+    """The stock modules that stand in for a site, by the one-shot optimum."""
+    return build(graph_module, site, one_shot(graph_module, site, curve, rank))
 
 
-def _joint_modules(graph_module: fx.GraphModule, site: Site, spectrum: Spectrum, rank: int) -> nn.Sequential:
-    original: Tensor = get_tensor(graph_module, site.weight)
-    left, right = factors(weight_matrix(original, site.groups, site.inputs_first), spectrum, rank)
-    bias = corrected_bias(grouped_bias(graph_module, site), spectrum, rank)
-    first, second = _empty_modules(site, original, rank, bias is not None)
-    if site.conv is not None and site.inputs_first:  # [G, r, C_in / G, *kernel] -> [G, C_in / G, r, *kernel]
-        right = right.reshape(*right.shape[:2], -1, math.prod(site.conv.kernel_size)).transpose(1, 2)
-    _assign(first, "weight", right, original)
-    _assign(second, "weight", left, original)
-    if bias is not None:
-        _assign(second, "bias", bias, original)
-    return nn.Sequential(first, second).train(graph_module.training)
-
-
-def _parts_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, ranks: PartRanks) -> nn.ModuleList:
-    """The layer that the thin parts of a linear site share, D -> sum of ranks, and one layer for each part."""
+def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: Rank) -> tuple[Solution, ...]:
+    """The one-shot optimum: one solution, or one for each part where these have ranks of their own."""
+    weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
+    bias = grouped_bias(graph_module, site)
+    if not isinstance(rank, tuple):
+        return (_one_shot(weight, bias, curve.spectrum, rank),)
     if curve.parts is None:
         raise PassError(f"Factorize: the parts of site {site.name!r} were not scored")
-    original: Tensor = get_tensor(graph_module, site.weight)
-    weights = in_parts(weight_matrix(original, 1, site.inputs_first), site.parts)
-    bias = grouped_bias(graph_module, site)
+    weights = in_parts(weight, site.parts).unsqueeze(1)
     biases = [None] * site.parts if bias is None else list(in_parts(bias, site.parts).unsqueeze(1))
-    thin, layers = [], []
-    for index, (rank, part_bias) in enumerate(zip(ranks, biases, strict=True)):
-        weight, own = weights[index : index + 1], curve.parts.only(index)
-        if rank is not None:
-            weight, right = factors(weight, own, rank)
-            part_bias = corrected_bias(part_bias, own, rank)
-            thin.append(right)
-        layer = _empty_linear(weight.shape[2], weight.shape[1], part_bias is not None, original)
+    spectra = [curve.parts.only(index) for index in range(site.parts)]
+    return tuple(map(_one_shot, weights, biases, spectra, rank))
+
+
+def _one_shot(weight: Tensor, bias: Tensor | None, spectrum: Spectrum, rank: int | None) -> Solution:
+    if rank is None:
+        return Solution(None, weight, bias)
+    left, right = factors(weight, spectrum, rank)
+    return Solution(left, right, corrected_bias(bias, spectrum, rank))
+
+
+def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> nn.Module:
+    """Stock modules: one layer for a dense solution, two for a pair of factors, a list for parts."""
+    original: Tensor = get_tensor(graph_module, site.weight)
+    module: nn.Module
+    if len(solution) > 1:
+        module = _parts_modules(site, original, solution)
+    elif solution[0].left is None:
+        module = _dense_module(site, original, solution[0])
+    else:
+        module = _joint_modules(site, original, solution[0], solution[0].left)
+    return module.train(graph_module.training)
+
+
+def _dense_module(site: Site, original: Tensor, solution: Solution) -> nn.Module:
+    layer, _ = _empty_modules(site, original, site.out_features, False)
+    if solution.bias is not None:
+        layer.register_parameter("bias", nn.Parameter(original.new_empty(site.groups * site.out_features)))
+        _assign(layer, "bias", solution.bias, original)
+    _assign(layer, "weight", _kernel(site, solution.right), original)
+    return layer
+
+
+def _joint_modules(site: Site, original: Tensor, solution: Solution, left: Tensor) -> nn.Sequential:
+    first, second = _empty_modules(site, original, solution.right.shape[1], solution.bias is not None)
+    _assign(first, "weight", _kernel(site, solution.right), original)
+    _assign(second, "weight", left, original)
+    if solution.bias is not None:
+        _assign(second, "bias", solution.bias, original)
+    return nn.Sequential(first, second)
+
+
+def _kernel(site: Site, weight: Tensor) -> Tensor:
+    """[G, r, D] in the order of the layer's own weight."""
+    if site.conv is None or not site.inputs_first:
+        return weight
+    # [G, r, C_in / G, *kernel] -> [G, C_in / G, r, *kernel]
+    return weight.reshape(*weight.shape[:2], -1, math.prod(site.conv.kernel_size)).transpose(1, 2)
+
+
+def _parts_modules(site: Site, original: Tensor, solution: Sequence[Solution]) -> nn.ModuleList:
+    """The layer that the thin parts of a linear site share, D -> sum of ranks, and one layer for each part."""
+    layers = []
+    for part in solution:
+        weight = part.right if part.left is None else part.left
+        layer = _empty_linear(weight.shape[2], weight.shape[1], part.bias is not None, original)
         _assign(layer, "weight", weight, original)
-        if part_bias is not None:
-            _assign(layer, "bias", part_bias, original)
+        if part.bias is not None:
+            _assign(layer, "bias", part.bias, original)
         layers.append(layer)
-    first = _empty_linear(site.in_features, sum(rank or 0 for rank in ranks), False, original)
-    _assign(first, "weight", torch.cat(thin, 1), original)
-    return nn.ModuleList([first, nn.ModuleList(layers)]).train(graph_module.training)
+    thin = torch.cat([part.right for part in solution if part.left is not None], 1)
+    first = _empty_linear(site.in_features, thin.shape[1], False, original)
+    _assign(first, "weight", thin, original)
+    return nn.ModuleList([first, nn.ModuleList(layers)])
 
 
 def _empty_linear(inputs: int, outputs: int, bias: bool, original: Tensor) -> nn.Linear:
@@ -159,8 +198,8 @@ def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> No
     module.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=original.requires_grad))
 
 
-def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: Factors) -> None:
-    """Put the pair where the site's module or weight was, and calls of its layers where each of its nodes was.
+def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Module) -> None:
+    """Put the modules where the site's module or weight was, and calls of them where each of its nodes was.
 
     The caller lints and recompiles the graph.
     """
@@ -174,8 +213,7 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
     for node in nodes:
         before = node.prev
         with graph.inserting_before(node):
-            thin = graph.call_module(f"{site.name}.0", (site_input(node),))
-            wide = _second_calls(graph, f"{site.name}.1", site_input(node), thin, pair)
+            wide = _calls(graph, site.name, site_input(node), pair)
         new = before.next
         while new is not node:
             dropped = (META_KEY,) if new is wide else (META_KEY, *VALUE_META)
@@ -188,15 +226,38 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
             erase_unused(graph_module, source)
 
 
-def _second_calls(graph: fx.Graph, path: str, source: fx.Node, thin: fx.Node, pair: Factors) -> fx.Node:
-    """Calls of the second factors on the output of the first, and of parts that stay dense on the input itself."""
-    if isinstance(pair, nn.Sequential):
-        return graph.call_module(path, (thin,))
-    first: Any = pair[0]
-    layers: Any = pair[1]
-    widths = [layer.in_features for layer in layers if layer.in_features < first.in_features]
-    pieces = graph.call_function(torch.split, (thin, widths, -1))
-    items = iter([graph.call_function(operator.getitem, (pieces, index)) for index in range(len(widths))])
-    values = [next(items) if layer.in_features < first.in_features else source for layer in layers]
-    parts = [graph.call_module(f"{path}.{index}", (value,)) for index, value in enumerate(values)]
+def _calls(graph: fx.Graph, path: str, source: fx.Node, modules: nn.Module) -> fx.Node:
+    """Calls of what `build` returns; second factors read the output of the first, parts that stay dense the input."""
+    if not isinstance(modules, nn.Sequential | nn.ModuleList):
+        return graph.call_module(path, (source,))
+    thin = graph.call_module(f"{path}.0", (source,))
+    if isinstance(modules, nn.Sequential):
+        return graph.call_module(f"{path}.1", (thin,))
+    pieces = graph.call_function(torch.split, (thin, thin_widths(modules), -1))
+    items = iter([graph.call_function(operator.getitem, (pieces, index)) for index in range(len(thin_widths(modules)))])
+    values = [next(items) if is_thin else source for is_thin in thin_parts(modules)]
+    parts = [graph.call_module(f"{path}.1.{index}", (value,)) for index, value in enumerate(values)]
     return graph.call_function(torch.cat, (parts, -1))
+
+
+def run_modules(modules: nn.Module, value: Tensor) -> Tensor:
+    """What the calls compute."""
+    if not isinstance(modules, nn.ModuleList):
+        return modules(value)  # type: ignore[no-any-return]
+    items = iter(modules[0](value).split(thin_widths(modules), -1))
+    layers: Any = modules[1]
+    flags = zip(layers, thin_parts(modules), strict=True)
+    return torch.cat([layer(next(items) if is_thin else value) for layer, is_thin in flags], -1)
+
+
+def thin_parts(modules: nn.ModuleList) -> list[bool]:
+    """Which parts read the first factor: a rank is below the number of inputs."""
+    first: Any = modules[0]
+    layers: Any = modules[1]
+    return [layer.in_features < first.in_features for layer in layers]
+
+
+def thin_widths(modules: nn.ModuleList) -> list[int]:
+    """The ranks of the parts that have factors."""
+    layers: Any = modules[1]
+    return [layer.in_features for layer, is_thin in zip(layers, thin_parts(modules), strict=True) if is_thin]
