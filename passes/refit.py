@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.linalg import weight_matrix
+from balf_fx.linalg import in_parts, weight_matrix
 from balf_fx.linear_maps import changes_in_place, parameter_users, read_layer, reads_metadata, site_input
 from balf_fx.observers import SensitivityObserver, input_patches, output_columns
 from balf_fx.passes.base import Pass
@@ -183,14 +183,16 @@ class _Walk:
     ) -> tuple[Solution, ...]:
         """The solution of least error on what was held out."""
         train, held_out = self._sums(node, site, len(prior), current)
-        options = [_solutions(train, prior, spectra, strength) for strength in _STRENGTHS] if train.count else []
+        weight = weight_matrix(get_tensor(self.graph_module, site.weight), site.groups, site.inputs_first)
+        weight = weight if len(prior) == 1 else in_parts(weight, len(prior))
+        options = [_solutions(train, weight, prior, spectra, strength) for strength in _STRENGTHS] if train.count else []
         if not held_out.count:
-            return _solutions(train, prior, spectra, 1.0)
+            return _solutions(train, weight, prior, spectra, 1.0)
         errors = [_total_error(held_out, option, spectra) for option in (prior, *options)]
         best = min(range(len(errors)), key=errors.__getitem__)
         if best == 0:
             return tuple(prior)
-        return _solutions(train + held_out, prior, spectra, _STRENGTHS[best - 1])
+        return _solutions(train + held_out, weight, prior, spectra, _STRENGTHS[best - 1])
 
     def _sums(self, node: fx.Node, site: Site, parts: int, current: nn.Module | None) -> tuple[Joint, Joint]:
         """What the regression needs to know of the training share and of the held-out share of all batches."""
@@ -233,11 +235,10 @@ class _Walk:
 
 
 def _solutions(
-    seen: Joint, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
+    seen: Joint, weight: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
 ) -> tuple[Solution, ...]:
     """The regression at one strength of the ridge, part by part."""
-    before = torch.cat([_map(part) for part in prior])
-    full, covariance = ridge(seen, before, strength)
+    full, covariance = ridge(seen, weight, strength)
     groups = len(full) // len(prior)
     found = []
     for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
@@ -276,9 +277,15 @@ def _input_columns(value: Tensor, site: Site) -> Tensor:
     return input_patches(batched, site.conv, site.groups)
 
 
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a node's values, observers apart."""
+    observed = f"{OBSERVERS}."
+    return [user for user in node.users if not reads_metadata(user) and not str(user.target).startswith(observed)]
+
+
 def _addition(node: fx.Node) -> fx.Node | None:
     """The value to which the node's output is added, where that is all that becomes of it."""
-    readers = [user for user in node.users if not reads_metadata(user)]
+    readers = _readers(node)
     if len(readers) != 1 or readers[0].target not in _ADDITIONS or readers[0].kwargs:
         return None
     others = [source for source in readers[0].all_input_nodes if source is not node]
@@ -287,9 +294,9 @@ def _addition(node: fx.Node) -> fx.Node | None:
 
 def _relu_follows(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ReLU is all that reads the output, or its sum with another value."""
-    readers = [user for user in node.users if not reads_metadata(user)]
+    readers = _readers(node)
     if _addition(node) is not None:
-        readers = [user for user in readers[0].users if not reads_metadata(user)]
+        readers = _readers(readers[0])
     return bool(readers) and all(_is_relu(graph_module, reader) for reader in readers)
 
 
