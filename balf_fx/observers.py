@@ -157,14 +157,14 @@ class SensitivityObserver(nn.Module):
         self.site = site
         self.copies = copies
         self.basis = basis
-        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.pending: list[tuple[Tensor, Tensor]] | None = None  # a list while `sensitivity` runs a batch
         self.gradients: Gradients | None = None
         self.moments: Moments | None = None
         self.positions: Tensor | None = None
 
     def forward(self, source: Tensor, output: Tensor) -> None:
         """Hold on to the output, and to the value on the site's side, until the gradient is known."""
-        if torch.is_grad_enabled() and output.requires_grad:
+        if self.pending is not None and output.requires_grad:
             value = (output if self.site.side == "output" else source).detach()
             self.pending.append((output, value.clone() if self.copies else value))
 

@@ -40,13 +40,15 @@ def observe_gradients(
         CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
     """
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
+    for observer in observers:
+        observer.pending = []
     try:
         with _differentiable(prepared), torch.enable_grad():
             output = run_batch(prepared, batch, forward, index, gradients=True)
             scalar = probe(output, batch, generator) if loss is None else loss(output, batch)
             if not isinstance(scalar, Tensor) or scalar.numel() != 1:
                 raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {scalar!r}")
-            seen = [(observer, *values) for observer in observers for values in observer.pending]
+            seen = [(observer, *values) for observer in observers for values in observer.pending or ()]
             if not seen or not scalar.requires_grad:
                 return False
             gradients = torch.autograd.grad(scalar, [output for _, output, _ in seen], allow_unused=True)
@@ -56,7 +58,7 @@ def observe_gradients(
         return any(gradient is not None for gradient in gradients)
     finally:
         for observer in observers:
-            observer.pending.clear()
+            observer.pending = None
 
 
 @contextmanager

@@ -185,7 +185,9 @@ class _Walk:
         train, held_out = self._sums(node, site, len(prior), current)
         weight = weight_matrix(get_tensor(self.graph_module, site.weight), site.groups, site.inputs_first)
         weight = weight if len(prior) == 1 else in_parts(weight, len(prior))
-        options = [_solutions(train, weight, prior, spectra, strength) for strength in _STRENGTHS] if train.count else []
+        options = (
+            [_solutions(train, weight, prior, spectra, strength) for strength in _STRENGTHS] if train.count else []
+        )
         if not held_out.count:
             return _solutions(train, weight, prior, spectra, 1.0)
         errors = [_total_error(held_out, option, spectra) for option in (prior, *options)]

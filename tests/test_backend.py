@@ -692,6 +692,7 @@ def test_gradients_through_inductor(tokens):
         ({"flops": 0.5, "inner": "nonsense"}, "nonsense"),
         ({"flops": 0.5, "mode": "reduce-overhead", "inner_options": {}}, "one of them"),
         ({"flops": 0.5, "factors": "magic"}, "factors"),
+        ({"flops": 0.5, "factors": "sensitivity"}, "needs gradients"),
         ({"plan": 3}, "plan is"),
     ],
 )

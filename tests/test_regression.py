@@ -1,0 +1,123 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balf_fx.linalg import damped_roots, spectrum_from_output
+from balf_fx.regression import error, joint, ridge, truncate
+
+PROPERTY = settings(deadline=None, max_examples=25, derandomize=True)
+seeds = st.integers(0, 10_000)
+
+
+def random(seed, *shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(seed, groups=1, outputs=4, inputs=3, positions=50):
+    """x' [G, D, n], y [G, O, n] and weights [n]."""
+    x = random(seed, groups, inputs, positions) + 2
+    y = random(seed + 1, groups, outputs, inputs) @ x + random(seed + 2, groups, outputs, positions) - 1
+    return x, y, random(seed + 3, positions).square() + 0.1
+
+
+def bias_of(seen, fitted):
+    return seen.mean_y - (fitted @ seen.mean_x.unsqueeze(-1)).squeeze(-1)
+
+
+def objective(x, y, weights, fitted, bias, right=None):
+    residual = y - fitted @ x - bias.unsqueeze(-1)
+    residual = residual if right is None else right @ residual
+    return float((residual.square().sum((0, 1)) * weights).sum() / weights.sum())
+
+
+def spectrum(seed, outputs, groups=1):
+    """With a metric of its own."""
+    gradients = random(seed + 10, groups, outputs, 30)
+    y = random(seed + 11, groups, outputs, 40)
+    return spectrum_from_output(y @ y.mT / 40, y.mean(-1), damped_roots(gradients @ gradients.mT / 30, 0.1))
+
+
+def test_without_a_ridge_it_is_weighted_least_squares():
+    x, y, weights = problem(0, groups=2)
+    seen = joint(x, y, weights)
+    fitted, _ = ridge(seen, torch.zeros_like(y @ x.mT), 0.0)
+    ones = torch.ones(2, 1, x.shape[-1], dtype=torch.float64)
+    design = (torch.cat([x, ones], 1) * weights.sqrt()).mT
+    expected = torch.linalg.lstsq(design, (y * weights.sqrt()).mT).solution.mT
+    torch.testing.assert_close(fitted, expected[..., :-1])
+    torch.testing.assert_close(bias_of(seen, fitted), expected[..., -1])
+
+
+@pytest.mark.parametrize("strength", [0.1, 3.0])
+def test_gradient_descent_arrives_at_the_ridge(strength):
+    x, y, weights = problem(1)
+    prior = random(7, 1, 4, 3)
+    fitted, _ = ridge(joint(x, y, weights), prior, strength)
+    variable, bias = prior.clone().requires_grad_(), torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    mean = (x * weights).sum(-1, keepdim=True) / weights.sum()
+    variance = float((((x - mean).square() * weights).sum(-1) / weights.sum()).mean())
+    optimiser = torch.optim.LBFGS([variable, bias], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        residual = (y - variable @ x - bias.unsqueeze(-1)).square().sum((0, 1))
+        value = (residual * weights).sum() / weights.sum() + strength * variance * (variable - prior).square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    torch.testing.assert_close(fitted, variable.detach(), rtol=1e-5, atol=1e-6)
+
+
+@PROPERTY
+@given(seeds, st.integers(1, 3))
+def test_no_other_map_of_that_rank_does_better(seed, rank):
+    x, y, weights = problem(seed)
+    seen, metric = joint(x, y, weights), spectrum(seed, 4)
+    full, covariance = ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
+    left, right = truncate(full, covariance, metric, rank)
+    assert left.shape == (1, 4, rank)
+    assert right.shape == (1, rank, 3)
+    _, metric_map = metric.maps(4)
+    fitted = left @ right
+    best = objective(x, y, weights, fitted, bias_of(seen, fitted), metric_map)
+    for scale in (1e-3, 1e-1, 1.0):
+        other = (left + scale * random(seed + 5, *left.shape)) @ (right + scale * random(seed + 6, *right.shape))
+        assert best <= objective(x, y, weights, other, bias_of(seen, other), metric_map) + 1e-9
+
+
+def test_at_full_rank_nothing_is_lost():
+    x, y, weights = problem(3)
+    full, covariance = ridge(joint(x, y, weights), torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
+    left, right = truncate(full, covariance, spectrum(3, 4), 3)
+    torch.testing.assert_close(left @ right, full)
+
+
+@PROPERTY
+@given(seeds, st.integers(1, 2))
+def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
+    x, y, weights = problem(seed, groups=groups)
+    _, metric_map = spectrum(seed, 4, groups).maps(4)
+    seen = joint(x, y, weights)
+    maps = [(random(seed + k, groups, 4, 3), random(seed + k + 50, groups, 4)) for k in (20, 21)]
+    for right in (None, metric_map):
+        direct = [objective(x, y, weights, fitted, bias, right) for fitted, bias in maps]
+        summed = [error(seen, fitted, bias, right) for fitted, bias in maps]
+        assert summed[0] - summed[1] == pytest.approx(direct[0] - direct[1], rel=1e-9, abs=1e-9)
+
+
+def test_sums_of_batches_add_up():
+    x, y, weights = problem(4, groups=2)
+    whole = joint(x, y, weights)
+    parts = joint(x[..., :20], y[..., :20], weights[:20]) + joint(x[..., 20:], y[..., 20:], weights[20:])
+    for name in ("x", "y", "xx", "yx"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
+    assert whole.count == pytest.approx(parts.count)
+
+
+def test_an_input_that_never_varies_keeps_the_prior():
+    x, y, _ = problem(5)
+    prior = random(9, 1, 4, 3)
+    fitted, _ = ridge(joint(torch.zeros_like(x), y, None), prior, 0.1)
+    torch.testing.assert_close(fitted, prior)
