@@ -275,7 +275,7 @@ def test_a_budget_that_is_none(conv_net, images, options):
 def test_unknown_option_values(conv_net, images):
     with pytest.raises(OptionError, match="allocation is"):
         compress(conv_net, images, allocation="magic")
-    with pytest.raises(OptionError, match="factors is one of .*'svd', not 'cp'"):
+    with pytest.raises(OptionError, match=r"factors is one of .*'svd', not 'cp'"):
         compress(conv_net, images, factors="cp")
 
 
