@@ -198,11 +198,23 @@ class SensitivityObserver(nn.Module):
 
 
 def output_columns(value: Tensor, site: Site) -> Tensor:
-    """A site's output as [G, O, n], positions in the order in which `_position_chunks` gives them."""
+    """A site's output as [G, O, n]."""
     if site.conv is None:
         return value.reshape(-1, site.out_features).mT.unsqueeze(0)
-    batched = value if value.dim() == len(site.conv.kernel_size) + 2 else value.unsqueeze(0)
+    batched = _batched(value, site.conv)
     return batched.reshape(len(batched), site.groups, site.out_features, -1).movedim(0, 2).flatten(2)
+
+
+def input_columns(value: Tensor, site: Site) -> Tensor:
+    """A site's input as [G, D, n], positions in the order of the output's."""
+    if site.conv is None:
+        return value.reshape(-1, site.in_features).mT.unsqueeze(0)
+    return input_patches(_batched(value, site.conv), site.conv, site.groups)
+
+
+def _batched(value: Tensor, conv: ConvGeometry) -> Tensor:
+    """With a batch dimension, which convolutions may lack."""
+    return value if value.dim() == len(conv.kernel_size) + 2 else value.unsqueeze(0)
 
 
 def _in_range(moments: Moments) -> bool:
@@ -246,20 +258,16 @@ def _position_chunks(value: Tensor, site: Site) -> Iterator[Tensor]:
     """Cut a site's output or input into [G, F, n] pieces, F = O or D, along the batch."""
     if value.numel() == 0:
         return
-    features = site.out_features if site.side == "output" else site.in_features
+    output = site.side == "output"
+    features = site.out_features if output else site.in_features
     if site.conv is None:
-        rows = value.reshape(-1, features)
-        for piece in torch.split(rows, max(_CHUNK_ELEMENTS // features, 4 * features)):
-            yield piece.mT.unsqueeze(0)
-        return
-    batched = value if value.dim() == len(site.conv.kernel_size) + 2 else value.unsqueeze(0)
-    pixels = math.prod(batched.shape[2:])
-    per_chunk = max(_CHUNK_ELEMENTS // (features * pixels), 4 * features // pixels, 1)
+        batched, per_chunk = value.reshape(-1, features), max(_CHUNK_ELEMENTS // features, 4 * features)
+    else:
+        batched = _batched(value, site.conv)
+        pixels = math.prod(batched.shape[2:])
+        per_chunk = max(_CHUNK_ELEMENTS // (features * pixels), 4 * features // pixels, 1)
     for piece in torch.split(batched, per_chunk):
-        if site.side == "input":
-            yield input_patches(piece, site.conv, site.groups)
-        else:
-            yield piece.reshape(len(piece), site.groups, features, pixels).movedim(0, 2).flatten(2)
+        yield output_columns(piece, site) if output else input_columns(piece, site)
 
 
 def input_patches(value: Tensor, conv: ConvGeometry, groups: int) -> Tensor:

@@ -14,10 +14,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils import skip_init
 
 from balf_fx.errors import PassError
-from balf_fx.linalg import corrected_bias, factors, in_parts, weight_matrix
+from balf_fx.linalg import corrected_bias, factors, in_parts
 from balf_fx.linear_maps import erase_unused, read_layer, site_input
 from balf_fx.passes.base import Pass
-from balf_fx.passes.score import grouped_bias
+from balf_fx.passes.score import grouped_bias, grouped_weight
 from balf_fx.sites import (
     META_KEY,
     VALUE_META,
@@ -79,7 +79,7 @@ def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, r
 
 def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: Rank) -> tuple[Solution, ...]:
     """The one-shot optimum: one solution, or one for each part where these have ranks of their own."""
-    weight = weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
+    weight = grouped_weight(graph_module, site)
     bias = grouped_bias(graph_module, site)
     if not isinstance(rank, tuple):
         return (_one_shot(weight, bias, curve.spectrum, rank),)

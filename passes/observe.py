@@ -9,11 +9,11 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
-from balf_fx.linalg import weight_matrix
 from balf_fx.linear_maps import changes_in_place, site_input
 from balf_fx.observers import CovarianceObserver, SensitivityObserver
 from balf_fx.passes.base import Pass
-from balf_fx.sites import Site, annotate, annotation, get_tensor
+from balf_fx.passes.score import grouped_weight
+from balf_fx.sites import Site, annotate, annotation
 
 OBSERVERS = "balf_observers"
 """Path of the submodule that holds the observers of a prepared graph."""
@@ -83,8 +83,7 @@ def _range_basis(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
     """Q of W = Q R, where statistics are on the input side."""
     if site.side == "output":
         return None
-    weight: Tensor = get_tensor(graph_module, site.weight)
-    basis: Tensor = torch.linalg.qr(weight_matrix(weight, site.groups, site.inputs_first))[0]
+    basis: Tensor = torch.linalg.qr(grouped_weight(graph_module, site))[0]
     return basis
 
 

@@ -10,7 +10,7 @@ value's error, too: so residual streams are mended at every block. Where ReLU fo
 target is moved there to what the first solution puts out, and the layer solved again. And positions count by the
 gradients that the loss has there.
 
-How far to trust the regression is decided on a held-out quarter of the batches: the ridge that has the least error
+How far to trust the regression is decided on a held-out quarter of each batch: the ridge that has the least error
 there is taken, or the layer as it was if that is better.
 """
 
@@ -29,13 +29,13 @@ from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.linalg import in_parts, weight_matrix
+from balf_fx.linalg import in_parts
 from balf_fx.linear_maps import changes_in_place, parameter_users, read_layer, reads_metadata, site_input
-from balf_fx.observers import SensitivityObserver, input_patches, output_columns
+from balf_fx.observers import SensitivityObserver, input_columns, output_columns
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import build, one_shot, run_modules
 from balf_fx.passes.observe import OBSERVERS
-from balf_fx.passes.score import grouped_bias
+from balf_fx.passes.score import grouped_bias, grouped_weight
 from balf_fx.regression import Joint, error, joint, ridge, truncate
 from balf_fx.sites import Rank, Site, Solution, Spectrum, annotate, annotation, get_tensor
 
@@ -45,12 +45,12 @@ _ADDITIONS = (
     operator.add,
     operator.iadd,
     torch.add,
-    torch.ops.aten.add.Tensor,
-    torch.ops.aten.add_.Tensor,
+    aten.add.Tensor,
+    aten.add_.Tensor,
     "add",
     "add_",
 )
-_RELUS = (F.relu, torch.relu, torch.relu_, torch.ops.aten.relu.default, torch.ops.aten.relu_.default, "relu", "relu_")
+_RELUS = (F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _HELD_OUT = 0.25
 
@@ -147,7 +147,7 @@ class _Walk:
         mark = annotation(node)
         rank = None if mark.choice is None else mark.choice.chosen.rank
         if mark.curve is None or mark.site is None:
-            weight = weight_matrix(get_tensor(self.graph_module, site.weight), site.groups, site.inputs_first)
+            weight = grouped_weight(self.graph_module, site)
             prior: tuple[Solution, ...] = (Solution(None, weight, grouped_bias(self.graph_module, site)),)
         else:
             prior = one_shot(self.graph_module, site, mark.curve, rank)
@@ -183,13 +183,10 @@ class _Walk:
     ) -> tuple[Solution, ...]:
         """The solution of least error on what was held out."""
         train, held_out = self._sums(node, site, len(prior), current)
-        weight = weight_matrix(get_tensor(self.graph_module, site.weight), site.groups, site.inputs_first)
-        weight = weight if len(prior) == 1 else in_parts(weight, len(prior))
-        options = (
-            [_solutions(train, weight, prior, spectra, strength) for strength in _STRENGTHS] if train.count else []
-        )
-        if not held_out.count:
+        weight = in_parts(grouped_weight(self.graph_module, site), len(prior))
+        if not held_out.count:  # batches of one or two samples leave none
             return _solutions(train, weight, prior, spectra, 1.0)
+        options = [_solutions(train, weight, prior, spectra, strength) for strength in _STRENGTHS]
         errors = [_total_error(held_out, option, spectra) for option in (prior, *options)]
         best = min(range(len(errors)), key=errors.__getitem__)
         if best == 0:
@@ -202,17 +199,15 @@ class _Walk:
         source, addition = site_input(node), _addition(node)
         for original, compressed in zip(self.original, self.compressed, strict=True):
             target = original[node]
-            other = None
-            added = None if addition is None else compressed.get(addition)
-            if addition is not None and isinstance(added, Tensor) and added.shape == target.shape:
-                other = added
-                target = target + original[addition]
+            other = None if addition is None else compressed.get(addition)
+            other = other if isinstance(other, Tensor) and other.shape == target.shape else None
+            target = target if other is None or addition is None else target + original[addition]
             if current is not None:
                 predicted = run_modules(current, compressed[source])
                 predicted = predicted if other is None else predicted + other
                 target = torch.where(target > 0, target, predicted.clamp_max(0))
             target = target if other is None else target - other
-            x, y = _input_columns(compressed[source], site), output_columns(target, site)
+            x, y = input_columns(compressed[source], site), output_columns(target, site)
             if parts > 1:
                 y = y.reshape(parts, -1, y.shape[-1])
             samples = max(target.shape[0] if target.dim() > 1 else 1, 1)
@@ -269,14 +264,6 @@ def _total_error(held_out: Joint, solution: Sequence[Solution], spectra: Sequenc
 
 def _map(part: Solution) -> Tensor:
     return part.right if part.left is None else part.left @ part.right
-
-
-def _input_columns(value: Tensor, site: Site) -> Tensor:
-    """A site's input as [G, D, n]."""
-    if site.conv is None:
-        return value.reshape(-1, site.in_features).mT.unsqueeze(0)
-    batched = value if value.dim() == len(site.conv.kernel_size) + 2 else value.unsqueeze(0)
-    return input_patches(batched, site.conv, site.groups)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

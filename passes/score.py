@@ -116,7 +116,7 @@ class Score(Pass):
             return None
         own, unit = gradients.parts, gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
         if site.side == "input":
-            basis = torch.linalg.qr(in_parts(_weight(graph_module, site), site.parts))[0]
+            basis = torch.linalg.qr(in_parts(grouped_weight(graph_module, site), site.parts))[0]
             own = basis.mT @ own @ basis
         return damped_roots(own, self.damping, unit)
 
@@ -155,7 +155,7 @@ def _spectrum(
     roots: tuple[Tensor, Tensor] | None,
 ) -> Spectrum:
     """The spectrum of the site as a whole, or with `parts` above 1 of its parts."""
-    weight = in_parts(_weight(graph_module, site), parts)
+    weight = in_parts(grouped_weight(graph_module, site), parts)
     if moments is None:
         return spectrum_from_weight(weight)
     if site.side == "input":
@@ -167,7 +167,8 @@ def _spectrum(
     return spectrum_from_output(diagonal_blocks(moment, parts), mean if centred else None, roots)
 
 
-def _weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
+def grouped_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
+    """The site's weight as float64 [G, O, D]."""
     return weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
 
 
