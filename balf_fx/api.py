@@ -17,7 +17,18 @@ from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError
 from balf_fx.observers import SensitivityObserver
-from balf_fx.passes import Allocate, Annotate, Factorize, FoldBatchNorm, InsertObservers, Refit, Score
+from balf_fx.passes import (
+    Allocate,
+    Annotate,
+    Factorize,
+    FindWidths,
+    FoldBatchNorm,
+    InsertObservers,
+    Narrow,
+    Refit,
+    Score,
+    ScoreWidths,
+)
 from balf_fx.passes.allocate import Method
 from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.passes.score import Factors
@@ -147,6 +158,8 @@ def prepare(
             refusals = [mark.refusal for mark in map(annotation, graph_module.graph.nodes) if mark.refusal is not None]
             listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
             raise NoSiteError(f"nothing in {type(model).__name__} can be factorized ({listed})")
+        if sensitivity:
+            FindWidths()(graph_module)
         InsertObservers(sensitivity)(graph_module)
         return graph_module
 
@@ -236,12 +249,15 @@ def _convert(
             "this is no prepared graph: call balf_fx.prepare first and run a few batches through it"
         )
     score(prepared)
+    if score.factors == "sensitivity":
+        ScoreWidths(score.damping)(prepared)
     graph_module = copy.deepcopy(prepared)
     allocate(graph_module)
     inputs = [placeholder_values(prepared, batch, forward) for batch in batches]
     if inputs:
         Refit(inputs)(graph_module)
     remove_observers(graph_module)
+    Narrow()(graph_module)
     Factorize()(graph_module)
     return _finish(graph_module)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,20 +144,25 @@ class SensitivityObserver(nn.Module):
     Args:
         site: the site.
         basis: Q [G, O, m] on the input side, None on the output side.
-        copies: keep a copy of the value, since something may change it in place.
+        copies: keep copies of values, since something may change them in place.
+        features: also gather the moments of the input's features, for widths (`widths`).
 
     Attributes:
+        features: `Moments` of the input, of a convolution by pixels rather than by patches.
         positions: [P], the sum over batches of the positions' weights; None once batches differ in their positions.
     """
 
     _is_impure = True  # tells FX that dead-code elimination must keep the call
 
-    def __init__(self, site: Site, basis: Tensor | None, copies: bool) -> None:
+    def __init__(self, site: Site, basis: Tensor | None, copies: bool, features: bool = False) -> None:
         super().__init__()
         self.site = site
         self.copies = copies
         self.basis = basis
-        self.pending: list[tuple[Tensor, Tensor]] | None = None  # a list while `sensitivity` runs a batch
+        self.wants_features = features
+        self.features: Moments | None = None
+        # a list of (output, value, input) while `sensitivity` runs a batch
+        self.pending: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
         self.gradients: Gradients | None = None
         self.moments: Moments | None = None
         self.positions: Tensor | None = None
@@ -166,11 +171,14 @@ class SensitivityObserver(nn.Module):
         """Hold on to the output, and to the value on the site's side, until the gradient is known."""
         if self.pending is not None and output.requires_grad:
             value = (output if self.site.side == "output" else source).detach()
-            self.pending.append((output, value.clone() if self.copies else value))
+            features = source.detach() if self.wants_features else None
+            if self.copies:
+                value, features = value.clone(), None if features is None else features.clone()
+            self.pending.append((output, value, features))
 
     @torch.no_grad()
-    def take(self, value: Tensor, gradient: Tensor) -> None:
-        """Count one value and the gradient at the output that belongs to it."""
+    def take(self, value: Tensor, features: Tensor | None, gradient: Tensor) -> None:
+        """Count one value, the input if it is wanted, and the gradient at the output that belongs to them."""
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if not torch.isfinite(gradient).all():
             return
@@ -195,6 +203,17 @@ class SensitivityObserver(nn.Module):
             self.positions = self.positions + positions if alike else None
         self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
         self.moments = moments if self.moments is None else self.moments.merge(moments)
+        if features is not None:
+            self._take_features(features, columns.dtype, weights)
+
+    def _take_features(self, value: Tensor, dtype: torch.dtype, weights: Tensor) -> None:
+        rows = value if self.site.conv is None else _batched(value, self.site.conv).movedim(1, -1)
+        rows = rows.reshape(-1, rows.shape[-1])
+        chunks = (piece.mT.unsqueeze(0) for piece in rows.split(max(_CHUNK_ELEMENTS // rows.shape[1], 4 * rows.shape[1])))
+        # Strides and borders part the pixels of the input from those of the output: then all count alike.
+        seen = _sum_moments(chunks, dtype, weights if len(weights) == len(rows) else None)
+        if seen is not None:
+            self.features = seen if self.features is None else self.features.merge(seen)
 
 
 def output_columns(value: Tensor, site: Site) -> Tensor:
@@ -224,14 +243,19 @@ def _in_range(moments: Moments) -> bool:
 
 
 def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype, weights: Tensor | None = None) -> Moments | None:
-    """Moments of one value: products in `dtype` around a shift near the mean, totals in float64.
+    """Moments of one value on the site's side.
 
     Args:
         weights: [n], of all positions in their order; None for 1 each.
     """
+    return _sum_moments(_position_chunks(value, site), dtype, weights)
+
+
+def _sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor | None) -> Moments | None:
+    """Moments of [G, F, n] pieces: products in `dtype` around a shift near the mean, totals in float64."""
     shift, total, scatter = None, None, None
     count, seen = 0.0, 0
-    for chunk in _position_chunks(value, site):
+    for chunk in chunks:
         chunk = chunk.to(dtype)
         if shift is None:
             shift = chunk.mean(-1)

@@ -165,6 +165,7 @@ def report(graph_module: Any) -> Report:
 def summarise(record: GraphRecord, allocation: Allocation) -> Report:
     """The report on a record whose allocation is known."""
     saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices)
+    saved += allocation.saved_elsewhere[0]
     total = record.flops or 1
     refused: dict[str, float] = {}
     for refusal, flops in record.refusals:

@@ -51,10 +51,10 @@ def observe_gradients(
             seen = [(observer, *values) for observer in observers for values in observer.pending or ()]
             if not seen or not scalar.requires_grad:
                 return False
-            gradients = torch.autograd.grad(scalar, [output for _, output, _ in seen], allow_unused=True)
-        for (observer, _, value), gradient in zip(seen, gradients, strict=True):
+            gradients = torch.autograd.grad(scalar, [output for _, output, _, _ in seen], allow_unused=True)
+        for (observer, _, value, features), gradient in zip(seen, gradients, strict=True):
             if gradient is not None:
-                observer.take(value, gradient)
+                observer.take(value, features, gradient)
         return any(gradient is not None for gradient in gradients)
     finally:
         for observer in observers:

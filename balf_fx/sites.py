@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+
+from balf_fx.widths import Width, WidthCurve
 
 META_KEY = "balf"
 """The only key that balf_fx writes, in `node.meta` (an `Annotation`) and in `GraphModule.meta` (a `GraphRecord`)."""
@@ -245,6 +248,8 @@ class Allocation:
         choices: one for each site, in graph order.
         primal: the objective reached, the sum over sites of normalised distortion.
         bound: no allocation within the budget has a smaller objective (None where nothing was optimised).
+        sizes: of widths, by their index in the graph's record; those that are not listed keep all features.
+        saved_elsewhere: FLOPs and parameters that the sizes save in what is no site.
     """
 
     method: str
@@ -253,6 +258,8 @@ class Allocation:
     choices: tuple[Choice, ...]
     primal: float
     bound: float | None
+    sizes: Mapping[int, int] = field(default_factory=dict)
+    saved_elsewhere: tuple[int, int] = (0, 0)
 
     @property
     def gap(self) -> float | None:
@@ -325,6 +332,8 @@ class GraphRecord:
         captured: how the graph came about, "symbolic_trace" or "export".
         allocation, refusals: by Allocate, kept for the report.
         params_after: parameters of the compressed graph, by Allocate.
+        widths: by FindWidths.
+        width_curves: by ScoreWidths, one for each width; None where nothing is known of it.
     """
 
     flops: int | None = None
@@ -333,6 +342,8 @@ class GraphRecord:
     captured: str = "elsewhere"
     allocation: Allocation | None = None
     refusals: tuple[tuple[Refusal, int | None], ...] = ()
+    widths: tuple[Width, ...] = ()
+    width_curves: tuple[WidthCurve | None, ...] = ()
 
 
 def annotation(node: fx.Node) -> Annotation:

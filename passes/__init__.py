@@ -12,21 +12,27 @@ from balf_fx.passes.annotate import Annotate
 from balf_fx.passes.base import Pass
 from balf_fx.passes.decompose_attention import DecomposeAttention
 from balf_fx.passes.factorize import Factorize
+from balf_fx.passes.find_widths import FindWidths
 from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.fold_constants import FoldConstants
+from balf_fx.passes.narrow import Narrow
 from balf_fx.passes.observe import InsertObservers
 from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
+from balf_fx.passes.score_widths import ScoreWidths
 
 __all__ = [
     "Allocate",
     "Annotate",
     "DecomposeAttention",
     "Factorize",
+    "FindWidths",
     "FoldBatchNorm",
     "FoldConstants",
     "InsertObservers",
+    "Narrow",
     "Pass",
     "Refit",
     "Score",
+    "ScoreWidths",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.clusters import Cluster, Option, find_clusters
 from balf_fx.costs import largest_part_rank, parts_candidate
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.knapsack import minimum_cost, solve
@@ -49,7 +50,8 @@ class Totals:
 
     def params_after(self, allocation: Allocation) -> int:
         """Parameters once the chosen sites are factorized."""
-        return self.params_now + sum(choice.chosen.params - choice.dense.params for choice in allocation.choices)
+        changed = sum(choice.chosen.params - choice.dense.params for choice in allocation.choices)
+        return self.params_now + changed - allocation.saved_elsewhere[1]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Allocate(Pass):
         record = graph_record(graph_module)
         params_now = count_parameters(graph_module)
         totals = Totals(record.flops or 0, record.params or params_now, params_now)
-        allocation = self.solve(curves, totals)
+        clusters = find_clusters(graph_module) if self.method == "budget" and self.ranks is None else []
+        allocation = self.solve(curves, totals, clusters)
         for nodes, choice in zip(found.values(), allocation.choices, strict=True):
             for node in nodes:
                 annotate(node, choice=choice)
@@ -131,69 +134,149 @@ class Allocate(Pass):
         )
         return PassResult(graph_module, False)
 
-    def solve(self, curves: Mapping[Site, RankCurve], totals: Totals) -> Allocation:
-        """Choose one candidate for each site, wherever the sites lie: in one graph or in several.
+    def solve(
+        self, curves: Mapping[Site, RankCurve], totals: Totals, clusters: Sequence[Cluster] = ()
+    ) -> Allocation:
+        """Choose one candidate for each site, and a size for each width, wherever they lie: in one graph or in several.
 
         Raises:
             BudgetError: the budget cannot be reached.
         """
-        bound = None
+        bound, sizes, saved = None, {}, (0, 0)
+        weights = _weights(list(curves.values()), self.importance)
         if self.ranks is not None:
             chosen = _explicit(curves, self.ranks)
         elif self.target is None:
             chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves.values()]
+        elif self.method == "budget":
+            options, fixed = self._options(curves, clusters, weights, totals)
+            picked, bound = self._least_loss(options, self._budget(options, fixed, totals))
+            by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
+            chosen = [by_site[site] for site in curves]
+            sizes = {w: size for row, option in picked for w, size in zip(row.widths, option.sizes, strict=True)}
+            saved = _sum_pairs(
+                (row.full[0] - option.others[0], row.full[1] - option.others[1]) for row, option in picked
+            )
+            losses = [option.loss for _, option in picked]
         else:
-            chosen, bound = self._within_budget(list(curves.values()), self.target, totals)
+            chosen = self._by_level(list(curves.values()), totals)
         choices = tuple(
             Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
             for (site, curve), candidate in zip(curves.items(), chosen, strict=True)
         )
-        weights = _weights(list(curves.values()), self.importance)
-        primal = sum(weight * (1.0 - choice.energy_kept) for weight, choice in zip(weights, choices, strict=True))
+        if bound is None:
+            losses = [w * (1.0 - choice.energy_kept) for w, choice in zip(weights, choices, strict=True)]
         method = "ranks" if self.ranks is not None else self.method
-        return Allocation(method, self.measure, self.target, choices, primal, bound)
+        return Allocation(method, self.measure, self.target, choices, sum(losses), bound, sizes, saved)
 
-    def _within_budget(
-        self, curves: Sequence[RankCurve], target: float, totals: Totals
-    ) -> tuple[list[Candidate], float | None]:
-        """The candidates chosen, and the dual bound of method "budget"."""
-        total = totals.flops if self.measure == "flops" else totals.params
+    def _options(
+        self,
+        curves: Mapping[Site, RankCurve],
+        clusters: Sequence[Cluster],
+        weights: Sequence[float],
+        totals: Totals,
+    ) -> tuple[list[_Row], int]:
+        """What there is to choose from, cluster by cluster and then site by site, and what everything else costs."""
+        weight_of = dict(zip(curves, weights, strict=True))
+        mean = _mean_loss(list(curves.values()))
+        rows = []
+        for cluster in clusters:
+            own = [member.site for member in cluster.members]
+            width_weights = [(curve.loss / mean) ** self.importance for curve in cluster.curves]
+            options = cluster.options(
+                [curves[s] for s in own], [weight_of[s] for s in own], width_weights, self.measure
+            )
+            rows.append(_Row(tuple(own), cluster.indices, tuple(options), cluster.full))
+        taken = {site for row in rows for site in row.sites}
+        for site, curve in curves.items():
+            if site not in taken:
+                own_options = [
+                    Option((c,), (), c.flops, c.params, (0, 0), weight_of[site] * curve.normalised(c.distortion))
+                    for c in _cheaper_than_dense(curve, self.measure)
+                ]
+                rows.append(_Row((site,), (), tuple(own_options), (0, 0)))
         now = totals.flops if self.measure == "flops" else totals.params_now
-        fixed = now - sum(curve.dense.cost(self.measure) for curve in curves)
-        options = [_cheaper_than_dense(curve, self.measure) for curve in curves]
-        if self.method != "budget":  # what is raised step by step needs one order
-            options = [[c for c in row if not isinstance(c.rank, tuple)] for row in options]
-        costs = [[candidate.cost(self.measure) for candidate in row] for row in options]
-        budget = math.floor(target * total) - fixed
+        index = 0 if self.measure == "flops" else 1
+        dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
+        return rows, now - dense - sum(row.full[index] for row in rows)
+
+    def _least_loss(
+        self, rows: Sequence[_Row], budget: int
+    ) -> tuple[list[tuple[_Row, Option]], float]:
+        """The options of least loss within the budget, and the dual bound."""
+        costs = [[option.cost(self.measure) for option in row.options] for row in rows]
+        if sum(row[-1] for row in costs) <= budget:
+            return [(row, row.options[-1]) for row in rows], 0.0
+        solution = solve(costs, [[option.loss for option in row.options] for row in rows], budget)
+        return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.bound
+
+    def _budget(self, rows: Sequence[_Row], fixed: int, totals: Totals) -> int:
+        """What may be spent on what there is to choose."""
+        costs = [[option.cost(self.measure) for option in row.options] for row in rows]
+        return self._reachable(costs, fixed, totals)
+
+    def _reachable(self, costs: Sequence[Sequence[int]], fixed: int, totals: Totals) -> int:
+        total = totals.flops if self.measure == "flops" else totals.params
+        budget = math.floor((self.target or 1.0) * total) - fixed
         if minimum_cost(costs) > budget and self.strict:
             minimum = math.ceil((minimum_cost(costs) + fixed) / total * 1e4) / 1e4
             raise BudgetError(
-                f"{self.measure}={target} is out of reach: with every site at rank 1 the model keeps {minimum:.4f} of "
-                f"them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more, or pass "
+                f"{self.measure}={self.target} is out of reach: with every site at rank 1 the model keeps {minimum:.4f} "
+                f"of them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more, or pass "
                 "strict=False to get the closest reachable model",
                 minimum,
             )
-        budget = max(budget, minimum_cost(costs))
+        return max(budget, minimum_cost(costs))
+
+    def _by_level(self, curves: Sequence[RankCurve], totals: Totals) -> list[Candidate]:
+        """The same share of cost or energy everywhere, as far as the budget goes."""
+        # What is raised step by step needs one order.
+        options = [
+            [c for c in _cheaper_than_dense(curve, self.measure) if not isinstance(c.rank, tuple)] for curve in curves
+        ]
+        costs = [[candidate.cost(self.measure) for candidate in row] for row in options]
+        now = totals.flops if self.measure == "flops" else totals.params_now
+        budget = self._reachable(costs, now - sum(curve.dense.cost(self.measure) for curve in curves), totals)
         if sum(row[-1] for row in costs) <= budget:
-            return [curve.dense for curve in curves], 0.0 if self.method == "budget" else None
-        lost = [[curve.normalised(c.distortion) for c in row] for curve, row in zip(curves, options, strict=True)]
-        if self.method == "budget":
-            lost = [[w * loss for loss in row] for w, row in zip(_weights(curves, self.importance), lost, strict=True)]
-            solution = solve(costs, lost, budget)
-            return [row[index] for row, index in zip(options, solution.choice, strict=True)], solution.bound
+            return [curve.dense for curve in curves]
         if self.method == "uniform":
             levels = [[cost / max(row[-1], 1) for cost in row] for row in costs]
         else:
-            levels = [[1.0 - loss for loss in row] for row in lost]
+            levels = [
+                [1.0 - curve.normalised(c.distortion) for c in row] for curve, row in zip(curves, options, strict=True)
+            ]
         choice = _raise_lowest(costs, levels, budget)
-        return [row[index] for row, index in zip(options, choice, strict=True)], None
+        return [row[index] for row, index in zip(options, choice, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Sites and widths that are chosen together.
+
+    Attributes:
+        full: FLOPs and parameters, as they are, of what is no site but follows the sizes of the widths.
+    """
+
+    sites: tuple[Site, ...]
+    widths: tuple[int, ...]
+    options: tuple[Option, ...]
+    full: tuple[int, int]
+
+
+def _sum_pairs(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    listed = list(pairs)
+    return sum(a for a, _ in listed), sum(b for _, b in listed)
 
 
 def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:
     """What the sites' normalised distortions count, 1 on average; a site without a gradient counts as the average."""
-    known = [curve.loss for curve in curves if curve.loss is not None and curve.loss > 0]
-    mean = statistics.geometric_mean(known) if known else 1.0
+    mean = _mean_loss(curves)
     return [1.0 if curve.loss is None else (curve.loss / mean) ** importance for curve in curves]
+
+
+def _mean_loss(curves: Sequence[RankCurve]) -> float:
+    known = [curve.loss for curve in curves if curve.loss is not None and curve.loss > 0]
+    return statistics.geometric_mean(known) if known else 1.0
 
 
 def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils import skip_init
 
+from balf_fx.cuts import Cut, find_cuts
 from balf_fx.errors import PassError
 from balf_fx.linalg import corrected_bias, factors, in_parts
 from balf_fx.linear_maps import erase_unused, read_layer, site_input
@@ -55,21 +56,40 @@ class Factorize(Pass):
                 raise PassError(f"Factorize: site {site.name!r} has no choice; run Score and Allocate first")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        cuts = find_cuts(graph_module)
+        found = self.require_sites(graph_module)
+        layers: dict[Site, list[fx.Node]] = dict(found)
+        for node in graph_module.graph.nodes:  # no rank would help these, but they may have been refitted or narrowed
+            layer = read_layer(graph_module, node)
+            changed = annotation(node).refit is not None or node.name in cuts
+            if annotation(node).site is None and changed and isinstance(layer, Site):
+                layers[layer] = [node]
         modified = False
-        for site, nodes in self.require_sites(graph_module).items():
-            mark = annotation(nodes[0])
-            if mark.refit is not None or mark.choice is None or mark.curve is None or mark.choice.chosen.rank is None:
+        for site, nodes in layers.items():
+            mark, cut = annotation(nodes[0]), cuts.get(nodes[0].name)
+            rank = None if mark.choice is None else mark.choice.chosen.rank
+            if rank is None and cut is None and mark.refit is None:
                 continue
-            pair = factor_modules(graph_module, site, mark.curve, mark.choice.chosen.rank)
-            replace_site(graph_module, nodes, site, pair)
+            solution = mark.refit or planned(graph_module, nodes[0], site, cut)
+            thin = site
+            if cut is not None:
+                solution, thin = (cut.narrow_outputs(solution[0]),), cut.outputs(cut.inputs(site))
+            replace_site(graph_module, nodes, site, build(graph_module, thin, solution))
             modified = True
-        for node in list(graph_module.graph.nodes):
-            solution, layer = annotation(node).refit, annotation(node).site or read_layer(graph_module, node)
-            if solution is not None and isinstance(layer, Site):
-                replace_site(graph_module, [node], layer, build(graph_module, layer, solution))
-                modified = True
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)
+
+
+def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:
+    """A layer's one-shot solution for the rank and the features that it was given, at the size at which it writes."""
+    mark = annotation(node)
+    if mark.curve is None or mark.choice is None:
+        solution: tuple[Solution, ...] = (
+            Solution(None, grouped_weight(graph_module, site), grouped_bias(graph_module, site)),
+        )
+    else:
+        solution = one_shot(graph_module, site, mark.curve, mark.choice.chosen.rank)
+    return solution if cut is None else (cut.narrow_inputs(solution[0], site),)
 
 
 def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> nn.Module:

@@ -13,7 +13,7 @@ from balf_fx.linear_maps import changes_in_place, site_input
 from balf_fx.observers import CovarianceObserver, SensitivityObserver
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_weight
-from balf_fx.sites import Site, annotate, annotation
+from balf_fx.sites import Site, annotate, annotation, graph_record
 
 OBSERVERS = "balf_observers"
 """Path of the submodule that holds the observers of a prepared graph."""
@@ -52,8 +52,10 @@ class InsertObservers(Pass):
                     _observe(graph_module.graph, node, site, shared[key])
                 annotate(node, observer=shared[key])
         if self.sensitivity:
+            readers = {name for width in graph_record(graph_module).widths for name in width.consumers}
             for number, (site, nodes) in enumerate(self.require_sites(graph_module).items(), len(shared)):
-                _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}")
+                features = any(node.name in readers for node in nodes)
+                _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}", features)
         return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
@@ -69,10 +71,13 @@ def _observe(graph: fx.Graph, node: fx.Node, site: Site, observer: str) -> None:
         graph.call_module(observer, (node if output else site_input(node),))
 
 
-def _observe_gradients(graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node], observer: str) -> None:
-    readers = [user for node in nodes for user in (node if site.side == "output" else site_input(node)).users]
-    copies = any(changes_in_place(graph_module, reader) for reader in readers)
-    graph_module.add_submodule(observer, SensitivityObserver(site, _range_basis(graph_module, site), copies))
+def _observe_gradients(
+    graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node], observer: str, features: bool
+) -> None:
+    values = [value for node in nodes for value in (node, site_input(node))]
+    copies = any(changes_in_place(graph_module, reader) for value in values for reader in value.users)
+    basis = _range_basis(graph_module, site)
+    graph_module.add_submodule(observer, SensitivityObserver(site, basis, copies, features))
     for node in nodes:
         with graph_module.graph.inserting_after(node):
             graph_module.graph.call_module(observer, (site_input(node), node))

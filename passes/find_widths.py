@@ -1,0 +1,45 @@
+"""Find the widths: features inside the model that may become fewer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.channels import find_channels
+from balf_fx.heads import find_heads
+from balf_fx.passes.base import Pass
+from balf_fx.sites import annotation, record_graph
+from balf_fx.widths import Width, joint_widths
+
+_JOINED = 2  # widths that share layers, and are chosen together: all their sizes are tried against each other
+
+
+@dataclass(frozen=True)
+class FindWidths(Pass):
+    """Record the widths of an annotated and profiled graph (`channels`, `heads`).
+
+    A layer may lie between two widths, as does the middle one of a bottleneck. Of longer chains those widths are taken
+    that touch most FLOPs.
+    """
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        self.require_sites(graph_module)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        found = [*find_channels(graph_module), *find_heads(graph_module)]
+        record_graph(graph_module, widths=tuple(_most_valuable(graph_module, found)))
+        return PassResult(graph_module, False)
+
+
+def _most_valuable(graph_module: fx.GraphModule, found: list[Width]) -> list[Width]:
+    """Widths by the FLOPs they touch, as long as no more than a few hang together."""
+    flops = {node.name: annotation(node).flops or 0 for node in graph_module.graph.nodes}
+    order = sorted(range(len(found)), key=lambda i: -sum(flops[name] for name in found[i].layers))
+    taken: list[int] = []
+    for index in order:
+        joined = joint_widths([*(found[i] for i in taken), found[index]])
+        if max(map(len, joined)) <= _JOINED:
+            taken.append(index)
+    return [found[index] for index in sorted(taken)]

@@ -1,0 +1,126 @@
+"""Rewrite what lies between layers whose widths have shrunk."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.cuts import Cut, find_cuts
+from balf_fx.linear_maps import site_input
+from balf_fx.passes.base import Pass
+from balf_fx.sites import META_KEY, VALUE_META, get_tensor, graph_record
+from balf_fx.widths import Operand, Width
+
+
+@dataclass(frozen=True)
+class Narrow(Pass):
+    """Carry the allocation's sizes out where no layer is concerned: constants between layers, and attention.
+
+    Constants along the features lose the entries of those that go. Products of attention read their heads from new
+    views of what the narrower layers return, and output projections from a new view of what the products return. The
+    layers themselves follow in `Factorize`, which must run next: in between the graph does not compute.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        record = graph_record(graph_module)
+        cuts = find_cuts(graph_module)
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        for width in record.widths:
+            if any(name in cuts for name in (*width.layers, *width.between)):
+                for name in width.between:
+                    if nodes[name].op == "get_attr" and name in cuts:
+                        _slice_constant(graph_module, nodes[name], width.features, cuts[name])
+        attentions = [w for w in record.widths if w.product and any(cuts.get(name, Cut()).written for name in w.producers)]
+        for name in dict.fromkeys(name for width in attentions for name in width.producers):
+            _rewire_producer(graph_module, nodes, name, attentions, cuts[name])
+        for index, width in enumerate(record.widths):
+            allocation = record.allocation
+            size = width.features if allocation is None else allocation.sizes.get(index, width.features)
+            if width.product and size < width.features:
+                _rewire_product(graph_module, nodes, width)
+        return PassResult(graph_module, bool(cuts))
+
+
+def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, cut: Cut) -> None:
+    path = str(node.target)
+    value: Tensor = get_tensor(graph_module, path)
+    kept = cut.written[0][1][0].argmax(-1).to(value.device)
+    thin = value.detach().index_select(list(value.shape).index(features), kept)
+    owner, _, name = path.rpartition(".")
+    module = graph_module.get_submodule(owner)
+    if name in module._parameters:
+        module.register_parameter(name, nn.Parameter(thin, requires_grad=value.requires_grad))
+    elif name in module._buffers:
+        module.register_buffer(name, thin, persistent=name not in module._non_persistent_buffers_set)
+    else:
+        setattr(module, name, thin)
+
+
+def _rewire_producer(
+    graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], name: str, widths: Sequence[Width], cut: Cut
+) -> None:
+    """Let products read their heads from a layer that returns them one after another, as `Cut` lays its rows."""
+    graph = graph_module.graph
+    layer = nodes[name]
+    reads = [(w, operand) for w in widths for p, operand in zip(w.producers, w.operands, strict=True) if p == name]
+    heads = [(len(rows), maps.shape[1]) for rows, maps in cut.written]
+    anchor = layer.next
+    with graph.inserting_before(anchor):
+        pieces: list[fx.Node] = [layer]
+        if len(heads) > 1:
+            split = graph.call_function(torch.split, (layer, [count * size for count, size in heads], -1))
+            pieces = [graph.call_function(operator.getitem, (split, i)) for i in range(len(heads))]
+        for (width, operand), piece, (count, size) in zip(reads, pieces, heads, strict=True):
+            view = _heads(graph, piece, count, size, operand, width.sequence_first)
+            product = nodes[width.product]
+            _replace_argument(product, operand.position, view)
+
+
+def _replace_argument(node: fx.Node, position: int, value: fx.Node) -> None:
+    """Let a node read another value, and erase what only led to the old one."""
+    pending = [node.args[position]]
+    node.update_arg(position, value)
+    while pending:
+        old = pending.pop()
+        if isinstance(old, fx.Node) and not old.users and old.op in ("call_function", "call_method", "call_module"):
+            pending += old.all_input_nodes
+            node.graph.erase_node(old)
+
+
+def _heads(
+    graph: fx.Graph, value: fx.Node, count: int, size: int, operand: Operand, sequence_first: bool
+) -> fx.Node:
+    """[..., heads, positions, features], as a product reads it."""
+    view = graph.call_method("unflatten", (value, -1, (count, size)))
+    moved: tuple[Any, ...] = ("movedim", 0, -2) if sequence_first else ("transpose", -3, -2)
+    view = graph.call_method(moved[0], (view, *moved[1:]))
+    if operand.copies > 1:
+        view = graph.call_method("repeat_interleave", (view, operand.copies, -3))
+    if operand.scale != 1.0:
+        view = graph.call_function(operator.mul, (view, operand.scale))
+    return graph.call_method("transpose", (view, -2, -1)) if operand.transposed else view
+
+
+def _rewire_product(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> None:
+    graph = graph_module.graph
+    product = nodes[width.product]
+    if width.kind == "queries":
+        attention = "scaled_dot_product" in str(getattr(product.target, "__name__", ""))
+        if attention and product.kwargs.get("scale") is None:
+            product.kwargs = {**product.kwargs, "scale": width.features**-0.5}
+        return
+    reader = nodes[width.consumers[0]]
+    with graph.inserting_after(product):
+        moved: tuple[Any, ...] = ("movedim", -2, 0) if width.sequence_first else ("transpose", -3, -2)
+        view = graph.call_method(moved[0], (product, *moved[1:]))
+    with graph.inserting_after(view):
+        flat = graph.call_method("flatten", (view, -2))
+    for node in (view, flat):
+        node.meta = {k: v for k, v in product.meta.items() if k not in (META_KEY, *VALUE_META)}
+    _replace_argument(reader, 0, flat)
