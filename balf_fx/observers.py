@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from balf_fx.errors import NonFiniteError
-from balf_fx.sites import ConvGeometry, Site
+from balf_fx.linalg import weight_matrix
+from balf_fx.sites import ConvGeometry, Side, Site
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK_ELEMENTS = 1 << 19  # a chunk's working copy stays in the cache, and calibration's extra memory is bounded
@@ -70,18 +71,20 @@ class CovarianceObserver(nn.Module):
     Args:
         site: the first site served; its side says what the value is, its geometry how to cut it into positions.
         skip_non_finite: pass over a value with NaN or infinity, with a warning in the log, in place of an error.
+        side: what the value is; None for the side where the site's statistics cost least.
     """
 
     _is_impure = True  # tells FX that dead-code elimination must keep the call
 
-    def __init__(self, site: Site, skip_non_finite: bool = False) -> None:
+    def __init__(self, site: Site, skip_non_finite: bool = False, side: Side | None = None) -> None:
         super().__init__()
         self.site = site
+        self.side: Side = side or site.side
         self.skip_non_finite = skip_non_finite
         self.moments: Moments | None = None
 
     def extra_repr(self) -> str:
-        return f"{self.site.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
+        return f"{self.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -90,19 +93,19 @@ class CovarianceObserver(nn.Module):
     @torch.no_grad()
     def forward(self, value: Tensor) -> None:
         with torch.autocast(value.device.type, enabled=False):
-            seen = _batch_moments(value, self.site, torch.promote_types(value.dtype, torch.float32))
+            seen = _batch_moments(value, self.site, self.side, torch.promote_types(value.dtype, torch.float32))
             if seen is not None and not _in_range(seen):  # squares overflow or underflow long before the values do
-                seen = _batch_moments(value, self.site, torch.float64)
+                seen = _batch_moments(value, self.site, self.side, torch.float64)
         if seen is None:
             return
         if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
             if self.skip_non_finite:
                 _LOGGER.warning(
-                    "the %s of site %r holds NaN or infinity: this call does not count", self.site.side, self.site.name
+                    "the %s of site %r holds NaN or infinity: this call does not count", self.side, self.site.name
                 )
                 return
             raise NonFiniteError(
-                f"the {self.site.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
+                f"the {self.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
                 f"and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"
             )
         self.moments = seen if self.moments is None else self.moments.merge(seen)
@@ -185,7 +188,7 @@ class SensitivityObserver(nn.Module):
             pieces = columns.reshape(self.site.parts, -1, columns.shape[-1])
             parts = (pieces @ pieces.mT).to(torch.float64)
         seen = Gradients(samples, float(squares.sum(dtype=torch.float64)), (inner @ inner.mT).to(torch.float64), parts)
-        moments = _batch_moments(value, self.site, columns.dtype, weights)
+        moments = _batch_moments(value, self.site, self.site.side, columns.dtype, weights)
         if moments is None:  # no gradient at all
             return
         if self.gradients is None:
@@ -195,6 +198,50 @@ class SensitivityObserver(nn.Module):
             self.positions = self.positions + positions if alike else None
         self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
         self.moments = moments if self.moments is None else self.moments.merge(moments)
+
+
+@dataclass(frozen=True)
+class WeightGradients:
+    """The gradient of the loss at a site's weight, summed over batches.
+
+    Attributes:
+        absolute, squares: [G, O, D] float32, the sums of |dL/dW| and of (dL/dW)^2.
+    """
+
+    absolute: Tensor
+    squares: Tensor
+
+    def merge(self, other: WeightGradients) -> WeightGradients:
+        """Both samples together."""
+        return WeightGradients(self.absolute + other.absolute, self.squares + other.squares)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightGradients:
+        return self
+
+
+class InfluenceObserver(nn.Module):
+    """Gathers the `WeightGradients` of a site.
+
+    No node calls it, since no value in the graph is what it observes: `sensitivity` hands it the gradient of each
+    batch, that of all uses of the weight together.
+
+    Args:
+        site: the site.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.gradients: WeightGradients | None = None
+
+    @torch.no_grad()
+    def take(self, gradient: Tensor) -> None:
+        """Count the gradient of one batch, in the shape of the weight."""
+        if not torch.isfinite(gradient).all():
+            return
+        grouped = weight_matrix(gradient, self.site.groups, self.site.inputs_first)
+        seen = WeightGradients(grouped.abs().float(), grouped.square().float())
+        self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
 
 
 def output_columns(value: Tensor, site: Site) -> Tensor:
@@ -223,7 +270,9 @@ def _in_range(moments: Moments) -> bool:
     return 1e-30 < largest < float("inf") and bool(torch.isfinite(moments.scatter).all())
 
 
-def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype, weights: Tensor | None = None) -> Moments | None:
+def _batch_moments(
+    value: Tensor, site: Site, side: Side, dtype: torch.dtype, weights: Tensor | None = None
+) -> Moments | None:
     """Moments of one value: products in `dtype` around a shift near the mean, totals in float64.
 
     Args:
@@ -231,7 +280,7 @@ def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype, weights: Tenso
     """
     shift, total, scatter = None, None, None
     count, seen = 0.0, 0
-    for chunk in _position_chunks(value, site):
+    for chunk in _position_chunks(value, site, side):
         chunk = chunk.to(dtype)
         if shift is None:
             shift = chunk.mean(-1)
@@ -254,11 +303,11 @@ def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype, weights: Tenso
     return Moments(count, shift.to(torch.float64) + drift, scatter)
 
 
-def _position_chunks(value: Tensor, site: Site) -> Iterator[Tensor]:
+def _position_chunks(value: Tensor, site: Site, side: Side) -> Iterator[Tensor]:
     """Cut a site's output or input into [G, F, n] pieces, F = O or D, along the batch."""
     if value.numel() == 0:
         return
-    output = site.side == "output"
+    output = side == "output"
     features = site.out_features if output else site.in_features
     if site.conv is None:
         batched, per_chunk = value.reshape(-1, features), max(_CHUNK_ELEMENTS // features, 4 * features)

@@ -15,6 +15,7 @@ from balf_fx.passes.factorize import Factorize
 from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.fold_constants import FoldConstants
 from balf_fx.passes.observe import InsertObservers
+from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
 
@@ -27,6 +28,7 @@ __all__ = [
     "FoldConstants",
     "InsertObservers",
     "Pass",
+    "Refine",
     "Refit",
     "Score",
 ]

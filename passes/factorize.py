@@ -58,13 +58,15 @@ class Factorize(Pass):
         modified = False
         for site, nodes in self.require_sites(graph_module).items():
             mark = annotation(nodes[0])
-            if mark.refit is not None or mark.choice is None or mark.curve is None or mark.choice.chosen.rank is None:
-                continue
-            pair = factor_modules(graph_module, site, mark.curve, mark.choice.chosen.rank)
-            replace_site(graph_module, nodes, site, pair)
+            solution = mark.refit
+            if solution is None:
+                if mark.choice is None or mark.curve is None or mark.choice.chosen.rank is None:
+                    continue
+                solution = one_shot(graph_module, site, mark.curve, mark.choice.chosen.rank)
+            replace_site(graph_module, nodes, site, build(graph_module, site, solution))
             modified = True
-        for node in list(graph_module.graph.nodes):
-            solution, layer = annotation(node).refit, annotation(node).site or read_layer(graph_module, node)
+        for node in list(graph_module.graph.nodes):  # layers that are no sites may have been refitted, too
+            solution, layer = annotation(node).refit, read_layer(graph_module, node)
             if solution is not None and isinstance(layer, Site):
                 replace_site(graph_module, [node], layer, build(graph_module, layer, solution))
                 modified = True

@@ -25,9 +25,9 @@ from balf_fx.linalg import (
 )
 from balf_fx.observers import CovarianceObserver, Gradients, Moments, SensitivityObserver
 from balf_fx.passes.base import Pass
-from balf_fx.sites import RankCurve, Site, Spectrum, annotate, annotation, get_tensor
+from balf_fx.sites import RankCurve, Side, Site, Spectrum, annotate, annotation, get_tensor
 
-Factors = Literal["sensitivity", "activations", "svd"]
+Factors = Literal["sensitivity", "activations", "air", "svd"]
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -37,8 +37,8 @@ class Score(Pass):
 
     Attributes:
         factors: "activations" minimises the output error over the calibration data; "sensitivity" the part of it that
-            the loss minds, where gradients are known, and else the same; "svd" truncates the weight alone and needs
-            no observers.
+            the loss minds, where gradients are known, and else the same; "air" is "activations" for each site as a
+            whole, from which `Refine` goes on; "svd" truncates the weight alone and needs no observers.
         centred: use covariances and move the mean of what is dropped into the bias; False uses uncentred second
             moments and leaves the bias alone, as BALF (arXiv 2509.25136) does.
         split: let the parts of a fused projection have factors of their own where that is better.
@@ -61,20 +61,22 @@ class Score(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
             if self.factors != "svd":
-                self._moments(graph_module, nodes[0], site)
+                self._observed(graph_module, nodes[0], site)
+            if self.factors == "air" and annotation(nodes[0]).influence is None and not site.transposed:
+                raise NotCalibratedError(
+                    f"factors='air' needs the gradients of weights, and that of site {site.name!r} was not observed: "
+                    "pass factors='air' to balf_fx.prepare (InsertObservers(influence=True) among passes), too"
+                )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
         for site, nodes in tqdm(found.items(), desc="scoring", unit="site", disable=not self.progress, leave=False):
             mark = annotation(nodes[0])
-            moments = self._moments(graph_module, nodes[0], site) if self.factors != "svd" else None
-            gradients = None
-            if self.factors == "sensitivity":
-                moments, gradients = self._sensitivity(graph_module, nodes[0]) or (moments, None)
+            moments, side, gradients = self._statistics(graph_module, nodes[0], site)
             scored_with = (self.factors, self.centred, self.split, self.damping, moments, gradients)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            curve = self.score(graph_module, site, moments, *use(nodes), gradients)
+            curve = self.score(graph_module, site, moments, *use(nodes), gradients, side)
             for node in nodes:
                 annotate(node, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
@@ -87,20 +89,23 @@ class Score(Pass):
         flops: int,
         output_elements: int,
         gradients: Gradients | None = None,
+        side: Side | None = None,
     ) -> RankCurve:
         """Score one site.
 
         Args:
-            moments: on the site's side; None for the weight alone.
+            moments: on the site's side, or on `side`; None for the weight alone.
             flops, output_elements: of all uses of the site together.
-            gradients: at the site's output; None for the plain output error.
+            gradients: at the site's output, with moments on the site's side; None for the plain output error.
+            side: of the moments.
         """
+        side = side or site.side
         roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
-        spectrum = _spectrum(graph_module, site, moments, self.centred, 1, roots)
+        spectrum = _spectrum(graph_module, site, moments, side, self.centred, 1, roots)
         parts = None
-        if self.split and site.parts > 1:
+        if self.split and site.parts > 1 and self.factors != "air":
             roots = None if gradients is None else self._parts_roots(graph_module, site, gradients)
-            parts = _spectrum(graph_module, site, moments, self.centred, site.parts, roots)
+            parts = _spectrum(graph_module, site, moments, side, self.centred, site.parts, roots)
         curve = rank_curve(site, spectrum, flops, output_elements, parts)
         if gradients is None:
             return curve
@@ -120,6 +125,18 @@ class Score(Pass):
             own = basis.mT @ own @ basis
         return damped_roots(own, self.damping, unit)
 
+    def _statistics(
+        self, graph_module: fx.GraphModule, node: fx.Node, site: Site
+    ) -> tuple[Moments | None, Side, Gradients | None]:
+        """The moments to score with, their side, and the gradients that weigh them."""
+        if self.factors == "svd":
+            return None, site.side, None
+        known = self._sensitivity(graph_module, node) if self.factors == "sensitivity" else None
+        if known is not None:
+            moments, gradients = known
+            return moments, site.side, gradients
+        return *self._observed(graph_module, node, site), None
+
     def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Moments, Gradients] | None:
         path = annotation(node).sensitivity
         observer: Any = None if path is None else graph_module.get_submodule(path)
@@ -132,7 +149,7 @@ class Score(Pass):
         _LOGGER.info("no gradient has reached %s: its factors minimise the plain output error", node.name)
         return None
 
-    def _moments(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Moments:
+    def _observed(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[Moments, Side]:
         path = annotation(node).observer
         observer: Any = None if path is None else graph_module.get_submodule(path)
         if not isinstance(observer, CovarianceObserver):
@@ -143,13 +160,14 @@ class Score(Pass):
             raise NotCalibratedError(
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
-        return observer.moments
+        return observer.moments, observer.side
 
 
 def _spectrum(
     graph_module: fx.GraphModule,
     site: Site,
     moments: Moments | None,
+    side: Side,
     centred: bool,
     parts: int,
     roots: tuple[Tensor, Tensor] | None,
@@ -158,7 +176,7 @@ def _spectrum(
     weight = in_parts(grouped_weight(graph_module, site), parts)
     if moments is None:
         return spectrum_from_weight(weight)
-    if site.side == "input":
+    if side == "input":
         moment = moments.covariance() if centred else moments.second_moment()
         return spectrum_from_input(weight, moment, moments.mean if centred else None, roots)
     bias = grouped_bias(graph_module, site)
