@@ -3,11 +3,12 @@
 from balf_fx import passes
 from balf_fx.api import calibrate, compile, convert, prepare
 from balf_fx.errors import BalfError
-from balf_fx.presets import BALF
+from balf_fx.presets import AIR, BALF
 from balf_fx.report import report
 from balf_fx.version import __version__
 
 __all__ = [
+    "AIR",
     "BALF",
     "BalfError",
     "__version__",

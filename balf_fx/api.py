@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
@@ -15,8 +15,8 @@ from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, r
 from balf_fx.capture import Method as CaptureMethod
 from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
-from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError
-from balf_fx.observers import SensitivityObserver
+from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError, OptionError
+from balf_fx.observers import InfluenceObserver, SensitivityObserver
 from balf_fx.passes import (
     Allocate,
     Annotate,
@@ -25,6 +25,7 @@ from balf_fx.passes import (
     FoldBatchNorm,
     InsertObservers,
     Narrow,
+    Refine,
     Refit,
     Score,
     ScoreWidths,
@@ -34,7 +35,7 @@ from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
 from balf_fx.sensitivity import Loss, observe_gradients
-from balf_fx.sites import META_KEY, Rank, annotation, sites
+from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
 
 _IMPORTANCE = 0.3  # of held-out CIFAR-10 training images, most stay right near this power of a site's loss
 
@@ -73,7 +74,8 @@ def compile(
         flops, params: the budget, exactly one of them: the fraction of the *whole model's* FLOPs (as
             `torch.utils.flop_counter` counts them) or parameters to keep, in (0, 1].
         factors: "activations" for the least output error over the calibration data; "sensitivity" for the least
-            output error that the model's own answer minds, by gradients of a label-free loss (`sensitivity`); "svd"
+            output error that the model's own answer minds, by gradients of a label-free loss (`sensitivity`); "air"
+            for the least output error with each weight's share counted by its influence on the loss (`Refine`); "svd"
             for the weights alone.
         allocation: how the budget is spread over the sites, "budget" (least total loss of energy), "uniform" (same
             share of each site's cost) or "energy" (same share of each site's energy); or explicit {site: rank},
@@ -81,15 +83,15 @@ def compile(
         energy: with allocation="energy", the share of energy to keep in each site, in place of a budget.
         centred: move the mean of what is dropped into the bias.
         split: let the parts of fused projections, as of query, key and value, have factors of their own where that
-            loses less at the same budget.
+            loses less at the same budget; not with factors="air".
         fold_batchnorm: fold BatchNorm into the layer before it first.
         include, exclude: glob patterns of site names.
         strict: a budget below what is reachable is an error; False takes the closest reachable model instead.
         capture: "symbolic_trace", "export", or "auto", which tries them in this order (`balf_fx.capture`).
         refit: solve every layer again, on the input that it gets in the compressed model (`passes.Refit`); keeps all
-            batches in memory.
-        loss: with factors="sensitivity", `loss(output, batch)`: a scalar that is to stay small, in place of the
-            label-free one.
+            batches in memory; not with factors="air".
+        loss: with factors="sensitivity" or "air", `loss(output, batch)`: a scalar that is to stay small, in place of
+            the label-free one.
         forward: `forward(model, batch)`, called in place of the rules for batches.
         seed: of the random probes.
         progress: show progress bars on stderr.
@@ -102,6 +104,7 @@ def compile(
         BalfError: see `balf_fx.errors`; the message says what to do.
     """
     score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
+    _check_refit(factors, refit)
     forward = forward or forward_for(model)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
         # 1. The first batch tells how the model is called and what it costs.
@@ -116,7 +119,7 @@ def compile(
             fold_batchnorm=fold_batchnorm,
             include=include,
             exclude=exclude,
-            sensitivity=factors == "sensitivity",
+            factors=factors,
             capture=capture,
             forward=forward,
         )
@@ -135,6 +138,7 @@ def prepare(
     fold_batchnorm: bool = True,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    factors: Factors | Collection[Factors] = "activations",
     sensitivity: bool = False,
     capture: CaptureMethod = "auto",
     forward: Forward | None = None,
@@ -144,11 +148,17 @@ def prepare(
     Args:
         model, fold_batchnorm, include, exclude, capture, forward: as in `compile`.
         example: one batch; it is run, but not counted as calibration.
-        sensitivity: observe gradients as well; `calibrate` runs them, a plain call of the graph does not.
+        factors: what `convert` is to be able to make, one or several; "activations" and "svd" always are. The others
+            need gradients: `calibrate` runs them, a plain call of the graph does not.
+        sensitivity: the same as "sensitivity" among `factors`.
 
     Raises:
         NoSiteError: nothing in the model can be factorized.
     """
+    wanted = {factors} if isinstance(factors, str) else set(factors)
+    unknown = wanted - set(get_args(Factors))
+    if unknown:
+        raise OptionError(f"factors are {', '.join(map(repr, get_args(Factors)))}, not {', '.join(map(repr, unknown))}")
     with torch.inference_mode(False), torch.no_grad():
         graph_module = capture_graph(model, example, forward, capture)
         if fold_batchnorm:
@@ -158,9 +168,10 @@ def prepare(
             refusals = [mark.refusal for mark in map(annotation, graph_module.graph.nodes) if mark.refusal is not None]
             listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
             raise NoSiteError(f"nothing in {type(model).__name__} can be factorized ({listed})")
-        if sensitivity:
+        observes_gradients = sensitivity or "sensitivity" in wanted
+        if observes_gradients:
             FindWidths()(graph_module)
-        InsertObservers(sensitivity)(graph_module)
+        InsertObservers(observes_gradients, "air" in wanted)(graph_module)
         return graph_module
 
 
@@ -183,7 +194,7 @@ def calibrate(
     """
     forward = forward or forward_for(prepared)
     generator = torch.Generator().manual_seed(seed)
-    wants_gradients = any(isinstance(module, SensitivityObserver) for module in prepared.modules())
+    wants_gradients = any(isinstance(module, SensitivityObserver | InfluenceObserver) for module in prepared.modules())
     for index, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress, leave=False)):
         if wants_gradients:
             observe_gradients(prepared, batch, forward, index, generator, loss)
@@ -214,10 +225,12 @@ def convert(
         Everything else: as in `compile`.
 
     Raises:
-        NotCalibratedError: the graph holds no observers, or they have seen nothing.
+        NotCalibratedError: the graph holds no observers, or none of what the factors need, or they have seen nothing.
         BudgetError: the budget cannot be reached; names the smallest that can.
     """
     score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
+    batches = list(batches)
+    _check_refit(factors, bool(batches))
     with torch.inference_mode(False), torch.no_grad():
         return _convert(prepared, score, allocate, batches, forward or forward_for(prepared))
 
@@ -241,6 +254,11 @@ def _convert_passes(
     return Score(factors, centred, split, progress=progress), allocate
 
 
+def _check_refit(factors: Factors, refit: bool) -> None:
+    if refit and factors == "air":
+        raise OptionError("refit would undo what factors='air' is for: drop one of them")
+
+
 def _convert(
     prepared: fx.GraphModule, score: Score, allocate: Allocate, batches: Iterable[Any], forward: Forward
 ) -> fx.GraphModule:
@@ -251,8 +269,12 @@ def _convert(
     score(prepared)
     if score.factors == "sensitivity":
         ScoreWidths(score.damping)(prepared)
+    else:
+        record_graph(prepared, width_curves=())
     graph_module = copy.deepcopy(prepared)
     allocate(graph_module)
+    if score.factors == "air":
+        Refine(progress=score.progress)(graph_module)
     inputs = [placeholder_values(prepared, batch, forward) for batch in batches]
     if inputs:
         Refit(inputs)(graph_module)

@@ -15,6 +15,8 @@ it has an inverse, and scaled to a mean square of 1, so that energies compare wi
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,49 @@ def damped_roots(gradient: Tensor, damping: float, unit: Tensor | None = None) -
     values = torch.where(known, (values / torch.where(known, unit, 1.0) + damping) / (1 + damping), 1.0)
     roots = values.sqrt().unsqueeze(-2)
     return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
+
+
+def damped(gradient: Tensor, damping: float, unit: Tensor) -> Tensor:
+    """S S of `damped_roots`, [G, m, m]."""
+    root, _ = damped_roots(gradient, damping, unit)
+    return root @ root
+
+
+def held_out_errors(spectrum: Spectrum, covariance: Tensor, mean: Tensor | None, metric: Tensor) -> Tensor:
+    """What each rank loses on other samples than those that the spectrum was made from, [G, m + 1].
+
+    E tr M (y - L_r R_r y)(y - L_r R_r y)^T around the spectrum's own mean, for every r at once: its three terms are
+    running sums.
+
+    Args:
+        covariance, mean: of y on the other samples, [G, m, m] and [G, m]; uncentred where the spectrum has no mean.
+        metric: M [G, m, m], what errors cost there.
+    """
+    left, right = spectrum.maps(spectrum.energies.shape[-1])
+    if mean is not None and spectrum.mean is not None:
+        shift = (mean - spectrum.mean).unsqueeze(-1)
+        covariance = covariance + shift @ shift.mT
+    whole = (metric * covariance).sum((-2, -1)).unsqueeze(-1)
+    crossed = (right @ covariance @ metric @ left).diagonal(dim1=-2, dim2=-1).cumsum(-1)
+    squared = (left.mT @ metric @ left) * (right @ covariance @ right.mT)
+    squared = squared.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    return torch.cat([whole, whole - 2 * crossed + squared], -1).clamp_min(0)
+
+
+def convex_energies(errors: Tensor) -> Tensor:
+    """Energies [G, m], descending, whose tails are the largest convex function below the errors [G, m + 1]."""
+    found = []
+    for row in errors.cummin(-1).values.tolist():
+        hull = [0]
+        for index in range(1, len(row)):
+            while len(hull) > 1 and (row[hull[-2]] - row[hull[-1]]) * (index - hull[-1]) <= (
+                row[hull[-1]] - row[index]
+            ) * (hull[-1] - hull[-2]):
+                hull.pop()
+            hull.append(index)
+        slopes = [(row[a] - row[b]) / (b - a) for a, b in itertools.pairwise(hull) for _ in range(b - a)]
+        found.append(slopes)
+    return errors.new_tensor(found)
 
 
 def spectrum_from_output(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from balf_fx.errors import NonFiniteError
-from balf_fx.sites import ConvGeometry, Site
+from balf_fx.linalg import weight_matrix
+from balf_fx.sites import ConvGeometry, Side, Site
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK_ELEMENTS = 1 << 19  # a chunk's working copy stays in the cache, and calibration's extra memory is bounded
@@ -70,18 +71,20 @@ class CovarianceObserver(nn.Module):
     Args:
         site: the first site served; its side says what the value is, its geometry how to cut it into positions.
         skip_non_finite: pass over a value with NaN or infinity, with a warning in the log, in place of an error.
+        side: what the value is; None for the side where the site's statistics cost least.
     """
 
     _is_impure = True  # tells FX that dead-code elimination must keep the call
 
-    def __init__(self, site: Site, skip_non_finite: bool = False) -> None:
+    def __init__(self, site: Site, skip_non_finite: bool = False, side: Side | None = None) -> None:
         super().__init__()
         self.site = site
+        self.side: Side = side or site.side
         self.skip_non_finite = skip_non_finite
         self.moments: Moments | None = None
 
     def extra_repr(self) -> str:
-        return f"{self.site.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
+        return f"{self.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -90,19 +93,19 @@ class CovarianceObserver(nn.Module):
     @torch.no_grad()
     def forward(self, value: Tensor) -> None:
         with torch.autocast(value.device.type, enabled=False):
-            seen = _batch_moments(value, self.site, torch.promote_types(value.dtype, torch.float32))
+            seen = _batch_moments(value, self.site, self.side, torch.promote_types(value.dtype, torch.float32))
             if seen is not None and not _in_range(seen):  # squares overflow or underflow long before the values do
-                seen = _batch_moments(value, self.site, torch.float64)
+                seen = _batch_moments(value, self.site, self.side, torch.float64)
         if seen is None:
             return
         if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
             if self.skip_non_finite:
                 _LOGGER.warning(
-                    "the %s of site %r holds NaN or infinity: this call does not count", self.site.side, self.site.name
+                    "the %s of site %r holds NaN or infinity: this call does not count", self.side, self.site.name
                 )
                 return
             raise NonFiniteError(
-                f"the {self.site.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
+                f"the {self.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
                 f"and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"
             )
         self.moments = seen if self.moments is None else self.moments.merge(seen)
@@ -134,12 +137,40 @@ class Gradients:
         return self
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What some of the samples have shown of a site.
+
+    Attributes:
+        gradients: at the output.
+        moments: on the site's side, in which positions count by their gradients.
+        features: of the input, of a convolution by pixels rather than by patches; None where not wanted.
+    """
+
+    gradients: Gradients
+    moments: Moments
+    features: Moments | None
+
+    def merge(self, other: Sample) -> Sample:
+        """Both together."""
+        features = self.features if other.features is None else other.features
+        if self.features is not None and other.features is not None:
+            features = self.features.merge(other.features)
+        return Sample(self.gradients.merge(other.gradients), self.moments.merge(other.moments), features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
+        return self
+
+
 class SensitivityObserver(nn.Module):
-    """Gathers what the loss minds at a site: `Gradients`, and `Moments` in which positions count by their gradients.
+    """Gathers what the loss minds at a site.
 
     A position's weight is its squared gradient, averaged over the samples of the batch: some positions matter more
     than others, as the class token in the last block of a vision transformer does, and the average keeps out the
     noise of single gradients.
+
+    Every other sample goes into the second half of `halves`, so that what is chosen by one half can be judged by the
+    other.
 
     Args:
         site: the site.
@@ -148,7 +179,6 @@ class SensitivityObserver(nn.Module):
         features: also gather the moments of the input's features, for widths (`widths`).
 
     Attributes:
-        features: `Moments` of the input, of a convolution by pixels rather than by patches.
         positions: [P], the sum over batches of the positions' weights; None once batches differ in their positions.
     """
 
@@ -160,12 +190,12 @@ class SensitivityObserver(nn.Module):
         self.copies = copies
         self.basis = basis
         self.wants_features = features
-        self.features: Moments | None = None
         # a list of (output, value, input) while `sensitivity` runs a batch
         self.pending: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
-        self.gradients: Gradients | None = None
-        self.moments: Moments | None = None
+        self.halves: list[Sample | None] = [None, None]
+        self.sample: Sample | None = None
         self.positions: Tensor | None = None
+        self.calls = 0
 
     def forward(self, source: Tensor, output: Tensor) -> None:
         """Hold on to the output, and to the value on the site's side, until the gradient is known."""
@@ -182,38 +212,99 @@ class SensitivityObserver(nn.Module):
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if not torch.isfinite(gradient).all():
             return
-        columns = output_columns(gradient, self.site)  # [G, O, n]
-        squares = columns.square().sum((0, 1))
         samples = max(gradient.shape[0] if gradient.dim() > 1 else 1, 1)
+        squares = output_columns(gradient, self.site).square().sum((0, 1))
         positions = squares.reshape(samples, -1).mean(0)
+        whole = (value, features, gradient)
+        parts = [whole]
+        if samples > 1 and all(v is None or len(v) == samples for v in whole):
+            parts = [tuple(None if v is None else v[half::2] for v in whole) for half in (0, 1)]  # type: ignore[misc]
+        counted = False
+        for part in parts:
+            seen = self._sample(*part, positions)
+            if seen is not None:
+                half = self.calls % 2
+                before = self.halves[half]
+                self.halves[half] = seen if before is None else before.merge(seen)
+                self.sample = seen if self.sample is None else self.sample.merge(seen)
+                counted = True
+            self.calls += 1
+        if counted and self.positions is None and self.calls == len(parts):
+            self.positions = positions
+        elif counted and self.positions is not None:
+            alike = len(positions) == len(self.positions)
+            self.positions = self.positions + positions if alike else None
+
+    def _sample(
+        self, value: Tensor, features: Tensor | None, gradient: Tensor, positions: Tensor
+    ) -> Sample | None:
+        """Statistics of some samples; None where no gradient has reached them."""
+        columns = output_columns(gradient, self.site)  # [G, O, n]
+        samples = columns.shape[-1] // len(positions)
         weights = positions.repeat(samples)
         inner = columns if self.basis is None else self.basis.to(columns).mT @ columns
         parts = None
         if self.site.parts > 1:
             pieces = columns.reshape(self.site.parts, -1, columns.shape[-1])
             parts = (pieces @ pieces.mT).to(torch.float64)
-        seen = Gradients(samples, float(squares.sum(dtype=torch.float64)), (inner @ inner.mT).to(torch.float64), parts)
-        moments = _batch_moments(value, self.site, columns.dtype, weights)
-        if moments is None:  # no gradient at all
-            return
-        if self.gradients is None:
-            self.positions = positions
-        elif self.positions is not None:
-            alike = len(positions) == len(self.positions)
-            self.positions = self.positions + positions if alike else None
-        self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
-        self.moments = moments if self.moments is None else self.moments.merge(moments)
-        if features is not None:
-            self._take_features(features, columns.dtype, weights)
+        total = float(columns.square().sum(dtype=torch.float64))
+        moments = _batch_moments(value, self.site, self.site.side, columns.dtype, weights)
+        if moments is None:
+            return None
+        seen = None if features is None else self._features(features, columns.dtype, weights)
+        return Sample(Gradients(samples, total, (inner @ inner.mT).to(torch.float64), parts), moments, seen)
 
-    def _take_features(self, value: Tensor, dtype: torch.dtype, weights: Tensor) -> None:
+    def _features(self, value: Tensor, dtype: torch.dtype, weights: Tensor) -> Moments | None:
         rows = value if self.site.conv is None else _batched(value, self.site.conv).movedim(1, -1)
         rows = rows.reshape(-1, rows.shape[-1])
-        chunks = (piece.mT.unsqueeze(0) for piece in rows.split(max(_CHUNK_ELEMENTS // rows.shape[1], 4 * rows.shape[1])))
+        per_chunk = max(_CHUNK_ELEMENTS // rows.shape[1], 4 * rows.shape[1])
+        chunks = (piece.mT.unsqueeze(0) for piece in rows.split(per_chunk))
         # Strides and borders part the pixels of the input from those of the output: then all count alike.
-        seen = _sum_moments(chunks, dtype, weights if len(weights) == len(rows) else None)
-        if seen is not None:
-            self.features = seen if self.features is None else self.features.merge(seen)
+        return _sum_moments(chunks, dtype, weights if len(weights) == len(rows) else None)
+
+
+@dataclass(frozen=True)
+class WeightGradients:
+    """The gradient of the loss at a site's weight, summed over batches.
+
+    Attributes:
+        absolute, squares: [G, O, D] float32, the sums of |dL/dW| and of (dL/dW)^2.
+    """
+
+    absolute: Tensor
+    squares: Tensor
+
+    def merge(self, other: WeightGradients) -> WeightGradients:
+        """Both samples together."""
+        return WeightGradients(self.absolute + other.absolute, self.squares + other.squares)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightGradients:
+        return self
+
+
+class InfluenceObserver(nn.Module):
+    """Gathers the `WeightGradients` of a site.
+
+    No node calls it, since no value in the graph is what it observes: `sensitivity` hands it the gradient of each
+    batch, that of all uses of the weight together.
+
+    Args:
+        site: the site.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.gradients: WeightGradients | None = None
+
+    @torch.no_grad()
+    def take(self, gradient: Tensor) -> None:
+        """Count the gradient of one batch, in the shape of the weight."""
+        if not torch.isfinite(gradient).all():
+            return
+        grouped = weight_matrix(gradient, self.site.groups, self.site.inputs_first)
+        seen = WeightGradients(grouped.abs().float(), grouped.square().float())
+        self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
 
 
 def output_columns(value: Tensor, site: Site) -> Tensor:
@@ -242,13 +333,15 @@ def _in_range(moments: Moments) -> bool:
     return 1e-30 < largest < float("inf") and bool(torch.isfinite(moments.scatter).all())
 
 
-def _batch_moments(value: Tensor, site: Site, dtype: torch.dtype, weights: Tensor | None = None) -> Moments | None:
-    """Moments of one value on the site's side.
+def _batch_moments(
+    value: Tensor, site: Site, side: Side, dtype: torch.dtype, weights: Tensor | None = None
+) -> Moments | None:
+    """Moments of one value on a side of a site.
 
     Args:
         weights: [n], of all positions in their order; None for 1 each.
     """
-    return _sum_moments(_position_chunks(value, site), dtype, weights)
+    return _sum_moments(_position_chunks(value, site, side), dtype, weights)
 
 
 def _sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor | None) -> Moments | None:
@@ -278,11 +371,11 @@ def _sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor |
     return Moments(count, shift.to(torch.float64) + drift, scatter)
 
 
-def _position_chunks(value: Tensor, site: Site) -> Iterator[Tensor]:
+def _position_chunks(value: Tensor, site: Site, side: Side) -> Iterator[Tensor]:
     """Cut a site's output or input into [G, F, n] pieces, F = O or D, along the batch."""
     if value.numel() == 0:
         return
-    output = site.side == "output"
+    output = side == "output"
     features = site.out_features if output else site.in_features
     if site.conv is None:
         batched, per_chunk = value.reshape(-1, features), max(_CHUNK_ELEMENTS // features, 4 * features)

@@ -74,8 +74,10 @@ class BackendOptions:
             raise OptionError("a plan leaves nothing to a budget: give one of them")
         elif not callable(getattr(self.plan, "pair", None)):
             raise OptionError(f"plan is what balf_fx.backend.plan returns, not {self.plan!r}")
-        if self.factors == "sensitivity":
-            raise OptionError("factors='sensitivity' needs gradients, which the backend does not run: 'activations'")
+        if self.factors in ("sensitivity", "air"):
+            raise OptionError(
+                f"factors={self.factors!r} needs gradients, which the backend does not run: 'activations'"
+            )
         steps = self.calibration_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(f"calibration_steps is a whole number of calls, 1 or more, not {steps!r}")

@@ -14,3 +14,12 @@ Lagrangian budget over all.
 
     balf_fx.compile(model, batches, flops=0.55, **balf_fx.BALF)
 """
+
+AIR: Mapping[str, object] = MappingProxyType(
+    {"fold_batchnorm": False, "factors": "air", "centred": False, "split": False, "allocation": "uniform"}
+)
+"""AIR as published (arXiv 2606.19993): factors whose error counts by the influence of each weight, |dL/dW * W|, from
+uncentred second moments, the same share of every layer. The loss is the task's own there, which takes labels:
+
+    balf_fx.compile(model, batches, flops=0.55, loss=loss, **balf_fx.AIR)
+"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.batches import Forward, run_batch
 from balf_fx.errors import CalibrationError
-from balf_fx.observers import SensitivityObserver
+from balf_fx.observers import InfluenceObserver, SensitivityObserver
+from balf_fx.sites import get_tensor
 
 Loss = Callable[[Any, Any], Tensor]
 """`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
@@ -28,13 +30,13 @@ Loss = Callable[[Any, Any], Tensor]
 def observe_gradients(
     prepared: nn.Module, batch: Any, forward: Forward, index: int, generator: torch.Generator, loss: Loss | None = None
 ) -> bool:
-    """Run one batch through a prepared graph, and the gradients of the loss back to its sites.
+    """Run one batch through a prepared graph, and the gradients of the loss back to its sites and their weights.
 
     Args:
         generator: on the CPU; draws the probe.
 
     Returns:
-        Whether any gradient has reached a site.
+        Whether any gradient has reached one.
 
     Raises:
         CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
@@ -48,17 +50,37 @@ def observe_gradients(
             scalar = probe(output, batch, generator) if loss is None else loss(output, batch)
             if not isinstance(scalar, Tensor) or scalar.numel() != 1:
                 raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {scalar!r}")
-            seen = [(observer, *values) for observer in observers for values in observer.pending or ()]
-            if not seen or not scalar.requires_grad:
+            wanted = [*_outputs(observers), *_weights(prepared)]
+            if not wanted or not scalar.requires_grad:
                 return False
-            gradients = torch.autograd.grad(scalar, [output for _, output, _, _ in seen], allow_unused=True)
-        for (observer, _, value, features), gradient in zip(seen, gradients, strict=True):
+            gradients = torch.autograd.grad(scalar, [tensor for tensor, _ in wanted], allow_unused=True)
+        for (_, take), gradient in zip(wanted, gradients, strict=True):
             if gradient is not None:
-                observer.take(value, features, gradient)
+                take(gradient)
         return any(gradient is not None for gradient in gradients)
     finally:
         for observer in observers:
             observer.pending = None
+
+
+Wanted = tuple[Tensor, Callable[[Tensor], None]]
+"""A tensor, and what takes its gradient."""
+
+
+def _outputs(observers: list[SensitivityObserver]) -> Iterator[Wanted]:
+    """The sites' outputs in the batch that has just run."""
+    for observer in observers:
+        for output, value, features in observer.pending or ():
+            yield output, partial(observer.take, value, features)
+
+
+def _weights(prepared: nn.Module) -> Iterator[Wanted]:
+    """The weights whose gradients are observed."""
+    for observer in prepared.modules():
+        if isinstance(observer, InfluenceObserver):
+            weight: Tensor = get_tensor(prepared, observer.site.weight)
+            if weight.requires_grad:
+                yield weight, observer.take
 
 
 @contextmanager

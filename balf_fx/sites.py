@@ -30,6 +30,7 @@ Rank = int | PartRanks | None
 """One rank for all of a site, or one for each of its parts; None is dense."""
 
 Measure = Literal["flops", "params"]
+Side = Literal["output", "input"]
 Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
 
@@ -119,13 +120,18 @@ class Site:
     parts: int = 1
 
     @property
-    def side(self) -> Literal["output", "input"]:
+    def transposed(self) -> bool:
+        """Whether this is a transposed convolution, in which an input pixel is no patch."""
+        return self.conv is not None and self.conv.output_padding is not None
+
+    @property
+    def side(self) -> Side:
         """Where statistics cost least: min(O, D)^2 per position.
 
         On a tie the input wins where it needs no patches, since sites that read the same value share one observer.
         """
-        if self.conv is not None and self.conv.output_padding is not None:
-            return "output"  # an input pixel of a transposed convolution is no patch
+        if self.transposed:
+            return "output"
         patches = self.conv is not None and not self.conv.pointwise
         narrow = self.in_features < self.out_features or (self.in_features == self.out_features and not patches)
         return "input" if narrow else "output"
@@ -304,9 +310,10 @@ class Annotation:
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
         sensitivity: path of the observer of its gradients, if there is one.
+        influence: path of the observer of its weight's gradients, if there is one.
         curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
         choice: by Allocate.
-        refit: by Refit, what takes the place of the one-shot factors or of a dense layer's weight.
+        refit: by Refine or Refit, what takes the place of the one-shot factors or of a dense layer's weight.
     """
 
     flops: int | None = None
@@ -317,6 +324,7 @@ class Annotation:
     refusal: Refusal | None = None
     observer: str | None = None
     sensitivity: str | None = None
+    influence: str | None = None
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
     choice: Choice | None = None

@@ -152,6 +152,23 @@ def predict(covariance: Tensor, kept: Tensor) -> Tensor:
     return torch.linalg.solve(covariance[kept][:, kept], covariance[kept]).mT
 
 
+def prediction_error(covariance: Tensor, moment: Tensor, metric: Tensor, kept: Tensor) -> float:
+    """What predicting all features from the kept ones costs on other samples than those it was learned from.
+
+    Args:
+        covariance: C [F, F] of the samples that the prediction is learned from, `conditioned`.
+        moment: [F, F], of the others, around the first samples' mean.
+        metric: A [F, F], what errors in the features cost the others.
+    """
+    gone = torch.ones(len(covariance), dtype=torch.bool, device=covariance.device)
+    gone[kept] = False
+    rest = torch.nonzero(gone).flatten()
+    predicted = torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, rest]).mT
+    crossed = predicted @ moment[kept][:, rest]
+    left = moment[rest][:, rest] - crossed - crossed.mT + predicted @ moment[kept][:, kept] @ predicted.mT
+    return float((metric[rest][:, rest] * left).sum())
+
+
 def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
     """Features in the order in which to give them up, each the one whose loss costs least given those gone before.
 

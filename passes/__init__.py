@@ -17,6 +17,7 @@ from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.fold_constants import FoldConstants
 from balf_fx.passes.narrow import Narrow
 from balf_fx.passes.observe import InsertObservers
+from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
 from balf_fx.passes.score_widths import ScoreWidths
@@ -32,6 +33,7 @@ __all__ = [
     "InsertObservers",
     "Narrow",
     "Pass",
+    "Refine",
     "Refit",
     "Score",
     "ScoreWidths",

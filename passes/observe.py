@@ -10,10 +10,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
 from balf_fx.linear_maps import changes_in_place, site_input
-from balf_fx.observers import CovarianceObserver, SensitivityObserver
+from balf_fx.observers import CovarianceObserver, InfluenceObserver, SensitivityObserver
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_weight
-from balf_fx.sites import Site, annotate, annotation, graph_record
+from balf_fx.sites import Side, Site, annotate, annotation, graph_record
 
 OBSERVERS = "balf_observers"
 """Path of the submodule that holds the observers of a prepared graph."""
@@ -21,17 +21,20 @@ OBSERVERS = "balf_observers"
 
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """Observe each site's output or input, whichever is narrower.
+    """Observe each site's output or input, whichever is narrower, or all inputs where weights' influence is asked for.
 
     Sites that read the same value with the same geometry share one observer, unless something may change that value
     in place; a site with several uses has one observer that sees them all.
 
     Attributes:
         sensitivity: also observe gradients at every site's output, in runs with gradients (`sensitivity`).
+        influence: also gather the gradients of every site's weight, in runs with gradients, and observe the inputs of
+            all sites but transposed convolutions, as factors="air" needs.
         skip_non_finite: pass over batches with NaN or infinity, with a warning in the log, in place of an error.
     """
 
     sensitivity: bool = False
+    influence: bool = False
     skip_non_finite: bool = False
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -40,22 +43,26 @@ class InsertObservers(Pass):
             raise PassError("InsertObservers: the graph has observers already")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        found = self.require_sites(graph_module)
         shared: dict[tuple[object, ...], str] = {}
-        for site, nodes in self.require_sites(graph_module).items():
-            key = _sharing_key(graph_module, nodes, site)
+        for site, nodes in found.items():
+            side: Side = "input" if self.influence and not site.transposed else site.side
+            key = _sharing_key(graph_module, nodes, site, side)
             new = key not in shared
             if new:
                 shared[key] = f"{OBSERVERS}.{len(shared)}"
-                graph_module.add_submodule(shared[key], CovarianceObserver(site, self.skip_non_finite))
+                graph_module.add_submodule(shared[key], CovarianceObserver(site, self.skip_non_finite, side))
             for node in nodes:
                 if new:
-                    _observe(graph_module.graph, node, site, shared[key])
+                    _observe(graph_module.graph, node, side, shared[key])
                 annotate(node, observer=shared[key])
-        if self.sensitivity:
-            readers = {name for width in graph_record(graph_module).widths for name in width.consumers}
-            for number, (site, nodes) in enumerate(self.require_sites(graph_module).items(), len(shared)):
+        readers = {name for width in graph_record(graph_module).widths for name in width.consumers}
+        for number, (site, nodes) in enumerate(found.items(), len(shared)):
+            if self.sensitivity:
                 features = any(node.name in readers for node in nodes)
                 _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}", features)
+            if self.influence and not site.transposed:
+                _observe_weight(graph_module, site, nodes, f"{OBSERVERS}.{len(found) + number}")
         return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
@@ -65,8 +72,8 @@ class InsertObservers(Pass):
                 raise PassError(f"InsertObservers left site {site.name!r} without an observer")
 
 
-def _observe(graph: fx.Graph, node: fx.Node, site: Site, observer: str) -> None:
-    output = site.side == "output"
+def _observe(graph: fx.Graph, node: fx.Node, side: Side, observer: str) -> None:
+    output = side == "output"
     with graph.inserting_after(node) if output else graph.inserting_before(node):
         graph.call_module(observer, (node if output else site_input(node),))
 
@@ -82,6 +89,12 @@ def _observe_gradients(
         with graph_module.graph.inserting_after(node):
             graph_module.graph.call_module(observer, (site_input(node), node))
         annotate(node, sensitivity=observer)
+
+
+def _observe_weight(graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node], observer: str) -> None:
+    graph_module.add_submodule(observer, InfluenceObserver(site))
+    for node in nodes:
+        annotate(node, influence=observer)
 
 
 def _range_basis(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
@@ -100,8 +113,8 @@ def remove_observers(graph_module: fx.GraphModule) -> None:
     graph_module.delete_submodule(OBSERVERS)
 
 
-def _sharing_key(graph_module: fx.GraphModule, nodes: list[fx.Node], site: Site) -> tuple[object, ...]:
-    if site.side == "output" or len(nodes) > 1:
+def _sharing_key(graph_module: fx.GraphModule, nodes: list[fx.Node], site: Site, side: Side) -> tuple[object, ...]:
+    if side == "output" or len(nodes) > 1:
         return (site,)
     value = site_input(nodes[0])
     if any(changes_in_place(graph_module, user) for user in value.users):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,19 +18,22 @@ from tqdm import tqdm
 from balf_fx.costs import rank_curve, use
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.linalg import (
+    convex_energies,
+    damped,
     damped_roots,
     diagonal_blocks,
+    held_out_errors,
     in_parts,
     spectrum_from_input,
     spectrum_from_output,
     spectrum_from_weight,
     weight_matrix,
 )
-from balf_fx.observers import CovarianceObserver, Gradients, Moments, SensitivityObserver
+from balf_fx.observers import CovarianceObserver, Gradients, Moments, Sample, SensitivityObserver
 from balf_fx.passes.base import Pass
-from balf_fx.sites import RankCurve, Site, Spectrum, annotate, annotation, get_tensor
+from balf_fx.sites import RankCurve, Side, Site, Spectrum, annotate, annotation, get_tensor
 
-Factors = Literal["sensitivity", "activations", "svd"]
+Factors = Literal["sensitivity", "activations", "air", "svd"]
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -37,8 +43,8 @@ class Score(Pass):
 
     Attributes:
         factors: "activations" minimises the output error over the calibration data; "sensitivity" the part of it that
-            the loss minds, where gradients are known, and else the same; "svd" truncates the weight alone and needs
-            no observers.
+            the loss minds, where gradients are known, and else the same; "air" is "activations" for each site as a
+            whole, from which `Refine` goes on; "svd" truncates the weight alone and needs no observers.
         centred: use covariances and move the mean of what is dropped into the bias; False uses uncentred second
             moments and leaves the bias alone, as BALF (arXiv 2509.25136) does.
         split: let the parts of a fused projection have factors of their own where that is better.
@@ -61,20 +67,26 @@ class Score(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
             if self.factors != "svd":
-                self._moments(graph_module, nodes[0], site)
+                self._observed(graph_module, nodes[0], site)
+            if self.factors == "air" and annotation(nodes[0]).influence is None and not site.transposed:
+                raise NotCalibratedError(
+                    f"factors='air' needs the gradients of weights, and that of site {site.name!r} was not observed: "
+                    "pass factors='air' to balf_fx.prepare (InsertObservers(influence=True) among passes), too"
+                )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
         for site, nodes in tqdm(found.items(), desc="scoring", unit="site", disable=not self.progress, leave=False):
             mark = annotation(nodes[0])
-            moments = self._moments(graph_module, nodes[0], site) if self.factors != "svd" else None
-            gradients = None
-            if self.factors == "sensitivity":
-                moments, gradients = self._sensitivity(graph_module, nodes[0]) or (moments, None)
+            sample, halves = self._sensitivity(graph_module, nodes[0]) if self.factors == "sensitivity" else (None, ())
+            moments, side = (None, site.side) if self.factors == "svd" else self._observed(graph_module, nodes[0], site)
+            if sample is not None:
+                moments, side = sample.moments, site.side
+            gradients = None if sample is None else sample.gradients
             scored_with = (self.factors, self.centred, self.split, self.damping, moments, gradients)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            curve = self.score(graph_module, site, moments, *use(nodes), gradients)
+            curve = self.score(graph_module, site, moments, *use(nodes), gradients, side, halves)
             for node in nodes:
                 annotate(node, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
@@ -87,20 +99,33 @@ class Score(Pass):
         flops: int,
         output_elements: int,
         gradients: Gradients | None = None,
+        side: Side | None = None,
+        halves: Sequence[Sample] = (),
     ) -> RankCurve:
         """Score one site.
 
         Args:
-            moments: on the site's side; None for the weight alone.
+            moments: on the site's side, or on `side`; None for the weight alone.
             flops, output_elements: of all uses of the site together.
-            gradients: at the site's output; None for the plain output error.
+            gradients: at the site's output, with moments on the site's side; None for the plain output error.
+            side: of the moments.
+            halves: of the samples, each to judge what the other would choose; the energies are then what a rank saves
+                on samples that it was not made for.
         """
+        side = side or site.side
         roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
-        spectrum = _spectrum(graph_module, site, moments, self.centred, 1, roots)
+        spectrum = _spectrum(graph_module, site, moments, side, self.centred, 1, roots)
         parts = None
-        if self.split and site.parts > 1:
+        if self.split and site.parts > 1 and self.factors != "air":
             roots = None if gradients is None else self._parts_roots(graph_module, site, gradients)
-            parts = _spectrum(graph_module, site, moments, self.centred, site.parts, roots)
+            parts = _spectrum(graph_module, site, moments, side, self.centred, site.parts, roots)
+        if gradients is not None and len(halves) == 2:
+            unit = gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
+            judge = partial(self._held_out, site, weight, bias, halves, unit)
+            spectrum = dataclasses.replace(spectrum, energies=judge(1))
+            if parts is not None and gradients.parts is not None:
+                parts = dataclasses.replace(parts, energies=judge(site.parts))
         curve = rank_curve(site, spectrum, flops, output_elements, parts)
         if gradients is None:
             return curve
@@ -120,19 +145,27 @@ class Score(Pass):
             own = basis.mT @ own @ basis
         return damped_roots(own, self.damping, unit)
 
-    def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Moments, Gradients] | None:
+    def _held_out(
+        self, site: Site, weight: Tensor, bias: Tensor | None, halves: Sequence[Sample], unit: Tensor, parts: int
+    ) -> Tensor:
+        """Energies by which each half of the samples judges the other's spectrum."""
+        seen = [_coordinates(site, weight, bias, half, self.centred, parts) for half in halves]
+        errors = []
+        for own, other in itertools.permutations(seen):
+            spectrum = spectrum_from_output(*own[:2], damped_roots(own[2], self.damping, unit))
+            errors.append(held_out_errors(spectrum, *other[:2], damped(other[2], self.damping, unit)))
+        return convex_energies((errors[0] + errors[1]) / 2)
+
+    def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Sample | None, tuple[Sample, ...]]:
+        """All samples together, and by halves."""
         path = annotation(node).sensitivity
         observer: Any = None if path is None else graph_module.get_submodule(path)
-        if (
-            isinstance(observer, SensitivityObserver)
-            and observer.moments is not None
-            and observer.gradients is not None
-        ):
-            return observer.moments, observer.gradients
+        if isinstance(observer, SensitivityObserver) and observer.sample is not None:
+            return observer.sample, tuple(half for half in observer.halves if half is not None)
         _LOGGER.info("no gradient has reached %s: its factors minimise the plain output error", node.name)
-        return None
+        return None, ()
 
-    def _moments(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Moments:
+    def _observed(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[Moments, Side]:
         path = annotation(node).observer
         observer: Any = None if path is None else graph_module.get_submodule(path)
         if not isinstance(observer, CovarianceObserver):
@@ -143,13 +176,14 @@ class Score(Pass):
             raise NotCalibratedError(
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
-        return observer.moments
+        return observer.moments, observer.side
 
 
 def _spectrum(
     graph_module: fx.GraphModule,
     site: Site,
     moments: Moments | None,
+    side: Side,
     centred: bool,
     parts: int,
     roots: tuple[Tensor, Tensor] | None,
@@ -158,13 +192,32 @@ def _spectrum(
     weight = in_parts(grouped_weight(graph_module, site), parts)
     if moments is None:
         return spectrum_from_weight(weight)
-    if site.side == "input":
+    if side == "input":
         moment = moments.covariance() if centred else moments.second_moment()
         return spectrum_from_input(weight, moment, moments.mean if centred else None, roots)
     bias = grouped_bias(graph_module, site)
     moment = moments.covariance() if centred else moments.second_moment(bias)
     mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)
     return spectrum_from_output(diagonal_blocks(moment, parts), mean if centred else None, roots)
+
+
+def _coordinates(
+    site: Site, weight: Tensor, bias: Tensor | None, sample: Sample, centred: bool, parts: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Moment and mean of W x, and E[g g^T], in the range of W where statistics are on the input side."""
+    gradient = sample.gradients.scatter
+    if parts > 1 and sample.gradients.parts is not None:
+        gradient = sample.gradients.parts
+    moments = sample.moments
+    if site.side == "input":
+        basis, reduced = torch.linalg.qr(in_parts(weight, parts))
+        gradient = gradient if parts == 1 else basis.mT @ gradient @ basis
+        moment = moments.covariance() if centred else moments.second_moment()
+        mean = (reduced @ moments.mean.unsqueeze(-1)).squeeze(-1)
+        return reduced @ moment @ reduced.mT, mean if centred else None, gradient
+    moment = moments.covariance() if centred else moments.second_moment(bias)
+    mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)
+    return diagonal_blocks(moment, parts), mean if centred else None, gradient
 
 
 def grouped_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:

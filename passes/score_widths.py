@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.linalg import damped_roots, spectrum_from_output
-from balf_fx.observers import Gradients, SensitivityObserver
+from balf_fx.linalg import convex_energies, damped_roots, held_out_errors, spectrum_from_output
+from balf_fx.observers import Moments, Sample, SensitivityObserver
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias, grouped_weight
 from balf_fx.sites import Site, annotation, graph_record, record_graph
-from balf_fx.widths import Width, WidthCurve, conditioned, eliminate
+from balf_fx.widths import Width, WidthCurve, conditioned, eliminate, prediction_error
 
 _LOGGER = logging.getLogger(__name__)
 _BASIS_DAMPING = 1e-3  # of a metric that is made of damped ones
+_JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
 
 
 @dataclass(frozen=True)
@@ -41,65 +45,59 @@ class ScoreWidths(Pass):
         return PassResult(graph_module, False)
 
     def _score(self, graph_module: fx.GraphModule, nodes: dict[str, fx.Node], width: Width) -> WidthCurve | None:
-        layers = [nodes[name] for name in width.consumers or width.producers[:1]]
-        seen = [_Layer.read(graph_module, node, self.damping) for node in layers]
-        known = [layer for layer in seen if layer is not None]
+        names = width.consumers or width.producers[:1]
+        layers = [_read(graph_module, nodes[name], self.damping) for name in names]
+        known = [layer for layer in layers if layer is not None]
         if len(known) < len(layers):
             _LOGGER.info("no gradient has reached the layers around %s: it keeps its width", width.name)
             return None
-        if width.kind == "channels":
-            return _score_channels(known)
-        return _score_values(width, known[0]) if width.kind == "values" else _score_queries(width, known[0], self.damping)
+        whole, *halves = ([layer[i] for layer in known] for i in range(min(map(len, known))))
+        return _score_channels(whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer and what was observed at it.
+    """A layer and what some of the samples showed of it.
 
     Attributes:
+        weight, bias: [O, D] and [O].
         reduced: [m, D], R of W = Q R on the input side, W itself on the output side: errors of S R x are what counts.
-        root: S [m, m].
-        unit: the loss of an error of 1 in the metric S S.
+        basis: Q [O, m], or None.
+        unit: [1, 1], what counts as 1 in second moments of gradients.
+        loss: of an error of 1 in the metric S S.
     """
 
     site: Site
-    observer: SensitivityObserver
-    gradients: Gradients
+    sample: Sample
     weight: Tensor
     bias: Tensor | None
     reduced: Tensor
-    root: Tensor
-    unit: float
+    basis: Tensor | None
+    unit: Tensor
+    damping: float
+    loss: float
 
-    @classmethod
-    def read(cls, graph_module: fx.GraphModule, node: fx.Node, damping: float) -> _Layer | None:
-        mark = annotation(node)
-        observer = None if mark.sensitivity is None else graph_module.get_submodule(mark.sensitivity)
-        if mark.site is None or not isinstance(observer, SensitivityObserver):
-            return None
-        if observer.gradients is None or observer.moments is None:
-            return None
-        if observer.wants_features and observer.features is None:
-            return None
-        weight = grouped_weight(graph_module, mark.site)[0]
-        bias = grouped_bias(graph_module, mark.site)
-        reduced = weight if mark.site.side == "output" else torch.linalg.qr(weight)[1]
-        root = damped_roots(observer.gradients.scatter, damping)[0][0]
-        unit = 0.5 * observer.gradients.total / observer.gradients.samples / len(root)
-        return cls(mark.site, observer, observer.gradients, weight, None if bias is None else bias[0], reduced, root, unit)
+    @property
+    def features(self) -> Moments:
+        """Of the input."""
+        if self.sample.features is None:
+            raise ValueError(f"the input of {self.site.name} was not observed")
+        return self.sample.features
+
+    def seen(self) -> Tensor:
+        """S R [m, D]: what an input makes of it in the metric."""
+        root, _ = damped_roots(self.sample.gradients.scatter, self.damping, self.unit)
+        return root[0] @ self.reduced
 
     def metric(self) -> Tensor:
         """A [F, F]: what an error in the input's features costs, taps of a kernel as if independent."""
-        seen = self.root @ self.reduced  # [m, F * taps]
-        taps = 1 if self.site.conv is None else _taps(self.site)
-        by_tap = seen.reshape(len(seen), -1, taps).permute(2, 0, 1)
+        taps = 1 if self.site.conv is None else math.prod(self.site.conv.kernel_size)
+        by_tap = self.seen().unflatten(-1, (-1, taps)).permute(2, 0, 1)
         return (by_tap.mT @ by_tap).sum(0)
 
     def output_moment(self) -> Tensor:
         """E[y y^T], [O, O] float64, weighted as the observer weighs."""
-        moments = self.observer.moments
-        if moments is None:
-            raise ValueError("an observer that has seen nothing")
+        moments = self.sample.moments
         if self.site.side == "output":
             return moments.second_moment()[0]
         mean = self.weight @ moments.mean[0]
@@ -107,71 +105,115 @@ class _Layer:
         return self.weight @ moments.covariance()[0] @ self.weight.mT + torch.outer(mean, mean)
 
     def gradient_block(self, rows: Tensor) -> Tensor:
-        """E[g g^T], [F, F], of some rows of the output, in the unit of the site's metric."""
-        scatter = self.gradients.scatter[0]
-        unit = scatter.diagonal().mean()
-        parts, size = self.site.parts, self.site.out_features // self.site.parts
-        own = torch.unique(rows // size)
-        if self.gradients.parts is not None and len(own) == 1:
-            block = self.gradients.parts[int(own)][rows % size][:, rows % size]
-        elif self.site.side == "output":
-            block = scatter[rows][:, rows]
-        else:
-            basis = torch.linalg.qr(self.weight)[0][rows]
-            block = basis @ scatter @ basis.mT
-        del parts
-        return block / unit if unit > 0 else torch.zeros_like(block)
+        """E[g g^T], [F, F], of some rows of the output."""
+        size = self.site.out_features // self.site.parts
+        part = torch.unique(rows // size)
+        gradients = self.sample.gradients
+        if gradients.parts is not None and len(part) == 1:
+            return gradients.parts[int(part)][rows % size][:, rows % size]
+        if self.basis is None:
+            return gradients.scatter[0][rows][:, rows]
+        return self.basis[rows] @ gradients.scatter[0] @ self.basis[rows].mT
 
 
-def _taps(site: Site) -> int:
-    return 1 if site.conv is None else int(torch.Size(site.conv.kernel_size).numel())
-
-
-def _score_channels(readers: list[_Layer]) -> WidthCurve:
-    seen = [layer.observer.features for layer in readers]
-    covariances = [conditioned(moments.covariance()[0]) for moments in seen if moments is not None]
-    units = [layer.unit / readers[0].unit if readers[0].unit > 0 else 1.0 for layer in readers]
-    metrics = [unit * layer.metric() for unit, layer in zip(units, readers, strict=True)]
-    order, errors = eliminate(covariances, metrics)
-    means = tuple(moments.mean[0] for moments in seen if moments is not None)
-    return WidthCurve(tuple(errors), readers[0].unit * errors[0], order, tuple(covariances), means=means)
-
-
-def _score_values(width: Width, reader: _Layer) -> WidthCurve | None:
-    features = reader.observer.features
-    if features is None:
+def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_Layer] | None:
+    """A layer with all samples, then with each half of them."""
+    mark = annotation(node)
+    observer = None if mark.sensitivity is None else graph_module.get_submodule(mark.sensitivity)
+    if mark.site is None or not isinstance(observer, SensitivityObserver) or observer.sample is None:
         return None
-    covariance, seen = features.covariance()[0], reader.root @ reader.reduced
-    blocks = torch.arange(width.heads * width.repeat * width.features).reshape(width.heads, width.repeat, -1)
-    pooled = torch.stack([sum_of(covariance[rows][:, rows] for rows in head) for head in blocks])
-    metrics = torch.stack([sum_of(seen[:, rows].mT @ seen[:, rows] for rows in head) for head in blocks]) / width.repeat
-    unit = metrics.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return _basis_curve(pooled, damped_roots(metrics, _BASIS_DAMPING), unit, reader.unit, (features.mean[0],))
+    samples = [observer.sample, *(half for half in observer.halves if half is not None)]
+    if observer.wants_features and any(sample.features is None for sample in samples):
+        return None
+    weight, bias = grouped_weight(graph_module, mark.site)[0], grouped_bias(graph_module, mark.site)
+    basis, reduced = (None, weight) if mark.site.side == "output" else torch.linalg.qr(weight)
+    gradients = observer.sample.gradients
+    unit = gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    loss = 0.5 * gradients.total / gradients.samples / len(reduced)
+    bias = None if bias is None else bias[0]
+    return [_Layer(mark.site, sample, weight, bias, reduced, basis, unit, damping, loss) for sample in samples]
 
 
-def _score_queries(width: Width, writer: _Layer, damping: float) -> WidthCurve:
-    moment = writer.output_moment()
-    heads = torch.tensor(width.rows[0]).reshape(width.heads, width.repeat, width.features)
-    pooled = torch.stack([sum_of(moment[rows][:, rows] for rows in head) for head in heads])
-    blocks = torch.stack([sum_of(writer.gradient_block(rows) for rows in head) for head in heads]) / width.repeat
-    unit = torch.ones(len(blocks), 1, dtype=blocks.dtype)
-    return _basis_curve(pooled, damped_roots(blocks, damping, unit), unit[:, 0], writer.unit, ())
+def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
+    first = readers[0].loss
+    units = [layer.loss / first if first > 0 else 1.0 for layer in readers]
+
+    def problem(layers: list[_Layer]) -> tuple[list[Tensor], list[Tensor]]:
+        covariances = [conditioned(layer.features.covariance()[0]) for layer in layers]
+        return covariances, [unit * layer.metric() for unit, layer in zip(units, layers, strict=True)]
+
+    covariances, metrics = problem(readers)
+    order, errors = eliminate(covariances, metrics)
+    if len(halves) == 2:
+        size = len(order)
+        sizes = sorted({round(size * share) for share in _JUDGED_SHARES} - {size})
+        judged = [0.0] * len(sizes)
+        for own, other in itertools.permutations(halves):
+            own_covariances, own_metrics = problem(own)
+            own_order, _ = eliminate(own_covariances, own_metrics)
+            for unit, layer, judge, covariance in zip(units, own, other, own_covariances, strict=True):
+                moment = judge.features.second_moment(layer.features.mean)[0]
+                metric = unit * judge.metric()
+                for index, kept in enumerate(sizes):
+                    judged[index] += prediction_error(covariance, moment, metric, own_order[:kept]) / 2
+        errors = _rescaled(errors, sizes, judged)
+    means = tuple(layer.features.mean[0] for layer in readers)
+    return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means)
 
 
-def _basis_curve(
-    moments: Tensor, roots: tuple[Tensor, Tensor], units: Tensor, loss: float, means: tuple[Tensor, ...]
-) -> WidthCurve:
-    """The curve of heads that may choose their basis, each head its own, all of one size.
-
-    Args:
-        loss: of an error of 1.
-    """
-    spectrum = spectrum_from_output(moments, None, roots)
-    energies = (spectrum.energies * units.unsqueeze(-1)).sum(0)
-    tail = [*energies.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-    return WidthCurve(tuple(tail), loss * tail[0], left=spectrum.left, right=spectrum.right, means=means)
+def _rescaled(errors: list[float], sizes: list[int], judged: list[float]) -> list[float]:
+    """Errors by the ratio of what was judged to what was seen, in between by interpolation; never growing with size."""
+    ratios = [j / errors[size] if errors[size] > 0 else 1.0 for size, j in zip(sizes, judged, strict=True)]
+    scaled = _interpolated(len(errors), sizes, ratios)
+    found = [error * ratio for error, ratio in zip(errors, scaled, strict=True)]
+    return list(itertools.accumulate(found, min))
 
 
-def sum_of(tensors: object) -> Tensor:
-    """The sum of several matrices."""
-    return torch.stack(list(tensors)).sum(0)  # type: ignore[call-overload]
+def _interpolated(count: int, places: list[int], values: list[float]) -> list[float]:
+    """Linear interpolation at 0 .. count - 1, constant beyond both ends."""
+    found = []
+    for index in range(count):
+        right = bisect.bisect_left(places, index)
+        if right == 0 or right == len(places):
+            found.append(values[min(right, len(places) - 1)])
+            continue
+        share = (index - places[right - 1]) / (places[right] - places[right - 1])
+        found.append(values[right - 1] * (1 - share) + values[right] * share)
+    return found
+
+
+def _score_heads(width: Width, layer: _Layer, halves: list[list[_Layer]]) -> WidthCurve:
+    moment, metric = _heads(width, layer)
+    spectrum = spectrum_from_output(moment, None, damped_roots(metric, _BASIS_DAMPING, _mean_diagonal(metric)))
+    unit = _mean_diagonal(metric)
+    energies = spectrum.energies * unit
+    if len(halves) == 2:
+        seen = [_heads(width, half[0]) for half in halves]
+        judged = []
+        for own, other in itertools.permutations(seen):
+            chosen = spectrum_from_output(own[0], None, damped_roots(own[1], _BASIS_DAMPING, _mean_diagonal(own[1])))
+            judged.append(held_out_errors(chosen, other[0], None, other[1]))
+        energies = convex_energies((judged[0] + judged[1]) / 2)
+    tail = [*energies.sum(0).flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    means = (layer.features.mean[0],) if width.kind == "values" else ()
+    return WidthCurve(tuple(tail), layer.loss * tail[0], left=spectrum.left, right=spectrum.right, means=means)
+
+
+def _mean_diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+
+
+def _heads(width: Width, layer: _Layer) -> tuple[Tensor, Tensor]:
+    """Of each head, the second moment of its features and what errors in them cost, [heads, F, F]."""
+    if width.kind == "values":
+        moment, seen = layer.features.covariance()[0], layer.seen()
+        rows = torch.arange(len(moment)).reshape(width.heads, width.repeat, -1)
+        costs = [[seen[:, own].mT @ seen[:, own] for own in head] for head in rows]
+    else:
+        moment = layer.output_moment()
+        rows = torch.tensor(width.rows[0]).reshape(width.heads, width.repeat, width.features)
+        floor = layer.damping * torch.eye(width.features, dtype=moment.dtype)
+        unit = layer.unit.clamp_min(torch.finfo(moment.dtype).tiny)
+        costs = [[(layer.gradient_block(own) / unit + floor) / (1 + layer.damping) for own in head] for head in rows]
+    moments = torch.stack([torch.stack([moment[own][:, own] for own in head]).sum(0) for head in rows])
+    return moments, torch.stack([torch.stack(head).mean(0) for head in costs])

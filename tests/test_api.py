@@ -236,6 +236,48 @@ def test_the_published_preset(conv_net, images):
     assert ranks(uncentred) == {row.name: row.rank for row in report.sites}
 
 
+def test_the_published_influence_aware_preset(conv_net, images):
+    labelled = [(image, torch.randint(10, (8,))) for image in images]
+    loss = lambda output, batch: nn.functional.cross_entropy(output, batch[1])  # noqa: E731
+    state, *rest = snapshot(conv_net)
+    compressed = compress(conv_net, labelled, loss=loss, **balf_fx.AIR)
+    after, *rest_after = snapshot(conv_net)
+    assert rest_after == rest
+    assert all(torch.equal(state[key], after[key]) for key in state)
+    assert isinstance(compressed.get_submodule("bn"), nn.BatchNorm2d)
+    once = compress(conv_net, images, **(dict(balf_fx.AIR) | {"factors": "activations"}))
+    assert ranks(compressed) == ranks(once)
+    assert balf_fx.report(compressed).flops_kept <= 0.6
+    assert not torch.allclose(compressed(images[0]), once(images[0]))
+    again = compress(conv_net, labelled, loss=loss, **balf_fx.AIR)
+    assert all(torch.equal(a, b) for a, b in zip(compressed.parameters(), again.parameters(), strict=True))
+
+
+def test_a_graph_prepared_for_several_factors_gives_each_of_them(conv_net, images):
+    prepared = balf_fx.prepare(conv_net, images[0], factors=("sensitivity", "air"))
+    balf_fx.calibrate(prepared, images, progress=False)
+    for factors in ("activations", "sensitivity", "air", "svd"):
+        got = balf_fx.convert(prepared, flops=0.6, factors=factors, progress=False)
+        alone = compress(conv_net, images, factors=factors)
+        assert ranks(got) == ranks(alone)
+        torch.testing.assert_close(got(images[0]), alone(images[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_factors_that_a_graph_was_not_prepared_for(conv_net, images):
+    with pytest.raises(OptionError, match=r"factors are .*not 'cp'"):
+        balf_fx.prepare(conv_net, images[0], factors=["air", "cp"])
+    prepared = balf_fx.prepare(conv_net, images[0], sensitivity=True)
+    balf_fx.calibrate(prepared, images, progress=False)
+    with pytest.raises(
+        NotCalibratedError, match=r"site 'stem' was not observed: pass factors='air' to balf_fx\.prepare"
+    ):
+        balf_fx.convert(prepared, flops=0.6, factors="air", progress=False)
+    with pytest.raises(OptionError, match="drop one of them"):
+        balf_fx.convert(prepared, flops=0.6, factors="air", batches=images, progress=False)
+    with pytest.raises(OptionError, match="drop one of them"):
+        compress(conv_net, images, factors="air", refit=True)
+
+
 def test_weights_alone_ignore_the_data(conv_net, images):
     first = compress(conv_net, images, factors="svd").state_dict()
     second = compress(conv_net, [10 * images[0]], factors="svd").state_dict()

@@ -693,6 +693,7 @@ def test_gradients_through_inductor(tokens):
         ({"flops": 0.5, "mode": "reduce-overhead", "inner_options": {}}, "one of them"),
         ({"flops": 0.5, "factors": "magic"}, "factors"),
         ({"flops": 0.5, "factors": "sensitivity"}, "needs gradients"),
+        ({"flops": 0.5, "factors": "air"}, "needs gradients"),
         ({"plan": 3}, "plan is"),
     ],
 )

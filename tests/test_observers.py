@@ -182,7 +182,7 @@ def test_layout_batching_and_chunking_leave_statistics_as_they_are(kind, side, m
         layout = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
         assert_same(observe(site, value.contiguous(memory_format=layout)), whole)
     monkeypatch.setattr(observers, "_CHUNK_ELEMENTS", 1)
-    assert len(list(observers._position_chunks(value, site))) > 1
+    assert len(list(observers._position_chunks(value, site, site.side))) > 1
     assert_same(observe(site, value), whole)
 
 
@@ -192,7 +192,7 @@ def test_chunked_rows_of_a_linear_layer_add_up(side, monkeypatch):
     value = random(0, 7, 13, 4) if side == "input" else module(random(0, 7, 13, 4)).detach()
     whole = observe(site, value)
     monkeypatch.setattr(observers, "_CHUNK_ELEMENTS", 1)
-    assert len(list(observers._position_chunks(value, site))) > 1
+    assert len(list(observers._position_chunks(value, site, site.side))) > 1
     assert_same(observe(site, value), whole)
 
 

@@ -1,0 +1,131 @@
+"""Refine the chosen factors by the influence of each weight (AIR, arXiv 2606.19993)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassResult
+from tqdm import tqdm
+
+from balf_fx.errors import OptionError, PassError
+from balf_fx.influence import Signal, cholesky_root, error_weights, influence, refined_factors
+from balf_fx.observers import CovarianceObserver, InfluenceObserver, Moments, WeightGradients
+from balf_fx.passes.base import Pass
+from balf_fx.passes.score import grouped_bias, grouped_weight
+from balf_fx.sites import Annotation, Site, Solution, Spectrum, annotate, annotation
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refine(Pass):
+    """Go on from the one-shot factors of the chosen ranks, between Allocate and Factorize.
+
+    The defaults are as published. Statistics are centred where Score's were; then the mean of what is lost moves into
+    the bias. A site that no gradient has reached, and a transposed convolution, keeps its one-shot factors.
+
+    Attributes:
+        signal: of influence, "weight_gradient" or "fisher" (`influence.influence`).
+        delta: how much influence counts; with 0 the factors stay the one-shot optimum.
+        limit: the largest influence, in units of the matrix's mean.
+        sweeps: how often all components are solved for again.
+        block: how many components are solved for together; 1 as published, more descend further in less time.
+        damping: of the inputs' second moment, as a share of its mean eigenvalue.
+        dtype: of the sweeps.
+        progress: show a progress bar.
+    """
+
+    signal: Signal = "weight_gradient"
+    delta: float = 2.0
+    limit: float = 100.0
+    sweeps: int = 1
+    block: int = 16
+    damping: float = 1e-6
+    dtype: torch.dtype = torch.float32
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.signal not in get_args(Signal):
+            raise OptionError(f"signal is one of {', '.join(map(repr, get_args(Signal)))}, not {self.signal!r}")
+        if self.delta < 0 or self.limit <= 0 or self.damping <= 0:
+            raise OptionError("delta is 0 or more, limit and damping are above 0")
+        if self.sweeps < 1 or self.block < 1:
+            raise OptionError("sweeps and block are whole numbers, 1 or more")
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for site, nodes in self.require_sites(graph_module).items():
+            mark = annotation(nodes[0])
+            if mark.choice is None or mark.curve is None:
+                raise PassError(f"Refine: site {site.name!r} has no choice; run Score and Allocate first")
+            if mark.influence is None and not site.transposed:
+                raise PassError(
+                    f"Refine: the weight of site {site.name!r} was not observed; use InsertObservers(influence=True)"
+                )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        found = self.require_sites(graph_module)
+        for site, nodes in tqdm(found.items(), desc="refining", unit="site", disable=not self.progress, leave=False):
+            mark = annotation(nodes[0])
+            rank = None if mark.choice is None else mark.choice.chosen.rank
+            observed = _observed(graph_module, mark)
+            if rank is None or mark.curve is None:
+                continue
+            if isinstance(rank, tuple):
+                _LOGGER.info("the parts of %s have ranks of their own: it keeps its one-shot factors", site.name)
+            elif observed is None:
+                reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
+                _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
+            else:
+                solution = self.solve(graph_module, site, mark.curve.spectrum, rank, *observed)
+                for node in nodes:
+                    annotate(node, refit=(solution,))
+        return PassResult(graph_module, False)
+
+    def solve(
+        self,
+        graph_module: fx.GraphModule,
+        site: Site,
+        spectrum: Spectrum,
+        rank: int,
+        moments: Moments,
+        gradients: WeightGradients,
+    ) -> Solution:
+        """Refine one site.
+
+        Args:
+            spectrum: of the plain output error, which gives the factors to start with.
+            moments: of the site's input.
+            gradients: of its weight.
+        """
+        weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
+        centred = spectrum.mean is not None
+        root = cholesky_root(moments.covariance() if centred else moments.second_moment(), self.damping)
+        weights = error_weights(influence(gradients, weight, self.signal), self.delta, self.limit)
+        start = spectrum.left[..., :rank]
+        left, right = refined_factors(weight, root, weights, start, self.sweeps, self.block, self.dtype)
+        if centred:
+            bias = _with_lost_mean(bias, weight - left @ right, moments.mean)
+        return Solution(left, right, bias)
+
+
+def _with_lost_mean(bias: Tensor | None, lost: Tensor, mean: Tensor) -> Tensor:
+    """b + D E[x] for the part D [G, O, D] of the weight that is lost, [G, O]."""
+    shift = (lost @ mean.unsqueeze(-1)).squeeze(-1)
+    return shift if bias is None else bias + shift
+
+
+def _observed(graph_module: fx.GraphModule, mark: Annotation) -> tuple[Moments, WeightGradients] | None:
+    """The moments of a site's input and the gradients of its weight, if both are known."""
+    if mark.observer is None or mark.influence is None:
+        return None
+    inputs: Any = graph_module.get_submodule(mark.observer)
+    weight: Any = graph_module.get_submodule(mark.influence)
+    if not (isinstance(inputs, CovarianceObserver) and isinstance(weight, InfluenceObserver)):
+        return None
+    if inputs.side != "input" or inputs.moments is None or weight.gradients is None:
+        return None
+    return inputs.moments, weight.gradients
