@@ -126,7 +126,7 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
             if shrinks:
                 maps = curve.maps(size, reader)
                 found[name] = dataclasses.replace(found.get(name, Cut()), read=maps, repeat=width.repeat)
-        maps = curve.maps(size)
+        maps = curve.maps(size) if shrinks else _unchanged(width)
         for position, name in enumerate(width.producers):
             if name in narrowed and (shrinks or width.kind != "channels"):
                 _write(found, name, width, position, maps, shrinks)
@@ -135,6 +135,12 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
                 rows = torch.arange(width.features).unsqueeze(0)
                 found[name] = Cut(written=((rows, maps.right),))
     return found
+
+
+def _unchanged(width: Width) -> WidthMaps:
+    """Of a width that keeps its features, although others of its layers do not."""
+    identity = torch.eye(width.features, dtype=torch.float64).expand(width.heads, -1, -1)
+    return WidthMaps(identity, identity, None, None)
 
 
 def _write(found: dict[str, Cut], name: str, width: Width, position: int, maps: WidthMaps, shrinks: bool) -> None:
