@@ -9,12 +9,18 @@ regression, Izenman 1975), where R and L are the spectrum's right and left maps.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from balf_fx.sites import Spectrum
+from balf_fx.sites import Solution, Spectrum
+
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_BLOCK = 96  # columns of x x^T that are done at a time: half of the matrix mirrors the other
 
 
 @dataclass(frozen=True)
@@ -56,32 +62,78 @@ class Joint:
         return covariance, self.yx / self.count - self.mean_y.unsqueeze(-1) * self.mean_x.unsqueeze(-2)
 
 
-def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
-    """Sums of one batch.
+class JointSums:
+    """Adds up a `Joint` chunk by chunk: products in the chunks' own precision, totals in float64.
 
     Args:
-        x, y: [G, D, n] and [G, O, n].
-        weights: [n], None for 1 each.
+        x, y: (G, D) and (G, O); x may have one group for all of y's.
+        known: sums over the same x, whose products need not be taken again.
     """
-    weighted = x if weights is None else x * weights
-    count = float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
-    weighted_y = y if weights is None else y * weights
-    sums = (weighted.sum(-1), weighted_y.sum(-1), weighted @ x.mT, y @ weighted.mT)
-    return Joint(count, *(value.to(torch.float64) for value in sums))
+
+    def __init__(
+        self, x: tuple[int, int], y: tuple[int, int], device: torch.device, known: Joint | None = None
+    ) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        products = zeros(*x, x[1]) if known is None else known.xx
+        self._only_y = known is not None
+        self._total = Joint(0.0, zeros(*x), zeros(*y), products, zeros(*y, x[1]))
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+        """Count some positions.
+
+        Args:
+            x, y: [G, D, n] and [G, O, n].
+            weights: [n], None for 1 each.
+        """
+        if weights is None:
+            count, sum_x, sum_y = float(x.shape[-1]), x.sum(-1), y.sum(-1)
+        else:
+            count, roots = float(weights.sum(dtype=torch.float64)), weights.sqrt()
+            x, y = x * roots, y * roots
+            sum_x, sum_y = x @ roots, y @ roots
+        self._total.x.add_(sum_x)
+        self._total.y.add_(sum_y)
+        self._total.yx.add_(y @ x.mT)
+        if not self._only_y:
+            _add_lower_products(self._total.xx, x)
+        self._total = dataclasses.replace(self._total, count=self._total.count + count)
+
+    def joint(self) -> Joint:
+        """What has been added up."""
+        if self._only_y:
+            return self._total
+        lower = self._total.xx
+        return dataclasses.replace(self._total, xx=lower.tril() + lower.tril(-1).mT)
+
+
+def _add_lower_products(total: Tensor, x: Tensor) -> None:
+    """Add x x^T to a total [G, D, D], but for most of what is above the diagonal."""
+    size = x.shape[1]
+    width = max(_BLOCK, size // 16)
+    for start in range(0, size, width):
+        block = slice(start, start + width)
+        total[:, start:, block] += x[:, start:] @ x[:, block].mT
+
+
+def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
+    """Sums of one chunk, as `JointSums.add` takes it."""
+    sums = JointSums((len(x), x.shape[1]), (len(y), y.shape[1]), x.device)
+    sums.add(x, y, weights)
+    return sums.joint()
 
 
 def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     """The map [G, O, D], and the covariance [G, D, D] with the ridge on it."""
-    covariance, cross = seen.centred()
-    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    added = (strength * mean + torch.finfo(mean.dtype).tiny) * torch.eye(
-        covariance.shape[-1], dtype=mean.dtype, device=mean.device
-    )
-    damped = covariance + added
+    damped, cross = seen.centred()
+    if not damped.shape[-1]:
+        return prior, damped
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    added = strength * diagonal.mean(-1)[:, None, None] + torch.finfo(damped.dtype).tiny
+    diagonal.add_(added.squeeze(-1))
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed.any():
         return prior, damped
-    return torch.cholesky_solve((cross + prior @ added).mT, factor).mT, damped
+    return torch.cholesky_solve((cross + prior * added).mT, factor).mT, damped
 
 
 def truncate(full: Tensor, covariance: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
@@ -109,3 +161,66 @@ def error(held_out: Joint, fitted: Tensor, bias: Tensor, right: Tensor | None) -
     if right is not None:
         total = right @ total @ right.mT
     return float(total.diagonal(dim1=-2, dim2=-1).sum())
+
+
+def best(
+    train: Joint, held_out: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None]
+) -> tuple[Solution, ...]:
+    """The solution of least error on what was held out, the prior among them; its ridge, on all that was seen.
+
+    Args:
+        toward: [G, O, D], the map that the ridge draws to.
+        prior: the solution so far, one for each part of the outputs; what has a left factor is solved at its rank.
+        spectra: the metric of each part, None for the plain squared error.
+    """
+    if not held_out.count:  # batches of one or two samples leave none
+        return solutions(train, toward, prior, spectra, 1.0)
+    options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
+    errors = [total_error(held_out, option, spectra) for option in (prior, *options)]
+    least = min(range(len(errors)), key=errors.__getitem__)
+    if least == 0:
+        return tuple(prior)
+    return solutions(train + held_out, toward, prior, spectra, _STRENGTHS[least - 1])
+
+
+def solutions(
+    seen: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
+) -> tuple[Solution, ...]:
+    """The regression at one strength of the ridge, part by part; arguments as in `best`."""
+    full, covariance = ridge(seen, toward, strength)
+    groups = len(full) // len(prior)
+    found = []
+    for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
+        own = slice(index * groups, (index + 1) * groups)
+        mean_x = seen.mean_x if len(seen.mean_x) == 1 else seen.mean_x[own]
+        if part.left is None or spectrum is None:
+            left, right = None, full[own]
+        else:
+            left, right = truncate(full[own], covariance, spectrum, part.left.shape[-1])
+        fitted = right if left is None else left @ right
+        bias = seen.mean_y[own] - (fitted @ mean_x.unsqueeze(-1)).squeeze(-1)
+        found.append(Solution(left, right, bias))
+    return tuple(found)
+
+
+def total_error(seen: Joint, solution: Sequence[Solution], spectra: Sequence[Spectrum | None]) -> float:
+    """The `error` of all parts."""
+    groups = len(seen.y) // len(solution)
+    total = 0.0
+    for index, (part, spectrum) in enumerate(zip(solution, spectra, strict=True)):
+        own = slice(index * groups, (index + 1) * groups)
+        right = None if spectrum is None else spectrum.maps(spectrum.energies.shape[-1])[1]
+        fitted = part.right if part.left is None else part.left @ part.right
+        bias = torch.zeros_like(seen.y[own]) if part.bias is None else part.bias
+        total += error(seen.only(own), fitted, bias, right)
+    return total
+
+
+def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:
+    """What a solution puts out, [G, O, n], in the precision of its input [G, D, n]."""
+    found = []
+    for part in solution:
+        y = part.right.to(x.dtype) @ x
+        y = y if part.left is None else part.left.to(x.dtype) @ y
+        found.append(y if part.bias is None else y + part.bias.to(x.dtype).unsqueeze(-1))
+    return torch.cat(found) if len(found) > 1 else found[0]
