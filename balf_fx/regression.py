@@ -9,7 +9,6 @@ regression, Izenman 1975), where R and L are the spectrum's right and left maps.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,9 +73,13 @@ class JointSums:
         self, x: tuple[int, int], y: tuple[int, int], device: torch.device, known: Joint | None = None
     ) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        products = zeros(*x, x[1]) if known is None else known.xx
-        self._only_y = known is not None
-        self._total = Joint(0.0, zeros(*x), zeros(*y), products, zeros(*y, x[1]))
+        groups, self._size = x
+        rows = y[0] * y[1] // groups
+        self._known, self._shape = known, (*y, self._size)
+        self._count = 0.0
+        self._y = zeros(groups, rows)
+        # of y, and unless they are known of x and 1 above and below it, with x
+        self._products = zeros(groups, rows if known is not None else self._size + rows + 1, self._size)
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         """Count some positions.
@@ -85,34 +88,29 @@ class JointSums:
             x, y: [G, D, n] and [G, O, n].
             weights: [n], None for 1 each.
         """
-        if weights is None:
-            count, sum_x, sum_y = float(x.shape[-1]), x.sum(-1), y.sum(-1)
-        else:
-            count, roots = float(weights.sum(dtype=torch.float64)), weights.sqrt()
-            x, y = x * roots, y * roots
-            sum_x, sum_y = x @ roots, y @ roots
-        self._total.x.add_(sum_x)
-        self._total.y.add_(sum_y)
-        self._total.yx.add_(y @ x.mT)
-        if not self._only_y:
-            _add_lower_products(self._total.xx, x)
-        self._total = dataclasses.replace(self._total, count=self._total.count + count)
+        y = y.reshape(len(x), -1, y.shape[-1])
+        self._count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
+        if self._known is not None:
+            y = y if weights is None else y * weights
+            self._y += y.sum(-1)
+            self._products += y @ x.mT
+            return
+        rows = torch.cat([x, y, y.new_ones(len(y), 1, y.shape[-1])], 1)
+        if weights is not None:
+            rows *= weights.sqrt()
+        self._y += (rows[:, self._size : -1] @ rows[:, -1:].mT).squeeze(-1)
+        width = max(_BLOCK, self._size // 16)
+        for start in range(0, self._size, width):  # nothing is needed of x x^T above the diagonal
+            block = slice(start, min(start + width, self._size))
+            self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
 
     def joint(self) -> Joint:
         """What has been added up."""
-        if self._only_y:
-            return self._total
-        lower = self._total.xx
-        return dataclasses.replace(self._total, xx=lower.tril() + lower.tril(-1).mT)
-
-
-def _add_lower_products(total: Tensor, x: Tensor) -> None:
-    """Add x x^T to a total [G, D, D], but for most of what is above the diagonal."""
-    size = x.shape[1]
-    width = max(_BLOCK, size // 16)
-    for start in range(0, size, width):
-        block = slice(start, start + width)
-        total[:, start:, block] += x[:, start:] @ x[:, block].mT
+        y = self._y.reshape(self._shape[:2])
+        if self._known is not None:
+            return Joint(self._count, self._known.x, y, self._known.xx, self._products.reshape(self._shape))
+        lower, yx, x = self._products.tensor_split((self._size, -1), 1)
+        return Joint(self._count, x.squeeze(1), y, lower.tril() + lower.tril(-1).mT, yx.reshape(self._shape))
 
 
 def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:

@@ -246,8 +246,9 @@ class _Solver:
         for batch in self.walk.batches():
             original = by_sample(batch.original[node], site)
             positions = math.prod(original.shape[2:]) if site.conv is not None else original.shape[1]
-            weights = self._weights(node, positions)
-            for share, own in _chunks(len(original), positions, max(inputs, outputs)):
+            chunks = list(_chunks(len(original), positions, max(inputs, outputs)))
+            weights = self._weights(node, positions, max(own.stop - own.start for _, own in chunks))
+            for share, own in chunks:
                 x = problem.columns(batch, own)
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
                 y, beside = _target(batch, node, addition, site, own, problem)
@@ -256,13 +257,11 @@ class _Solver:
                     predicted = predicted if beside is None else predicted + beside
                     y = torch.where(y > 0, y, predicted.clamp_max(0))
                 y = y if beside is None else y - beside
-                shares[share].add(
-                    x, y.to(x.dtype), None if weights is None else weights.repeat(y.shape[-1] // positions)
-                )
+                shares[share].add(x, y.to(x.dtype), None if weights is None else weights[: y.shape[-1]].to(x.dtype))
         return shares[0].joint(), shares[1].joint()
 
-    def _weights(self, node: fx.Node, positions: int) -> Tensor | None:
-        """What each position of a sample counts, 1 on average."""
+    def _weights(self, node: fx.Node, positions: int, samples: int) -> Tensor | None:
+        """What each position of some samples counts, 1 on average."""
         path = annotation(node).sensitivity
         observer = None if path is None else self.graph_module.get_submodule(path)
         if not isinstance(observer, SensitivityObserver) or observer.positions is None:
@@ -270,7 +269,7 @@ class _Solver:
         own = observer.positions
         if len(own) != positions:
             return None
-        return own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)
+        return (own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)).repeat(samples)
 
 
 def _target(
