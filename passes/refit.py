@@ -255,7 +255,7 @@ class _Solver:
                 if solution is not None:
                     predicted = apply(solution, x)
                     predicted = predicted if beside is None else predicted + beside
-                    y = torch.where(y > 0, y, predicted.clamp_max(0))
+                    y = torch.maximum(F.threshold(y, 0.0, -math.inf), predicted.clamp_max(0))  # where() is slower
                 y = y if beside is None else y - beside
                 shares[share].add(x, y.to(x.dtype), None if weights is None else weights[: y.shape[-1]].to(x.dtype))
         return shares[0].joint(), shares[1].joint()
