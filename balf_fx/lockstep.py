@@ -2,7 +2,7 @@
 
 Where the two do not differ there is one value for both. A value is freed when its last reader has run, so that a walk
 costs about two forward passes, and what is alive at once is what one layer of each batch is. Beyond a number of bytes
-these values wait in files: the files of one batch at a time are mapped into memory.
+these values wait in files, and those of one batch at a time are mapped into memory (`offload`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from balf_fx.linear_maps import changes_in_place
-
-MEMORY = 2 << 30
-"""Bytes of intermediate values that are kept in memory unless the user says otherwise."""
+from balf_fx.offload import MEMORY, Shelf
 
 
 class Batch:
@@ -33,10 +31,11 @@ class Batch:
         compressed: of the compressed model, where these differ.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], shelf: Shelf) -> None:
         self.inputs = inputs
         self.original: dict[fx.Node, Any] = {}
         self.compressed: dict[fx.Node, Any] = {}
+        self._shelf = shelf
 
     def before(self, node: fx.Node) -> Any:
         """The original model's value."""
@@ -45,6 +44,24 @@ class Batch:
     def current(self, node: fx.Node) -> Any:
         """The compressed model's value."""
         return self.compressed[node] if node in self.compressed else self.original[node]
+
+    def free(self, node: fx.Node) -> None:
+        """Forget a value."""
+        self.original.pop(node, None)
+        self.compressed.pop(node, None)
+
+    def load(self) -> None:
+        """Have the values at hand."""
+        if self._shelf.used:
+            self.original, self.compressed = self._shelf.load((self.original, self.compressed))
+
+    def leave(self, room: int) -> int:
+        """Park the values if they have been parked before or need more bytes than there are; returns these bytes."""
+        nbytes = self._shelf.nbytes((self.original, self.compressed))
+        if not self._shelf.used and nbytes <= room:
+            return nbytes
+        self.original, self.compressed = self._shelf.park((self.original, self.compressed))
+        return 0
 
 
 class Lockstep:
@@ -60,14 +77,12 @@ class Lockstep:
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Mapping[str, Any]], memory: int = MEMORY) -> None:
         self.graph_module = graph_module
-        self.memory = memory
         self.moved: set[fx.Node] = set()
-        self._batches = [Batch(values) for values in inputs]
+        self._inputs = inputs
+        self._memory = memory
         self._interpreter = fx.Interpreter(graph_module)
-        self._folder = Path()
-        tensors = [leaf for leaf in pytree.tree_leaves(list(map(dict, inputs))) if isinstance(leaf, Tensor)]
-        tensors += [*graph_module.parameters(), *graph_module.buffers()]
-        self._pinned = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
+        self._batches: list[Batch] = []
+        self._nbytes: list[int] = []
 
     def run(self, nodes: Sequence[fx.Node], replace: Callable[[fx.Node], bool]) -> None:
         """Run the nodes in their order.
@@ -78,25 +93,38 @@ class Lockstep:
         """
         last_reads = _last_reads(nodes)
         with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
-            self._folder = Path(folder)
+            pinned = self._pinned()
+            self._batches = [Batch(values, Shelf(Path(folder), pinned)) for values in self._inputs]
+            self._nbytes = [0] * len(self._batches)
             for node in nodes:
                 self._run_original(node)
                 if not replace(node) and not self.moved.isdisjoint(node.all_input_nodes):
                     self.store(node, partial(self._value, node, Batch.current))
                 for batch in self._batches:
                     for source in last_reads[node]:
-                        batch.original.pop(source, None)
-                        batch.compressed.pop(source, None)
+                        batch.free(source)
 
     def batches(self) -> Iterator[Batch]:
-        """One batch after the other; nothing of a batch may be kept when the next one comes."""
-        yield from self._batches
+        """One batch after the other; no value of a batch may be kept when the next one comes."""
+        total = sum(self._nbytes)
+        for index, batch in enumerate(self._batches):
+            batch.load()
+            yield batch
+            total -= self._nbytes[index]
+            self._nbytes[index] = batch.leave(self._memory - total)
+            total += self._nbytes[index]
 
     def store(self, node: fx.Node, value: Callable[[Batch], Any]) -> None:
         """Give the compressed model a value of its own."""
         for batch in self.batches():
             batch.compressed[node] = value(batch)
         self.moved.add(node)
+
+    def _pinned(self) -> set[int]:
+        """The storages that stay in memory in any case: the caller's and the model's."""
+        tensors = [leaf for leaf in pytree.tree_leaves(list(map(dict, self._inputs))) if isinstance(leaf, Tensor)]
+        tensors += [*self.graph_module.parameters(), *self.graph_module.buffers()]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
 
     def _run_original(self, node: fx.Node) -> None:
         if not self.moved.isdisjoint(node.all_input_nodes) and changes_in_place(self.graph_module, node):

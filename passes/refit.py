@@ -31,8 +31,9 @@ from torch.nn import functional as F
 from balf_fx.errors import OptionError
 from balf_fx.linalg import in_parts
 from balf_fx.linear_maps import parameter_users, read_layer, reads_metadata, site_input
-from balf_fx.lockstep import MEMORY, Batch, Lockstep
+from balf_fx.lockstep import Batch, Lockstep
 from balf_fx.observers import SensitivityObserver, by_sample, input_columns, output_columns
+from balf_fx.offload import MEMORY
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import build, one_shot, run_first, run_modules, run_second
 from balf_fx.passes.observe import OBSERVERS
@@ -55,7 +56,7 @@ _ADDITIONS = (
 )
 _RELUS = (F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
 _HELD_OUT = 0.25
-_CHUNK_ELEMENTS = 1 << 20  # a chunk's columns stay in the cache
+_CHUNK_ELEMENTS = 1 << 19  # a chunk's columns stay in the cache
 _CHUNK_POSITIONS = 2048  # but so many that adding up products costs little beside taking them
 
 
