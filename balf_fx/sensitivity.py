@@ -54,12 +54,9 @@ def observe_gradients(
     Raises:
         CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
     """
-    return any(
-        [
-            _observe_gradients(prepared, piece, forward, index, generator, loss)
-            for piece in _pieces(prepared, batch, forward, index, memory)
-        ]
-    )
+    pieces = _pieces(prepared, batch, forward, index, memory)
+    found = [_observe_gradients(prepared, piece, forward, index, generator, loss) for piece in pieces]
+    return any(found)
 
 
 def _pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
@@ -95,8 +92,10 @@ def _one_by_one(prepared: fx.GraphModule, batch: Any, forward: Forward, index: i
     finally:
         for observer, seen in moments.items():
             observer.moments = seen
-    together, *apart = ([leaf for leaf in pytree.tree_leaves(run) if isinstance(leaf, Tensor)] for run in runs)
-    return all(_alike(whole, parts) for whole, *parts in zip(together, *apart, strict=True))
+    leaves = [[leaf for leaf in pytree.tree_leaves(run) if isinstance(leaf, Tensor)] for run in runs]
+    if len(set(map(len, leaves))) > 1:
+        return False
+    return all(_alike(whole, parts) for whole, *parts in zip(*leaves, strict=True))
 
 
 def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:
