@@ -38,7 +38,7 @@ from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import build, one_shot, run_first, run_modules, run_second
 from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.score import grouped_bias, grouped_weight
-from balf_fx.regression import Joint, JointSums, apply, best
+from balf_fx.regression import Inputs, Joint, JointSums, apply, best
 from balf_fx.sites import Rank, Site, Solution, Spectrum, annotate, annotation, get_tensor
 
 RefitMode = Literal["full", "up"]
@@ -221,7 +221,7 @@ class _Solver:
         train, held_out = self._sums(node, site, problem)
         solution = best(train, held_out, problem.toward, problem.prior, problem.spectra)
         if _relu_follows(self.graph_module, node):
-            train, held_out = self._sums(node, site, problem, solution, (train, held_out))
+            train, held_out = self._sums(node, site, problem, solution, (train.inputs, held_out.inputs))
             solution = best(train, held_out, problem.toward, problem.prior, problem.spectra)
         return solution
 
@@ -231,13 +231,13 @@ class _Solver:
         site: Site,
         problem: _Problem,
         solution: tuple[Solution, ...] | None = None,
-        known: tuple[Joint, Joint] | tuple[None, None] = (None, None),
+        known: tuple[Inputs, Inputs] | tuple[None, None] = (None, None),
     ) -> tuple[Joint, Joint]:
         """What the regression needs to know of the training share and of the held-out share of all batches.
 
         Args:
             solution: where ReLU follows, decides what an error below zero is.
-            known: the sums with another solution, or none.
+            known: the sums over the inputs, where these have been taken.
         """
         groups, outputs, inputs = problem.toward.shape
         shape = (groups if len(problem.prior) == 1 else 1, inputs)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from balf_fx.linalg import damped_roots, spectrum_from_output
 from balf_fx.regression import error, joint, ridge, truncate
+from balf_fx.sites import Solution
 
 PROPERTY = settings(deadline=None, max_examples=25, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -22,7 +23,7 @@ def problem(seed, groups=1, outputs=4, inputs=3, positions=50):
 
 
 def bias_of(seen, fitted):
-    return seen.mean_y - (fitted @ seen.mean_x.unsqueeze(-1)).squeeze(-1)
+    return seen.mean_y - (fitted @ seen.inputs.mean.unsqueeze(-1)).squeeze(-1)
 
 
 def objective(x, y, weights, fitted, bias, right=None):
@@ -75,8 +76,8 @@ def test_gradient_descent_arrives_at_the_ridge(strength):
 def test_no_other_map_of_that_rank_does_better(seed, rank):
     x, y, weights = problem(seed)
     seen, metric = joint(x, y, weights), spectrum(seed, 4)
-    full, covariance = ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
-    left, right = truncate(full, covariance, metric, rank)
+    full, product = ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
+    left, right = truncate(full, product, metric, rank)
     assert left.shape == (1, 4, rank)
     assert right.shape == (1, rank, 3)
     _, metric_map = metric.maps(4)
@@ -89,8 +90,8 @@ def test_no_other_map_of_that_rank_does_better(seed, rank):
 
 def test_at_full_rank_nothing_is_lost():
     x, y, weights = problem(3)
-    full, covariance = ridge(joint(x, y, weights), torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
-    left, right = truncate(full, covariance, spectrum(3, 4), 3)
+    full, product = ridge(joint(x, y, weights), torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
+    left, right = truncate(full, product, spectrum(3, 4), 3)
     torch.testing.assert_close(left @ right, full)
 
 
@@ -103,7 +104,7 @@ def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
     maps = [(random(seed + k, groups, 4, 3), random(seed + k + 50, groups, 4)) for k in (20, 21)]
     for right in (None, metric_map):
         direct = [objective(x, y, weights, fitted, bias, right) for fitted, bias in maps]
-        summed = [error(seen, fitted, bias, right) for fitted, bias in maps]
+        summed = [error(seen, Solution(None, fitted, bias), right) for fitted, bias in maps]
         assert summed[0] - summed[1] == pytest.approx(direct[0] - direct[1], rel=1e-9, abs=1e-9)
 
 
@@ -111,8 +112,10 @@ def test_sums_of_batches_add_up():
     x, y, weights = problem(4, groups=2)
     whole = joint(x, y, weights)
     parts = joint(x[..., :20], y[..., :20], weights[:20]) + joint(x[..., 20:], y[..., 20:], weights[20:])
-    for name in ("x", "y", "xx", "yx"):
+    for name in ("y", "yx"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
+    for name in ("x", "xx"):
+        torch.testing.assert_close(getattr(whole.inputs, name), getattr(parts.inputs, name))
     assert whole.count == pytest.approx(parts.count)
 
 
