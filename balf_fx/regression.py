@@ -192,21 +192,24 @@ def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
 def best(
     train: Joint, held_out: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None]
 ) -> tuple[Solution, ...]:
-    """The solution of least error on what was held out, the prior among them; its ridge, on all that was seen.
+    """The solution of least error on what was held out, solved again on all; the prior if that has no more error.
 
     Args:
         toward: [G, O, D], the map that the ridge draws to.
         prior: the solution so far, one for each part of the outputs; what has a left factor is solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
     """
-    if not held_out.count:  # batches of one or two samples leave none
-        return solutions(train, toward, prior, spectra, 1.0)
-    options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
-    errors = [total_error(held_out, option, spectra) for option in (prior, *options)]
-    least = min(range(len(errors)), key=errors.__getitem__)
-    if least == 0:
-        return tuple(prior)
-    return solutions(train + held_out, toward, prior, spectra, _STRENGTHS[least - 1])
+    strength = 1.0
+    if held_out.count:  # batches of one or two samples leave none
+        options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
+        errors = [total_error(held_out, option, spectra) for option in (prior, *options)]
+        least = min(range(len(errors)), key=errors.__getitem__)
+        if least == 0:
+            return tuple(prior)
+        strength = _STRENGTHS[least - 1]
+    seen = train + held_out
+    found = solutions(seen, toward, prior, spectra, strength)
+    return found if total_error(seen, found, spectra) < total_error(seen, prior, spectra) else tuple(prior)
 
 
 def solutions(

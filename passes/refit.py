@@ -199,6 +199,10 @@ class _Solver:
         def outputs(value: Tensor) -> Tensor:
             return _in_parts(output_columns(value, site), len(prior))[own]
 
+        def no_columns(batch: Batch, samples: slice) -> Tensor:
+            value = by_sample(batch.compressed[node][index], site)[samples]
+            return value.new_empty(site.groups, 0, value.numel() // (site.groups * width))
+
         if part.left is not None:
             known = (Solution(None, part.left, part.bias),)
             (found,) = self._solve(node, site, _Problem(columns, outputs, part.left, known, (spectra[index],)))
@@ -206,7 +210,7 @@ class _Solver:
         nothing = part.right[..., :0]
         bias = torch.zeros_like(part.right[..., 0]) if part.bias is None else part.bias
         problem = _Problem(
-            columns=lambda batch, samples: columns(batch, samples)[:, :0],
+            columns=no_columns,
             outputs=outputs,
             toward=nothing,
             prior=(Solution(None, nothing, torch.zeros_like(bias)),),
