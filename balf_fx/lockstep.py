@@ -1,4 +1,4 @@
-"""The original and the compressed model side by side: every node is run for all batches before the next one is.
+"""The original and the compressed model side by side: every node is run for all batches before the next one.
 
 Where the two do not differ there is one value for both. A value is freed when its last reader has run, so that a walk
 costs about two forward passes, and what is alive at once is what one layer of each batch is. Beyond a number of bytes
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,11 @@ class Batch:
         """The compressed model's value."""
         return self.compressed[node] if node in self.compressed else self.original[node]
 
-    def free(self, node: fx.Node) -> None:
-        """Forget a value."""
-        self.original.pop(node, None)
-        self.compressed.pop(node, None)
+    def free(self, nodes: Iterable[fx.Node]) -> None:
+        """Forget some values."""
+        for node in nodes:
+            self.original.pop(node, None)
+            self.compressed.pop(node, None)
 
     def load(self) -> None:
         """Have the values at hand."""
@@ -84,12 +85,13 @@ class Lockstep:
         self._batches: list[Batch] = []
         self._nbytes: list[int] = []
 
-    def run(self, nodes: Sequence[fx.Node], replace: Callable[[fx.Node], bool]) -> None:
+    def run(self, nodes: Sequence[fx.Node], layers: Set[fx.Node], replace: Callable[[fx.Node], None]) -> None:
         """Run the nodes in their order.
 
         Args:
-            replace: called with each node when the original model has run it, for all batches; True where it has
-                stored the compressed model's values itself, or left them as they are.
+            layers: those that the compressed model may replace.
+            replace: called with each of the layers when the original model has run it, for all batches; stores the
+                compressed model's values, unless they stay the same.
         """
         last_reads = _last_reads(nodes)
         with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
@@ -97,12 +99,20 @@ class Lockstep:
             self._batches = [Batch(values, Shelf(Path(folder), pinned)) for values in self._inputs]
             self._nbytes = [0] * len(self._batches)
             for node in nodes:
-                self._run_original(node)
-                if not replace(node) and not self.moved.isdisjoint(node.all_input_nodes):
-                    self.store(node, partial(self._value, node, Batch.current))
-                for batch in self._batches:
-                    for source in last_reads[node]:
-                        batch.free(source)
+                self._separate(node)
+                moves = node not in layers and not self.moved.isdisjoint(node.all_input_nodes)
+                for batch in self.batches():
+                    batch.original[node] = self._value(node, Batch.before, batch)
+                    if moves:
+                        batch.compressed[node] = self._value(node, Batch.current, batch)
+                    if node not in layers:  # at once, so that the next batch's values can take the place of this one's
+                        batch.free(last_reads[node])
+                if moves:
+                    self.moved.add(node)
+                if node in layers:
+                    replace(node)
+                    for batch in self._batches:
+                        batch.free(last_reads[node])
 
     def batches(self) -> Iterator[Batch]:
         """One batch after the other; no value of a batch may be kept when the next one comes."""
@@ -126,17 +136,16 @@ class Lockstep:
         tensors += [*self.graph_module.parameters(), *self.graph_module.buffers()]
         return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
 
-    def _run_original(self, node: fx.Node) -> None:
+    def _separate(self, node: fx.Node) -> None:
+        """See to it that a node of one model does not change the other's values in place."""
         if not self.moved.isdisjoint(node.all_input_nodes) and changes_in_place(self.graph_module, node):
-            for source in set(node.all_input_nodes) - self.moved:  # or one model would change the other's values
-                self.store(source, partial(_cloned, source))
-        for batch in self.batches():
-            placeholder = node.op == "placeholder"
-            batch.original[node] = (
-                batch.inputs[str(node.target)] if placeholder else self._value(node, Batch.before, batch)
-            )
+            for source in node.all_input_nodes:
+                if source not in self.moved:
+                    self.store(source, partial(_cloned, source))
 
     def _value(self, node: fx.Node, value_of: Callable[[Batch, fx.Node], Any], batch: Batch) -> Any:
+        if node.op == "placeholder":
+            return batch.inputs[str(node.target)]
         args, kwargs = map_arg((node.args, node.kwargs), partial(value_of, batch))
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 

@@ -21,6 +21,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.errors import OptionError
+from balf_fx.errors import OptionError, PassError
 from balf_fx.linalg import in_parts
 from balf_fx.linear_maps import parameter_users, read_layer, reads_metadata, site_input
 from balf_fx.lockstep import Batch, Lockstep
@@ -80,9 +81,10 @@ class Refit(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not _observes(node)]
+        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site)}
         with torch.no_grad():
             walk = Lockstep(graph_module, self.inputs, self.memory)
-            walk.run(nodes, _Solver(walk, self.mode).replace)
+            walk.run(nodes, layers, _Solver(walk, self.mode).replace)
         return PassResult(graph_module, False)
 
 
@@ -117,23 +119,16 @@ class _Solver:
         self.users = parameter_users(walk.graph_module)
         self.solved: dict[Site, nn.Module] = {}
 
-    def replace(self, node: fx.Node) -> bool:
+    def replace(self, node: fx.Node) -> None:
         """Solve a layer, and run what takes its place on the compressed model's values."""
-        layer = read_layer(self.graph_module, node)
-        if not isinstance(layer, Site):
-            return False
-        site, source = annotation(node).site or layer, site_input(node)
+        site, source = _site(self.graph_module, node), site_input(node)
         rank, moved = _rank(node), source in self.walk.moved
-        if not moved and rank is None:
-            return True
         if moved and self._refittable(node, site, rank):
             (self._refit if self.mode == "full" else self._refit_up)(node, site)
-            return True
-        if site not in self.solved:
-            self.solved[site] = build(self.graph_module, site, self._prior(node, site))
-        module = self.solved[site]
-        self.walk.store(node, lambda batch: run_modules(module, batch.current(source)))
-        return True
+        elif moved or rank is not None:
+            if site not in self.solved:
+                self.solved[site] = build(self.graph_module, site, self._prior(node, site))
+            self.walk.store(node, partial(_run, self.solved[site], source))
 
     def _refittable(self, node: fx.Node, site: Site, rank: Rank) -> bool:
         """Whether the regression can be written down, and nothing else needs the weight that it changes."""
@@ -154,9 +149,9 @@ class _Solver:
 
     def _refit(self, node: fx.Node, site: Site) -> None:
         """Solve for all of a layer."""
-        source, prior = site_input(node), self._prior(node, site)
+        prior = self._prior(node, site)
         problem = _Problem(
-            columns=lambda batch, own: input_columns(by_sample(batch.current(source), site)[own], site),
+            columns=partial(_input, node, site),
             outputs=lambda value: _in_parts(output_columns(value, site), len(prior)),
             toward=in_parts(grouped_weight(self.graph_module, site), len(prior)),
             prior=prior,
@@ -164,8 +159,7 @@ class _Solver:
         )
         solution = self._solve(node, site, problem)
         annotate(node, refit=solution)
-        module = build(self.graph_module, site, solution)
-        self.walk.store(node, lambda batch: run_modules(module, batch.current(source)))
+        self.walk.store(node, partial(_run, build(self.graph_module, site, solution), site_input(node)))
 
     def _refit_up(self, node: fx.Node, site: Site) -> None:
         """Solve for left factors and biases; until it is done, the values are what first factors put out."""
@@ -277,6 +271,15 @@ class _Solver:
         return (own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)).repeat(samples)
 
 
+def _run(module: nn.Module, source: fx.Node, batch: Batch) -> Tensor:
+    return run_modules(module, batch.current(source))
+
+
+def _input(node: fx.Node, site: Site, batch: Batch, own: slice) -> Tensor:
+    """What some samples' inputs are in the compressed model, [G, D, n]."""
+    return input_columns(by_sample(batch.current(site_input(node)), site)[own], site)
+
+
 def _target(
     batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: slice, problem: _Problem
 ) -> tuple[Tensor, Tensor | None]:
@@ -319,6 +322,14 @@ def _shifted(value: Tensor, site: Site, shift: Tensor | None) -> Tensor:
         return value
     sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
     return value + shift.to(value.dtype).reshape(-1, *sizes)
+
+
+def _site(graph_module: fx.GraphModule, node: fx.Node) -> Site:
+    """A layer as Annotate has marked it, or as it is where it is no site."""
+    layer = annotation(node).site or read_layer(graph_module, node)
+    if not isinstance(layer, Site):
+        raise PassError(f"Refit: {node.name} is no layer")
+    return layer
 
 
 def _rank(node: fx.Node) -> Rank:
