@@ -17,6 +17,7 @@ from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError, OptionError
 from balf_fx.observers import InfluenceObserver, SensitivityObserver
+from balf_fx.offload import MEMORY
 from balf_fx.passes import (
     Allocate,
     Annotate,
@@ -32,6 +33,7 @@ from balf_fx.passes import (
 )
 from balf_fx.passes.allocate import Method
 from balf_fx.passes.observe import OBSERVERS, remove_observers
+from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
 from balf_fx.sensitivity import Loss, observe_gradients
@@ -57,7 +59,8 @@ def compile(
     strict: bool = True,
     capture: CaptureMethod = "auto",
     loss: Loss | None = None,
-    refit: bool = False,
+    refit: bool | RefitMode = False,
+    memory: int = MEMORY,
     forward: Forward | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -88,8 +91,11 @@ def compile(
         include, exclude: glob patterns of site names.
         strict: a budget below what is reachable is an error; False takes the closest reachable model instead.
         capture: "symbolic_trace", "export", or "auto", which tries them in this order (`balf_fx.capture`).
-        refit: solve every layer again, on the input that it gets in the compressed model (`passes.Refit`); keeps all
-            batches in memory; not with factors="air".
+        refit: solve every layer again, on the input that it gets in the compressed model (`passes.Refit`): True or
+            "full" for all of it; "up" for the left factors and biases, which is several times faster and recovers
+            less. Keeps all batches in memory; not with factors="air".
+        memory: bytes that intermediate values may take. For gradients, a batch that needs more runs in pieces; in a
+            refit, values beyond it wait in temporary files (in TMPDIR).
         loss: with factors="sensitivity" or "air", `loss(output, batch)`: a scalar that is to stay small, in place of
             the label-free one.
         forward: `forward(model, batch)`, called in place of the rules for batches.
@@ -126,9 +132,10 @@ def compile(
         # 3. Calibrate: let the batches flow through.
         seen = [first, *batches] if refit else itertools.chain([first], batches)
         if factors != "svd":
-            calibrate(prepared, seen, loss=loss, forward=forward, seed=seed, progress=progress)
+            calibrate(prepared, seen, loss=loss, memory=memory, forward=forward, seed=seed, progress=progress)
         # 4. Score every rank, solve the budget, refit the layers, rewrite the graph.
-        return _convert(prepared, score, allocate, seen if refit else (), forward)
+        mode: RefitMode = "full" if isinstance(refit, bool) else refit
+        return _convert(prepared, score, allocate, seen if refit else (), forward, mode, memory)
 
 
 def prepare(
@@ -180,6 +187,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     loss: Loss | None = None,
+    memory: int = MEMORY,
     forward: Forward | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -187,7 +195,7 @@ def calibrate(
     """Run batches through a prepared graph, with gradients where it observes these.
 
     Args:
-        loss, forward, seed, progress: as in `compile`.
+        loss, memory, forward, seed, progress: as in `compile`.
 
     Raises:
         CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
@@ -197,7 +205,7 @@ def calibrate(
     wants_gradients = any(isinstance(module, SensitivityObserver | InfluenceObserver) for module in prepared.modules())
     for index, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress, leave=False)):
         if wants_gradients:
-            observe_gradients(prepared, batch, forward, index, generator, loss)
+            observe_gradients(prepared, batch, forward, index, generator, loss, memory)
         else:
             run_batch(prepared, batch, forward, index)
 
@@ -214,6 +222,8 @@ def convert(
     split: bool = True,
     strict: bool = True,
     batches: Iterable[Any] = (),
+    refit: RefitMode = "full",
+    memory: int = MEMORY,
     forward: Forward | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -222,6 +232,7 @@ def convert(
     Args:
         prepared: from `prepare`, after calibration.
         batches: the calibration batches again, to refit the layers on them; none: no refit.
+        refit: which refit it is then.
         Everything else: as in `compile`.
 
     Raises:
@@ -232,7 +243,7 @@ def convert(
     batches = list(batches)
     _check_refit(factors, bool(batches))
     with torch.inference_mode(False), torch.no_grad():
-        return _convert(prepared, score, allocate, batches, forward or forward_for(prepared))
+        return _convert(prepared, score, allocate, batches, forward or forward_for(prepared), refit, memory)
 
 
 def _convert_passes(
@@ -260,7 +271,13 @@ def _check_refit(factors: Factors, refit: bool) -> None:
 
 
 def _convert(
-    prepared: fx.GraphModule, score: Score, allocate: Allocate, batches: Iterable[Any], forward: Forward
+    prepared: fx.GraphModule,
+    score: Score,
+    allocate: Allocate,
+    batches: Iterable[Any],
+    forward: Forward,
+    refit: RefitMode,
+    memory: int,
 ) -> fx.GraphModule:
     if not isinstance(prepared, fx.GraphModule) or not hasattr(prepared, OBSERVERS):
         raise NotCalibratedError(
@@ -277,7 +294,7 @@ def _convert(
         Refine(progress=score.progress)(graph_module)
     inputs = [placeholder_values(prepared, batch, forward) for batch in batches]
     if inputs:
-        Refit(inputs)(graph_module)
+        Refit(inputs, refit, memory)(graph_module)
     remove_observers(graph_module)
     Narrow()(graph_module)
     Factorize()(graph_module)

@@ -102,6 +102,20 @@ def holds_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
+def sample_count(batch: Any) -> int:
+    """The leading dimension that all tensors of a batch share; 0 where they share none."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # pytree looks into dict alone
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def some_samples(batch: Any, start: int, stop: int) -> Any:
+    """A batch with some of its samples."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # pytree looks into dict alone
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
+
+
 def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradients: bool = False) -> Any:
     """Run one batch, without gradients unless asked for.
 

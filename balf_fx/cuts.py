@@ -31,6 +31,11 @@ class Cut:
     written: tuple[tuple[Tensor, Tensor], ...] = ()
     projected: tuple[tuple[Tensor, Tensor], ...] = field(default=())
 
+    @property
+    def changes(self) -> bool:
+        """Whether the layer computes something else before its rows are taken away."""
+        return self.read is not None or bool(self.projected)
+
     def read_features(self, value: Tensor, axis: int) -> Tensor:
         """R h on an axis of a value."""
         if self.read is None:

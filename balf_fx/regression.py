@@ -9,12 +9,59 @@ regression, Izenman 1975), where R and L are the spectrum's right and left maps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from balf_fx.sites import Spectrum
+from balf_fx.sites import Solution, Spectrum
+
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_BLOCK = 96  # about as many columns of x x^T are done at a time
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Weighted sums over positions of x' and its products.
+
+    Attributes:
+        count: the sum of weights.
+        x, xx: [G, D] and [G, D, D].
+    """
+
+    count: float
+    x: Tensor
+    xx: Tensor
+    _factors: dict[float, Tensor | None] = field(default_factory=dict, repr=False)
+
+    def __add__(self, other: Inputs) -> Inputs:
+        return Inputs(self.count + other.count, self.x + other.x, self.xx + other.xx)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.x / self.count
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Cov(x') [G, D, D]."""
+        return self.xx / self.count - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+
+    def ridge(self, strength: float) -> Tensor:
+        """[G, 1, 1], what a ridge adds to the diagonal of the covariance."""
+        mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return strength * mean + torch.finfo(mean.dtype).tiny
+
+    def factor(self, strength: float) -> Tensor | None:
+        """The Cholesky factor of the covariance with a ridge, taken once; None where it is not positive definite."""
+        if strength not in self._factors:
+            damped = self.covariance.clone()
+            damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            self._factors[strength] = None if failed.any() else factor
+        return self._factors[strength]
 
 
 @dataclass(frozen=True)
@@ -22,90 +69,185 @@ class Joint:
     """Weighted sums over positions of x', y and their products.
 
     Attributes:
-        count: the sum of weights.
-        x, y: [G, D] and [G, O].
-        xx, yx: [G, D, D] and [G, O, D].
+        inputs: those of x' alone; one group may serve all of y's.
+        y, yx: [G, O] and [G, O, D].
     """
 
-    count: float
-    x: Tensor
+    inputs: Inputs
     y: Tensor
-    xx: Tensor
     yx: Tensor
 
     def __add__(self, other: Joint) -> Joint:
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("count", "x", "y", "xx", "yx"))
-        return Joint(*(a + b for a, b in pairs))
+        return Joint(self.inputs + other.inputs, self.y + other.y, self.yx + other.yx)
 
     @property
-    def mean_x(self) -> Tensor:
-        return self.x / self.count
+    def count(self) -> float:
+        return self.inputs.count
 
     @property
     def mean_y(self) -> Tensor:
         return self.y / self.count
 
-    def only(self, own: slice) -> Joint:
-        """Some of the groups of y, and of x' where it has groups."""
-        x, xx = (value if len(value) == 1 else value[own] for value in (self.x, self.xx))
-        return Joint(self.count, x, self.y[own], xx, self.yx[own])
+    def cross(self) -> Tensor:
+        """Cov(y, x') [G, O, D]."""
+        return self.yx / self.count - self.mean_y.unsqueeze(-1) * self.inputs.mean.unsqueeze(-2)
 
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """Cov(x') [G, D, D] and Cov(y, x') [G, O, D]."""
-        covariance = self.xx / self.count - self.mean_x.unsqueeze(-1) * self.mean_x.unsqueeze(-2)
-        return covariance, self.yx / self.count - self.mean_y.unsqueeze(-1) * self.mean_x.unsqueeze(-2)
+
+class JointSums:
+    """Adds up a `Joint` chunk by chunk: products in the chunks' own precision, totals in float64.
+
+    Args:
+        x, y: (G, D) and (G, O); x may have one group for all of y's.
+        known: the sums over the same x, which need not be taken again.
+    """
+
+    def __init__(
+        self, x: tuple[int, int], y: tuple[int, int], device: torch.device, known: Inputs | None = None
+    ) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._known, self._shape = known, (*y, x[1])
+        self._count = 0.0
+        # of 1, of x and below it of y, with 1 and x; where x is known only of y
+        first = 0 if known is not None else 1 + x[1]
+        self._products = zeros(x[0], first + y[0] * y[1] // x[0], 1 + x[1])
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+        """Count some positions.
+
+        Args:
+            x, y: [G, D, n] and [G, O, n].
+            weights: [n], None for 1 each.
+        """
+        y = y.reshape(len(x), -1, y.shape[-1])
+        self._count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
+        if self._known is not None:
+            y = y if weights is None else y * weights
+            self._products[..., 0] += y.sum(-1)
+            self._products[..., 1:] += y @ x.mT
+            return
+        rows = torch.cat([x.new_ones(len(x), 1, x.shape[-1]), x, y], 1)
+        if weights is not None:
+            rows *= weights.sqrt()
+        size = 1 + x.shape[1]
+        width = math.ceil(size / min(max(round(size / _BLOCK), 1), 16))
+        for start in range(0, size, width):  # nothing is needed of x x^T above the diagonal
+            block = slice(start, min(start + width, size))
+            self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
+
+    def joint(self) -> Joint:
+        """What has been added up."""
+        y, yx = self._products.tensor_split((1,), -1)
+        inputs = self._known
+        if inputs is None:
+            size = self._shape[-1]
+            lower = yx[:, 1 : size + 1]
+            inputs = Inputs(self._count, y[:, 1 : size + 1, 0], lower.tril() + lower.tril(-1).mT)
+            y, yx = y[:, size + 1 :], yx[:, size + 1 :]
+        return Joint(inputs, y.reshape(self._shape[:2]), yx.reshape(self._shape))
 
 
 def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
-    """Sums of one batch.
-
-    Args:
-        x, y: [G, D, n] and [G, O, n].
-        weights: [n], None for 1 each.
-    """
-    weighted = x if weights is None else x * weights
-    count = float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
-    weighted_y = y if weights is None else y * weights
-    sums = (weighted.sum(-1), weighted_y.sum(-1), weighted @ x.mT, y @ weighted.mT)
-    return Joint(count, *(value.to(torch.float64) for value in sums))
+    """Sums of one chunk, as `JointSums.add` takes it."""
+    sums = JointSums((len(x), x.shape[1]), (len(y), y.shape[1]), x.device)
+    sums.add(x, y, weights)
+    return sums.joint()
 
 
 def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """The map [G, O, D], and the covariance [G, D, D] with the ridge on it."""
-    covariance, cross = seen.centred()
-    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    added = (strength * mean + torch.finfo(mean.dtype).tiny) * torch.eye(
-        covariance.shape[-1], dtype=mean.dtype, device=mean.device
-    )
-    damped = covariance + added
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed.any():
-        return prior, damped
-    return torch.cholesky_solve((cross + prior @ added).mT, factor).mT, damped
+    """The map [G, O, D], and its product [G, O, D] with the covariance and the ridge on it."""
+    factor = seen.inputs.factor(strength) if prior.shape[-1] else None
+    added = seen.inputs.ridge(strength) if prior.shape[-1] else 0.0
+    if factor is None:
+        return prior, prior @ seen.inputs.covariance + prior * added
+    product = seen.cross() + prior * added
+    return torch.cholesky_solve(product.mT, factor).mT, product
 
 
-def truncate(full: Tensor, covariance: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors A [G, O, r] and B [G, r, D] of the best map of this rank."""
+def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from what `ridge` returns."""
     left, right = spectrum.maps(spectrum.energies.shape[-1])
     seen = right @ full
-    _, vectors = torch.linalg.eigh(seen @ covariance @ seen.mT)
+    _, vectors = torch.linalg.eigh(right @ product @ seen.mT)
     leading = vectors.flip(-1)[..., :rank]
     return left @ leading, leading.mT @ seen
 
 
-def error(held_out: Joint, fitted: Tensor, bias: Tensor, right: Tensor | None) -> float:
-    """E|R (y - M x' - b)|^2 up to what no M and b change.
+def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
+    """E|R (y - A B x' - b)|^2 up to what no solution changes, of all groups.
 
     Args:
-        fitted, bias: [G, O, D] and [G, O].
-        right: R [G, m, O], None for the identity.
+        metric: R [G, m, O], None for the identity.
     """
-    shift = bias.unsqueeze(-1)
-    x, y = held_out.mean_x.unsqueeze(-1), held_out.mean_y.unsqueeze(-1)
-    second = fitted @ (held_out.xx / held_out.count) @ fitted.mT
-    mixed = fitted @ x @ shift.mT
-    cross = (held_out.yx / held_out.count) @ fitted.mT + y @ shift.mT
-    total = second + mixed + mixed.mT + shift @ shift.mT - cross - cross.mT
-    if right is not None:
-        total = right @ total @ right.mT
-    return float(total.diagonal(dim1=-2, dim2=-1).sum())
+    right = solution.right  # z = B x', or the output itself
+    zz = right @ seen.inputs.xx @ right.mT / seen.count
+    yz = seen.yx @ right.mT / seen.count
+    z, y = (right @ seen.inputs.mean.unsqueeze(-1)), seen.mean_y.unsqueeze(-1)
+    left = torch.eye(right.shape[1], dtype=right.dtype, device=right.device) if solution.left is None else solution.left
+    bias = torch.zeros_like(y) if solution.bias is None else solution.bias.unsqueeze(-1)
+    if metric is not None:
+        left, bias, y, yz = (metric @ value for value in (left, bias, y, yz))
+    fitted = left @ zz + 2 * bias @ z.mT - 2 * yz
+    return float((fitted * left).sum() + (bias * (bias - 2 * y)).sum())
+
+
+def best(
+    train: Joint, held_out: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None]
+) -> tuple[Solution, ...]:
+    """The solution of least error on what was held out, solved again on all; the prior if that has no more error.
+
+    Args:
+        toward: [G, O, D], the map that the ridge draws to.
+        prior: the solution so far, one for each part of the outputs; what has a left factor is solved at its rank.
+        spectra: the metric of each part, None for the plain squared error.
+    """
+    strength = 1.0
+    if held_out.count:  # batches of one or two samples leave none
+        options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
+        errors = [total_error(held_out, option, spectra) for option in (prior, *options)]
+        least = min(range(len(errors)), key=errors.__getitem__)
+        if least == 0:
+            return tuple(prior)
+        strength = _STRENGTHS[least - 1]
+    seen = train + held_out
+    found = solutions(seen, toward, prior, spectra, strength)
+    return found if total_error(seen, found, spectra) < total_error(seen, prior, spectra) else tuple(prior)
+
+
+def solutions(
+    seen: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
+) -> tuple[Solution, ...]:
+    """The regression at one strength of the ridge, part by part; arguments as in `best`."""
+    full, product = ridge(seen, toward, strength)
+    groups = len(full) // len(prior)
+    found = []
+    for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
+        own = slice(index * groups, (index + 1) * groups)
+        mean = seen.inputs.mean if len(seen.inputs.mean) == 1 else seen.inputs.mean[own]
+        if part.left is None or spectrum is None:
+            left, right = None, full[own]
+        else:
+            left, right = truncate(full[own], product[own], spectrum, part.left.shape[-1])
+        fitted = right if left is None else left @ right
+        bias = seen.mean_y[own] - (fitted @ mean.unsqueeze(-1)).squeeze(-1)
+        found.append(Solution(left, right, bias))
+    return tuple(found)
+
+
+def total_error(seen: Joint, solution: Sequence[Solution], spectra: Sequence[Spectrum | None]) -> float:
+    """The `error` of all parts, where there are several of one group."""
+    total = 0.0
+    for index, (part, spectrum) in enumerate(zip(solution, spectra, strict=True)):
+        own = slice(None) if len(solution) == 1 else slice(index, index + 1)
+        metric = None if spectrum is None else spectrum.maps(spectrum.energies.shape[-1])[1]
+        total += error(Joint(seen.inputs, seen.y[own], seen.yx[own]), part, metric)
+    return total
+
+
+def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:
+    """What a solution puts out, [G, O, n], in the precision of its input [G, D, n]."""
+    found = []
+    for part in solution:
+        y = part.right.to(x.dtype) @ x
+        y = y if part.left is None else part.left.to(x.dtype) @ y
+        found.append(y if part.bias is None else y + part.bias.to(x.dtype).unsqueeze(-1))
+    return torch.cat(found) if len(found) > 1 else found[0]

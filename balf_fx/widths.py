@@ -133,14 +133,18 @@ class WidthCurve:
         return WidthMaps(self.left[..., :size], self.right[:, :size], None, mean)
 
 
-def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 1e-6) -> Tensor:
-    """A covariance [F, F] that has an inverse: no eigenvalue below a share of the mean one plus one of the largest.
+def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) -> Tensor:
+    """A covariance [F, F] that has an inverse: plus a share of the mean eigenvalue and of the largest.
 
-    Features that follow from each other, or never vary, are then no special case, nor is what sums in float32 left.
+    Features that follow from each other, or never vary, are then no special case, nor is what sums in float32 leave.
     """
-    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
-    floor = share * values.mean() + noise * values[-1]
-    return (vectors * values.clamp_min(floor.clamp_min(torch.finfo(values.dtype).tiny))) @ vectors.mT
+    symmetric = (covariance + covariance.mT) / 2
+    vector = symmetric.sum(-1, keepdim=True)
+    for _ in range(8):  # the power method, to the order of magnitude
+        vector = symmetric @ (vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
+    floor = share * symmetric.diagonal().mean() + noise * vector.norm()
+    identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
+    return symmetric + floor.clamp_min(torch.finfo(symmetric.dtype).tiny) * identity
 
 
 def predict(covariance: Tensor, kept: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | 
         )
     else:
         solution = one_shot(graph_module, site, mark.curve, mark.choice.chosen.rank)
-    return solution if cut is None else (cut.narrow_inputs(solution[0], site),)
+    return solution if cut is None or len(solution) > 1 else (cut.narrow_inputs(solution[0], site),)
 
 
 def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> nn.Module:
@@ -262,12 +262,30 @@ def _calls(graph: fx.Graph, path: str, source: fx.Node, modules: nn.Module) -> f
 
 def run_modules(modules: nn.Module, value: Tensor) -> Tensor:
     """What the calls compute."""
+    return run_second(modules, run_first(modules, value))
+
+
+def run_first(modules: nn.Module, value: Tensor) -> tuple[Tensor, ...]:
+    """What the first factor puts out for each part; what a part puts out that stays dense."""
+    if isinstance(modules, nn.Sequential):
+        return (modules[0](value),)
     if not isinstance(modules, nn.ModuleList):
-        return modules(value)  # type: ignore[no-any-return]
+        return (modules(value),)
     items = iter(modules[0](value).split(thin_widths(modules), -1))
     layers: Any = modules[1]
     flags = zip(layers, thin_parts(modules), strict=True)
-    return torch.cat([layer(next(items) if is_thin else value) for layer, is_thin in flags], -1)
+    return tuple(next(items) if is_thin else layer(value) for layer, is_thin in flags)
+
+
+def run_second(modules: nn.Module, values: Sequence[Tensor]) -> Tensor:
+    """What the whole puts out, from what `run_first` returns."""
+    if isinstance(modules, nn.Sequential):
+        return modules[1](values[0])  # type: ignore[no-any-return]
+    if not isinstance(modules, nn.ModuleList):
+        return values[0]
+    layers: Any = modules[1]
+    flags = zip(layers, values, thin_parts(modules), strict=True)
+    return torch.cat([layer(value) if is_thin else value for layer, value, is_thin in flags], -1)
 
 
 def thin_parts(modules: nn.ModuleList) -> list[bool]:

@@ -1,9 +1,9 @@
 """Solve every layer again for the input that it gets in the compressed model.
 
-One-shot factors assume that a layer's input is what it was. Refit walks the graph node by node, with the values of the
-original and of the compressed model side by side, over all calibration batches at once; a value is freed when its last
-reader has run, so that the walk costs about two forward passes. At each layer y is regressed on the compressed model's
-own x' (`regression`): the error made upstream is corrected as far as x' tells of it.
+One-shot factors assume that a layer's input is what it was. Refit walks the original and the compressed model side by
+side (`lockstep`), and at each layer regresses y on the compressed model's own x' (`regression`): the error made
+upstream is corrected as far as x' tells of it. Or it keeps the right factor B and regresses y on B x', which is much
+cheaper and much less.
 
 Three things make the target more than y. Where the layer's output is added to another value, the target takes in that
 value's error, too: so residual streams are mended at every block. Where ReLU follows, an error below zero is none: the
@@ -16,28 +16,34 @@ there is taken, or the layer as it was if that is better.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import math
 import operator
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
+from balf_fx.cuts import Cut, find_cuts
+from balf_fx.errors import OptionError, PassError
 from balf_fx.linalg import in_parts
-from balf_fx.linear_maps import changes_in_place, parameter_users, read_layer, reads_metadata, site_input
-from balf_fx.observers import SensitivityObserver, input_columns, output_columns
+from balf_fx.linear_maps import parameter_users, read_layer, reads_metadata, site_input
+from balf_fx.lockstep import Batch, Lockstep
+from balf_fx.observers import SensitivityObserver, by_sample, input_columns, output_columns
+from balf_fx.offload import MEMORY
 from balf_fx.passes.base import Pass
-from balf_fx.passes.factorize import build, one_shot, run_modules
+from balf_fx.passes.factorize import build, planned, run_first, run_modules, run_second
 from balf_fx.passes.observe import OBSERVERS
-from balf_fx.passes.score import grouped_bias, grouped_weight
-from balf_fx.regression import Joint, error, joint, ridge, truncate
+from balf_fx.passes.score import grouped_weight
+from balf_fx.regression import Inputs, Joint, JointSums, apply, best
 from balf_fx.sites import Rank, Site, Solution, Spectrum, annotate, annotation, get_tensor
+
+RefitMode = Literal["full", "up"]
 
 aten = torch.ops.aten
 
@@ -51,11 +57,9 @@ _ADDITIONS = (
     "add_",
 )
 _RELUS = (F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _HELD_OUT = 0.25
-
-Values = list[dict[fx.Node, Any]]
-"""What each batch's values are, by node."""
+_CHUNK_ELEMENTS = 1 << 19  # a chunk's columns stay in the cache
+_CHUNK_POSITIONS = 2048  # but so many that adding up products costs little beside taking them
 
 
 @dataclass(frozen=True)
@@ -64,104 +68,70 @@ class Refit(Pass):
 
     Attributes:
         inputs: of each calibration batch, the values of the graph's placeholders by name.
+        mode: "full" solves for all of a layer; "up" keeps right factors, and of dense layers all but the bias.
+        memory: bytes of values that are kept in memory; what is beyond waits in temporary files (`lockstep`).
     """
 
     inputs: Sequence[Mapping[str, Any]]
+    mode: RefitMode = "full"
+    memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(RefitMode):
+            raise OptionError(f"mode is one of {', '.join(map(repr, get_args(RefitMode)))}, not {self.mode!r}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not _observes(node)]
+        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site)}
         with torch.no_grad():
-            _Walk(graph_module, self.inputs).run()
+            walk = Lockstep(graph_module, self.inputs, self.memory)
+            walk.run(nodes, layers, _Solver(walk, self.mode).replace)
         return PassResult(graph_module, False)
 
 
-class _Walk:
-    """Two runs of a graph side by side."""
+@dataclass(frozen=True)
+class _Problem:
+    """What is to be solved at a layer: its outputs from columns, which are its input or something made of it.
 
-    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Mapping[str, Any]]) -> None:
-        self.graph_module = graph_module
-        self.inputs = inputs
-        self.interpreter = fx.Interpreter(graph_module)
-        self.original: Values = [{} for _ in inputs]
-        self.compressed: Values = [{} for _ in inputs]
-        self.users = parameter_users(graph_module)
+    Attributes:
+        columns: of a batch's samples, [G, D, n].
+        outputs: cuts values like the layer's output, of some samples, into [G, O, n].
+        toward: [G, O, D], the map that the ridge draws to.
+        prior: the solution so far, from columns to outputs, one for each part.
+        spectra: the metric of each part, None for the plain squared error.
+        offset: [G, O, n], what the layer puts out beside what is solved for.
+    """
+
+    columns: Callable[[Batch, slice], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    toward: Tensor
+    prior: tuple[Solution, ...]
+    spectra: tuple[Spectrum | None, ...]
+    offset: Callable[[Batch, slice], Tensor] | None = None
+
+
+class _Solver:
+    """Finds what takes each layer's place in the compressed model."""
+
+    def __init__(self, walk: Lockstep, mode: RefitMode) -> None:
+        self.walk = walk
+        self.mode = mode
+        self.graph_module = walk.graph_module
+        self.users = parameter_users(walk.graph_module)
         self.solved: dict[Site, nn.Module] = {}
-        self.last_reads = _last_reads(graph_module.graph)
+        self.cuts = find_cuts(walk.graph_module)
 
-    def run(self) -> None:
-        for node in self.graph_module.graph.nodes:
-            if node.op == "output":
-                return
-            if str(node.target).startswith(f"{OBSERVERS}."):
-                continue
-            self._evaluate(node)
-            for source in self.last_reads[node]:
-                for values in (*self.original, *self.compressed):
-                    values.pop(source, None)
-
-    def _evaluate(self, node: fx.Node) -> None:
-        layer = read_layer(self.graph_module, node)
-        mark = annotation(node)
-        for index, inputs in enumerate(self.inputs):
-            original, compressed = self.original[index], self.compressed[index]
-            if node.op == "placeholder":
-                original[node] = compressed[node] = inputs[str(node.target)]
-                continue
-            shared = all(original[source] is compressed[source] for source in node.all_input_nodes)
-            if not shared and changes_in_place(self.graph_module, node):
-                self._separate(node, original, compressed)
-            original[node] = self._value(node, original)
-            if layer is None or not isinstance(layer, Site):
-                compressed[node] = original[node] if shared else self._value(node, compressed)
-        if isinstance(layer, Site):
-            self._replace(node, mark.site or layer)
-
-    def _separate(self, node: fx.Node, original: dict[fx.Node, Any], compressed: dict[fx.Node, Any]) -> None:
-        """Let neither run change the other's values."""
-        for source in node.all_input_nodes:
-            if original[source] is compressed[source] and isinstance(original[source], Tensor):
-                compressed[source] = original[source].clone()
-
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        args = map_arg(node.args, lambda source: values[source])
-        kwargs = map_arg(node.kwargs, lambda source: values[source])
-        return getattr(self.interpreter, node.op)(node.target, args, kwargs)
-
-    def _replace(self, node: fx.Node, site: Site) -> None:
+    def replace(self, node: fx.Node) -> None:
         """Solve a layer, and run what takes its place on the compressed model's values."""
-        source = site_input(node)
-        moved = any(a[source] is not b[source] for a, b in zip(self.original, self.compressed, strict=True))
-        chosen = annotation(node).choice
-        rank = None if chosen is None else chosen.chosen.rank
-        if not moved and rank is None:
-            for original, compressed in zip(self.original, self.compressed, strict=True):
-                compressed[node] = original[node]
-            return
-        if site not in self.solved:
-            self.solved[site] = build(self.graph_module, site, self._solve(node, site, moved))
-        module = self.solved[site]
-        for compressed in self.compressed:
-            compressed[node] = run_modules(module, compressed[source])
-
-    def _solve(self, node: fx.Node, site: Site, moved: bool) -> tuple[Solution, ...]:
-        """The layer's solution for its new input; the one-shot solution where there is no better one."""
-        mark = annotation(node)
-        rank = None if mark.choice is None else mark.choice.chosen.rank
-        if mark.curve is None or mark.site is None:
-            weight = grouped_weight(self.graph_module, site)
-            prior: tuple[Solution, ...] = (Solution(None, weight, grouped_bias(self.graph_module, site)),)
-        else:
-            prior = one_shot(self.graph_module, site, mark.curve, rank)
-        if not moved or not self._refittable(node, site, rank):
-            return prior
-        spectra: list[Spectrum | None] = [None]
-        if mark.curve is not None:
-            parts = mark.curve.parts if isinstance(rank, tuple) else None
-            spectra = [mark.curve.spectrum] if parts is None else [parts.only(i) for i in range(site.parts)]
-        solution = self._best(node, site, prior, spectra, None)
-        if _relu_follows(self.graph_module, node):
-            solution = self._best(node, site, prior, spectra, build(self.graph_module, site, solution))
-        annotate(node, refit=solution)
-        return solution
+        site, rank = _site(self.graph_module, node), _rank(node)
+        cut = self.cuts.get(node.name, Cut())
+        moved = site_input(node) in self.walk.moved
+        if moved and self._refittable(node, site, rank):
+            (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
+        elif moved or rank is not None or cut.changes:
+            if site not in self.solved:
+                self.solved[site] = self._build(site, cut, self._prior(node, site, cut))
+            self.walk.store(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
 
     def _refittable(self, node: fx.Node, site: Site, rank: Rank) -> bool:
         """Whether the regression can be written down, and nothing else needs the weight that it changes."""
@@ -173,103 +143,232 @@ class _Walk:
         transposed = site.conv is not None and site.conv.output_padding is not None
         return owned and not transposed and not (rank is None and site.keeps_weight)
 
-    def _best(
+    def _build(self, site: Site, cut: Cut, solution: tuple[Solution, ...]) -> nn.Module:
+        """What computes a solution in the walk, where every layer still writes all of its features."""
+        solution = solution if len(solution) > 1 else (cut.project(solution[0]),)
+        return build(self.graph_module, cut.inputs(site), solution)
+
+    def _prior(self, node: fx.Node, site: Site, cut: Cut) -> tuple[Solution, ...]:
+        """The one-shot solution, or the layer as it is."""
+        return planned(self.graph_module, node, site, cut)
+
+    def _refit(self, node: fx.Node, site: Site, cut: Cut) -> None:
+        """Solve for all of a layer."""
+        prior, thin = self._prior(node, site, cut), cut.inputs(site)
+        whole = cut.narrow_inputs(Solution(None, grouped_weight(self.graph_module, site), None), site)
+        problem = _Problem(
+            columns=partial(_input, node, site, cut),
+            outputs=lambda value: _in_parts(output_columns(value, site), len(prior)),
+            toward=in_parts(whole.right, len(prior)),
+            prior=prior,
+            spectra=_spectra(node, site),
+        )
+        solution = self._solve(node, thin, problem)
+        annotate(node, refit=solution)
+        self.walk.store(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
+
+    def _refit_up(self, node: fx.Node, site: Site, cut: Cut) -> None:
+        """Solve for left factors and biases; until it is done, the values are what first factors put out."""
+        prior, site = self._prior(node, site, cut), cut.inputs(site)
+        before = self._build(site, dataclasses.replace(cut, read=None), prior)
+        reads = partial(_reads, node, _site(self.graph_module, node), cut)
+        self.walk.store(node, lambda batch: run_first(before, reads(batch)))
+        spectra = _spectra(node, site)
+        solution = tuple(self._solve_part(node, site, prior, spectra, index) for index in range(len(prior)))
+        annotate(node, refit=solution)
+        after = self._build(site, dataclasses.replace(cut, read=None), solution)
+        shifts = [None if old.left is not None else _shift(old, new) for old, new in zip(prior, solution, strict=True)]
+
+        def finished(batch: Batch) -> Tensor:
+            values = zip(batch.compressed[node], shifts, strict=True)
+            return run_second(after, [_shifted(value, site, shift) for value, shift in values])
+
+        self.walk.store(node, finished)
+
+    def _solve_part(
+        self, node: fx.Node, site: Site, prior: tuple[Solution, ...], spectra: tuple[Spectrum | None, ...], index: int
+    ) -> Solution:
+        """What is new of one part: the left factor and the bias, or of what stays dense the bias alone."""
+        part = prior[index]
+        own = slice(index, index + 1) if len(prior) > 1 else slice(None)
+        width = part.right.shape[1]
+        inner = dataclasses.replace(site, out_features=width)
+
+        def columns(batch: Batch, samples: slice) -> Tensor:
+            return output_columns(by_sample(batch.compressed[node][index], site)[samples], inner)
+
+        def outputs(value: Tensor) -> Tensor:
+            return _in_parts(output_columns(value, site), len(prior))[own]
+
+        def no_columns(batch: Batch, samples: slice) -> Tensor:
+            value = by_sample(batch.compressed[node][index], site)[samples]
+            return value.new_empty(site.groups, 0, value.numel() // (site.groups * width))
+
+        if part.left is not None:
+            known = (Solution(None, part.left, part.bias),)
+            (found,) = self._solve(node, site, _Problem(columns, outputs, part.left, known, (spectra[index],)))
+            return Solution(found.right, part.right, found.bias)
+        nothing = part.right[..., :0]
+        bias = torch.zeros_like(part.right[..., 0]) if part.bias is None else part.bias
+        problem = _Problem(
+            columns=no_columns,
+            outputs=outputs,
+            toward=nothing,
+            prior=(Solution(None, nothing, torch.zeros_like(bias)),),
+            spectra=(spectra[index],),
+            offset=columns,
+        )
+        (found,) = self._solve(node, site, problem)
+        return Solution(None, part.right, bias if found.bias is None else bias + found.bias)
+
+    def _solve(self, node: fx.Node, site: Site, problem: _Problem) -> tuple[Solution, ...]:
+        """The solution of least error on what was held out."""
+        train, held_out = self._sums(node, site, problem)
+        solution = best(train, held_out, problem.toward, problem.prior, problem.spectra)
+        if _relu_follows(self.graph_module, node):
+            train, held_out = self._sums(node, site, problem, solution, (train.inputs, held_out.inputs))
+            solution = best(train, held_out, problem.toward, problem.prior, problem.spectra)
+        return solution
+
+    def _sums(
         self,
         node: fx.Node,
         site: Site,
-        prior: Sequence[Solution],
-        spectra: Sequence[Spectrum | None],
-        current: nn.Module | None,
-    ) -> tuple[Solution, ...]:
-        """The solution of least error on what was held out."""
-        train, held_out = self._sums(node, site, len(prior), current)
-        weight = in_parts(grouped_weight(self.graph_module, site), len(prior))
-        if not held_out.count:  # batches of one or two samples leave none
-            return _solutions(train, weight, prior, spectra, 1.0)
-        options = [_solutions(train, weight, prior, spectra, strength) for strength in _STRENGTHS]
-        errors = [_total_error(held_out, option, spectra) for option in (prior, *options)]
-        best = min(range(len(errors)), key=errors.__getitem__)
-        if best == 0:
-            return tuple(prior)
-        return _solutions(train + held_out, weight, prior, spectra, _STRENGTHS[best - 1])
+        problem: _Problem,
+        solution: tuple[Solution, ...] | None = None,
+        known: tuple[Inputs, Inputs] | tuple[None, None] = (None, None),
+    ) -> tuple[Joint, Joint]:
+        """What the regression needs to know of the training share and of the held-out share of all batches.
 
-    def _sums(self, node: fx.Node, site: Site, parts: int, current: nn.Module | None) -> tuple[Joint, Joint]:
-        """What the regression needs to know of the training share and of the held-out share of all batches."""
-        found: list[list[Joint]] = [[], []]
-        source, addition = site_input(node), _addition(node)
-        for original, compressed in zip(self.original, self.compressed, strict=True):
-            target = original[node]
-            other = None if addition is None else compressed.get(addition)
-            other = other if isinstance(other, Tensor) and other.shape == target.shape else None
-            target = target if other is None or addition is None else target + original[addition]
-            if current is not None:
-                predicted = run_modules(current, compressed[source])
-                predicted = predicted if other is None else predicted + other
-                target = torch.where(target > 0, target, predicted.clamp_max(0))
-            target = target if other is None else target - other
-            x, y = input_columns(compressed[source], site), output_columns(target, site)
-            if parts > 1:
-                y = y.reshape(parts, -1, y.shape[-1])
-            samples = max(target.shape[0] if target.dim() > 1 else 1, 1)
-            weights = self._weights(node, samples, y.shape[-1])
-            cut = round(samples * (1 - _HELD_OUT)) * (y.shape[-1] // samples)
-            for share, span in zip(found, (slice(0, cut), slice(cut, None)), strict=True):
-                own = None if weights is None else weights[span]
-                share.append(joint(x[..., span], y[..., span], own))
-        train, held_out = (functools.reduce(operator.add, share) for share in found)
-        return train, held_out
+        Args:
+            solution: where ReLU follows, decides what an error below zero is.
+            known: the sums over the inputs, where these have been taken.
+        """
+        groups, outputs, inputs = problem.toward.shape
+        shape = (groups if len(problem.prior) == 1 else 1, inputs)
+        device = problem.toward.device
+        shares = [JointSums(shape, (groups, outputs), device, inputs_of) for inputs_of in known]
+        addition = _addition(node)
+        for batch in self.walk.batches():
+            original = by_sample(batch.original[node], site)
+            positions = math.prod(original.shape[2:]) if site.conv is not None else original.shape[1]
+            chunks = list(_chunks(len(original), positions, max(inputs, outputs)))
+            weights = self._weights(node, positions, max(own.stop - own.start for _, own in chunks))
+            for share, own in chunks:
+                x = problem.columns(batch, own)
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+                y, beside = _target(batch, node, addition, site, own, problem)
+                if solution is not None:
+                    predicted = apply(solution, x)
+                    predicted = predicted if beside is None else predicted + beside
+                    y = torch.maximum(F.threshold(y, 0.0, -math.inf), predicted.clamp_max(0))  # where() is slower
+                y = y if beside is None else y - beside
+                shares[share].add(x, y.to(x.dtype), None if weights is None else weights[: y.shape[-1]].to(x.dtype))
+        return shares[0].joint(), shares[1].joint()
 
-    def _weights(self, node: fx.Node, samples: int, positions: int) -> Tensor | None:
-        """What each position counts, 1 on average."""
+    def _weights(self, node: fx.Node, positions: int, samples: int) -> Tensor | None:
+        """What each position of some samples counts, 1 on average."""
         path = annotation(node).sensitivity
         observer = None if path is None else self.graph_module.get_submodule(path)
         if not isinstance(observer, SensitivityObserver) or observer.positions is None:
             return None
         own = observer.positions
-        if len(own) * samples != positions:
+        if len(own) != positions:
             return None
         return (own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)).repeat(samples)
 
 
-def _solutions(
-    seen: Joint, weight: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
-) -> tuple[Solution, ...]:
-    """The regression at one strength of the ridge, part by part."""
-    full, covariance = ridge(seen, weight, strength)
-    groups = len(full) // len(prior)
-    found = []
-    for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
-        own = slice(index * groups, (index + 1) * groups)
-        mean_x = seen.mean_x if len(seen.mean_x) == 1 else seen.mean_x[own]
-        if part.left is None or spectrum is None:
-            left, right = None, full[own]
-        else:
-            left, right = truncate(full[own], covariance, spectrum, part.left.shape[-1])
-        fitted = right if left is None else left @ right
-        bias = seen.mean_y[own] - (fitted @ mean_x.unsqueeze(-1)).squeeze(-1)
-        found.append(Solution(left, right, bias))
-    return tuple(found)
+def _run(module: nn.Module, reads: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    return run_modules(module, reads(batch))
 
 
-def _total_error(held_out: Joint, solution: Sequence[Solution], spectra: Sequence[Spectrum | None]) -> float:
-    groups = len(held_out.y) // len(solution)
-    total = 0.0
-    for index, (part, spectrum) in enumerate(zip(solution, spectra, strict=True)):
-        own = slice(index * groups, (index + 1) * groups)
-        right = None if spectrum is None else spectrum.maps(spectrum.energies.shape[-1])[1]
-        bias = torch.zeros_like(held_out.y[own]) if part.bias is None else part.bias
-        total += error(held_out.only(own), _map(part), bias, right)
-    return total
+def _reads(node: fx.Node, site: Site, cut: Cut, batch: Batch) -> Tensor:
+    """A layer's input in the compressed model: of a narrowed width, the features that it has left."""
+    value: Tensor = batch.current(site_input(node))
+    return cut.read_features(value, -1 if site.conv is None else -1 - len(site.conv.kernel_size))
 
 
-def _map(part: Solution) -> Tensor:
-    return part.right if part.left is None else part.left @ part.right
+def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: slice) -> Tensor:
+    """What some samples' inputs are in the compressed model, [G, D, n]."""
+    value = by_sample(batch.current(site_input(node)), site)[own]
+    axis = -1 if site.conv is None else -1 - len(site.conv.kernel_size)
+    return input_columns(cut.read_features(value, axis), cut.inputs(site))
+
+
+def _target(
+    batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: slice, problem: _Problem
+) -> tuple[Tensor, Tensor | None]:
+    """What some samples' outputs should be, [G, O, n], and how much of it is there without the solution, if any."""
+
+    def columns(value: Tensor) -> Tensor:
+        return problem.outputs(by_sample(value, site)[own])
+
+    target = columns(batch.original[node])
+    beside = None if problem.offset is None else problem.offset(batch, own)
+    other = None if addition is None else batch.original.get(addition)
+    if addition is None or not isinstance(other, Tensor) or other.shape != batch.original[node].shape:
+        return target, beside
+    current = columns(batch.current(addition))
+    return target + columns(other), current if beside is None else current + beside
+
+
+def _chunks(samples: int, positions: int, features: int) -> Iterator[tuple[int, slice]]:
+    """Cut a batch's samples into its training share, 0, and its held-out share, 1, and these into chunks."""
+    cut = round(samples * (1 - _HELD_OUT))
+    size = max(_CHUNK_ELEMENTS // (features * positions), _CHUNK_POSITIONS // positions, 1)
+    for share, (start, stop) in enumerate(((0, cut), (cut, samples))):
+        for begin in range(start, stop, size):
+            yield share, slice(begin, min(begin + size, stop))
+
+
+def _in_parts(outputs: Tensor, parts: int) -> Tensor:
+    """[1, O, n] as [parts, O / parts, n]."""
+    return outputs if parts == 1 else outputs.reshape(parts, -1, outputs.shape[-1])
+
+
+def _shift(old: Solution, new: Solution) -> Tensor | None:
+    """[G, O], by how much the bias has changed."""
+    return new.bias if old.bias is None or new.bias is None else new.bias - old.bias
+
+
+def _shifted(value: Tensor, site: Site, shift: Tensor | None) -> Tensor:
+    """An output [.., G * O] or [.., G * O, *size] with a shift added to its features."""
+    if shift is None:
+        return value
+    sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
+    return value + shift.to(value.dtype).reshape(-1, *sizes)
+
+
+def _site(graph_module: fx.GraphModule, node: fx.Node) -> Site:
+    """A layer as Annotate has marked it, or as it is where it is no site."""
+    layer = annotation(node).site or read_layer(graph_module, node)
+    if not isinstance(layer, Site):
+        raise PassError(f"Refit: {node.name} is no layer")
+    return layer
+
+
+def _rank(node: fx.Node) -> Rank:
+    choice = annotation(node).choice
+    return None if choice is None else choice.chosen.rank
+
+
+def _spectra(node: fx.Node, site: Site) -> tuple[Spectrum | None, ...]:
+    """The metric of each part that has a rank of its own."""
+    curve = annotation(node).curve
+    if curve is None:
+        return (None,)
+    if curve.parts is None or not isinstance(_rank(node), tuple):
+        return (curve.spectrum,)
+    return tuple(map(curve.parts.only, range(site.parts)))
+
+
+def _observes(node: fx.Node) -> bool:
+    return str(node.target).startswith(f"{OBSERVERS}.")
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a node's values, observers apart."""
-    observed = f"{OBSERVERS}."
-    return [user for user in node.users if not reads_metadata(user) and not str(user.target).startswith(observed)]
+    return [user for user in node.users if not reads_metadata(user) and not _observes(user)]
 
 
 def _addition(node: fx.Node) -> fx.Node | None:
@@ -293,16 +392,3 @@ def _is_relu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target))) is nn.ReLU
     return node.target in _RELUS
-
-
-def _last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The nodes whose values nobody reads after a node, by that node."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        last[node] = node
-        for source in node.all_input_nodes:
-            last[source] = node
-    found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for source, node in last.items():
-        found[node].append(source)
-    return found

@@ -192,3 +192,37 @@ def test_the_same_seed_gives_the_same_model(conv_net, images):
         balf_fx.compile(conv_net, images, flops=0.5, factors="sensitivity", progress=False) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_batch_beyond_the_memory_runs_in_pieces(conv_net, images):
+    whole = prepared(conv_net, images)
+    pieces, again = (prepared(conv_net, images, memory=200_000) for _ in range(2))
+    for site, nodes in sites(whole).items():
+        path = annotation(nodes[0]).sensitivity
+        seen, apart, repeated = (model.get_submodule(path) for model in (whole, pieces, again))
+        assert apart.gradients.samples == seen.gradients.samples == sum(map(len, images)), site.name
+        assert torch.equal(apart.gradients.scatter, repeated.gradients.scatter)
+        assert not torch.equal(apart.gradients.scatter, seen.gradients.scatter)
+        path = annotation(nodes[0]).observer
+        torch.testing.assert_close(
+            pieces.get_submodule(path).moments.covariance(), whole.get_submodule(path).moments.covariance()
+        )
+
+
+class Centring(nn.Module):
+    """What a sample gives depends on the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.second(y - y.mean(0))
+
+
+def test_samples_that_depend_on_each_other_stay_together():
+    model, batches = Centring().eval(), list(torch.randn(2, 16, 8))
+    whole, limited = prepared(model, batches), prepared(model, batches, memory=1)
+    first, second = (observer(graph_module, "first").gradients for graph_module in (whole, limited))
+    assert torch.equal(first.scatter, second.scatter)

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.errors import CalibrationError
+from balf_fx.errors import CalibrationError, OptionError
+from balf_fx.passes import Refit
 
 
 class Residual(nn.Module):
@@ -40,12 +41,13 @@ def distance(model, other, batches):
 
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
 @pytest.mark.parametrize("factors", ["activations", "sensitivity"])
-def test_refit_brings_the_answer_nearer(factors, capture):
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_refit_brings_the_answer_nearer(mode, factors, capture):
     model, batches = Residual().eval(), list(torch.randn(4, 16, 3, 8, 8))
     prepared = calibrated(model, batches, sensitivity=factors == "sensitivity", capture=capture)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     once = balf_fx.convert(prepared, flops=0.5, factors=factors, progress=False)
-    refit = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, progress=False)
+    refit = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, refit=mode, progress=False)
     fresh = list(torch.randn(4, 16, 3, 8, 8))
     assert distance(model, refit, batches) < distance(model, once, batches)
     assert distance(model, refit, fresh) < distance(model, once, fresh)
@@ -61,12 +63,59 @@ def test_where_nothing_is_lost_nothing_changes():
     torch.testing.assert_close(refit(batches[0]), model(batches[0]))
 
 
-def test_a_linear_network_at_full_rank_is_exact():
-    model = nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 12), nn.Linear(12, 12)).double().eval()
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_a_linear_network_at_full_rank_is_exact(mode):
+    widths = (12, 4, 12, 12, 20, 12)
+    model = nn.Sequential(*map(nn.Linear, widths, widths[1:])).double().eval()
     batches = list(torch.randn(3, 40, 12, dtype=torch.float64))
+    ranks = {"2": 4, "3": 5, "4": 4}  # their inputs have rank 4
     prepared = calibrated(model, batches)
-    refit = balf_fx.convert(prepared, allocation={"2": 4}, batches=batches, progress=False)  # its input has rank 4
+    refit = balf_fx.convert(prepared, allocation=ranks, batches=batches, refit=mode, progress=False)
     torch.testing.assert_close(refit(batches[0]), model(batches[0]), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+@pytest.mark.parametrize("factors", ["activations", "sensitivity"])
+def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
+    model, batches = Residual().double().eval(), list(torch.randn(3, 8, 3, 8, 8, dtype=torch.float64))
+    prepared = calibrated(model, batches, sensitivity=factors == "sensitivity")
+    options = {"flops": 0.5, "factors": factors, "batches": batches, "refit": mode, "progress": False}
+    expected = balf_fx.convert(prepared, **options).state_dict()
+    for memory in (0, 100_000):
+        found = balf_fx.convert(prepared, memory=memory, **options).state_dict()
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    for name, value in (("_CHUNK_ELEMENTS", 5_000), ("_CHUNK_POSITIONS", 1)):
+        monkeypatch.setattr(f"balf_fx.passes.refit.{name}", value)
+        torch.testing.assert_close(balf_fx.convert(prepared, **options).state_dict(), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_parts_with_ranks_of_their_own_are_refitted_too():
+    model, batches = Residual().eval(), list(torch.randn(4, 16, 3, 8, 8))
+    prepared = calibrated(model, batches)
+    ranks = {"second": 3, "qkv": (2, 3, None)}
+    once = balf_fx.convert(prepared, allocation=ranks, progress=False)
+    up, full = (
+        balf_fx.convert(prepared, allocation=ranks, batches=batches, refit=mode, progress=False)
+        for mode in ("up", "full")
+    )
+    assert distance(model, full, batches) < distance(model, up, batches) < distance(model, once, batches)
+    torch.testing.assert_close(up.get_parameter("qkv.0.weight"), once.get_parameter("qkv.0.weight"))
+
+
+def test_up_keeps_right_factors_and_dense_weights(conv_net, images):
+    prepared = calibrated(conv_net, images)
+    once, up = (
+        balf_fx.convert(prepared, flops=0.5, batches=batches, refit="up", progress=False) for batches in ((), images)
+    )
+    rows = balf_fx.report(once).sites
+    kept = [f"{row.name}.0.weight" if row.rank is not None else f"{row.name}.weight" for row in rows]
+    assert all(torch.equal(once.get_parameter(name), up.get_parameter(name)) for name in kept)
+    assert distance(conv_net, up, images) < distance(conv_net, once, images)
+
+
+def test_an_unknown_mode_is_an_error():
+    with pytest.raises(OptionError, match="'full', 'up'"):
+        Refit([], mode="down")
 
 
 @pytest.mark.parametrize("factors", ["activations", "svd"])

@@ -1,0 +1,94 @@
+"""How much memory and time a compression with gradients and refit takes, for ResNet-50 at 224 x 224.
+
+python benchmarks/memory.py --images 256 --batch-size 32 --batch-size 256 --json benchmarks/results/memory.json
+
+Weights and images are random: the cost depends on shapes alone. Each case runs in a process of its own, and what is
+reported is the most memory that the process has had resident, imports, model and images included. Half an hour or so.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+from common import write_json
+from tabulate import tabulate
+from torchvision.models import resnet50
+
+import balf_fx
+from balf_fx.passes.refit import RefitMode
+
+FLOPS = 0.6
+_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process: seconds of all, and resident memory before compression and at its peak."""
+
+    images: int
+    batch_size: int
+    refit: RefitMode
+    forward_seconds: float
+    seconds: float
+    before_gib: float
+    peak_gib: float
+
+
+def measure(images: int, batch_size: int, refit: RefitMode) -> Cost:
+    """Compress in this process."""
+    torch.manual_seed(0)
+    model = resnet50().eval()
+    batches = torch.randn(images, 3, 224, 224).split(batch_size)
+    before = _peak_gib()
+    forward_seconds = _forward_seconds(model, batches[0][:8]) * images / min(8, batch_size)
+    start = time.perf_counter()
+    balf_fx.compile(model, batches, flops=FLOPS, factors="sensitivity", refit=refit, progress=False)
+    return Cost(images, batch_size, refit, forward_seconds, time.perf_counter() - start, before, _peak_gib())
+
+
+def _forward_seconds(model: torch.nn.Module, batch: torch.Tensor) -> float:
+    with torch.no_grad():
+        model(batch)
+        start = time.perf_counter()
+        model(batch)
+        return time.perf_counter() - start
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT / 2**30
+
+
+def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
+    """Compress in a process of its own."""
+    command = [sys.executable, __file__, "--images", images, "--batch-size", batch_size, "--refit", refit, "--here"]
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+    return Cost(**json.loads(done.stdout))
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--batch-size", "sizes", type=click.IntRange(min=1), multiple=True, default=(32, 256), show_default=True)
+@click.option("--refit", type=click.Choice(["full", "up"]), default="full", show_default=True)
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")
+@click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
+def main(images: int, sizes: tuple[int, ...], refit: RefitMode, output: Path | None, here: bool) -> None:
+    """Measure the memory of a compression for each size of batches."""
+    if here:
+        click.echo(json.dumps(asdict(measure(images, sizes[0], refit))))
+        return
+    costs = [measure_apart(images, size, refit) for size in sizes]
+    click.echo(tabulate([asdict(cost) for cost in costs], headers="keys", floatfmt=".2f"))
+    if output is not None:
+        write_json(output, {"model": "ResNet-50", "flops": FLOPS, "results": [asdict(cost) for cost in costs]})
+
+
+if __name__ == "__main__":
+    main()
