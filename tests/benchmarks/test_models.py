@@ -24,8 +24,8 @@ def test_weights_of_another_model_are_a_clean_error(benchmark, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("resnet20", 88), ("vit_tiny", 75), ("mobilenetv2", 75)])
-def test_image_classifiers_are_mostly_right(benchmark, load, name, least):
-    task = load(name, images=8, evaluate=64)
+def test_image_classifiers_are_mostly_right(benchmark, load_task, name, least):
+    task = load_task(name, images=8, evaluate=64)
     judge = benchmark("evaluation").Judge(task)
     assert judge.answers == 64
     assert judge.dense.top1 >= least
@@ -33,13 +33,13 @@ def test_image_classifiers_are_mostly_right(benchmark, load, name, least):
     assert sum(len(batch) for batch in task.calibration) == task.samples == 8
 
 
-def test_the_language_model_has_its_perplexity(benchmark, load):
-    judge = benchmark("evaluation").Judge(load("stories"))
+def test_the_language_model_has_its_perplexity(benchmark, load_task):
+    judge = benchmark("evaluation").Judge(load_task("stories"))
     assert judge.dense.perplexity == pytest.approx(3.53, abs=0.01)
 
 
-def test_calibration_text_is_the_stories_and_nothing_else(benchmark, load):
-    stories, task = benchmark("stories"), load("stories")
+def test_calibration_text_is_the_stories_and_nothing_else(benchmark, load_task):
+    stories, task = benchmark("stories"), load_task("stories")
     assert all(batch.shape[1] == stories.LENGTH for batch in task.calibration)
     assert task.samples == sum(len(batch) for batch in task.calibration)
     texts = [[1, 2, 3], [4] * (stories.LENGTH - 3), [5] * stories.LENGTH]
@@ -49,18 +49,16 @@ def test_calibration_text_is_the_stories_and_nothing_else(benchmark, load):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vit_tiny", "stories"])
-def test_the_seed_decides_on_the_calibration_data(load, name):
-    first, same, other = (load(name, images=8, evaluate=1, seed=seed).calibration[0] for seed in (0, 0, 1))
+def test_the_seed_decides_on_the_calibration_data(load_task, name):
+    first, same, other = (load_task(name, images=8, evaluate=1, seed=seed).calibration[0] for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
 
-def test_more_calibration_data_than_there_is_is_a_clean_error(benchmark, data_folder):
-    for name in benchmark("models").MODELS:
-        arguments = ["--model", name, "--images", "20000", "--data", str(data_folder)]
-        result = CliRunner().invoke(benchmark("accuracy").main, arguments)
-        assert result.exit_code == 1
-        assert "--images 20000" in result.output
+@pytest.mark.parametrize("name", ["resnet20", "vit_tiny", "stories"])
+def test_more_calibration_data_than_there_is_is_a_clean_error(benchmark, load_task, name):
+    with pytest.raises(benchmark("click").ClickException, match="--images 20000"):
+        load_task(name, images=20_000)
 
 
 def test_a_tokenizer_merges_the_best_pair_first(benchmark, tmp_path):
