@@ -1,4 +1,4 @@
-"""BALF on ResNet-20 matches its reference implementation at every budget, and results files can be continued."""
+"""BALF on ResNet-20 matches its reference implementation, and results files can be continued."""
 
 import json
 
@@ -15,12 +15,13 @@ def run(command, *arguments):
 @pytest.mark.slow
 def test_balf_matches_the_reference(benchmark, data_folder, tmp_path):
     accuracy, output = benchmark("accuracy"), tmp_path / "results.json"
-    printed = run(accuracy.main, "--method", "balf", "--data", data_folder, "--json", output)
+    budgets = ["--flops", 0.9, "--flops", 0.6, "--flops", 0.3]
+    printed = run(accuracy.main, "--method", "balf", *budgets, "--data", data_folder, "--json", output)
     assert "BALF reference" in printed
     results, reference = json.loads(output.read_text()), accuracy.REFERENCE["resnet20"]
     assert results["answers"] == 9979
     assert results["dense"]["top1"] == pytest.approx(91.73, abs=0.05)
-    assert [row["budget"] for row in results["results"]] == list(reference)
+    assert [row["budget"] for row in results["results"]] == [0.9, 0.6, 0.3]
     for row in results["results"]:
         assert row["top1"] == pytest.approx(reference[row["budget"]], abs=1.0)
         assert row["flops_kept"] <= row["budget"]
