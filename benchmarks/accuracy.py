@@ -1,119 +1,232 @@
-"""Top-1 of compressed ResNet-20 on CIFAR-10, without fine-tuning: methods x budgets.
+"""What a compressed model still knows, without fine-tuning: methods x budgets on a trained model.
 
-python benchmarks/accuracy.py --data FOLDER --json benchmarks/results/accuracy_resnet20.json
+python benchmarks/accuracy.py --model resnet20 --json benchmarks/results/accuracy_resnet20.json
+
+Every method compresses the same model with the same calibration data, from scratch for every budget. What is kept is
+counted on the result. A method's cost is the time it takes over the time of plain forward passes over the calibration
+data, right before it.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from cifar import Cifar, load
-from common import count_flops, top1, write_json
+import torch
+from common import count_flops, write_json
+from evaluation import Judge
+from models import budgets, load, model_options
 from tabulate import tabulate
-from torch import fx
+from task import Measure, Metric, Task
+from torch import nn
 from tqdm import tqdm
 
 import balf_fx
 
+_ONE_SHOT: Mapping[str, Any] = {"factors": "activations", "refit": False}
+
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "svd": {"fold_batchnorm": False, "factors": "svd"},
-    "uniform": {**balf_fx.BALF, "allocation": "uniform"},
-    "energy": {**balf_fx.BALF, "allocation": "energy"},
+    "svd": {"factors": "svd", "refit": False, "fold_batchnorm": False},
+    "svd-llm": {**balf_fx.BALF, "allocation": "uniform"},
     "balf": balf_fx.BALF,
+    "uniform": {**_ONE_SHOT, "allocation": "uniform"},
+    "energy": {**_ONE_SHOT, "allocation": "energy"},
+    "activations": _ONE_SHOT,
+    "sensitivity": {"factors": "sensitivity", "refit": False},
+    "sensitivity+refit": {"factors": "sensitivity", "refit": True},
     "ours": {},
 }
-"""Keyword arguments of `balf_fx.compile`."""
+"""Keyword arguments of `balf_fx.compile`.
 
-REFERENCE = {0.9: 91.46, 0.8: 89.57, 0.7: 85.85, 0.6: 79.11, 0.5: 66.56, 0.4: 40.66, 0.3: 20.15}
-"""Top-1 of BALF's reference implementation at each budget: same weights, calibration and test images."""
+"svd-llm" is SVD-LLM(W): the truncation that whitening finds, with the same share of each layer kept. "uniform" and
+"energy" differ from "activations" in the allocation alone.
+"""
+
+REFERENCE: Mapping[str, Mapping[float, float]] = {
+    "resnet20": {0.9: 91.46, 0.8: 89.57, 0.7: 85.85, 0.6: 79.11, 0.5: 66.56, 0.4: 40.66, 0.3: 20.15},
+    "vit_tiny": {0.914: 59.8, 0.828: 18.5, 0.743: 4.3},
+    "mobilenetv2": {0.883: 14.1, 0.799: 0.8},
+}
+"""Top-1 of BALF's reference implementation at shares of FLOPs kept: same weights, number of calibration images and
+evaluation images. It leaves products of activations out of its budget: what it keeps was counted on its results."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed model; `flops_kept` is counted on it, not computed."""
+    """One compressed model.
+
+    Attributes:
+        images: calibration samples.
+        top1, perplexity, kl: `evaluation.Figures`.
+        flops_kept, params_kept: counted on the model, not computed.
+        seconds: of `balf_fx.compile`.
+        forward_seconds: of plain forward passes over the calibration data.
+    """
 
     method: str
-    flops: float
+    measure: Measure
+    budget: float
+    images: int
+    seed: int
     top1: float
+    perplexity: float
+    kl: float
     flops_kept: float
+    params_kept: float
+    seconds: float
+    forward_seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, float, int, int]:
+        """What distinguishes rows of one model."""
+        return self.method, self.measure, self.budget, self.images, self.seed
+
+    @property
+    def kept(self) -> float:
+        """The share of what the budget is about."""
+        return self.flops_kept if self.measure == "flops" else self.params_kept
+
+    @property
+    def passes(self) -> float:
+        """The cost in forward passes over the calibration data."""
+        return self.seconds / self.forward_seconds
 
 
 class Bench:
-    """Prepares and calibrates once for each setting of BatchNorm folding, then converts for each budget."""
+    """Compresses and judges one model."""
 
-    def __init__(self, cifar: Cifar) -> None:
-        self.cifar = cifar
-        self.calibration = [images for images, _ in cifar.calibration.batches()]
-        self.dense_flops = count_flops(cifar.model, self.calibration[0])
-        self._prepared: dict[bool, fx.GraphModule] = {}
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task = task
+        self.seed = seed
+        self.judge = Judge(task)
+        self.dense_flops, self.dense_params = self._count(task.model)
 
-    def dense(self) -> float:
-        """Top-1 of the model as it is."""
-        return top1(self.cifar.model, self.cifar.test.batches())
+    def row(self, method: str, measure: Measure, budget: float) -> Row:
+        """Compress and judge; a budget that is out of reach gives the closest that is not."""
+        options = {measure: budget, "seed": self.seed, "strict": False, "progress": False, **METHODS[method]}
+        forward_seconds = self._forward_seconds()
+        start = time.perf_counter()
+        model = balf_fx.compile(self.task.model, self.task.calibration, **options)
+        seconds = time.perf_counter() - start
+        flops, params = self._count(model)
+        return Row(
+            method,
+            measure,
+            budget,
+            self.task.samples,
+            self.seed,
+            **asdict(self.judge.figures(model)),
+            flops_kept=flops / self.dense_flops,
+            params_kept=params / self.dense_params,
+            seconds=seconds,
+            forward_seconds=forward_seconds,
+        )
 
-    def compressed(self, method: str, flops: float) -> Row:
-        """Compress and evaluate."""
-        options = dict(METHODS[method])
-        prepared = self._calibrated(fold=options.pop("fold_batchnorm", True))
-        model = balf_fx.convert(prepared, flops=flops, progress=False, **options)
-        kept = count_flops(model, self.calibration[0]) / self.dense_flops
-        return Row(method, flops, top1(model, self.cifar.test.batches()), kept)
+    def _count(self, model: nn.Module) -> tuple[int, int]:
+        """FLOPs of the first calibration batch, and parameters."""
+        flops = count_flops(model, self.task.calibration[0])
+        return flops, sum(parameter.numel() for parameter in model.parameters())
 
-    def _calibrated(self, fold: bool) -> fx.GraphModule:
-        if fold not in self._prepared:
-            prepared = balf_fx.prepare(self.cifar.model, self.calibration[0], fold_batchnorm=fold)
-            balf_fx.calibrate(prepared, self.calibration, progress=False)
-            self._prepared[fold] = prepared
-        return self._prepared[fold]
+    def _forward_seconds(self) -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in self.task.calibration:
+                self.task.model(batch)
+        return time.perf_counter() - start
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Methods x budgets: top-1 and, in brackets, the share of FLOPs counted."""
-    budgets = list(dict.fromkeys(row.flops for row in rows))
-    cells = {(row.method, row.flops): f"{row.top1:.2f} ({row.flops_kept:.4f})" for row in rows}
-    methods = dict.fromkeys(row.method for row in rows)
-    lines = [[method, *(cells[method, budget] for budget in budgets)] for method in methods]
-    lines.append(["BALF reference", *(f"{REFERENCE[budget]:.2f}" if budget in REFERENCE else "" for budget in budgets)])
-    return tabulate(lines, ["top-1 % (FLOPs kept)", *(f"{budget:g}" for budget in budgets)], disable_numparse=True)
+class Results:
+    """Rows, written to a JSON file, if there is one, whenever another comes in."""
+
+    def __init__(self, path: Path | None, name: str, bench: Bench, resume: bool) -> None:
+        self.path = path
+        self.header = {
+            "model": name,
+            "title": bench.task.title,
+            "metric": bench.task.metric,
+            "answers": bench.judge.answers,
+            "dense": {**asdict(bench.judge.dense), "flops": bench.dense_flops, "params": bench.dense_params},
+            "reference": {f"{share:g}": top1 for share, top1 in REFERENCE.get(name, {}).items()},
+        }
+        self.rows: list[Row] = self._earlier(path) if resume and path is not None and path.exists() else []
+
+    def __contains__(self, key: object) -> bool:
+        return any(row.key == key for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            rows = [{name: _rounded(value) for name, value in asdict(row).items()} for row in self.rows]
+            write_json(self.path, {**self.header, "results": rows})
+
+    def _earlier(self, path: Path) -> list[Row]:
+        found = json.loads(path.read_text())
+        for field in ("model", "answers"):
+            if found.get(field) != self.header[field]:
+                raise click.ClickException(
+                    f"{path} is about {field} {found.get(field)}, this run about {self.header[field]}: write elsewhere"
+                )
+        return [Row(**row) for row in found["results"]]
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def table(rows: Sequence[Row], metric: Metric, reference: Mapping[float, float]) -> str:
+    """Methods x budgets: the metric, and in brackets what is kept; then the median cost in forward passes."""
+    columns = list(dict.fromkeys((row.measure, row.budget) for row in rows))
+    settings = dict.fromkeys((row.images, row.seed) for row in rows)
+    lines = []
+    for method, (images, seed) in dict.fromkeys((row.method, (row.images, row.seed)) for row in rows):
+        own = [row for row in rows if (row.method, row.images, row.seed) == (method, images, seed)]
+        cells = {(row.measure, row.budget): f"{getattr(row, metric):.2f} ({row.kept:.4f})" for row in own}
+        label = method if len(settings) == 1 else f"{method}, {images} samples, seed {seed}"
+        cost = statistics.median(row.passes for row in own)
+        lines.append([label, *(cells.get(column, "") for column in columns), f"{cost:.1f}"])
+    known = {("flops", share): f"{top1:.2f}" for share, top1 in reference.items()}
+    if known.keys() & set(columns):
+        lines.append(["BALF reference", *(known.get(column, "") for column in columns), ""])
+    headers = [f"{metric} (kept)", *(f"{measure} {budget:g}" for measure, budget in columns), "cost in passes"]
+    return tabulate(lines, headers, disable_numparse=True)
 
 
 @click.command()
+@model_options
 @click.option("--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Repeatable; default: all.")
-@click.option("--flops", "budgets", multiple=True, type=float, default=tuple(REFERENCE), help="Repeatable.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder with cifar10.npz and resnet20.pth.")
-@click.option("--cifar-root", type=click.Path(path_type=Path), help="Root of torchvision's CIFAR10.")
-@click.option("--weights", type=click.Path(path_type=Path), help="State dict of ResNet-20.")
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here, row by row.")
+@click.option("--resume", is_flag=True, help="Keep the rows that the results file holds, and add what is missing.")
 def main(
-    methods: Sequence[str],
-    budgets: Sequence[float],
-    data: Path | None,
-    cifar_root: Path | None,
-    weights: Path | None,
+    name: str,
+    flops: tuple[float, ...],
+    params: tuple[float, ...],
+    methods: tuple[str, ...],
     output: Path | None,
+    resume: bool,
+    **source: Any,
 ) -> None:
-    """Compress ResNet-20 with each method under each budget and print top-1 on CIFAR-10's test images."""
-    bench = Bench(load(data, cifar_root, weights))
-    dense = bench.dense()
-    pairs = [(method, budget) for method in methods or METHODS for budget in budgets]
-    rows = [bench.compressed(method, budget) for method, budget in tqdm(pairs, unit="model", leave=False)]
-    click.echo(f"dense: {dense:.2f} % on {len(bench.cifar.test):,} images, {bench.dense_flops:,} FLOPs a batch\n")
-    click.echo(table(rows))
-    if output is not None:
-        reference = {f"{budget:g}": figure for budget, figure in REFERENCE.items()}
-        results = {
-            "model": "ResNet-20, CIFAR-10",
-            "calibration_images": len(bench.cifar.calibration),
-            "test_images": len(bench.cifar.test),
-            "dense_top1": round(dense, 4),
-            "balf_reference_top1": reference,
-            "results": [asdict(row) for row in rows],
-        }
-        write_json(output, results)
+    """Compress a model with each method under each budget, and print how well it answers."""
+    task = load(name, **source)
+    bench = Bench(task, source["seed"])
+    results = Results(output, name, bench, resume)
+    wanted = [(method, *budget) for budget in budgets(task, flops, params) for method in methods or METHODS]
+    missing = [one for one in wanted if (*one, task.samples, bench.seed) not in results]
+    for method, measure, budget in (bar := tqdm(missing, unit="model", leave=False)):
+        bar.set_postfix_str(f"{method}, {measure} {budget:g}")
+        results.add(bench.row(method, measure, budget))
+    dense = bench.judge.dense
+    click.echo(
+        f"{task.title}, calibrated on {task.samples:,} samples\n"
+        f"dense: {bench.dense_flops:,} FLOPs a batch, {bench.dense_params:,} parameters; top-1 {dense.top1:.2f} %, "
+        f"perplexity {dense.perplexity:.4f} over {bench.judge.answers:,} answers\n"
+    )
+    click.echo(table(results.rows, task.metric, REFERENCE.get(name, {})))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""CIFAR-10 and its ResNet-20: the model, its weights and the images.
+"""CIFAR-10 and its ResNet-20.
 
-Data come from a folder that holds cifar10.npz (arrays test_x, test_y, test_jpeg, calib_x, calib_y; images uint8 NHWC)
-and resnet20.pth, or from a torchvision CIFAR10 root.
+The folder of data holds cifar10.npz (arrays test_x, test_y, test_jpeg, calib_x, calib_y; images uint8 NHWC, those to
+calibrate with from the training set) and resnet20.pth, the weights of akamaster/pytorch_resnet_cifar10 without the
+prefix `module.`. In place of the former, the root of torchvision's CIFAR10 will do.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from task import Images, Source, Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import datasets
 
 BATCH_SIZE = 128
 CALIBRATION_IMAGES = 1024
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the weights were trained with ImageNet's
 
 
@@ -68,64 +68,38 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images, uint8 NCHW, and their labels."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images with labels, in order."""
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
-        for pixels, labels in zip(self.pixels.split(BATCH_SIZE), self.labels.split(BATCH_SIZE), strict=True):
-            yield (pixels / 255 - mean) / std, labels
-
-
-@dataclass(frozen=True)
-class Cifar:
-    """The trained model, calibration images from the training set, and test images."""
-
-    model: nn.Module
-    calibration: Images
-    test: Images
-
-
-def default_data() -> Path:
-    """The environment variable BALF_FX_DATA, else the folder shared/data beside the repository."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    return Path(os.environ.get("BALF_FX_DATA", beside))
-
-
-def load(data: Path | None = None, cifar_root: Path | None = None, weights: Path | None = None) -> Cifar:
-    """Load everything.
-
-    Args:
-        data: folder with cifar10.npz and resnet20.pth.
-        cifar_root: in place of cifar10.npz, the root of torchvision's CIFAR10.
-        weights: in place of resnet20.pth, another state dict.
+def load(source: Source) -> Task:
+    """ResNet-20, calibrated on training images: with seed k on the k-th run of so many, with 0 on the first.
 
     Raises:
         click.ClickException: something is missing; says what to pass.
     """
-    folder = data or default_data()
-    weights = weights or folder / "resnet20.pth"
-    _require(weights, "the folder that holds resnet20.pth as --data or BALF_FX_DATA, or the file itself as --weights")
-    calibration, test = _from_npz(folder / "cifar10.npz") if cifar_root is None else _from_torchvision(cifar_root)
-    model = ResNet20()
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    return Cifar(model.eval(), calibration, test)
+    model = source.load_weights(ResNet20(), "resnet20.pth")
+    root = source.cifar_root
+    calibration, test = _from_npz(source.file("cifar10.npz")) if root is None else _from_torchvision(root)
+    count = source.images or CALIBRATION_IMAGES
+    chosen = slice(source.seed * count, (source.seed + 1) * count)
+    if chosen.stop > len(calibration.labels):
+        raise click.ClickException(
+            f"--images {count} with --seed {source.seed} is more than the {len(calibration.labels)} there are"
+        )
+    return Task(
+        title="ResNet-20, CIFAR-10",
+        model=model,
+        calibration=_images(calibration.pixels[chosen], calibration.labels[chosen]).inputs(),
+        samples=count,
+        evaluation=_images(test.pixels[: source.evaluate], test.labels[: source.evaluate]),
+        metric="top1",
+        measure="flops",
+        budgets=BUDGETS,
+    )
 
 
 def _from_npz(path: Path) -> tuple[Images, Images]:
-    _require(path, "the folder that holds cifar10.npz as --data or BALF_FX_DATA, or torchvision's as --cifar-root")
     with np.load(path) as arrays:
         pristine = ~arrays["test_jpeg"]  # a few test images survive only as JPEG decodes, whose pixels differ
-        calibration = _images(arrays["calib_x"][:CALIBRATION_IMAGES], arrays["calib_y"][:CALIBRATION_IMAGES])
-        return calibration, _images(arrays["test_x"][pristine], arrays["test_y"][pristine])
+        calibration = _from_arrays(arrays["calib_x"], arrays["calib_y"])
+        return calibration, _from_arrays(arrays["test_x"][pristine], arrays["test_y"][pristine])
 
 
 def _from_torchvision(root: Path) -> tuple[Images, Images]:
@@ -133,14 +107,12 @@ def _from_torchvision(root: Path) -> tuple[Images, Images]:
         train, test = (datasets.CIFAR10(str(root), train=train, download=False) for train in (True, False))
     except RuntimeError as error:
         raise click.ClickException(f"--cifar-root {root} is no root of torchvision's CIFAR10: {error}") from error
-    calibration = _images(train.data[:CALIBRATION_IMAGES], np.array(train.targets[:CALIBRATION_IMAGES]))
-    return calibration, _images(test.data, np.array(test.targets))
+    return _from_arrays(train.data, np.array(train.targets)), _from_arrays(test.data, np.array(test.targets))
 
 
-def _images(pixels: np.ndarray, labels: np.ndarray) -> Images:
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long())
+def _from_arrays(pixels: np.ndarray, labels: np.ndarray) -> Images:
+    return _images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels).long())
 
 
-def _require(path: Path, instead: str) -> None:
-    if not path.is_file():
-        raise click.ClickException(f"{path} does not exist: pass {instead}")
+def _images(pixels: Tensor, labels: Tensor) -> Images:
+    return Images(pixels.contiguous(), labels, _MEAN, _STD, BATCH_SIZE)

@@ -1,11 +1,10 @@
-"""What the benchmarks share: counting, evaluating, and the header of a results file."""
+"""What the benchmarks share: counting, and the header of a results file."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,6 @@ def count_flops(model: nn.Module, batch: Tensor) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(batch)
     return counter.get_total_flops()
-
-
-def top1(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Share of right answers in percent."""
-    right = total = 0
-    with torch.inference_mode():
-        for images, labels in batches:
-            right += int((model(images).argmax(1) == labels).sum())
-            total += len(labels)
-    return 100 * right / total
 
 
 def machine() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -22,6 +23,31 @@ def data_folder() -> Path:
     if not (folder / "resnet20.pth").exists():
         pytest.skip("the trained ResNet-20 is not there: set BALF_FX_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a benchmark as Python does when it is run as a script."""
+    for module in ("click", "numpy", "timm", "torchvision"):
+        pytest.importorskip(module)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.fixture
+def load_task(benchmark, data_folder):
+    """Load one of the trained models that benchmarks compress, where its files are there."""
+    click, models = benchmark("click"), benchmark("models")
+
+    def load(name, **source):
+        try:
+            return models.load(name, data=data_folder, **source)
+        except click.ClickException as error:
+            if "does not exist" in error.message:
+                pytest.skip(error.message)
+            raise
+
+    return load
 
 
 def randomise_batchnorm(model: nn.Module) -> nn.Module:

@@ -1,47 +1,54 @@
-"""BALF on ResNet-20 matches its reference implementation at every budget."""
+"""BALF on ResNet-20 matches its reference implementation, and results files can be continued."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Import a benchmark as Python does when it is run as a script."""
-    for module in ("click", "numpy", "torchvision"):
-        pytest.importorskip(module)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
+def run(command, *arguments):
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 @pytest.mark.slow
 def test_balf_matches_the_reference(benchmark, data_folder, tmp_path):
     accuracy, output = benchmark("accuracy"), tmp_path / "results.json"
-    arguments = ["--method", "balf", "--data", str(data_folder), "--json", str(output)]
-    result = CliRunner().invoke(accuracy.main, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    results = json.loads(output.read_text())
-    assert results["test_images"] == 9979
-    assert results["dense_top1"] == pytest.approx(91.73, abs=0.05)
-    assert [row["flops"] for row in results["results"]] == list(accuracy.REFERENCE)
+    budgets = ["--flops", 0.9, "--flops", 0.6, "--flops", 0.3]
+    printed = run(accuracy.main, "--method", "balf", *budgets, "--data", data_folder, "--json", output)
+    assert "BALF reference" in printed
+    results, reference = json.loads(output.read_text()), accuracy.REFERENCE["resnet20"]
+    assert results["answers"] == 9979
+    assert results["dense"]["top1"] == pytest.approx(91.73, abs=0.05)
+    assert [row["budget"] for row in results["results"]] == [0.9, 0.6, 0.3]
     for row in results["results"]:
-        assert row["top1"] == pytest.approx(accuracy.REFERENCE[row["flops"]], abs=1.0)
-        assert row["flops_kept"] <= row["flops"]
+        assert row["top1"] == pytest.approx(reference[row["budget"]], abs=1.0)
+        assert row["flops_kept"] <= row["budget"]
 
 
-def test_missing_data_is_a_clean_error(benchmark, tmp_path):
-    result = CliRunner().invoke(benchmark("accuracy").main, ["--data", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "--data" in result.output
-    assert "Traceback" not in result.output
+def test_a_results_file_is_continued(benchmark, data_folder, tmp_path):
+    accuracy, output = benchmark("accuracy"), tmp_path / "results.json"
+    arguments = ["--method", "svd", "--images", 8, "--data", data_folder, "--json", output]
+    run(accuracy.main, *arguments, "--evaluate", 20, "--flops", 0.9)
+    (first,) = json.loads(output.read_text())["results"]
+    run(accuracy.main, *arguments, "--evaluate", 20, "--flops", 0.9, "--params", 0.5, "--resume")
+    again, second = json.loads(output.read_text())["results"]
+    assert again == first
+    assert (second["measure"], second["budget"]) == ("params", 0.5)
+    assert second["params_kept"] <= 0.5
+    other = [str(argument) for argument in (*arguments, "--evaluate", 21, "--resume")]
+    assert "write elsewhere" in CliRunner().invoke(accuracy.main, other).output
 
 
-def test_resnet20_has_the_published_size(benchmark):
-    model = benchmark("cifar").ResNet20()
-    convolutions_and_head = sum(p.numel() for name, p in model.named_parameters() if "bn" not in name)
-    assert convolutions_and_head == 268_346
+def test_the_table_shows_what_each_method_reaches_and_costs(benchmark):
+    accuracy = benchmark("accuracy")
+
+    def row(method, budget, top1, seconds):
+        return accuracy.Row(method, "flops", budget, 8, 0, top1, 2.0, 0.1, budget - 1e-4, 0.7, seconds, 2.0)
+
+    rows = [row("a", 0.9, 80.0, 4.0), row("a", 0.5, 60.0, 8.0), row("b", 0.9, 81.0, 5.0)]
+    _, _, first, second, reference = accuracy.table(rows, "top1", {0.9: 79.0, 0.8: 70.0}).splitlines()
+    assert first.split() == ["a", "80.00", "(0.8999)", "60.00", "(0.4999)", "3.0"]
+    assert second.split() == ["b", "81.00", "(0.8999)", "2.5"]
+    assert reference.split() == ["BALF", "reference", "79.00"]

@@ -1,0 +1,174 @@
+"""Which weighting of the sites predicts what the model loses? One-shot factors by sensitivity, one budget, no refit.
+
+python benchmarks/allocation.py --model resnet20 --json benchmarks/results/allocation_resnet20.json
+
+The allocator minimises a sum over sites: a site's distortion as a share of its energy, times a power of the loss that
+its gradients foretell (`balf_fx.sites.RankCurve.loss`). With power 0 all sites count alike, with power 1 the sum is an
+estimate of the divergence itself. Two measurements:
+
+* the model compressed under each weighting: its divergence on calibration and on evaluation data, and its top-1,
+* one site at a time at half its break-even rank, everything else dense: how the divergence measured on the first
+  calibration batch and the site's term in the sum rank the sites (Spearman's correlation).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from common import count_flops, write_json
+from evaluation import Judge, answers, divergence
+from models import budgets, load, model_options
+from scipy.stats import spearmanr
+from tabulate import tabulate
+from task import Measure, Task
+from torch import Tensor, fx
+from tqdm import tqdm
+
+import balf_fx
+from balf_fx.passes import Allocate, Factorize, Score
+from balf_fx.passes.observe import remove_observers
+from balf_fx.sites import RankCurve, annotation, sites
+
+WEIGHTINGS: Mapping[str, float] = {
+    "normalised energy": 0.0,
+    "times loss^0.25": 0.25,
+    "times loss^0.5": 0.5,
+    "times loss": 1.0,
+}
+"""`Allocate.importance`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compressed model; `flops_kept` is counted on it.
+
+    Attributes:
+        kl_calibration, kl, top1, perplexity: divergence on the calibration data; `evaluation.Figures`.
+    """
+
+    weighting: str
+    measure: Measure
+    budget: float
+    kl_calibration: float
+    kl: float
+    top1: float
+    perplexity: float
+    flops_kept: float
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site at half its break-even rank, everything else dense.
+
+    Attributes:
+        kl: divergence on the first calibration batch.
+        predicted: for each weighting, the site's term in the allocator's sum.
+    """
+
+    name: str
+    rank: int
+    kl: float
+    predicted: Mapping[str, float]
+
+
+class Bench:
+    """A model, calibrated and scored once."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task = task
+        self.judge = Judge(task)
+        self._flops = count_flops(task.model, task.calibration[0])
+        self._wanted = answers(task.model, task.calibration)
+        self._scored = balf_fx.prepare(task.model, task.calibration[0], sensitivity=True)
+        balf_fx.calibrate(self._scored, task.calibration, seed=seed, progress=False)
+        Score("sensitivity")(self._scored)
+
+    def row(self, weighting: str, measure: Measure, budget: float) -> Row:
+        """Compress under a weighting, and judge."""
+        allocate = Allocate(**{measure: budget}, importance=WEIGHTINGS[weighting], strict=False)
+        model = self._compressed(allocate)
+        kept = count_flops(model, self.task.calibration[0]) / self._flops
+        figures = self.judge.figures(model)
+        kl_calibration = self._divergence(model, self.task.calibration)
+        return Row(weighting, measure, budget, kl_calibration, figures.kl, figures.top1, figures.perplexity, kept)
+
+    def site_rows(self) -> Iterable[SiteRow]:
+        """Compress one site after the other."""
+        for site, nodes in sites(self._scored).items():
+            curve, rank = annotation(nodes[0]).curve, max(site.break_even // 2, 1)
+            if curve is not None:
+                model = self._compressed(Allocate(ranks={site.name: rank}))
+                yield SiteRow(site.name, rank, self._divergence(model, self.task.calibration[:1]), _terms(curve, rank))
+
+    def _compressed(self, allocate: Allocate) -> fx.GraphModule:
+        model = copy.deepcopy(self._scored)
+        allocate(model)
+        remove_observers(model)
+        Factorize()(model)
+        return model
+
+    def _divergence(self, model: fx.GraphModule, batches: Sequence[Tensor]) -> float:
+        return divergence(self._wanted[: len(batches)], answers(model, batches))
+
+
+def _terms(curve: RankCurve, rank: int) -> dict[str, float]:
+    """What the allocator thinks that a rank loses, under each weighting, up to a factor that all sites share."""
+    lost = curve.normalised(curve.candidates[rank - 1].distortion)
+    return {name: lost * (curve.loss or 0.0) ** power for name, power in WEIGHTINGS.items()}
+
+
+def correlations(rows: Sequence[SiteRow]) -> dict[str, float]:
+    """Spearman's rank correlation of the measured divergence with each weighting's terms."""
+    measured = [row.kl for row in rows]
+    return {name: float(spearmanr([row.predicted[name] for row in rows], measured)[0]) for name in WEIGHTINGS}
+
+
+def table(rows: Sequence[Row], correlation: Mapping[str, float]) -> str:
+    """Weightings x budgets: divergence on calibration data, on evaluation data, and top-1."""
+    columns = list(dict.fromkeys((row.measure, row.budget) for row in rows))
+    cells = {
+        (row.weighting, (row.measure, row.budget)): f"{row.kl_calibration:.4f} {row.kl:.4f} {row.top1:.2f}"
+        for row in rows
+    }
+    lines = [
+        [name, f"{correlation[name]:.3f}", *(cells[name, column] for column in columns)]
+        for name in dict.fromkeys(row.weighting for row in rows)
+    ]
+    headers = ["KL calibration, KL, top-1 %", "Spearman", *(f"{measure} {budget:g}" for measure, budget in columns)]
+    return tabulate(lines, headers, disable_numparse=True)
+
+
+@click.command()
+@model_options
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")
+def main(name: str, flops: tuple[float, ...], params: tuple[float, ...], output: Path | None, **source: Any) -> None:
+    """Compress a model under each weighting and each budget, and one site at a time."""
+    task = load(name, **source)
+    bench = Bench(task, source["seed"])
+    pairs = [(weighting, *budget) for budget in budgets(task, flops, params) for weighting in WEIGHTINGS]
+    site_rows = list(tqdm(bench.site_rows(), desc="sites", unit="site", leave=False))
+    rows = [bench.row(*pair) for pair in tqdm(pairs, desc="budgets", unit="model", leave=False)]
+    correlation = correlations(site_rows)
+    click.echo(f"{task.title}, calibrated on {task.samples:,} samples, {len(site_rows)} sites\n")
+    click.echo(table(rows, correlation))
+    if output is not None:
+        results = {
+            "model": name,
+            "title": task.title,
+            "images": task.samples,
+            "seed": source["seed"],
+            "answers": bench.judge.answers,
+            "spearman": correlation,
+            "results": [asdict(row) for row in rows],
+            "sites": [asdict(row) for row in site_rows],
+        }
+        write_json(output, results)
+
+
+if __name__ == "__main__":
+    main()

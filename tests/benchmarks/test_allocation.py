@@ -1,0 +1,31 @@
+"""The benchmark of the allocator's weightings runs, and sees that losses tell more than energies."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+
+@pytest.mark.slow
+def test_weightings_are_compared(benchmark, data_folder, tmp_path):
+    pytest.importorskip("scipy")
+    allocation, output = benchmark("allocation"), tmp_path / "results.json"
+    arguments = ["--images", "64", "--evaluate", "32", "--flops", "0.6", "--data", str(data_folder)]
+    result = CliRunner().invoke(allocation.main, [*arguments, "--json", str(output)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    results = json.loads(output.read_text())
+    assert [row["weighting"] for row in results["results"]] == list(allocation.WEIGHTINGS)
+    assert all(row["flops_kept"] <= 0.6 for row in results["results"])
+    assert len(results["sites"]) == 20
+    assert results["spearman"]["times loss^0.5"] > max(results["spearman"]["normalised energy"], 0.5)
+
+
+@pytest.mark.parametrize(("predicted", "correlation"), [([0.1, 1.0, 5.0], 1), ([3.0, 2.0, 1.0], -1)])
+def test_predictions_are_compared_by_rank(benchmark, predicted, correlation):
+    pytest.importorskip("scipy")
+    allocation = benchmark("allocation")
+    rows = [
+        allocation.SiteRow("a site", 1, kl, dict.fromkeys(allocation.WEIGHTINGS, value))
+        for kl, value in zip([1.0, 2.0, 9.0], predicted, strict=True)
+    ]
+    assert list(allocation.correlations(rows).values()) == pytest.approx([correlation] * len(allocation.WEIGHTINGS))
