@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, run_batch
+from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, run_batch, sample_count
 from balf_fx.capture import Method as CaptureMethod
 from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
+from balf_fx.divergence import answers, divergence
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError, OptionError
 from balf_fx.observers import InfluenceObserver, SensitivityObserver
 from balf_fx.offload import MEMORY
@@ -39,7 +41,12 @@ from balf_fx.report import REPORT_ATTRIBUTE, report
 from balf_fx.sensitivity import Loss, observe_gradients
 from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
 
-_IMPORTANCE = 0.3  # of held-out CIFAR-10 training images, most stay right near this power of a site's loss
+Effort = Literal["fast", "balanced", "best"]
+"""What `compile` spends: "fast" one forward pass over the batches; "balanced" gradients as well, about five; "best" also
+a refit, about fifteen."""
+
+_IMPORTANCES = (0.3, 0.6, 1.0)  # small powers do better where much goes, one where little does
+_MEASURED_SAMPLES = 128
 
 
 def compile(
@@ -48,7 +55,9 @@ def compile(
     *,
     flops: float | None = None,
     params: float | None = None,
-    factors: Factors = "activations",
+    effort: Effort = "best",
+    factors: Factors | None = None,
+    widths: bool = True,
     allocation: Method | Mapping[str, Rank] = "budget",
     energy: float | None = None,
     centred: bool = True,
@@ -59,7 +68,7 @@ def compile(
     strict: bool = True,
     capture: CaptureMethod = "auto",
     loss: Loss | None = None,
-    refit: bool | RefitMode = False,
+    refit: bool | RefitMode | None = None,
     memory: int = MEMORY,
     forward: Forward | None = None,
     seed: int = 0,
@@ -76,7 +85,12 @@ def compile(
             also sets the shapes on which FLOPs are counted; the others may differ.
         flops, params: the budget, exactly one of them: the fraction of the *whole model's* FLOPs (as
             `torch.utils.flop_counter` counts them) or parameters to keep, in (0, 1].
-        factors: "activations" for the least output error over the calibration data; "sensitivity" for the least
+        effort: "fast": factors by the output error, one-shot. "balanced": factors and widths by what the model's own
+            answer minds, and the allocation that changes it least on some of the batches. "best": a refit as well. They
+            take about 2, 5 and 15 times as long as the batches through the model; the latter two keep all batches.
+        widths: let hidden features, and those of attention heads, become fewer where that is better than lower ranks;
+            with factors="sensitivity" and allocation="budget".
+        factors: None for what the effort means; "activations" for the least output error over the calibration data; "sensitivity" for the least
             output error that the model's own answer minds, by gradients of a label-free loss (`sensitivity`); "air"
             for the least output error with each weight's share counted by its influence on the loss (`Refine`); "svd"
             for the weights alone.
@@ -91,8 +105,8 @@ def compile(
         include, exclude: glob patterns of site names.
         strict: a budget below what is reachable is an error; False takes the closest reachable model instead.
         capture: "symbolic_trace", "export", or "auto", which tries them in this order (`balf_fx.capture`).
-        refit: solve every layer again, on the input that it gets in the compressed model (`passes.Refit`): True or
-            "full" for all of it; "up" for the left factors and biases, which is several times faster and recovers
+        refit: None for what the effort means, with factors="sensitivity"; else whether to solve every layer again, on
+            the input that it gets in the compressed model (`passes.Refit`): True or "full" for all of it; "up" for the left factors and biases, which is several times faster and recovers
             less. Keeps all batches in memory; not with factors="air".
         memory: bytes that intermediate values may take. For gradients, a batch that needs more runs in pieces; in a
             refit, values beyond it wait in temporary files (in TMPDIR).
@@ -109,8 +123,14 @@ def compile(
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.
     """
+    if effort not in get_args(Effort):
+        raise OptionError(f"effort is {', '.join(map(repr, get_args(Effort)))}, not {effort!r}")
+    if factors is None:
+        factors = "activations" if effort == "fast" else "sensitivity"
+    if refit is None:
+        refit = effort == "best" and factors == "sensitivity"
     score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
-    _check_refit(factors, refit)
+    _check_refit(factors, bool(refit))
     forward = forward or forward_for(model)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
         # 1. The first batch tells how the model is called and what it costs.
@@ -126,16 +146,18 @@ def compile(
             include=include,
             exclude=exclude,
             factors=factors,
+            widths=widths,
             capture=capture,
             forward=forward,
         )
         # 3. Calibrate: let the batches flow through.
-        seen = [first, *batches] if refit else itertools.chain([first], batches)
+        keep = refit or factors == "sensitivity"
+        seen = [first, *batches] if keep else itertools.chain([first], batches)
         if factors != "svd":
             calibrate(prepared, seen, loss=loss, memory=memory, forward=forward, seed=seed, progress=progress)
-        # 4. Score every rank, solve the budget, refit the layers, rewrite the graph.
-        mode: RefitMode = "full" if isinstance(refit, bool) else refit
-        return _convert(prepared, score, allocate, seen if refit else (), forward, mode, memory)
+        # 4. Score every rank and width, solve the budget, refit the layers, rewrite the graph.
+        mode: RefitMode | None = ("full" if refit is True else refit) or None
+        return _convert(prepared, score, allocate, seen if keep else (), forward, mode, memory, loss)
 
 
 def prepare(
@@ -147,6 +169,7 @@ def prepare(
     exclude: Sequence[str] = (),
     factors: Factors | Collection[Factors] = "activations",
     sensitivity: bool = False,
+    widths: bool = True,
     capture: CaptureMethod = "auto",
     forward: Forward | None = None,
 ) -> fx.GraphModule:
@@ -158,6 +181,7 @@ def prepare(
         factors: what `convert` is to be able to make, one or several; "activations" and "svd" always are. The others
             need gradients: `calibrate` runs them, a plain call of the graph does not.
         sensitivity: the same as "sensitivity" among `factors`.
+        widths: with it, find out what fewer features would lose.
 
     Raises:
         NoSiteError: nothing in the model can be factorized.
@@ -176,7 +200,7 @@ def prepare(
             listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
             raise NoSiteError(f"nothing in {type(model).__name__} can be factorized ({listed})")
         observes_gradients = sensitivity or "sensitivity" in wanted
-        if observes_gradients:
+        if observes_gradients and widths:
             FindWidths()(graph_module)
         InsertObservers(observes_gradients, "air" in wanted)(graph_module)
         return graph_module
@@ -215,14 +239,15 @@ def convert(
     *,
     flops: float | None = None,
     params: float | None = None,
-    factors: Factors = "activations",
+    factors: Factors | None = None,
     allocation: Method | Mapping[str, Rank] = "budget",
     energy: float | None = None,
     centred: bool = True,
     split: bool = True,
     strict: bool = True,
     batches: Iterable[Any] = (),
-    refit: RefitMode = "full",
+    refit: bool | RefitMode | None = None,
+    loss: Loss | None = None,
     memory: int = MEMORY,
     forward: Forward | None = None,
     progress: bool = True,
@@ -231,19 +256,28 @@ def convert(
 
     Args:
         prepared: from `prepare`, after calibration.
-        batches: the calibration batches again, to refit the layers on them; none: no refit.
-        refit: which refit it is then.
+        factors: None for the best that the calibration allows.
+        batches: the calibration batches again, to measure allocations and refit the layers on them; none: neither.
+        refit: None for a full one where there are batches, unless factors="air".
         Everything else: as in `compile`.
 
     Raises:
         NotCalibratedError: the graph holds no observers, or none of what the factors need, or they have seen nothing.
         BudgetError: the budget cannot be reached; names the smallest that can.
     """
+    if factors is None:
+        observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
+        factors = "sensitivity" if any(observer.sample is not None for observer in observers) else "activations"
     score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
     batches = list(batches)
-    _check_refit(factors, bool(batches))
+    if refit is None:
+        refit = bool(batches) and factors != "air"
+    _check_refit(factors, bool(refit))
+    if refit and not batches:
+        raise OptionError("a refit needs the calibration batches again: pass batches=")
+    mode: RefitMode | None = ("full" if refit is True else refit) or None
     with torch.inference_mode(False), torch.no_grad():
-        return _convert(prepared, score, allocate, batches, forward or forward_for(prepared), refit, memory)
+        return _convert(prepared, score, allocate, batches, forward or forward_for(prepared), mode, memory, loss)
 
 
 def _convert_passes(
@@ -261,7 +295,7 @@ def _convert_passes(
     if isinstance(allocation, Mapping):
         allocate = Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
     else:
-        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict, importance=_IMPORTANCE)
+        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict)
     return Score(factors, centred, split, progress=progress), allocate
 
 
@@ -276,29 +310,68 @@ def _convert(
     allocate: Allocate,
     batches: Iterable[Any],
     forward: Forward,
-    refit: RefitMode,
+    refit: RefitMode | None,
     memory: int,
+    loss: Loss | None,
 ) -> fx.GraphModule:
     if not isinstance(prepared, fx.GraphModule) or not hasattr(prepared, OBSERVERS):
         raise NotCalibratedError(
             "this is no prepared graph: call balf_fx.prepare first and run a few batches through it"
         )
+    batches = list(batches)
     score(prepared)
     if score.factors == "sensitivity":
-        ScoreWidths(score.damping)(prepared)
+        ScoreWidths(score.damping, score.progress)(prepared)
     else:
-        record_graph(prepared, width_curves=())
+        record_graph(prepared, width_curves=(), widths_scored_with=())
+    if score.factors == "sensitivity" and allocate.method == "budget" and allocate.ranks is None:
+        allocate = _most_faithful(prepared, allocate, _first_samples(batches), forward, loss)
     graph_module = copy.deepcopy(prepared)
     allocate(graph_module)
     if score.factors == "air":
         Refine(progress=score.progress)(graph_module)
-    inputs = [placeholder_values(prepared, batch, forward) for batch in batches]
-    if inputs:
-        Refit(inputs, refit, memory)(graph_module)
+    if refit is not None:
+        Refit([placeholder_values(prepared, batch, forward) for batch in batches], refit, memory)(graph_module)
+    return _finish(_rewrite(graph_module))
+
+
+def _most_faithful(
+    prepared: fx.GraphModule, allocate: Allocate, batches: Sequence[Any], forward: Forward, loss: Loss | None
+) -> Allocate:
+    """The importance of sensitive sites by which the one-shot model's answers change least on some of the batches."""
+    options = [dataclasses.replace(allocate, importance=importance) for importance in _IMPORTANCES]
+    if not batches:
+        return options[len(options) // 2]
+    original = copy.deepcopy(prepared)
+    remove_observers(original)
+    original.recompile()
+    references = answers(original, batches, forward)
+
+    def lost(option: Allocate) -> float:
+        graph_module = copy.deepcopy(prepared)
+        option(graph_module)
+        return divergence(_rewrite(graph_module), batches, references, forward, loss)
+
+    return min(options, key=lost)
+
+
+def _first_samples(batches: Sequence[Any]) -> list[Any]:
+    """As many batches as hold enough samples to tell allocations apart."""
+    found: list[Any] = []
+    for batch in batches:
+        found.append(batch)
+        if sum(max(sample_count(one), 1) for one in found) >= _MEASURED_SAMPLES:
+            break
+    return found
+
+
+def _rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Carry an allocation out."""
     remove_observers(graph_module)
     Narrow()(graph_module)
     Factorize()(graph_module)
-    return _finish(graph_module)
+    graph_module.recompile()
+    return graph_module
 
 
 def _finish(graph_module: fx.GraphModule) -> fx.GraphModule:

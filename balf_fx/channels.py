@@ -246,8 +246,6 @@ def _name(node: fx.Node) -> str:
     return name.rstrip("_") if owner in ("torch", "_operator", "builtins") else ""
 
 
-
-
 def _is_pad(node: fx.Node, axis: int) -> bool:
     if _name(node) != "pad" or node.target is not F.pad:
         return False

@@ -273,9 +273,9 @@ def _lower_hull(points: list[tuple[int, float, Candidate]]) -> list[tuple[int, f
     for point in sorted(points, key=lambda p: p[:2]):
         if hull and point[1] >= hull[-1][1]:
             continue
-        while len(hull) > 1 and (hull[-2][1] - hull[-1][1]) * (point[0] - hull[-1][0]) <= (
-            hull[-1][1] - point[1]
-        ) * (hull[-1][0] - hull[-2][0]):
+        while len(hull) > 1 and (hull[-2][1] - hull[-1][1]) * (point[0] - hull[-1][0]) <= (hull[-1][1] - point[1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
             hull.pop()
         hull.append(point)
     return hull

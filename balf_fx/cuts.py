@@ -85,7 +85,10 @@ class Cut:
             bias = None if solution.bias is None else solution.bias[kept]
             return Solution(None, solution.right[kept], bias)
         map_ = lambda value: torch.cat(  # noqa: E731
-            [torch.einsum("hrf,hf...->hr...", maps.to(value), value[0][rows]).flatten(0, 1) for rows, maps in self.written]
+            [
+                torch.einsum("hrf,hf...->hr...", maps.to(value), value[0][rows]).flatten(0, 1)
+                for rows, maps in self.written
+            ]
         ).unsqueeze(0)
         bias = None if solution.bias is None else map_(solution.bias)
         if solution.left is None:

@@ -235,9 +235,7 @@ class SensitivityObserver(nn.Module):
             alike = len(positions) == len(self.positions)
             self.positions = self.positions + positions if alike else None
 
-    def _sample(
-        self, value: Tensor, features: Tensor | None, gradient: Tensor, positions: Tensor
-    ) -> Sample | None:
+    def _sample(self, value: Tensor, features: Tensor | None, gradient: Tensor, positions: Tensor) -> Sample | None:
         """Statistics of some samples; None where no gradient has reached them."""
         columns = output_columns(gradient, self.site)  # [G, O, n]
         samples = columns.shape[-1] // len(positions)

@@ -88,6 +88,11 @@ class Joint:
     def mean_y(self) -> Tensor:
         return self.y / self.count
 
+    def uncentred(self) -> Joint:
+        """As if both means were zero: a regression on this has no bias."""
+        inputs = Inputs(self.inputs.count, torch.zeros_like(self.inputs.x), self.inputs.xx)
+        return Joint(inputs, torch.zeros_like(self.y), self.yx)
+
     def cross(self) -> Tensor:
         """Cov(y, x') [G, O, D]."""
         return self.yx / self.count - self.mean_y.unsqueeze(-1) * self.inputs.mean.unsqueeze(-2)

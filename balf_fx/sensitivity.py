@@ -169,7 +169,7 @@ def _differentiable(module: nn.Module) -> Iterator[None]:
 def probe(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient at the output is L v, for a random v (see the module's docstring)."""
     logits = find_logits(output, batch)
-    if logits is not None:
+    if logits is not None and logits.requires_grad:
         p = logits.detach().softmax(-1)
         v = _normal(logits, generator)
         direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
@@ -186,9 +186,9 @@ def find_logits(output: Any, batch: Any) -> Tensor | None:
     whole numbers [samples, length], [samples, length, classes].
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor) and named.requires_grad:
+    if isinstance(named, Tensor):
         return named
-    if not isinstance(output, Tensor) or not output.requires_grad or output.dim() < 2 or output.shape[-1] < 2:
+    if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[-1] < 2:
         return None
     tokens = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
     language = output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)

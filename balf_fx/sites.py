@@ -342,6 +342,7 @@ class GraphRecord:
         params_after: parameters of the compressed graph, by Allocate.
         widths: by FindWidths.
         width_curves: by ScoreWidths, one for each width; None where nothing is known of it.
+        widths_scored_with: by ScoreWidths, tells fresh curves from stale ones.
     """
 
     flops: int | None = None
@@ -352,6 +353,7 @@ class GraphRecord:
     refusals: tuple[tuple[Refusal, int | None], ...] = ()
     widths: tuple[Width, ...] = ()
     width_curves: tuple[WidthCurve | None, ...] = ()
+    widths_scored_with: tuple[Any, ...] = ()
 
 
 def annotation(node: fx.Node) -> Annotation:

@@ -134,9 +134,7 @@ class Allocate(Pass):
         )
         return PassResult(graph_module, False)
 
-    def solve(
-        self, curves: Mapping[Site, RankCurve], totals: Totals, clusters: Sequence[Cluster] = ()
-    ) -> Allocation:
+    def solve(self, curves: Mapping[Site, RankCurve], totals: Totals, clusters: Sequence[Cluster] = ()) -> Allocation:
         """Choose one candidate for each site, and a size for each width, wherever they lie: in one graph or in several.
 
         Raises:
@@ -200,9 +198,7 @@ class Allocate(Pass):
         dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
         return rows, now - dense - sum(row.full[index] for row in rows)
 
-    def _least_loss(
-        self, rows: Sequence[_Row], budget: int
-    ) -> tuple[list[tuple[_Row, Option]], float]:
+    def _least_loss(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
         """The options of least loss within the budget, and the dual bound."""
         costs = [[option.cost(self.measure) for option in row.options] for row in rows]
         if sum(row[-1] for row in costs) <= budget:

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.cuts import Cut, find_cuts
-from balf_fx.linear_maps import site_input
 from balf_fx.passes.base import Pass
 from balf_fx.sites import META_KEY, VALUE_META, get_tensor, graph_record
 from balf_fx.widths import Operand, Width
@@ -36,7 +35,9 @@ class Narrow(Pass):
                 for name in width.between:
                     if nodes[name].op == "get_attr" and name in cuts:
                         _slice_constant(graph_module, nodes[name], width.features, cuts[name])
-        attentions = [w for w in record.widths if w.product and any(cuts.get(name, Cut()).written for name in w.producers)]
+        attentions = [
+            w for w in record.widths if w.product and any(cuts.get(name, Cut()).written for name in w.producers)
+        ]
         for name in dict.fromkeys(name for width in attentions for name in width.producers):
             _rewire_producer(graph_module, nodes, name, attentions, cuts[name])
         for index, width in enumerate(record.widths):
@@ -93,9 +94,7 @@ def _replace_argument(node: fx.Node, position: int, value: fx.Node) -> None:
             node.graph.erase_node(old)
 
 
-def _heads(
-    graph: fx.Graph, value: fx.Node, count: int, size: int, operand: Operand, sequence_first: bool
-) -> fx.Node:
+def _heads(graph: fx.Graph, value: fx.Node, count: int, size: int, operand: Operand, sequence_first: bool) -> fx.Node:
     """[..., heads, positions, features], as a product reads it."""
     view = graph.call_method("unflatten", (value, -1, (count, size)))
     moved: tuple[Any, ...] = ("movedim", 0, -2) if sequence_first else ("transpose", -3, -2)

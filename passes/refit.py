@@ -208,8 +208,10 @@ class _Solver:
             known = (Solution(None, part.left, part.bias),)
             (found,) = self._solve(node, site, _Problem(columns, outputs, part.left, known, (spectra[index],)))
             return Solution(found.right, part.right, found.bias)
+        if part.bias is None:
+            return part
         nothing = part.right[..., :0]
-        bias = torch.zeros_like(part.right[..., 0]) if part.bias is None else part.bias
+        bias = part.bias
         problem = _Problem(
             columns=no_columns,
             outputs=outputs,
@@ -222,12 +224,13 @@ class _Solver:
         return Solution(None, part.right, bias if found.bias is None else bias + found.bias)
 
     def _solve(self, node: fx.Node, site: Site, problem: _Problem) -> tuple[Solution, ...]:
-        """The solution of least error on what was held out."""
+        """The solution of least error on what was held out; a dense layer gains no bias that it has not had."""
+        biased = any(part.left is not None or part.bias is not None for part in problem.prior)
         train, held_out = self._sums(node, site, problem)
-        solution = best(train, held_out, problem.toward, problem.prior, problem.spectra)
+        solution = _best(train, held_out, problem, biased)
         if _relu_follows(self.graph_module, node):
             train, held_out = self._sums(node, site, problem, solution, (train.inputs, held_out.inputs))
-            solution = best(train, held_out, problem.toward, problem.prior, problem.spectra)
+            solution = _best(train, held_out, problem, biased)
         return solution
 
     def _sums(
@@ -276,6 +279,13 @@ class _Solver:
         if len(own) != positions:
             return None
         return (own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)).repeat(samples)
+
+
+def _best(train: Joint, held_out: Joint, problem: _Problem, biased: bool) -> tuple[Solution, ...]:
+    if biased:
+        return best(train, held_out, problem.toward, problem.prior, problem.spectra)
+    solution = best(train.uncentred(), held_out.uncentred(), problem.toward, problem.prior, problem.spectra)
+    return tuple(dataclasses.replace(part, bias=None) for part in solution)
 
 
 def _run(module: nn.Module, reads: Callable[[Batch], Tensor], batch: Batch) -> Tensor:

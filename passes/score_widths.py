@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
+from tqdm import tqdm
 
 from balf_fx.linalg import convex_energies, damped_roots, held_out_errors, spectrum_from_output
 from balf_fx.observers import Moments, Sample, SensitivityObserver
@@ -33,15 +34,27 @@ class ScoreWidths(Pass):
 
     Attributes:
         damping: as in `Score`.
+        progress: show a progress bar.
+
+    Widths whose statistics are those of the last score are not scored again.
     """
 
     damping: float = 0.1
+    progress: bool = False
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = {node.name: node for node in graph_module.graph.nodes}
         record = graph_record(graph_module)
-        curves = tuple(self._score(graph_module, nodes, width) for width in record.widths)
-        record_graph(graph_module, width_curves=curves)
+        observers = [module for module in graph_module.modules() if isinstance(module, SensitivityObserver)]
+        scored_with = (self.damping, *(observer.sample for observer in observers))
+        known = len(record.widths_scored_with) == len(scored_with)
+        if known and all(a is b for a, b in zip(record.widths_scored_with, scored_with, strict=True)):
+            return PassResult(graph_module, False)
+        curves = tuple(
+            self._score(graph_module, nodes, width)
+            for width in tqdm(record.widths, desc="scoring", unit="width", disable=not self.progress, leave=False)
+        )
+        record_graph(graph_module, width_curves=curves, widths_scored_with=scored_with)
         return PassResult(graph_module, False)
 
     def _score(self, graph_module: fx.GraphModule, nodes: dict[str, fx.Node], width: Width) -> WidthCurve | None:

@@ -1,0 +1,49 @@
+"""How far a compressed model's answers are from the original's, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.batches import Forward, run_batch
+from balf_fx.sensitivity import Loss, find_logits
+
+
+def answers(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[Any]:
+    """What a model returns on each batch."""
+    return [run_batch(model, batch, forward, index) for index, batch in enumerate(batches)]
+
+
+def divergence(
+    model: nn.Module, batches: Sequence[Any], references: Sequence[Any], forward: Forward, loss: Loss | None = None
+) -> float:
+    """The mean over batches of the Kullback-Leibler divergence of logits, in nats for each row of them; of anything else
+    of the squared error relative to the mean square; or of the user's loss. Infinite where it is not a number.
+
+    Args:
+        references: the original model's `answers`.
+    """
+    total = 0.0
+    for index, (batch, reference) in enumerate(zip(batches, references, strict=True)):
+        output = run_batch(model, batch, forward, index)
+        total += float(_differ(reference, output, batch) if loss is None else loss(output, batch))
+    mean = total / max(len(batches), 1)
+    return mean if mean == mean else torch.inf
+
+
+def _differ(reference: Any, output: Any, batch: Any) -> Tensor:
+    wanted, logits = find_logits(reference, batch), find_logits(output, batch)
+    if wanted is not None and logits is not None:
+        target, given = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
+        return (target.exp() * (target - given)).sum(-1).mean()
+    pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(output), strict=True)
+    terms = [
+        (a.float() - b.float()).square().sum() / a.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        for a, b in pairs
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
+    ]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
