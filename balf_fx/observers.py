@@ -310,7 +310,8 @@ def by_sample(value: Tensor, site: Site) -> Tensor:
     """A site's input or output with a leading dimension of samples, and for a linear layer one of positions."""
     if site.conv is not None:
         return _batched(value, site.conv)
-    return value.reshape(len(value) if value.dim() > 1 else 1, -1, value.shape[-1])
+    leading = value.shape[:-1] or (1,)
+    return value.reshape(leading[0], math.prod(leading[1:]), value.shape[-1])
 
 
 def output_columns(value: Tensor, site: Site) -> Tensor:

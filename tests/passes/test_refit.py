@@ -140,3 +140,13 @@ def test_a_forward_that_does_not_call_the_model_is_an_error(conv_net, images):
     prepared = calibrated(conv_net, images)
     with pytest.raises(CalibrationError, match="did not call the model"):
         balf_fx.convert(prepared, flops=0.5, batches=images, forward=lambda model, batch: None, progress=False)
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_batches_of_any_size_will_do(mode):
+    model, batches = Residual().eval(), [torch.randn(size, 3, 8, 8) for size in (16, 1, 0, 16)]
+    prepared = calibrated(model, batches)
+    once, refit = (
+        balf_fx.convert(prepared, flops=0.5, batches=given, refit=mode, progress=False) for given in ((), batches)
+    )
+    assert distance(model, refit, batches) < distance(model, once, batches)
