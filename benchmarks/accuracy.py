@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import balf_fx
 
-
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "svd": {"factors": "svd", "fold_batchnorm": False},
     "svd-llm": {**balf_fx.BALF, "allocation": "uniform"},
