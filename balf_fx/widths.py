@@ -20,6 +20,7 @@ from torch import Tensor
 WidthKind = Literal["channels", "queries", "values"]
 
 _DELAYED = 64  # removals that are applied together
+_NOTHING = 1e-30  # a variance that may be divided by, but is none
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) ->
         vector = symmetric @ (vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
     floor = share * symmetric.diagonal().mean() + noise * vector.norm()
     identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
-    damped: Tensor = symmetric + floor.clamp_min(torch.finfo(symmetric.dtype).tiny) * identity
+    damped: Tensor = symmetric + floor.clamp_min(_NOTHING) * identity
     return damped
 
 

@@ -150,7 +150,7 @@ def test_calibration_returns_what_the_model_returns_bit_for_bit(conv_net, images
 @pytest.mark.parametrize("settings", [{}, balf_fx.BALF, {"flops": None, "params": 0.6}, {"allocation": "uniform"}])
 def test_the_same_ranks_and_outputs_as_compile_for_a_conv_net(conv_net, images, settings):
     chosen = {"flops": 0.5, **settings}
-    offline = balf_fx.compile(conv_net, images[:STEPS], progress=False, **chosen)
+    offline = balf_fx.compile(conv_net, images[:STEPS], effort="fast", progress=False, **chosen)
     small = calibrated(conv_net, images, **chosen)
     with torch.no_grad():
         torch.testing.assert_close(small(images[3]), offline(images[3]))
@@ -163,7 +163,7 @@ def test_the_same_ranks_and_outputs_as_compile_for_a_conv_net(conv_net, images, 
 
 def test_the_same_ranks_and_outputs_as_compile_for_a_transformer(tokens):
     model = Transformer().eval()
-    offline = balf_fx.compile(model, tokens[:STEPS], flops=0.5, progress=False)
+    offline = balf_fx.compile(model, tokens[:STEPS], flops=0.5, progress=False, effort="fast")
     small = calibrated(model, tokens)
     with torch.no_grad():
         torch.testing.assert_close(small(tokens[3]), offline(tokens[3]))
@@ -186,7 +186,7 @@ def test_computed_weights_have_factors_as_well():
         for _ in range(2):
             assert torch.equal(small(x), model(x))
         small(x)
-        expected = balf_fx.compile(model, x, flops=0.8, progress=False)
+        expected = balf_fx.compile(model, x, flops=0.8, progress=False, effort="fast")
         torch.testing.assert_close(small(x), expected(x))
         assert [row.rank for row in balf_fx.report(small).sites] == [r.rank for r in balf_fx.report(expected).sites]
         factorized = [row.name for row in balf_fx.report(small).sites if row.rank is not None]
@@ -269,7 +269,9 @@ def test_graph_breaks_share_one_budget(tokens):
     with torch.no_grad():
         small(tokens[0])
     report = balf_fx.report(small)
-    offline = balf_fx.compile(nn.Sequential(model.first, nn.ReLU(), model.second), tokens[:STEPS], flops=0.5)
+    offline = balf_fx.compile(
+        nn.Sequential(model.first, nn.ReLU(), model.second), tokens[:STEPS], flops=0.5, effort="fast"
+    )
     assert list(ranks(report).values()) == list(ranks(balf_fx.report(offline)).values())
     assert list(ranks(report)) == ["first", "second"]
     assert report.flops_before == 2 * 2 * 40 * 32 * 64
@@ -286,13 +288,13 @@ def test_layers_that_share_a_graph_have_factors_of_their_own(tokens):
     report = balf_fx.report(small)
     assert len(report.sites) == len(set(ranks(report))) == 6
     assert report.flops_before == 3 * 2 * 2 * 40 * 32 * 64
-    offline = balf_fx.compile(copy.deepcopy(model), tokens[:STEPS], flops=0.5, capture="symbolic_trace")
+    offline = balf_fx.compile(copy.deepcopy(model), tokens[:STEPS], flops=0.5, capture="symbolic_trace", effort="fast")
     assert sorted(map(str, ranks(report).values())) == sorted(map(str, ranks(balf_fx.report(offline)).values()))
     torch.testing.assert_close(got, offline(tokens[3]))
 
 
 def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog):
-    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False)
+    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False, effort="fast")
     small = calibrated(conv_net, images)
     with torch.no_grad():
         small(images[0])
@@ -310,7 +312,7 @@ def test_new_shapes_before_the_switch_merge_their_statistics(conv_net):
     small = calibrated(conv_net, batches)
     with torch.no_grad():
         small(batches[0])
-    offline = balf_fx.compile(conv_net, batches, flops=0.5, progress=False)
+    offline = balf_fx.compile(conv_net, batches, flops=0.5, progress=False, effort="fast")
     report, expected = balf_fx.report(small), balf_fx.report(offline)
     assert report.flops_before > expected.flops_before  # all shapes count, not the first alone
     kept = {row.name: row.energy_kept for row in expected.sites}
@@ -362,7 +364,7 @@ def test_two_models_of_one_class_with_the_same_options_do_not_mix(tokens):
                 assert torch.equal(small(batch), model(batch))
         outputs = [small(tokens[3]) for small in smalls]
     for model, small, output in zip(models, smalls, outputs, strict=True):
-        offline = balf_fx.compile(model, tokens[:STEPS], flops=0.5, progress=False)
+        offline = balf_fx.compile(model, tokens[:STEPS], flops=0.5, progress=False, effort="fast")
         assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(offline))
         torch.testing.assert_close(output, offline(tokens[3]))
 
@@ -519,7 +521,7 @@ def test_weights_that_change_during_calibration_start_it_again(conv_net, images,
             assert torch.equal(small(batch), conv_net(batch))
         small(images[3])
     assert "calibration starts again" in caplog.text
-    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False)
+    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False, effort="fast")
     assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(offline))
 
 
@@ -537,7 +539,7 @@ def test_a_new_parameter_in_place_of_an_old_one_stays_dense(conv_net, images):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_modes(conv_net, images, mode):
-    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False)
+    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False, effort="fast")
     small = compiled(conv_net)
     with mode():
         for batch in images[:STEPS]:
@@ -603,7 +605,7 @@ def test_fullgraph(tokens):
 def test_dynamic_shapes():
     model = Transformer(depth=1).eval()
     batches = [torch.randn(size, length, 32) for size, length in ((4, 10), (3, 7), (6, 12))]
-    offline = balf_fx.compile(model, batches, flops=0.5, progress=False)
+    offline = balf_fx.compile(model, batches, flops=0.5, progress=False, effort="fast")
     small = compiled(model, dynamic=True, inner="aot_eager")
     with torch.no_grad():
         for batch in batches:
@@ -653,7 +655,7 @@ def test_a_callable_inner_backend(conv_net, images):
 @pytest.mark.parametrize("settings", [{}, {"mode": "reduce-overhead"}, {"inner_options": {"max_fusion_size": 32}}])
 def test_inductor(tokens, settings):
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-    offline = balf_fx.compile(model, tokens[:STEPS], flops=0.5, progress=False)
+    offline = balf_fx.compile(model, tokens[:STEPS], flops=0.5, progress=False, effort="fast")
     small = calibrated(model, tokens, inner="inductor", **settings)
     with torch.no_grad():
         torch.testing.assert_close(small(tokens[3]), offline(tokens[3]))
@@ -743,7 +745,7 @@ def test_explicit_ranks_and_weights_alone(conv_net, images):
         small(images[0])
     assert ranks(balf_fx.report(small))["block.0"] == 5
     small = calibrated(conv_net, images, factors="svd")
-    offline = balf_fx.compile(conv_net, images[:1], flops=0.5, factors="svd", progress=False)
+    offline = balf_fx.compile(conv_net, images[:1], flops=0.5, factors="svd", progress=False, effort="fast")
     with torch.no_grad():
         torch.testing.assert_close(small(images[0]), offline(images[0]))
 
@@ -768,7 +770,7 @@ def test_an_inner_backend_that_fails_may_succeed_the_next_time(conv_net, images)
             raise RuntimeError("not now")
         return graph_module
 
-    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False)
+    offline = balf_fx.compile(conv_net, images[:STEPS], flops=0.5, progress=False, effort="fast")
     small = calibrated(conv_net, images, inner=inner)
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="not now"):
@@ -810,7 +812,7 @@ def test_encoder_layers_with_and_without_their_fast_path(tokens, fast_path, norm
     model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    offline = balf_fx.compile(model, tokens[:STEPS], flops=0.6, progress=False)
+    offline = balf_fx.compile(model, tokens[:STEPS], flops=0.6, progress=False, effort="fast")
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast_path)
     try:
@@ -854,7 +856,7 @@ def test_a_call_with_nan_returns_nan_and_does_not_count(tokens, caplog):
         small(tokens[1])
         small(tokens[2])
     assert "does not count" in caplog.text
-    offline = balf_fx.compile(model, tokens[:2], flops=0.5, progress=False)
+    offline = balf_fx.compile(model, tokens[:2], flops=0.5, progress=False, effort="fast")
     assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(offline))
 
 

@@ -147,6 +147,6 @@ def test_batches_of_any_size_will_do(mode):
     model, batches = Residual().eval(), [torch.randn(size, 3, 8, 8) for size in (16, 1, 0, 16)]
     prepared = calibrated(model, batches)
     once, refit = (
-        balf_fx.convert(prepared, flops=0.5, batches=given, refit=mode, progress=False) for given in ((), batches)
+        balf_fx.convert(prepared, flops=0.5, batches=batches, refit=refit, progress=False) for refit in (False, mode)
     )
     assert distance(model, refit, batches) < distance(model, once, batches)
