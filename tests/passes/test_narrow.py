@@ -77,7 +77,7 @@ def project(model, path, start, heads, shared, rank):
 @pytest.mark.parametrize("method", ["symbolic_trace", "export"])
 @pytest.mark.parametrize("name", CHANNELS)
 def test_duplicates_may_go(name, method, monkeypatch):
-    monkeypatch.setattr("balf_fx.passes.score_widths.conditioned", lambda c: conditioned(c, 1e-9, 1e-11))
+    monkeypatch.setattr("balf_fx.passes.score_widths.conditioned", lambda c: conditioned(c, 1e-7, 1e-9))
     model, batches = make(name, torch.float64)
     width, written = DUPLICATED[name]
     for path in written:
@@ -87,7 +87,7 @@ def test_duplicates_may_go(name, method, monkeypatch):
     size = graph_record(prepared).widths[index].features // 2
     narrow = rewritten(prepared, {index: size})
     fresh = torch.randn(5, *batches[0].shape[1:], dtype=torch.float64)
-    torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-5, atol=1e-5)
     assert count_flops(narrow, fresh) < count_flops(model, fresh)
     assert count_params(narrow) < count_params(model)
 
@@ -214,11 +214,11 @@ def test_depthwise_convolutions_lose_channels():
 
 @pytest.mark.parametrize("hidden", [24, 40])
 def test_a_linear_network_narrows_to_its_rank(hidden, monkeypatch):
-    monkeypatch.setattr("balf_fx.passes.score_widths.conditioned", lambda c: conditioned(c, 1e-9, 1e-11))
+    monkeypatch.setattr("balf_fx.passes.score_widths.conditioned", lambda c: conditioned(c, 1e-7, 1e-9))
     model = Mlp(nn.Identity(), hidden).double().eval()
     batches = list(torch.randn(2, 64, 12, dtype=torch.float64))
     narrow = rewritten(scored(model, batches), {0: 12})  # the input has 12 features
-    torch.testing.assert_close(narrow(batches[0]), model(batches[0]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(narrow(batches[0]), model(batches[0]), rtol=1e-5, atol=1e-5)
 
 
 def test_features_that_never_vary_cost_nothing():
