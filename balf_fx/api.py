@@ -42,8 +42,7 @@ from balf_fx.sensitivity import Loss, observe_gradients
 from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
 
 Effort = Literal["fast", "balanced", "best"]
-"""What `compile` spends: "fast" one forward pass over the batches; "balanced" gradients as well, about five; "best" also
-a refit, about fifteen."""
+"""What `compile` spends on accuracy; see there."""
 
 _IMPORTANCES = (0.3, 0.6, 1.0)  # small powers do better where much goes, one where little does
 _MEASURED_SAMPLES = 128
@@ -90,10 +89,10 @@ def compile(
             take about 2, 5 and 15 times as long as the batches through the model; the latter two keep all batches.
         widths: let hidden features, and those of attention heads, become fewer where that is better than lower ranks;
             with factors="sensitivity" and allocation="budget".
-        factors: None for what the effort means; "activations" for the least output error over the calibration data; "sensitivity" for the least
-            output error that the model's own answer minds, by gradients of a label-free loss (`sensitivity`); "air"
-            for the least output error with each weight's share counted by its influence on the loss (`Refine`); "svd"
-            for the weights alone.
+        factors: None for what the effort means; "activations" for the least output error over the calibration data;
+            "sensitivity" for the least output error that the model's own answer minds, by gradients of a label-free
+            loss (`sensitivity`); "air" for an output error in which every weight counts by its influence on the loss
+            (`Refine`); "svd" for the weights alone.
         allocation: how the budget is spread over the sites, "budget" (least total loss of energy), "uniform" (same
             share of each site's cost) or "energy" (same share of each site's energy); or explicit {site: rank},
             without a budget.
@@ -106,8 +105,9 @@ def compile(
         strict: a budget below what is reachable is an error; False takes the closest reachable model instead.
         capture: "symbolic_trace", "export", or "auto", which tries them in this order (`balf_fx.capture`).
         refit: None for what the effort means, with factors="sensitivity"; else whether to solve every layer again, on
-            the input that it gets in the compressed model (`passes.Refit`): True or "full" for all of it; "up" for the left factors and biases, which is several times faster and recovers
-            less. Keeps all batches in memory; not with factors="air".
+            the input that it gets in the compressed model (`passes.Refit`): True or "full" for all of it; "up" for the
+            left factors and biases, which is several times faster and recovers less. Keeps all batches in memory; not
+            with factors="air".
         memory: bytes that intermediate values may take. For gradients, a batch that needs more runs in pieces; in a
             refit, values beyond it wait in temporary files (in TMPDIR).
         loss: with factors="sensitivity" or "air", `loss(output, batch)`: a scalar that is to stay small, in place of

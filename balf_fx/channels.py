@@ -45,7 +45,7 @@ class _Cone:
     between: list[fx.Node] = field(default_factory=list)
 
 
-class _Unsupported(Exception):
+class _UnsupportedError(Exception):
     """Something in the cone mixes the features, or needs all of them."""
 
 
@@ -64,7 +64,7 @@ def find_channels(graph_module: fx.GraphModule) -> Iterator[Width]:
         features = finder.inputs(site)
         try:
             cone = finder.grow(source, _feature_axis(site, shape), features)
-        except _Unsupported:
+        except _UnsupportedError:
             continue
         seen.update(cone.axes)
         consumers = sorted(cone.consumers, key=lambda n: -(annotation(n).flops or 0))
@@ -112,16 +112,16 @@ class _Finder:
             node, axis = pending.pop()
             if node in cone.axes:
                 if cone.axes[node] != axis:
-                    raise _Unsupported
+                    raise _UnsupportedError
                 continue
             shape = annotation(node).shape
             if shape is None or not -1 < axis < len(shape) or shape[axis] != features:
-                raise _Unsupported
+                raise _UnsupportedError
             cone.axes[node] = axis
             pending += self._sources(node, axis, features, cone)
             pending += self._users(node, axis, features, cone)
             if len(cone.producers) + len(cone.consumers) > _MOST_LAYERS:
-                raise _Unsupported
+                raise _UnsupportedError
         return cone
 
     def _sources(self, node: fx.Node, axis: int, features: int, cone: _Cone) -> list[tuple[fx.Node, int]]:
@@ -135,9 +135,9 @@ class _Finder:
             if self.is_layer(node, layer) and axis == _feature_axis(layer, shape) and layer.out_features == features:
                 cone.producers.append(node)
                 return []
-            raise _Unsupported
+            raise _UnsupportedError
         if not self._passes_on(node, axis):
-            raise _Unsupported
+            raise _UnsupportedError
         found: list[tuple[fx.Node, int]] = []
         for source in node.all_input_nodes:
             own = self._source_axis(node, source, axis)
@@ -146,12 +146,12 @@ class _Finder:
                 continue  # broadcast along the features
             if source.op == "get_attr":
                 if len(source.users) > 1 or size.count(features) != 1 or size[own] != features:
-                    raise _Unsupported
+                    raise _UnsupportedError
                 cone.between.append(source)
             else:
                 found.append((source, own))
         if not found:
-            raise _Unsupported
+            raise _UnsupportedError
         return found
 
     def _users(self, node: fx.Node, axis: int, features: int, cone: _Cone) -> list[tuple[fx.Node, int]]:
@@ -159,25 +159,25 @@ class _Finder:
         for user in node.users:
             if reads_metadata(user):
                 if not _is_harmless(user, axis):
-                    raise _Unsupported
+                    raise _UnsupportedError
                 continue
             layer = read_layer(self.graph_module, user)
             if isinstance(layer, Site):
                 shape = annotation(node).shape or ()
                 if site_input(user) is not node:
-                    raise _Unsupported
+                    raise _UnsupportedError
                 if _is_depthwise(layer, features):
                     found.append((user, axis))
                 elif annotation(user).site is not None and self.is_layer(user, layer):
                     if axis != _feature_axis(layer, shape) or self.inputs(layer) != features:
-                        raise _Unsupported
+                        raise _UnsupportedError
                     cone.consumers.append(user)
                 else:
-                    raise _Unsupported
+                    raise _UnsupportedError
                 continue
             own = self._user_axis(node, user, axis)
             if own is None:
-                raise _Unsupported
+                raise _UnsupportedError
             found.append((user, own))
         return found
 
@@ -209,7 +209,7 @@ class _Finder:
         """Flattening what comes after the features, which must be of size 1: the shapes tell."""
         if node.op == "call_module":
             module = self.graph_module.get_submodule(str(node.target))
-            return type(module) is nn.Flatten and module.start_dim == 1
+            return isinstance(module, nn.Flatten) and module.start_dim == 1
         start: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
         return _name(node) == "flatten" and start == 1
 
@@ -261,6 +261,6 @@ def _is_harmless(user: fx.Node, axis: int) -> bool:
     if user.op == "call_method" and user.target == "dim":
         return True
     if user.op == "call_method" and len(user.args) > 1:
-        return user.args[1] != axis
+        return bool(user.args[1] != axis)
     items = [reader.args[1] if reader.target is operator.getitem else None for reader in user.users]
     return all(isinstance(item, int) and item >= 0 and item != axis for item in items)

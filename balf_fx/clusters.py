@@ -21,6 +21,7 @@ from balf_fx.sites import Candidate, Measure, RankCurve, Site, annotation, get_t
 from balf_fx.widths import Width, WidthCurve, joint_widths
 
 _SIZES = {1: 32, 2: 12}  # sizes tried of each width, by how many hang together
+_PRODUCTS = 512  # choices of ranks at one size that are all tried; of more, those on the convex hull
 _RANKS = 48  # ranks tried of each site at each size; the refinement is the allocator's rounding, not the model's
 
 
@@ -70,11 +71,12 @@ class Member:
             inputs = round(inputs * kept[self.reads])
         return dataclasses.replace(self.site, out_features=outputs, in_features=inputs)
 
-    def candidates(self, curve: RankCurve, kept: Sequence[float]) -> list[Candidate]:
-        """Its ranks at these sizes, ascending, then without factors."""
+    def candidates(self, curve: RankCurve, kept: Sequence[float], every: bool = False) -> list[Candidate]:
+        """Some of its ranks at these sizes, or every one, ascending, then without factors."""
         site = self.narrowed(kept)
+        choose = list if every else _thin
         if site == self.site:
-            thinned = _thin(curve.candidates[: self.site.break_even])
+            thinned = choose(curve.candidates[: self.site.break_even])
             return [*thinned, curve.dense]
         flops = self.flops // (self.site.out_features * self.site.in_features) * site.out_features * site.in_features
         elements = self.output_elements // self.site.out_features * site.out_features
@@ -83,7 +85,7 @@ class Member:
         dense = Candidate(None, flops, rank_params(site, None, False) + extra, 0.0)
         if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
             return [dense]
-        ranks = _thin(curve.candidates[: min(site.break_even, self.site.break_even)])
+        ranks = choose(curve.candidates[: min(site.break_even, self.site.break_even)])
         return [
             *(
                 dataclasses.replace(
@@ -136,29 +138,52 @@ class Cluster:
         weights: Sequence[float],
         width_weights: Sequence[float],
         measure: Measure,
+        near: Option | None = None,
     ) -> list[Option]:
-        """Options that nothing cheaper beats, ascending in cost; the last is the model as it is.
+        """Options that nothing cheaper beats, ascending in cost; the last is the model as it is, unless `near`.
 
         Args:
             curves, weights: of the members, in their order.
             width_weights: what a width counts that is left no feature.
+            near: an option between whose sizes and the next ones, which were tried with it, all sizes are tried.
         """
         losses = [
             [weight * curve.normalised(d) for d in curve.distortion]
             for curve, weight in zip(self.curves, width_weights, strict=True)
         ]
         found: list[Option] = []
-        for sizes in itertools.product(*(_sizes(width, len(self.widths)) for width in self.widths)):
+        tried = [_sizes(width, len(self.widths)) for width in self.widths]
+        if near is not None:
+            tried = [_between_sizes(size, row) for size, row in zip(near.sizes, tried, strict=True)]
+        for sizes in itertools.product(*tried):
             kept = [size / width.features for size, width in zip(sizes, self.widths, strict=True)]
             lost = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
             shares = [share.cost(kept) for share in self.shares]
             others = (sum(flops for flops, _ in shares), sum(params for _, params in shares))
             rows = [member.candidates(curve, kept) for member, curve in zip(self.members, curves, strict=True)]
-            for ranks, loss in _hull(rows, curves, weights, measure):
+            few = math.prod(map(len, rows)) <= _PRODUCTS
+            for ranks, loss in (_all if few else _hull)(rows, curves, weights, measure):
                 flops = others[0] + sum(candidate.flops for candidate in ranks)
                 params = others[1] + sum(candidate.params for candidate in ranks)
                 found.append(Option(ranks, sizes, flops, params, others, lost + loss))
+        if near is not None:
+            found += self._neighbours(near, curves, weights)
         return _efficient(found, measure)
+
+    def _neighbours(self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float]) -> Iterator[Option]:
+        """Options that differ in one member's rank, whatever it is."""
+        kept = [size / width.features for size, width in zip(near.sizes, self.widths, strict=True)]
+        for index, (member, curve, weight) in enumerate(zip(self.members, curves, weights, strict=True)):
+            old = near.ranks[index]
+            for new in member.candidates(curve, kept, every=True):
+                changed = curve.normalised(new.distortion) - curve.normalised(old.distortion)
+                yield dataclasses.replace(
+                    near,
+                    ranks=(*near.ranks[:index], new, *near.ranks[index + 1 :]),
+                    flops=near.flops + new.flops - old.flops,
+                    params=near.params + new.params - old.params,
+                    loss=near.loss + weight * changed,
+                )
 
     @property
     def full(self) -> tuple[int, int]:
@@ -238,11 +263,28 @@ def _sizes(width: Width, together: int) -> list[int]:
     return [*sorted(rounded - {width.features}), width.features]
 
 
+def _between_sizes(size: int, tried: Sequence[int]) -> list[int]:
+    """A few sizes from one to the next of those tried."""
+    following = next((other for other in tried if other > size), size)
+    step = max((following - size) // 8, 1)
+    return list(range(size, following, step)) or [size]
+
+
 def _thin(candidates: Sequence[Candidate]) -> list[Candidate]:
     if len(candidates) <= _RANKS:
         return list(candidates)
     picked = sorted({round(i * (len(candidates) - 1) / (_RANKS - 1)) for i in range(_RANKS)})
     return [candidates[i] for i in picked]
+
+
+def _all(
+    rows: Sequence[Sequence[Candidate]], curves: Sequence[RankCurve], weights: Sequence[float], measure: Measure
+) -> Iterator[tuple[tuple[Candidate, ...], float]]:
+    """Every choice of one candidate from each row."""
+    del measure
+    for ranks in itertools.product(*rows):
+        lost = (w * curve.normalised(c.distortion) for c, curve, w in zip(ranks, curves, weights, strict=True))
+        yield ranks, sum(lost)
 
 
 def _hull(
@@ -285,7 +327,7 @@ def _efficient(options: list[Option], measure: Measure) -> list[Option]:
     best = math.inf
     kept = []
     for option in sorted(options, key=lambda o: (o.cost(measure), o.loss)):
-        if option.loss < best:
+        if option.loss <= best:  # of those that lose the same, what is left of a budget goes to the costlier
             best = option.loss
             kept.append(option)
     return kept

@@ -43,7 +43,8 @@ class Cut:
         if self.read.kept is not None:
             return value.index_select(axis, self.read.kept.to(value.device))
         right = self.read.right.to(value).repeat_interleave(self.repeat, 0)
-        heads = value.movedim(axis, -1).unflatten(-1, (len(right), -1))
+        last = value.movedim(axis, -1)
+        heads = last.reshape(*last.shape[:-1], len(right), -1)
         return torch.einsum("...hf,hrf->...hr", heads, right).flatten(-2).movedim(-1, axis)
 
     def inputs(self, site: Site) -> Site:
@@ -66,12 +67,12 @@ class Cut:
         if self.read is None:
             return solution
         taps = 1 if site.conv is None else math.prod(site.conv.kernel_size)
-        left = torch.block_diag(*self.read.left.repeat_interleave(self.repeat, 0))  # [F, r] over all heads
-        by_tap = solution.right.unflatten(-1, (-1, taps))
+        left = _over_heads(self.read.left, self.repeat)
+        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, taps)
         right = torch.einsum("gofk,fr->gork", by_tap, left).flatten(-2)
         if self.read.mean is None:
             return dataclasses.replace(solution, right=right)
-        seen = torch.block_diag(*self.read.right.repeat_interleave(self.repeat, 0)) @ self.read.mean
+        seen = _over_heads(self.read.right, self.repeat) @ self.read.mean
         lost = torch.einsum("gofk,f->go", by_tap, self.read.mean - left @ seen)
         lost = lost if solution.left is None else (solution.left @ lost.unsqueeze(-1)).squeeze(-1)
         return Solution(solution.left, right, lost if solution.bias is None else solution.bias + lost)
@@ -84,16 +85,15 @@ class Cut:
             kept = torch.cat([_chosen(rows, maps) for rows, maps in self.written])
             bias = None if solution.bias is None else solution.bias[kept]
             return Solution(None, solution.right[kept], bias)
-        map_ = lambda value: torch.cat(  # noqa: E731
-            [
-                torch.einsum("hrf,hf...->hr...", maps.to(value), value[0][rows]).flatten(0, 1)
-                for rows, maps in self.written
-            ]
-        ).unsqueeze(0)
-        bias = None if solution.bias is None else map_(solution.bias)
+        bias = None if solution.bias is None else self._written_rows(solution.bias)
         if solution.left is None:
-            return Solution(None, map_(solution.right), bias)
-        return Solution(map_(solution.left), solution.right, bias)
+            return Solution(None, self._written_rows(solution.right), bias)
+        return Solution(self._written_rows(solution.left), solution.right, bias)
+
+    def _written_rows(self, value: Tensor) -> Tensor:
+        """What [1, O, ...] gives way to."""
+        pieces = [torch.einsum("hrf,hf...->hr...", maps.to(value), value[0][rows]) for rows, maps in self.written]
+        return torch.cat([piece.flatten(0, 1) for piece in pieces]).unsqueeze(0)
 
     def project(self, solution: Solution) -> Solution:
         """The layer at its old size, but with what it writes in the smaller space."""
@@ -106,6 +106,12 @@ class Cut:
             if bias is not None:
                 bias[0][rows] = torch.einsum("hef,hf->he", maps.to(bias), bias[0][rows])
         return Solution(None, right, bias)
+
+
+def _over_heads(maps: Tensor, repeat: int) -> Tensor:
+    """[heads, a, b] as one block-diagonal matrix, each head as often as it is read."""
+    blocks: Tensor = torch.block_diag(*maps.repeat_interleave(repeat, 0))  # type: ignore[no-untyped-call]
+    return blocks
 
 
 def _chosen(rows: Tensor, maps: Tensor) -> Tensor:

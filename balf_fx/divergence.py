@@ -21,8 +21,10 @@ def answers(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[
 def divergence(
     model: nn.Module, batches: Sequence[Any], references: Sequence[Any], forward: Forward, loss: Loss | None = None
 ) -> float:
-    """The mean over batches of the Kullback-Leibler divergence of logits, in nats for each row of them; of anything else
-    of the squared error relative to the mean square; or of the user's loss. Infinite where it is not a number.
+    """The mean over batches of what a model's answers lose; infinite where it is not a number.
+
+    That is the Kullback-Leibler divergence of logits, in nats for each row of them, of anything else the squared error
+    relative to the mean square; or the user's loss.
 
     Args:
         references: the original model's `answers`.

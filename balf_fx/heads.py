@@ -167,11 +167,13 @@ class _Reader:
             if shape is None:
                 return None
             if node.target == "size":
-                return shape[node.args[1]] if len(node.args) > 1 else torch.Size(shape)
+                dim: Any = node.args[1] if len(node.args) > 1 else None
+                return torch.Size(shape) if dim is None else shape[dim]
             return torch.Size(shape) if node.target is getattr and node.args[1] == "shape" else None
         if node.target is aten.sym_size.int:
             shape = annotation(node.all_input_nodes[0]).shape
-            return None if shape is None else shape[node.args[1]]
+            axis: Any = node.args[1]
+            return None if shape is None else shape[axis]
         owner = str(getattr(node.target, "__module__", None)).lstrip("_")
         if node.op != "call_function" or owner not in ("operator", "builtins", "math"):
             return None
@@ -179,7 +181,8 @@ class _Reader:
         if any(number is None for number in numbers.values()):
             return None
         args, kwargs = map_arg((node.args, node.kwargs), lambda source: numbers[source])
-        return node.target(*args, **kwargs)
+        function: Any = node.target
+        return function(*args, **kwargs)
 
     def widths(
         self, product: fx.Node, by_operand: dict[tuple[fx.Node, int], tuple[fx.Node, _Operand]]
@@ -257,7 +260,7 @@ def _read_rows(numbers: Tensor, moved: Tensor, scale: float) -> _Operand | None:
             return None
         first = operand[(0,) * (operand.dim() - 3)][:, 0]
         rows = (first % numbers.shape[-1]).to(torch.int64)  # [heads, features]
-        picked = numbers[..., rows.flatten()].unflatten(-1, rows.shape)
+        picked = numbers[..., rows.flatten()].reshape(*numbers.shape[:-1], *rows.shape)
         for sequence_first in (False, True):
             expected = picked.movedim(0, -2) if sequence_first else picked.transpose(-3, -2)
             if expected.shape == operand.shape and torch.equal(expected, operand):

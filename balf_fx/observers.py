@@ -212,13 +212,14 @@ class SensitivityObserver(nn.Module):
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if not torch.isfinite(gradient).all():
             return
-        samples = max(gradient.shape[0] if gradient.dim() > 1 else 1, 1)
-        squares = output_columns(gradient, self.site).square().sum((0, 1))
-        positions = squares.reshape(samples, -1).mean(0)
-        whole = (value, features, gradient)
-        parts = [whole]
-        if samples > 1 and all(v is None or len(v) == samples for v in whole):
-            parts = [tuple(None if v is None else v[half::2] for v in whole) for half in (0, 1)]  # type: ignore[misc]
+        gradient, value = by_sample(gradient, self.site), by_sample(value, self.site)
+        features = None if features is None else by_sample(features, self.site)
+        samples = len(gradient)
+        positions = output_columns(gradient, self.site).square().sum((0, 1)).reshape(samples, -1).mean(0)
+        parts = [(value, features, gradient)]
+        if samples > 1 and len(value) == samples and (features is None or len(features) == samples):
+            halves = (slice(0, None, 2), slice(1, None, 2))
+            parts = [(value[own], None if features is None else features[own], gradient[own]) for own in halves]
         counted = False
         for part in parts:
             seen = self._sample(*part, positions)
@@ -256,7 +257,7 @@ class SensitivityObserver(nn.Module):
         rows = value if self.site.conv is None else _batched(value, self.site.conv).movedim(1, -1)
         rows = rows.reshape(-1, rows.shape[-1])
         per_chunk = max(_CHUNK_ELEMENTS // rows.shape[1], 4 * rows.shape[1])
-        chunks = (piece.mT.unsqueeze(0) for piece in rows.split(per_chunk))
+        chunks = (piece.mT.unsqueeze(0) for piece in torch.split(rows, per_chunk))
         # Strides and borders part the pixels of the input from those of the output: then all count alike.
         return _sum_moments(chunks, dtype, weights if len(weights) == len(rows) else None)
 
@@ -309,7 +310,8 @@ def by_sample(value: Tensor, site: Site) -> Tensor:
     """A site's input or output with a leading dimension of samples, and for a linear layer one of positions."""
     if site.conv is not None:
         return _batched(value, site.conv)
-    return value.reshape(len(value) if value.dim() > 1 else 1, -1, value.shape[-1])
+    leading = value.shape[:-1] or (1,)
+    return value.reshape(leading[0], math.prod(leading[1:]), value.shape[-1])
 
 
 def output_columns(value: Tensor, site: Site) -> Tensor:

@@ -9,7 +9,6 @@ regression, Izenman 1975), where R and L are the spectrum's right and left maps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,7 +19,7 @@ from torch import Tensor
 from balf_fx.sites import Solution, Spectrum
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_BLOCK = 96  # about as many columns of x x^T are done at a time
+_BLOCK = 48  # columns of x x^T that are done at a time, or a multiple of it
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,13 @@ class JointSums:
         self, x: tuple[int, int], y: tuple[int, int], device: torch.device, known: Inputs | None = None
     ) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self._known, self._shape = known, (*y, x[1])
+        groups, size = x
+        rows = y[0] * y[1] // groups
+        self._known, self._shape = known, (*y, size)
         self._count = 0.0
-        # of 1, of x and below it of y, with 1 and x; where x is known only of y
-        first = 0 if known is not None else 1 + x[1]
-        self._products = zeros(x[0], first + y[0] * y[1] // x[0], 1 + x[1])
+        self._y = zeros(groups, rows)
+        # with x: of x, of y and of 1, one below the other; where x is known only of y
+        self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         """Count some positions.
@@ -127,28 +128,26 @@ class JointSums:
         self._count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
         if self._known is not None:
             y = y if weights is None else y * weights
-            self._products[..., 0] += y.sum(-1)
-            self._products[..., 1:] += y @ x.mT
+            self._y += y.sum(-1)
+            self._products += y @ x.mT
             return
-        rows = torch.cat([x.new_ones(len(x), 1, x.shape[-1]), x, y], 1)
+        size = x.shape[1]
+        rows = torch.cat([x, y, x.new_ones(len(x), 1, x.shape[-1])], 1)
         if weights is not None:
             rows *= weights.sqrt()
-        size = 1 + x.shape[1]
-        width = math.ceil(size / min(max(round(size / _BLOCK), 1), 16))
+        self._y += (rows[:, size:-1] @ rows[:, -1:].mT).squeeze(-1)
+        width = max(size // 16 // _BLOCK, 1) * _BLOCK
         for start in range(0, size, width):  # nothing is needed of x x^T above the diagonal
             block = slice(start, min(start + width, size))
             self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
 
     def joint(self) -> Joint:
         """What has been added up."""
-        y, yx = self._products.tensor_split((1,), -1)
-        inputs = self._known
+        inputs, yx = self._known, self._products
         if inputs is None:
-            size = self._shape[-1]
-            lower = yx[:, 1 : size + 1]
-            inputs = Inputs(self._count, y[:, 1 : size + 1, 0], lower.tril() + lower.tril(-1).mT)
-            y, yx = y[:, size + 1 :], yx[:, size + 1 :]
-        return Joint(inputs, y.reshape(self._shape[:2]), yx.reshape(self._shape))
+            lower, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
+            inputs = Inputs(self._count, x.squeeze(1), lower.tril() + lower.tril(-1).mT)
+        return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
 
 
 def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:

@@ -144,7 +144,8 @@ def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) ->
         vector = symmetric @ (vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
     floor = share * symmetric.diagonal().mean() + noise * vector.norm()
     identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
-    return symmetric + floor.clamp_min(torch.finfo(symmetric.dtype).tiny) * identity
+    damped: Tensor = symmetric + floor.clamp_min(torch.finfo(symmetric.dtype).tiny) * identity
+    return damped
 
 
 def predict(covariance: Tensor, kept: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ def predict(covariance: Tensor, kept: Tensor) -> Tensor:
     Args:
         covariance: C [F, F] float64, `conditioned`.
     """
-    return torch.linalg.solve(covariance[kept][:, kept], covariance[kept]).mT
+    solved: Tensor = torch.linalg.solve(covariance[kept][:, kept], covariance[kept])
+    return solved.mT
 
 
 def prediction_error(covariance: Tensor, moment: Tensor, metric: Tensor, kept: Tensor) -> float:

@@ -29,23 +29,24 @@ from tqdm import tqdm
 
 import balf_fx
 
-_ONE_SHOT: Mapping[str, Any] = {"factors": "activations", "refit": False}
-
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "svd": {"factors": "svd", "refit": False, "fold_batchnorm": False},
+    "svd": {"factors": "svd", "fold_batchnorm": False},
     "svd-llm": {**balf_fx.BALF, "allocation": "uniform"},
+    "air": balf_fx.AIR,
     "balf": balf_fx.BALF,
-    "uniform": {**_ONE_SHOT, "allocation": "uniform"},
-    "energy": {**_ONE_SHOT, "allocation": "energy"},
-    "activations": _ONE_SHOT,
-    "sensitivity": {"factors": "sensitivity", "refit": False},
-    "sensitivity+refit": {"factors": "sensitivity", "refit": True},
+    "uniform": {"effort": "fast", "allocation": "uniform"},
+    "energy": {"effort": "fast", "allocation": "energy"},
+    "fast": {"effort": "fast"},
+    "ranks": {"effort": "balanced", "widths": False},
+    "balanced": {"effort": "balanced"},
+    "ranks+refit": {"widths": False},
     "ours": {},
 }
 """Keyword arguments of `balf_fx.compile`.
 
 "svd-llm" is SVD-LLM(W): the truncation that whitening finds, with the same share of each layer kept. "uniform" and
-"energy" differ from "activations" in the allocation alone.
+"energy" differ from "fast" in the allocation alone, "ranks" from "balanced" and "ranks+refit" from "ours" in that no
+width shrinks.
 """
 
 REFERENCE: Mapping[str, Mapping[float, float]] = {

@@ -148,7 +148,12 @@ class Allocate(Pass):
             chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves.values()]
         elif self.method == "budget":
             options, fixed = self._options(curves, clusters, weights, totals)
-            picked, bound = self._least_loss(options, self._budget(options, fixed, totals))
+            budget = self._budget(options, fixed, totals)
+            picked, bound = self._least_loss(options, budget)
+            if clusters:  # what the first grid of sizes has left over goes to sizes in between
+                near = {row.widths: option for row, option in picked if row.widths}
+                options, _ = self._options(curves, clusters, weights, totals, near)
+                picked, _ = self._least_loss(options, budget)
             by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
             chosen = [by_site[site] for site in curves]
             sizes = {w: size for row, option in picked for w, size in zip(row.widths, option.sizes, strict=True)}
@@ -173,6 +178,7 @@ class Allocate(Pass):
         clusters: Sequence[Cluster],
         weights: Sequence[float],
         totals: Totals,
+        near: Mapping[tuple[int, ...], Option] | None = None,
     ) -> tuple[list[_Row], int]:
         """What there is to choose from, cluster by cluster and then site by site, and what everything else costs."""
         weight_of = dict(zip(curves, weights, strict=True))
@@ -182,7 +188,11 @@ class Allocate(Pass):
             own = [member.site for member in cluster.members]
             width_weights = [(curve.loss / mean) ** self.importance for curve in cluster.curves]
             options = cluster.options(
-                [curves[s] for s in own], [weight_of[s] for s in own], width_weights, self.measure
+                [curves[s] for s in own],
+                [weight_of[s] for s in own],
+                width_weights,
+                self.measure,
+                None if near is None else near[cluster.indices],
             )
             rows.append(_Row(tuple(own), cluster.indices, tuple(options), cluster.full))
         taken = {site for row in rows for site in row.sites}
@@ -217,9 +227,9 @@ class Allocate(Pass):
         if minimum_cost(costs) > budget and self.strict:
             minimum = math.ceil((minimum_cost(costs) + fixed) / total * 1e4) / 1e4
             raise BudgetError(
-                f"{self.measure}={self.target} is out of reach: with every site at rank 1 the model keeps {minimum:.4f} "
-                f"of them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more, or pass "
-                "strict=False to get the closest reachable model",
+                f"{self.measure}={self.target} is out of reach: with every site at rank 1 the model keeps {minimum:.4f}"
+                f" of them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more, or "
+                "pass strict=False to get the closest reachable model",
                 minimum,
             )
         return max(budget, minimum_cost(costs))

@@ -256,15 +256,19 @@ class _Solver:
             original = by_sample(batch.original[node], site)
             positions = math.prod(original.shape[2:]) if site.conv is not None else original.shape[1]
             chunks = list(_chunks(len(original), positions, max(inputs, outputs)))
-            weights = self._weights(node, positions, max(own.stop - own.start for _, own in chunks))
+            weights = self._weights(node, positions, max((own.stop - own.start for _, own in chunks), default=0))
             for share, own in chunks:
                 x = problem.columns(batch, own)
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
-                y, beside = _target(batch, node, addition, site, own, problem)
-                if solution is not None:
+                wanted, other = _target(batch, node, addition, site, own)
+                beside = None if problem.offset is None else problem.offset(batch, own)
+                if solution is None:
+                    y = problem.outputs(wanted if other is None else wanted - other)
+                else:
+                    if other is not None:
+                        beside = problem.outputs(other) if beside is None else beside + problem.outputs(other)
                     predicted = apply(solution, x)
-                    predicted = predicted if beside is None else predicted + beside
-                    y = torch.maximum(F.threshold(y, 0.0, -math.inf), predicted.clamp_max(0))  # where() is slower
+                    y = _below_zero(problem.outputs(wanted), predicted if beside is None else predicted + beside)
                 y = y if beside is None else y - beside
                 shares[share].add(x, y.to(x.dtype), None if weights is None else weights[: y.shape[-1]].to(x.dtype))
         return shares[0].joint(), shares[1].joint()
@@ -306,26 +310,27 @@ def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: slice) -> Ten
 
 
 def _target(
-    batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: slice, problem: _Problem
+    batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """What some samples' outputs should be, [G, O, n], and how much of it is there without the solution, if any."""
-
-    def columns(value: Tensor) -> Tensor:
-        return problem.outputs(by_sample(value, site)[own])
-
-    target = columns(batch.original[node])
-    beside = None if problem.offset is None else problem.offset(batch, own)
+    """What some samples' outputs should be, in sum with a value of the compressed model's; this value, if any."""
+    target = by_sample(batch.original[node], site)[own]
     other = None if addition is None else batch.original.get(addition)
     if addition is None or not isinstance(other, Tensor) or other.shape != batch.original[node].shape:
-        return target, beside
-    current = columns(batch.current(addition))
-    return target + columns(other), current if beside is None else current + beside
+        return target, None
+    return target + by_sample(other, site)[own], by_sample(batch.current(addition), site)[own]
+
+
+def _below_zero(target: Tensor, predicted: Tensor) -> Tensor:
+    """The target where it is above zero; elsewhere what was predicted, but no more than zero."""
+    return torch.maximum(
+        F.threshold(target, 0.0, -math.inf), predicted.clamp_max(0)
+    )  # several times as fast as where()
 
 
 def _chunks(samples: int, positions: int, features: int) -> Iterator[tuple[int, slice]]:
     """Cut a batch's samples into its training share, 0, and its held-out share, 1, and these into chunks."""
     cut = round(samples * (1 - _HELD_OUT))
-    size = max(_CHUNK_ELEMENTS // (features * positions), _CHUNK_POSITIONS // positions, 1)
+    size = max(_CHUNK_ELEMENTS // max(features * positions, 1), _CHUNK_POSITIONS // max(positions, 1), 1)
     for share, (start, stop) in enumerate(((0, cut), (cut, samples))):
         for begin in range(start, stop, size):
             yield share, slice(begin, min(begin + size, stop))

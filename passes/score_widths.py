@@ -100,12 +100,14 @@ class _Layer:
     def seen(self) -> Tensor:
         """S R [m, D]: what an input makes of it in the metric."""
         root, _ = damped_roots(self.sample.gradients.scatter, self.damping, self.unit)
-        return root[0] @ self.reduced
+        seen: Tensor = root[0] @ self.reduced
+        return seen
 
     def metric(self) -> Tensor:
         """A [F, F]: what an error in the input's features costs, taps of a kernel as if independent."""
         taps = 1 if self.site.conv is None else math.prod(self.site.conv.kernel_size)
-        by_tap = self.seen().unflatten(-1, (-1, taps)).permute(2, 0, 1)
+        seen = self.seen()
+        by_tap = seen.reshape(len(seen), -1, taps).permute(2, 0, 1)
         return (by_tap.mT @ by_tap).sum(0)
 
     def output_moment(self) -> Tensor:

@@ -59,7 +59,8 @@ def test_what_counts_as_logits():
     assert find_logits(x, ids) is x
     assert find_logits(x, torch.randn(2, 3)) is None
     assert find_logits((row, row), None) is None
-    assert find_logits(torch.randn(2, 7), None) is None
+    plain = torch.randn(2, 7)
+    assert find_logits(plain, None) is plain
 
 
 class TwoTokens(nn.Module):
@@ -78,14 +79,14 @@ class TwoTokens(nn.Module):
 def test_gradients_tell_positions_and_directions_that_matter():
     x = torch.randn(64, 2, 6)
     found = observer(prepared(TwoTokens().eval(), [x]), "mix")
-    scatter = found.gradients.scatter[0]
-    assert found.gradients.samples == 64
+    scatter = found.sample.gradients.scatter[0]
+    assert found.sample.gradients.samples == 64
     assert found.positions[0] > 0
     assert found.positions[1] == 0
     basis = torch.eye(6, dtype=torch.float64) if found.basis is None else found.basis[0]
     full = basis @ scatter @ basis.mT
-    assert float(full[0, 0]) == pytest.approx(found.gradients.total, rel=1e-4)
-    torch.testing.assert_close(found.moments.mean[0], x[:, 0].mean(0).double(), rtol=1e-4, atol=1e-5)
+    assert float(full[0, 0]) == pytest.approx(found.sample.gradients.total, rel=1e-4)
+    torch.testing.assert_close(found.sample.moments.mean[0], x[:, 0].mean(0).double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(12, 6), (6, 12)], ids=["output side", "input side"])
@@ -134,7 +135,7 @@ def test_roots_of_nothing_are_the_identity():
 def test_frozen_models_are_calibrated_and_stay_frozen(conv_net, images):
     conv_net.requires_grad_(False)
     graph_module = prepared(conv_net, images)
-    assert observer(graph_module, "stem").gradients is not None
+    assert observer(graph_module, "stem").sample is not None
     assert not any(parameter.requires_grad for parameter in graph_module.parameters())
 
 
@@ -146,24 +147,24 @@ def test_in_place_changes_do_not_reach_the_statistics():
     with torch.no_grad():
         model[0].bias.copy_(-10 * torch.ones(4))  # now all that ReLU leaves is zero
     found = observer(prepared(nn.Sequential(model[0], nn.Identity(), model[2]).eval(), [x]), "0")
-    assert (found.moments.mean < -5).all()
+    assert (found.sample.moments.mean < -5).all()
     model[0].bias.data += 9.5  # some outputs are positive, so that gradients flow
     found = observer(prepared(model, [x]), "0")
-    assert (found.moments.mean < 0).all()
+    assert (found.sample.moments.mean < 0).all()
 
 
 def test_a_plain_call_of_the_graph_keeps_nothing(conv_net, images):
     graph_module = balf_fx.prepare(conv_net, images[0], sensitivity=True)
     graph_module(images[0])
     assert observer(graph_module, "stem").pending is None
-    assert observer(graph_module, "stem").gradients is None
+    assert observer(graph_module, "stem").sample is None
 
 
 def test_a_users_loss_takes_the_place_of_ours(conv_net, images):
     labels = torch.zeros(8, dtype=torch.long)
     loss = lambda output, batch: nn.functional.cross_entropy(output, labels)  # noqa: E731
     found = observer(prepared(conv_net, images, loss=loss), "head")
-    assert found.gradients.total > 0
+    assert found.sample.gradients.total > 0
     with pytest.raises(CalibrationError, match="scalar"):
         prepared(conv_net, images, loss=lambda output, batch: output)
 
@@ -200,9 +201,9 @@ def test_a_batch_beyond_the_memory_runs_in_pieces(conv_net, images):
     for site, nodes in sites(whole).items():
         path = annotation(nodes[0]).sensitivity
         seen, apart, repeated = (model.get_submodule(path) for model in (whole, pieces, again))
-        assert apart.gradients.samples == seen.gradients.samples == sum(map(len, images)), site.name
-        assert torch.equal(apart.gradients.scatter, repeated.gradients.scatter)
-        assert not torch.equal(apart.gradients.scatter, seen.gradients.scatter)
+        assert apart.sample.gradients.samples == seen.sample.gradients.samples == sum(map(len, images)), site.name
+        assert torch.equal(apart.sample.gradients.scatter, repeated.sample.gradients.scatter)
+        assert not torch.equal(apart.sample.gradients.scatter, seen.sample.gradients.scatter)
         path = annotation(nodes[0]).observer
         torch.testing.assert_close(
             pieces.get_submodule(path).moments.covariance(), whole.get_submodule(path).moments.covariance()
@@ -224,5 +225,5 @@ class Centring(nn.Module):
 def test_samples_that_depend_on_each_other_stay_together():
     model, batches = Centring().eval(), list(torch.randn(2, 16, 8))
     whole, limited = prepared(model, batches), prepared(model, batches, memory=1)
-    first, second = (observer(graph_module, "first").gradients for graph_module in (whole, limited))
+    first, second = (observer(graph_module, "first").sample.gradients for graph_module in (whole, limited))
     assert torch.equal(first.scatter, second.scatter)

@@ -46,7 +46,7 @@ def test_refit_brings_the_answer_nearer(mode, factors, capture):
     model, batches = Residual().eval(), list(torch.randn(4, 16, 3, 8, 8))
     prepared = calibrated(model, batches, sensitivity=factors == "sensitivity", capture=capture)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    once = balf_fx.convert(prepared, flops=0.5, factors=factors, progress=False)
+    once = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, refit=False, progress=False)
     refit = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, refit=mode, progress=False)
     fresh = list(torch.randn(4, 16, 3, 8, 8))
     assert distance(model, refit, batches) < distance(model, once, batches)
@@ -105,7 +105,7 @@ def test_parts_with_ranks_of_their_own_are_refitted_too():
 def test_up_keeps_right_factors_and_dense_weights(conv_net, images):
     prepared = calibrated(conv_net, images)
     once, up = (
-        balf_fx.convert(prepared, flops=0.5, batches=batches, refit="up", progress=False) for batches in ((), images)
+        balf_fx.convert(prepared, flops=0.5, batches=images, refit=mode, progress=False) for mode in (False, "up")
     )
     rows = balf_fx.report(once).sites
     kept = [f"{row.name}.0.weight" if row.rank is not None else f"{row.name}.weight" for row in rows]
@@ -140,3 +140,13 @@ def test_a_forward_that_does_not_call_the_model_is_an_error(conv_net, images):
     prepared = calibrated(conv_net, images)
     with pytest.raises(CalibrationError, match="did not call the model"):
         balf_fx.convert(prepared, flops=0.5, batches=images, forward=lambda model, batch: None, progress=False)
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_batches_of_any_size_will_do(mode):
+    model, batches = Residual().eval(), [torch.randn(size, 3, 8, 8) for size in (16, 1, 0, 16)]
+    prepared = calibrated(model, batches)
+    once, refit = (
+        balf_fx.convert(prepared, flops=0.5, batches=given, refit=mode, progress=False) for given in ((), batches)
+    )
+    assert distance(model, refit, batches) < distance(model, once, batches)
