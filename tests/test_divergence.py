@@ -41,9 +41,7 @@ def test_a_model_does_not_differ_from_itself(form):
 def test_logits_differ_by_their_divergence(form):
     model, other = (Outputs(FORMS[form]).eval() for _ in range(2))
     batches = list(torch.randn(3, 5, 6))
-    given, wanted = (
-        [net.linear(batch).detach().log_softmax(-1) for batch in batches] for net in (other, model)
-    )
+    given, wanted = ([net.linear(batch).detach().log_softmax(-1) for batch in batches] for net in (other, model))
     pairs = zip(given, wanted, strict=True)
     expected = sum(float(F.kl_div(a, b, reduction="batchmean", log_target=True)) for a, b in pairs) / 3
     assert measured(model, other, batches) == pytest.approx(expected, rel=1e-5)
@@ -70,7 +68,9 @@ def test_anything_else_differs_by_its_relative_square(form):
     model, other = (Outputs(FORMS[form]).eval() for _ in range(2))
     batch = torch.randn(5, 6)
     with torch.no_grad():
-        pairs = [(model(batch), other(batch))] if form == "images" else list(zip(model(batch), other(batch), strict=True))
+        pairs = (
+            [(model(batch), other(batch))] if form == "images" else list(zip(model(batch), other(batch), strict=True))
+        )
     expected = sum(float((a - b).square().sum() / a.square().sum()) for a, b in pairs)
     assert measured(model, other, [batch]) == pytest.approx(expected, rel=1e-5)
 

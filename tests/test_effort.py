@@ -41,7 +41,7 @@ def test_the_same_seed_gives_the_same_model(effort):
 
 
 def test_more_effort_stays_closer():
-    model, batches = make("mlp", count=6)
+    model, batches = make("transformer", count=6)
     errors = [
         distance(model, balf_fx.compile(model, batches, flops=0.6, effort=effort, progress=False), torch.cat(batches))
         for effort in EFFORTS

@@ -196,7 +196,9 @@ def test_small_heads_are_not_worth_it():
     assert widths(Net().eval(), X) == {}
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(6, 6).tril().bool()}])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(6, 6).tril().bool()}]
+)
 def test_options_of_attention_do_no_harm(options):
     class Net(Fused):
         def __init__(self):

@@ -185,7 +185,9 @@ def test_what_is_left_of_a_fused_projection(queries, values):
 def test_values_of_full_size_stay_as_they_are_when_queries_shrink():
     model, batches = make("fused")
     narrow = rewritten(prepared := scored(model, batches), {index_of(prepared, "qkv:queries"): 5})
-    torch.testing.assert_close(narrow.get_submodule("qkv").weight[-HEADS * HEAD :], model.qkv.weight[2 * HEADS * HEAD :])
+    torch.testing.assert_close(
+        narrow.get_submodule("qkv").weight[-HEADS * HEAD :], model.qkv.weight[2 * HEADS * HEAD :]
+    )
     torch.testing.assert_close(narrow.get_submodule("proj").weight, model.proj.weight)
 
 
