@@ -1,10 +1,10 @@
-"""What was done to a model, site by site: as a table for people and as plain data for programs."""
+"""What was done to a model, site by site and width by width: as tables for people and as plain data for programs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx
 
 from balf_fx.errors import PassError
 from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord, Rank
+from balf_fx.widths import Width, WidthCurve
 
 REPORT_ATTRIBUTE = "balf_report"
 """Where a finished GraphModule carries its report beside `meta`: copies keep only `meta`, pickles only attributes."""
@@ -23,8 +24,9 @@ class SiteRow:
     """One site.
 
     Attributes:
-        rank: None means dense, a tuple one rank for each of the site's parts.
-        energy_kept: the share of the output's energy on the calibration data.
+        shape: as it was; `flops_after` and `params_after` are at the sizes of the widths that it touches.
+        rank: None means no factors, a tuple one rank for each of the site's parts.
+        energy_kept: the share of the output's energy on the calibration data; what a width loses is in its own row.
         distortion: the mean squared output error, summed over the site's outputs.
     """
 
@@ -37,6 +39,32 @@ class SiteRow:
     params_before: int
     params_after: int
     distortion: float
+    energy_kept: float
+
+    @property
+    def is_only_narrower(self) -> bool:
+        """Whether it has no factors and is smaller all the same, since its widths are."""
+        cheaper = self.flops_after < self.flops_before or self.params_after < self.params_before
+        return self.rank is None and cheaper
+
+
+@dataclass(frozen=True)
+class WidthRow:
+    """Features between layers that have become fewer.
+
+    Attributes:
+        name: of the width, after the layer that reads it, or that writes the queries.
+        kind: "channels", "queries" or "values", as in `widths.Width`.
+        features_before, features_after: of each head.
+        heads: how many; 1 of channels.
+        energy_kept: the share of what losing all features would cost.
+    """
+
+    name: str
+    kind: str
+    features_before: int
+    features_after: int
+    heads: int
     energy_kept: float
 
 
@@ -61,6 +89,9 @@ class Report:
         flops_in_sites: the share of the original FLOPs that lies in sites.
         flops_refused: the share in layers that are no sites, by reason; the rest is not parametric.
         primal, bound, gap: the allocator's objective, what no allocation can undercut, and their difference.
+        widths: those that have become smaller.
+        flops_saved_elsewhere, params_saved_elsewhere: what they save in what is no site, such as a depthwise
+            convolution or a product of attention.
     """
 
     sites: tuple[SiteRow, ...]
@@ -78,6 +109,9 @@ class Report:
     primal: float
     bound: float | None
     gap: float | None
+    widths: tuple[WidthRow, ...] = ()
+    flops_saved_elsewhere: int = 0
+    params_saved_elsewhere: int = 0
 
     @property
     def flops_kept(self) -> float | None:
@@ -104,7 +138,7 @@ class Report:
                 r.name,
                 r.kind,
                 r.shape,
-                _rank_in_words(r.rank),
+                "narrower" if r.is_only_narrower else _rank_in_words(r.rank),
                 r.flops_before,
                 r.flops_after,
                 r.energy_kept,
@@ -113,12 +147,18 @@ class Report:
         ]
         headers = ("site", "kind", "O x D x groups", "rank", "FLOPs before", "FLOPs after", "energy kept")
         table = tabulate(rows, headers, floatfmt=".4f", intfmt=",", stralign="left", numalign="right")
+        widths = tabulate(
+            [(r.name, r.kind, r.features_before, r.features_after, r.heads) for r in self.widths],
+            ("width", "kind", "features before", "features after", "heads"),
+            intfmt=",",
+        )
         refused = tabulate(
             [(r.name, r.kind, r.reason, r.flops) for r in self.refused],
             ("not a site", "kind", "reason", "FLOPs"),
             intfmt=",",
         )
-        return "\n\n".join(part for part in (table, refused if self.refused else "", "\n".join(self._totals())) if part)
+        parts = (table, widths if self.widths else "", refused if self.refused else "", "\n".join(self._totals()))
+        return "\n\n".join(part for part in parts if part)
 
     def _totals(self) -> list[str]:
         lines = []
@@ -127,9 +167,15 @@ class Report:
             refused = "".join(f", {share:.1%} {why}" for why, share in self.flops_refused.items() if share >= 5e-4)
             lines.append(f"        {self.flops_in_sites:.1%} in sites{refused}, the rest not parametric")
         lines.append(f"params  {self.params_before:,} -> {self.params_after:,} ({self.params_kept:.2%} kept)")
+        if self.widths:
+            before = sum(row.heads * row.features_before for row in self.widths)
+            after = sum(row.heads * row.features_after for row in self.widths)
+            elsewhere = self.flops_saved_elsewhere
+            saved = f", which save {elsewhere:,} FLOPs outside of sites as well" if elsewhere else ""
+            lines.append(f"widths  {len(self.widths)} narrower, {before:,} -> {after:,} features{saved}")
         asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"
         bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"
-        lines.append(f"budget  {asked}, allocation {self.method}: lost energy {self.primal:.4g}{bound}")
+        lines.append(f"budget  {asked}, allocation {self.method}: loss {self.primal:.4g}{bound}")
         return lines
 
 
@@ -164,8 +210,8 @@ def report(graph_module: Any) -> Report:
 
 def summarise(record: GraphRecord, allocation: Allocation) -> Report:
     """The report on a record whose allocation is known."""
-    saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices)
-    saved += allocation.saved_elsewhere[0]
+    flops_elsewhere, params_elsewhere = allocation.saved_elsewhere
+    saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices) + flops_elsewhere
     total = record.flops or 1
     refused: dict[str, float] = {}
     for refusal, flops in record.refusals:
@@ -186,6 +232,9 @@ def summarise(record: GraphRecord, allocation: Allocation) -> Report:
         primal=allocation.primal,
         bound=allocation.bound,
         gap=allocation.gap,
+        widths=tuple(_width_rows(record, allocation.sizes)),
+        flops_saved_elsewhere=flops_elsewhere,
+        params_saved_elsewhere=params_elsewhere,
     )
 
 
@@ -195,6 +244,7 @@ def _from_dict(data: Mapping[str, Any]) -> Report:
     rows = {
         "sites": tuple(SiteRow(**{**r, "rank": _rank_from_data(r["rank"])}) for r in data["sites"]),
         "refused": tuple(RefusedRow(**r) for r in data["refused"]),
+        "widths": tuple(WidthRow(**r) for r in data.get("widths", ())),  # older models carry none
     }
     return Report(**{**{key: value for key, value in data.items() if key in names}, **rows})
 
@@ -217,4 +267,23 @@ def _site_row(choice: Choice) -> SiteRow:
         params_after=chosen.params,
         distortion=chosen.distortion,
         energy_kept=choice.energy_kept,
+    )
+
+
+def _width_rows(record: GraphRecord, sizes: Mapping[int, int]) -> Iterator[WidthRow]:
+    """Of the widths that have shrunk."""
+    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
+        size = sizes.get(index, width.features)
+        if curve is not None and size < width.features:
+            yield _width_row(width, curve, size)
+
+
+def _width_row(width: Width, curve: WidthCurve, size: int) -> WidthRow:
+    return WidthRow(
+        name=width.name,
+        kind=width.kind,
+        features_before=width.features,
+        features_after=size,
+        heads=width.heads,
+        energy_kept=1.0 - curve.normalised(curve.distortion[size]),
     )

@@ -1,11 +1,18 @@
+import dataclasses
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
 import balf_fx
+from balf_fx.demo import count_flops
 from balf_fx.errors import PassError
+from balf_fx.passes import Allocate, Score, ScoreWidths
+from balf_fx.report import WidthRow, summarise
+from balf_fx.sites import Allocation, GraphRecord, count_parameters
+from balf_fx.widths import Width, WidthCurve
 
 
 @pytest.fixture
@@ -13,17 +20,71 @@ def compressed(conv_net, images):
     return balf_fx.compile(conv_net, images, flops=0.6, exclude=["head"], progress=False)
 
 
+@pytest.fixture
+def bottleneck():
+    """The depthwise layer is no site, but as wide as the layers around it."""
+    layers = {
+        "expand": nn.Conv2d(3, 64, 1),
+        "relu": nn.ReLU(),
+        "depthwise": nn.Conv2d(64, 64, 3, padding=1, groups=64),
+        "project": nn.Conv2d(64, 32, 1),
+    }
+    return nn.Sequential(OrderedDict(layers)).eval()
+
+
 def test_rows_and_totals_add_up(compressed):
     report = balf_fx.report(compressed)
     saved = sum(row.flops_before - row.flops_after for row in report.sites)
-    assert report.flops_before - report.flops_after == saved
+    assert report.flops_before - report.flops_after == saved + report.flops_saved_elsewhere
     assert report.flops_kept == report.flops_after / report.flops_before <= 0.6
-    assert report.primal == pytest.approx(sum(1 - row.energy_kept for row in report.sites))
     assert 0 <= report.gap == pytest.approx(report.primal - report.bound)
     assert {row.name: row.reason for row in report.refused} == {
         "block.3": "one output channel per group (O x D x groups = 1 x 9 x 32)",
         "head": "excluded by the user (matches exclude)",
     }
+
+
+def test_totals_include_what_widths_save_outside_of_sites(bottleneck, images):
+    small = balf_fx.compile(bottleneck, images, flops=0.5, progress=False)
+    report = balf_fx.report(small)
+    (width,) = report.widths
+    kept = small.depthwise.out_channels
+    assert width == WidthRow("project", "channels", 64, kept, 1, width.energy_kept)
+    assert 0 < kept < 64
+    assert report.flops_saved_elsewhere == count_flops(bottleneck.depthwise, images[0].new_ones(8, 64, 12, 12)) - (
+        count_flops(small.depthwise, images[0].new_ones(8, kept, 12, 12))
+    )
+    assert report.params_saved_elsewhere == (64 - kept) * 10
+    saved = sum(row.flops_before - row.flops_after for row in report.sites)
+    assert report.flops_before - report.flops_after == saved + report.flops_saved_elsewhere
+    assert (report.flops_before, report.flops_after) == (
+        count_flops(bottleneck, images[0]),
+        count_flops(small, images[0]),
+    )
+    assert (report.params_before, report.params_after) == (count_parameters(bottleneck), count_parameters(small))
+
+
+@pytest.mark.parametrize("factors", ["activations", "sensitivity"])
+def test_the_objective_is_what_rows_lose_where_all_count_alike(bottleneck, images, factors):
+    graph_module = balf_fx.prepare(bottleneck, images[0], factors=factors)
+    balf_fx.calibrate(graph_module, images, progress=False)
+    for step in (Score(factors), *([ScoreWidths()] if factors == "sensitivity" else []), Allocate(flops=0.5)):
+        step(graph_module)
+    report = balf_fx.report(graph_module)
+    assert bool(report.widths) == (factors == "sensitivity")
+    assert report.primal == pytest.approx(sum(1 - row.energy_kept for row in (*report.sites, *report.widths)))
+
+
+def test_only_widths_that_have_shrunk_are_listed():
+    curve = WidthCurve(tuple(float(16 - size) for size in range(17)), 1.0)
+    queries, values = (Width(kind, "attention", 16, ("q", "k"), heads=4) for kind in ("queries", "values"))
+    channels = Width("channels", "fc", 16, ("fc",))
+    record = GraphRecord(flops=100, widths=(channels, queries, values), width_curves=(None, curve, curve))
+    allocation = Allocation("budget", "flops", 0.5, (), 0.25, 0.25, sizes={1: 12, 2: 16}, saved_elsewhere=(20, 3))
+    report = summarise(record, allocation)
+    assert report.widths == (WidthRow("attention", "queries", 16, 12, 4, 0.75),)
+    assert (report.flops_after, report.params_saved_elsewhere) == (80, 3)
+    assert "widths  1 narrower, 64 -> 48 features, which save 20 FLOPs outside of sites as well" in str(report)
 
 
 def test_the_table_shows_what_was_done(compressed):
@@ -40,12 +101,37 @@ def test_the_table_shows_what_was_done(compressed):
         assert piece in table
 
 
+def test_widths_have_a_table_of_their_own(bottleneck, images):
+    small = balf_fx.compile(bottleneck, images, flops=0.5, progress=False)
+    report = balf_fx.report(small)
+    before, table = str(dataclasses.replace(report, widths=())), str(report)
+    for piece in ("features before", "heads", "1 narrower, 64 -> ", "FLOPs outside of sites"):
+        assert piece in table
+        assert piece not in before
+    assert ["narrower" in line for line in table.splitlines() if line.startswith("expand")] == [
+        row.is_only_narrower for row in report.sites if row.name == "expand"
+    ]
+
+
 def test_plain_data_survives_json(compressed):
     report = balf_fx.report(compressed)
     data = json.loads(report.to_json())
     assert data == json.loads(json.dumps(report.to_dict()))
     assert data["flops_kept"] == report.flops_kept
     assert data["sites"][0]["name"] == "stem"
+
+
+def test_reports_survive_a_round_trip(bottleneck, images):
+    small = balf_fx.compile(bottleneck, images, flops=0.5, progress=False)
+    report = balf_fx.report(small)
+    assert report.widths
+    data = json.loads(report.to_json())
+    small.meta["balf"] = data
+    assert balf_fx.report(small) == report
+    for name in ("widths", "flops_saved_elsewhere", "params_saved_elsewhere"):
+        del data[name]  # as models carry it that were compressed before there were widths
+    older = dataclasses.replace(report, widths=(), flops_saved_elsewhere=0, params_saved_elsewhere=0)
+    assert balf_fx.report(small) == older
 
 
 def test_dense_sites_and_missing_budgets_are_shown(conv_net, images):
