@@ -1,0 +1,273 @@
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from architectures import EVERYTHING, Mlp, make, rewritten, scored
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import balf_fx
+from balf_fx.linalg import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
+from balf_fx.observers import SensitivityObserver
+from balf_fx.passes import Score, ScoreWidths
+from balf_fx.sites import annotate, annotation, graph_record, sites
+from balf_fx.widths import conditioned
+
+
+def moment(size, seed, samples=40, groups=2):
+    draws = torch.Generator().manual_seed(seed)
+    rows = torch.randn(groups, size, samples, dtype=torch.float64, generator=draws)
+    return rows @ rows.mT / samples
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("sensitive", [True, False])
+def test_held_out_errors_are_what_is_measured(centred, sensitive):
+    draws = torch.Generator().manual_seed(0)
+    own, other = (torch.randn(2, 6, 50, dtype=torch.float64, generator=draws) + shift for shift in (0.5, -0.2))
+    mean = own.mean(-1) if centred else None
+    centre = 0 if mean is None else mean.unsqueeze(-1)
+    roots = damped_roots(moment(6, 1), 0.1) if sensitive else None
+    spectrum = spectrum_from_output((own - centre) @ (own - centre).mT / 50, mean, roots)
+    metric = moment(6, 2)
+    seen = other - other.mean(-1, keepdim=True) if centred else other
+    found = held_out_errors(spectrum, seen @ seen.mT / 50, other.mean(-1) if centred else None, metric)
+    assert found.shape == (2, 7)
+    for rank in range(7):
+        left, right = spectrum.maps(rank)
+        error = (other - centre) - left @ (right @ (other - centre))
+        wanted = (error * (metric @ error)).sum((1, 2)) / 50
+        torch.testing.assert_close(found[:, rank], wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sensitive", [True, False])
+def test_held_out_errors_on_the_very_samples_are_the_dropped_energies(sensitive):
+    covariance, gradient = moment(6, 0), moment(6, 1)
+    unit = gradient.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    roots = damped_roots(gradient, 0.1, unit) if sensitive else None
+    metric = damped(gradient, 0.1, unit) if sensitive else torch.eye(6, dtype=torch.float64).expand(2, -1, -1)
+    spectrum = spectrum_from_output(covariance, None, roots)
+    tail = spectrum.energies.flip(-1).cumsum(-1).flip(-1)
+    found = held_out_errors(spectrum, covariance, None, metric)
+    torch.testing.assert_close(found[:, :-1], tail)
+    torch.testing.assert_close(found[:, -1], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_damped_is_the_square_of_the_root():
+    gradient, unit = moment(5, 3), torch.tensor([[0.7], [0.0]], dtype=torch.float64)
+    found = damped(gradient, 0.2, unit)
+    identity = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(found[0], (gradient[0] / 0.7 + 0.2 * identity) / 1.2)
+    torch.testing.assert_close(found[1], identity)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 100), min_size=7, max_size=7), min_size=1, max_size=3))
+def test_convex_energies_lie_below_the_errors(rows):
+    errors = torch.tensor(rows, dtype=torch.float64)
+    found = convex_energies(errors)
+    assert found.shape == (len(rows), 6)
+    assert (found[:, :-1] >= found[:, 1:] - 1e-9).all()
+    assert (found >= -1e-12).all()
+    lowest = errors.cummin(-1).values
+    tails = torch.cat([found.flip(-1).cumsum(-1).flip(-1), torch.zeros(len(rows), 1, dtype=torch.float64)], -1)
+    reached = tails + lowest[:, -1:]
+    assert (reached <= lowest + 1e-9).all()
+    torch.testing.assert_close(reached[:, 0], lowest[:, 0])
+    for row, bound in zip(reached.tolist(), lowest.tolist(), strict=True):  # no convex function in between is larger
+        for index in range(1, 6):
+            chords = [
+                bound[a] + (bound[b] - bound[a]) * (index - a) / (b - a) for a in range(index) for b in range(index, 7)
+            ]
+            assert row[index] == pytest.approx(min(bound[index], *chords), abs=1e-9)
+
+
+def test_what_is_convex_already_stays():
+    errors = torch.tensor([[10.0, 6, 3, 1, 0]])
+    torch.testing.assert_close(convex_energies(errors), torch.tensor([[4.0, 3, 2, 1]]))
+
+
+def squared(output, batch):
+    """A loss whose gradients have the identity for a second moment, up to the noise of the draw."""
+    return (output * torch.randn(output.shape, dtype=output.dtype)).sum()
+
+
+def linear_mlp(hidden=16):
+    return Mlp(nn.Identity(), hidden).double().eval().requires_grad_(False)
+
+
+def test_the_loss_of_a_width_is_what_is_measured(monkeypatch):
+    """A linear network whose metric is exact: the error at every size is that of the output."""
+    module = "balf_fx.passes.score_widths"
+    monkeypatch.setattr(f"{module}.damped_roots", lambda g, *_: (torch.eye(g.shape[-1])[None].double(),) * 2)
+    monkeypatch.setattr(f"{module}.conditioned", lambda c: conditioned(c, 1e-7, 1e-9))
+    model = linear_mlp(12)
+    batches = [torch.randn(200, 12, dtype=torch.float64)]
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, loss=lambda output, _: output.sum(), progress=False)
+    for module in prepared.modules():
+        if isinstance(module, SensitivityObserver):
+            module.halves = [None, None]
+    Score("sensitivity")(prepared)
+    ScoreWidths()(prepared)
+    (curve,) = graph_record(prepared).width_curves
+    for size in (2, 5, 8, 11):
+        error = rewritten(prepared, {0: size})(batches[0]) - model(batches[0]).detach()
+        assert float(error.square().sum(-1).mean()) == pytest.approx(curve.distortion[size], rel=1e-4)
+
+
+def test_what_losing_all_features_costs():
+    """Half the expected square of the error along the gradient, where that has no direction."""
+    model = linear_mlp()
+    batches = list(torch.randn(40, 64, 12, dtype=torch.float64))
+    torch.manual_seed(1)
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, loss=squared, progress=False)
+    Score("sensitivity")(prepared)
+    ScoreWidths()(prepared)
+    (curve,) = graph_record(prepared).width_curves
+    x = torch.cat(batches)
+    error = model(x) - model(x).mean(0)
+    assert curve.loss == pytest.approx(float(0.5 * error.square().sum(-1).mean()), rel=0.05)
+    (site,) = (site for site in sites(prepared) if site.name == "down")
+    rank = annotation(sites(prepared)[site][0]).curve
+    assert rank.loss == pytest.approx(curve.loss, rel=0.05)  # ranks and widths are in the same unit
+    assert rank.energy == pytest.approx(curve.distortion[0], rel=0.05)
+
+
+def test_halves_count_samples_as_the_whole_does():
+    """Where nothing can be overfitted, what the halves judge is what the whole has seen."""
+    model = linear_mlp()
+    batches = list(torch.randn(40, 64, 12, dtype=torch.float64))
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, loss=squared, progress=False)
+    found = []
+    for _ in range(2):
+        Score("sensitivity")(prepared)
+        ScoreWidths()(prepared)
+        ranks = [annotation(nodes[0]).curve for nodes in sites(prepared).values()]
+        found.append([*(c.energy for c in ranks), graph_record(prepared).width_curves[0].distortion[0]])
+        for module in prepared.modules():
+            if isinstance(module, SensitivityObserver):
+                module.halves = [None, None]
+                module.sample = dataclasses.replace(module.sample)
+        for node in prepared.graph.nodes:
+            if annotation(node).site is not None:
+                annotate(node, scored_with=None)
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_curves_fall_to_nothing(name):
+    model, batches = make(name)
+    record = graph_record(scored(model, batches))
+    assert len(record.widths) == len(record.width_curves)
+    for width, curve in zip(record.widths, record.width_curves, strict=True):
+        assert len(curve.distortion) == width.features + 1
+        assert curve.distortion[-1] == 0
+        assert curve.distortion[0] > 0
+        assert curve.loss > 0
+        assert all(a >= b >= 0 for a, b in itertools.pairwise(curve.distortion))
+        assert curve.normalised(curve.distortion[0]) == 1
+        readers = max(len(width.consumers), 1)
+        assert len(curve.means) == (0 if width.kind == "queries" else readers)
+        if width.kind == "channels":
+            assert sorted(curve.order.tolist()) == list(range(width.features))
+            assert len(curve.covariances) == readers
+            continue
+        assert curve.left.shape == curve.right.shape == (width.heads, width.features, width.features)
+        identity = torch.eye(width.features, dtype=torch.float64).expand(width.heads, -1, -1)
+        torch.testing.assert_close(curve.right @ curve.left, identity)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convs", "squeeze and excite", "unfused", "grouped"])
+def test_sizes_that_are_said_to_lose_more_lose_more(name):
+    model, batches = make(name)
+    prepared = scored(model, batches)
+    x = torch.cat(batches)
+    answer = model(x)
+    for index, width in enumerate(graph_record(prepared).widths):
+        sizes = [1, width.features // 2, width.features - 1]
+        errors = [float((rewritten(prepared, {index: size})(x) - answer).norm()) for size in sizes]
+        assert errors == sorted(errors, reverse=True)
+
+
+def test_chosen_features_are_better_than_others():
+    model, batches = make("mlp", torch.float64)
+    prepared = scored(model, batches)
+    answer = model(batches[0])
+    chosen = float((rewritten(prepared, {0: 16})(batches[0]) - answer).norm())
+    record = graph_record(prepared)
+    (curve,) = record.width_curves
+    object.__setattr__(curve, "order", curve.order.flip(0))
+    assert float((rewritten(prepared, {0: 16})(batches[0]) - answer).norm()) > chosen
+
+
+def test_fresh_scores_are_kept_and_stale_ones_are_not():
+    model, batches = make("mlp")
+    prepared = scored(model, batches)
+    first = graph_record(prepared).width_curves
+    ScoreWidths()(prepared)
+    assert graph_record(prepared).width_curves is first
+    ScoreWidths(damping=0.5)(prepared)
+    second = graph_record(prepared).width_curves
+    assert second is not first
+    balf_fx.calibrate(prepared, batches, progress=False)
+    ScoreWidths(damping=0.5)(prepared)
+    assert graph_record(prepared).width_curves is not second
+
+
+def test_without_gradients_nothing_is_narrowed(caplog):
+    class Hard(Mlp):
+        def forward(self, x):
+            return super().forward(x).argmax(-1)
+
+    model, x = Hard().eval(), torch.randn(48, 12)
+    with caplog.at_level("INFO", "balf_fx"):
+        prepared = scored(model, [x])
+    assert graph_record(prepared).width_curves == (None,)
+    assert "keeps its width" in caplog.text
+    narrow = balf_fx.convert(prepared, flops=0.9, factors="sensitivity", progress=False)
+    assert narrow(x).shape == (48,)
+
+
+def test_one_sample_has_no_halves():
+    model, _ = make("mlp")
+    prepared = scored(model, [torch.randn(1, 12)])
+    (curve,) = graph_record(prepared).width_curves
+    assert curve.distortion[-1] == 0
+    assert rewritten(prepared, {0: 9})(torch.randn(3, 12)).isfinite().all()
+
+
+def test_halves_make_up_the_whole():
+    model, batches = make("transformer")
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, progress=False)
+    readers = {name for width in graph_record(prepared).widths for name in width.consumers}
+    for site, nodes in sites(prepared).items():
+        observer = prepared.get_submodule(annotation(nodes[0]).sensitivity)
+        first, second = observer.halves
+        both = first.merge(second)
+        assert first.gradients.samples == second.gradients.samples == 48
+        assert both.gradients.total == pytest.approx(observer.sample.gradients.total)
+        torch.testing.assert_close(both.gradients.scatter, observer.sample.gradients.scatter)
+        torch.testing.assert_close(both.moments.scatter, observer.sample.moments.scatter)
+        assert (observer.sample.features is not None) == (nodes[0].name in readers), site.name
+        if observer.sample.features is not None:
+            torch.testing.assert_close(both.features.scatter, observer.sample.features.scatter)
+            assert observer.sample.features.mean.shape[-1] == site.in_features
+
+
+def test_features_of_a_convolution_are_its_channels():
+    model, batches = make("convs")
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, progress=False)
+    found = {site.name: nodes[0] for site, nodes in sites(prepared).items()}
+    observer = prepared.get_submodule(annotation(found["second"]).sensitivity)
+    hidden = model.first(torch.cat(batches)).relu().movedim(1, -1).reshape(-1, 16).double()
+    torch.testing.assert_close(observer.sample.features.mean[0], hidden.mean(0), rtol=1e-4, atol=1e-5)
+    centred = hidden - hidden.mean(0)
+    wanted = centred.mT @ centred / len(centred)
+    torch.testing.assert_close(observer.sample.features.covariance()[0], wanted, rtol=1e-3, atol=1e-5)
