@@ -261,6 +261,7 @@ def _is_harmless(user: fx.Node, axis: int) -> bool:
     if user.op == "call_method" and user.target == "dim":
         return True
     if user.op == "call_method" and len(user.args) > 1:
-        return bool(user.args[1] != axis)
+        rank = len(annotation(user.all_input_nodes[0]).shape or ())
+        return isinstance(user.args[1], int) and rank > 0 and user.args[1] % rank != axis
     items = [reader.args[1] if reader.target is operator.getitem else None for reader in user.users]
     return all(isinstance(item, int) and item >= 0 and item != axis for item in items)

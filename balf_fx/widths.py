@@ -189,7 +189,14 @@ def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple
     Returns:
         order [F], the last to go first, and the error at sizes 0 .. F.
     """
-    states = [_Elimination(torch.linalg.inv(c), a) for c, a in zip(covariances, metrics, strict=True)]
+    # What costs little may cost so little that its square is no number: all is done in units of the mean.
+    units = [covariance.diagonal().mean() for covariance in covariances]
+    scaled = [unit * metric for unit, metric in zip(units, metrics, strict=True)]
+    whole = torch.stack([metric.diagonal().mean() for metric in scaled]).max().clamp_min(_NOTHING)
+    states = [
+        _Elimination(torch.linalg.inv(covariance / unit), metric / whole)
+        for covariance, unit, metric in zip(covariances, units, scaled, strict=True)
+    ]
     left = torch.arange(len(covariances[0]))
     gone: list[int] = []
     errors = [0.0]
@@ -197,7 +204,8 @@ def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple
         alive = torch.ones(len(left), dtype=torch.bool)
         for _ in range(min(_DELAYED, len(left))):
             costs = torch.stack([state.costs() for state in states]).sum(0).cpu()
-            index = int(costs.masked_fill(~alive, torch.inf).argmin())
+            candidates = torch.nonzero(alive).flatten()
+            index = int(candidates[costs[candidates].argmin()])
             gone.append(int(left[index]))
             errors.append(errors[-1] + float(costs[index]))
             alive[index] = False
@@ -206,7 +214,7 @@ def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple
         for state in states:
             state.compact(alive)
         left = left[alive]
-    return torch.tensor(gone[::-1]), errors[::-1]
+    return torch.tensor(gone[::-1]), [float(whole) * error for error in errors[::-1]]
 
 
 class _Elimination:

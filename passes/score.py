@@ -150,10 +150,13 @@ class Score(Pass):
     ) -> Tensor:
         """Energies by which each half of the samples judges the other's spectrum."""
         seen = [_coordinates(site, weight, bias, half, self.centred, parts) for half in halves]
+        # Second moments of gradients are sums over samples, and so is the unit, of both halves together.
+        total = sum(half.gradients.samples for half in halves)
+        units = [unit * (half.gradients.samples / total) for half in halves]
         errors = []
-        for own, other in itertools.permutations(seen):
-            spectrum = spectrum_from_output(*own[:2], damped_roots(own[2], self.damping, unit))
-            errors.append(held_out_errors(spectrum, *other[:2], damped(other[2], self.damping, unit)))
+        for (own, own_unit), (other, other_unit) in itertools.permutations(zip(seen, units, strict=True)):
+            spectrum = spectrum_from_output(*own[:2], damped_roots(own[2], self.damping, own_unit))
+            errors.append(held_out_errors(spectrum, *other[:2], damped(other[2], self.damping, other_unit)))
         return convex_energies((errors[0] + errors[1]) / 2)
 
     def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Sample | None, tuple[Sample, ...]]:

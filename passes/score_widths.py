@@ -65,7 +65,11 @@ class ScoreWidths(Pass):
             _LOGGER.info("no gradient has reached the layers around %s: it keeps its width", width.name)
             return None
         whole, *halves = ([layer[i] for layer in known] for i in range(min(map(len, known))))
-        return _score_channels(whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
+        curve = _score_channels(whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
+        if all(map(math.isfinite, (curve.loss, *curve.distortion))):
+            return curve
+        _LOGGER.warning("what %s would lose is no number: it keeps its width", width.name)
+        return None
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,11 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     unit = gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     loss = 0.5 * gradients.total / gradients.samples / len(reduced)
     bias = None if bias is None else bias[0]
-    return [_Layer(mark.site, sample, weight, bias, reduced, basis, unit, damping, loss) for sample in samples]
+    units = [unit * (sample.gradients.samples / gradients.samples) for sample in samples]  # sums over samples
+    return [
+        _Layer(mark.site, sample, weight, bias, reduced, basis, own, damping, loss)
+        for sample, own in zip(samples, units, strict=True)
+    ]
 
 
 def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
