@@ -515,7 +515,7 @@ def examine_subject(subject: Subject, examination: Examination, compiled: bool =
         _require(found["spread"] >= 10 * TOLERANCE, "outputs hardly depend on the input")
     before = fingerprint(model)  # after the first call, since some models keep what they compute in buffers
     with check("compile"):
-        prepared = balf_fx.prepare(model, calibration[0])
+        prepared = balf_fx.prepare(model, calibration[0], factors="sensitivity")
         balf_fx.calibrate(prepared, calibration, progress=False)
         dense = balf_fx.convert(prepared, flops=1.0, progress=False)
         found.update(_coverage(balf_fx.report(dense)))

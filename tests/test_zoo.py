@@ -119,7 +119,7 @@ def test_a_small_relative_of_a_large_architecture(zoo, architecture, options):
 def test_failed_checks_are_problems_and_end_nothing(zoo, monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     nn.init.constant_(model[1].weight, torch.inf)
-    monkeypatch.setattr(zoo.balf_fx, "prepare", lambda model, _: nn.init.zeros_(model[0].weight))
+    monkeypatch.setattr(zoo.balf_fx, "prepare", lambda model, _, **options: nn.init.zeros_(model[0].weight))
     examination = zoo.Examination()
     zoo.examine_subject(zoo.Subject(model, lambda samples: torch.randn(samples, 8)), examination)
     original, compiled, untouched = examination.row(zoo.Case("torchvision", "broken"), seconds=0).problems
