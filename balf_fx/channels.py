@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from balf_fx.linear_maps import parameter_users, read_layer, reads_metadata, site_input
-from balf_fx.sites import Reason, Site, annotation, get_tensor
+from balf_fx.linear_maps import operation, owns_weight, parameter_users, read_layer, reads_metadata, site_input
+from balf_fx.sites import Reason, Site, annotation
 from balf_fx.widths import Width
-
-aten = torch.ops.aten
 
 _LEAST = 8  # features below which nothing is worth its trouble
 _MOST_LAYERS = 4  # of a gated block with squeeze-and-excitation; a residual stream has many more
@@ -92,17 +88,15 @@ class _Finder:
 
     def inputs(self, site: Site) -> int:
         """How many input features a layer of one group has: channels, of a convolution."""
-        return site.in_features // (1 if site.conv is None else math.prod(site.conv.kernel_size))
+        return site.in_features // site.taps
 
     def is_layer(self, node: fx.Node, site: Site) -> bool:
         """Whether a layer's rows and columns may go: nothing else needs its weight."""
         mark = annotation(node)
         if mark.refusal is not None and mark.refusal.reason is not Reason.TOO_SMALL:
             return False
-        transposed = site.conv is not None and site.conv.output_padding is not None
-        paths = [path for path in (site.weight, site.bias) if path is not None]
-        owned = all(self.users[id(get_tensor(self.graph_module, path))] == {node} for path in paths)
-        return site.groups == 1 and owned and not site.keeps_weight and not transposed
+        plain = site.groups == 1 and not site.keeps_weight and not site.transposed
+        return plain and self._owns(node, site)
 
     def grow(self, source: fx.Node, axis: int, features: int) -> _Cone:
         """Everything that the features at one value are tied to."""
@@ -182,8 +176,7 @@ class _Finder:
         return found
 
     def _owns(self, node: fx.Node, layer: Site) -> bool:
-        paths = [path for path in (layer.weight, layer.bias) if path is not None]
-        return all(self.users[id(get_tensor(self.graph_module, path))] == {node} for path in paths)
+        return owns_weight(self.graph_module, self.users, node, layer)
 
     def _passes_on(self, node: fx.Node, axis: int) -> bool:
         """Whether a node treats each feature alone."""
@@ -193,17 +186,17 @@ class _Finder:
     def _is_elementwise(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return type(self.graph_module.get_submodule(str(node.target))) in _MODULES
-        return _name(node) in _ELEMENTWISE_NAMES and "out" not in node.kwargs
+        return operation(node) in _ELEMENTWISE_NAMES and "out" not in node.kwargs
 
     def _is_pool(self, node: fx.Node, axis: int) -> bool:
         if node.op == "call_module":
             return type(self.graph_module.get_submodule(str(node.target))) in _POOL_MODULES
-        if _name(node) == "mean":
+        if operation(node) == "mean":
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             listed = dims if isinstance(dims, list | tuple) else [dims]
             rank = len(annotation(node.all_input_nodes[0]).shape or ())
             return all(isinstance(d, int) and d % rank > axis for d in listed) and rank > 0
-        return _name(node) in _POOL_NAMES
+        return operation(node) in _POOL_NAMES
 
     def _is_flatten(self, node: fx.Node) -> bool:
         """Flattening what comes after the features, which must be of size 1: the shapes tell."""
@@ -211,7 +204,7 @@ class _Finder:
             module = self.graph_module.get_submodule(str(node.target))
             return isinstance(module, nn.Flatten) and module.start_dim == 1
         start: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-        return _name(node) == "flatten" and start == 1
+        return operation(node) == "flatten" and start == 1
 
     def _source_axis(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
         """Where on a source the features of a node lie; None where the source does not reach that far."""
@@ -235,19 +228,8 @@ def _is_depthwise(layer: Site, features: int) -> bool:
     return layer.conv is not None and layer.groups == features and layer.out_features == 1 and not layer.inputs_first
 
 
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target).rstrip("_")
-    if node.op != "call_function":
-        return ""
-    name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
-    owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-    name = name or str(getattr(node.target, "__name__", ""))
-    return name.rstrip("_") if owner in ("torch", "_operator", "builtins") else ""
-
-
 def _is_pad(node: fx.Node, axis: int) -> bool:
-    if _name(node) != "pad" or node.target is not F.pad:
+    if node.target is not F.pad:
         return False
     amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
     rank = len(annotation(node).shape or ())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from balf_fx.costs import rank_flops, rank_params, use
+from balf_fx.heads import is_attention
 from balf_fx.linear_maps import read_layer
 from balf_fx.sites import Candidate, Measure, RankCurve, Site, annotation, get_tensor, graph_record
 from balf_fx.widths import Width, WidthCurve, joint_widths
@@ -223,8 +224,8 @@ def _cluster(
         read.update(dict.fromkeys(width.consumers, index))
         if width.kind != "channels":
             mixed.update(width.producers)
-            whole = "scaled_dot_product" not in str(getattr(nodes[width.product].target, "__name__", ""))
-            products.setdefault(width.product, []).append((index, 1.0 if whole else 0.5))
+            share = 0.5 if is_attention(nodes[width.product]) else 1.0
+            products.setdefault(width.product, []).append((index, share))
         shares += [_between(graph_module, nodes[name], index) for name in width.between]
     shares += [Share(annotation(nodes[name]).flops or 0, 0, tuple(shrinks)) for name, shrinks in products.items()]
     members = []

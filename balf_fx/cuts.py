@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +28,7 @@ class Cut:
     read: WidthMaps | None = None
     repeat: int = 1
     written: tuple[tuple[Tensor, Tensor], ...] = ()
-    projected: tuple[tuple[Tensor, Tensor], ...] = field(default=())
+    projected: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -52,8 +51,7 @@ class Cut:
         if self.read is None:
             return site
         heads, _, size = self.read.left.shape
-        taps = 1 if site.conv is None else math.prod(site.conv.kernel_size)
-        return dataclasses.replace(site, in_features=heads * self.repeat * size * taps)
+        return dataclasses.replace(site, in_features=heads * self.repeat * size * site.taps)
 
     def outputs(self, site: Site) -> Site:
         """The site as it writes."""
@@ -66,9 +64,8 @@ class Cut:
         """What the layer computes from R h in place of h."""
         if self.read is None:
             return solution
-        taps = 1 if site.conv is None else math.prod(site.conv.kernel_size)
         left = _over_heads(self.read.left, self.repeat)
-        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, taps)
+        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, site.taps)
         right = torch.einsum("gofk,fr->gork", by_tap, left).flatten(-2)
         if self.read.mean is None:
             return dataclasses.replace(solution, right=right)

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from balf_fx.linear_maps import parameter_users, reads_metadata, site_input
-from balf_fx.sites import annotation, get_tensor
+from balf_fx.linear_maps import operation, owns_weight, parameter_users, reads_metadata, site_input
+from balf_fx.sites import annotation
 from balf_fx.widths import Operand, Width
 
 aten = torch.ops.aten
@@ -43,6 +43,11 @@ class _Operand:
     scale: float
     transposed: bool
     sequence_first: bool
+
+
+def is_attention(product: fx.Node) -> bool:
+    """Whether a node is both products of attention in one."""
+    return product.target in _ATTENTIONS
 
 
 def find_heads(graph_module: fx.GraphModule) -> Iterator[Width]:
@@ -88,8 +93,7 @@ class _Reader:
         site = annotation(node).site
         if site is None or site.conv is not None or site.keeps_weight:
             return False
-        paths = [path for path in (site.weight, site.bias) if path is not None]
-        return all(self.users[id(get_tensor(self.graph_module, path))] == {node} for path in paths)
+        return owns_weight(self.graph_module, self.users, node, site)
 
     def operands(self, writer: fx.Node) -> dict[tuple[fx.Node, int], _Operand] | None:
         """Where a layer's output goes, if that is into products alone."""
@@ -102,7 +106,7 @@ class _Reader:
             return None
         found = {}
         for user, source, numbers_there, scale in arrived:
-            if not (user.target in _ATTENTIONS or user.target in _PRODUCTS):
+            if not (is_attention(user) or user.target in _PRODUCTS):
                 return None
             for position in [i for i, value in enumerate(user.args) if value is source]:
                 operand = _read_rows(numbers, numbers_there, scale)
@@ -139,14 +143,14 @@ class _Reader:
         """By what a node scales, where it does no more than to move or to scale; else None."""
         if node.op == "call_module":
             return 1.0 if type(self.graph_module.get_submodule(str(node.target))) in _IDENTITIES else None
-        name = _name(node)
+        name = operation(node)
         if name in _SCALINGS and len(node.args) == 2 and isinstance(node.args[1], int | float):
             return 1 / node.args[1] if "div" in name else float(node.args[1])
         return 1.0 if name in _MOVES else None
 
     def _move(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """What a move makes of the numbers; None where its shape cannot be told."""
-        if node.op == "call_module" or _name(node) in _SCALINGS or _name(node) == "dropout":
+        if node.op == "call_module" or operation(node) in _SCALINGS or operation(node) == "dropout":
             return values[node.all_input_nodes[0]]
         for source in node.all_input_nodes:
             if source not in values:
@@ -189,7 +193,7 @@ class _Reader:
     ) -> Iterator[Width]:
         """The widths that meet in one product."""
         found = {position: by_operand.get((product, position)) for position in range(3)}
-        attention = product.target in _ATTENTIONS
+        attention = is_attention(product)
         if found[0] is not None and found[1] is not None:
             yield from self._queries(product, found[0], found[1])
         values = found[2] if attention else (found[1] if found[0] is None else None)
@@ -247,7 +251,7 @@ class _Reader:
             repeat=heads // len(unique),
             rows=(_flat(unique),),
             product=product.name,
-            operands=(Operand(2 if product.target in _ATTENTIONS else 1, v.scale, False, len(v.rows) // len(unique)),),
+            operands=(Operand(2 if is_attention(product) else 1, v.scale, False, len(v.rows) // len(unique)),),
             sequence_first=v.sequence_first,
         )
 
@@ -283,13 +287,3 @@ def _flat(rows: Tensor) -> tuple[int, ...]:
 def _site_name(node: fx.Node) -> str:
     site = annotation(node).site
     return node.name if site is None else site.name
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target).rstrip("_")
-    if node.op != "call_function":
-        return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2].rstrip("_")
-    return str(getattr(node.target, "__name__", "")).rstrip("_")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,6 +269,28 @@ def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
         elif node.op == "get_attr":
             users[id(get_tensor(graph_module, node.target))] |= _readers(node)
     return users
+
+
+def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]], node: fx.Node, site: Site) -> bool:
+    """Whether no other node than this layer reads its weight or its bias.
+
+    Args:
+        users: from `parameter_users`.
+    """
+    paths = [path for path in (site.weight, site.bias) if path is not None]
+    return all(users[id(get_tensor(graph_module, path))] == {node} for path in paths)
+
+
+def operation(node: fx.Node) -> str:
+    """The name of what a call does, the same for a function, a method and an operator, in place or not."""
+    if node.op == "call_method":
+        return str(node.target).rstrip("_")
+    if node.op != "call_function":
+        return ""
+    name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+    owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    name = name or str(getattr(node.target, "__name__", ""))
+    return name.rstrip("_") if owner in ("torch", "_operator", "builtins") else ""
 
 
 def read_parts(node: fx.Node, features: int) -> int:

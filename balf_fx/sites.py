@@ -137,6 +137,11 @@ class Site:
         return "input" if narrow else "output"
 
     @property
+    def taps(self) -> int:
+        """How many pixels a patch has; 1 for a linear layer."""
+        return 1 if self.conv is None else math.prod(self.conv.kernel_size)
+
+    @property
     def break_even(self) -> int:
         """The largest rank r with r (O + D) < O D, 0 where there is none."""
         return (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)

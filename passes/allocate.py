@@ -148,7 +148,7 @@ class Allocate(Pass):
             chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves.values()]
         elif self.method == "budget":
             options, fixed = self._options(curves, clusters, weights, totals)
-            budget = self._budget(options, fixed, totals)
+            budget = self._reachable(self._costs(options), fixed, totals)
             picked, bound = self._least_loss(options, budget)
             if clusters:  # what the first grid of sizes has left over goes to sizes in between
                 near = {row.widths: option for row, option in picked if row.widths}
@@ -208,18 +208,16 @@ class Allocate(Pass):
         dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
         return rows, now - dense - sum(row.full[index] for row in rows)
 
+    def _costs(self, rows: Sequence[_Row]) -> list[list[int]]:
+        return [[option.cost(self.measure) for option in row.options] for row in rows]
+
     def _least_loss(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
         """The options of least loss within the budget, and the dual bound."""
-        costs = [[option.cost(self.measure) for option in row.options] for row in rows]
+        costs = self._costs(rows)
         if sum(row[-1] for row in costs) <= budget:
             return [(row, row.options[-1]) for row in rows], 0.0
         solution = solve(costs, [[option.loss for option in row.options] for row in rows], budget)
         return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.bound
-
-    def _budget(self, rows: Sequence[_Row], fixed: int, totals: Totals) -> int:
-        """What may be spent on what there is to choose."""
-        costs = [[option.cost(self.measure) for option in row.options] for row in rows]
-        return self._reachable(costs, fixed, totals)
 
     def _reachable(self, costs: Sequence[Sequence[int]], fixed: int, totals: Totals) -> int:
         total = totals.flops if self.measure == "flops" else totals.params

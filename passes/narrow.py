@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.cuts import Cut, find_cuts
+from balf_fx.heads import is_attention
 from balf_fx.passes.base import Pass
 from balf_fx.sites import META_KEY, VALUE_META, get_tensor, graph_record
 from balf_fx.widths import Operand, Width
@@ -31,10 +32,9 @@ class Narrow(Pass):
         cuts = find_cuts(graph_module)
         nodes = {node.name: node for node in graph_module.graph.nodes}
         for width in record.widths:
-            if any(name in cuts for name in (*width.layers, *width.between)):
-                for name in width.between:
-                    if nodes[name].op == "get_attr" and name in cuts:
-                        _slice_constant(graph_module, nodes[name], width.features, cuts[name])
+            for name in width.between:
+                if nodes[name].op == "get_attr" and name in cuts:
+                    _slice_constant(graph_module, nodes[name], width.features, cuts[name])
         attentions = [
             w for w in record.widths if w.product and any(cuts.get(name, Cut()).written for name in w.producers)
         ]
@@ -110,8 +110,7 @@ def _rewire_product(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], 
     graph = graph_module.graph
     product = nodes[width.product]
     if width.kind == "queries":
-        attention = "scaled_dot_product" in str(getattr(product.target, "__name__", ""))
-        if attention and product.kwargs.get("scale") is None:
+        if is_attention(product) and product.kwargs.get("scale") is None:
             product.kwargs = {**product.kwargs, "scale": width.features**-0.5}
         return
     reader = nodes[width.consumers[0]]

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from balf_fx.cuts import Cut, find_cuts
 from balf_fx.errors import OptionError, PassError
 from balf_fx.linalg import in_parts
-from balf_fx.linear_maps import parameter_users, read_layer, reads_metadata, site_input
+from balf_fx.linear_maps import owns_weight, parameter_users, read_layer, reads_metadata, site_input
 from balf_fx.lockstep import Batch, Lockstep
 from balf_fx.observers import SensitivityObserver, by_sample, input_columns, output_columns
 from balf_fx.offload import MEMORY
@@ -41,7 +41,7 @@ from balf_fx.passes.factorize import build, planned, run_first, run_modules, run
 from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.score import grouped_weight
 from balf_fx.regression import Inputs, Joint, JointSums, apply, best
-from balf_fx.sites import Rank, Site, Solution, Spectrum, annotate, annotation, get_tensor
+from balf_fx.sites import Rank, Site, Solution, Spectrum, annotate, annotation
 
 RefitMode = Literal["full", "up"]
 
@@ -135,13 +135,8 @@ class _Solver:
 
     def _refittable(self, node: fx.Node, site: Site, rank: Rank) -> bool:
         """Whether the regression can be written down, and nothing else needs the weight that it changes."""
-        owned = all(
-            self.users[id(get_tensor(self.graph_module, path))] == {node}
-            for path in (site.weight, site.bias)
-            if path is not None
-        )
-        transposed = site.conv is not None and site.conv.output_padding is not None
-        return owned and not transposed and not (rank is None and site.keeps_weight)
+        owned = owns_weight(self.graph_module, self.users, node, site)
+        return owned and not site.transposed and not (rank is None and site.keeps_weight)
 
     def _build(self, site: Site, cut: Cut, solution: tuple[Solution, ...]) -> nn.Module:
         """What computes a solution in the walk, where every layer still writes all of its features."""

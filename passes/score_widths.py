@@ -17,7 +17,7 @@ from balf_fx.linalg import convex_energies, damped_roots, held_out_errors, spect
 from balf_fx.observers import Moments, Sample, SensitivityObserver
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias, grouped_weight
-from balf_fx.sites import Site, annotation, graph_record, record_graph
+from balf_fx.sites import Site, Spectrum, annotation, graph_record, record_graph
 from balf_fx.widths import Width, WidthCurve, conditioned, eliminate, prediction_error
 
 _LOGGER = logging.getLogger(__name__)
@@ -109,9 +109,8 @@ class _Layer:
 
     def metric(self) -> Tensor:
         """A [F, F]: what an error in the input's features costs, taps of a kernel as if independent."""
-        taps = 1 if self.site.conv is None else math.prod(self.site.conv.kernel_size)
         seen = self.seen()
-        by_tap = seen.reshape(len(seen), -1, taps).permute(2, 0, 1)
+        by_tap = seen.reshape(len(seen), -1, self.site.taps).permute(2, 0, 1)
         return (by_tap.mT @ by_tap).sum(0)
 
     def output_moment(self) -> Tensor:
@@ -171,12 +170,11 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
         size = len(order)
         sizes = sorted({round(size * share) for share in _JUDGED_SHARES} - {size})
         judged = [0.0] * len(sizes)
-        for own, other in itertools.permutations(halves):
-            own_covariances, own_metrics = problem(own)
+        seen = [(half, *problem(half)) for half in halves]
+        for (own, own_covariances, own_metrics), (other, _, other_metrics) in itertools.permutations(seen):
             own_order, _ = eliminate(own_covariances, own_metrics)
-            for unit, layer, judge, covariance in zip(units, own, other, own_covariances, strict=True):
+            for layer, judge, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
                 moment = judge.features.second_moment(layer.features.mean)[0]
-                metric = unit * judge.metric()
                 for index, kept in enumerate(sizes):
                     judged[index] += prediction_error(covariance, moment, metric, own_order[:kept]) / 2
         errors = _rescaled(errors, sizes, judged)
@@ -207,19 +205,22 @@ def _interpolated(count: int, places: list[int], values: list[float]) -> list[fl
 
 def _score_heads(width: Width, layer: _Layer, halves: list[list[_Layer]]) -> WidthCurve:
     moment, metric = _heads(width, layer)
-    spectrum = spectrum_from_output(moment, None, damped_roots(metric, _BASIS_DAMPING, _mean_diagonal(metric)))
-    unit = _mean_diagonal(metric)
-    energies = spectrum.energies * unit
+    spectrum = _best_bases(moment, metric)
+    energies = spectrum.energies * _mean_diagonal(metric)
     if len(halves) == 2:
         seen = [_heads(width, half[0]) for half in halves]
         judged = []
-        for own, other in itertools.permutations(seen):
-            chosen = spectrum_from_output(own[0], None, damped_roots(own[1], _BASIS_DAMPING, _mean_diagonal(own[1])))
-            judged.append(held_out_errors(chosen, other[0], None, other[1]))
+        for own, (other_moment, other_metric) in itertools.permutations(seen):
+            judged.append(held_out_errors(_best_bases(*own), other_moment, None, other_metric))
         energies = convex_energies((judged[0] + judged[1]) / 2)
     tail = [*energies.sum(0).flip(0).cumsum(0).flip(0).tolist(), 0.0]
     means = (layer.features.mean[0],) if width.kind == "values" else ()
     return WidthCurve(tuple(tail), layer.loss * tail[0], left=spectrum.left, right=spectrum.right, means=means)
+
+
+def _best_bases(moment: Tensor, metric: Tensor) -> Spectrum:
+    """Of each head; energies in units of the metric's mean."""
+    return spectrum_from_output(moment, None, damped_roots(metric, _BASIS_DAMPING, _mean_diagonal(metric)))
 
 
 def _mean_diagonal(matrices: Tensor) -> Tensor:
