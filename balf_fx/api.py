@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -12,40 +11,35 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, run_batch, sample_count
+from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, run_batch
 from balf_fx.capture import Method as CaptureMethod
 from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
-from balf_fx.divergence import answers, divergence
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError, OptionError
 from balf_fx.observers import InfluenceObserver, SensitivityObserver
 from balf_fx.offload import MEMORY
 from balf_fx.passes import (
     Allocate,
     Annotate,
-    Factorize,
     FindWidths,
     FoldBatchNorm,
     InsertObservers,
-    Narrow,
     Refine,
     Refit,
     Score,
     ScoreWidths,
 )
 from balf_fx.passes.allocate import Method
-from balf_fx.passes.observe import OBSERVERS, remove_observers
+from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
+from balf_fx.selection import IMPORTANCE, allocate_faithfully, plan_trial, rewrite
 from balf_fx.sensitivity import Loss, observe_gradients
 from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
 
 Effort = Literal["fast", "balanced", "best"]
 """What `compile` spends on accuracy; see there."""
-
-_IMPORTANCES = (0.3, 0.6, 1.0)  # small powers do better where much goes, one where little does
-_MEASURED_SAMPLES = 128
 
 
 def compile(
@@ -295,7 +289,8 @@ def _convert_passes(
     if isinstance(allocation, Mapping):
         allocate = Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
     else:
-        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict)
+        importance = IMPORTANCE if factors == "sensitivity" else 0.0
+        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict, importance=importance)
     return Score(factors, centred, split, progress=progress), allocate
 
 
@@ -324,54 +319,17 @@ def _convert(
         ScoreWidths(score.damping, score.progress)(prepared)
     else:
         record_graph(prepared, width_curves=(), widths_scored_with=())
-    if score.factors == "sensitivity" and allocate.method == "budget" and allocate.ranks is None:
-        allocate = _most_faithful(prepared, allocate, _first_samples(batches), forward, loss)
-    graph_module = copy.deepcopy(prepared)
-    allocate(graph_module)
+    if score.factors == "sensitivity" and allocate.method == "budget" and allocate.ranks is None and batches:
+        trial = plan_trial(prepared, batches, forward, refit is not None, memory, loss)
+        graph_module = allocate_faithfully(prepared, allocate, trial)
+    else:
+        graph_module = copy.deepcopy(prepared)
+        allocate(graph_module)
     if score.factors == "air":
         Refine(progress=score.progress)(graph_module)
     if refit is not None:
         Refit([placeholder_values(prepared, batch, forward) for batch in batches], refit, memory)(graph_module)
-    return _finish(_rewrite(graph_module))
-
-
-def _most_faithful(
-    prepared: fx.GraphModule, allocate: Allocate, batches: Sequence[Any], forward: Forward, loss: Loss | None
-) -> Allocate:
-    """The importance of sensitive sites by which the one-shot model's answers change least on some of the batches."""
-    options = [dataclasses.replace(allocate, importance=importance) for importance in _IMPORTANCES]
-    if not batches:
-        return options[len(options) // 2]
-    original = copy.deepcopy(prepared)
-    remove_observers(original)
-    original.recompile()
-    references = answers(original, batches, forward)
-
-    def lost(option: Allocate) -> float:
-        graph_module = copy.deepcopy(prepared)
-        option(graph_module)
-        return divergence(_rewrite(graph_module), batches, references, forward, loss)
-
-    return min(options, key=lost)
-
-
-def _first_samples(batches: Sequence[Any]) -> list[Any]:
-    """As many batches as hold enough samples to tell allocations apart."""
-    found: list[Any] = []
-    for batch in batches:
-        found.append(batch)
-        if sum(max(sample_count(one), 1) for one in found) >= _MEASURED_SAMPLES:
-            break
-    return found
-
-
-def _rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Carry an allocation out."""
-    remove_observers(graph_module)
-    Narrow()(graph_module)
-    Factorize()(graph_module)
-    graph_module.recompile()
-    return graph_module
+    return _finish(rewrite(graph_module))
 
 
 def _finish(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -75,6 +75,8 @@ _SPLITS: tuple[Any, ...] = (
 )
 _PARTS = (2, 3)
 _WEIGHTS = ("weight", "bias")
+_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_IDENTITY_CALLS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -311,6 +313,14 @@ def _pieces(user: fx.Node, features: int) -> int:
     widths = [(annotation(item).shape or (0,))[-1] for item in user.users if item.target is operator.getitem]
     equal = len(widths) in _PARTS and set(widths) == {features // len(widths)}
     return len(widths) if equal and features % len(widths) == 0 and user.target in _SPLITS else 1
+
+
+def is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node of a model in evaluation mode hands on its first argument as it is."""
+    if node.op == "call_module":
+        return type(graph_module.get_submodule(str(node.target))) in _IDENTITY_MODULES
+    stochastic_depth = getattr(node.target, "__name__", "") == "stochastic_depth"  # of torchvision
+    return stochastic_depth or operation(node) in _IDENTITY_CALLS
 
 
 def reads_metadata(node: fx.Node) -> bool:

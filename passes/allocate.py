@@ -66,6 +66,7 @@ class Allocate(Pass):
         energy: with method="energy" and no budget, the share of energy to keep, in (0, 1].
         importance: with method="budget", how much a site's share in the loss counts: its normalised distortion is
             multiplied by this power of `RankCurve.loss`, where gradients are known.
+        caution: with method="budget", how often what a width loses counts, in place of once.
         strict: a budget below what is reachable is an error; False takes the closest reachable choice instead.
         ranks: {site name: rank}, None for dense, a tuple for one rank in each part; sites that are not named stay
             dense. Excludes all of the above.
@@ -78,6 +79,7 @@ class Allocate(Pass):
     ranks: Mapping[str, Rank] | None = None
     strict: bool = True
     importance: float = 0.0
+    caution: float = 1.0
 
     def __post_init__(self) -> None:
         given = {
@@ -186,7 +188,7 @@ class Allocate(Pass):
         rows = []
         for cluster in clusters:
             own = [member.site for member in cluster.members]
-            width_weights = [(curve.loss / mean) ** self.importance for curve in cluster.curves]
+            width_weights = [self.caution * (curve.loss / mean) ** self.importance for curve in cluster.curves]
             options = cluster.options(
                 [curves[s] for s in own],
                 [weight_of[s] for s in own],

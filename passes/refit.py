@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from balf_fx.cuts import Cut, find_cuts
 from balf_fx.errors import OptionError, PassError
 from balf_fx.linalg import in_parts
-from balf_fx.linear_maps import owns_weight, parameter_users, read_layer, reads_metadata, site_input
+from balf_fx.linear_maps import is_identity, owns_weight, parameter_users, read_layer, reads_metadata, site_input
 from balf_fx.lockstep import Batch, Lockstep
 from balf_fx.observers import SensitivityObserver, by_sample, input_columns, output_columns
 from balf_fx.offload import MEMORY
@@ -246,7 +246,7 @@ class _Solver:
         shape = (groups if len(problem.prior) == 1 else 1, inputs)
         device = problem.toward.device
         shares = [JointSums(shape, (groups, outputs), device, inputs_of) for inputs_of in known]
-        addition = _addition(node)
+        addition = _addition(self.graph_module, node)
         for batch in self.walk.batches():
             original = by_sample(batch.original[node], site)
             positions = math.prod(original.shape[2:]) if site.conv is not None else original.shape[1]
@@ -376,26 +376,35 @@ def _observes(node: fx.Node) -> bool:
     return str(node.target).startswith(f"{OBSERVERS}.")
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read a node's values, observers apart."""
-    return [user for user in node.users if not reads_metadata(user) and not _observes(user)]
+def _readers(graph_module: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The nodes that read a node's values, each with what it reads: the node, or what hands its values on."""
+    found = []
+    for user in node.users:
+        if is_identity(graph_module, user):
+            found += _readers(graph_module, user)
+        elif not reads_metadata(user) and not _observes(user):
+            found.append((user, node))
+    return found
 
 
-def _addition(node: fx.Node) -> fx.Node | None:
+def _addition(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The value to which the node's output is added, where that is all that becomes of it."""
-    readers = _readers(node)
-    if len(readers) != 1 or readers[0].target not in _ADDITIONS or readers[0].kwargs:
+    readers = _readers(graph_module, node)
+    if len(readers) != 1:
         return None
-    others = [source for source in readers[0].all_input_nodes if source is not node]
-    return others[0] if len(others) == 1 and len(readers[0].args) == 2 else None
+    (reader, read), *_ = readers
+    if reader.target not in _ADDITIONS or reader.kwargs or len(reader.args) != 2:
+        return None
+    others = [source for source in reader.all_input_nodes if source is not read]
+    return others[0] if len(others) == 1 else None
 
 
 def _relu_follows(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ReLU is all that reads the output, or its sum with another value."""
-    readers = _readers(node)
-    if _addition(node) is not None:
-        readers = _readers(readers[0])
-    return bool(readers) and all(_is_relu(graph_module, reader) for reader in readers)
+    readers = _readers(graph_module, node)
+    if _addition(graph_module, node) is not None:
+        readers = _readers(graph_module, readers[0][0])
+    return bool(readers) and all(_is_relu(graph_module, reader) for reader, _ in readers)
 
 
 def _is_relu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
