@@ -121,4 +121,6 @@ def test_a_users_loss_is_measured_too():
         return output.square().mean()
 
     balf_fx.compile(model, batches, flops=0.7, effort="balanced", loss=loss, progress=False)
-    assert len(seen) == len(batches) * 4  # gradients, then three allocations
+    runs, rest = divmod(len(seen), len(batches))
+    assert runs > 1  # one for the gradients, and one for each allocation that differs from those before
+    assert rest == 0
