@@ -29,12 +29,12 @@ from balf_fx.passes import (
     Score,
     ScoreWidths,
 )
-from balf_fx.passes.allocate import Method
+from balf_fx.passes.allocate import IMPORTANCE, Method
 from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
-from balf_fx.selection import IMPORTANCE, allocate_faithfully, plan_trial, rewrite
+from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
 from balf_fx.sensitivity import Loss, observe_gradients
 from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from balf_fx.dynamo import is_dynamic
 from balf_fx.errors import OptionError
 from balf_fx.passes import Allocate, Score
-from balf_fx.passes.allocate import Method
+from balf_fx.passes.allocate import IMPORTANCE, Method
 from balf_fx.passes.score import Factors
 from balf_fx.report import Report
 from balf_fx.sites import Rank
@@ -42,8 +42,11 @@ class BackendOptions:
     """What a user can say.
 
     Attributes:
-        flops, params, factors, allocation, energy, centred, split, fold_batchnorm, include, exclude, strict: as in
+        flops, params, allocation, energy, centred, split, fold_batchnorm, include, exclude, strict: as in
             `balf_fx.compile`, where the whole model is all that Dynamo captured.
+        factors: "activations", "sensitivity", which runs every calibration call a second time, with the gradients of
+            what each graph returns, or "svd".
+        seed: of the random probes of sensitivity.
         calibration_steps: how many calls of the model run uncompressed and are observed.
         inner: the backend that compiles the compressed graphs, by name or as a callable.
         mode, inner_options: for the inner backend, as `torch.compile` takes them.
@@ -61,6 +64,7 @@ class BackendOptions:
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     strict: bool = True
+    seed: int = 0
     calibration_steps: int = 16
     inner: str | Compiler = "inductor"
     mode: str | None = None
@@ -74,9 +78,10 @@ class BackendOptions:
             raise OptionError("a plan leaves nothing to a budget: give one of them")
         elif not callable(getattr(self.plan, "pair", None)):
             raise OptionError(f"plan is what balf_fx.backend.plan returns, not {self.plan!r}")
-        if self.factors in ("sensitivity", "air"):
+        if self.factors == "air":
             raise OptionError(
-                f"factors={self.factors!r} needs gradients, which the backend does not run: 'activations'"
+                "factors='air' needs the gradients of weights, which the backend does not gather: 'activations', or "
+                "'sensitivity'"
             )
         steps = self.calibration_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -93,7 +98,9 @@ class BackendOptions:
     def allocate(self) -> Allocate:
         if isinstance(self.allocation, Mapping):
             return Allocate(self.flops, self.params, energy=self.energy, ranks=self.allocation, strict=self.strict)
-        return Allocate(self.flops, self.params, method=self.allocation, energy=self.energy, strict=self.strict)
+        importance = IMPORTANCE if self.factors == "sensitivity" else 0.0
+        budget = (self.flops, self.params, self.allocation, self.energy)
+        return Allocate(*budget, strict=self.strict, importance=importance)
 
     @cached_property
     def compiler(self) -> Compiler:

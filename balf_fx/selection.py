@@ -21,12 +21,12 @@ from balf_fx.batches import Forward, placeholder_values, sample_count, some_samp
 from balf_fx.divergence import answers, divergence
 from balf_fx.errors import CalibrationError, PassError
 from balf_fx.passes import Allocate, Factorize, Narrow, Refit
+from balf_fx.passes.allocate import IMPORTANCE
 from balf_fx.passes.observe import remove_observers
 from balf_fx.sensitivity import Loss
 from balf_fx.sites import graph_record
 
 _LOGGER = logging.getLogger(__name__)
-IMPORTANCE = 0.6
 _IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers do better where much goes, one where little does
 _CAUTIONS = (3.0, 9.0)  # beside 1: a refit mends low ranks better than features that are gone
 _SAMPLES = 128

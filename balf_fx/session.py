@@ -8,120 +8,36 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.convert_frame import compile_lock
 
-from balf_fx.costs import profile
-from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, lift, weight_inputs
+from balf_fx.bindings import Binding, Key, Use, Watch, computing
+from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, weight_inputs
 from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
-from balf_fx.observers import CovarianceObserver, Moments
 from balf_fx.options import BackendOptions, PlanLike
-from balf_fx.passes import Annotate, DecomposeAttention, FoldBatchNorm, FoldConstants, InsertObservers
+from balf_fx.passes import Annotate, FoldBatchNorm, InsertObservers, Score
 from balf_fx.passes.allocate import Totals
 from balf_fx.passes.annotate import check_patterns
 from balf_fx.passes.factorize import factor_modules, replace_site
-from balf_fx.passes.observe import OBSERVERS, remove_observers
 from balf_fx.report import Report, summarise
 from balf_fx.sites import (
-    ConvGeometry,
     GraphRecord,
     Rank,
     RankCurve,
     Reason,
     Refusal,
     Site,
-    annotation,
     get_tensor,
     sites,
 )
 
 _LOGGER = logging.getLogger("balf_fx.backend")
-_version = attrgetter("_version")
-_NORM_TENSORS = ("mean", "variance", "weight", "bias")
-
-
-class Watch:
-    """Tells whether tensors still are what they were, by address and version counter.
-
-    Not seen are writes through `tensor.data` and, in place, to inference tensors: neither counts as a new version.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._names = tuple(tensors)
-        self._tensors = tuple(tensors.values())
-        self._counting = tuple(tensor for tensor in self._tensors if not tensor.is_inference())
-        self._seen = self._now()
-
-    def _now(self) -> tuple[list[int], list[int]]:
-        return list(map(Tensor.data_ptr, self._tensors)), list(map(_version, self._counting))
-
-    def unchanged(self) -> bool:
-        """Whether nothing has written to a tensor or moved it; cheap, since every call asks it."""
-        return self._now() == self._seen
-
-    def changed(self) -> list[str]:
-        """Names of the tensors that are not what they were."""
-        addresses, versions = self._now()
-        moved = {id(t) for t, now, then in zip(self._tensors, addresses, self._seen[0], strict=True) if now != then}
-        written = {id(t) for t, now, then in zip(self._counting, versions, self._seen[1], strict=True) if now != then}
-        named = zip(self._names, self._tensors, strict=True)
-        return [name for name, tensor in named if id(tensor) in moved | written]
-
-
-@dataclass(frozen=True)
-class Key:
-    """What makes two uses of a weight, in whatever graphs, one site: the same tensors, used in the same way.
-
-    Attributes:
-        tensors: ids of weight, bias and the BatchNorms folded into them.
-    """
-
-    tensors: tuple[int, ...]
-    kind: str
-    groups: int
-    conv: ConvGeometry | None
-    inputs_first: bool
-
-
-@dataclass(frozen=True)
-class Use:
-    """A site in one graph, or in all of them together, with what its calls have shown.
-
-    Attributes:
-        graph_module, nodes: of the one graph, or of the first.
-        originals: the user's tensors that factors will stand for, by name.
-        moments: None where nothing was observed.
-        flops, elements: of all calibration calls together.
-    """
-
-    key: Key
-    site: Site
-    graph_module: fx.GraphModule
-    nodes: tuple[fx.Node, ...]
-    originals: Mapping[str, Tensor]
-    moments: Moments | None
-    flops: int
-    elements: int
-
-    def merge(self, other: Use) -> Use:
-        """Both uses of the same weight together."""
-        moments = [use.moments for use in (self, other) if use.moments is not None]
-        keeps_weight = self.site.keeps_weight or other.site.keeps_weight
-        return replace(
-            self,
-            site=replace(self.site, keeps_weight=keeps_weight),
-            moments=moments[0].merge(moments[1]) if len(moments) == 2 else next(iter(moments), None),
-            flops=self.flops + other.flops,
-            elements=self.elements + other.elements,
-        )
 
 
 @dataclass(frozen=True)
@@ -231,111 +147,6 @@ def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, 
     return itemgetter(*positions)
 
 
-class Binding:
-    """A graph together with the weights that it is called with.
-
-    Attributes:
-        graph_module: holds the weights; with observers during calibration, with factors after the switch.
-        originals: the user's tensors, by dotted name.
-        calls: how often it has run in calibration.
-        rewritten: whether factors have been put into the graph.
-        compiled: what runs in its place then.
-        watch: over all parameters during calibration, later over what factors stand for.
-    """
-
-    def __init__(self, region: Region, names: Sequence[str], weights: Sequence[Tensor]) -> None:
-        self.graph_module = lift(
-            region.graph_module,
-            {
-                given.position: (name, weight)
-                for given, name, weight in zip(region.weights, names, weights, strict=True)
-            },
-        )
-        DecomposeAttention(copy_weights=False)(self.graph_module)
-        held = self.graph_module
-        self.originals: dict[str, Tensor] = {**dict(held.named_parameters()), **dict(held.named_buffers())}
-        FoldConstants()(self.graph_module)
-        self.calls = 0
-        self.rewritten = False
-        self.compiled: Callable[..., Any] | None = None
-        self.watch = Watch({name: held for name, held in self.originals.items() if isinstance(held, nn.Parameter)})
-        self._moments: dict[str, Moments] | None = None
-
-    def observe(self, inputs: Sequence[Any]) -> Any:
-        """Run the graph as it is, and take note."""
-        if self.calls:
-            output = self.graph_module(*inputs)
-        else:
-            with compile_lock:  # torch notes in a global that a counter is at work, as it does when Dynamo compiles
-                output = profile(self.graph_module, inputs)
-        self.calls += 1
-        return output
-
-    def settle(self, fold_batchnorm: bool) -> None:
-        """End calibration: take the observers out, and fold BatchNorm."""
-        if self._moments is not None:
-            return
-        self._moments = dict(self._observed())
-        if hasattr(self.graph_module, OBSERVERS):
-            remove_observers(self.graph_module)
-        if fold_batchnorm:
-            FoldBatchNorm()(self.graph_module)
-        self.graph_module.recompile()
-
-    def finish(self, watch: Watch) -> None:
-        """Take in that factors stand in the graph now, for what the watch is over."""
-        self.graph_module.delete_all_unused_submodules()
-        self.graph_module.graph.lint()
-        self.graph_module.recompile()
-        self.watch, self.rewritten, self._moments = watch, True, {}
-
-    def _observed(self) -> Iterator[tuple[str, Moments]]:
-        """What was seen at each site, by the name of its weight."""
-        for site, nodes in sites(self.graph_module).items():
-            path = annotation(nodes[0]).observer
-            observer = None if path is None else self.graph_module.get_submodule(path)
-            if isinstance(observer, CovarianceObserver) and observer.moments is not None:
-                yield site.weight, observer.moments
-
-    @property
-    def flops(self) -> int:
-        """Of one call, on the arguments of the first."""
-        return sum(annotation(node).flops or 0 for node in self.graph_module.graph.nodes)
-
-    @property
-    def refusals(self) -> list[tuple[Refusal, int]]:
-        """What is no site, with the FLOPs of one call."""
-        marks = [annotation(node) for node in self.graph_module.graph.nodes]
-        return [(mark.refusal, mark.flops or 0) for mark in marks if mark.refusal is not None]
-
-    def uses(self) -> list[Use]:
-        """The graph's sites, with what was observed of them."""
-        return [self._use(site, nodes) for site, nodes in sites(self.graph_module).items()]
-
-    def _use(self, site: Site, nodes: list[fx.Node]) -> Use:
-        moments = (self._moments or {}).get(site.weight)
-        tensors = {name: self.originals.get(name) for name in (site.weight, site.bias) if name is not None}
-        for source in nodes[0].all_input_nodes:
-            computed = enumerate(annotation(source).computed_from)
-            tensors |= {f"{site.name} (source {index} of {source.target})": tensor for index, tensor in computed}
-        for norm in annotation(nodes[0]).folded:
-            tensors |= {f"{site.name} (BatchNorm {field})": getattr(norm, field) for field in _NORM_TENSORS}
-            if moments is not None and site.side == "output":
-                scale, shift = (value.reshape(site.groups, -1) for value in norm.affine(torch.float64))
-                moments = moments.affine(scale, shift)
-        marks = [annotation(node) for node in nodes]
-        return Use(
-            key=Key(tuple(map(id, tensors.values())), site.kind, site.groups, site.conv, site.inputs_first),
-            site=site,
-            graph_module=self.graph_module,
-            nodes=tuple(nodes),
-            originals={name: tensor for name, tensor in tensors.items() if tensor is not None},
-            moments=moments,
-            flops=self.calls * sum(mark.flops or 0 for mark in marks),
-            elements=self.calls * sum(math.prod(mark.shape or (0,)) for mark in marks),
-        )
-
-
 class Session:
     """Calibrates, switches once, and keeps the factors, for one call of `torch.compile`."""
 
@@ -351,6 +162,7 @@ class Session:
         self._names: dict[int, str] = {}  # by the weight's id
         self._taken: set[str] = set()
         self._step = 0
+        self._generator = torch.Generator().manual_seed(self.options.seed)
         self._entered: set[tuple[Any, ...]] = set()
         self._failure: BalfError | None = None
         self._plan: PlanLike | None = self.options.plan
@@ -413,11 +225,11 @@ class Session:
                 self._restart(binding.watch.changed())
                 binding = self._binding(region, weights)
             if self._factors is None and self._calibrates(region, binding):
-                return binding.observe(inputs)
+                return binding.observe(inputs, self._generator)
             if self._factors is None:
                 self._switch()
             if not binding.rewritten:
-                with _computing():
+                with computing():
                     self._rewrite(binding)
             if binding.compiled is None:
                 binding.compiled = self.options.compile(binding.graph_module, inputs)
@@ -431,7 +243,9 @@ class Session:
             if module is not None:
                 self._take_names(module)
             names = [self._name(given.name, weight) for given, weight in zip(region.weights, weights, strict=True)]
-            binding = Binding(region, names, weights)
+            sensitive = self._factors is None and self.options.factors == "sensitivity"
+            gradients = self._prepare_gradients if sensitive else None
+            binding = Binding(region.graph_module, region.weights, names, weights, gradients)
             self._annotate(binding.graph_module)
             if self._factors is None and self.options.factors == "activations" and sites(binding.graph_module):
                 InsertObservers(skip_non_finite=True)(binding.graph_module)
@@ -463,10 +277,19 @@ class Session:
         )
         Annotate(None if self.options.include is None else include, exclude)(graph_module)
 
+    def _prepare_gradients(self, graph_module: fx.GraphModule) -> None:
+        """Bring a copy of a graph into the form that is scored, and put observers into it."""
+        if self.options.fold_batchnorm:
+            FoldBatchNorm()(graph_module)
+        self._annotate(graph_module)
+        if sites(graph_module):
+            InsertObservers(sensitivity=True, skip_non_finite=True)(graph_module)
+
     def _restart(self, changed: Sequence[str]) -> None:
         """Forget what was observed."""
         _LOGGER.warning("%s changed: calibration starts again", ", ".join(changed))
         self._step, self._entered = 0, set()
+        self._generator.manual_seed(self.options.seed)
         for region in self._regions:
             region.bindings.clear()
 
@@ -485,7 +308,7 @@ class Session:
 
     def _switch(self) -> None:
         try:
-            with _computing():
+            with computing():
                 self._solve([binding for binding in self._bindings() if binding.calls])
         except BalfError as error:
             self._failure = error  # later calls would only find the same
@@ -499,16 +322,11 @@ class Session:
             binding.settle(options.fold_batchnorm)
             self._annotate(binding.graph_module)
         refusals = [(refusal, flops, b.calls) for b in bindings for refusal, flops in b.refusals]
-        layers = _merge([use for binding in bindings for use in binding.uses()], options.factors == "activations")
+        layers = _merge([use for binding in bindings for use in binding.uses()], options.factors != "svd")
         self._check_sites([use.site for use in layers.values()], [refusal for refusal, *_ in refusals])
         # 2. Score every rank of every site, at what it costs in one call of the model.
         repeats = math.gcd(*(binding.calls for binding in bindings))
-        curves = {
-            use.site: options.score.score(
-                use.graph_module, use.site, use.moments, use.flops // repeats, use.elements // repeats
-            )
-            for use in layers.values()
-        }
+        curves = {use.site: _score(options.score, use, repeats) for use in layers.values()}
         # 3. Solve the budget.
         totals = Totals(
             flops=sum(binding.calls * binding.flops for binding in bindings) // repeats,
@@ -604,13 +422,6 @@ def _release(session: weakref.ref[Session]) -> None:
         found.release()
 
 
-@contextmanager
-def _computing() -> Iterator[None]:
-    """Ordinary tensors, whatever mode the model was called in."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
 def _merge(uses: Sequence[Use], observed: bool) -> dict[Key, Use]:
     """One use for each site, with the statistics and costs of all; without those that no finite value has reached."""
     merged: dict[Key, Use] = {}
@@ -619,9 +430,9 @@ def _merge(uses: Sequence[Use], observed: bool) -> dict[Key, Use]:
         merged[use.key] = use if other is None else other.merge(use)
     if observed:
         for use in merged.values():
-            if use.moments is None:
+            if use.seen is None:
                 _LOGGER.warning("site %s stays dense: no finite value has reached it", use.site.name)
-        merged = {key: use for key, use in merged.items() if use.moments is not None}
+        merged = {key: use for key, use in merged.items() if use.seen is not None}
     names: set[str] = set()
     for key, use in merged.items():
         numbered = (f"{use.site.name}_{number}" for number in range(1, len(names) + 1))
@@ -637,6 +448,15 @@ def _count_by_name(graphs: Iterable[Mapping[str, Tensor]]) -> int:
         name: tensor.numel() for held in graphs for name, tensor in held.items() if isinstance(tensor, nn.Parameter)
     }
     return sum(sizes.values())
+
+
+def _score(score: Score, use: Use, repeats: int) -> RankCurve:
+    """The curve of a site, at what it costs in one call of the model."""
+    costs = use.flops // repeats, use.elements // repeats
+    if use.seen is None or use.seen.sample is None:
+        return score.score(use.graph_module, use.site, None if use.seen is None else use.seen.moments, *costs)
+    sample, halves = use.seen.sample, use.seen.halves
+    return score.score(use.graph_module, use.site, sample.moments, *costs, sample.gradients, halves=halves)
 
 
 def _factors(use: Use, curve: RankCurve, rank: Rank) -> Factors:

@@ -33,6 +33,8 @@ from balf_fx.sites import (
 )
 
 Method = Literal["budget", "uniform", "energy"]
+IMPORTANCE = 0.6
+"""`Allocate.importance` where gradients are known and nothing is measured."""
 
 
 @dataclass(frozen=True)

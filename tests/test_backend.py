@@ -170,6 +170,80 @@ def test_the_same_ranks_and_outputs_as_compile_for_a_transformer(tokens):
     assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(offline))
 
 
+def offline_sensitivity(model, batches, fold_batchnorm=True):
+    """What compile makes without widths, measurements and a refit."""
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity", widths=False, fold_batchnorm=fold_batchnorm)
+    balf_fx.calibrate(prepared, batches, progress=False)
+    return balf_fx.convert(prepared, flops=0.5, progress=False)
+
+
+@pytest.mark.parametrize("fold_batchnorm", [True, False])
+def test_sensitivity_is_that_of_compile_for_a_conv_net(conv_net, images, fold_batchnorm):
+    before = {name: (value, value.clone()) for name, value in conv_net.state_dict(keep_vars=True).items()}
+    needed = [parameter.requires_grad for parameter in conv_net.parameters()]
+    offline = offline_sensitivity(conv_net, images[:STEPS], fold_batchnorm)
+    small = compiled(conv_net, factors="sensitivity", fold_batchnorm=fold_batchnorm)
+    with torch.no_grad():
+        for batch in images[:STEPS]:
+            assert torch.equal(small(batch), conv_net(batch))
+        torch.testing.assert_close(small(images[3]), offline(images[3]))
+    assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(offline))
+    plain = ranks(balf_fx.report(balf_fx.compile(conv_net, images[:STEPS], flops=0.5, effort="fast", progress=False)))
+    assert ranks(balf_fx.report(small)) != plain
+    assert [parameter.requires_grad for parameter in conv_net.parameters()] == needed
+    assert all(value is conv_net.state_dict(keep_vars=True)[name] for name, (value, _) in before.items())
+    assert all(torch.equal(value, earlier) for value, earlier in before.values())
+    assert all(parameter.grad is None for parameter in conv_net.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_sensitivity_is_that_of_compile_for_a_transformer(tokens, mode):
+    model = Transformer().eval()
+    offline = offline_sensitivity(model, tokens[:STEPS])
+    small = compiled(model, factors="sensitivity")
+    with mode():
+        for batch in tokens[:STEPS]:
+            small(batch)
+        torch.testing.assert_close(small(tokens[3]), offline(tokens[3]))
+    assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(offline))
+
+
+def test_sensitivity_across_graph_breaks(tokens):
+    model = Broken().eval()
+    small = calibrated(model, tokens, factors="sensitivity")
+    with torch.no_grad():
+        error = (small(tokens[3]) - model(tokens[3])).square().sum()
+    assert balf_fx.report(small).flops_kept <= 0.5
+    assert 0 < error < model(tokens[3]).square().sum()
+
+
+def test_without_gradients_sensitivity_is_the_plain_output_error(tokens, caplog):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 32)
+
+        def forward(self, x):
+            return self.second(self.first(x).relu()).detach().sign()
+
+    model = Detached().eval()
+    small, plain = (calibrated(model, tokens, factors=factors) for factors in ("sensitivity", "activations"))
+    with torch.no_grad():
+        torch.testing.assert_close(small(tokens[3]), plain(tokens[3]))
+    assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(plain))
+
+
+def test_sensitivity_restarts_with_the_weights(conv_net, images):
+    small = compiled(conv_net, factors="sensitivity")
+    with torch.no_grad():
+        small(images[3])
+        next(conv_net.parameters()).mul_(2)
+        for batch in images[:STEPS]:
+            assert torch.equal(small(batch), conv_net(batch))
+        offline = offline_sensitivity(conv_net, images[:STEPS])
+        torch.testing.assert_close(small(images[3]), offline(images[3]))
+
+
 def computed(model: nn.Module) -> nn.Module:
     """Computes the weights of its layers anew in every call."""
     return nn.Sequential(*(parametrizations.weight_norm(layer) for layer in model)).eval()
@@ -694,8 +768,7 @@ def test_gradients_through_inductor(tokens):
         ({"flops": 0.5, "inner": "nonsense"}, "nonsense"),
         ({"flops": 0.5, "mode": "reduce-overhead", "inner_options": {}}, "one of them"),
         ({"flops": 0.5, "factors": "magic"}, "factors"),
-        ({"flops": 0.5, "factors": "sensitivity"}, "needs gradients"),
-        ({"flops": 0.5, "factors": "air"}, "needs gradients"),
+        ({"flops": 0.5, "factors": "air"}, "needs the gradients of weights"),
         ({"plan": 3}, "plan is"),
     ],
 )
@@ -778,7 +851,8 @@ def test_an_inner_backend_that_fails_may_succeed_the_next_time(conv_net, images)
         torch.testing.assert_close(small(images[0]), offline(images[0]))
 
 
-def test_side_effects_and_randomness_happen_once_per_call():
+@pytest.mark.parametrize("factors", ["activations", "sensitivity"])
+def test_side_effects_and_randomness_happen_once_per_call(factors):
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
@@ -792,7 +866,7 @@ def test_side_effects_and_randomness_happen_once_per_call():
 
     model = Counting().eval()
     twin = copy.deepcopy(model)
-    small = compiled(model, inner="aot_eager")
+    small = compiled(model, inner="aot_eager", factors=factors)
     with torch.no_grad():
         for call in range(STEPS + 2):
             given, expected = torch.ones(8, 32), torch.ones(8, 32)
