@@ -6,9 +6,9 @@ upstream is corrected as far as x' tells of it. Or it keeps the right factor B a
 cheaper and much less.
 
 Three things make the target more than y. Where the layer's output is added to another value, the target takes in that
-value's error, too: so residual streams are mended at every block. Where ReLU follows, an error below zero is none: the
-target is moved there to what the first solution puts out, and the layer solved again. And positions count by the
-gradients that the loss has there.
+value's error, too: so residual streams are mended at every block. Where ReLU or ReLU6 follows, an error below zero, or
+above six, is none: the target is moved there to what the first solution puts out, and the layer solved again. And
+positions count by the gradients that the loss has there.
 
 How far to trust the regression is decided on a held-out quarter of each batch: the ridge that has the least error
 there is taken, or the layer as it was if that is better.
@@ -32,7 +32,15 @@ from torch.nn import functional as F
 from balf_fx.cuts import Cut, find_cuts
 from balf_fx.errors import OptionError, PassError
 from balf_fx.linalg import in_parts
-from balf_fx.linear_maps import is_identity, owns_weight, parameter_users, read_layer, reads_metadata, site_input
+from balf_fx.linear_maps import (
+    is_identity,
+    operation,
+    owns_weight,
+    parameter_users,
+    read_layer,
+    reads_metadata,
+    site_input,
+)
 from balf_fx.lockstep import Batch, Lockstep
 from balf_fx.observers import SensitivityObserver, by_sample, input_columns, output_columns
 from balf_fx.offload import MEMORY
@@ -56,7 +64,6 @@ _ADDITIONS = (
     "add",
     "add_",
 )
-_RELUS = (F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
 _HELD_OUT = 0.25
 _CHUNK_ELEMENTS = 1 << 19  # a chunk's columns stay in the cache
 _CHUNK_POSITIONS = 2048  # but so many that adding up products costs little beside taking them
@@ -108,6 +115,14 @@ class _Problem:
     prior: tuple[Solution, ...]
     spectra: tuple[Spectrum | None, ...]
     offset: Callable[[Batch, slice], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """A first solution of a layer whose output is seen between limits only."""
+
+    solution: tuple[Solution, ...]
+    limits: tuple[float, float]
 
 
 class _Solver:
@@ -223,8 +238,10 @@ class _Solver:
         biased = any(part.left is not None or part.bias is not None for part in problem.prior)
         train, held_out = self._sums(node, site, problem)
         solution = _best(train, held_out, problem, biased)
-        if _relu_follows(self.graph_module, node):
-            train, held_out = self._sums(node, site, problem, solution, (train.inputs, held_out.inputs))
+        limits = _limits(self.graph_module, node)
+        if limits is not None:
+            known = (train.inputs, held_out.inputs)
+            train, held_out = self._sums(node, site, problem, _Earlier(solution, limits), known)
             solution = _best(train, held_out, problem, biased)
         return solution
 
@@ -233,13 +250,13 @@ class _Solver:
         node: fx.Node,
         site: Site,
         problem: _Problem,
-        solution: tuple[Solution, ...] | None = None,
+        earlier: _Earlier | None = None,
         known: tuple[Inputs, Inputs] | tuple[None, None] = (None, None),
     ) -> tuple[Joint, Joint]:
         """What the regression needs to know of the training share and of the held-out share of all batches.
 
         Args:
-            solution: where ReLU follows, decides what an error below zero is.
+            earlier: where not all of the output is seen, decides what an error is where it is not.
             known: the sums over the inputs, where these have been taken.
         """
         groups, outputs, inputs = problem.toward.shape
@@ -257,13 +274,14 @@ class _Solver:
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
                 wanted, other = _target(batch, node, addition, site, own)
                 beside = None if problem.offset is None else problem.offset(batch, own)
-                if solution is None:
+                if earlier is None:
                     y = problem.outputs(wanted if other is None else wanted - other)
                 else:
                     if other is not None:
                         beside = problem.outputs(other) if beside is None else beside + problem.outputs(other)
-                    predicted = apply(solution, x)
-                    y = _below_zero(problem.outputs(wanted), predicted if beside is None else predicted + beside)
+                    predicted = apply(earlier.solution, x)
+                    predicted = predicted if beside is None else predicted + beside
+                    y = _seen(problem.outputs(wanted), predicted, earlier.limits)
                 y = y if beside is None else y - beside
                 shares[share].add(x, y.to(x.dtype), None if weights is None else weights[: y.shape[-1]].to(x.dtype))
         return shares[0].joint(), shares[1].joint()
@@ -315,11 +333,14 @@ def _target(
     return target + by_sample(other, site)[own], by_sample(batch.current(addition), site)[own]
 
 
-def _below_zero(target: Tensor, predicted: Tensor) -> Tensor:
-    """The target where it is above zero; elsewhere what was predicted, but no more than zero."""
-    return torch.maximum(
-        F.threshold(target, 0.0, -math.inf), predicted.clamp_max(0)
-    )  # several times as fast as where()
+def _seen(target: Tensor, predicted: Tensor, limits: tuple[float, float]) -> Tensor:
+    """The target where it is within limits; elsewhere what was predicted, but no nearer than the limit."""
+    low, high = limits
+    # several times as fast as where()
+    seen = torch.maximum(F.threshold(target, low, -math.inf), predicted.clamp_max(low))
+    if high == math.inf:
+        return seen
+    return -torch.maximum(F.threshold(-seen, -high, -math.inf), (-predicted).clamp_max(-high))
 
 
 def _chunks(samples: int, positions: int, features: int) -> Iterator[tuple[int, slice]]:
@@ -399,15 +420,25 @@ def _addition(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return others[0] if len(others) == 1 else None
 
 
-def _relu_follows(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether ReLU is all that reads the output, or its sum with another value."""
+def _limits(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
+    """Between what limits the output, or its sum with another value, is seen by all that reads it."""
     readers = _readers(graph_module, node)
     if _addition(graph_module, node) is not None:
         readers = _readers(graph_module, readers[0][0])
-    return bool(readers) and all(_is_relu(graph_module, reader) for reader, _ in readers)
+    found = {_clips(graph_module, reader) for reader, _ in readers}
+    return found.pop() if len(found) == 1 else None
 
 
-def _is_relu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _clips(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
+    """The limits of ReLU and its like."""
     if node.op == "call_module":
-        return type(graph_module.get_submodule(str(node.target))) is nn.ReLU
-    return node.target in _RELUS
+        module = graph_module.get_submodule(str(node.target))
+        if type(module) in (nn.Hardtanh, nn.ReLU6):
+            return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
+        return (0.0, math.inf) if type(module) is nn.ReLU else None
+    name = operation(node)
+    if name == "hardtanh":
+        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
+        high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max_val", 1.0)
+        return (float(low), float(high)) if isinstance(low, int | float) and isinstance(high, int | float) else None
+    return {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(name)
