@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from balf_fx.costs import rank_flops, rank_params, use
-from balf_fx.heads import is_attention
+from balf_fx.heads import has_level_heads, is_attention
 from balf_fx.linear_maps import read_layer
 from balf_fx.sites import Candidate, Measure, RankCurve, Site, annotation, get_tensor, graph_record
 from balf_fx.widths import Width, WidthCurve, joint_widths
@@ -32,15 +32,20 @@ class Share:
 
     Attributes:
         shrinks: for each width by its index in the cluster, the share of the cost that goes with it.
+        level: the cost goes with the width that keeps most, since what the others lose is padded (`Narrow`).
     """
 
     flops: int
     params: int
     shrinks: tuple[tuple[int, float], ...]
+    level: bool = False
 
     def cost(self, kept: Sequence[float]) -> tuple[int, int]:
         """FLOPs and parameters, for the share of features that each width keeps."""
         factor = 1.0 - sum(share * (1.0 - kept[index]) for index, share in self.shrinks)
+        if self.level:
+            whole = math.isclose(sum(share for _, share in self.shrinks), 1.0)
+            factor = max(kept[index] for index, _ in self.shrinks) if whole else 1.0
         return round(self.flops * factor), round(self.params * factor)
 
 
@@ -227,7 +232,8 @@ def _cluster(
             share = 0.5 if is_attention(nodes[width.product]) else 1.0
             products.setdefault(width.product, []).append((index, share))
         shares += [_between(graph_module, nodes[name], index) for name in width.between]
-    shares += [Share(annotation(nodes[name]).flops or 0, 0, tuple(shrinks)) for name, shrinks in products.items()]
+    for name, parts in products.items():
+        shares.append(Share(annotation(nodes[name]).flops or 0, 0, tuple(parts), has_level_heads(nodes[name])))
     members = []
     for name in dict.fromkeys((*written, *read)):
         node = nodes[name]

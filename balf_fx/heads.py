@@ -50,6 +50,14 @@ def is_attention(product: fx.Node) -> bool:
     return product.target in _ATTENTIONS
 
 
+def has_level_heads(product: fx.Node) -> bool:
+    """Whether queries and values are of one size in attention that is one node: only then its kernels are fast."""
+    if not is_attention(product) or len(product.args) < 3:
+        return False
+    shapes = [annotation(source).shape for source in (product.args[0], product.args[2]) if isinstance(source, fx.Node)]
+    return len({shape[-1] if shape else None for shape in shapes} - {None}) == 1
+
+
 def find_heads(graph_module: fx.GraphModule) -> Iterator[Width]:
     """The widths of kinds "queries" and "values" in an annotated and profiled graph.
 

@@ -262,10 +262,11 @@ class _Elimination:
 
 
 def joint_widths(widths: Sequence[Width]) -> list[list[int]]:
-    """Indices of widths that share layers, directly or through others."""
+    """Indices of widths that share layers or a product, directly or through others."""
+    touched = [{*width.layers, width.product} - {""} for width in widths]
     groups: list[list[int]] = []
-    for index, width in enumerate(widths):
-        joined = [group for group in groups if any(set(width.layers) & set(widths[i].layers) for i in group)]
+    for index, own in enumerate(touched):
+        joined = [group for group in groups if any(own & touched[i] for i in group)]
         groups = [group for group in groups if group not in joined]
         groups.append(sorted([index, *(i for group in joined for i in group)]))
     return groups

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn import functional as F
 
 from balf_fx.cuts import Cut, find_cuts
-from balf_fx.heads import is_attention
+from balf_fx.heads import has_level_heads, is_attention
 from balf_fx.passes.base import Pass
 from balf_fx.sites import META_KEY, VALUE_META, get_tensor, graph_record
 from balf_fx.widths import Operand, Width
@@ -35,16 +36,24 @@ class Narrow(Pass):
             for name in width.between:
                 if nodes[name].op == "get_attr" and name in cuts:
                     _slice_constant(graph_module, nodes[name], width.features, cuts[name])
+        chosen = {} if record.allocation is None else record.allocation.sizes
+        narrowed = [
+            (width, chosen[index])
+            for index, width in enumerate(record.widths)
+            if width.product and chosen.get(index, width.features) < width.features
+        ]
+        level = [name for name in {width.product: None for width, _ in narrowed} if has_level_heads(nodes[name])]
         attentions = [
             w for w in record.widths if w.product and any(cuts.get(name, Cut()).written for name in w.producers)
         ]
         for name in dict.fromkeys(name for width in attentions for name in width.producers):
             _rewire_producer(graph_module, nodes, name, attentions, cuts[name])
-        for index, width in enumerate(record.widths):
-            allocation = record.allocation
-            size = width.features if allocation is None else allocation.sizes.get(index, width.features)
-            if width.product and size < width.features:
-                _rewire_product(graph_module, nodes, width)
+        for width, _ in narrowed:
+            _rewire_product(graph_module, nodes, width)
+        for name in level:
+            sizes = {width.kind: size for width, size in narrowed if width.product == name}
+            full = next(width.features for width, _ in narrowed if width.product == name)
+            _level(graph_module.graph, nodes[name], sizes.get("queries", full), sizes.get("values", full))
         return PassResult(graph_module, bool(cuts))
 
 
@@ -122,3 +131,17 @@ def _rewire_product(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], 
     for node in (view, flat):
         node.meta = {k: v for k, v in product.meta.items() if k not in (META_KEY, *VALUE_META)}
     _replace_argument(reader, 0, flat)
+
+
+def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None:
+    """Pad what has become smaller with zeros, since attention is slow where queries and values differ in size."""
+    with graph.inserting_before(product):
+        for position in (0, 1) if queries < values else (2,) if values < queries else ():
+            padded = graph.call_function(F.pad, (product.args[position], (0, abs(values - queries))))
+            product.update_arg(position, padded)
+    if values < queries:
+        index: Any = (..., slice(None, values))
+        with graph.inserting_after(product):
+            kept = graph.call_function(operator.getitem, (product, index))
+        kept.meta = {k: v for k, v in product.meta.items() if k not in (META_KEY, *VALUE_META)}
+        product.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -100,11 +101,14 @@ def test_clusters_are_the_joint_widths():
     ]
     attention = next(cluster for cluster in found if len(cluster.widths) == 2)
     assert {member.site.name: member.mixed for member in attention.members} == {"qkv": True, "proj": False}
-    (share,) = attention.shares  # the product: half of it follows queries, half values
+    (share,) = attention.shares  # the product: what is smaller is padded
     assert sorted(part for _, part in share.shrinks) == [0.5, 0.5]
     assert share.cost([1.0, 1.0]) == (share.flops, 0)
     assert share.cost([0.5, 0.5]) == (share.flops // 2, 0)
-    assert share.cost([0.5, 1.0]) == (share.flops * 3 // 4, 0)
+    assert share.cost([0.5, 1.0]) == share.cost([1.0, 0.5]) == (share.flops, 0)
+    assert share.cost([0.5, 0.75]) == (share.flops * 3 // 4, 0)
+    apart = dataclasses.replace(share, level=False)
+    assert apart.cost([0.5, 1.0]) == (share.flops * 3 // 4, 0)
 
 
 def test_mixed_layers_have_no_ranks_of_their_own_once_narrowed():

@@ -17,6 +17,7 @@ from architectures import (
     scored,
 )
 from torch import nn
+from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.capture import capture
@@ -350,3 +351,24 @@ def test_widths_need_sites():
     model, batches = make("mlp")
     with pytest.raises(PassError):
         FindWidths()(capture(model, batches[0]))
+
+
+@pytest.mark.parametrize(("queries", "values"), [(6, 10), (10, 6), (8, 8), (12, 8), (8, 12)])
+@pytest.mark.parametrize("name", ["fused", "multihead"])
+def test_fused_attention_keeps_queries_and_values_of_one_size(name, queries, values):
+    model, batches = make(name)
+    prepared = scored(model, batches)
+    sizes = {"queries": queries, "values": values}
+    widths = graph_record(prepared).widths
+    narrow = rewritten(prepared, {i: sizes[width.kind] for i, width in enumerate(widths) if width.product})
+    seen = []
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is F.scaled_dot_product_attention:
+                seen.append([value.shape[-1] for value in args[:3]])
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Spy():
+        narrow(batches[0])
+    assert seen == [[max(queries, values)] * 3]
