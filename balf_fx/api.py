@@ -29,7 +29,7 @@ from balf_fx.passes import (
     Score,
     ScoreWidths,
 )
-from balf_fx.passes.allocate import IMPORTANCE, Method
+from balf_fx.passes.allocate import Method, allocate_for
 from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
@@ -286,11 +286,8 @@ def _convert_passes(
     progress: bool,
 ) -> tuple[Score, Allocate]:
     """The passes that these options mean; checks them before any work is done."""
-    if isinstance(allocation, Mapping):
-        allocate = Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
-    else:
-        importance = IMPORTANCE if factors == "sensitivity" else 0.0
-        allocate = Allocate(flops, params, method=allocation, energy=energy, strict=strict, importance=importance)
+    sensitive = factors == "sensitivity"
+    allocate = allocate_for(allocation, flops=flops, params=params, energy=energy, strict=strict, sensitive=sensitive)
     return Score(factors, centred, split, progress=progress), allocate
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from balf_fx.dynamo import is_dynamic
 from balf_fx.errors import OptionError
 from balf_fx.passes import Allocate, Score
-from balf_fx.passes.allocate import IMPORTANCE, Method
+from balf_fx.passes.allocate import Method, allocate_for
 from balf_fx.passes.score import Factors
 from balf_fx.report import Report
 from balf_fx.sites import Rank
@@ -96,11 +96,14 @@ class BackendOptions:
 
     @cached_property
     def allocate(self) -> Allocate:
-        if isinstance(self.allocation, Mapping):
-            return Allocate(self.flops, self.params, energy=self.energy, ranks=self.allocation, strict=self.strict)
-        importance = IMPORTANCE if self.factors == "sensitivity" else 0.0
-        budget = (self.flops, self.params, self.allocation, self.energy)
-        return Allocate(*budget, strict=self.strict, importance=importance)
+        return allocate_for(
+            self.allocation,
+            flops=self.flops,
+            params=self.params,
+            energy=self.energy,
+            strict=self.strict,
+            sensitive=self.factors == "sensitivity",
+        )
 
     @cached_property
     def compiler(self) -> Compiler:

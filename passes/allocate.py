@@ -257,6 +257,26 @@ class Allocate(Pass):
         return [row[index] for row, index in zip(options, choice, strict=True)]
 
 
+def allocate_for(
+    allocation: Method | Mapping[str, Rank],
+    *,
+    flops: float | None,
+    params: float | None,
+    energy: float | None,
+    strict: bool,
+    sensitive: bool,
+) -> Allocate:
+    """The pass that a user's options mean; arguments as in `balf_fx.compile`.
+
+    Args:
+        sensitive: whether gradients are known.
+    """
+    if isinstance(allocation, Mapping):
+        return Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
+    importance = IMPORTANCE if sensitive else 0.0
+    return Allocate(flops, params, method=allocation, energy=energy, strict=strict, importance=importance)
+
+
 @dataclass(frozen=True)
 class _Row:
     """Sites and widths that are chosen together.

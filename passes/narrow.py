@@ -129,8 +129,13 @@ def _rewire_product(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], 
     with graph.inserting_after(view):
         flat = graph.call_method("flatten", (view, -2))
     for node in (view, flat):
-        node.meta = {k: v for k, v in product.meta.items() if k not in (META_KEY, *VALUE_META)}
+        node.meta = _carried_meta(product)
     _replace_argument(reader, 0, flat)
+
+
+def _carried_meta(node: fx.Node) -> dict[str, Any]:
+    """What a new node that returns another value takes over."""
+    return {key: value for key, value in node.meta.items() if key not in (META_KEY, *VALUE_META)}
 
 
 def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None:
@@ -143,5 +148,5 @@ def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None
         index: Any = (..., slice(None, values))
         with graph.inserting_after(product):
             kept = graph.call_function(operator.getitem, (product, index))
-        kept.meta = {k: v for k, v in product.meta.items() if k not in (META_KEY, *VALUE_META)}
+        kept.meta = _carried_meta(product)
         product.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
