@@ -73,13 +73,14 @@ class Lockstep:
         memory: bytes of values that may be in memory, apart from those of the batch that is being run.
 
     Attributes:
+        inputs: as above.
         moved: the nodes whose values differ between the models.
     """
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Mapping[str, Any]], memory: int = MEMORY) -> None:
         self.graph_module = graph_module
         self.moved: set[fx.Node] = set()
-        self._inputs = inputs
+        self.inputs = inputs
         self._memory = memory
         self._interpreter = fx.Interpreter(graph_module)
         self._batches: list[Batch] = []
@@ -96,7 +97,7 @@ class Lockstep:
         last_reads = _last_reads(nodes)
         with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
             pinned = self._pinned()
-            self._batches = [Batch(values, Shelf(Path(folder), pinned)) for values in self._inputs]
+            self._batches = [Batch(values, Shelf(Path(folder), pinned)) for values in self.inputs]
             self._nbytes = [0] * len(self._batches)
             for node in nodes:
                 self._separate(node)
@@ -132,7 +133,7 @@ class Lockstep:
 
     def _pinned(self) -> set[int]:
         """The storages that stay in memory in any case: the caller's and the model's."""
-        tensors = [leaf for leaf in pytree.tree_leaves(list(map(dict, self._inputs))) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves(list(map(dict, self.inputs))) if isinstance(leaf, Tensor)]
         tensors += [*self.graph_module.parameters(), *self.graph_module.buffers()]
         return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
 

@@ -322,11 +322,11 @@ def output_columns(value: Tensor, site: Site) -> Tensor:
     return batched.reshape(len(batched), site.groups, site.out_features, -1).movedim(0, 2).flatten(2)
 
 
-def input_columns(value: Tensor, site: Site) -> Tensor:
-    """A site's input as [G, D, n], positions in the order of the output's."""
+def input_columns(value: Tensor, site: Site, pixels: tuple[slice, ...] = ()) -> Tensor:
+    """A site's input as [G, D, n], positions in the order of the output's; of a convolution, of some pixels."""
     if site.conv is None:
         return value.reshape(-1, site.in_features).mT.unsqueeze(0)
-    return input_patches(_batched(value, site.conv), site.conv, site.groups)
+    return input_patches(_batched(value, site.conv), site.conv, site.groups, pixels)
 
 
 def _batched(value: Tensor, conv: ConvGeometry) -> Tensor:
@@ -394,11 +394,12 @@ def _position_chunks(value: Tensor, site: Site, side: Side) -> Iterator[Tensor]:
         yield output_columns(piece, site) if output else input_columns(piece, site)
 
 
-def input_patches(value: Tensor, conv: ConvGeometry, groups: int) -> Tensor:
+def input_patches(value: Tensor, conv: ConvGeometry, groups: int, pixels: tuple[slice, ...] = ()) -> Tensor:
     """im2col for any number of spatial dimensions.
 
     Args:
         value: [B, C_in, *size].
+        pixels: which of the output's, along each axis; empty for all.
     Returns:
         [G, D, n]: the patch under the kernel at each of the n output positions, D ordered as in the weight.
     """
@@ -408,6 +409,7 @@ def input_patches(value: Tensor, conv: ConvGeometry, groups: int) -> Tensor:
         value = F.pad(value, [amount for pair in reversed(conv.padding) for amount in pair], mode=mode)
     for axis, (kernel, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         value = value.unfold(2 + axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+    value = value[(slice(None), slice(None), *pixels)]
     grouped = value.reshape(len(value), groups, -1, *value.shape[2:])  # [B, G, C_in / G, *out, *kernel]
     kernel_axes = range(3 + spatial, 3 + 2 * spatial)
     patches = grouped.permute(1, 2, *kernel_axes, 0, *range(3, 3 + spatial))

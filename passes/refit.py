@@ -11,7 +11,8 @@ above six, is none: the target is moved there to what the first solution puts ou
 positions count by the gradients that the loss has there.
 
 How far to trust the regression is decided on a held-out quarter of each batch: the ridge that has the least error
-there is taken, or the layer as it was if that is better.
+there is taken, or the layer as it was if that is better. Of a convolution's output every pixel counts only until there
+are some hundred positions for each unknown: beyond these a grid of pixels is read, another one in every chunk.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ _ADDITIONS = (
     "add_",
 )
 _HELD_OUT = 0.25
+_ENOUGH = 600  # positions per column; beyond these, a convolution's pixels tell little that their neighbours do not
+_FEWEST = 32  # columns that are reckoned with at least
 _CHUNK_ELEMENTS = 1 << 19  # a chunk's columns stay in the cache
 _CHUNK_POSITIONS = 2048  # but so many that adding up products costs little beside taking them
 
@@ -97,24 +100,41 @@ class Refit(Pass):
 
 
 @dataclass(frozen=True)
+class _Window:
+    """Which positions of a batch are looked at.
+
+    Attributes:
+        samples: of these.
+        pixels: along each axis of a convolution's output; empty for all positions.
+    """
+
+    samples: slice
+    pixels: tuple[slice, ...] = ()
+
+    def of(self, value: Tensor) -> Tensor:
+        """These positions of a value like the layer's output, samples first."""
+        return value[(self.samples, slice(None), *self.pixels)] if self.pixels else value[self.samples]
+
+
+@dataclass(frozen=True)
 class _Problem:
     """What is to be solved at a layer: its outputs from columns, which are its input or something made of it.
 
     Attributes:
-        columns: of a batch's samples, [G, D, n].
-        outputs: cuts values like the layer's output, of some samples, into [G, O, n].
+        columns: of a window of a batch, [G, D, n].
+        outputs: cuts windows of values like the layer's output into [G, O, n].
         toward: [G, O, D], the map that the ridge draws to.
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
         offset: [G, O, n], what the layer puts out beside what is solved for.
     """
 
-    columns: Callable[[Batch, slice], Tensor]
+    columns: Callable[[Batch, _Window], Tensor]
     outputs: Callable[[Tensor], Tensor]
     toward: Tensor
     prior: tuple[Solution, ...]
     spectra: tuple[Spectrum | None, ...]
-    offset: Callable[[Batch, slice], Tensor] | None = None
+    offset: Callable[[Batch, _Window], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,14 +224,14 @@ class _Solver:
         width = part.right.shape[1]
         inner = dataclasses.replace(site, out_features=width)
 
-        def columns(batch: Batch, samples: slice) -> Tensor:
-            return output_columns(by_sample(batch.compressed[node][index], site)[samples], inner)
+        def columns(batch: Batch, window: _Window) -> Tensor:
+            return output_columns(window.of(by_sample(batch.compressed[node][index], site)), inner)
 
         def outputs(value: Tensor) -> Tensor:
             return _in_parts(output_columns(value, site), len(prior))[own]
 
-        def no_columns(batch: Batch, samples: slice) -> Tensor:
-            value = by_sample(batch.compressed[node][index], site)[samples]
+        def no_columns(batch: Batch, window: _Window) -> Tensor:
+            value = window.of(by_sample(batch.compressed[node][index], site))
             return value.new_empty(site.groups, 0, value.numel() // (site.groups * width))
 
         if part.left is not None:
@@ -264,12 +284,16 @@ class _Solver:
         device = problem.toward.device
         shares = [JointSums(shape, (groups, outputs), device, inputs_of) for inputs_of in known]
         addition = _addition(self.graph_module, node)
+        turn = 0  # windows take turns, so that between them they see all pixels
         for batch in self.walk.batches():
             original = by_sample(batch.original[node], site)
-            positions = math.prod(original.shape[2:]) if site.conv is not None else original.shape[1]
-            chunks = list(_chunks(len(original), positions, max(inputs, outputs)))
-            weights = self._weights(node, positions, max((own.stop - own.start for _, own in chunks), default=0))
-            for share, own in chunks:
+            sizes = tuple(original.shape[2:] if site.conv is not None else original.shape[1:2])
+            step = _step(len(self.walk.inputs) * len(original), sizes, inputs) if site.conv is not None else 1
+            positions = math.prod(-(-size // step) for size in sizes)
+            weights = self._weights(node, sizes)
+            for share, samples in _chunks(len(original), positions, max(inputs, outputs)):
+                own = _Window(samples, _pixels(sizes, step, turn))
+                turn += 1
                 x = problem.columns(batch, own)
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
                 wanted, other = _target(batch, node, addition, site, own)
@@ -283,19 +307,19 @@ class _Solver:
                     predicted = predicted if beside is None else predicted + beside
                     y = _seen(problem.outputs(wanted), predicted, earlier.limits)
                 y = y if beside is None else y - beside
-                shares[share].add(x, y.to(x.dtype), None if weights is None else weights[: y.shape[-1]].to(x.dtype))
+                shares[share].add(x, y.to(x.dtype), None if weights is None else _repeated(weights, own, x))
         return shares[0].joint(), shares[1].joint()
 
-    def _weights(self, node: fx.Node, positions: int, samples: int) -> Tensor | None:
-        """What each position of some samples counts, 1 on average."""
+    def _weights(self, node: fx.Node, sizes: tuple[int, ...]) -> Tensor | None:
+        """What each position of a sample counts, 1 on average, in the output's shape."""
         path = annotation(node).sensitivity
         observer = None if path is None else self.graph_module.get_submodule(path)
         if not isinstance(observer, SensitivityObserver) or observer.positions is None:
             return None
         own = observer.positions
-        if len(own) != positions:
+        if len(own) != math.prod(sizes):
             return None
-        return (own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)).repeat(samples)
+        return (own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)).reshape(sizes)
 
 
 def _best(train: Joint, held_out: Joint, problem: _Problem, biased: bool) -> tuple[Solution, ...]:
@@ -315,22 +339,22 @@ def _reads(node: fx.Node, site: Site, cut: Cut, batch: Batch) -> Tensor:
     return cut.read_features(value, -1 if site.conv is None else -1 - len(site.conv.kernel_size))
 
 
-def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: slice) -> Tensor:
-    """What some samples' inputs are in the compressed model, [G, D, n]."""
-    value = by_sample(batch.current(site_input(node)), site)[own]
+def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: _Window) -> Tensor:
+    """What a window's inputs are in the compressed model, [G, D, n]."""
+    value = by_sample(batch.current(site_input(node)), site)[own.samples]
     axis = -1 if site.conv is None else -1 - len(site.conv.kernel_size)
-    return input_columns(cut.read_features(value, axis), cut.inputs(site))
+    return input_columns(cut.read_features(value, axis), cut.inputs(site), own.pixels)
 
 
 def _target(
-    batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: slice
+    batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: _Window
 ) -> tuple[Tensor, Tensor | None]:
-    """What some samples' outputs should be, in sum with a value of the compressed model's; this value, if any."""
-    target = by_sample(batch.original[node], site)[own]
+    """What a window's outputs should be, in sum with a value of the compressed model's; this value, if any."""
+    target = own.of(by_sample(batch.original[node], site))
     other = None if addition is None else batch.original.get(addition)
     if addition is None or not isinstance(other, Tensor) or other.shape != batch.original[node].shape:
         return target, None
-    return target + by_sample(other, site)[own], by_sample(batch.current(addition), site)[own]
+    return target + own.of(by_sample(other, site)), own.of(by_sample(batch.current(addition), site))
 
 
 def _seen(target: Tensor, predicted: Tensor, limits: tuple[float, float]) -> Tensor:
@@ -350,6 +374,25 @@ def _chunks(samples: int, positions: int, features: int) -> Iterator[tuple[int, 
     for share, (start, stop) in enumerate(((0, cut), (cut, samples))):
         for begin in range(start, stop, size):
             yield share, slice(begin, min(begin + size, stop))
+
+
+def _step(samples: int, sizes: tuple[int, ...], inputs: int) -> int:
+    """Every how many pixels along each axis to look at one, to have enough positions for each column."""
+    spare = samples * math.prod(sizes) / (_ENOUGH * max(inputs, _FEWEST))
+    return max(int(spare ** (1 / len(sizes))), 1)
+
+
+def _pixels(sizes: tuple[int, ...], step: int, turn: int) -> tuple[slice, ...]:
+    """One of the grids of that step, another one each turn; empty for all pixels."""
+    if step == 1:
+        return ()
+    return tuple(slice(turn // step**axis % min(step, size), None, step) for axis, size in enumerate(sizes))
+
+
+def _repeated(weights: Tensor, window: _Window, x: Tensor) -> Tensor:
+    """The weight of each of a window's positions [n], in the precision of its columns."""
+    own = weights[window.pixels].flatten().to(x.dtype)
+    return own.repeat(x.shape[-1] // len(own))
 
 
 def _in_parts(outputs: Tensor, parts: int) -> Tensor:

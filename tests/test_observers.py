@@ -158,6 +158,17 @@ def test_weight_times_patches_is_the_convolution(kind):
     torch.testing.assert_close(y + module.bias.reshape(site.groups, -1, 1), positions(module(x), site.groups))
 
 
+@pytest.mark.parametrize("kind", CONVS)
+def test_patches_of_some_pixels_are_those_of_all(kind):
+    _, site, x = conv(kind, "input")
+    patches = input_patches(x, site.conv, site.groups)
+    sizes = conv(kind, "input")[0](x).shape[2:]
+    pixels = tuple(slice(size // 2, None, 2) for size in sizes)
+    some = input_patches(x, site.conv, site.groups, pixels)
+    whole = patches.reshape(*patches.shape[:2], len(x), *sizes)
+    assert torch.equal(some, whole[(slice(None), slice(None), slice(None), *pixels)].flatten(2))
+
+
 @every_conv
 def test_convolution_statistics_explain_its_output(kind, side):
     module, site, x = conv(kind, side)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import balf_fx
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.passes import Refit
-from balf_fx.passes.refit import _limits, _seen
+from balf_fx.passes.refit import _limits, _pixels, _seen, _step
 from balf_fx.sites import annotation
 
 
@@ -93,6 +93,43 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
     for name, value in (("_CHUNK_ELEMENTS", 5_000), ("_CHUNK_POSITIONS", 1)):
         monkeypatch.setattr(f"balf_fx.passes.refit.{name}", value)
         torch.testing.assert_close(balf_fx.convert(prepared, **options).state_dict(), expected, rtol=1e-9, atol=1e-10)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), step=st.integers(1, 6))
+def test_grids_of_pixels_take_turns_until_each_has_been_looked_at(sizes, step):
+    seen = torch.zeros(sizes)
+    for turn in range(step ** len(sizes)):
+        window = _pixels(sizes, step, turn)
+        assert seen[window].numel() > 0
+        seen[window] += 1
+    assert (seen == 1).all() or (any(size < step for size in sizes) and (seen >= 1).all())
+
+
+@given(
+    samples=st.integers(1, 5000),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3).map(tuple),
+    inputs=st.integers(0, 900),
+)
+def test_enough_positions_are_looked_at(samples, sizes, inputs):
+    step = _step(samples, sizes, inputs)
+    positions = samples * math.prod(size / step for size in sizes)
+    assert step == 1 or positions >= 600 * max(inputs, 32) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_some_of_many_pixels_tell_as_much_as_all(mode, monkeypatch):
+    model, batches = Residual().eval(), list(torch.randn(4, 16, 3, 16, 16))
+    prepared = calibrated(model, batches)
+    fresh = list(torch.randn(4, 16, 3, 16, 16))
+
+    def refit(enough):
+        monkeypatch.setattr("balf_fx.passes.refit._ENOUGH", enough)
+        return balf_fx.convert(prepared, flops=0.8, batches=batches, refit=mode, progress=False)
+
+    once = balf_fx.convert(prepared, flops=0.8, batches=batches, refit=False, progress=False)
+    gain = distance(model, once, fresh) - distance(model, refit(10**9), fresh)
+    assert gain > 0
+    assert distance(model, once, fresh) - distance(model, refit(20), fresh) > 0.9 * gain
 
 
 def test_parts_with_ranks_of_their_own_are_refitted_too():
