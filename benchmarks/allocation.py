@@ -1,12 +1,13 @@
-"""Which weighting of the sites predicts what the model loses? One-shot factors by sensitivity, one budget, no refit.
+"""Which weighting of the sites makes the best allocation? Factors and widths by sensitivity, with and without refit.
 
-python benchmarks/allocation.py --model resnet20 --json benchmarks/results/allocation_resnet20.json
+python benchmarks/allocation.py --model resnet20 --flops 0.3 --json benchmarks/results/allocation_resnet20.json
 
 The allocator minimises a sum over sites: a site's distortion as a share of its energy, times a power of the loss that
 its gradients foretell (`balf_fx.sites.RankCurve.loss`). With power 0 all sites count alike, with power 1 the sum is an
-estimate of the divergence itself. Two measurements:
+estimate of the divergence itself. A width's loss counts `Allocate.caution` times as much. Two measurements:
 
-* the model compressed under each weighting: its divergence on calibration and on evaluation data, and its top-1,
+* the model compressed under each weighting, and under the one that a measurement on calibration samples chooses
+  (`balf_fx.selection`): its divergence on calibration and on evaluation data, and its top-1,
 * one site at a time at half its break-even rank, everything else dense: how the divergence measured on the first
   calibration batch and the site's term in the sum rank the sites (Spearman's correlation).
 """
@@ -14,8 +15,10 @@ estimate of the divergence itself. Two measurements:
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +33,29 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.passes import Allocate, Factorize, Score
-from balf_fx.passes.observe import remove_observers
+from balf_fx.batches import forward_for, placeholder_values
+from balf_fx.offload import MEMORY
+from balf_fx.passes import Allocate, Refit, Score, ScoreWidths
+from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
 from balf_fx.sites import RankCurve, annotation, sites
 
-WEIGHTINGS: Mapping[str, float] = {
+POWERS: Mapping[str, float] = {
     "normalised energy": 0.0,
-    "times loss^0.25": 0.25,
-    "times loss^0.5": 0.5,
+    "times loss^0.15": 0.15,
+    "times loss^0.3": 0.3,
+    "times loss^0.6": 0.6,
     "times loss": 1.0,
 }
 """`Allocate.importance`."""
+
+WEIGHTINGS: Mapping[str, Mapping[str, float]] = {
+    **{name: {"importance": power} for name, power in POWERS.items()},
+    "times loss^0.3, widths x 3": {"importance": 0.3, "caution": 3.0},
+    "times loss^0.3, widths x 9": {"importance": 0.3, "caution": 9.0},
+}
+"""Options of `Allocate`."""
+
+CHOSEN = "as measured"
 
 
 @dataclass(frozen=True)
@@ -48,12 +63,14 @@ class Row:
     """One compressed model; `flops_kept` is counted on it.
 
     Attributes:
+        refit: whether every layer was solved again.
         kl_calibration, kl, top1, perplexity: divergence on the calibration data; `evaluation.Figures`.
     """
 
     weighting: str
     measure: Measure
     budget: float
+    refit: bool
     kl_calibration: float
     kl: float
     top1: float
@@ -82,34 +99,43 @@ class Bench:
     def __init__(self, task: Task, seed: int) -> None:
         self.task = task
         self.judge = Judge(task)
+        self._forward = forward_for(task.model)
         self._flops = count_flops(task.model, task.calibration[0])
         self._wanted = answers(task.model, task.calibration)
         self._scored = balf_fx.prepare(task.model, task.calibration[0], sensitivity=True)
         balf_fx.calibrate(self._scored, task.calibration, seed=seed, progress=False)
         Score("sensitivity")(self._scored)
+        ScoreWidths()(self._scored)
 
-    def row(self, weighting: str, measure: Measure, budget: float) -> Row:
+    def row(self, weighting: str, measure: Measure, budget: float, refit: bool) -> Row:
         """Compress under a weighting, and judge."""
-        allocate = Allocate(**{measure: budget}, importance=WEIGHTINGS[weighting], strict=False)
-        model = self._compressed(allocate)
+        allocate = Allocate(**{measure: budget}, strict=False)
+        if weighting == CHOSEN:
+            trial = plan_trial(self._scored, self.task.calibration, self._forward, refit, MEMORY, None)
+            allocated = allocate_faithfully(self._scored, allocate, trial)
+        else:
+            allocated = self._allocated(dataclasses.replace(allocate, **WEIGHTINGS[weighting]))
+        if refit:
+            Refit([placeholder_values(allocated, batch, self._forward) for batch in self.task.calibration])(allocated)
+        model = rewrite(allocated)
         kept = count_flops(model, self.task.calibration[0]) / self._flops
         figures = self.judge.figures(model)
         kl_calibration = self._divergence(model, self.task.calibration)
-        return Row(weighting, measure, budget, kl_calibration, figures.kl, figures.top1, figures.perplexity, kept)
+        return Row(
+            weighting, measure, budget, refit, kl_calibration, figures.kl, figures.top1, figures.perplexity, kept
+        )
 
     def site_rows(self) -> Iterable[SiteRow]:
         """Compress one site after the other."""
         for site, nodes in sites(self._scored).items():
             curve, rank = annotation(nodes[0]).curve, max(site.break_even // 2, 1)
             if curve is not None:
-                model = self._compressed(Allocate(ranks={site.name: rank}))
+                model = rewrite(self._allocated(Allocate(ranks={site.name: rank})))
                 yield SiteRow(site.name, rank, self._divergence(model, self.task.calibration[:1]), _terms(curve, rank))
 
-    def _compressed(self, allocate: Allocate) -> fx.GraphModule:
+    def _allocated(self, allocate: Allocate) -> fx.GraphModule:
         model = copy.deepcopy(self._scored)
         allocate(model)
-        remove_observers(model)
-        Factorize()(model)
         return model
 
     def _divergence(self, model: fx.GraphModule, batches: Sequence[Tensor]) -> float:
@@ -119,27 +145,28 @@ class Bench:
 def _terms(curve: RankCurve, rank: int) -> dict[str, float]:
     """What the allocator thinks that a rank loses, under each weighting, up to a factor that all sites share."""
     lost = curve.normalised(curve.candidates[rank - 1].distortion)
-    return {name: lost * (curve.loss or 0.0) ** power for name, power in WEIGHTINGS.items()}
+    return {name: lost * (curve.loss or 0.0) ** power for name, power in POWERS.items()}
 
 
 def correlations(rows: Sequence[SiteRow]) -> dict[str, float]:
     """Spearman's rank correlation of the measured divergence with each weighting's terms."""
     measured = [row.kl for row in rows]
-    return {name: float(spearmanr([row.predicted[name] for row in rows], measured)[0]) for name in WEIGHTINGS}
+    return {name: float(spearmanr([row.predicted[name] for row in rows], measured)[0]) for name in POWERS}
 
 
 def table(rows: Sequence[Row], correlation: Mapping[str, float]) -> str:
     """Weightings x budgets: divergence on calibration data, on evaluation data, and top-1."""
-    columns = list(dict.fromkeys((row.measure, row.budget) for row in rows))
+    columns = list(dict.fromkeys((row.measure, row.budget, row.refit) for row in rows))
     cells = {
-        (row.weighting, (row.measure, row.budget)): f"{row.kl_calibration:.4f} {row.kl:.4f} {row.top1:.2f}"
+        (row.weighting, (row.measure, row.budget, row.refit)): f"{row.kl_calibration:.4f} {row.kl:.4f} {row.top1:.2f}"
         for row in rows
     }
     lines = [
-        [name, f"{correlation[name]:.3f}", *(cells[name, column] for column in columns)]
+        [name, f"{correlation[name]:.3f}" if name in correlation else "", *(cells[name, column] for column in columns)]
         for name in dict.fromkeys(row.weighting for row in rows)
     ]
-    headers = ["KL calibration, KL, top-1 %", "Spearman", *(f"{measure} {budget:g}" for measure, budget in columns)]
+    headers = ["KL calibration, KL, top-1 %", "Spearman"]
+    headers += [f"{measure} {budget:g}{', refit' if refit else ''}" for measure, budget, refit in columns]
     return tabulate(lines, headers, disable_numparse=True)
 
 
@@ -150,9 +177,10 @@ def main(name: str, flops: tuple[float, ...], params: tuple[float, ...], output:
     """Compress a model under each weighting and each budget, and one site at a time."""
     task = load(name, **source)
     bench = Bench(task, source["seed"])
-    pairs = [(weighting, *budget) for budget in budgets(task, flops, params) for weighting in WEIGHTINGS]
+    settings = itertools.product((*WEIGHTINGS, CHOSEN), budgets(task, flops, params), (False, True))
     site_rows = list(tqdm(bench.site_rows(), desc="sites", unit="site", leave=False))
-    rows = [bench.row(*pair) for pair in tqdm(pairs, desc="budgets", unit="model", leave=False)]
+    progress = tqdm(list(settings), desc="budgets", unit="model", leave=False)
+    rows = [bench.row(weighting, *budget, refit) for weighting, budget, refit in progress]
     correlation = correlations(site_rows)
     click.echo(f"{task.title}, calibrated on {task.samples:,} samples, {len(site_rows)} sites\n")
     click.echo(table(rows, correlation))
@@ -164,8 +192,8 @@ def main(name: str, flops: tuple[float, ...], params: tuple[float, ...], output:
             "seed": source["seed"],
             "answers": bench.judge.answers,
             "spearman": correlation,
-            "results": [asdict(row) for row in rows],
-            "sites": [asdict(row) for row in site_rows],
+            "results": [dataclasses.asdict(row) for row in rows],
+            "sites": [dataclasses.asdict(row) for row in site_rows],
         }
         write_json(output, results)
 
