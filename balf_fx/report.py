@@ -15,8 +15,8 @@ from balf_fx.errors import PassError
 from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord, Rank
 from balf_fx.widths import Width, WidthCurve
 
-REPORT_ATTRIBUTE = "balf_report"
-"""Where a finished GraphModule carries its report beside `meta`: copies keep only `meta`, pickles only attributes."""
+PLAN_ATTRIBUTE = "balf_plan"
+"""Where a finished GraphModule carries its plan beside `meta`: copies keep only `meta`, pickles only attributes."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,11 @@ def report(graph_module: Any) -> Report:
         NotCalibratedError: the backend is still calibrating; says how far it is.
     """
     meta = graph_module.meta if isinstance(graph_module, fx.GraphModule) else {}
-    found = meta.get(META_KEY, getattr(graph_module, REPORT_ATTRIBUTE, None))
+    found = meta.get(META_KEY, getattr(graph_module, PLAN_ATTRIBUTE, None))
     if isinstance(found, GraphRecord) and found.allocation is not None:
         return summarise(found, found.allocation)
     if isinstance(found, Mapping):
-        return _from_dict(found)
+        return report_from_dict(found["report"])
     backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
     if backend is not None and backend.owner_of(graph_module) is not None:
         return backend.plan(graph_module).report  # type: ignore[no-any-return]
@@ -238,19 +238,19 @@ def summarise(record: GraphRecord, allocation: Allocation) -> Report:
     )
 
 
-def _from_dict(data: Mapping[str, Any]) -> Report:
+def report_from_dict(data: Mapping[str, Any]) -> Report:
     """The inverse of `Report.to_dict`."""
     names = {field.name for field in fields(Report)}
     rows = {
-        "sites": tuple(SiteRow(**{**r, "rank": _rank_from_data(r["rank"])}) for r in data["sites"]),
+        "sites": tuple(SiteRow(**{**r, "rank": rank_from_data(r["rank"])}) for r in data["sites"]),
         "refused": tuple(RefusedRow(**r) for r in data["refused"]),
         "widths": tuple(WidthRow(**r) for r in data.get("widths", ())),  # older models carry none
     }
     return Report(**{**{key: value for key, value in data.items() if key in names}, **rows})
 
 
-def _rank_from_data(rank: Any) -> Rank:
-    """JSON knows lists only."""
+def rank_from_data(rank: Any) -> Rank:
+    """A rank as JSON has it, which knows lists only."""
     return tuple(rank) if isinstance(rank, list) else rank
 
 
