@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from balf_fx.batches import Forward
 from balf_fx.capture import Method, capture
 from balf_fx.cuts import Cut, find_cuts
-from balf_fx.errors import OptionError, PlanError
+from balf_fx.errors import CalibrationError, OptionError, PlanError
 from balf_fx.example import rebuild
 from balf_fx.linear_maps import read_layer
 from balf_fx.passes import Annotate, FindWidths, FoldBatchNorm, Follow, Narrow
@@ -145,7 +145,10 @@ def _again(planned: Plan, model: nn.Module, example: Any | None, forward: Forwar
         positional = rebuild(origin.arguments["positional"], device)
         keywords = rebuild(origin.arguments["keywords"], device)
         example, forward = (), lambda module, _: module(*positional, **keywords)
-    graph_module = capture(model, example, forward, methods[captured])
+    try:
+        graph_module = capture(model, example, forward, methods[captured])
+    except CalibrationError as error:
+        raise PlanError(f"the model cannot be called as the one that the plan was made for: {error}") from error
     if origin.fold_batchnorm:
         FoldBatchNorm()(graph_module)
     Annotate(origin.include, origin.exclude)(graph_module)
