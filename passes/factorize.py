@@ -210,7 +210,7 @@ def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:
 
 def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> None:
     """Store a [G, a, b] or [G, O] result in the shape of the module's parameter and the likeness of the original."""
-    tensor = value.reshape(module.get_parameter(name).shape).to(original.dtype)
+    tensor = value.reshape(module.get_parameter(name).shape).to(original.dtype).contiguous()
     for layout in (torch.channels_last, torch.channels_last_3d):
         fits = original.dim() == (4 if layout is torch.channels_last else 5) == tensor.dim()
         if fits and original.is_contiguous(memory_format=layout) and not original.is_contiguous():
