@@ -15,6 +15,7 @@ from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, r
 from balf_fx.capture import Method as CaptureMethod
 from balf_fx.capture import capture as capture_graph
 from balf_fx.capture import cuda_devices
+from balf_fx.devices import follow_inputs
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError, OptionError
 from balf_fx.observers import InfluenceObserver, SensitivityObserver
 from balf_fx.offload import MEMORY
@@ -36,7 +37,7 @@ from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
 from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
 from balf_fx.sensitivity import Loss, observe_gradients
-from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
+from balf_fx.sites import META_KEY, VALUE_META, Rank, annotation, record_graph, sites
 
 Effort = Literal["fast", "balanced", "best"]
 """What `compile` spends on accuracy; see there."""
@@ -332,8 +333,10 @@ def _convert(
 def _finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Leave a plain module: the report as plain data, so that a copy loads where balf_fx is not installed."""
     summary = report(graph_module).to_dict()
+    follow_inputs(graph_module)
     for node in graph_module.graph.nodes:
-        node.meta.pop(META_KEY, None)
+        for key in (META_KEY, *VALUE_META):  # narrower layers return other shapes than capture wrote down
+            node.meta.pop(key, None)
     graph_module.meta[META_KEY] = summary
     graph_module.__dict__[REPORT_ATTRIBUTE] = summary
     graph_module.graph.lint()
