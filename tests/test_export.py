@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import pickle
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -213,6 +214,14 @@ def test_other_devices(compressed, case):
     moved = copy.deepcopy(subject.module).to("meta")
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), subject.arguments)
     assert {tensor.device.type for tensor in _tensors(moved(*args, **kwargs))} == {"meta"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_pickles_and_what_is_traced_anew(compressed, case):
+    subject = compressed(*case)
+    copied = pickle.loads(pickle.dumps(subject.module))
+    subject.assert_same(copied)
+    subject.assert_same(fx.symbolic_trace(copied))
 
 
 @pytest.mark.parametrize("case", [EVERY_KIND[3], EVERY_KIND[5]], ids=" ".join)
