@@ -31,6 +31,31 @@ def test_rows_and_totals_add_up(compressed):
     }
 
 
+def test_factor_layers_are_the_layers_of_the_result(compressed):
+    names = balf_fx.report(compressed).factor_layers
+    assert names == tuple(f"{row.name}.{i}" for row in balf_fx.report(compressed).sites if row.rank for i in (0, 1))
+    assert names
+    for name in names:
+        assert isinstance(compressed.get_submodule(name), nn.Conv2d)
+
+
+def test_factor_layers_of_parts_leave_out_those_that_stay_dense():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return q * k + v
+
+    x = torch.randn(64, 16)
+    small = balf_fx.compile(Fused(), x, allocation={"qkv": (4, None, 6)}, effort="fast", progress=False)
+    names = balf_fx.report(small).factor_layers
+    assert names == ("qkv.0", "qkv.1.0", "qkv.1.2")
+    assert [tuple(small.get_submodule(name).weight.shape) for name in names] == [(10, 16), (16, 4), (16, 6)]
+
+
 def test_totals_include_what_widths_save_outside_of_sites(bottleneck, images):
     small = balf_fx.compile(bottleneck, images, flops=0.5, progress=False)
     report = balf_fx.report(small)
