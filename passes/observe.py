@@ -1,4 +1,4 @@
-"""Put an observer beside every value whose second moments are needed."""
+"""Put an observer beside every value whose second moments are needed, and take all of them out again."""
 
 from __future__ import annotations
 
@@ -70,6 +70,21 @@ class InsertObservers(Pass):
             path = annotation(nodes[0]).observer
             if path is None or not isinstance(graph_module.get_submodule(path), CovarianceObserver):
                 raise PassError(f"InsertObservers left site {site.name!r} without an observer")
+
+
+@dataclass(frozen=True)
+class RemoveObservers(Pass):
+    """Take all observers out, once `Score` and `ScoreWidths` have read them; does nothing where there are none."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        observed = hasattr(graph_module, OBSERVERS)
+        if observed:
+            remove_observers(graph_module)
+        return PassResult(graph_module, observed)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        if any(isinstance(module, CovarianceObserver) for module in graph_module.modules()):
+            raise PassError("RemoveObservers left an observer in the graph")
 
 
 def _observe(graph: fx.Graph, node: fx.Node, side: Side, observer: str) -> None:
