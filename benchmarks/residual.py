@@ -95,11 +95,19 @@ def corrected(weight: Tensor, moments: Moments, form: Format) -> tuple[Tensor, T
     """
     stored = rounded(weight, form.bits, form.group)
     if form.rank:
-        error = (weight - stored).unsqueeze(0)
-        spectrum = spectrum_from_input(error, moments.covariance(), moments.mean)
-        left, right = factors(error, spectrum, min(form.rank, *weight.shape))
-        stored = stored + rounded(left[0], _FACTOR_BITS, 0) @ rounded(right[0], _FACTOR_BITS, 0)
+        left, right = correction(weight - stored, moments, min(form.rank, *weight.shape))
+        stored = stored + rounded(left, _FACTOR_BITS, 0) @ rounded(right, _FACTOR_BITS, 0)
     return stored, (weight - stored) @ moments.mean[0]
+
+
+def correction(error: Tensor, moments: Moments, rank: int) -> tuple[Tensor, Tensor]:
+    """A [O, r] and B [r, D] with the least E|(E - A B)(x - E[x])|^2, for E [O, D] float64.
+
+    The leading eigenvectors U of E Cov(x) E^T give them: A = U, B = U^T E.
+    """
+    stacked = error.unsqueeze(0)
+    left, right = factors(stacked, spectrum_from_input(stacked, moments.covariance(), None), rank)
+    return left[0], right[0]
 
 
 class Quantizer:
