@@ -247,7 +247,7 @@ def test_with_all_of_the_budget_a_quantized_model_computes_the_same(partly_quant
 
 @pytest.mark.parametrize("options", [{"effort": "balanced"}, {"effort": "best"}, {"factors": "air", "refit": False}])
 def test_rounded_inputs_stop_gradients_and_are_refused_where_these_are_needed(partly_quantized, digits, options):
-    with pytest.raises(ModelError, match=r"no gradient flows through blocks\.0\.qkv\.weight \(Int8Tensor\).*'fast'"):
+    with pytest.raises(ModelError, match=r"no gradient flows through blocks\.0\.qkv\.weight \(\w+\).*'fast'"):
         compress(partly_quantized(ACTIVATIONS), digits, flops=0.8, **options)
 
 
@@ -268,5 +268,5 @@ def test_gradients_pass_through_quantized_weights(partly_quantized, digits):
 
 
 def test_a_model_of_quantized_layers_alone_has_no_sites(transformer, digits):
-    with pytest.raises(NoSiteError, match=r"blocks\.0\.qkv: its weight is quantized already \(Int8Tensor\)"):
+    with pytest.raises(NoSiteError, match=r"blocks\.0\.qkv: its weight is quantized already \(\w+\)"):
         compress(quantized(transformer, WEIGHTS), digits)

