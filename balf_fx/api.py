@@ -35,7 +35,7 @@ from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
 from balf_fx.report import REPORT_ATTRIBUTE, report
 from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
-from balf_fx.sensitivity import Loss, check_gradients, observe_gradients
+from balf_fx.sensitivity import Loss, observe_gradients
 from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
 
 Effort = Literal["fast", "balanced", "best"]
@@ -194,8 +194,6 @@ def prepare(
             listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
             raise NoSiteError(f"nothing in {type(model).__name__} can be factorized ({listed})")
         observes_gradients = sensitivity or "sensitivity" in wanted
-        if observes_gradients or "air" in wanted:
-            check_gradients(graph_module)
         if observes_gradients and widths:
             FindWidths()(graph_module)
         InsertObservers(observes_gradients, "air" in wanted)(graph_module)

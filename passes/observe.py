@@ -13,6 +13,7 @@ from balf_fx.linear_maps import changes_in_place, site_input
 from balf_fx.observers import CovarianceObserver, InfluenceObserver, SensitivityObserver
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_weight
+from balf_fx.sensitivity import check_gradients
 from balf_fx.sites import Side, Site, annotate, annotation, graph_record
 
 OBSERVERS = "balf_observers"
@@ -31,6 +32,9 @@ class InsertObservers(Pass):
         influence: also gather the gradients of every site's weight, in runs with gradients, and observe the inputs of
             all sites but transposed convolutions, as factors="air" needs.
         skip_non_finite: pass over batches with NaN or infinity, with a warning in the log, in place of an error.
+
+    Raises:
+        ModelError: gradients are asked for, and a quantized layer lets none through.
     """
 
     sensitivity: bool = False
@@ -41,6 +45,8 @@ class InsertObservers(Pass):
         self.require_sites(graph_module)
         if hasattr(graph_module, OBSERVERS):
             raise PassError("InsertObservers: the graph has observers already")
+        if self.sensitivity or self.influence:
+            check_gradients(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
