@@ -23,7 +23,17 @@ from balf_fx.example import describe
 from balf_fx.exported import export
 from balf_fx.linear_maps import read_site
 from balf_fx.passes import DecomposeAttention, FoldConstants
-from balf_fx.sites import Origin, Reason, Refusal, Site, annotation, count_parameters, get_tensor, record_graph
+from balf_fx.sites import (
+    Origin,
+    Reason,
+    Refusal,
+    Site,
+    annotation,
+    count_parameters,
+    get_tensor,
+    is_quantized,
+    record_graph,
+)
 from balf_fx.symbolic import trace
 
 Method = Literal["auto", "symbolic_trace", "export"]
@@ -68,7 +78,7 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
             weights inside of calls that it cannot look into.
 
     Raises:
-        ModelError: weights are missing or quantized.
+        ModelError: weights are missing, or modules quantized; torchao's quantized weights stay as they are.
         CalibrationError: the model cannot run the example.
         TrainingModeError: a layer such as BatchNorm or Dropout is in training mode.
         CaptureError: the model cannot be captured, or its graph computes something else.
@@ -232,10 +242,10 @@ def check_weights(model: nn.Module) -> None:
                 raise ModelError(f"{label} is lazy and has no weights yet: run one batch through the model first")
             if parameter.device.type == "meta":
                 raise ModelError(f"{label} lies on the meta device: load its weights first")
-            if type(parameter.data) is not Tensor:
+            if type(parameter.data) is not Tensor and not is_quantized(parameter):
                 raise ModelError(
-                    f"{label} holds a {type(parameter.data).__name__} in place of a plain tensor, as quantization "
-                    "leaves it: compress the float model first, then quantize the result"
+                    f"{label} holds a {type(parameter.data).__name__} in place of a plain tensor: compress the model "
+                    "with plain weights first"
                 )
 
 

@@ -29,7 +29,7 @@ class NotCalibratedError(BalfError, RuntimeError):
 
 
 class ModelError(BalfError, ValueError):
-    """The model is not ready to be compressed: its weights are missing, or quantized already."""
+    """The model is not ready to be compressed: its weights are missing, or it is quantized already."""
 
 
 class CaptureError(BalfError, RuntimeError):

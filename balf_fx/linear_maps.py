@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from balf_fx.sites import ConvGeometry, Kind, Reason, Refusal, Site, annotation, get_tensor, is_hooked
+from balf_fx.sites import ConvGeometry, Kind, Reason, Refusal, Site, annotation, get_tensor, is_hooked, is_quantized
 
 aten = torch.ops.aten
 
@@ -395,13 +395,15 @@ def _layer(
     groups: int = 1,
     conv: ConvGeometry | None = None,
     inputs_first: bool = False,
-) -> Site:
+) -> Site | Refusal:
     weight: Tensor = get_tensor(graph_module, weight_path)
+    name = name or _site_path(graph_module, weight_path)
+    if is_quantized(weight):
+        return Refusal(name, kind, Reason.QUANTIZED, type(weight.data).__name__)
     if inputs_first:
         outputs, inputs = weight.shape[1], weight.shape[0] // groups * math.prod(weight.shape[2:])
     else:
         outputs, inputs = weight.shape[0] // groups, math.prod(weight.shape[1:])
-    name = name or _site_path(graph_module, weight_path)
     return Site(name, kind, weight_path, bias_path, groups, outputs, inputs, conv, inputs_first)
 
 

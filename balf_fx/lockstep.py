@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.linear_maps import changes_in_place
 from balf_fx.offload import MEMORY, Shelf
+from balf_fx.sites import is_quantized
 
 
 class Batch:
@@ -135,7 +136,8 @@ class Lockstep:
         """The storages that stay in memory in any case: the caller's and the model's."""
         tensors = [leaf for leaf in pytree.tree_leaves(list(map(dict, self.inputs))) if isinstance(leaf, Tensor)]
         tensors += [*self.graph_module.parameters(), *self.graph_module.buffers()]
-        return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
+        plain = [tensor for tensor in tensors if tensor.layout is torch.strided and not is_quantized(tensor)]
+        return {tensor.untyped_storage().data_ptr() for tensor in plain}
 
     def _separate(self, node: fx.Node) -> None:
         """See to it that a node of one model does not change the other's values in place."""

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from balf_fx.batches import Forward, run_batch, sample_count, some_samples
-from balf_fx.errors import CalibrationError
+from balf_fx.errors import CalibrationError, ModelError
 from balf_fx.observers import CovarianceObserver, InfluenceObserver, SensitivityObserver
 from balf_fx.offload import MEMORY
-from balf_fx.sites import annotation, get_tensor
+from balf_fx.sites import annotation, get_tensor, is_quantized
 
 Loss = Callable[[Any, Any], Tensor]
 """`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
@@ -58,6 +59,30 @@ def observe_gradients(
     pieces = _pieces(prepared, batch, forward, index, memory)
     found = [_observe_gradients(prepared, piece, forward, index, generator, loss) for piece in pieces]
     return any(found)
+
+
+def check_gradients(graph_module: fx.GraphModule) -> None:
+    """Refuse layers that round their inputs as well: gradients end there, and what lies before would seem to matter
+    less than it does.
+
+    Raises:
+        ModelError: names the first one.
+    """
+    for name, weight in graph_module.named_parameters():
+        if is_quantized(weight) and not _passes_gradients(weight):
+            raise ModelError(
+                f"no gradient flows through {name} ({type(weight.data).__name__}), whose layer rounds its inputs: pass "
+                "effort='fast', which needs none, or compress the float model first, then quantize the result"
+            )
+
+
+def _passes_gradients(weight: Tensor) -> bool:
+    """Whether a linear layer with this weight does; of other layers nothing is known."""
+    if weight.dim() != 2:
+        return False
+    value = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return F.linear(value, weight).requires_grad
 
 
 def _pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
@@ -156,7 +181,7 @@ def _weights(prepared: nn.Module) -> Iterator[Wanted]:
 @contextmanager
 def _differentiable(module: nn.Module) -> Iterator[None]:
     """Let gradients flow, also where the parameters are frozen."""
-    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    frozen = [p for p in module.parameters() if not (p.requires_grad or is_quantized(p)) and p.is_floating_point()]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:

@@ -45,6 +45,7 @@ class Reason(str, Enum):
     SHARED = "its weight or bias is shared"
     COMPUTED = "its weight or geometry is computed in the graph"
     DTYPE = "its weight is not a real floating-point tensor"
+    QUANTIZED = "its weight is quantized already"
     DEPTHWISE = "one output channel per group"
     SINGLE_INPUT = "one input value per group"
     TOO_SMALL = "no rank is cheaper than the dense layer"
@@ -435,6 +436,11 @@ def get_tensor(module: nn.Module, path: str) -> Any:
     """The attribute at a dotted path, usually a parameter."""
     owner, _, name = path.rpartition(".")
     return getattr(module.get_submodule(owner), name)
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a weight is one of torchao's tensors, which look like floating-point ones and are not."""
+    return type(tensor.data).__module__.partition(".")[0] == "torchao"
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.fold_constants import FoldConstants
 from balf_fx.passes.follow import Follow
 from balf_fx.passes.narrow import Narrow
-from balf_fx.passes.observe import InsertObservers
+from balf_fx.passes.observe import InsertObservers, RemoveObservers
 from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
@@ -37,6 +37,7 @@ __all__ = [
     "Pass",
     "Refine",
     "Refit",
+    "RemoveObservers",
     "Score",
     "ScoreWidths",
 ]

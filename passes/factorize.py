@@ -18,6 +18,7 @@ from balf_fx.errors import PassError
 from balf_fx.fingerprint import Fingerprint
 from balf_fx.linalg import corrected_bias, factors, in_parts
 from balf_fx.linear_maps import erase_unused, read_layer, site_input
+from balf_fx.module_stack import MODULE_STACK, module_stack
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_bias, grouped_weight
 from balf_fx.sites import (
@@ -252,6 +253,8 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
         while new is not node:
             dropped = (META_KEY,) if new is wide else (META_KEY, *VALUE_META)
             new.meta = {key: value for key, value in node.meta.items() if key not in dropped}
+            if new.op == "call_module":
+                new.meta[MODULE_STACK] = module_stack(graph_module, str(new.target), node, site.name)
             new = new.next
         node.replace_all_uses_with(wide)
         sources = [source for source in node.all_input_nodes if source is not site_input(node)]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from balf_fx.linear_maps import changes_in_place, constant_nodes, erase_unused, is_transposition, layer_parameters
 from balf_fx.passes.base import Pass
-from balf_fx.sites import annotate, get_tensor
+from balf_fx.sites import annotate, get_tensor, is_quantized
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class FoldConstants(Pass):
     """Replace computed weights and biases of layers by new parameters.
 
     Standardised and parametrized weights, concatenated biases and the like are constant in deployment. Folded is what
-    depends on nothing but parameters and buffers, at least one parameter among them, is not random, is not changed in
-    place, and takes no more memory than what it is computed from. A new parameter lies in the layer that holds the
-    first old one.
+    depends on nothing but parameters and buffers, at least one parameter and no quantized one among them, is not
+    random, is not changed in place, and takes no more memory than what it is computed from. A new parameter lies in
+    the layer that holds the first old one.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -48,7 +48,7 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
     sources = _sources(node)
     tensors = [get_tensor(graph_module, str(source.target)) for source in sources]
     first = next((i for i, tensor in enumerate(tensors) if isinstance(tensor, nn.Parameter)), None)
-    if first is None:
+    if first is None or any(map(is_quantized, tensors)):
         return False
     try:
         with torch.no_grad(), _Deterministic():  # type: ignore[no-untyped-call]

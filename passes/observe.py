@@ -1,4 +1,4 @@
-"""Put an observer beside every value whose second moments are needed."""
+"""Put an observer beside every value whose second moments are needed, and take all of them out again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from balf_fx.linear_maps import changes_in_place, site_input
 from balf_fx.observers import CovarianceObserver, InfluenceObserver, SensitivityObserver
 from balf_fx.passes.base import Pass
 from balf_fx.passes.score import grouped_weight
+from balf_fx.sensitivity import check_gradients
 from balf_fx.sites import Side, Site, annotate, annotation, graph_record
 
 OBSERVERS = "balf_observers"
@@ -31,6 +32,9 @@ class InsertObservers(Pass):
         influence: also gather the gradients of every site's weight, in runs with gradients, and observe the inputs of
             all sites but transposed convolutions, as factors="air" needs.
         skip_non_finite: pass over batches with NaN or infinity, with a warning in the log, in place of an error.
+
+    Raises:
+        ModelError: gradients are asked for, and a quantized layer lets none through.
     """
 
     sensitivity: bool = False
@@ -41,6 +45,8 @@ class InsertObservers(Pass):
         self.require_sites(graph_module)
         if hasattr(graph_module, OBSERVERS):
             raise PassError("InsertObservers: the graph has observers already")
+        if self.sensitivity or self.influence:
+            check_gradients(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
@@ -70,6 +76,21 @@ class InsertObservers(Pass):
             path = annotation(nodes[0]).observer
             if path is None or not isinstance(graph_module.get_submodule(path), CovarianceObserver):
                 raise PassError(f"InsertObservers left site {site.name!r} without an observer")
+
+
+@dataclass(frozen=True)
+class RemoveObservers(Pass):
+    """Take all observers out, once `Score` and `ScoreWidths` have read them; does nothing where there are none."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        observed = hasattr(graph_module, OBSERVERS)
+        if observed:
+            remove_observers(graph_module)
+        return PassResult(graph_module, observed)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        if any(isinstance(module, CovarianceObserver) for module in graph_module.modules()):
+            raise PassError("RemoveObservers left an observer in the graph")
 
 
 def _observe(graph: fx.Graph, node: fx.Node, side: Side, observer: str) -> None:

@@ -191,6 +191,35 @@ def test_node_meta_is_carried_over_as_a_copy():
     assert thin.meta is not wide.meta
 
 
+class Nested(nn.Module):
+    """A layer inside of a block, and a functional one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.proj = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return F.linear(self.block(x), self.proj)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_factors_are_noted_as_calls_of_their_own_modules(capture):
+    ranks = {"block.0": 2, "proj": 3}
+    small = balf_fx.compile(Nested(), torch.randn(16, 8), allocation=ranks, capture=capture, effort="fast")
+    stacks = {
+        node.target: [path for path, _ in node.meta["nn_module_stack"].values() if path]
+        for node in small.graph.find_nodes(op="call_module")
+        if str(node.target)[-1].isdigit() and "." in str(node.target)
+    }
+    assert stacks["block.0.0"] == ["block", "block.0", "block.0.0"]
+    assert stacks["block.0.1"] == ["block", "block.0", "block.0.1"]
+    assert stacks["proj.0"][-2:] == ["proj", "proj.0"]
+    for node in small.graph.find_nodes(op="call_module"):
+        path, kind = list(node.meta["nn_module_stack"].values())[-1]
+        assert kind is type(small.get_submodule(path))
+
+
 def test_all_passes_run_in_a_pass_manager(conv_net, images):
     manager = PassManager([Annotate(), Score(factors="svd"), Allocate(params=0.6), Factorize()])
     result = manager(fx.symbolic_trace(conv_net))
