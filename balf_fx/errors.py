@@ -60,5 +60,9 @@ class WeightsChangedError(BalfError, RuntimeError):
     """A weight that `torch.compile(backend="balf")` has replaced by factors is no longer what the factors stand for."""
 
 
+class MissingExtraError(BalfError, ImportError):
+    """Something optional is not installed; the message names the extra that brings it."""
+
+
 class PassError(BalfError, RuntimeError):
     """A pass was given a graph that lacks what an earlier pass leaves behind, or broke its own promise."""
