@@ -26,26 +26,28 @@ except ImportError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from balf_fx.sweep import Sweep
+
 BLUE, ORANGE = "#0072B2", "#E69F00"
 GREY, PALE = "#B5B5B5", "#E4E4E4"
 
 # Inches. Axes are placed by hand: a line is as high among 5 as among 150, which no automatic layout knows.
 _WIDTH = 13.0
 _LINE = 0.27
-_HEAD, _ABOVE, _BELOW = 0.75, 0.35, 0.55  # title and legend; what each axes needs over and under it
+_HEAD, _ABOVE, _TICKS, _BELOW = 0.75, 0.35, 0.2, 0.55  # title and legend; what axes need over and under them
 _LETTER, _GAP = 0.07, 0.3
 
 _NAME_LENGTH = 36
+_MEASURES = {"flops": "FLOPs", "params": "parameters"}
 _BAR = 0.72  # of a line
 
 
 def plot_report(report: Report) -> Figure:
     """Rank, FLOPs (parameters where FLOPs are not known) and energy of each site, and under them each width."""
     sites, widths = report.sites, report.widths
-    ticks_above = 0.2 if _has_ticks_above(len(sites)) else 0.0
-    upper = max(len(sites), 1) * _LINE
-    lower = len(widths) * _LINE
-    height = _HEAD + ticks_above + _ABOVE + upper + _BELOW + (_ABOVE + lower + _BELOW if widths else 0.0)
+    upper, lower = max(len(sites), 1) * _LINE, len(widths) * _LINE
+    above_upper, above_lower = (_ABOVE + (_TICKS if _has_ticks_above(len(rows)) else 0.0) for rows in (sites, widths))
+    height = _HEAD + above_upper + upper + _BELOW + (above_lower + lower + _BELOW if widths else 0.0)
     figure = Figure(figsize=(_WIDTH, height))
     names = [*(row.name for row in sites), *map(_width_name, widths)]
     left = _LETTER * max((len(_elide(name, _NAME_LENGTH)) for name in names), default=0) + 0.2
@@ -57,12 +59,12 @@ def plot_report(report: Report) -> Figure:
         axes.tick_params(labelleft=index == 0)
         return axes
 
-    top = _HEAD + ticks_above + _ABOVE
+    top = _HEAD + above_upper
     draw_ranks(add_axes(0, 1, top, upper), sites)
     draw_costs(add_axes(1, 1, top, upper), report)
     draw_energies(add_axes(2, 1, top, upper), sites)
     if widths:
-        top += upper + _BELOW + _ABOVE
+        top += upper + _BELOW + above_lower
         draw_widths(add_axes(0, 2, top, lower), widths)
         draw_width_energies(add_axes(2, 1, top, lower), widths)
     figure.text(0.1 / _WIDTH, 1 - 0.12 / height, _headline(report), va="top", fontsize=13, fontweight="bold")
@@ -74,8 +76,8 @@ def draw_ranks(axes: Axes, sites: Sequence[SiteRow]) -> None:
     """The rank of each site as a share of its full rank."""
     _lines(axes, [row.name for row in sites])
     shares = [100 * row.rank_share for row in sites]
-    axes.barh(range(len(sites)), shares, _BAR, color=[_colour(row) for row in sites])
     for line, (row, share) in enumerate(zip(sites, shares, strict=True)):
+        axes.barh(line, share, _BAR, color=_colour(row), alpha=0.35 if row.rank is None else 1.0)
         _label(axes, share, line, _elide(row.rank_in_words, 14))
     axes.set_title("Rank", loc="left", fontsize=10)
     axes.set_xlabel("share of the full rank, min(O, D)")
@@ -119,7 +121,7 @@ def draw_energies(axes: Axes, sites: Sequence[SiteRow]) -> None:
             axes.vlines(cut, bottom - _BAR, bottom, color=BLUE, linewidth=1.2)
             axes.plot([cut], [at_cut], "o", color=BLUE, markersize=3.5)
             _label(axes, 100, line, _share(row.energy_kept))
-    axes.set_title("Energy of the output that ranks keep, and the cut", loc="left", fontsize=10)
+    axes.set_title("Energy that ranks keep, and the cut", loc="left", fontsize=10)
     axes.set_xlabel("share of the full rank; each line is 0 to 100% high")
     _percent(axes, 118)
 
@@ -145,10 +147,48 @@ def draw_width_energies(axes: Axes, widths: Sequence[WidthRow]) -> None:
     axes.hlines(range(len(widths)), 0, kept, color=PALE, linewidth=1.5)
     axes.plot(kept, range(len(widths)), "o", color=ORANGE, markersize=5)
     for line, row in enumerate(widths):
-        _label(axes, 100, line, _share(row.energy_kept))
+        _label(axes, 101, line, _share(row.energy_kept))
     axes.set_title("Energy that they keep", loc="left", fontsize=10)
     axes.set_xlabel("share of what losing all of them would cost")
     _percent(axes, 118)
+
+
+def plot_sweep(sweep: Sweep) -> Figure:
+    """Accuracy and agreement on top, divergence below, against the share of the measure that is kept."""
+    figure = Figure(figsize=(8.0, 6.0), layout="constrained")
+    shares, divergences = figure.subplots(2, sharex=True, height_ratios=(1.6, 1.0))
+    points = sorted(sweep.points, key=lambda point: point.budget)
+    kept = [100 * point.budget for point in points]
+    curves = {
+        "same top-1 as the dense model": (BLUE, "o", [point.agreement for point in points]),
+        "right": (ORANGE, "s", [point.accuracy for point in points]),
+    }
+    for name, (colour, marker, values) in curves.items():
+        known = [(x, 100 * value) for x, value in zip(kept, values, strict=True) if value is not None]
+        if known:
+            shares.plot(*zip(*known, strict=True), color=colour, marker=marker, markersize=5, label=name)
+    if sweep.accuracy is not None:
+        shares.axhline(100 * sweep.accuracy, color=ORANGE, linestyle="--", linewidth=1, label="right, dense model")
+    divergences.plot(kept, [point.divergence for point in points], color=BLUE, marker="o", markersize=5)
+    if all(point.divergence > 0 for point in points):
+        divergences.set_yscale("log")
+    shares.set_ylabel("top-1 answers", fontsize=9)
+    shares.yaxis.set_major_formatter(PercentFormatter())
+    divergences.set_ylabel("divergence, nats" if shares.lines else "squared error, relative", fontsize=9)
+    divergences.set_xlabel(f"{_MEASURES[sweep.measure]} kept", fontsize=9)
+    divergences.xaxis.set_major_formatter(PercentFormatter())
+    for axes in (shares, divergences):
+        axes.spines[["right", "top"]].set_visible(False)
+        axes.grid(color=PALE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8)
+    title = f"Answers on {sweep.samples:,} samples, effort {sweep.effort!r}"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+    if shares.lines:
+        shares.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+    else:
+        shares.remove()
+    return figure
 
 
 def to_svg(figure: Figure) -> str:
@@ -215,7 +255,7 @@ def _colour(row: SiteRow) -> str:
 
 
 def _width_name(row: WidthRow) -> str:
-    return f"{row.name} ({row.kind})"
+    return row.name if row.name.endswith(row.kind) else f"{row.name} ({row.kind})"
 
 
 def _change(before: int, after: int) -> str:
