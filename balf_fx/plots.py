@@ -17,8 +17,11 @@ from balf_fx.report import Report, SiteRow, WidthRow
 
 try:
     import matplotlib
+    from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
+    from matplotlib.textpath import text_to_path
     from matplotlib.ticker import EngFormatter, PercentFormatter
 except ImportError as error:
     raise MissingExtraError('pictures need matplotlib: pip install "balf-fx[plot]"') from error
@@ -35,9 +38,9 @@ GREY, PALE = "#B5B5B5", "#E4E4E4"
 _WIDTH = 13.0
 _LINE = 0.27
 _HEAD, _ABOVE, _TICKS, _BELOW = 0.75, 0.35, 0.2, 0.55  # title and legend; what axes need over and under them
-_LETTER, _GAP = 0.07, 0.3
+_GAP = 0.3
 
-_NAME_LENGTH = 36
+_NAME_LENGTH, _NAME_SIZE = 36, 8
 _MEASURES = {"flops": "FLOPs", "params": "parameters"}
 _BAR = 0.72  # of a line
 
@@ -50,7 +53,7 @@ def plot_report(report: Report) -> Figure:
     height = _HEAD + above_upper + upper + _BELOW + (above_lower + lower + _BELOW if widths else 0.0)
     figure = Figure(figsize=(_WIDTH, height))
     names = [*(row.name for row in sites), *map(_width_name, widths)]
-    left = _LETTER * max((len(_elide(name, _NAME_LENGTH)) for name in names), default=0) + 0.2
+    left = max(map(_wide, names), default=0.0) + 0.2
     column = (_WIDTH - left - 2 * _GAP - 0.1) / 3
 
     def add_axes(index: int, columns: int, top: float, tall: float) -> Axes:
@@ -76,8 +79,9 @@ def draw_ranks(axes: Axes, sites: Sequence[SiteRow]) -> None:
     """The rank of each site as a share of its full rank."""
     _lines(axes, [row.name for row in sites])
     shares = [100 * row.rank_share for row in sites]
+    colours = [to_rgba(_colour(row), 0.35 if row.rank is None else 1.0) for row in sites]
+    axes.barh(range(len(sites)), shares, _BAR, color=colours)
     for line, (row, share) in enumerate(zip(sites, shares, strict=True)):
-        axes.barh(line, share, _BAR, color=_colour(row), alpha=0.35 if row.rank is None else 1.0)
         _label(axes, share, line, _elide(row.rank_in_words, 14))
     axes.set_title("Rank", loc="left", fontsize=10)
     axes.set_xlabel("share of the full rank, min(O, D)")
@@ -203,7 +207,8 @@ def to_svg(figure: Figure) -> str:
 def _lines(axes: Axes, names: Sequence[str]) -> None:
     """One line for each name, the first on top."""
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
-    axes.set_yticks(range(len(names)), [_elide(name, _NAME_LENGTH) for name in names], fontsize=8)
+    elided = [_elide(name, _NAME_LENGTH) for name in names]
+    axes.set_yticks(range(len(names)), elided, fontsize=_NAME_SIZE, parse_math=False)
     axes.tick_params(axis="y", length=0)
     above = _has_ticks_above(len(names))
     axes.tick_params(axis="x", labelsize=8, top=above, labeltop=above)
@@ -211,6 +216,12 @@ def _lines(axes: Axes, names: Sequence[str]) -> None:
     axes.spines[["left", "right", "top"]].set_visible(False)
     for line in range(1, len(names), 2):
         axes.axhspan(line - 0.5, line + 0.5, color="black", alpha=0.03, linewidth=0, zorder=0)
+
+
+def _wide(name: str) -> float:
+    """What a name takes beside its line."""
+    font = FontProperties(size=_NAME_SIZE)
+    return float(text_to_path.get_text_width_height_descent(_elide(name, _NAME_LENGTH), font, False)[0]) / 72
 
 
 def _has_ticks_above(lines: int) -> bool:
@@ -238,7 +249,7 @@ def _legend(figure: Figure, height: float) -> None:
 
 
 def _label(axes: Axes, x: float, line: int, text: str) -> None:
-    axes.annotate(text, (x, line), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    axes.annotate(text, (x, line), (4, 0), textcoords="offset points", va="center", fontsize=7.5, parse_math=False)
 
 
 def _percent(axes: Axes, end: float) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-np = pytest.importorskip("numpy")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL")
+
+import numpy as np
+from PIL import Image
 
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.samples import Array, Preprocessing, choose, open_samples, read_labels
