@@ -1,7 +1,6 @@
 """The page: well-formed, complete, escaped, and in need of nothing else."""
 
 import dataclasses
-import importlib
 import re
 import sys
 from html.parser import HTMLParser
@@ -120,5 +119,3 @@ def test_missing_jinja_names_the_extra(monkeypatch, report):
     monkeypatch.delattr(balf_fx, "page", raising=False)
     with pytest.raises(MissingExtraError, match=r'pip install "balf-fx\[plot\]"'):
         report.to_html()
-    monkeypatch.undo()
-    importlib.import_module("balf_fx.page")
