@@ -22,7 +22,7 @@ try:
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
     from matplotlib.textpath import text_to_path
-    from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
 except ImportError as error:
     raise MissingExtraError('pictures need matplotlib: pip install "balf-fx[plot]"') from error
 
@@ -174,18 +174,29 @@ def plot_sweep(sweep: Sweep) -> Figure:
     divergences.plot(kept, [point.divergence for point in points], color=BLUE, marker="o", markersize=5)
     if all(point.divergence > 0 for point in points):
         divergences.set_yscale("log")
-        divergences.yaxis.set_major_formatter(LogFormatter())
-        divergences.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2.0, 0.5)))
+        divergences.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        divergences.yaxis.set_major_formatter("{x:g}")
+        divergences.yaxis.set_minor_locator(NullLocator())
     shares.set_ylabel("top-1 answers", fontsize=9)
     shares.yaxis.set_major_formatter(PercentFormatter())
     divergences.set_ylabel("divergence, nats" if shares.lines else "squared error, relative", fontsize=9)
     divergences.set_xlabel(f"{_MEASURES[sweep.measure]} kept", fontsize=9)
+    for x, point in zip(kept, points, strict=True):
+        divergences.annotate(
+            f"{point.divergence:.2g}",
+            (x, point.divergence),
+            (0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7.5,
+        )
+    divergences.margins(y=0.15)
     divergences.set_xticks(kept, [f"{share:g}%" for share in kept])
     for axes in (shares, divergences):
         axes.spines[["right", "top"]].set_visible(False)
         axes.grid(color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(which="both", labelsize=8)
+        axes.tick_params(labelsize=8)
     title = f"Answers on {sweep.samples:,} samples, effort {sweep.effort!r}"
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     if shares.lines:
