@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -23,6 +24,7 @@ from balf_fx.passes import (
     Annotate,
     FindWidths,
     FoldBatchNorm,
+    Follow,
     InsertObservers,
     Refine,
     Refit,
@@ -33,10 +35,11 @@ from balf_fx.passes.allocate import Method, allocate_for
 from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
-from balf_fx.report import REPORT_ATTRIBUTE, report
+from balf_fx.plan import Plan, plan
+from balf_fx.restore import mark
 from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
 from balf_fx.sensitivity import Loss, observe_gradients
-from balf_fx.sites import META_KEY, Rank, annotation, record_graph, sites
+from balf_fx.sites import META_KEY, Rank, annotation, graph_record, record_graph, sites
 
 Effort = Literal["fast", "balanced", "best"]
 """What `compile` spends on accuracy; see there."""
@@ -51,7 +54,7 @@ def compile(
     effort: Effort = "best",
     factors: Factors | None = None,
     widths: bool = True,
-    allocation: Method | Mapping[str, Rank] = "budget",
+    allocation: Method | Mapping[str, Rank] | Plan = "budget",
     energy: float | None = None,
     centred: bool = True,
     split: bool = True,
@@ -88,8 +91,8 @@ def compile(
             loss (`sensitivity`); "air" for an output error in which every weight counts by its influence on the loss
             (`Refine`); "svd" for the weights alone.
         allocation: how the budget is spread over the sites, "budget" (least total loss of energy), "uniform" (same
-            share of each site's cost) or "energy" (same share of each site's energy); or explicit {site: rank},
-            without a budget.
+            share of each site's cost) or "energy" (same share of each site's energy); or, without a budget, explicit
+            {site: rank}, or the `Plan` of a model of the same architecture: its ranks and widths, not its values.
         energy: with allocation="energy", the share of energy to keep in each site, in place of a budget.
         centred: move the mean of what is dropped into the bias.
         split: let the parts of fused projections, as of query, key and value, have factors of their own where that
@@ -186,6 +189,13 @@ def prepare(
         raise OptionError(f"factors are {', '.join(map(repr, get_args(Factors)))}, not {', '.join(map(repr, unknown))}")
     with torch.inference_mode(False), torch.no_grad():
         graph_module = capture_graph(model, example, forward, capture)
+        origin = dataclasses.replace(
+            graph_record(graph_module).origin,
+            fold_batchnorm=fold_batchnorm,
+            include=None if include is None else tuple(include),
+            exclude=tuple(exclude),
+        )
+        record_graph(graph_module, origin=origin)
         if fold_batchnorm:
             FoldBatchNorm()(graph_module)
         Annotate(include, exclude)(graph_module)
@@ -234,7 +244,7 @@ def convert(
     flops: float | None = None,
     params: float | None = None,
     factors: Factors | None = None,
-    allocation: Method | Mapping[str, Rank] = "budget",
+    allocation: Method | Mapping[str, Rank] | Plan = "budget",
     energy: float | None = None,
     centred: bool = True,
     split: bool = True,
@@ -278,15 +288,22 @@ def _convert_passes(
     flops: float | None,
     params: float | None,
     factors: Factors,
-    allocation: Method | Mapping[str, Rank],
+    allocation: Method | Mapping[str, Rank] | Plan,
     energy: float | None,
     centred: bool,
     split: bool,
     strict: bool,
     progress: bool,
-) -> tuple[Score, Allocate]:
+) -> tuple[Score, Allocate | Follow]:
     """The passes that these options mean; checks them before any work is done."""
     sensitive = factors == "sensitivity"
+    if isinstance(allocation, Plan):
+        given = [
+            name for name, value in (("flops", flops), ("params", params), ("energy", energy)) if value is not None
+        ]
+        if given:
+            raise OptionError(f"a plan leaves nothing to a budget: drop {', '.join(given)}")
+        return Score(factors, centred, split, progress=progress), Follow(allocation)
     allocate = allocate_for(allocation, flops=flops, params=params, energy=energy, strict=strict, sensitive=sensitive)
     return Score(factors, centred, split, progress=progress), allocate
 
@@ -299,7 +316,7 @@ def _check_refit(factors: Factors, refit: bool) -> None:
 def _convert(
     prepared: fx.GraphModule,
     score: Score,
-    allocate: Allocate,
+    allocate: Allocate | Follow,
     batches: Iterable[Any],
     forward: Forward,
     refit: RefitMode | None,
@@ -316,7 +333,8 @@ def _convert(
         ScoreWidths(score.damping, score.progress)(prepared)
     else:
         record_graph(prepared, width_curves=(), widths_scored_with=())
-    if score.factors == "sensitivity" and allocate.method == "budget" and allocate.ranks is None and batches:
+    chooses = isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
+    if isinstance(allocate, Allocate) and chooses and score.factors == "sensitivity" and batches:
         trial = plan_trial(prepared, batches, forward, refit is not None, memory, loss)
         graph_module = allocate_faithfully(prepared, allocate, trial)
     else:
@@ -330,12 +348,9 @@ def _convert(
 
 
 def _finish(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Leave a plain module: the report as plain data, so that a copy loads where balf_fx is not installed."""
-    summary = report(graph_module).to_dict()
+    """Leave a plain module with its plan."""
+    done = plan(graph_module)
     for node in graph_module.graph.nodes:
         node.meta.pop(META_KEY, None)
-    graph_module.meta[META_KEY] = summary
-    graph_module.__dict__[REPORT_ATTRIBUTE] = summary
-    graph_module.graph.lint()
-    graph_module.recompile()
+    mark(graph_module, done)
     return graph_module

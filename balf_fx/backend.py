@@ -18,7 +18,8 @@ from torch._dynamo.exc import ShortenTraceback
 
 from balf_fx.dynamo import current_request, owner_of
 from balf_fx.errors import NotCalibratedError, OptionError
-from balf_fx.options import BackendOptions, PlanLike, parse_options
+from balf_fx.options import BackendOptions, parse_options
+from balf_fx.restore import Stored
 from balf_fx.session import Session
 
 
@@ -107,8 +108,10 @@ balf = Backend()
 """What the entry point names."""
 
 
-def plan(compiled: Any) -> PlanLike:
+def plan(compiled: Any) -> Stored:
     """Ranks and factors of a compiled model: `options={"plan": plan}` starts compressed at once.
+
+    `balf_fx.save` writes them to a file, whose path will do as a plan, too.
 
     Args:
         compiled: what `torch.compile(..., backend="balf")` returned, or a module after `module.compile`.

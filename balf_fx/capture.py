@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 from balf_fx.batches import MODEL_ERRORS, Forward, forward_for, holds_tensor, run_batch
 from balf_fx.costs import profile
 from balf_fx.errors import CalibrationError, CaptureError, ModelError, OptionError, TrainingModeError
+from balf_fx.example import describe
 from balf_fx.exported import export
 from balf_fx.linear_maps import read_site
 from balf_fx.passes import DecomposeAttention, FoldConstants
-from balf_fx.sites import Reason, Refusal, Site, annotation, count_parameters, get_tensor, record_graph
+from balf_fx.sites import Origin, Reason, Refusal, Site, annotation, count_parameters, get_tensor, record_graph
 from balf_fx.symbolic import trace
 
 Method = Literal["auto", "symbolic_trace", "export"]
@@ -43,6 +44,13 @@ class Call:
     def value(self, name: str) -> Any:
         """The argument as forward saw it."""
         return self.supplied[name] if name in self.supplied else self.defaults[name]
+
+    def description(self) -> dict[str, Any] | None:
+        """The arguments as `Origin` keeps them."""
+        names = list(self.supplied)
+        positional = describe(tuple(self.supplied[name] for name in names[: self.positional]))
+        keywords = describe({name: self.supplied[name] for name in names[self.positional :]})
+        return None if positional is None or keywords is None else {"positional": positional, "keywords": keywords}
 
 
 def capture(model: nn.Module, example: Any, forward: Forward | None = None, method: Method = "auto") -> fx.GraphModule:
@@ -115,7 +123,8 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     _restore_buffers(graph_module, model)
     _check_same_output(call.output, output)
     graph_module.graph.lint()
-    record_graph(graph_module, params=count_parameters(model), captured=method)
+    origin = Origin(arguments=call.description())
+    record_graph(graph_module, params=count_parameters(model), captured=method, origin=origin)
     return graph_module
 
 

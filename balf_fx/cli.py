@@ -16,6 +16,7 @@ except ImportError:
 from balf_fx.api import compile
 from balf_fx.demo import run_demo
 from balf_fx.errors import BalfError
+from balf_fx.files import read_plan, save
 from balf_fx.report import report as report_of
 from balf_fx.sweep import run_sweep
 from balf_fx.version import __version__
@@ -88,7 +89,7 @@ def compress(
         seed=given.seed,
         progress=not given.quiet,
     )
-    _files().save(small, output)
+    save(small, output)
     found = report_of(small)
     if html is not None:
         found.to_html(html)
@@ -102,8 +103,8 @@ def compress(
 @click.option("--html", type=OutputFile(".html"), help="Write a page with the picture and the tables.")
 @click.option("--plot", type=_PICTURE, help="Write the picture alone, .png, .svg or .pdf.")
 def report(file: Path, as_json: bool, html: Path | None, plot: Path | None) -> None:
-    """Print what was done to the model that `compress` saved in FILE."""
-    found = _files().read_report(file)
+    """Print what was done to the model in FILE, which `compress` has saved; a plan as .json will do, too."""
+    found = read_plan(file).report
     if html is not None:
         found.to_html(html)
     if plot is not None:
@@ -172,10 +173,6 @@ def demo(flops: float, seed: int, epochs: int, as_json: bool) -> None:
     """Train a small net on handwritten digits, compress it, and show what that cost and saved."""
     result = run_demo(flops, seed=seed, epochs=epochs, progress=not as_json)
     click.echo(result.to_json() if as_json else str(result))
-
-
-def _files() -> Any:
-    return importlib.import_module("balf_fx.files")
 
 
 def _write(figure: Figure, path: Path) -> None:

@@ -64,5 +64,13 @@ class MissingExtraError(BalfError, ImportError):
     """Something optional is not installed; the message names the extra that brings it."""
 
 
+class PlanError(BalfError, ValueError):
+    """A plan cannot be followed: it is damaged, of another version, or made for another model or other weights."""
+
+
+class FileError(BalfError, ValueError):
+    """A file does not hold what balf_fx has written: it is truncated, changed, or something else."""
+
+
 class PassError(BalfError, RuntimeError):
     """A pass was given a graph that lacks what an earlier pass leaves behind, or broke its own promise."""

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from balf_fx.dynamo import is_dynamic
 from balf_fx.errors import OptionError
+from balf_fx.files import read
 from balf_fx.passes import Allocate, Score
 from balf_fx.passes.allocate import Method, allocate_for
 from balf_fx.passes.score import Factors
-from balf_fx.report import Report
+from balf_fx.restore import Stored
 from balf_fx.sites import Rank
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
-
-
-class PlanLike(Protocol):
-    """What `options={"plan": ...}` takes."""
-
-    @property
-    def fold_batchnorm(self) -> bool:
-        """Whether the factors stand for layers that have taken in their BatchNorm."""
-
-    @property
-    def report(self) -> Report:
-        """What the plan does to the model as a whole."""
-
-    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-        """The factors of a site, None where it stays dense; an error where they stand for other weights."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +37,8 @@ class BackendOptions:
         calibration_steps: how many calls of the model run uncompressed and are observed.
         inner: the backend that compiles the compressed graphs, by name or as a callable.
         mode, inner_options: for the inner backend, as `torch.compile` takes them.
-        plan: from `balf_fx.backend.plan`, in place of a budget and of calibration.
+        plan: from `balf_fx.backend.plan`, or the path of a file that `balf_fx.save` has written, in place of a budget
+            and of calibration.
     """
 
     flops: float | None = None
@@ -69,15 +57,15 @@ class BackendOptions:
     inner: str | Compiler = "inductor"
     mode: str | None = None
     inner_options: Mapping[str, Any] | None = None
-    plan: PlanLike | None = None
+    plan: Stored | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.plan is None:
             _ = self.score, self.allocate  # these check what they are given
         elif self.flops is not None or self.params is not None or self.energy is not None:
             raise OptionError("a plan leaves nothing to a budget: give one of them")
-        elif not callable(getattr(self.plan, "pair", None)):
-            raise OptionError(f"plan is what balf_fx.backend.plan returns, not {self.plan!r}")
+        elif self.stored is not None:
+            _check_layerwise(self.stored)
         if self.factors == "air":
             raise OptionError(
                 "factors='air' needs the gradients of weights, which the backend does not gather: 'activations', or "
@@ -89,6 +77,15 @@ class BackendOptions:
         if self.mode is not None and self.inner_options is not None:
             raise OptionError("give mode or inner_options: torch.compile takes one of them")
         _ = self.compiler
+
+    @cached_property
+    def stored(self) -> Stored | None:
+        """The plan, read from its file."""
+        if self.plan is None or isinstance(self.plan, Stored):
+            return self.plan
+        if isinstance(self.plan, str | os.PathLike):
+            return read(self.plan)
+        raise OptionError(f"plan is what balf_fx.backend.plan returns, or a path, not {self.plan!r}")
 
     @cached_property
     def score(self) -> Score:
@@ -122,6 +119,17 @@ class BackendOptions:
             graph_module, backend=self.inner, mode=self.mode, options=options, dynamic=True
         )
         return compiled
+
+
+def _check_layerwise(stored: Stored) -> None:
+    """Refuse what does more than put two layers in place of one: graphs come one by one here."""
+    unlike = [f"{width.name} ({width.kind})" for width in stored.plan.widths]
+    unlike += [layer.name for layer in stored.plan.layers if layer.rank is None]
+    if unlike:
+        raise OptionError(
+            f"the plan changes more than ranks, at {', '.join(unlike[:5])}: read it with balf_fx.load, and compile "
+            "what that returns; or make it with widths=False and refit=False"
+        )
 
 
 def parse_options(given: Mapping[str, Any]) -> BackendOptions:

@@ -19,8 +19,8 @@ from balf_fx.widths import Width, WidthCurve
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REPORT_ATTRIBUTE = "balf_report"
-"""Where a finished GraphModule carries its report beside `meta`: copies keep only `meta`, pickles only attributes."""
+PLAN_ATTRIBUTE = "balf_plan"
+"""Where a finished GraphModule carries its plan beside `meta`: copies keep only `meta`, pickles only attributes."""
 
 
 @dataclass(frozen=True)
@@ -242,11 +242,11 @@ def report(graph_module: Any) -> Report:
         NotCalibratedError: the backend is still calibrating; says how far it is.
     """
     meta = graph_module.meta if isinstance(graph_module, fx.GraphModule) else {}
-    found = meta.get(META_KEY, getattr(graph_module, REPORT_ATTRIBUTE, None))
+    found = meta.get(META_KEY, getattr(graph_module, PLAN_ATTRIBUTE, None))
     if isinstance(found, GraphRecord) and found.allocation is not None:
         return summarise(found, found.allocation)
     if isinstance(found, Mapping):
-        return _from_dict(found)
+        return report_from_dict(found["report"])
     backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
     if backend is not None and backend.owner_of(graph_module) is not None:
         return backend.plan(graph_module).report  # type: ignore[no-any-return]
@@ -283,7 +283,7 @@ def summarise(record: GraphRecord, allocation: Allocation) -> Report:
     )
 
 
-def _from_dict(data: Mapping[str, Any]) -> Report:
+def report_from_dict(data: Mapping[str, Any]) -> Report:
     """The inverse of `Report.to_dict`."""
     names = {field.name for field in fields(Report)}
     rows = {
@@ -295,15 +295,20 @@ def _from_dict(data: Mapping[str, Any]) -> Report:
 
 
 def _site_row_from_data(row: Mapping[str, Any]) -> SiteRow:
-    """JSON knows lists only, and older models carry no spectrum."""
-    rank, spectrum = row["rank"], row.get("spectrum")
+    """Older models carry no spectrum."""
+    spectrum = row.get("spectrum")
     return SiteRow(
         **{
             **row,
-            "rank": tuple(rank) if isinstance(rank, list) else rank,
+            "rank": rank_from_data(row["rank"]),
             "spectrum": None if spectrum is None else EnergyCurve(tuple(spectrum["ranks"]), tuple(spectrum["kept"])),
         }
     )
+
+
+def rank_from_data(rank: Any) -> Rank:
+    """A rank as JSON has it, which knows lists only."""
+    return tuple(rank) if isinstance(rank, list) else rank
 
 
 def _site_row(choice: Choice) -> SiteRow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
@@ -19,21 +18,24 @@ from torch import Tensor, fx, nn
 
 from balf_fx.bindings import Binding, Key, Use, Watch, computing
 from balf_fx.dynamo import Request, WeightInput, is_training, legal_path, weight_inputs
-from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, OptionError, WeightsChangedError
-from balf_fx.options import BackendOptions, PlanLike
+from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, WeightsChangedError
+from balf_fx.options import BackendOptions
 from balf_fx.passes import Annotate, FoldBatchNorm, InsertObservers, Score
 from balf_fx.passes.allocate import Totals
 from balf_fx.passes.annotate import check_patterns
-from balf_fx.passes.factorize import factor_modules, replace_site
+from balf_fx.passes.factorize import biased, factor_modules, fingerprint, replace_site
+from balf_fx.plan import Plan
 from balf_fx.report import Report, summarise
+from balf_fx.restore import Stored
 from balf_fx.sites import (
     GraphRecord,
+    Origin,
     Rank,
     RankCurve,
     Reason,
     Refusal,
+    Replaced,
     Site,
-    get_tensor,
     sites,
 )
 
@@ -47,66 +49,6 @@ class Factors:
     pair: nn.Module | None
     originals: Mapping[str, Tensor]
     watch: Watch
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """A few sums by which to tell one weight and bias from another."""
-
-    shape: tuple[int, ...]
-    sums: tuple[float, ...]
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Fingerprint:
-        """The fingerprint of a layer, the same up to rounding on every device."""
-        sums: list[float] = []
-        for tensor in (weight, *(() if bias is None else (bias,))):
-            flat = tensor.detach().to(torch.float64).flatten()
-            ramp = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
-            sums += [float(flat.square().sum()), float(flat.square() @ ramp), float(flat.abs().sum())]
-        return cls(tuple(weight.shape), tuple(sums))
-
-    def matches(self, other: Fingerprint) -> bool:
-        """Whether both are of the same layer, up to the rounding of its weights when BatchNorm is folded."""
-        close = len(self.sums) == len(other.sums) and all(
-            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(self.sums, other.sums, strict=True)
-        )
-        return close and self.shape == other.shape
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Ranks and factors by the names of sites, from one compiled model for another with the same weights.
-
-    Attributes:
-        pairs: by site that was given a rank, its two layers and the fingerprint of the layer that they replace.
-        fold_batchnorm: whether BatchNorm was folded before.
-        report: of the model that the plan comes from.
-    """
-
-    pairs: Mapping[str, tuple[nn.Module, Fingerprint]]
-    fold_batchnorm: bool
-    report: Report
-
-    @property
-    def ranks(self) -> dict[str, Rank]:
-        """{site: rank}, None for dense, as `allocation` takes it."""
-        return {row.name: row.rank for row in self.report.sites}
-
-    def pair(self, site: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-        """The factors of a site, None where it stays dense.
-
-        Raises:
-            OptionError: the plan was made for other weights.
-        """
-        if site not in self.pairs:
-            return None
-        pair, fingerprint = self.pairs[site]
-        if not fingerprint.matches(Fingerprint.of(weight, bias)):
-            raise OptionError(f"the plan was made for other weights than those of site {site!r}: calibrate again")
-        like = next(pair.parameters())
-        alike = (like.device, like.dtype) == (weight.device, weight.dtype)
-        return pair if alike else copy.deepcopy(pair).to(weight.device, weight.dtype)
 
 
 class Region:
@@ -165,7 +107,7 @@ class Session:
         self._generator = torch.Generator().manual_seed(self.options.seed)
         self._entered: set[tuple[Any, ...]] = set()
         self._failure: BalfError | None = None
-        self._plan: PlanLike | None = self.options.plan
+        self._plan: Stored | None = self.options.stored
         self._factors: dict[Key, Factors] | None = None if self._plan is None else {}
 
     def release(self) -> None:
@@ -175,7 +117,7 @@ class Session:
         self._forget()
 
     @property
-    def plan(self) -> PlanLike:
+    def plan(self) -> Stored:
         """Ranks and factors.
 
         Raises:
@@ -348,7 +290,7 @@ class Session:
             refusals=tuple((refusal, flops * calls // repeats) for refusal, flops, calls in refusals),
         )
         report = summarise(record, allocation)
-        self._plan = Plan(_planned(layers, factors), options.fold_batchnorm, report)
+        self._plan = _stored(layers, factors, Origin(None, options.fold_batchnorm), report)
         self._factors = factors
         self._log_switch(report, len(bindings))
 
@@ -394,9 +336,8 @@ class Session:
     def _find(self, use: Use) -> Factors | None:
         """The factors of a site: those of the switch, or else the plan's."""
         known = self._factors or {}
-        if use.key not in known and self.options.plan is not None:
-            weight, bias = _weight_and_bias(use)
-            pair = self.options.plan.pair(use.site.name, weight, bias)
+        if use.key not in known and self.options.stored is not None:
+            pair = self.options.stored.pair(use.graph_module, use.site)
             known[use.key] = Factors(pair, use.originals, Watch(use.originals))
             self._factors = known
         if use.key not in known:
@@ -464,15 +405,13 @@ def _factors(use: Use, curve: RankCurve, rank: Rank) -> Factors:
     return Factors(pair, use.originals, Watch(use.originals))
 
 
-def _planned(layers: Mapping[Key, Use], factors: Mapping[Key, Factors]) -> dict[str, tuple[nn.Module, Fingerprint]]:
-    return {
-        use.site.name: (pair, Fingerprint.of(*_weight_and_bias(use)))
-        for key, use in layers.items()
-        if (pair := factors[key].pair) is not None
-    }
-
-
-def _weight_and_bias(use: Use) -> tuple[Tensor, Tensor | None]:
-    """Of the layer that factors stand for, BatchNorm folded into it."""
-    bias = use.site.bias
-    return get_tensor(use.graph_module, use.site.weight), None if bias is None else get_tensor(use.graph_module, bias)
+def _stored(layers: Mapping[Key, Use], factors: Mapping[Key, Factors], origin: Origin, report: Report) -> Stored:
+    """The plan and the factors that were chosen."""
+    ranks = {row.name: row.rank for row in report.sites}
+    replaced, tensors = [], {}
+    for key, use in layers.items():
+        pair, name = factors[key].pair, use.site.name
+        if pair is not None:
+            replaced.append(Replaced(name, ranks[name], biased(pair), fingerprint(use.graph_module, use.site)))
+            tensors.update({f"{name}.{path}": value for path, value in pair.named_parameters()})
+    return Stored(Plan(report, origin, tuple(replaced)), tensors)

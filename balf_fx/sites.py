@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from balf_fx.fingerprint import Fingerprint
 from balf_fx.widths import Width, WidthCurve
 
 META_KEY = "balf"
@@ -355,28 +356,65 @@ class Annotation:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How a graph was made of a model, so that it can be made again.
+
+    Attributes:
+        arguments: of the example call, by `example.describe`: {"positional": ..., "keywords": ...}; None where they
+            hold something that has no description.
+        fold_batchnorm, include, exclude: as `balf_fx.compile` takes them.
+    """
+
+    arguments: Mapping[str, Any] | None = None
+    fold_batchnorm: bool = True
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A layer that has given way to others.
+
+    Attributes:
+        name: dotted path, before and after.
+        rank: None where it is one layer still, refitted or narrower.
+        biased: for each part, one where there are none, whether it has a bias.
+        fingerprint: of the layer that it was.
+    """
+
+    name: str
+    rank: Rank
+    biased: tuple[bool, ...]
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """What balf_fx knows of a whole graph.
 
     Attributes:
         flops, params: of the model as the user gave it, before any pass; None where nobody counted.
         captured: how the graph came about, "symbolic_trace" or "export".
+        origin: by `prepare`.
         allocation, refusals: by Allocate, kept for the report.
         params_after: parameters of the compressed graph, by Allocate.
         widths: by FindWidths.
         width_curves: by ScoreWidths, one for each width; None where nothing is known of it.
         widths_scored_with: by ScoreWidths, tells fresh curves from stale ones.
+        replaced: by Factorize.
     """
 
     flops: int | None = None
     params: int | None = None
     params_after: int | None = None
     captured: str = "elsewhere"
+    origin: Origin = Origin()
     allocation: Allocation | None = None
     refusals: tuple[tuple[Refusal, int | None], ...] = ()
     widths: tuple[Width, ...] = ()
     width_curves: tuple[WidthCurve | None, ...] = ()
     widths_scored_with: tuple[Any, ...] = ()
+    replaced: tuple[Replaced, ...] = ()
 
 
 def annotation(node: fx.Node) -> Annotation:

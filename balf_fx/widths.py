@@ -121,11 +121,15 @@ class WidthCurve:
         """`distortion` as a share of what losing all features would do."""
         return distortion / self.distortion[0] if self.distortion[0] > 0 else 0.0
 
+    def kept(self, size: int) -> Tensor | None:
+        """[size], which features stay, of channels; None of heads, which get a new basis."""
+        return None if self.order is None else self.order[:size].sort().values
+
     def maps(self, size: int, reader: int = 0) -> WidthMaps:
         """The maps at a size, for one of the readers."""
         mean = self.means[reader] if self.means else None
-        if self.order is not None:
-            kept = self.order[:size].sort().values
+        kept = self.kept(size)
+        if self.order is not None and kept is not None:
             left = predict(self.covariances[reader], kept).unsqueeze(0)
             right = torch.eye(len(self.order), dtype=left.dtype, device=left.device)[kept].unsqueeze(0)
             return WidthMaps(left, right, kept, mean)

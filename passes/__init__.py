@@ -15,6 +15,7 @@ from balf_fx.passes.factorize import Factorize
 from balf_fx.passes.find_widths import FindWidths
 from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.fold_constants import FoldConstants
+from balf_fx.passes.follow import Follow
 from balf_fx.passes.narrow import Narrow
 from balf_fx.passes.observe import InsertObservers
 from balf_fx.passes.refine import Refine
@@ -30,6 +31,7 @@ __all__ = [
     "FindWidths",
     "FoldBatchNorm",
     "FoldConstants",
+    "Follow",
     "InsertObservers",
     "Narrow",
     "Pass",

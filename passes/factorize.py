@@ -15,6 +15,7 @@ from torch.nn.utils import skip_init
 
 from balf_fx.cuts import Cut, find_cuts
 from balf_fx.errors import PassError
+from balf_fx.fingerprint import Fingerprint
 from balf_fx.linalg import corrected_bias, factors, in_parts
 from balf_fx.linear_maps import erase_unused, read_layer, site_input
 from balf_fx.passes.base import Pass
@@ -26,11 +27,14 @@ from balf_fx.sites import (
     PartRanks,
     Rank,
     RankCurve,
+    Replaced,
     Site,
     Solution,
     Spectrum,
     annotation,
     get_tensor,
+    graph_record,
+    record_graph,
 )
 
 _CONVS = {
@@ -64,7 +68,7 @@ class Factorize(Pass):
             changed = annotation(node).refit is not None or node.name in cuts
             if annotation(node).site is None and changed and isinstance(layer, Site):
                 layers[layer] = [node]
-        modified = False
+        replaced: list[Replaced] = []
         for site, nodes in layers.items():
             mark, cut = annotation(nodes[0]), cuts.get(nodes[0].name)
             rank = None if mark.choice is None else mark.choice.chosen.rank
@@ -74,10 +78,18 @@ class Factorize(Pass):
             thin = site
             if cut is not None:
                 solution, thin = (cut.narrow_outputs(solution[0]),), cut.outputs(cut.inputs(site))
-            replace_site(graph_module, nodes, site, build(graph_module, thin, solution))
-            modified = True
+            modules = build(graph_module, thin, solution)
+            replaced.append(Replaced(site.name, rank, biased(modules), fingerprint(graph_module, site)))
+            replace_site(graph_module, nodes, site, modules)
         graph_module.delete_all_unused_submodules()
-        return PassResult(graph_module, modified)
+        record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, *replaced))
+        return PassResult(graph_module, bool(replaced))
+
+
+def fingerprint(graph_module: fx.GraphModule, site: Site) -> Fingerprint:
+    """Of the layer as it is."""
+    bias = None if site.bias is None else get_tensor(graph_module, site.bias)
+    return Fingerprint.of(get_tensor(graph_module, site.weight), bias)
 
 
 def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:
@@ -211,11 +223,13 @@ def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:
 def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> None:
     """Store a [G, a, b] or [G, O] result in the shape of the module's parameter and the likeness of the original."""
     tensor = value.reshape(module.get_parameter(name).shape).to(original.dtype)
+    layouts = [torch.contiguous_format]
     for layout in (torch.channels_last, torch.channels_last_3d):
         fits = original.dim() == (4 if layout is torch.channels_last else 5) == tensor.dim()
         if fits and original.is_contiguous(memory_format=layout) and not original.is_contiguous():
-            tensor = tensor.contiguous(memory_format=layout)
-    module.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=original.requires_grad))
+            layouts.append(layout)
+    tensor = tensor.clone(memory_format=layouts[-1])
+    module.register_parameter(name, nn.Parameter(tensor, requires_grad=original.requires_grad))
 
 
 def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, pair: nn.Module) -> None:
@@ -286,6 +300,14 @@ def run_second(modules: nn.Module, values: Sequence[Tensor]) -> Tensor:
     layers: Any = modules[1]
     flags = zip(layers, values, thin_parts(modules), strict=True)
     return torch.cat([layer(value) if is_thin else value for layer, value, is_thin in flags], -1)
+
+
+def biased(modules: nn.Module) -> tuple[bool, ...]:
+    """Of each part, one where there are none, whether it has a bias."""
+    if not isinstance(modules, nn.Sequential | nn.ModuleList):
+        return (modules.bias is not None,)
+    second: Any = modules[1]
+    return tuple(layer.bias is not None for layer in (second if isinstance(modules, nn.ModuleList) else [second]))
 
 
 def thin_parts(modules: nn.ModuleList) -> list[bool]:

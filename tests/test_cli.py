@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-import types
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from PIL import Image
 import balf_fx
 from balf_fx import demo
 from balf_fx.cli import main
-from balf_fx.errors import ModelError
 from balf_fx.samples import choose
 
 FACTORY = """
@@ -40,11 +38,15 @@ def thin_net(monkeypatch):
     monkeypatch.setattr(demo, "_WIDTHS", ((1, 16, 2), (16, 32, 2)))
 
 
-def net():
+def net(name="net"):
     """As the factory makes it, which only commands import."""
     namespace = {}
     exec(FACTORY, namespace)
-    return namespace["net"]()
+    return namespace[name]().eval()
+
+
+def report_in(path):
+    return balf_fx.read_plan(path).report
 
 
 def invoke(*arguments):
@@ -56,26 +58,6 @@ def assert_clean_failure(result, exit_code, message):
     assert isinstance(result.exception, SystemExit)
     assert message in result.output
     assert "Traceback" not in result.output
-
-
-@pytest.fixture
-def saved(monkeypatch):
-    """In place of files on disk: what was saved where."""
-    kept = {}
-
-    def save(graph_module, path):
-        path.write_text("a model")
-        kept[path] = graph_module
-
-    def read_report(path):
-        if path not in kept:
-            raise ModelError(f"{path} is no compressed model")
-        return balf_fx.report(kept[path])
-
-    files = types.ModuleType("balf_fx.files")
-    files.save, files.read_report = save, read_report
-    monkeypatch.setitem(sys.modules, "balf_fx.files", files)
-    return kept
 
 
 @pytest.fixture
@@ -146,20 +128,19 @@ def test_missing_click_names_the_extra(monkeypatch):
         importlib.import_module("balf_fx.cli")
 
 
-def test_compress_does_what_compile_does(work, saved):
+def test_compress_does_what_compile_does(work):
     result = invoke(*COMPRESS, "--flops", "0.6", "--samples", "100", "--batch-size", "40", "--seed", "1")
     assert result.exit_code == 0, result.output
-    (small,) = saved.values()
-    model = net().eval()
+    small, model = balf_fx.load("small.safetensors", net()), net()
     inputs = torch.from_numpy(np.load("data.npz")["x"]).float()[choose(200, 100, 1)]
     wanted = balf_fx.compile(model, inputs.split(40), flops=0.6, effort="fast", seed=1, progress=False)
-    for name, value in wanted.state_dict().items():
-        assert torch.equal(small.get_parameter(name), value)
+    assert small.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in small.state_dict().items())
     assert result.stdout == f"{balf_fx.report(wanted)}\n"
     assert result.stderr == "saved as small.safetensors\n"
 
 
-def test_progress_goes_to_stderr(work, saved):
+def test_progress_goes_to_stderr(work):
     result = invoke(*(word for word in COMPRESS if word != "-q"), "--params", "0.5", "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -168,7 +149,7 @@ def test_progress_goes_to_stderr(work, saved):
     assert "calibrating" in result.stderr
 
 
-def test_layers_can_be_left_out_and_a_page_be_written(work, saved):
+def test_layers_can_be_left_out_and_a_page_be_written(work):
     pytest.importorskip("jinja2")
     result = invoke(*COMPRESS, "--flops", "0.8", "--exclude", "4", "--exclude", "nothing*", "--html", "page.html")
     assert_clean_failure(result, 1, "nothing*")
@@ -177,52 +158,49 @@ def test_layers_can_be_left_out_and_a_page_be_written(work, saved):
     assert "excluded by the user" in (work / "page.html").read_text()
 
 
-def test_image_folders_are_read_at_the_size_that_is_asked_for(work, saved):
+def test_image_folders_are_read_at_the_size_that_is_asked_for(work):
     command = ("compress", "balf_fx_mine:image_net", "--data", "images", "-q", "--effort", "fast", "--flops", "0.9")
     assert invoke(*command, "-o", "a.safetensors").exit_code == 0
     assert invoke(*command, "-o", "b.safetensors", "--image-size", "12", "--mean", "0,0,0").exit_code == 0
-    large, small = (balf_fx.report(graph_module) for graph_module in saved.values())
+    large, small = map(report_in, ("a.safetensors", "b.safetensors"))
     per_pixel = 12 * 2 * 16 * 3 * 9
     assert (large.sites[0].flops_before, small.sites[0].flops_before) == (per_pixel * 20 * 24, per_pixel * 12 * 12)
     assert_clean_failure(invoke(*command, "-o", "c.safetensors", "--std", "1,2"), 1, "three numbers each")
     assert_clean_failure(invoke(*command, "-o", "c.safetensors", "--std", "1;2"), 2, "no list of numbers")
 
 
-def test_weights_are_loaded_and_random_ones_told(work, saved):
+def test_weights_are_loaded_and_random_ones_told(work):
     model = net()
     torch.nn.init.zeros_(model[4].weight)
     torch.save(model.state_dict(), "weights.pt")
     assert invoke(*COMPRESS, "--flops", "0.9", "--weights", "weights.pt", "--exclude", "4").exit_code == 0
-    (small,) = saved.values()
-    assert not small.get_parameter("4.weight").any()
+    assert not balf_fx.load("small.safetensors", net()).get_parameter("4.weight").any()
     command = ("compress", "torchvision:squeezenet1_1", "--data", "images", "-q", "--effort", "fast", "--flops", "0.9")
     result = invoke(*command, "-o", "b.safetensors", "--samples", "2", "--image-size", "64")
     assert result.exit_code == 0, result.output
     assert "random weights" in result.stderr
 
 
-def test_report_prints_what_was_saved(work, saved):
+def test_report_prints_what_was_saved(work):
     assert invoke(*COMPRESS, "--flops", "0.6").exit_code == 0
-    ((path, small),) = saved.items()
-    found = balf_fx.report(small)
-    assert invoke("report", str(path)).stdout == f"{found}\n"
-    assert json.loads(invoke("report", str(path), "--json").stdout) == json.loads(found.to_json())
+    found = report_in("small.safetensors")
+    assert invoke("report", "small.safetensors").stdout == f"{found}\n"
+    assert json.loads(invoke("report", "small.safetensors", "--json").stdout) == json.loads(found.to_json())
 
 
-def test_report_draws(work, saved):
+def test_report_draws(work):
     pytest.importorskip("jinja2")
     assert invoke(*COMPRESS, "--flops", "0.6").exit_code == 0
     result = invoke("report", "small.safetensors", "--html", "page.html", "--plot", "picture.png")
     assert result.exit_code == 0, result.output
-    (small,) = saved.values()
-    assert (work / "page.html").read_text() == balf_fx.report(small).to_html()
+    assert (work / "page.html").read_text() == report_in("small.safetensors").to_html()
     with Image.open("picture.png") as picture:
         assert picture.width > 10 * 150
 
 
-def test_report_on_something_else_is_a_clean_error(work, saved):
+def test_report_on_something_else_is_a_clean_error(work):
     (work / "other.safetensors").write_text("nothing of the kind")
-    assert_clean_failure(invoke("report", "other.safetensors"), 1, "no compressed model")
+    assert_clean_failure(invoke("report", "other.safetensors"), 1, "no safetensors file")
     assert_clean_failure(invoke("report", "missing.safetensors"), 2, "does not exist")
 
 
@@ -270,9 +248,9 @@ def test_sweep_needs_something_to_compare_on(work):
         (("--flops", "0.5", "--effort", "much"), "Invalid value for '--effort'"),
     ],
 )
-def test_wrong_usage_is_told_before_any_work(work, saved, arguments, message):
+def test_wrong_usage_is_told_before_any_work(work, arguments, message):
     assert_clean_failure(invoke(*COMPRESS, *arguments), 2, message)
-    assert not saved
+    assert not (work / "small.safetensors").exists()
 
 
 @pytest.mark.parametrize("budgets", ["0.5,2", "0", "half", ""])
@@ -280,7 +258,7 @@ def test_wrong_budgets_are_wrong_usage(work, budgets):
     assert_clean_failure(invoke("sweep", *NET, "--budgets", budgets), 2, "Invalid value for '--budgets'")
 
 
-def test_errors_name_what_to_do(work, saved):
+def test_errors_name_what_to_do(work):
     assert_clean_failure(invoke(*COMPRESS, "--flops", "0.0001"), 1, "Ask for flops=")
     wrong = [word if word != "x" else "y" for word in COMPRESS]
     assert_clean_failure(invoke(*wrong, "--flops", "0.5"), 1, "array of numbers")
@@ -288,12 +266,12 @@ def test_errors_name_what_to_do(work, saved):
     assert_clean_failure(invoke(*wrong, "--flops", "0.5"), 1, "cannot import balf_fx_mine:other")
 
 
-def test_missing_libraries_are_told_before_any_work(work, saved, monkeypatch):
+def test_missing_libraries_are_told_before_any_work(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "balf_fx.page", raising=False)
     monkeypatch.delattr(balf_fx, "page", raising=False)
     assert_clean_failure(invoke(*COMPRESS, "--flops", "0.5", "--html", "a.html"), 1, 'pip install "balf-fx[plot]"')
-    assert not saved
+    assert not (work / "small.safetensors").exists()
 
 
 def test_missing_pillow_names_the_extra(monkeypatch):

@@ -1,0 +1,86 @@
+"""Allocate what a plan says, in place of solving a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.errors import PlanError
+from balf_fx.passes.base import Pass
+from balf_fx.plan import Plan
+from balf_fx.report import SiteRow
+from balf_fx.sites import Allocation, Candidate, Choice, Site, annotate, annotation, graph_record, record_graph
+
+
+@dataclass(frozen=True)
+class Follow(Pass):
+    """Give every site and width what it has in a plan.
+
+    Attributes:
+        plan: made for a model of the same architecture.
+
+    Raises:
+        PlanError: the graph's sites or widths are others than the plan's.
+    """
+
+    plan: Plan
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        self.require_sites(graph_module)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        report, found = self.plan.report, self.require_sites(graph_module)
+        choices = tuple(_choice(site, row) for site, row in self._matched(list(found)))
+        for nodes, choice in zip(found.values(), choices, strict=True):
+            for node in nodes:
+                annotate(node, choice=choice)
+        marks = [annotation(node) for node in graph_module.graph.nodes]
+        allocation = Allocation(
+            report.method,
+            "params" if report.measure == "params" else "flops",
+            report.target,
+            choices,
+            report.primal,
+            report.bound,
+            self._sizes(graph_module),
+            (report.flops_saved_elsewhere, report.params_saved_elsewhere),
+        )
+        record_graph(
+            graph_module,
+            allocation=allocation,
+            params_after=report.params_after,
+            refusals=tuple((mark.refusal, mark.flops) for mark in marks if mark.refusal is not None),
+        )
+        return PassResult(graph_module, False)
+
+    def _matched(self, found: list[Site]) -> Iterator[tuple[Site, SiteRow]]:
+        rows = {row.name: row for row in self.plan.report.sites}
+        unlike = [site.name for site in found if site.name not in rows or rows[site.name].shape != site.shape]
+        unlike += sorted(set(rows) - {site.name for site in found})
+        if unlike:
+            raise PlanError(
+                f"the plan was made for another model: {', '.join(unlike[:5])}{', ...' if len(unlike) > 5 else ''} "
+                "are not the same in both"
+            )
+        return ((site, rows[site.name]) for site in found)
+
+    def _sizes(self, graph_module: fx.GraphModule) -> dict[int, int]:
+        record = graph_record(graph_module)
+        for planned in self.plan.widths:
+            width = record.widths[planned.index] if planned.index < len(record.widths) else None
+            if width is None or (width.name, width.kind) != (planned.name, planned.kind):
+                raise PlanError(f"the plan narrows {planned.kind} at {planned.name}, of which this graph knows nothing")
+            if planned.index >= len(record.width_curves) or record.width_curves[planned.index] is None:
+                raise PlanError(
+                    f"the plan narrows {planned.kind} at {planned.name}, which takes gradients: use "
+                    "factors='sensitivity' and widths=True"
+                )
+        return {planned.index: planned.size for planned in self.plan.widths}
+
+
+def _choice(site: Site, row: SiteRow) -> Choice:
+    chosen = Candidate(row.rank, row.flops_after, row.params_after, row.distortion)
+    return Choice(site, chosen, Candidate(None, row.flops_before, row.params_before, 0.0), row.energy_kept)
