@@ -86,7 +86,7 @@ def _totals(report: Report) -> list[_Total]:
     if report.flops_kept is not None:
         found.insert(0, ("FLOPs", f"{report.flops_kept:.1%}", f"{report.flops_before:,} → {report.flops_after:,}"))
     found.append(("Budget", asked, f"allocation {report.method}"))
-    bound = "" if report.bound is None else f"at least {report.bound:.4g}, so that the gap is {report.gap:.2g} at most"
+    bound = "" if report.bound is None else f"dual bound {report.bound:.4g}, gap {report.gap:.2g}"
     found.append(("Loss of the allocation", f"{report.primal:.4g}", bound))
     return found
 
