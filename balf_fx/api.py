@@ -36,10 +36,10 @@ from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
 from balf_fx.plan import Plan, plan
-from balf_fx.restore import mark
+from balf_fx.restore import finish
 from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
 from balf_fx.sensitivity import Loss, observe_gradients
-from balf_fx.sites import META_KEY, Rank, annotation, graph_record, record_graph, sites
+from balf_fx.sites import Rank, annotation, graph_record, record_graph, sites
 
 Effort = Literal["fast", "balanced", "best"]
 """What `compile` spends on accuracy; see there."""
@@ -83,7 +83,7 @@ def compile(
             `torch.utils.flop_counter` counts them) or parameters to keep, in (0, 1].
         effort: "fast": factors by the output error, one-shot. "balanced": factors and widths by what the model's own
             answer minds, and the allocation that changes it least on some of the batches. "best": a refit as well. They
-            take about 2, 8 and 30 times as long as the batches through the model; the latter two keep all batches.
+            take about 2, 8 and 25 times as long as the batches through the model; the latter two keep all batches.
         widths: let hidden features, and those of attention heads, become fewer where that is better than lower ranks;
             with factors="sensitivity" and allocation="budget".
         factors: None for what the effort means; "activations" for the least output error over the calibration data;
@@ -344,13 +344,5 @@ def _convert(
         Refine(progress=score.progress)(graph_module)
     if refit is not None:
         Refit([placeholder_values(prepared, batch, forward) for batch in batches], refit, memory)(graph_module)
-    return _finish(rewrite(graph_module))
-
-
-def _finish(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Leave a plain module with its plan."""
-    done = plan(graph_module)
-    for node in graph_module.graph.nodes:
-        node.meta.pop(META_KEY, None)
-    mark(graph_module, done)
-    return graph_module
+    rewrite(graph_module)
+    return finish(graph_module, plan(graph_module))

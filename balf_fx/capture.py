@@ -29,6 +29,7 @@ from balf_fx.symbolic import trace
 Method = Literal["auto", "symbolic_trace", "export"]
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
 _OPAQUE = (Reason.NOT_LINEAR, Reason.SUBCLASS, Reason.PARAMETRIZED, Reason.HOOKED)  # another capture may look inside
+_EXPORTABLE = (Tensor, bool, int, float, str, type(None))
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -107,6 +108,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
         graph_module = trace(subject, {**constants, **call.defaults})
     else:
+        _check_exportable(type(model).__name__, call.output)
         names = list(call.supplied)[: call.positional]
         keywords = {name: value for name, value in call.supplied.items() if name not in names}
         graph_module = export(subject, [call.supplied[name] for name in names], keywords, names)
@@ -126,6 +128,16 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     origin = Origin(arguments=call.description())
     record_graph(graph_module, params=count_parameters(model), captured=method, origin=origin)
     return graph_module
+
+
+def _check_exportable(class_name: str, output: Any) -> None:
+    for leaf in pytree.tree_leaves(output):
+        if not isinstance(leaf, _EXPORTABLE):
+            raise CaptureError(
+                f"{class_name} cannot be exported: an output is of type {type(leaf).__name__}, which torch.export does "
+                "not know. Have it return tensors: a language model, for instance, returns no cache with "
+                "forward=lambda model, batch: model(**batch, use_cache=False)"
+            )
 
 
 def _profiled(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:

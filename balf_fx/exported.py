@@ -130,8 +130,14 @@ def _nested(graph: fx.Graph, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         fields = {key: _nested(graph, item) for key, item in value.items()}
-        return fields if type(value) is dict else graph.call_function(type(value), kwargs=fields)
+        return fields if type(value) is dict else _construct(graph, type(value), kwargs=fields)
     items = [_nested(graph, item) for item in value]
     if type(value) in (list, tuple):
         return type(value)(items)
-    return graph.call_function(type(value), tuple(items))
+    return _construct(graph, type(value), args=tuple(items))
+
+
+def _construct(graph: fx.Graph, container: type, **arguments: Any) -> fx.Node:
+    node = graph.call_function(container, **arguments)
+    node.meta["is_wrapped"] = True  # FX must not look into it when it traces the code again, as unpickling does
+    return node

@@ -88,8 +88,8 @@ class Plan:
             raise PlanError("this is no plan of balf_fx: it has no format")
         if data["format"] != FORMAT:
             raise PlanError(
-                f"the plan has format {data['format']!r} and this version of balf_fx reads format {FORMAT}: use the "
-                f"version that it was written with, {data.get('versions', {}).get('balf_fx', 'which it does not name')}"
+                f"the plan has format {data['format']!r}, and this version of balf_fx reads format {FORMAT}: use the "
+                f"versions that it was written with, {data.get('versions')}"
             )
         try:
             origin = data["origin"]
@@ -160,7 +160,7 @@ def plan_of(record: GraphRecord, allocation: Allocation) -> Plan:
 
 
 def _versions() -> dict[str, str]:
-    return {"balf_fx": __version__, "torch": str(torch.__version__)}
+    return {"balf-fx": __version__, "torch": str(torch.__version__)}
 
 
 def _layer_from_data(data: Mapping[str, Any]) -> Replaced:

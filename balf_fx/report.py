@@ -66,6 +66,16 @@ class SiteRow:
         cheaper = self.flops_after < self.flops_before or self.params_after < self.params_before
         return self.rank is None and cheaper
 
+    @property
+    def factor_layers(self) -> tuple[str, ...]:
+        """The names of the layers that the site became: `name.0`, which is thin, and `name.1`, or one for each part."""
+        if self.rank is None:
+            return ()
+        if isinstance(self.rank, tuple):
+            parts = (f"{self.name}.1.{index}" for index, rank in enumerate(self.rank) if rank is not None)
+            return (f"{self.name}.0", *parts)
+        return (f"{self.name}.0", f"{self.name}.1")
+
 
 @dataclass(frozen=True)
 class WidthRow:
@@ -143,6 +153,11 @@ class Report:
     def params_kept(self) -> float:
         """params_after / params_before."""
         return self.params_after / self.params_before if self.params_before else 1.0
+
+    @property
+    def factor_layers(self) -> tuple[str, ...]:
+        """The names of the layers that factorized sites became, as `get_submodule` takes them."""
+        return tuple(name for row in self.sites for name in row.factor_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""

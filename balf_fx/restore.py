@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from balf_fx.batches import Forward
 from balf_fx.capture import Method, capture
 from balf_fx.cuts import Cut, find_cuts
-from balf_fx.errors import OptionError, PlanError
+from balf_fx.devices import follow_inputs
+from balf_fx.errors import CalibrationError, OptionError, PlanError
 from balf_fx.example import rebuild
 from balf_fx.linear_maps import read_layer
 from balf_fx.passes import Annotate, FindWidths, FoldBatchNorm, Follow, Narrow
@@ -22,6 +23,7 @@ from balf_fx.plan import Plan, plan
 from balf_fx.report import PLAN_ATTRIBUTE, Report
 from balf_fx.sites import (
     META_KEY,
+    VALUE_META,
     Rank,
     Replaced,
     Site,
@@ -116,17 +118,19 @@ def restore(
         Narrow()(graph_module)
         _replace_layers(graph_module, found.plan)
         fill(graph_module, found.tensors)
+    return finish(graph_module, found.plan)
+
+
+def finish(graph_module: fx.GraphModule, done: Plan) -> fx.GraphModule:
+    """Leave a plain module with its plan: as plain data, so that a copy loads where balf_fx is not installed."""
+    follow_inputs(graph_module)
     for node in graph_module.graph.nodes:
-        node.meta.pop(META_KEY, None)
-    mark(graph_module, found.plan)
-    return graph_module
-
-
-def mark(graph_module: fx.GraphModule, done: Plan) -> None:
-    """Leave the plan on a finished graph: as plain data, so that a copy loads where balf_fx is not installed."""
+        for key in (META_KEY, *VALUE_META):  # narrower layers return other shapes than capture wrote down
+            node.meta.pop(key, None)
     graph_module.meta[META_KEY] = graph_module.__dict__[PLAN_ATTRIBUTE] = done.to_dict()
     graph_module.graph.lint()
     graph_module.recompile()
+    return graph_module
 
 
 def _again(planned: Plan, model: nn.Module, example: Any | None, forward: Forward | None) -> fx.GraphModule:
@@ -145,7 +149,10 @@ def _again(planned: Plan, model: nn.Module, example: Any | None, forward: Forwar
         positional = rebuild(origin.arguments["positional"], device)
         keywords = rebuild(origin.arguments["keywords"], device)
         example, forward = (), lambda module, _: module(*positional, **keywords)
-    graph_module = capture(model, example, forward, methods[captured])
+    try:
+        graph_module = capture(model, example, forward, methods[captured])
+    except CalibrationError as error:
+        raise PlanError(f"the model cannot be called as the one that the plan was made for: {error}") from error
     if origin.fold_batchnorm:
         FoldBatchNorm()(graph_module)
     Annotate(origin.include, origin.exclude)(graph_module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,15 @@ def conv_net() -> nn.Module:
 @pytest.fixture
 def images() -> list[torch.Tensor]:
     return list(torch.randn(4, 8, 3, 12, 12))
+
+
+@pytest.fixture
+def bottleneck():
+    """The depthwise layer is no site, but as wide as the layers around it."""
+    layers = {
+        "expand": nn.Conv2d(3, 64, 1),
+        "relu": nn.ReLU(),
+        "depthwise": nn.Conv2d(64, 64, 3, padding=1, groups=64),
+        "project": nn.Conv2d(64, 32, 1),
+    }
+    return nn.Sequential(OrderedDict(layers)).eval()

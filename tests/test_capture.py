@@ -1,5 +1,6 @@
 import copy
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -178,6 +179,45 @@ def test_both_ways_of_capture_take_the_same_calls(method):
         call[0](graph_module, X, scale=3.0)
     copies = (copy.deepcopy(graph_module), pickle.loads(pickle.dumps(graph_module)))
     assert all(torch.equal(call[0](other, X)["y"][0], call[0](model, X)["y"][0]) for other in copies)
+
+
+class Answer(NamedTuple):
+    """What some models return in place of a tuple."""
+
+    scores: torch.Tensor
+    extra: dict[str, torch.Tensor]
+
+
+class Answering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return Answer(self.linear(x), {"twice": 2 * x})
+
+
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_classes_of_answers_survive_copies(method):
+    graph_module = capture(Answering(), X, method=method)
+    for module in (graph_module, copy.deepcopy(graph_module), pickle.loads(pickle.dumps(graph_module))):
+        answer = module(X)
+        assert type(answer) is Answer
+        torch.testing.assert_close(answer.extra["twice"], 2 * X)
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x), object()
+
+
+def test_an_answer_that_export_does_not_know_is_named():
+    with pytest.raises(CaptureError, match="Opaque cannot be exported: an output is of type object"):
+        capture(Opaque(), X, method="export")
 
 
 def test_export_of_a_batch_of_one_accepts_other_batch_sizes():

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import balf_fx
 from balf_fx.demo import count_flops
 from balf_fx.errors import PassError
 from balf_fx.passes import Allocate, Score, ScoreWidths
-from balf_fx.report import SiteRow, WidthRow, report_from_dict, summarise
+from balf_fx.report import SiteRow, WidthRow, summarise
 from balf_fx.sites import Allocation, GraphRecord, count_parameters
 from balf_fx.widths import Width, WidthCurve
 
@@ -18,18 +17,6 @@ from balf_fx.widths import Width, WidthCurve
 @pytest.fixture
 def compressed(conv_net, images):
     return balf_fx.compile(conv_net, images, flops=0.6, exclude=["head"], progress=False)
-
-
-@pytest.fixture
-def bottleneck():
-    """The depthwise layer is no site, but as wide as the layers around it."""
-    layers = {
-        "expand": nn.Conv2d(3, 64, 1),
-        "relu": nn.ReLU(),
-        "depthwise": nn.Conv2d(64, 64, 3, padding=1, groups=64),
-        "project": nn.Conv2d(64, 32, 1),
-    }
-    return nn.Sequential(OrderedDict(layers)).eval()
 
 
 def test_rows_and_totals_add_up(compressed):
@@ -42,6 +29,31 @@ def test_rows_and_totals_add_up(compressed):
         "block.3": "one output channel per group (O x D x groups = 1 x 9 x 32)",
         "head": "excluded by the user (matches exclude)",
     }
+
+
+def test_factor_layers_are_the_layers_of_the_result(compressed):
+    names = balf_fx.report(compressed).factor_layers
+    assert names == tuple(f"{row.name}.{i}" for row in balf_fx.report(compressed).sites if row.rank for i in (0, 1))
+    assert names
+    for name in names:
+        assert isinstance(compressed.get_submodule(name), nn.Conv2d)
+
+
+def test_factor_layers_of_parts_leave_out_those_that_stay_dense():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return q * k + v
+
+    x = torch.randn(64, 16)
+    small = balf_fx.compile(Fused(), x, allocation={"qkv": (4, None, 6)}, effort="fast", progress=False)
+    names = balf_fx.report(small).factor_layers
+    assert names == ("qkv.0", "qkv.1.0", "qkv.1.2")
+    assert [tuple(small.get_submodule(name).weight.shape) for name in names] == [(10, 16), (16, 4), (16, 6)]
 
 
 def test_totals_include_what_widths_save_outside_of_sites(bottleneck, images):
@@ -125,16 +137,17 @@ def test_reports_survive_a_round_trip(bottleneck, images):
     small = balf_fx.compile(bottleneck, images, flops=0.5, progress=False)
     report = balf_fx.report(small)
     assert report.widths
-    data = json.loads(report.to_json())
-    assert report_from_dict(data) == report
+    data = json.loads(balf_fx.plan(small).to_json())
+    small.meta["balf"] = data
+    assert balf_fx.report(small) == report
     for name in ("widths", "flops_saved_elsewhere", "params_saved_elsewhere"):
-        del data[name]  # as models carry it that were compressed before there were widths
+        del data["report"][name]  # as models carry it that were compressed before there were widths
     older = dataclasses.replace(report, widths=(), flops_saved_elsewhere=0, params_saved_elsewhere=0)
-    assert report_from_dict(data) == older
-    for row in data["sites"]:
+    assert balf_fx.report(small) == older
+    for row in data["report"]["sites"]:
         del row["spectrum"]  # and before there were pictures
     bare = tuple(dataclasses.replace(row, spectrum=None) for row in report.sites)
-    assert report_from_dict(data) == dataclasses.replace(older, sites=bare)
+    assert balf_fx.report(small) == dataclasses.replace(older, sites=bare)
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced"])

@@ -135,6 +135,14 @@ def test_stock_modules_replace_the_layer(name):
     assert not compressed.graph.find_nodes(op="get_attr") or "b" in dict(compressed.named_parameters())
 
 
+def test_factors_lie_in_memory_as_new_layers_do(conv_net, images):
+    """torch.export and safetensors take others for views of larger tensors."""
+    compressed = balf_fx.compile(conv_net, images, flops=0.5, effort="fast", progress=False)
+    for parameter in compressed.parameters():
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
 def test_names_and_attributes_of_the_factors():
     layer = nn.Conv2d(8, 8, 3, stride=2, padding=1).to(torch.bfloat16, memory_format=torch.channels_last)
     layer.requires_grad_(False)

@@ -1,0 +1,45 @@
+"""Let an exported graph work on the device of its inputs: torch.export writes down the one that it ran on."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+
+def follow_inputs(graph_module: fx.GraphModule) -> None:
+    """Read devices from the first tensor input, wherever the graph and those inside of it name that input's device."""
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule) and _follow(module.graph):
+            module.recompile()
+
+
+def _follow(graph: fx.Graph) -> bool:
+    source = _first_tensor(graph)
+    if source is None:
+        return False
+    named: torch.device = source.meta["val"].device
+    readers = [node for node in graph.nodes if named in _leaves((node.args, node.kwargs))]
+    if readers:
+        with graph.inserting_after(source):
+            device = graph.call_function(getattr, (source, "device"))
+        for node in readers:
+            node.args = map_aggregate(node.args, lambda leaf: device if leaf == named else leaf)
+            node.kwargs = map_aggregate(node.kwargs, lambda leaf: device if leaf == named else leaf)
+    return bool(readers)
+
+
+def _first_tensor(graph: fx.Graph) -> fx.Node | None:
+    """The first input, or item of one, that torch.export knows to be a tensor."""
+    inputs = itertools.takewhile(lambda node: node.op == "placeholder" or node.target is operator.getitem, graph.nodes)
+    return next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    found: list[Any] = []
+    map_aggregate(arguments, lambda leaf: found.append(leaf))
+    return found

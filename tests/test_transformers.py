@@ -1,0 +1,131 @@
+"""Compressed models of Hugging Face's transformers are called as these are, and answer as these do."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+import balf_fx
+from balf_fx.errors import CaptureError
+
+transformers = pytest.importorskip("transformers")
+
+WORDS, TOKENS = 96, 8
+
+
+def language_model(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def classifier():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(WORDS, (16, TOKENS))
+
+
+@pytest.fixture
+def encoded(tokens):
+    """What a tokenizer returns, with padding."""
+    mask = (torch.arange(TOKENS) < torch.randint(3, TOKENS + 1, (16, 1))).long()
+    return transformers.BatchEncoding({"input_ids": tokens, "attention_mask": mask})
+
+
+def compress(model, batches, **options):
+    return balf_fx.compile(model, batches, **{"params": 1.0, "effort": "fast", "progress": False, **options})
+
+
+def test_a_classifier_answers_as_the_model_does(encoded):
+    model = classifier()
+    small = compress(model, [encoded])
+    some = {key: value[:5] for key, value in encoded.items()}
+    want, got = model(**some), small(**some)
+    assert type(got) is type(want)
+    assert list(got.keys()) == list(want.keys()) == ["logits"]
+    for answer in (got.logits, got["logits"], got[0], got.to_tuple()[0]):
+        torch.testing.assert_close(answer, want.logits)
+    copied = pickle.loads(pickle.dumps(small))
+    torch.testing.assert_close(copied(**some).logits, want.logits)
+
+
+@pytest.mark.parametrize("make", [classifier, lambda: language_model(use_cache=False)], ids=["BERT", "Llama"])
+def test_the_default_effort_stays_near_the_model(make, encoded):
+    model = make()
+    small = compress(model, [encoded], params=None, flops=0.7, effort="best")
+    assert balf_fx.report(small).flops_kept <= 0.7
+    want, got = model(**encoded).logits, small(**encoded).logits
+    assert (got - want).norm() < 0.5 * (want - want.mean(0)).norm()
+
+
+def test_a_language_model_leaves_its_cache_out(tokens):
+    model = language_model()
+    with pytest.raises(CaptureError, match=r"an output is of type DynamicCache.*model\(\*\*batch, use_cache=False\)"):
+        compress(model, [{"input_ids": tokens}])
+    small = compress(model, [{"input_ids": tokens}], forward=lambda model, batch: model(**batch, use_cache=False))
+    want = model(input_ids=tokens, use_cache=False)
+    for got in (small(tokens), small(input_ids=tokens), small(input_ids=tokens, use_cache=False)):
+        assert type(got) is type(want)
+        assert got.past_key_values is None
+        torch.testing.assert_close(got.logits, want.logits)
+    with pytest.raises(AssertionError, match="'use_cache' was False when the graph was captured"):
+        small(input_ids=tokens, use_cache=True)
+
+
+def test_with_labels_in_the_batches_the_result_returns_the_loss(tokens):
+    model = language_model(use_cache=False)
+    small = compress(model, [{"input_ids": tokens, "labels": tokens}])
+    some = tokens[:5]
+    want, got = model(input_ids=some, labels=some), small(input_ids=some, labels=some)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.logits, want.logits)
+    with pytest.raises(TypeError, match="labels"):
+        small(input_ids=some)
+
+
+def test_the_length_of_sequences_stays_that_of_the_first_batch(tokens):
+    small = compress(language_model(use_cache=False), [{"input_ids": tokens}])
+    with pytest.raises(AssertionError, match="'input_ids' had size 8 in dimension 1"):
+        small(input_ids=tokens[:, :5])
+
+
+def test_adapters_on_the_factors_of_a_language_model_train(tokens):
+    peft = pytest.importorskip("peft")
+    batch = {"input_ids": tokens, "labels": tokens}
+    small = compress(language_model(use_cache=False), [batch], params=None, flops=0.5)
+    names = list(balf_fx.report(small).factor_layers)
+    adapted = peft.get_peft_model(small, peft.LoraConfig(r=4, target_modules=names))
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(10):
+        loss = adapted(**batch).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, adapted(**batch).logits)
