@@ -13,10 +13,23 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from balf_fx.linalg import tail_energies
-from balf_fx.sites import Candidate, PartRanks, Rank, RankCurve, Site, Spectrum, annotate, annotation, record_graph
+from balf_fx.sites import (
+    Candidate,
+    EnergyCurve,
+    PartRanks,
+    Rank,
+    RankCurve,
+    Site,
+    Spectrum,
+    annotate,
+    annotation,
+    record_graph,
+)
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
+
+_POINTS = 64  # of an energy curve: more than a picture shows, few enough to be kept with the model
 
 
 class _Profiler(fx.Interpreter):
@@ -131,6 +144,14 @@ def rank_curve(
     split = [] if parts is None else [candidate(*choice) for choice in _parts_choices(site, parts, tail)]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
     return RankCurve((*joint, *split, dense), tail[0], output_elements, spectrum, parts)
+
+
+def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:
+    """What ranks of the site as a whole keep, up to the full rank; a site of no energy keeps all of it."""
+    tail = tail_energies(curve.spectrum)
+    steps = min(_POINTS - 1, site.full_rank)
+    ranks = sorted({max(i, round(site.full_rank * (i / steps) ** 2)) for i in range(steps + 1)})
+    return EnergyCurve(tuple(ranks), tuple(round(1.0 - curve.normalised(tail[rank]), 5) for rank in ranks))
 
 
 def largest_part_rank(site: Site) -> int:

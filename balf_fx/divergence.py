@@ -32,12 +32,13 @@ def divergence(
     total = 0.0
     for index, (batch, reference) in enumerate(zip(batches, references, strict=True)):
         output = run_batch(model, batch, forward, index)
-        total += float(_differ(reference, output, batch) if loss is None else loss(output, batch))
+        total += float(differ(reference, output, batch) if loss is None else loss(output, batch))
     mean = total / max(len(batches), 1)
     return mean if mean == mean else torch.inf
 
 
-def _differ(reference: Any, output: Any, batch: Any) -> Tensor:
+def differ(reference: Any, output: Any, batch: Any) -> Tensor:
+    """What one batch's answer loses, a scalar; see `divergence`."""
     wanted, logits = find_logits(reference, batch), find_logits(output, batch)
     if wanted is not None and logits is not None:
         target, given = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)

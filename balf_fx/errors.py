@@ -60,6 +60,10 @@ class WeightsChangedError(BalfError, RuntimeError):
     """A weight that `torch.compile(backend="balf")` has replaced by factors is no longer what the factors stand for."""
 
 
+class MissingExtraError(BalfError, ImportError):
+    """Something optional is not installed; the message names the extra that brings it."""
+
+
 class PlanError(BalfError, ValueError):
     """A plan cannot be followed: it is damaged, of another version, or made for another model or other weights."""
 

@@ -6,14 +6,18 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 from torch import fx
 
 from balf_fx.errors import PassError
-from balf_fx.sites import META_KEY, Allocation, Choice, GraphRecord, Rank
+from balf_fx.sites import META_KEY, Allocation, Choice, EnergyCurve, GraphRecord, Rank
 from balf_fx.widths import Width, WidthCurve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLAN_ATTRIBUTE = "balf_plan"
 """Where a finished GraphModule carries its plan beside `meta`: copies keep only `meta`, pickles only attributes."""
@@ -28,6 +32,7 @@ class SiteRow:
         rank: None means no factors, a tuple one rank for each of the site's parts.
         energy_kept: the share of the output's energy on the calibration data; what a width loses is in its own row.
         distortion: the mean squared output error, summed over the site's outputs.
+        spectrum: what other ranks would have kept; None in reports of older models.
     """
 
     name: str
@@ -40,6 +45,20 @@ class SiteRow:
     params_after: int
     distortion: float
     energy_kept: float
+    spectrum: EnergyCurve | None = None
+
+    @property
+    def rank_share(self) -> float:
+        """The rank as a share of the full rank min(O, D), over all parts; 1 where it stays dense."""
+        outputs, inputs, _ = (int(size) for size in self.shape.split(" x "))
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        full = min(outputs // len(ranks), inputs)
+        return sum(full if rank is None else rank for rank in ranks) / (len(ranks) * full)
+
+    @property
+    def rank_in_words(self) -> str:
+        """For a table or a label: "16", "16+dense+8" of parts, "dense" or "narrower"."""
+        return "narrower" if self.is_only_narrower else _rank_in_words(self.rank)
 
     @property
     def is_only_narrower(self) -> bool:
@@ -147,13 +166,39 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
 
+    def plot(self) -> Figure:
+        """Ranks, FLOPs and energies of all sites, and the features of widths, as a matplotlib Figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from balf_fx.plots import plot_report
+
+        return plot_report(self)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A page that needs nothing else: totals, picture and tables.
+
+        Args:
+            path: write it to this file as well.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+        """
+        from balf_fx.page import render
+
+        page = render(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
     def __str__(self) -> str:
         rows = [
             (
                 r.name,
                 r.kind,
                 r.shape,
-                "narrower" if r.is_only_narrower else _rank_in_words(r.rank),
+                r.rank_in_words,
                 r.flops_before,
                 r.flops_after,
                 r.energy_kept,
@@ -194,10 +239,10 @@ class Report:
         return lines
 
 
-def _rank_in_words(rank: Rank) -> str | int:
+def _rank_in_words(rank: Rank) -> str:
     if isinstance(rank, tuple):
-        return "+".join(str(_rank_in_words(part)) for part in rank)
-    return "dense" if rank is None else rank
+        return "+".join(map(_rank_in_words, rank))
+    return "dense" if rank is None else str(rank)
 
 
 def report(graph_module: Any) -> Report:
@@ -257,11 +302,23 @@ def report_from_dict(data: Mapping[str, Any]) -> Report:
     """The inverse of `Report.to_dict`."""
     names = {field.name for field in fields(Report)}
     rows = {
-        "sites": tuple(SiteRow(**{**r, "rank": rank_from_data(r["rank"])}) for r in data["sites"]),
+        "sites": tuple(_site_row_from_data(row) for row in data["sites"]),
         "refused": tuple(RefusedRow(**r) for r in data["refused"]),
         "widths": tuple(WidthRow(**r) for r in data.get("widths", ())),  # older models carry none
     }
     return Report(**{**{key: value for key, value in data.items() if key in names}, **rows})
+
+
+def _site_row_from_data(row: Mapping[str, Any]) -> SiteRow:
+    """Older models carry no spectrum."""
+    spectrum = row.get("spectrum")
+    return SiteRow(
+        **{
+            **row,
+            "rank": rank_from_data(row["rank"]),
+            "spectrum": None if spectrum is None else EnergyCurve(tuple(spectrum["ranks"]), tuple(spectrum["kept"])),
+        }
+    )
 
 
 def rank_from_data(rank: Any) -> Rank:
@@ -282,6 +339,7 @@ def _site_row(choice: Choice) -> SiteRow:
         params_after=chosen.params,
         distortion=chosen.distortion,
         energy_kept=choice.energy_kept,
+        spectrum=choice.spectrum,
     )
 
 

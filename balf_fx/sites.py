@@ -149,6 +149,10 @@ class Site:
         return (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
 
     @property
+    def full_rank(self) -> int:
+        return min(self.out_features, self.in_features)
+
+    @property
     def shape(self) -> str:
         return f"{self.out_features} x {self.in_features} x {self.groups}"
 
@@ -242,6 +246,19 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class EnergyCurve:
+    """The share of a site's energy that ranks keep, at a few of them, for pictures.
+
+    Attributes:
+        ranks: ascending, from 0 to the full rank min(O, D); closer to each other where they are small.
+        kept: for each of them, in [0, 1], to five digits.
+    """
+
+    ranks: tuple[int, ...]
+    kept: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Choice:
     """What the allocator decided for a site."""
 
@@ -249,6 +266,7 @@ class Choice:
     chosen: Candidate
     dense: Candidate
     energy_kept: float
+    spectrum: EnergyCurve | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.clusters import Cluster, Option, find_clusters
-from balf_fx.costs import largest_part_rank, parts_candidate
+from balf_fx.costs import energy_curve, largest_part_rank, parts_candidate
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.knapsack import minimum_cost, solve
 from balf_fx.passes.base import Pass
@@ -168,7 +168,13 @@ class Allocate(Pass):
         else:
             chosen = self._by_level(list(curves.values()), totals)
         choices = tuple(
-            Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
+            Choice(
+                site,
+                candidate,
+                curve.dense,
+                1.0 - curve.normalised(candidate.distortion),
+                energy_curve(site, curve),
+            )
             for (site, curve), candidate in zip(curves.items(), chosen, strict=True)
         )
         if bound is None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import balf_fx
-from balf_fx.costs import parts_candidate, profile, rank_curve, rank_flops, rank_params
+from balf_fx.costs import energy_curve, parts_candidate, profile, rank_curve, rank_flops, rank_params
 from balf_fx.linalg import in_parts, spectrum_from_weight
 from balf_fx.sites import META_KEY, Site, Spectrum, annotation, count_parameters, graph_record, sites
 
@@ -161,6 +161,25 @@ def test_rank_curve_trades_distortion_for_cost(outputs, inputs, groups, position
         assert (left.cost("flops") < right.cost("flops")) if positions else left.flops == right.flops == 0
         assert left.cost("params") < right.cost("params")
         assert left.distortion > right.distortion
+
+
+@PROPERTY
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 2))
+def test_energy_curves_run_from_nothing_to_all_in_a_few_steps(outputs, inputs, groups):
+    site = a_site(outputs, inputs, groups)
+    spectrum = a_spectrum(site)
+    found = energy_curve(site, rank_curve(site, spectrum, 1, 1))
+    assert (found.ranks[0], found.ranks[-1]) == (0, min(outputs, inputs))
+    assert list(found.ranks) == sorted(set(found.ranks))
+    assert len(found.ranks) == min(64, min(outputs, inputs) + 1)
+    for rank, kept in zip(found.ranks, found.kept, strict=True):
+        assert kept == pytest.approx(float(spectrum.energies[:, :rank].sum() / spectrum.energies.sum()), abs=1e-5)
+
+
+def test_energy_curves_of_sites_without_energy_keep_all():
+    site = a_site(8, 8)
+    silent = dataclasses.replace(a_spectrum(site), energies=torch.zeros(1, 8, dtype=torch.float64))
+    assert set(energy_curve(site, rank_curve(site, silent, 1, 1)).kept) == {1.0}
 
 
 @PROPERTY

@@ -9,7 +9,7 @@ import balf_fx
 from balf_fx.demo import count_flops
 from balf_fx.errors import PassError
 from balf_fx.passes import Allocate, Score, ScoreWidths
-from balf_fx.report import WidthRow, summarise
+from balf_fx.report import SiteRow, WidthRow, summarise
 from balf_fx.sites import Allocation, GraphRecord, count_parameters
 from balf_fx.widths import Width, WidthCurve
 
@@ -144,6 +144,35 @@ def test_reports_survive_a_round_trip(bottleneck, images):
         del data["report"][name]  # as models carry it that were compressed before there were widths
     older = dataclasses.replace(report, widths=(), flops_saved_elsewhere=0, params_saved_elsewhere=0)
     assert balf_fx.report(small) == older
+    for row in data["report"]["sites"]:
+        del row["spectrum"]  # and before there were pictures
+    bare = tuple(dataclasses.replace(row, spectrum=None) for row in report.sites)
+    assert balf_fx.report(small) == dataclasses.replace(older, sites=bare)
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_spectra_tell_what_other_ranks_would_have_kept(conv_net, images, effort):
+    report = balf_fx.report(balf_fx.compile(conv_net, images, flops=0.6, effort=effort, split=False, progress=False))
+    assert any(row.rank is not None for row in report.sites)
+    for row in report.sites:
+        outputs, inputs, _ = map(int, row.shape.split(" x "))
+        ranks, kept = row.spectrum.ranks, row.spectrum.kept
+        assert (ranks[0], ranks[-1], kept[0], kept[-1]) == (0, min(outputs, inputs), 0.0, 1.0)
+        assert list(kept) == sorted(kept)
+        if row.rank in ranks:
+            assert kept[ranks.index(row.rank)] == pytest.approx(row.energy_kept, abs=1e-5)
+        assert row.rank_share == (1 if row.rank is None else row.rank / ranks[-1])
+
+
+@pytest.mark.parametrize(
+    ("rank", "share", "words"),
+    [(None, 1.0, "dense"), (12, 0.5, "12"), ((4, None), 0.75, "4+dense"), ((2, 4), 0.375, "2+4")],
+)
+def test_ranks_as_shares_and_in_words(rank, share, words):
+    row = SiteRow(
+        "qkv", "linear", "24 x 48 x 1" if not isinstance(rank, tuple) else "16 x 48 x 1", rank, 5, 5, 5, 5, 0, 1
+    )
+    assert (row.rank_share, row.rank_in_words) == (share, words)
 
 
 def test_dense_sites_and_missing_budgets_are_shown(conv_net, images):
