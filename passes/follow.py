@@ -83,4 +83,5 @@ class Follow(Pass):
 
 def _choice(site: Site, row: SiteRow) -> Choice:
     chosen = Candidate(row.rank, row.flops_after, row.params_after, row.distortion)
-    return Choice(site, chosen, Candidate(None, row.flops_before, row.params_before, 0.0), row.energy_kept)
+    dense = Candidate(None, row.flops_before, row.params_before, 0.0)
+    return Choice(site, chosen, dense, row.energy_kept, row.spectrum)
