@@ -35,7 +35,7 @@ from balf_fx.passes.allocate import Method, allocate_for
 from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
-from balf_fx.plan import Plan, plan
+from balf_fx.plan import Plan
 from balf_fx.restore import finish
 from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
 from balf_fx.sensitivity import Loss, observe_gradients
@@ -345,4 +345,4 @@ def _convert(
     if refit is not None:
         Refit([placeholder_values(prepared, batch, forward) for batch in batches], refit, memory)(graph_module)
     rewrite(graph_module)
-    return finish(graph_module, plan(graph_module))
+    return finish(graph_module, Plan.of(graph_module))

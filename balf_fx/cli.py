@@ -16,7 +16,8 @@ except ImportError:
 from balf_fx.api import compile
 from balf_fx.demo import run_demo
 from balf_fx.errors import BalfError
-from balf_fx.files import read_plan, save
+from balf_fx.files import save
+from balf_fx.plan import Plan
 from balf_fx.report import report as report_of
 from balf_fx.sweep import run_sweep
 from balf_fx.version import __version__
@@ -104,7 +105,7 @@ def compress(
 @click.option("--plot", type=_PICTURE, help="Write the picture alone, .png, .svg or .pdf.")
 def report(file: Path, as_json: bool, html: Path | None, plot: Path | None) -> None:
     """Print what was done to the model in FILE, which `compress` has saved; a plan as .json will do, too."""
-    found = read_plan(file).report
+    found = Plan.read(file).report
     if html is not None:
         found.to_html(html)
     if plot is not None:

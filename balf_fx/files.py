@@ -52,7 +52,10 @@ def save(compressed: Any, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=".balf_fx-", dir=path.parent) as folder:
         written = Path(folder) / path.name
+        written.touch()
+        mode = written.stat().st_mode
         save_file(tensors, written, metadata)
+        written.chmod(mode)  # as of any new file, where safetensors lets nobody else read it
         with written.open("rb") as file:
             os.fsync(file.fileno())
         written.replace(path)
@@ -78,18 +81,6 @@ def load(
         PlanError: it was written by a later version, or for another architecture.
     """
     return restore(read(path), model, example, forward)
-
-
-def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """The plan in a file that `save` has written, or in a file with `Plan.to_json`.
-
-    Raises:
-        FileError: it is neither.
-        PlanError: the plan is damaged, or of a later version.
-    """
-    if Path(path).suffix == ".json":
-        return Plan.from_json(Path(path).read_text(encoding="utf-8"))
-    return read(path).plan
 
 
 def read(path: str | os.PathLike[str]) -> Stored:

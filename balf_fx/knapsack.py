@@ -28,12 +28,17 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True)
 class Solution:
-    """One candidate index per class, what they cost and are worth together, and the dual bound on the value."""
+    """One candidate index per class, what they cost and are worth together, and the dual bound on the value.
+
+    Attributes:
+        multiplier: s >= 0 at which the dual is largest.
+    """
 
     choice: tuple[int, ...]
     cost: int
     value: float
     bound: float
+    multiplier: float
 
 
 def minimum_cost(costs: Sequence[Sequence[int]]) -> int:
@@ -54,14 +59,25 @@ def solve(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], bud
         raise ValueError(f"the cheapest choice costs {minimum_cost(costs)}, the budget is {budget}")
     hulls = [_lower_hull(row_costs, row_values) for row_costs, row_values in zip(costs, values, strict=True)]
     slope, start = _dual(hulls, costs, values, budget)
-    penalised = [
-        [value + slope * cost for cost, value in zip(row_costs, row_values, strict=True)]
-        for row_costs, row_values in zip(costs, values, strict=True)
-    ]
-    bound = sum(min(row) for row in penalised) - slope * budget
+    penalised = _penalised(costs, values, slope)
+    bound = dual(costs, values, budget, slope)
     greedy = spend(costs, values, start, budget)
     best = spend(costs, values, _pareto(costs, values, penalised, bound, slope, greedy, budget), budget)
-    return Solution(tuple(best), _total(costs, best), _total(values, best), min(bound, _total(values, best)))
+    return Solution(tuple(best), _total(costs, best), _total(values, best), min(bound, _total(values, best)), slope)
+
+
+def dual(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], budget: int, multiplier: float) -> float:
+    """sum_i min_j (v_ij + s c_ij) - s B: no choice within the budget is worth less, whatever s >= 0 is."""
+    return sum(min(row) for row in _penalised(costs, values, multiplier)) - multiplier * budget
+
+
+def _penalised(
+    costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], multiplier: float
+) -> list[list[float]]:
+    return [
+        [value + multiplier * cost for cost, value in zip(row_costs, row_values, strict=True)]
+        for row_costs, row_values in zip(costs, values, strict=True)
+    ]
 
 
 def spend(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +59,44 @@ class Plan:
     layers: tuple[Replaced, ...]
     widths: tuple[PlannedWidth, ...] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
+
+    @classmethod
+    def of(cls, compressed: Any) -> Plan:
+        """The plan of a compressed model, to be read, written down or followed again.
+
+        Args:
+            compressed: what `compile`, `convert` or `load` returned, a graph that has been through `passes.Factorize`,
+                or what `torch.compile(..., backend="balf")` returned.
+
+        Raises:
+            PassError: the module carries no plan.
+            NotCalibratedError: the backend is still calibrating; says how far it is.
+        """
+        meta = compressed.meta if isinstance(compressed, fx.GraphModule) else {}
+        found = meta.get(META_KEY, getattr(compressed, PLAN_ATTRIBUTE, None))
+        if isinstance(found, GraphRecord) and found.allocation is not None:
+            return _of_record(found, found.allocation)
+        if isinstance(found, Mapping):
+            return cls.from_dict(found)
+        backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
+        if backend is not None and backend.owner_of(compressed) is not None:
+            own: Plan = backend.plan(compressed).plan
+            return own
+        raise PassError("there is no plan: pass the GraphModule that balf_fx.compile, convert or load returned")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Plan:
+        """The plan in a file that `balf_fx.save` has written, or in a .json file with what `to_json` returned.
+
+        Raises:
+            FileError: the file is damaged, or none of balf_fx.
+            PlanError: the plan is damaged, or of another version.
+        """
+        from balf_fx.files import read  # which imports plans
+
+        if Path(path).suffix == ".json":
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return read(path).plan
 
     @property
     def ranks(self) -> dict[str, Rank]:
@@ -123,31 +163,7 @@ class Plan:
         return cls.from_dict(data)
 
 
-def plan(compressed: Any) -> Plan:
-    """The plan of a compressed model, to be read, written down or followed again.
-
-    Args:
-        compressed: what `compile`, `convert` or `load` returned, a graph that has been through `passes.Factorize`, or
-            what `torch.compile(..., backend="balf")` returned.
-
-    Raises:
-        PassError: the module carries no plan.
-        NotCalibratedError: the backend is still calibrating; says how far it is.
-    """
-    meta = compressed.meta if isinstance(compressed, fx.GraphModule) else {}
-    found = meta.get(META_KEY, getattr(compressed, PLAN_ATTRIBUTE, None))
-    if isinstance(found, GraphRecord) and found.allocation is not None:
-        return plan_of(found, found.allocation)
-    if isinstance(found, Mapping):
-        return Plan.from_dict(found)
-    backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
-    if backend is not None and backend.owner_of(compressed) is not None:
-        found_plan: Plan = backend.plan(compressed).plan
-        return found_plan
-    raise PassError("there is no plan: pass the GraphModule that balf_fx.compile, convert or load returned")
-
-
-def plan_of(record: GraphRecord, allocation: Allocation) -> Plan:
+def _of_record(record: GraphRecord, allocation: Allocation) -> Plan:
     """The plan of a graph that has been rewritten."""
     widths = []
     for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):

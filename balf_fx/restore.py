@@ -19,7 +19,7 @@ from balf_fx.example import rebuild
 from balf_fx.linear_maps import read_layer
 from balf_fx.passes import Annotate, FindWidths, FoldBatchNorm, Follow, Narrow
 from balf_fx.passes.factorize import build, fingerprint, replace_site
-from balf_fx.plan import Plan, plan
+from balf_fx.plan import Plan
 from balf_fx.report import PLAN_ATTRIBUTE, Report
 from balf_fx.sites import (
     META_KEY,
@@ -92,7 +92,7 @@ def stored(graph_module: fx.GraphModule) -> Stored:
     Raises:
         PassError: the module carries no plan.
     """
-    return Stored(plan(graph_module), dict(_held(graph_module)))
+    return Stored(Plan.of(graph_module), dict(_held(graph_module)))
 
 
 def restore(

@@ -86,7 +86,7 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    timm = _library("timm", "bench")
+    timm = _library("timm", "cli")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, ValueError) as error:
@@ -153,7 +153,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _timm_preprocessing(model: nn.Module) -> Preprocessing:
-    found = _library("timm", "bench").data.resolve_model_data_config(model)
+    found = _library("timm", "cli").data.resolve_model_data_config(model)
     size = found["input_size"][-1]
     return Preprocessing(
         size, int(size / found["crop_pct"]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"]

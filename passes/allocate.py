@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.clusters import Cluster, Option, find_clusters
 from balf_fx.costs import energy_curve, largest_part_rank, parts_candidate
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
-from balf_fx.knapsack import minimum_cost, solve
+from balf_fx.knapsack import dual, minimum_cost, solve
 from balf_fx.passes.base import Pass
 from balf_fx.sites import (
     Allocation,
@@ -153,11 +154,14 @@ class Allocate(Pass):
         elif self.method == "budget":
             options, fixed = self._options(curves, clusters, weights, totals)
             budget = self._reachable(self._costs(options), fixed, totals)
-            picked, bound = self._least_loss(options, budget)
+            picked, multiplier = self._least_loss(options, budget)
+            grids, multipliers = [options], [multiplier]
             if clusters:  # what the first grid of sizes has left over goes to sizes in between
                 near = {row.widths: option for row, option in picked if row.widths}
                 options, _ = self._options(curves, clusters, weights, totals, near)
-                picked, _ = self._least_loss(options, budget)
+                picked, multiplier = self._least_loss(options, budget)
+                grids, multipliers = [*grids, options], [*multipliers, multiplier]
+            bound = self._bound(grids, budget, multipliers)
             by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
             chosen = [by_site[site] for site in curves]
             sizes = {w: size for row, option in picked for w, size in zip(row.widths, option.sizes, strict=True)}
@@ -222,12 +226,21 @@ class Allocate(Pass):
         return [[option.cost(self.measure) for option in row.options] for row in rows]
 
     def _least_loss(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
-        """The options of least loss within the budget, and the dual bound."""
+        """The options of least loss within the budget, and the multiplier of the dual."""
         costs = self._costs(rows)
         if sum(row[-1] for row in costs) <= budget:
             return [(row, row.options[-1]) for row in rows], 0.0
         solution = solve(costs, [[option.loss for option in row.options] for row in rows], budget)
-        return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.bound
+        return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
+
+    def _bound(self, grids: Sequence[Sequence[_Row]], budget: int, multipliers: Sequence[float]) -> float:
+        """What no choice among the options of all grids undercuts."""
+        rows = [
+            dataclasses.replace(same[0], options=tuple(option for row in same for option in row.options))
+            for same in zip(*grids, strict=True)
+        ]
+        losses = [[option.loss for option in row.options] for row in rows]
+        return max(dual(self._costs(rows), losses, budget, multiplier) for multiplier in multipliers)
 
     def _reachable(self, costs: Sequence[Sequence[int]], fixed: int, totals: Totals) -> int:
         total = totals.flops if self.measure == "flops" else totals.params

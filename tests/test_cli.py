@@ -17,6 +17,7 @@ from PIL import Image
 import balf_fx
 from balf_fx import demo
 from balf_fx.cli import main
+from balf_fx.plan import Plan
 from balf_fx.samples import choose
 
 FACTORY = """
@@ -46,7 +47,7 @@ def net(name="net"):
 
 
 def report_in(path):
-    return balf_fx.read_plan(path).report
+    return Plan.read(path).report
 
 
 def invoke(*arguments):

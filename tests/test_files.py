@@ -16,6 +16,7 @@ import balf_fx
 from balf_fx.backend import balf
 from balf_fx.errors import FileError, NotCalibratedError, OptionError, PassError, PlanError
 from balf_fx.files import read
+from balf_fx.plan import Plan
 
 
 class Tied(nn.Module):
@@ -65,7 +66,7 @@ def test_what_is_loaded_computes_the_same_bit_for_bit(name, effort, capture, pat
     for batch in batches:
         assert torch.equal(loaded(batch), small(batch))
     assert balf_fx.report(loaded) == balf_fx.report(small)
-    assert balf_fx.plan(loaded) == balf_fx.plan(small) == balf_fx.read_plan(path)
+    assert Plan.of(loaded) == Plan.of(small) == Plan.read(path)
     assert {name: value.requires_grad for name, value in loaded.named_parameters()} == {
         name: value.requires_grad for name, value in small.named_parameters()
     }
@@ -192,6 +193,12 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(small, conv_net, images
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
+def test_others_may_read_it_as_any_new_file(small, path, tmp_path):
+    (tmp_path / "new").touch()
+    balf_fx.save(small, path)
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_what_safetensors_cannot_hold_is_an_error(small, conv_net, path):
     with pytest.raises(PassError, match="no plan"):
         balf_fx.save(torch.fx.symbolic_trace(conv_net), path)
@@ -207,8 +214,8 @@ def test_the_plan_can_be_read_without_the_model(small, path, tmp_path):
     metadata = json.loads(path.read_bytes()[8 : 8 + header])["__metadata__"]
     assert json.loads(metadata["balf_fx.plan"])["report"]["method"] == "budget"
     written = tmp_path / "plan.json"
-    written.write_text(balf_fx.plan(small).to_json())
-    assert balf_fx.read_plan(written) == balf_fx.read_plan(path) == balf_fx.plan(small)
+    written.write_text(Plan.of(small).to_json())
+    assert Plan.read(written) == Plan.read(path) == Plan.of(small)
 
 
 # The backend.

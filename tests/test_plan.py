@@ -11,6 +11,7 @@ from torch import nn
 import balf_fx
 from balf_fx.errors import OptionError, PassError, PlanError
 from balf_fx.fingerprint import Fingerprint
+from balf_fx.plan import Plan
 
 
 def names_and_shapes(graph_module):
@@ -23,7 +24,7 @@ def small(bottleneck, images):
 
 
 def test_a_plan_tells_ranks_widths_and_versions(small):
-    plan = balf_fx.plan(small)
+    plan = Plan.of(small)
     assert plan.ranks == {row.name: row.rank for row in balf_fx.report(small).sites}
     assert plan.versions["torch"] == torch.__version__
     assert [width.size for width in plan.widths] == [row.features_after for row in plan.report.widths]
@@ -37,14 +38,14 @@ def test_a_plan_tells_ranks_widths_and_versions(small):
 
 
 def test_plans_survive_json_copies_and_pickles(small):
-    plan = balf_fx.plan(small)
-    assert balf_fx.Plan.from_json(plan.to_json()) == plan
-    assert balf_fx.plan(copy.deepcopy(small)) == plan
-    assert balf_fx.plan(pickle.loads(pickle.dumps(small))) == plan
+    plan = Plan.of(small)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.of(copy.deepcopy(small)) == plan
+    assert Plan.of(pickle.loads(pickle.dumps(small))) == plan
 
 
 def test_a_plan_is_followed_by_a_model_with_the_same_architecture(small, bottleneck, images):
-    plan = balf_fx.Plan.from_json(balf_fx.plan(small).to_json())
+    plan = Plan.from_json(Plan.of(small).to_json())
     again = balf_fx.compile(bottleneck, images, allocation=plan, progress=False)
     assert names_and_shapes(again) == names_and_shapes(small)
     for batch in images:
@@ -57,7 +58,7 @@ def test_a_plan_is_followed_by_a_model_with_the_same_architecture(small, bottlen
 
 
 def test_a_followed_plan_costs_what_it_says(small, bottleneck, images):
-    plan = balf_fx.plan(small)
+    plan = Plan.of(small)
     report = balf_fx.report(balf_fx.compile(bottleneck, images, allocation=plan, progress=False))
     counted = sum(parameter.numel() for parameter in small.parameters())
     assert report.params_after == counted == plan.report.params_after
@@ -65,7 +66,7 @@ def test_a_followed_plan_costs_what_it_says(small, bottleneck, images):
 
 
 def test_a_plan_that_does_not_fit_is_refused(small, bottleneck, conv_net, images):
-    plan = balf_fx.plan(small)
+    plan = Plan.of(small)
     with pytest.raises(PlanError, match="another model"):
         balf_fx.compile(conv_net, images, allocation=plan, progress=False)
     with pytest.raises(PlanError, match="knows nothing"):
@@ -75,25 +76,25 @@ def test_a_plan_that_does_not_fit_is_refused(small, bottleneck, conv_net, images
 
 
 def test_what_is_no_plan_is_refused(small, conv_net):
-    whole = balf_fx.plan(small).to_dict()
+    whole = Plan.of(small).to_dict()
     with pytest.raises(PlanError, match="no format"):
-        balf_fx.Plan.from_dict({})
+        Plan.from_dict({})
     with pytest.raises(PlanError, match="no plan of balf_fx"):
-        balf_fx.Plan.from_json("{")
+        Plan.from_json("{")
     with pytest.raises(PlanError, match="format 99"):
-        balf_fx.Plan.from_dict({**whole, "format": 99})
+        Plan.from_dict({**whole, "format": 99})
     for key in set(whole) - {"format"}:
         with pytest.raises(PlanError, match="incomplete or damaged"):
-            balf_fx.Plan.from_dict({name: value for name, value in whole.items() if name != key})
+            Plan.from_dict({name: value for name, value in whole.items() if name != key})
     for damaged in (None, 3, [3], {"a": 1}):
         with pytest.raises(PlanError, match="incomplete or damaged"):
-            balf_fx.Plan.from_dict({**whole, "layers": [damaged]})
+            Plan.from_dict({**whole, "layers": [damaged]})
     with pytest.raises(PassError, match="no plan"):
-        balf_fx.plan(conv_net)
+        Plan.of(conv_net)
 
 
 def test_the_plan_is_readable(small):
-    data = json.loads(balf_fx.plan(small).to_json())
+    data = json.loads(Plan.of(small).to_json())
     assert list(data) == ["format", "versions", "report", "origin", "layers", "widths"]
     assert data["origin"]["arguments"]["positional"]["tuple"][0]["dtype"] == "float32"
 

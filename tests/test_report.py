@@ -9,6 +9,7 @@ import balf_fx
 from balf_fx.demo import count_flops
 from balf_fx.errors import PassError
 from balf_fx.passes import Allocate, Score, ScoreWidths
+from balf_fx.plan import Plan
 from balf_fx.report import SiteRow, WidthRow, summarise
 from balf_fx.sites import Allocation, GraphRecord, count_parameters
 from balf_fx.widths import Width, WidthCurve
@@ -137,7 +138,7 @@ def test_reports_survive_a_round_trip(bottleneck, images):
     small = balf_fx.compile(bottleneck, images, flops=0.5, progress=False)
     report = balf_fx.report(small)
     assert report.widths
-    data = json.loads(balf_fx.plan(small).to_json())
+    data = json.loads(Plan.of(small).to_json())
     small.meta["balf"] = data
     assert balf_fx.report(small) == report
     for name in ("widths", "flops_saved_elsewhere", "params_saved_elsewhere"):

@@ -1,5 +1,6 @@
 import math
 
+import architectures
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,3 +149,13 @@ def test_what_an_earlier_pass_leaves_is_required():
     with pytest.raises(PassError, match="nobody counted the graph's FLOPs"):
         Allocate(flops=0.5)(graph_module)
     assert allocate(graph_module, params=0.8).choices[0].chosen.rank == 3
+
+
+@pytest.mark.parametrize("name", ["mlp", "fused", "transformer"])
+@pytest.mark.parametrize("target", [0.4, 0.6, 0.8, 1.0])
+def test_the_bound_holds_for_sizes_of_the_finer_grid_too(name, target):
+    graph_module = architectures.scored(*architectures.make(name))
+    Allocate(flops=target, importance=0.6, strict=False)(graph_module)
+    allocation = graph_record(graph_module).allocation
+    assert target == 1.0 or allocation.sizes
+    assert 0 <= allocation.bound <= allocation.primal + 1e-12
