@@ -82,7 +82,7 @@ class Plan:
         if backend is not None and backend.owner_of(compressed) is not None:
             own: Plan = backend.plan(compressed).plan
             return own
-        raise PassError("there is no plan: pass the GraphModule that balf_fx.compile, convert or load returned")
+        raise PassError("there is no plan and nothing to report: pass what balf_fx.compile, convert or load returned")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Plan:

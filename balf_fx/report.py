@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
-from torch import fx
 
-from balf_fx.errors import PassError
-from balf_fx.sites import META_KEY, Allocation, Choice, EnergyCurve, GraphRecord, Rank
+from balf_fx.sites import Allocation, Choice, EnergyCurve, GraphRecord, Rank
 from balf_fx.widths import Width, WidthCurve
 
 if TYPE_CHECKING:
@@ -256,16 +253,9 @@ def report(graph_module: Any) -> Report:
         PassError: the module carries no allocation.
         NotCalibratedError: the backend is still calibrating; says how far it is.
     """
-    meta = graph_module.meta if isinstance(graph_module, fx.GraphModule) else {}
-    found = meta.get(META_KEY, getattr(graph_module, PLAN_ATTRIBUTE, None))
-    if isinstance(found, GraphRecord) and found.allocation is not None:
-        return summarise(found, found.allocation)
-    if isinstance(found, Mapping):
-        return report_from_dict(found["report"])
-    backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
-    if backend is not None and backend.owner_of(graph_module) is not None:
-        return backend.plan(graph_module).report  # type: ignore[no-any-return]
-    raise PassError("there is nothing to report: pass the GraphModule that balf_fx.compile or convert returned")
+    from balf_fx.plan import Plan  # which holds a report
+
+    return Plan.of(graph_module).report
 
 
 def summarise(record: GraphRecord, allocation: Allocation) -> Report:
