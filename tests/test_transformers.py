@@ -129,3 +129,14 @@ def test_adapters_on_the_factors_of_a_language_model_train(tokens):
         optimizer.step()
     assert losses[-1] < 0.9 * losses[0]
     torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, adapted(**batch).logits)
+
+
+def test_a_file_is_loaded_into_a_model_made_from_its_configuration(tokens, tmp_path):
+    model, batches = language_model(), [{"input_ids": tokens}]
+    small = compress(model, batches, params=0.7, forward=lambda net, batch: net(**batch, use_cache=False))
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        other = transformers.AutoModelForCausalLM.from_config(model.config).eval()
+    loaded = balf_fx.load(tmp_path / "small.safetensors", other)
+    assert torch.equal(loaded(input_ids=tokens).logits, small(input_ids=tokens).logits)
