@@ -23,7 +23,7 @@ from balf_fx.errors import CalibrationError, PassError
 from balf_fx.passes import Allocate, Factorize, Narrow, Refit
 from balf_fx.passes.allocate import IMPORTANCE
 from balf_fx.passes.observe import remove_observers
-from balf_fx.sensitivity import Loss, pieces
+from balf_fx.sensitivity import Loss
 from balf_fx.sites import graph_record
 
 _LOGGER = logging.getLogger(__name__)
@@ -74,16 +74,13 @@ def plan_trial(
     """Choose the samples to measure by, and run the original on them.
 
     Args:
-        batches: one at least; of a large one, pieces that fit into memory.
+        batches: one at least.
         refit: whether the chosen allocation is going to be refitted.
     """
     original = copy.deepcopy(prepared)
     remove_observers(original)
     original.recompile()
-    fit, judge = (
-        [piece for index, batch in enumerate(some) for piece in pieces(original, batch, forward, index, memory)]
-        for some in _few(batches, refit)
-    )
+    fit, judge = _few(batches, refit)
     try:
         references = answers(original, judge, forward)
     except CalibrationError:  # the model may want batches of the size that it was captured with

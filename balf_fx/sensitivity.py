@@ -56,8 +56,8 @@ def observe_gradients(
     Raises:
         CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
     """
-    parts = pieces(prepared, batch, forward, index, memory)
-    found = [_observe_gradients(prepared, part, forward, index, generator, loss) for part in parts]
+    pieces = _pieces(prepared, batch, forward, index, memory)
+    found = [_observe_gradients(prepared, piece, forward, index, generator, loss) for piece in pieces]
     return any(found)
 
 
@@ -85,8 +85,8 @@ def _passes_gradients(weight: Tensor) -> bool:
         return F.linear(value, weight).requires_grad
 
 
-def pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
-    """The batch, or as few pieces of like size as each fit into memory with all values of a profiled graph."""
+def _pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
+    """The batch, or as few pieces of like size as each fit into memory."""
     samples = sample_count(batch)
     count = min(math.ceil(samples * _bytes_per_sample(prepared) / max(memory, 1)), samples)
     if count <= 1 or not _one_by_one(prepared, batch, forward, index):

@@ -51,21 +51,6 @@ def test_a_refit_is_measured_on_samples_of_its_own():
         torch.testing.assert_close(torch.cat(with_refit.references), model(judge))
 
 
-def test_samples_beyond_the_memory_are_measured_in_pieces():
-    model, prepared, batches = scored()
-    samples = torch.cat(batches)
-    with torch.no_grad():
-        whole, apart = (
-            plan_trial(prepared, [samples], forward_for(model), True, memory, None) for memory in (1 << 30, 1 << 18)
-        )
-    for one, several in ((whole.fit, apart.fit), (whole.judge, apart.judge)):
-        assert len(one) == 1
-        assert len(several) > 2
-        assert torch.equal(torch.cat(list(several)), one[0])
-    with torch.no_grad():
-        torch.testing.assert_close(torch.cat(apart.references), whole.references[0])
-
-
 def test_one_sample_is_enough():
     model, prepared, batches = scored()
     trial = trial_of(model, prepared, [batches[0][:1]], True)
