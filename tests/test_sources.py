@@ -183,7 +183,7 @@ def test_two_sources_of_weights_are_one_too_many(tmp_path):
 
 def test_a_missing_library_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "balf-fx\[bench\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "balf-fx\[cli\]"'):
         load_model("timm:test_vit")
 
 
