@@ -77,12 +77,8 @@ class Stored:
         if not layer.fingerprint.matches(fingerprint(graph_module, site)):
             raise OptionError(f"the plan was made for other weights than those of site {site.name!r}: calibrate again")
         modules = build(graph_module, site, _blank(graph_module, site, layer))
-        own = {name.removeprefix(f"{site.name}."): value for name, value in self.tensors.items()}
-        fill(
-            modules,
-            {name: own[name] for name, _ in modules.named_parameters()},
-            like=get_tensor(graph_module, site.weight),
-        )
+        own = {name: self.tensors[f"{site.name}.{name}"] for name, _ in modules.named_parameters()}
+        fill(modules, own, like=get_tensor(graph_module, site.weight))
         return modules
 
 
