@@ -16,7 +16,6 @@ from torch.nn import functional as F
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-    torch.set_grad_enabled(True)  # torch leaves it off where an export fails in a region without gradients
 
 
 @pytest.fixture
