@@ -35,6 +35,7 @@ from balf_fx.passes.allocate import Method, allocate_for
 from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
+from balf_fx.pieces import pieces_for_walk
 from balf_fx.plan import Plan
 from balf_fx.restore import finish
 from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
@@ -105,8 +106,8 @@ def compile(
             the input that it gets in the compressed model (`passes.Refit`): True or "full" for all of it; "up" for the
             left factors and biases, which is several times faster and recovers less. Keeps all batches in memory; not
             with factors="air".
-        memory: bytes that intermediate values may take. For gradients, a batch that needs more runs in pieces; in a
-            refit, values beyond it wait in temporary files (in TMPDIR).
+        memory: bytes that intermediate values may take. A batch that needs more runs in pieces, if the model treats its
+            samples one by one; in a refit, values of other batches wait in temporary files (in TMPDIR) beyond it.
         loss: with factors="sensitivity" or "air", `loss(output, batch)`: a scalar that is to stay small, in place of
             the label-free one.
         forward: `forward(model, batch)`, called in place of the rules for batches.
@@ -327,7 +328,11 @@ def _convert(
         raise NotCalibratedError(
             "this is no prepared graph: call balf_fx.prepare first and run a few batches through it"
         )
-    batches = list(batches)
+    batches = [
+        piece
+        for index, batch in enumerate(batches)
+        for piece in pieces_for_walk(prepared, batch, forward, index, memory)
+    ]
     score(prepared)
     if score.factors == "sensitivity":
         ScoreWidths(score.damping, score.progress)(prepared)

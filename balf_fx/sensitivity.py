@@ -9,9 +9,7 @@ L = diag(sqrt p) - p sqrt(p)^T; for anything else it is the squared error, relat
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,11 +19,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from balf_fx.batches import Forward, run_batch, sample_count, some_samples
+from balf_fx.batches import Forward, run_batch
 from balf_fx.errors import CalibrationError, ModelError
-from balf_fx.observers import CovarianceObserver, InfluenceObserver, SensitivityObserver
+from balf_fx.observers import InfluenceObserver, SensitivityObserver
 from balf_fx.offload import MEMORY
-from balf_fx.sites import annotation, get_tensor, is_quantized
+from balf_fx.pieces import pieces_for_gradients
+from balf_fx.sites import get_tensor, is_quantized
 
 Loss = Callable[[Any, Any], Tensor]
 """`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
@@ -56,7 +55,7 @@ def observe_gradients(
     Raises:
         CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
     """
-    pieces = _pieces(prepared, batch, forward, index, memory)
+    pieces = pieces_for_gradients(prepared, batch, forward, index, memory)
     found = [_observe_gradients(prepared, piece, forward, index, generator, loss) for piece in pieces]
     return any(found)
 
@@ -83,54 +82,6 @@ def _passes_gradients(weight: Tensor) -> bool:
     value = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
     with torch.enable_grad():
         return F.linear(value, weight).requires_grad
-
-
-def _pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
-    """The batch, or as few pieces of like size as each fit into memory."""
-    samples = sample_count(batch)
-    count = min(math.ceil(samples * _bytes_per_sample(prepared) / max(memory, 1)), samples)
-    if count <= 1 or not _one_by_one(prepared, batch, forward, index):
-        yield batch
-        return
-    cuts = [samples * piece // count for piece in range(count + 1)]
-    for start, stop in itertools.pairwise(cuts):
-        yield some_samples(batch, start, stop)
-
-
-def _bytes_per_sample(prepared: fx.GraphModule) -> float:
-    """What the nodes' values take for one sample of the example batch."""
-    marks = [(node, annotation(node).shape) for node in prepared.graph.nodes]
-    samples = max((shape[0] for node, shape in marks if node.op == "placeholder" and shape), default=0)
-    size = max((parameter.element_size() for parameter in prepared.parameters()), default=4)
-    values = sum(math.prod(shape) for node, shape in marks if node.op.startswith("call") and shape is not None)
-    return size * values / samples if samples else 0.0
-
-
-def _one_by_one(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int) -> bool:
-    """Whether the first few samples have the same outputs together and apart; the observers forget what they saw."""
-    moments = {module: module.moments for module in prepared.modules() if isinstance(module, CovarianceObserver)}
-    half = min(sample_count(batch) // 2, 2)
-    try:
-        spans = ((0, 2 * half), (0, half), (half, 2 * half))
-        runs = [run_batch(prepared, some_samples(batch, *span), forward, index) for span in spans]
-    except CalibrationError:  # it may want batches of one size
-        return False
-    finally:
-        for observer, seen in moments.items():
-            observer.moments = seen
-    leaves = [[leaf for leaf in pytree.tree_leaves(run) if isinstance(leaf, Tensor)] for run in runs]
-    if len(set(map(len, leaves))) > 1:
-        return False
-    return all(_alike(whole, parts) for whole, *parts in zip(*leaves, strict=True))
-
-
-def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether an output is its parts one below the other, up to rounding."""
-    if not whole.dim() or len({part.shape[1:] for part in (whole, *parts)}) > 1:
-        return False
-    joined = torch.cat(list(parts))
-    tolerance = 1e-3 * float(whole.abs().max())
-    return joined.shape == whole.shape and torch.allclose(joined, whole, rtol=0.0, atol=tolerance)
 
 
 def _observe_gradients(

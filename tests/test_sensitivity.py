@@ -208,22 +208,3 @@ def test_a_batch_beyond_the_memory_runs_in_pieces(conv_net, images):
         torch.testing.assert_close(
             pieces.get_submodule(path).moments.covariance(), whole.get_submodule(path).moments.covariance()
         )
-
-
-class Centring(nn.Module):
-    """What a sample gives depends on the others."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        y = self.first(x).relu()
-        return self.second(y - y.mean(0))
-
-
-def test_samples_that_depend_on_each_other_stay_together():
-    model, batches = Centring().eval(), list(torch.randn(2, 16, 8))
-    whole, limited = prepared(model, batches), prepared(model, batches, memory=1)
-    first, second = (observer(graph_module, "first").sample.gradients for graph_module in (whole, limited))
-    assert torch.equal(first.scatter, second.scatter)
