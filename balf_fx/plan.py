@@ -95,7 +95,7 @@ class Plan:
         from balf_fx.files import read  # which imports plans
 
         if Path(path).suffix == ".json":
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(Path(path).read_bytes())
         return read(path).plan
 
     @property
@@ -150,7 +150,7 @@ class Plan:
             raise PlanError(f"the plan is incomplete or damaged: {type(error).__name__} {error}") from error
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """The inverse of `to_json`.
 
         Raises:

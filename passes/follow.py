@@ -12,7 +12,7 @@ from balf_fx.errors import PlanError
 from balf_fx.passes.base import Pass
 from balf_fx.plan import Plan
 from balf_fx.report import SiteRow
-from balf_fx.sites import Allocation, Candidate, Choice, Site, annotate, annotation, graph_record, record_graph
+from balf_fx.sites import Allocation, Candidate, Choice, Rank, Site, annotate, annotation, graph_record, record_graph
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Follow(Pass):
         plan: made for a model of the same architecture.
 
     Raises:
-        PlanError: the graph's sites or widths are others than the plan's.
+        PlanError: the graph's sites or widths are others than the plan's, or cannot have what it says.
     """
 
     plan: Plan
@@ -65,6 +65,8 @@ class Follow(Pass):
                 f"the plan was made for another model: {', '.join(unlike[:5])}{', ...' if len(unlike) > 5 else ''} "
                 "are not the same in both"
             )
+        for site in found:
+            _check_rank(site, rows[site.name].rank)
         return ((site, rows[site.name]) for site in found)
 
     def _sizes(self, graph_module: fx.GraphModule) -> dict[int, int]:
@@ -78,7 +80,20 @@ class Follow(Pass):
                     f"the plan narrows {planned.kind} at {planned.name}, which takes gradients: use "
                     "factors='sensitivity' and widths=True"
                 )
+            if not 1 <= planned.size <= width.features:
+                raise PlanError(f"the plan leaves {planned.size} of {width.features} {planned.kind} at {planned.name}")
         return {planned.index: planned.size for planned in self.plan.widths}
+
+
+def _check_rank(site: Site, rank: Rank) -> None:
+    """Refuse what somebody may have written into a plan by hand."""
+    if rank is None:
+        return
+    ranks, parts = (rank, site.parts) if isinstance(rank, tuple) else ((rank,), 1)
+    limit = min(site.out_features // parts, site.in_features)
+    numbers = [each for each in ranks if each is not None]
+    if not numbers or len(ranks) != parts or not all(1 <= each <= limit for each in numbers):
+        raise PlanError(f"the plan has rank {rank} for {site.name!r}, which is {site.shape}")
 
 
 def _choice(site: Site, row: SiteRow) -> Choice:

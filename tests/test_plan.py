@@ -75,6 +75,30 @@ def test_a_plan_that_does_not_fit_is_refused(small, bottleneck, conv_net, images
         balf_fx.compile(bottleneck, images, allocation=plan, flops=0.5, progress=False)
 
 
+@pytest.mark.parametrize("rank", [0, -1, 33, [4, 4], [None]])
+def test_ranks_that_a_layer_cannot_have_are_refused(small, bottleneck, images, rank):
+    data = Plan.of(small).to_dict()
+    (row,) = (row for row in data["report"]["sites"] if row["name"] == "project")
+    row["rank"] = rank
+    with pytest.raises(PlanError, match="for 'project', which is 32 x 64 x 1"):
+        balf_fx.compile(bottleneck, images, allocation=Plan.from_dict(data), progress=False)
+
+
+@pytest.mark.parametrize("size", [0, 65])
+def test_sizes_that_a_width_cannot_have_are_refused(small, bottleneck, images, size):
+    data = Plan.of(small).to_dict()
+    data["widths"][0]["size"] = size
+    with pytest.raises(PlanError, match=f"leaves {size} of 64 channels"):
+        balf_fx.compile(bottleneck, images, allocation=Plan.from_dict(data), progress=False)
+
+
+def test_a_file_that_is_no_text_is_no_plan(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(PlanError, match="no plan of balf_fx"):
+        Plan.read(path)
+
+
 def test_what_is_no_plan_is_refused(small, conv_net):
     whole = Plan.of(small).to_dict()
     with pytest.raises(PlanError, match="no format"):
