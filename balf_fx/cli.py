@@ -19,12 +19,13 @@ from balf_fx.errors import BalfError
 from balf_fx.files import save
 from balf_fx.plan import Plan
 from balf_fx.report import report as report_of
-from balf_fx.sweep import run_sweep
+from balf_fx.sweep import Sweep, run_sweep
 from balf_fx.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 _SHARE = click.FloatRange(0, 1, min_open=True)
 _PICTURE = OutputFile(".png", ".svg", ".pdf")
 _BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
@@ -99,15 +100,18 @@ def compress(
 
 
 @main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=_EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--html", type=OutputFile(".html"), help="Write a page with the picture and the tables.")
+@click.option("--sweep", "curve", type=_EXISTING, help="What `sweep --json` printed, to be drawn in that page, too.")
 @click.option("--plot", type=_PICTURE, help="Write the picture alone, .png, .svg or .pdf.")
-def report(file: Path, as_json: bool, html: Path | None, plot: Path | None) -> None:
+def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plot: Path | None) -> None:
     """Print what was done to the model in FILE, which `compress` has saved; a plan as .json will do, too."""
+    if curve is not None and html is None:
+        raise click.UsageError("--sweep is drawn in the page: pass --html, too")
     found = Plan.read(file).report
     if html is not None:
-        found.to_html(html)
+        found.to_html(html, None if curve is None else Sweep.from_json(curve.read_bytes()))
     if plot is not None:
         _write(found.plot(), plot)
     click.echo(found.to_json() if as_json else str(found))

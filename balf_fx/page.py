@@ -1,10 +1,11 @@
-"""A report as one HTML file that loads nothing else: totals, the picture of `plots`, and the tables."""
+"""A report as one HTML file that loads nothing else: totals, the pictures of `plots`, and the tables."""
 
 from __future__ import annotations
 
 from balf_fx.errors import MissingExtraError
-from balf_fx.plots import plot_report, to_svg
+from balf_fx.plots import plot_report, plot_sweep, to_svg
 from balf_fx.report import Report
+from balf_fx.sweep import Sweep
 from balf_fx.version import __version__
 
 try:
@@ -41,10 +42,11 @@ _TEMPLATE = """\
     <dd><strong>{{ value }}</strong> {{ detail }}</dd>
   </div>
 {% endfor %}</dl>
-<h2>Picture</h2>
-<figure role="img" aria-label="Rank, cost and energy of each site">
+{% for heading, meaning, picture in pictures %}<h2>{{ heading }}</h2>
+<figure role="img" aria-label="{{ meaning }}">
 {{ picture | safe }}
 </figure>
+{% endfor %}
 {% for heading, note, headers, rows in tables %}<h2>{{ heading }}</h2>
 <p>{{ note }}</p>
 <div class="table"><table>
@@ -68,14 +70,20 @@ _Table = tuple[str, str, list[tuple[str, bool]], list[list[str]]]
 """Heading, a note, headers with whether the column holds numbers, and rows."""
 
 
-def render(report: Report) -> str:
-    """The page as text."""
+def render(report: Report, sweep: Sweep | None = None) -> str:
+    """The page as text, with the curve over budgets where there is one."""
+    pictures = [("Picture", "Rank, cost and energy of each site", to_svg(plot_report(report), "sites"))]
+    tables = [_sites(report), _widths(report), _refused(report)]
+    if sweep is not None:
+        meaning = "Answers and their divergence at each budget"
+        pictures.append(("Accuracy and budget", meaning, to_svg(plot_sweep(sweep), "budgets")))
+        tables.insert(0, _points(sweep))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_TEMPLATE).render(
         title="What balf_fx did to the model",
         totals=_totals(report),
-        picture=to_svg(plot_report(report)),
-        tables=[table for table in (_sites(report), _widths(report), _refused(report)) if table[3]],
+        pictures=pictures,
+        tables=[table for table in tables if table[3]],
         version=__version__,
     )
 
@@ -89,6 +97,11 @@ def _totals(report: Report) -> list[_Total]:
     bound = "" if report.bound is None else f"dual bound {report.bound:.4g}, gap {report.gap:.2g}"
     found.append(("Loss of the allocation", f"{report.primal:.4g}", bound))
     return found
+
+
+def _points(sweep: Sweep) -> _Table:
+    headers, *rows = sweep.rows()
+    return "Budgets", sweep.note, [(header, True) for header in headers], [list(row) for row in rows]
 
 
 def _sites(report: Report) -> _Table:

@@ -206,13 +206,18 @@ def plot_sweep(sweep: Sweep) -> Figure:
     return figure
 
 
-def to_svg(figure: Figure) -> str:
-    """The picture as an <svg> element: text stays text, and the same picture is the same characters every time."""
+def to_svg(figure: Figure, name: str) -> str:
+    """The picture as an <svg> element: text stays text, and the same picture is the same characters every time.
+
+    Args:
+        name: what its ids start with, so that several pictures can be in one page.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "balf_fx", "svg.fonttype": "none"}):  # savefig has no such options
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawn = buffer.getvalue()
-    return re.sub(r"<metadata>.*?</metadata>\s*", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\1{name}-", drawn)
 
 
 def _lines(axes: Axes, names: Sequence[str]) -> None:

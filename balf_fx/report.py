@@ -16,6 +16,8 @@ from balf_fx.widths import Width, WidthCurve
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from balf_fx.sweep import Sweep
+
 PLAN_ATTRIBUTE = "balf_plan"
 """Where a finished GraphModule carries its plan beside `meta`: copies keep only `meta`, pickles only attributes."""
 
@@ -173,18 +175,19 @@ class Report:
 
         return plot_report(self)
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A page that needs nothing else: totals, picture and tables.
+    def to_html(self, path: str | Path | None = None, sweep: Sweep | None = None) -> str:
+        """A page that needs nothing else: totals, pictures and tables.
 
         Args:
             path: write it to this file as well.
+            sweep: draw what other budgets cost in accuracy, too.
 
         Raises:
             MissingExtraError: matplotlib or jinja2 is not installed.
         """
         from balf_fx.page import render
 
-        page = render(self)
+        page = render(self, sweep)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page

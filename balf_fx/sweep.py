@@ -17,7 +17,7 @@ from balf_fx.api import Effort, calibrate, convert, prepare
 from balf_fx.batches import forward_for, sample_count
 from balf_fx.capture import cuda_devices
 from balf_fx.divergence import answers, differ
-from balf_fx.errors import BudgetError, CalibrationError, OptionError
+from balf_fx.errors import BudgetError, CalibrationError, FileError, OptionError
 from balf_fx.passes.score import Factors
 from balf_fx.report import report
 from balf_fx.sensitivity import find_logits
@@ -73,27 +73,44 @@ class Sweep:
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
 
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            (
-                f"{point.budget:g}",
-                _percent(point.flops_kept),
-                _percent(point.params_kept),
-                _percent(point.agreement),
-                f"{point.divergence:.4g}",
-                _percent(point.accuracy),
-            )
-            for point in self.points
-        ]
-        if self.accuracy is not None:
-            rows.insert(0, ("dense", *(["100.00 %"] * 3), "0", _percent(self.accuracy)))
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Sweep:
+        """The inverse of `to_json`.
+
+        Raises:
+            FileError: this is no sweep.
+        """
+        try:
+            data = json.loads(text)
+            points = tuple(Point(**point) for point in data["points"])
+            return cls(**{**data, "points": points, "out_of_reach": tuple(data["out_of_reach"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"this is no sweep as JSON: {type(error).__name__} {error}") from error
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table: headers, the original where its accuracy is known, and the points."""
         headers = (self.measure, "FLOPs kept", "params kept", "same top-1", "divergence", "accuracy")
+        found: list[tuple[str, ...]] = [headers]
+        if self.accuracy is not None:
+            found.append(("dense", *(["100.00 %"] * 3), "0", _percent(self.accuracy)))
+        for point in self.points:
+            shares = map(_percent, (point.flops_kept, point.params_kept, point.agreement))
+            found.append((f"{point.budget:g}", *shares, f"{point.divergence:.4g}", _percent(point.accuracy)))
+        return found
+
+    @property
+    def note(self) -> str:
+        """On what it was measured, and which budgets were out of reach."""
+        note = f"on {self.samples:,} samples, effort {self.effort!r}"
+        if not self.out_of_reach:
+            return note
+        listed = ", ".join(f"{budget:g}" for budget in self.out_of_reach)
+        return f"{note}; out of reach: {listed}; the smallest is {self.minimum:.4f}"
+
+    def __str__(self) -> str:
+        headers, *rows = self.rows()
         table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * len(headers))
-        notes = [f"on {self.samples:,} samples, effort {self.effort!r}"]
-        if self.out_of_reach:
-            listed = ", ".join(f"{budget:g}" for budget in self.out_of_reach)
-            notes.append(f"out of reach: {listed}; the smallest is {self.minimum:.4f}")
-        return "\n".join([table, "", *notes])
+        return f"{table}\n\n{self.note}"
 
 
 def run_sweep(

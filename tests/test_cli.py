@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,6 +202,18 @@ def test_report_draws(work):
         assert picture.width > 10 * 150
 
 
+def test_the_page_takes_a_sweep(work):
+    pytest.importorskip("jinja2")
+    assert invoke(*COMPRESS, "--flops", "0.6").exit_code == 0
+    (work / "curve.json").write_text(invoke("sweep", *NET, "--budgets", "0.8", "--samples", "150", "--json").stdout)
+    report = ("report", "small.safetensors", "--sweep", "curve.json")
+    assert_clean_failure(invoke(*report), 2, "pass --html")
+    assert invoke(*report, "--html", "page.html").exit_code == 0
+    assert "on 50 samples" in (work / "page.html").read_text()
+    (work / "curve.json").write_text("{}")
+    assert_clean_failure(invoke(*report, "--html", "page.html"), 1, "no sweep")
+
+
 def test_report_on_something_else_is_a_clean_error(work):
     (work / "other.safetensors").write_text("nothing of the kind")
     assert_clean_failure(invoke("report", "other.safetensors"), 1, "no safetensors file")
@@ -281,3 +296,26 @@ def test_missing_pillow_names_the_extra(monkeypatch):
         monkeypatch.delitem(sys.modules, f"balf_fx.{module}")
     with pytest.raises(SystemExit, match=r'pip install "balf-fx\[cli\]"'):
         importlib.import_module("balf_fx.cli")
+
+
+def test_the_commands_of_the_readme_run(work, monkeypatch):
+    """As they are written, but for the model of torchvision, which would have to be downloaded."""
+    torchvision = pytest.importorskip("torchvision")
+    pytest.importorskip("jinja2")
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: net("image_net"))
+    (work / "mine.py").write_text(FACTORY.replace("def net", "def make_net"))
+    torch.save(net().state_dict(), "net.pt")
+    with np.load("data.npz") as arrays:
+        np.savez("data.npz", x=np.tile(arrays["x"], (3, 1)), y=np.tile(arrays["y"], 3))
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (commands,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    for command in commands.splitlines():
+        words, _, output = command.partition(" > ")
+        program, *arguments = shlex.split(words)
+        assert program == "balf-fx"
+        result = invoke(*arguments)
+        assert result.exit_code == 0, result.output
+        if output:
+            (work / output).write_text(result.stdout)
+    sys.modules.pop("mine")
+    assert all((work / name).stat().st_size for name in ("small.safetensors", "curve.png", "report.html"))

@@ -10,6 +10,7 @@ import pytest
 import balf_fx
 from balf_fx.errors import MissingExtraError
 from balf_fx.report import RefusedRow, Report, SiteRow, WidthRow
+from balf_fx.sweep import Point, Sweep
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -93,6 +94,20 @@ def test_what_is_not_there_has_no_table(report):
     assert len(page.rows) == 2
     assert not {"Widths", "Not a site"} & set(page.text)
     Page(dataclasses.replace(report, sites=(), flops_before=None, flops_after=None, target=None, bound=None).to_html())
+
+
+def test_the_curve_over_budgets_is_drawn_and_listed(report):
+    point = Point(0.5, 0.4987, 0.6, 0.01234, 0.97, 0.9)
+    curve = Sweep("flops", "best", 1000, 0.91, (point, dataclasses.replace(point, budget=0.3)), (0.1,), 0.2)
+    text = report.to_html(sweep=curve)
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(page.ids)
+    assert "on 1,000 samples, effort 'best'; out of reach: 0.1; the smallest is 0.2000" in page.text
+    assert page.rows[1] == ["dense", "100.00 %", "100.00 %", "100.00 %", "0", "91.00 %"]
+    assert page.rows[2] == ["0.5", "49.87 %", "60.00 %", "97.00 %", "0.01234", "90.00 %"]
+    assert {"Accuracy and budget", "Budgets", "FLOPs kept"} <= set(page.text)
+    assert not {"Accuracy and budget", "Budgets"} & set(Page(report.to_html()).text)
 
 
 def test_names_are_text_and_no_markup(report):

@@ -161,8 +161,8 @@ def test_real_reports_are_drawn(conv_net, images):
 
 
 def test_svg_is_the_same_every_time_and_loads_nothing(report):
-    drawn = to_svg(plot_report(report))
-    assert drawn == to_svg(plot_report(report))
+    drawn = to_svg(plot_report(report), "a")
+    assert drawn == to_svg(plot_report(report), "a")
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
     assert "narrower</text>" in drawn
     for word in ("<!DOCTYPE", "<metadata", "<image", "@import"):
@@ -176,7 +176,7 @@ import matplotlib
 from balf_fx.plots import plot_report, to_svg
 from tests.test_plots import report_of, site
 before = matplotlib.rcParams.copy()
-to_svg(plot_report(report_of(site())))
+to_svg(plot_report(report_of(site())), "a")
 assert "matplotlib.pyplot" not in sys.modules
 assert dict.__eq__(before, matplotlib.rcParams)  # items() would choose a backend
 """

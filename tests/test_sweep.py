@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.errors import BudgetError, CalibrationError, OptionError
-from balf_fx.sweep import run_sweep
+from balf_fx.errors import BudgetError, CalibrationError, FileError, OptionError
+from balf_fx.sweep import Sweep, run_sweep
 
 
 @pytest.fixture
@@ -114,3 +114,10 @@ def test_tables_and_plain_data_say_the_same(classifier, batches):
         assert f"{point.divergence:.4g}" in table
     assert "dense" in table
     assert "dense" not in str(dataclasses.replace(found, accuracy=None))
+    assert Sweep.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", b"\xff", '{"points": [{"budget": 0.5}], "out_of_reach": []}'])
+def test_what_is_no_sweep_is_refused(text):
+    with pytest.raises(FileError, match="no sweep"):
+        Sweep.from_json(text)
