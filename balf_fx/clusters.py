@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import TypeVar
 
 from torch import fx
 
@@ -24,6 +26,11 @@ from balf_fx.widths import Width, WidthCurve, joint_widths
 _SIZES = {1: 32, 2: 12}  # sizes tried of each width, by how many hang together
 _PRODUCTS = 512  # choices of ranks at one size that are all tried; of more, those on the convex hull
 _RANKS = 48  # ranks tried of each site at each size; the refinement is the allocator's rounding, not the model's
+
+
+_T = TypeVar("_T")
+_Priced = tuple[int, float, _T]
+"""A cost, a loss, and what has them."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +101,11 @@ class Member:
         ranks = choose(curve.candidates[: min(site.break_even, self.site.break_even)])
         return [
             *(
-                dataclasses.replace(
-                    c,
-                    flops=rank_flops(site, c.rank, flops, elements),
-                    params=rank_params(site, c.rank, curve.spectrum.mean is not None),
+                Candidate(
+                    c.rank,
+                    rank_flops(site, c.rank, flops, elements),
+                    rank_params(site, c.rank, curve.spectrum.mean is not None),
+                    c.distortion,
                 )
                 for c in ranks
             ),
@@ -166,15 +174,21 @@ class Cluster:
             lost = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
             shares = [share.cost(kept) for share in self.shares]
             others = (sum(flops for flops, _ in shares), sum(params for _, params in shares))
-            rows = [member.candidates(curve, kept) for member, curve in zip(self.members, curves, strict=True)]
+            rows = [
+                [(c.cost(measure), weight * curve.normalised(c.distortion), c) for c in member.candidates(curve, kept)]
+                for member, curve, weight in zip(self.members, curves, weights, strict=True)
+            ]
             few = math.prod(map(len, rows)) <= _PRODUCTS
-            for ranks, loss in (_all if few else _hull)(rows, curves, weights, measure):
+            picked = itertools.product(*rows) if few else _on_hull(rows)
+            sums = [(sum(cost for cost, _, _ in row), sum(loss for _, loss, _ in row), row) for row in picked]
+            for _, loss, row in _efficient(sums):
+                ranks = tuple(candidate for _, _, candidate in row)
                 flops = others[0] + sum(candidate.flops for candidate in ranks)
                 params = others[1] + sum(candidate.params for candidate in ranks)
                 found.append(Option(ranks, sizes, flops, params, others, lost + loss))
         if near is not None:
             found += self._neighbours(near, curves, weights)
-        return _efficient(found, measure)
+        return [option for *_, option in _efficient([(o.cost(measure), o.loss, o) for o in found])]
 
     def _neighbours(self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float]) -> Iterator[Option]:
         """Options that differ in one member's rank, whatever it is."""
@@ -284,41 +298,23 @@ def _thin(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [candidates[i] for i in picked]
 
 
-def _all(
-    rows: Sequence[Sequence[Candidate]], curves: Sequence[RankCurve], weights: Sequence[float], measure: Measure
-) -> Iterator[tuple[tuple[Candidate, ...], float]]:
-    """Every choice of one candidate from each row."""
-    del measure
-    for ranks in itertools.product(*rows):
-        lost = (w * curve.normalised(c.distortion) for c, curve, w in zip(ranks, curves, weights, strict=True))
-        yield ranks, sum(lost)
-
-
-def _hull(
-    rows: Sequence[Sequence[Candidate]], curves: Sequence[RankCurve], weights: Sequence[float], measure: Measure
-) -> Iterator[tuple[tuple[Candidate, ...], float]]:
+def _on_hull(rows: Sequence[Sequence[_Priced[Candidate]]]) -> Iterator[tuple[_Priced[Candidate], ...]]:
     """Choices of one candidate from each row on the lower convex hull of cost and loss."""
-    points = [
-        _lower_hull([(c.cost(measure), weight * curve.normalised(c.distortion), c) for c in row])
-        for row, curve, weight in zip(rows, curves, weights, strict=True)
-    ]
+    hulls = [_lower_hull(row) for row in rows]
     steps = sorted(
         (-(left[1] - right[1]) / (right[0] - left[0]), index, place + 1)
-        for index, hull in enumerate(points)
+        for index, hull in enumerate(hulls)
         for place, (left, right) in enumerate(itertools.pairwise(hull))
     )
-    at = [0] * len(points)
-    yield tuple(hull[0][2] for hull in points), sum(hull[0][1] for hull in points)
+    at = [0] * len(hulls)
+    yield tuple(hull[0] for hull in hulls)
     for _, index, place in steps:
         at[index] = place
-        yield (
-            tuple(hull[i][2] for hull, i in zip(points, at, strict=True)),
-            sum(hull[i][1] for hull, i in zip(points, at, strict=True)),
-        )
+        yield tuple(hull[i] for hull, i in zip(hulls, at, strict=True))
 
 
-def _lower_hull(points: list[tuple[int, float, Candidate]]) -> list[tuple[int, float, Candidate]]:
-    hull: list[tuple[int, float, Candidate]] = []
+def _lower_hull(points: Sequence[_Priced[Candidate]]) -> list[_Priced[Candidate]]:
+    hull: list[_Priced[Candidate]] = []
     for point in sorted(points, key=lambda p: p[:2]):
         if hull and point[1] >= hull[-1][1]:
             continue
@@ -330,11 +326,12 @@ def _lower_hull(points: list[tuple[int, float, Candidate]]) -> list[tuple[int, f
     return hull
 
 
-def _efficient(options: list[Option], measure: Measure) -> list[Option]:
+def _efficient(priced: Iterable[_Priced[_T]]) -> list[_Priced[_T]]:
+    """What nothing cheaper beats, ascending in cost."""
     best = math.inf
     kept = []
-    for option in sorted(options, key=lambda o: (o.cost(measure), o.loss)):
-        if option.loss <= best:  # of those that lose the same, what is left of a budget goes to the costlier
-            best = option.loss
-            kept.append(option)
+    for each in sorted(priced, key=itemgetter(0, 1)):
+        if each[1] <= best:  # of those that lose the same, what is left of a budget goes to the costlier
+            best = each[1]
+            kept.append(each)
     return kept

@@ -13,9 +13,7 @@ import balf_fx
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 TORCHVISION = (
-    "lraspp_mobilenet_v3_large",
     "mobilenet_v3_small",
-    "r3d_18",
     "resnet18",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
