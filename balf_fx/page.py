@@ -27,7 +27,8 @@ _TEMPLATE = """\
   dl { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0; }
   dl div { border: 1px solid #ddd; border-radius: .5rem; padding: .6rem 1rem; }
   dt { color: #555; font-size: .85rem; } dd { margin: 0; } dd strong { font-size: 1.5rem; color: #0072B2; }
-  figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; min-width: 60rem; }
+  figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; }
+  .sites svg { min-width: 60rem; }
   .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
   th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #eee; }
   th { border-bottom: 2px solid #bbb; } .number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -42,8 +43,8 @@ _TEMPLATE = """\
     <dd><strong>{{ value }}</strong> {{ detail }}</dd>
   </div>
 {% endfor %}</dl>
-{% for heading, meaning, picture in pictures %}<h2>{{ heading }}</h2>
-<figure role="img" aria-label="{{ meaning }}">
+{% for name, heading, meaning, picture in pictures %}<h2>{{ heading }}</h2>
+<figure class="{{ name }}" role="img" aria-label="{{ meaning }}">
 {{ picture | safe }}
 </figure>
 {% endfor %}
@@ -72,17 +73,17 @@ _Table = tuple[str, str, list[tuple[str, bool]], list[list[str]]]
 
 def render(report: Report, sweep: Sweep | None = None) -> str:
     """The page as text, with the curve over budgets where there is one."""
-    pictures = [("Picture", "Rank, cost and energy of each site", to_svg(plot_report(report), "sites"))]
+    drawn = [("sites", "Picture", "Rank, cost and energy of each site", plot_report(report))]
     tables = [_sites(report), _widths(report), _refused(report)]
     if sweep is not None:
         meaning = "Answers and their divergence at each budget"
-        pictures.append(("Accuracy and budget", meaning, to_svg(plot_sweep(sweep), "budgets")))
+        drawn.append(("budgets", "Accuracy and budget", meaning, plot_sweep(sweep)))
         tables.insert(0, _points(sweep))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_TEMPLATE).render(
         title="What balf_fx did to the model",
         totals=_totals(report),
-        pictures=pictures,
+        pictures=[(name, *words, to_svg(figure, name)) for name, *words, figure in drawn],
         tables=[table for table in tables if table[3]],
         version=__version__,
     )

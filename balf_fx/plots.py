@@ -22,7 +22,7 @@ try:
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
     from matplotlib.textpath import text_to_path
-    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 except ImportError as error:
     raise MissingExtraError('pictures need matplotlib: pip install "balf-fx[plot]"') from error
 
@@ -100,6 +100,7 @@ def draw_costs(axes: Axes, report: Report) -> None:
         _label(axes, max(before, after), line, _change(before, after))
     axes.set_title("FLOPs of the example batch" if counted else "Parameters", loc="left", fontsize=10)
     axes.set_xlabel("FLOPs" if counted else "parameters")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep="\N{THIN SPACE}"))
     axes.set_xlim(0, 1.16 * max((max(pair) for pair in pairs), default=1) or 1)
 
@@ -174,7 +175,8 @@ def plot_sweep(sweep: Sweep) -> Figure:
     divergences.plot(kept, [point.divergence for point in points], color=BLUE, marker="o", markersize=5)
     if all(point.divergence > 0 for point in points):
         divergences.set_yscale("log")
-        divergences.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        low, high = divergences.get_ylim()
+        divergences.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
         divergences.yaxis.set_major_formatter("{x:g}")
         divergences.yaxis.set_minor_locator(NullLocator())
     shares.set_ylabel("top-1 answers", fontsize=9)
