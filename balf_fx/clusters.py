@@ -99,15 +99,14 @@ class Member:
         if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
             return [dense]
         ranks = choose(curve.candidates[: min(site.break_even, self.site.break_even)])
+        # Both costs are linear in the rank.
+        per_rank = rank_flops(site, 1, flops, elements)
+        first, second = (rank_params(site, rank, curve.spectrum.mean is not None) for rank in (1, 2))
         return [
             *(
-                Candidate(
-                    c.rank,
-                    rank_flops(site, c.rank, flops, elements),
-                    rank_params(site, c.rank, curve.spectrum.mean is not None),
-                    c.distortion,
-                )
-                for c in ranks
+                Candidate(rank, rank * per_rank, first + (rank - 1) * (second - first), candidate.distortion)
+                for candidate in ranks
+                if isinstance(rank := candidate.rank, int)
             ),
             dense,
         ]

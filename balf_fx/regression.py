@@ -177,21 +177,28 @@ def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int) -> tu
 
 
 def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
-    """E|R (y - A B x' - b)|^2 up to what no solution changes, of all groups.
+    """E (y - A B x' - b)^T M (y - A B x' - b) up to what no solution changes, of all groups.
 
     Args:
-        metric: R [G, m, O], None for the identity.
+        metric: M [G, O, O], symmetric; None for the identity.
     """
-    right = solution.right  # z = B x', or the output itself
-    zz = right @ seen.inputs.xx @ right.mT / seen.count
-    yz = seen.yx @ right.mT / seen.count
-    z, y = (right @ seen.inputs.mean.unsqueeze(-1)), seen.mean_y.unsqueeze(-1)
-    left = torch.eye(right.shape[1], dtype=right.dtype, device=right.device) if solution.left is None else solution.left
+    left, count = solution.left, seen.count
+    if left is None:  # the map itself is A, and B the identity
+        left, products, cross, mean = solution.right, seen.inputs.xx, seen.yx, seen.inputs.mean.unsqueeze(-1)
+    else:
+        right = solution.right
+        products, cross, mean = (
+            right @ seen.inputs.xx @ right.mT,
+            seen.yx @ right.mT,
+            right @ seen.inputs.mean[..., None],
+        )
+    y = seen.mean_y.unsqueeze(-1)
     bias = torch.zeros_like(y) if solution.bias is None else solution.bias.unsqueeze(-1)
+    fitted = (left @ products - 2 * cross) / count + 2 * bias @ mean.mT
+    offset = bias - 2 * y
     if metric is not None:
-        left, bias, y, yz = (metric @ value for value in (left, bias, y, yz))
-    fitted = left @ zz + 2 * bias @ z.mT - 2 * yz
-    return float((fitted * left).sum() + (bias * (bias - 2 * y)).sum())
+        left, bias = metric @ left, metric @ bias
+    return float((left * fitted).sum() + (bias * offset).sum())
 
 
 def best(
@@ -204,17 +211,18 @@ def best(
         prior: the solution so far, one for each part of the outputs; what has a left factor is solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
     """
+    metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
     strength = 1.0
-    if held_out.count:  # batches of one or two samples leave none
+    if held_out.count:  # of fewer than four samples there is none
         options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
-        errors = [total_error(held_out, option, spectra) for option in (prior, *options)]
+        errors = [total_error(held_out, option, metrics) for option in (prior, *options)]
         least = min(range(len(errors)), key=errors.__getitem__)
         if least == 0:
             return tuple(prior)
         strength = _STRENGTHS[least - 1]
     seen = train + held_out
     found = solutions(seen, toward, prior, spectra, strength)
-    return found if total_error(seen, found, spectra) < total_error(seen, prior, spectra) else tuple(prior)
+    return found if total_error(seen, found, metrics) < total_error(seen, prior, metrics) else tuple(prior)
 
 
 def solutions(
@@ -237,12 +245,17 @@ def solutions(
     return tuple(found)
 
 
-def total_error(seen: Joint, solution: Sequence[Solution], spectra: Sequence[Spectrum | None]) -> float:
+def metric_of(spectrum: Spectrum) -> Tensor:
+    """M = R^T R [G, O, O], in which the spectrum's maps are the best."""
+    _, right = spectrum.maps(spectrum.energies.shape[-1])
+    return right.mT @ right
+
+
+def total_error(seen: Joint, solution: Sequence[Solution], metrics: Sequence[Tensor | None]) -> float:
     """The `error` of all parts, where there are several of one group."""
     total = 0.0
-    for index, (part, spectrum) in enumerate(zip(solution, spectra, strict=True)):
+    for index, (part, metric) in enumerate(zip(solution, metrics, strict=True)):
         own = slice(None) if len(solution) == 1 else slice(index, index + 1)
-        metric = None if spectrum is None else spectrum.maps(spectrum.energies.shape[-1])[1]
         total += error(Joint(seen.inputs, seen.y[own], seen.yx[own]), part, metric)
     return total
 

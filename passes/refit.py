@@ -10,7 +10,7 @@ value's error, too: so residual streams are mended at every block. Where ReLU or
 above six, is none: the target is moved there to what the first solution puts out, and the layer solved again. And
 positions count by the gradients that the loss has there.
 
-How far to trust the regression is decided on a held-out quarter of each batch: the ridge that has the least error
+How far to trust the regression is decided on a held-out quarter of all samples: the ridge that has the least error
 there is taken, or the layer as it was if that is better. Of a convolution's output every pixel counts only until there
 are some hundred positions for each unknown: beyond these a grid of pixels is read, another one in every chunk.
 """
@@ -65,7 +65,7 @@ _ADDITIONS = (
     "add",
     "add_",
 )
-_HELD_OUT = 0.25
+_HELD_OUT = 4  # one sample of so many
 _ENOUGH = 600  # positions per column; beyond these, a convolution's pixels tell little that their neighbours do not
 _FEWEST = 32  # columns that are reckoned with at least
 _CHUNK_ELEMENTS = 1 << 19  # a chunk's columns stay in the cache
@@ -284,14 +284,14 @@ class _Solver:
         device = problem.toward.device
         shares = [JointSums(shape, (groups, outputs), device, inputs_of) for inputs_of in known]
         addition = _addition(self.graph_module, node)
-        turn = 0  # windows take turns, so that between them they see all pixels
+        seen = turn = 0  # windows take turns, so that between them they see all pixels
         for batch in self.walk.batches():
             original = by_sample(batch.original[node], site)
             sizes = tuple(original.shape[2:] if site.conv is not None else original.shape[1:2])
             step = _step(len(self.walk.inputs) * len(original), sizes, inputs) if site.conv is not None else 1
             positions = math.prod(-(-size // step) for size in sizes)
             weights = self._weights(node, sizes)
-            for share, samples in _chunks(len(original), positions, max(inputs, outputs)):
+            for share, samples in _chunks(seen, len(original), positions, max(inputs, outputs)):
                 own = _Window(samples, _pixels(sizes, step, turn))
                 turn += 1
                 x = problem.columns(batch, own)
@@ -308,6 +308,7 @@ class _Solver:
                     y = _seen(problem.outputs(wanted), predicted, earlier.limits)
                 y = y if beside is None else y - beside
                 shares[share].add(x, y.to(x.dtype), None if weights is None else _repeated(weights, own, x))
+            seen += len(original)
         return shares[0].joint(), shares[1].joint()
 
     def _weights(self, node: fx.Node, sizes: tuple[int, ...]) -> Tensor | None:
@@ -367,9 +368,13 @@ def _seen(target: Tensor, predicted: Tensor, limits: tuple[float, float]) -> Ten
     return -torch.maximum(F.threshold(-seen, -high, -math.inf), (-predicted).clamp_max(-high))
 
 
-def _chunks(samples: int, positions: int, features: int) -> Iterator[tuple[int, slice]]:
-    """Cut a batch's samples into its training share, 0, and its held-out share, 1, and these into chunks."""
-    cut = round(samples * (1 - _HELD_OUT))
+def _chunks(seen: int, samples: int, positions: int, features: int) -> Iterator[tuple[int, slice]]:
+    """Cut a batch's samples into its training share, 0, and its held-out share, 1, and these into chunks.
+
+    Args:
+        seen: samples of the batches before, so that of small batches a quarter is held out as well.
+    """
+    cut = samples - ((seen + samples) // _HELD_OUT - seen // _HELD_OUT)
     size = max(_CHUNK_ELEMENTS // max(features * positions, 1), _CHUNK_POSITIONS // max(positions, 1), 1)
     for share, (start, stop) in enumerate(((0, cut), (cut, samples))):
         for begin in range(start, stop, size):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balf_fx.linalg import damped_roots, spectrum_from_output
-from balf_fx.regression import JointSums, apply, best, error, joint, ridge, solutions, total_error, truncate
+from balf_fx.regression import JointSums, apply, best, error, joint, metric_of, ridge, solutions, total_error, truncate
 from balf_fx.sites import Solution
 
 PROPERTY = settings(deadline=None, max_examples=25, derandomize=True)
@@ -99,13 +99,21 @@ def test_at_full_rank_nothing_is_lost():
 @given(seeds, st.integers(1, 2))
 def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
     x, y, weights = problem(seed, groups=groups)
-    _, metric_map = spectrum(seed, 4, groups).maps(4)
+    metric = spectrum(seed, 4, groups)
     seen = joint(x, y, weights)
-    maps = [(random(seed + k, groups, 4, 3), random(seed + k + 50, groups, 4)) for k in (20, 21)]
-    for right in (None, metric_map):
-        direct = [objective(x, y, weights, fitted, bias, right) for fitted, bias in maps]
-        summed = [error(seen, Solution(None, fitted, bias), right) for fitted, bias in maps]
-        assert summed[0] - summed[1] == pytest.approx(direct[0] - direct[1], rel=1e-9, abs=1e-9)
+    left, right = random(seed + 20, groups, 4, 2), random(seed + 21, groups, 2, 3)
+    solutions = [
+        Solution(left, right, random(seed + 22, groups, 4)),
+        Solution(None, left @ right, random(seed + 22, groups, 4)),
+        Solution(None, random(seed + 23, groups, 4, 3), None),
+    ]
+    fitted = [left @ right, left @ right, solutions[2].right]
+    biases = [solutions[0].bias, solutions[1].bias, torch.zeros(groups, 4, dtype=torch.float64)]
+    for gram, root in ((None, None), (metric_of(metric), metric.maps(4)[1])):
+        direct = [objective(x, y, weights, *each, root) for each in zip(fitted, biases, strict=True)]
+        summed = [error(seen, solution, gram) for solution in solutions]
+        assert summed[0] == pytest.approx(summed[1])
+        assert summed[0] - summed[2] == pytest.approx(direct[0] - direct[2], rel=1e-9, abs=1e-9)
 
 
 def test_sums_of_batches_add_up():
@@ -173,7 +181,8 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
         found = best(train, held, weight, prior, spectra)
         assert found[0].left is None or found[0].left.shape[-1] == rank
         seen = train + held
-        assert total_error(seen, found, spectra) <= total_error(seen, prior, spectra)
+        metrics = [None if each is None else metric_of(each) for each in spectra]
+        assert total_error(seen, found, metrics) <= total_error(seen, prior, metrics)
 
 
 @PROPERTY
@@ -186,7 +195,7 @@ def test_with_its_right_factor_kept_a_layer_never_does_better(seed, rank):
     thin = joint(prior.right @ x, y, weights)
     (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0)
     up = Solution(up.right, prior.right, up.bias)
-    errors = [error(seen, solution, metric.maps(4)[1]) for solution in (full, up, prior)]
+    errors = [error(seen, solution, metric_of(metric)) for solution in (full, up, prior)]
     assert errors[0] <= errors[1] + 1e-9
     assert errors[1] <= errors[2] + 1e-9
 

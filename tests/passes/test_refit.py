@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import balf_fx
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.passes import Refit
-from balf_fx.passes.refit import _limits, _pixels, _seen, _step
+from balf_fx.passes.refit import _chunks, _limits, _pixels, _seen, _step
 from balf_fx.sites import annotation
 
 
@@ -86,6 +86,7 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
     model, batches = Residual().double().eval(), list(torch.randn(3, 8, 3, 8, 8, dtype=torch.float64))
     prepared = calibrated(model, batches, sensitivity=factors == "sensitivity")
     options = {"flops": 0.5, "factors": factors, "batches": batches, "refit": mode, "progress": False}
+    monkeypatch.setattr("balf_fx.api.pieces_for_walk", lambda prepared, batch, *_: [batch])  # tests/test_pieces.py
     expected = balf_fx.convert(prepared, **options).state_dict()
     for memory in (0, 100_000):
         found = balf_fx.convert(prepared, memory=memory, **options).state_dict()
@@ -93,6 +94,19 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
     for name, value in (("_CHUNK_ELEMENTS", 5_000), ("_CHUNK_POSITIONS", 1)):
         monkeypatch.setattr(f"balf_fx.passes.refit.{name}", value)
         torch.testing.assert_close(balf_fx.convert(prepared, **options).state_dict(), expected, rtol=1e-9, atol=1e-10)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 2000), st.integers(1, 600))
+def test_a_quarter_of_all_samples_is_held_out(batches, positions, features):
+    shares, seen = [0, 0], 0
+    for samples in batches:
+        covered = torch.zeros(samples)
+        for share, own in _chunks(seen, samples, positions, features):
+            covered[own] += 1
+            shares[share] += own.stop - own.start
+        assert (covered == 1).all()
+        seen += samples
+        assert shares[1] == seen // 4
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), step=st.integers(1, 6))
