@@ -75,7 +75,7 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
         example: one batch, see `batches`.
         forward: `forward(model, batch)`, in place of the rules in `batches`.
         method: "symbolic_trace", "export", or "auto": symbolic tracing first, torch.export where that fails or leaves
-            weights inside of calls that it cannot look into.
+            weights inside of calls that it cannot look into. An exported graph asserts the sizes that it is for.
 
     Raises:
         ModelError: weights are missing, or modules quantized; torchao's quantized weights stay as they are.

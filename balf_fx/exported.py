@@ -1,4 +1,9 @@
-"""Capture by torch.export: every operation becomes an ATen operator, and weights are fetched by `get_attr`."""
+"""Capture by torch.export: every operation becomes an ATen operator, and weights are fetched by `get_attr`.
+
+Sizes of inputs stay as they were in the example, but for the batch and, of whole numbers [batch, length], the length,
+where the model's code allows it. What export has found out about these is asserted in the graph, so that a call to
+which the graph does not apply fails instead of computing something else.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.errors import CaptureError
-from balf_fx.symbolic import guard_constant, guard_shape, user_line
+from balf_fx.symbolic import guard_constant, user_line
 
 
 def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> fx.GraphModule:
-    """Export a model with a dynamic batch dimension.
+    """Export a model with a dynamic batch dimension, and a dynamic length of what it reads as tokens.
 
     The batch dimension is the first one of every tensor that is as long there as the first tensor is. A batch of one
     is doubled, since export takes a dimension of one for a constant.
@@ -43,7 +48,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], nam
     except (*MODEL_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CaptureError(f"{type(model).__name__} cannot be exported: {user_line(error)}{reason}") from error
-    return _plain(exported, names, by_name, type(model).__name__)
+    return _plain(exported, names, by_name, type(model).__name__, program.range_constraints)
 
 
 def _has_batch(leaf: Any) -> bool:
@@ -57,11 +62,18 @@ def _doubled(tensor: Tensor) -> Tensor:
 def _dynamic(leaf: Any, batch: int | None) -> Any:
     if not _has_batch(leaf):
         return None
-    return {0: torch.export.Dim.AUTO} if leaf.shape[0] == batch else {}
+    if leaf.shape[0] != batch:
+        return {}
+    tokens = leaf.dim() == 2 and not leaf.is_floating_point()
+    return dict.fromkeys((0, 1) if tokens and leaf.shape[1] > 1 else (0,), torch.export.Dim.AUTO)
 
 
 def _plain(
-    exported: fx.GraphModule, names: Sequence[str], example: Mapping[str, Any], class_name: str
+    exported: fx.GraphModule,
+    names: Sequence[str],
+    example: Mapping[str, Any],
+    class_name: str,
+    ranges: dict[Any, Any],
 ) -> fx.GraphModule:
     """A GraphModule that is called as the model is, without export's own calling convention and guards."""
     graph = exported.graph
@@ -72,7 +84,7 @@ def _plain(
     flat = graph.find_nodes(op="placeholder")
     args, kwargs = pytree.tree_unflatten(flat, info.in_spec)
     inputs = {**dict(zip(names, args, strict=True)), **kwargs}
-    _name_inputs(graph, {name: inputs[name] for name in example}, example)
+    _name_inputs(graph, {name: inputs[name] for name in example}, example, ranges)
     output = graph.output_node()
     leaves = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
     with graph.inserting_before(output):
@@ -81,7 +93,9 @@ def _plain(
     return fx.GraphModule(exported, graph, class_name)
 
 
-def _name_inputs(graph: fx.Graph, inputs: Mapping[str, Any], example: Mapping[str, Any]) -> None:
+def _name_inputs(
+    graph: fx.Graph, inputs: Mapping[str, Any], example: Mapping[str, Any], ranges: dict[Any, Any]
+) -> None:
     """One placeholder for each argument, under its name; those that held no tensor stay what they were."""
     start = next(iter(graph.nodes))
     constants = {name for name, value in example.items() if not holds_tensor(value)}
@@ -96,11 +110,57 @@ def _name_inputs(graph: fx.Graph, inputs: Mapping[str, Any], example: Mapping[st
             if name in constants:
                 guard_constant(graph, leaf, example[name])
             elif isinstance(leaf.meta.get("val"), Tensor):
-                guard_shape(graph, leaf, name, leaf.meta["val"].shape)
+                _guard_shape(graph, leaf, name, leaf.meta["val"].shape, ranges)
     for name in reversed(list(inputs)):
         if name not in constants:
             break
         placeholders[name].args = (example[name],)
+
+
+def _guard_shape(graph: fx.Graph, node: fx.Node, name: str, shape: Sequence[Any], ranges: dict[Any, Any]) -> None:
+    """Assert in the graph that an input has sizes to which it applies."""
+    for dimension, size in enumerate(shape):
+        low, high = _limits(size, ranges, is_batch=dimension == 0)
+        if low == high:
+            message = (
+                f"{name!r} had size {low} in dimension {dimension} when torch.export captured the graph and cannot "
+                "have another; capture='symbolic_trace' leaves sizes open where the model allows it"
+            )
+            _assert_size(graph, node, dimension, operator.eq, low, message)
+            continue
+        message = (
+            f"{name!r} has {low} to {high or 'any'} in dimension {dimension} of the graph that torch.export captured"
+        )
+        if low > 1:
+            _assert_size(graph, node, dimension, operator.ge, low, message)
+        if high is not None:
+            _assert_size(graph, node, dimension, operator.le, high, message)
+
+
+def _assert_size(graph: fx.Graph, node: fx.Node, dimension: int, compare: Any, limit: int, message: str) -> None:
+    size = graph.call_method("size", (node, dimension))
+    graph.call_function(torch._assert, (graph.call_function(compare, (size, limit)), message))
+
+
+def _limits(size: Any, ranges: dict[Any, Any], is_batch: bool) -> tuple[int, int | None]:
+    """The sizes to which a graph applies; no upper one where there is no limit."""
+    known = size if isinstance(size, int) else size.node.maybe_as_int()
+    found = None if known is not None else ranges.get(size.node.expr)
+    if found is None or not (is_batch or _is_free(size, ranges)):
+        only = size.node.hint if known is None else known
+        return only, only
+    low = int(found.lower)
+    # Export supposes at least two of all that varies; a batch of one computes the same, a length of one may not.
+    return 1 if is_batch and low == 2 else low, int(found.upper) if found.upper.is_Integer else None
+
+
+def _is_free(size: Any, ranges: dict[Any, Any]) -> bool:
+    """Whether the model's code has asked for no more of a size than its range says: for an even one, for instance."""
+    from torch.utils._sympy.value_ranges import bound_sympy  # only here: it imports sympy
+
+    environment = size.node.shape_env
+    conditions = [environment.replace(guard.expr) for guard in environment.guards]
+    return all(bool(bound_sympy(each, ranges).lower) for each in conditions if size.node.expr in each.free_symbols)
 
 
 def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:

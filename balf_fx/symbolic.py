@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,6 @@ def guard_constant(graph: fx.Graph, node: fx.Node, constant: Any) -> None:
         same = graph.call_function(operator.eq, (node, constant))  # `is` would not survive the tracing of unpickling
         message = f"{node.target!r} was {constant!r} when the graph was captured and cannot be anything else"
         graph.call_function(torch._assert, (same, message))
-
-
-def guard_shape(graph: fx.Graph, node: fx.Node, name: str, shape: Sequence[Any]) -> None:
-    """Assert in the graph that an input has the sizes for which it was captured, where these are numbers."""
-    for dimension, size in enumerate(shape):
-        if isinstance(size, int):
-            same = graph.call_function(operator.eq, (graph.call_method("size", (node, dimension)), size))
-            message = (
-                f"{name!r} had size {size} in dimension {dimension} when torch.export captured the graph and "
-                "cannot have another; capture='symbolic_trace' leaves sizes open where the model allows it"
-            )
-            graph.call_function(torch._assert, (same, message))
 
 
 def user_line(error: BaseException) -> str:

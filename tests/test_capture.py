@@ -276,3 +276,53 @@ class BranchesOnShape(nn.Module):
 def test_a_batch_that_takes_another_branch_than_the_example_is_an_error():
     with pytest.raises(CalibrationError, match=r"batch 1.*'x' had size 4 in dimension 1"):
         balf_fx.compile(BranchesOnShape(), [X, torch.randn(3, 1)], flops=1.0, progress=False)
+
+
+class Tokens(nn.Module):
+    """Something else for some lengths."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.table, self.linear = kind, nn.Embedding(50, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        length = tokens.shape[1]
+        found = self.linear(self.table(tokens))
+        if self.kind == "multiple" and length % 4 == 0:
+            found = 2 * found
+        if self.kind == "limit" and length > 10:
+            found = 3 * found
+        if self.kind == "loop":
+            for position in range(length):
+                found = found + found[:, position : position + 1]
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("multiple", "had size 8 in dimension 1"),
+        ("loop", "had size 8 in dimension 1"),
+        ("limit", "has 2 to 10 in dimension 1"),
+    ],
+)
+def test_lengths_for_which_a_model_does_something_else_are_refused(kind, message):
+    model, tokens = Tokens(kind).eval(), torch.randint(50, (3, 8))
+    graph_module = capture(model, tokens, method="export")
+    torch.testing.assert_close(graph_module(tokens), model(tokens))
+    with pytest.raises(AssertionError, match=message):
+        graph_module(torch.randint(50, (3, 13)))
+    if kind == "limit":
+        shorter = torch.randint(50, (5, 6))
+        torch.testing.assert_close(graph_module(shorter), model(shorter))
+    else:
+        with pytest.raises(AssertionError, match=message):
+            graph_module(torch.randint(50, (3, 7)))
+
+
+def test_other_lengths_are_open():
+    model = Tokens("plain").eval()
+    graph_module = capture(model, torch.randint(50, (1, 8)), method="export")
+    for shape in ((1, 2), (4, 31)):
+        tokens = torch.randint(50, shape)
+        torch.testing.assert_close(graph_module(tokens), model(tokens))

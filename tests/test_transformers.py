@@ -30,7 +30,7 @@ def language_model(**options):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def classifier():
+def classifier(**options):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=WORDS,
@@ -40,6 +40,7 @@ def classifier():
         intermediate_size=64,
         num_labels=3,
         initializer_range=0.2,
+        **options,
     )
     return transformers.BertForSequenceClassification(config).eval()
 
@@ -107,10 +108,48 @@ def test_with_labels_in_the_batches_the_result_returns_the_loss(tokens):
         small(input_ids=some)
 
 
-def test_the_length_of_sequences_stays_that_of_the_first_batch(tokens):
-    small = compress(language_model(use_cache=False), [{"input_ids": tokens}])
-    with pytest.raises(AssertionError, match="'input_ids' had size 8 in dimension 1"):
-        small(input_ids=tokens[:, :5])
+@pytest.mark.parametrize("length", [2, 5, 13])
+def test_sequences_may_have_any_length(tokens, length):
+    model = language_model(use_cache=False)
+    whole, small = (compress(model, [{"input_ids": tokens}], params=share) for share in (1.0, 0.6))
+    other = torch.randint(WORDS, (3, length))
+    assert torch.equal(whole(input_ids=other).logits, model(input_ids=other).logits)
+    longer = small(input_ids=torch.cat([other, other], 1)).logits
+    torch.testing.assert_close(small(input_ids=other).logits, longer[:, :length])  # what follows is not seen
+
+
+@pytest.mark.parametrize("captured", [3, 8])
+def test_attention_to_the_last_few_tokens_alone_stays_so_at_any_length(captured):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=5,
+        use_cache=False,
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    graph_module = compress(model, [{"input_ids": torch.randint(WORDS, (16, captured))}])
+    for length in (2, 4, 5, 6, 12):
+        tokens = torch.randint(WORDS, (3, length))
+        torch.testing.assert_close(graph_module(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_lengths_that_the_model_does_not_know_are_refused(encoded):
+    small = compress(classifier(max_position_embeddings=12), [encoded])
+    for length in (1, 13):
+        batch = {"input_ids": torch.zeros(2, length, dtype=torch.int64), "attention_mask": torch.ones(2, length)}
+        with pytest.raises(AssertionError, match="has 2 to 12 in dimension 1"):
+            small(**batch)
+
+
+def test_batches_of_several_lengths_calibrate(tokens):
+    batches = [{"input_ids": tokens[:, :length]} for length in (8, 5, 6)]
+    small = compress(language_model(use_cache=False), batches, params=0.7, effort="best")
+    assert torch.isfinite(small(input_ids=tokens).logits).all()
 
 
 def test_adapters_on_the_factors_of_a_language_model_train(tokens):
