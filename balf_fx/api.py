@@ -121,12 +121,9 @@ def compile(
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.
     """
-    if effort not in get_args(Effort):
-        raise OptionError(f"effort is {', '.join(map(repr, get_args(Effort)))}, not {effort!r}")
-    if factors is None:
-        factors = "activations" if effort == "fast" else "sensitivity"
-    if refit is None:
-        refit = effort == "best" and factors == "sensitivity"
+    meant, refits = settings_of(effort)
+    factors = meant if factors is None else factors
+    refit = refits and factors == "sensitivity" if refit is None else refit
     score, allocate = _convert_passes(flops, params, factors, allocation, energy, centred, split, strict, progress)
     _check_refit(factors, bool(refit))
     forward = forward or forward_for(model)
@@ -156,6 +153,13 @@ def compile(
         # 4. Score every rank and width, solve the budget, refit the layers, rewrite the graph.
         mode: RefitMode | None = ("full" if refit is True else refit) or None
         return _convert(prepared, score, allocate, seen if keep else (), forward, mode, memory, loss)
+
+
+def settings_of(effort: Effort) -> tuple[Factors, bool]:
+    """The factors that an effort means, and whether there is a refit."""
+    if effort not in get_args(Effort):
+        raise OptionError(f"effort is {', '.join(map(repr, get_args(Effort)))}, not {effort!r}")
+    return "activations" if effort == "fast" else "sensitivity", effort == "best"
 
 
 def prepare(

@@ -13,12 +13,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from balf_fx.api import Effort, calibrate, convert, prepare
+from balf_fx.api import Effort, calibrate, convert, prepare, settings_of
 from balf_fx.batches import forward_for, sample_count
 from balf_fx.capture import cuda_devices
 from balf_fx.divergence import answers, differ
 from balf_fx.errors import BudgetError, CalibrationError, FileError, OptionError
-from balf_fx.passes.score import Factors
 from balf_fx.report import report
 from balf_fx.sensitivity import find_logits
 from balf_fx.sites import Measure
@@ -144,7 +143,7 @@ def run_sweep(
     forward = forward_for(model)
     references = answers(model, evaluation, forward)
     judge = _Judge(evaluation, references, labels)
-    factors: Factors = "activations" if effort == "fast" else "sensitivity"
+    factors, refit = settings_of(effort)
     with torch.random.fork_rng(devices=cuda_devices(model)):
         prepared = prepare(model, calibration[0], exclude=exclude, factors=factors)
         calibrate(prepared, calibration, seed=seed, progress=progress)
@@ -156,8 +155,8 @@ def run_sweep(
                     flops=budget if measure == "flops" else None,
                     params=budget if measure == "params" else None,
                     factors=factors,
-                    batches=() if effort == "fast" else calibration,
-                    refit=effort == "best",
+                    batches=() if factors == "activations" else calibration,
+                    refit=refit,
                     progress=progress,
                 )
             except BudgetError as unreachable:
