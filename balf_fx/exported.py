@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.errors import CaptureError
-from balf_fx.symbolic import guard_constant, user_line
+from balf_fx.symbolic import guard_constant, plain, user_line
 
 
 def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> fx.GraphModule:
@@ -90,7 +90,7 @@ def _plain(
     with graph.inserting_before(output):
         output.args = (_nested(graph, pytree.tree_unflatten(leaves, info.out_spec)),)
     graph.set_codegen(fx.graph.CodeGen())
-    return fx.GraphModule(exported, graph, class_name)
+    return fx.GraphModule(exported, plain(graph), class_name)
 
 
 def _name_inputs(

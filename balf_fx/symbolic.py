@@ -35,9 +35,16 @@ def trace(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
             f"{type(model).__name__} cannot be traced symbolically: {user_line(error)}{error}. Data-dependent control "
             "flow must leave the traced module, for instance into a function wrapped with torch.fx.wrap"
         ) from error
-    plain = fx.Graph()  # one that does not name our tracer, so that unpickling the result does not need balf_fx
-    plain.output(plain.graph_copy(graph, {}))
-    return fx.GraphModule(tracer.root, plain, type(model).__name__)
+    return fx.GraphModule(tracer.root, plain(graph), type(model).__name__)
+
+
+def plain(graph: fx.Graph) -> fx.Graph:
+    """A copy that can be pickled: it names no tracer, and no types that are only known by name."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    for node in copied.nodes:
+        node.type = None if isinstance(node.type, str) else node.type  # annotations are not evaluated in some files
+    return copied
 
 
 def guard_constant(graph: fx.Graph, node: fx.Node, constant: Any) -> None:

@@ -43,11 +43,10 @@ class Narrow(Pass):
             if width.product and chosen.get(index, width.features) < width.features
         ]
         level = [name for name in {width.product: None for width, _ in narrowed} if has_level_heads(nodes[name])]
-        attentions = [
-            w for w in record.widths if w.product and any(cuts.get(name, Cut()).written for name in w.producers)
-        ]
+        attentions = [width for width in record.widths if width.product]
         for name in dict.fromkeys(name for width in attentions for name in width.producers):
-            _rewire_producer(graph_module, nodes, name, attentions, cuts[name])
+            if name in cuts and cuts[name].written:
+                _rewire_producer(graph_module, nodes, name, attentions, cuts[name])
         for width, _ in narrowed:
             _rewire_product(graph_module, nodes, width)
         for name in level:

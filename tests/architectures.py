@@ -177,6 +177,22 @@ class Rotary(Unfused):
         return x * self.angles.cos() + torch.cat([-second, first], -1) * self.angles.sin()
 
 
+class FusedKeysAndValues(_Block):
+    """As pyramid vision transformers write it: a layer for queries, another one for keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(DIM, HEADS * HEAD), nn.Linear(DIM, 2 * HEADS * HEAD)
+        self.proj = nn.Linear(HEADS * HEAD, DIM)
+
+    def attend(self, x):
+        b, n, _ = x.shape
+        q = self.q(x).reshape(b, n, HEADS, HEAD).permute(0, 2, 1, 3)
+        k, v = self.kv(x).reshape(b, n, 2, HEADS, HEAD).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = (q @ k.transpose(-2, -1) * HEAD**-0.5).softmax(-1)
+        return self.proj((attention @ v).transpose(1, 2).reshape(b, n, HEADS * HEAD))
+
+
 class Grouped(_Block):
     """Two heads of queries for each of keys and values."""
 
@@ -236,6 +252,7 @@ CHANNELS = {
 ATTENTIONS = {
     "fused": (Fused, TOKENS),
     "unfused": (Unfused, TOKENS),
+    "fused keys and values": (FusedKeysAndValues, TOKENS),
     "grouped": (Grouped, TOKENS),
     "multihead": (Multihead, TOKENS),
     "multihead, sequence first": (lambda: Multihead(False), TOKENS),

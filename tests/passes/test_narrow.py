@@ -39,6 +39,7 @@ DUPLICATED = {  # the width by its reader, and everything that writes it or lies
 PROJECTED = {  # for each kind: the width, the layer that writes it, its first row, heads, how many share a subspace
     "fused": {"queries": ("qkv:queries", "qkv", 0, 2, 1), "values": ("proj", "qkv", 48, 2, 1)},
     "unfused": {"queries": ("q:queries", "q", 0, 2, 1), "values": ("proj", "v", 0, 2, 1)},
+    "fused keys and values": {"queries": ("q:queries", "q", 0, 2, 1), "values": ("proj", "kv", 24, 2, 1)},
     "grouped": {"queries": ("q:queries", "q", 0, 4, 2), "values": ("proj", "v", 0, 2, 1)},
     "multihead": {
         "queries": ("attention.in_proj:queries", "attention.in_proj", 0, 2, 1),
@@ -121,7 +122,7 @@ def test_heads_in_a_subspace_keep_that(name, kind):
 
 
 @pytest.mark.parametrize("method", ["symbolic_trace", "export"])
-@pytest.mark.parametrize("name", ["fused", "unfused", "grouped"])
+@pytest.mark.parametrize("name", ["fused", "unfused", "fused keys and values", "grouped"])
 def test_queries_and_values_narrow_together(name, method):
     model, batches = make(name, torch.float64)
     for kind, rank in (("queries", 4), ("values", 7)):
