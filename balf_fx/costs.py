@@ -68,15 +68,25 @@ def _mutable(value: Any) -> Any:
     return value
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's counter. Some versions leave out the attention kernel of CPUs, which counts here as all others do."""
+    # only here: it imports triton where that is installed
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+
+    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={} if kernel in flop_registry else {kernel: count})
+
+
 def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Run the graph once on `inputs`, one for each placeholder; record its FLOPs and annotate every node with its own.
 
     Returns:
         The graph's output.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton where it is installed: only when needed
-
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with torch.no_grad(), counter:
         output = _Profiler(graph_module, counter).run(*inputs)

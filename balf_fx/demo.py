@@ -15,10 +15,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from balf_fx.api import compile
+from balf_fx.costs import flop_counter
 from balf_fx.errors import BalfError
 from balf_fx.sites import count_parameters
 
@@ -165,7 +165,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def count_flops(model: nn.Module, batch: Tensor) -> int:
     """FLOPs of one call, as torch counts them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         model(batch)
     return int(counter.get_total_flops())
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from balf_fx.costs import flop_counter
 
 
 def count_flops(model: nn.Module, batch: Tensor) -> int:
     """FLOPs of one call, as torch counts them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         model(batch)
     return counter.get_total_flops()
 

@@ -34,10 +34,10 @@ from common import write_json
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import balf_fx
+from balf_fx.costs import flop_counter
 from balf_fx.errors import BudgetError
 
 Source = Literal["torchvision", "timm", "transformers"]
@@ -625,7 +625,7 @@ def count_flops(model: nn.Module, batch: Batch) -> int:
     With gradients, since without them torch runs attention fused, which the counter does not know, and the counter
     fails on modules that are called with parameters.
     """
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with torch.enable_grad(), flop_counter() as counter:
         call(model, batch)
     return counter.get_total_flops()
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import balf_fx
+from balf_fx.costs import flop_counter
 from balf_fx.passes import Allocate, Factorize, Narrow, Score, ScoreWidths
 from balf_fx.passes.observe import remove_observers
 from balf_fx.sites import graph_record, record_graph
@@ -300,7 +300,7 @@ def rewritten(
 
 
 def count_flops(model: nn.Module, x: torch.Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         model(x)
     return counter.get_total_flops()
 

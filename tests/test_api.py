@@ -7,9 +7,9 @@ import torch
 from conftest import ConvNet, randomise_batchnorm
 from torch import fx, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 import balf_fx
+from balf_fx.costs import flop_counter
 from balf_fx.errors import (
     BudgetError,
     CalibrationError,
@@ -26,7 +26,7 @@ def compress(model: nn.Module, batches, **options) -> fx.GraphModule:
 
 
 def count_flops(module: nn.Module, x: torch.Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         module(x)
     return counter.get_total_flops()
 

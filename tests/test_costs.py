@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import balf_fx
-from balf_fx.costs import energy_curve, parts_candidate, profile, rank_curve, rank_flops, rank_params
+from balf_fx.costs import energy_curve, flop_counter, parts_candidate, profile, rank_curve, rank_flops, rank_params
 from balf_fx.linalg import in_parts, spectrum_from_weight
 from balf_fx.sites import META_KEY, Site, Spectrum, annotation, count_parameters, graph_record, sites
 
@@ -55,7 +54,7 @@ MIXED_FLOPS = 2 * 2 * (36 * 8 * 27 + 16 * 8 * 9 + 16 * 12 * 8 + 2 * 16 * 16 * 12
 
 
 def counted_flops(model, *inputs):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         model(*inputs)
     return counter.get_total_flops()
 

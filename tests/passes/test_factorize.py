@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import balf_fx
+from balf_fx.costs import flop_counter
 from balf_fx.errors import OptionError, PassError
 from balf_fx.passes import Allocate, Annotate, Factorize, Score
 
@@ -347,7 +347,7 @@ def test_ranks_of_parts_cost_and_lose_what_is_reported(ranks, bias, side):
     assert report.sites[0].rank == ranks
     assert balf_fx.report(copy.deepcopy(compressed)).sites[0].rank == ranks
     assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         compressed(x)
     assert counter.get_total_flops() == report.flops_after
     parts = compressed.get_submodule("qkv.1")
