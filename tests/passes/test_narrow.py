@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -16,7 +17,7 @@ from architectures import (
     rewritten,
     scored,
 )
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import balf_fx
