@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import operator
 import traceback
 from collections.abc import Mapping
@@ -57,8 +58,10 @@ def guard_constant(graph: fx.Graph, node: fx.Node, constant: Any) -> None:
 
 def user_line(error: BaseException) -> str:
     """The innermost line of the user's own code in a traceback, as "file:line: `source`: "."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_OWN_PATHS, "<"))]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`: " if frames else ""
+    # Not extract_tb: it stumbles over frames without a line, as torch 2.8 leaves them.
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if line]
+    own = [place for place in places if not place[0].startswith((*_OWN_PATHS, "<"))]
+    return f"{own[-1][0]}:{own[-1][1]}: `{linecache.getline(*own[-1]).strip()}`: " if own else ""
 
 
 class _Tracer(fx.Tracer):
