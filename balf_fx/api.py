@@ -84,7 +84,7 @@ def compile(
             `torch.utils.flop_counter` counts them) or parameters to keep, in (0, 1].
         effort: "fast": factors by the output error, one-shot. "balanced": factors and widths by what the model's own
             answer minds, and the allocation that changes it least on some of the batches. "best": a refit as well. They
-            take about 2, 8 and 25 times as long as the batches through the model; the latter two keep all batches.
+            take about 2, 7 and 22 times as long as the batches through the model; the latter two keep all batches.
         widths: let hidden features, and those of attention heads, become fewer where that is better than lower ranks;
             with factors="sensitivity" and allocation="budget".
         factors: None for what the effort means; "activations" for the least output error over the calibration data;
