@@ -62,6 +62,16 @@ def randomise_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
+TINY_TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+"""Options of most configurations in transformers."""
+
+
 class ConvNet(nn.Module):
     """Convolutions with BatchNorm, a residual connection, a depthwise layer and a head."""
 

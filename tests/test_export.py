@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ConvNet, randomise_batchnorm
+from conftest import TINY_TEXT, ConvNet, randomise_batchnorm
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import balf_fx
 from balf_fx.sites import VALUE_META
 
-TOKENS, WORDS = 8, 96
+TOKENS, WORDS = 8, TINY_TEXT["vocab_size"]
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,7 @@ def _vit() -> tuple[nn.Module, Tensor]:
 
 def _llama() -> tuple[nn.Module, Tensor]:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
+    config = transformers.LlamaConfig(**TINY_TEXT, num_key_value_heads=2, use_cache=False)
     return transformers.LlamaForCausalLM(config), torch.randint(WORDS, (32, TOKENS))
 
 

@@ -6,42 +6,25 @@ import pickle
 
 import pytest
 import torch
+from conftest import TINY_TEXT
 
 import balf_fx
 from balf_fx.errors import CaptureError
 
 transformers = pytest.importorskip("transformers")
 
-WORDS, TOKENS = 96, 8
+WORDS, TOKENS = TINY_TEXT["vocab_size"], 8
 
 
 def language_model(**options):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        **options,
-    )
+    config = transformers.LlamaConfig(**TINY_TEXT, num_key_value_heads=2, initializer_range=0.2, **options)
     return transformers.LlamaForCausalLM(config).eval()
 
 
 def classifier(**options):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_labels=3,
-        initializer_range=0.2,
-        **options,
-    )
+    config = transformers.BertConfig(**TINY_TEXT, num_labels=3, initializer_range=0.2, **options)
     return transformers.BertForSequenceClassification(config).eval()
 
 
@@ -121,16 +104,7 @@ def test_sequences_may_have_any_length(tokens, length):
 @pytest.mark.parametrize("captured", [3, 8])
 def test_attention_to_the_last_few_tokens_alone_stays_so_at_any_length(captured):
     torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=5,
-        use_cache=False,
-    )
+    config = transformers.MistralConfig(**TINY_TEXT, num_key_value_heads=2, sliding_window=5, use_cache=False)
     model = transformers.MistralForCausalLM(config).eval()
     graph_module = compress(model, [{"input_ids": torch.randint(WORDS, (16, captured))}])
     for length in (2, 4, 5, 6, 12):
