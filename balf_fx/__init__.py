@@ -2,9 +2,9 @@
 
 from balf_fx.api import calibrate, compile, convert, prepare
 from balf_fx.errors import BalfError
-from balf_fx.files import load, save
+from balf_fx.files.storage import load, save
 from balf_fx.presets import AIR, BALF
-from balf_fx.report import report
+from balf_fx.reporting.report import report
 from balf_fx.version import __version__ as __version__
 
 __all__ = [

@@ -12,13 +12,27 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from balf_fx.batches import Forward, forward_for, iterate, placeholder_values, run_batch
-from balf_fx.capture import Method as CaptureMethod
-from balf_fx.capture import capture as capture_graph
-from balf_fx.capture import cuda_devices
+from balf_fx.calibration.answers import Loss
+from balf_fx.calibration.batches import (
+    MEMORY,
+    Forward,
+    forward_for,
+    iterate,
+    pieces_for_walk,
+    placeholder_values,
+    run_batch,
+)
+from balf_fx.calibration.gradients import observe_gradients
+from balf_fx.calibration.observers import OBSERVERS, InfluenceObserver, SensitivityObserver
+from balf_fx.capture.models import cuda_devices
+from balf_fx.capture.normal_form import Method as CaptureMethod
+from balf_fx.capture.normal_form import capture as capture_graph
+from balf_fx.engine.rewriting import finish, rewrite
+from balf_fx.engine.trials import allocate_faithfully, plan_trial
 from balf_fx.errors import CalibrationError, NoSiteError, NotCalibratedError, OptionError
-from balf_fx.observers import InfluenceObserver, SensitivityObserver
-from balf_fx.offload import MEMORY
+from balf_fx.graph.annotation import annotation, graph_record, record_graph, sites
+from balf_fx.graph.curves import Rank
+from balf_fx.graph.plan import Plan
 from balf_fx.passes import (
     Allocate,
     Annotate,
@@ -32,15 +46,8 @@ from balf_fx.passes import (
     ScoreWidths,
 )
 from balf_fx.passes.allocate import Method, allocate_for
-from balf_fx.passes.observe import OBSERVERS
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
-from balf_fx.pieces import pieces_for_walk
-from balf_fx.plan import Plan
-from balf_fx.restore import finish
-from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
-from balf_fx.sensitivity import Loss, observe_gradients
-from balf_fx.sites import Rank, annotation, graph_record, record_graph, sites
 
 Effort = Literal["fast", "balanced", "best"]
 """What `compile` spends on accuracy; see there."""

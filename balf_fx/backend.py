@@ -16,11 +16,11 @@ from typing import Any
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 
-from balf_fx.dynamo import current_request, owner_of
+from balf_fx.dynamo.frames import current_request, owner_of
+from balf_fx.dynamo.options import BackendOptions, parse_options
+from balf_fx.dynamo.session import Session
 from balf_fx.errors import NotCalibratedError, OptionError
-from balf_fx.options import BackendOptions, parse_options
-from balf_fx.restore import Stored
-from balf_fx.session import Session
+from balf_fx.files.restore import Stored
 
 
 class BackendOptionError(ShortenTraceback, OptionError):

@@ -3,6 +3,8 @@
 A message says what was wrong and what to do about it; where a number would help, the exception carries it too.
 """
 
+from __future__ import annotations
+
 
 class BalfError(Exception):
     """Base of all errors raised by balf_fx."""

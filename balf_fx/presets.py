@@ -15,6 +15,7 @@ Lagrangian budget over all.
     balf_fx.compile(model, batches, flops=0.55, **balf_fx.BALF)
 """
 
+
 AIR: Mapping[str, object] = MappingProxyType(
     {"fold_batchnorm": False, "factors": "air", "centred": False, "split": False, "allocation": "uniform"}
 )

@@ -33,11 +33,12 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.batches import forward_for, placeholder_values
-from balf_fx.offload import MEMORY
+from balf_fx.calibration.batches import MEMORY, forward_for, placeholder_values
+from balf_fx.engine.rewriting import rewrite
+from balf_fx.engine.trials import allocate_faithfully, plan_trial
+from balf_fx.graph.annotation import annotation, sites
+from balf_fx.graph.curves import RankCurve
 from balf_fx.passes import Allocate, Refit, Score, ScoreWidths
-from balf_fx.selection import allocate_faithfully, plan_trial, rewrite
-from balf_fx.sites import RankCurve, annotation, sites
 
 POWERS: Mapping[str, float] = {
     "normalised energy": 0.0,

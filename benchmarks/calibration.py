@@ -27,7 +27,7 @@ from torchvision.models import resnet50
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.observers import CovarianceObserver
+from balf_fx.calibration.observers import CovarianceObserver
 
 FLOPS = 0.55
 PLAIN, CALIBRATION, COMPRESSION = "forward passes", "calibration", "compression"

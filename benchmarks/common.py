@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from balf_fx.costs import flop_counter
+from balf_fx.graph.flops import flop_counter
 
 
 def count_flops(model: nn.Module, batch: Tensor) -> int:

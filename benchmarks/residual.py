@@ -36,9 +36,10 @@ from tqdm import tqdm
 
 import balf_fx
 from balf_fx.api import Effort
-from balf_fx.linalg import factors, spectrum_from_input
-from balf_fx.observers import CovarianceObserver, Moments
-from balf_fx.sites import Site
+from balf_fx.calibration.moments import Moments
+from balf_fx.calibration.observers import CovarianceObserver
+from balf_fx.graph.site import Site
+from balf_fx.ranks.spectra import factors, spectrum_from_input
 
 _FACTOR_BITS = 8
 _SCALE_BYTES = 2

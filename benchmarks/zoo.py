@@ -37,8 +37,8 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.costs import flop_counter
 from balf_fx.errors import BudgetError
+from balf_fx.graph.flops import flop_counter
 
 Source = Literal["torchvision", "timm", "transformers"]
 Batch = Tensor | dict[str, Tensor]

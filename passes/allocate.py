@@ -12,28 +12,20 @@ from typing import Literal
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.clusters import Cluster, Option, find_clusters
-from balf_fx.costs import energy_curve, largest_part_rank, parts_candidate
+from balf_fx.budget.clusters import Cluster, Option, find_clusters
+from balf_fx.budget.knapsack import dual, minimum_cost, solve
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
-from balf_fx.knapsack import dual, minimum_cost, solve
+from balf_fx.graph.allocation import Allocation, Choice
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph
+from balf_fx.graph.curves import Candidate, Measure, PartRanks, Rank, RankCurve
+from balf_fx.graph.parameters import count_parameters
+from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
-from balf_fx.sites import (
-    Allocation,
-    Candidate,
-    Choice,
-    Measure,
-    PartRanks,
-    Rank,
-    RankCurve,
-    Site,
-    annotate,
-    annotation,
-    count_parameters,
-    graph_record,
-    record_graph,
-)
+from balf_fx.ranks.costs import energy_curve, largest_part_rank, parts_candidate
 
 Method = Literal["budget", "uniform", "energy"]
+
+
 IMPORTANCE = 0.6
 """`Allocate.importance` where gradients are known and nothing is measured."""
 

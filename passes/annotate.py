@@ -12,9 +12,11 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError, UnknownSiteError
-from balf_fx.linear_maps import parameter_users, read_parts, read_site
+from balf_fx.graph.annotation import annotate, sites
+from balf_fx.graph.layers import read_parts, read_site
+from balf_fx.graph.parameters import get_tensor, parameter_users
+from balf_fx.graph.site import Reason, Refusal, Site
 from balf_fx.passes.base import Pass
-from balf_fx.sites import Reason, Refusal, Site, annotate, get_tensor, sites
 
 Marks = dict[fx.Node, Site | Refusal | None]
 

@@ -8,7 +8,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
-from balf_fx.sites import Site, sites
+from balf_fx.graph.annotation import sites
+from balf_fx.graph.site import Site
 
 
 class Pass(ABC):

@@ -23,12 +23,19 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from balf_fx.graph.annotation import META_KEY, VALUE_META, annotation
+from balf_fx.graph.parameters import get_tensor, is_hooked
 from balf_fx.passes.base import Pass
-from balf_fx.sites import META_KEY, VALUE_META, annotation, get_tensor, is_hooked
 
 _INPUTS = ("query", "key", "value")
+
+
 _PARTS = ("q", "k", "v")
+
+
 _MASKS = ("key_padding_mask", "attn_mask")
+
+
 _FLAGS = (
     "num_heads",
     "add_zero_attn",
@@ -39,7 +46,11 @@ _FLAGS = (
     "is_causal",
     "use_separate_proj_weight",
 )
+
+
 _SELF_ATTENTION = ("in_weight", "in_bias", "out_weight", "out_bias")
+
+
 _KERNELS: dict[Any, tuple[str, ...]] = {
     torch._native_multi_head_attention: (
         *("query", "key", "value", "embed_dim", "num_heads", *_SELF_ATTENTION),
@@ -51,7 +62,11 @@ _KERNELS: dict[Any, tuple[str, ...]] = {
         *("weight1", "bias1", "weight2", "bias2", "mask", "mask_type"),
     ),
 }
+
+
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+
+
 _DROPPED_META = (*VALUE_META, META_KEY)  # these describe the tuple, which no new node returns
 
 

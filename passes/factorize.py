@@ -13,30 +13,17 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils import skip_init
 
-from balf_fx.cuts import Cut, find_cuts
 from balf_fx.errors import PassError
-from balf_fx.fingerprint import Fingerprint
-from balf_fx.linalg import corrected_bias, factors, in_parts
-from balf_fx.linear_maps import erase_unused, read_layer, site_input
-from balf_fx.module_stack import MODULE_STACK, module_stack
+from balf_fx.graph.annotation import META_KEY, VALUE_META, Replaced, annotation, graph_record, record_graph
+from balf_fx.graph.curves import PartRanks, Rank, RankCurve, Solution, Spectrum
+from balf_fx.graph.edits import MODULE_STACK, erase_unused, module_stack
+from balf_fx.graph.fingerprint import Fingerprint
+from balf_fx.graph.layers import read_layer, site_input
+from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight
+from balf_fx.graph.site import ConvGeometry, Site
 from balf_fx.passes.base import Pass
-from balf_fx.passes.score import grouped_bias, grouped_weight
-from balf_fx.sites import (
-    META_KEY,
-    VALUE_META,
-    ConvGeometry,
-    PartRanks,
-    Rank,
-    RankCurve,
-    Replaced,
-    Site,
-    Solution,
-    Spectrum,
-    annotation,
-    get_tensor,
-    graph_record,
-    record_graph,
-)
+from balf_fx.ranks.spectra import corrected_bias, factors, in_parts
+from balf_fx.widths.narrowing import Cut, find_cuts
 
 _CONVS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),

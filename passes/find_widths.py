@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.channels import find_channels
-from balf_fx.heads import find_heads
+from balf_fx.graph.annotation import annotation, record_graph
+from balf_fx.graph.widths import Width, joint_widths
 from balf_fx.passes.base import Pass
-from balf_fx.sites import annotation, record_graph
-from balf_fx.widths import Width, joint_widths
+from balf_fx.widths.channels import find_channels
+from balf_fx.widths.heads import find_heads
 
 _JOINED = 2  # widths that share layers, and are chosen together: all their sizes are tried against each other
 

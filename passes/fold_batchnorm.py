@@ -10,11 +10,17 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.linear_maps import erase_unused, parameter_users, read_layer, reads_metadata, set_bias
+from balf_fx.graph.annotation import annotate, annotation
+from balf_fx.graph.edits import erase_unused, set_bias
+from balf_fx.graph.layers import read_layer
+from balf_fx.graph.operators import reads_metadata
+from balf_fx.graph.parameters import get_tensor, is_hooked, parameter_users
+from balf_fx.graph.site import Norm, Site
 from balf_fx.passes.base import Pass
-from balf_fx.sites import Norm, Site, annotate, annotation, get_tensor, is_hooked
 
 _MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
 _CALLS = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.ops.aten.batch_norm.default: (

@@ -11,9 +11,12 @@ from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from balf_fx.linear_maps import changes_in_place, constant_nodes, erase_unused, is_transposition, layer_parameters
+from balf_fx.graph.annotation import annotate
+from balf_fx.graph.edits import erase_unused
+from balf_fx.graph.layers import layer_parameters
+from balf_fx.graph.operators import changes_in_place, is_transposition
+from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized
 from balf_fx.passes.base import Pass
-from balf_fx.sites import annotate, get_tensor, is_quantized
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PlanError
+from balf_fx.graph.allocation import Allocation, Choice
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph
+from balf_fx.graph.curves import Candidate, Rank
+from balf_fx.graph.plan import Plan
+from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
-from balf_fx.plan import Plan
-from balf_fx.report import SiteRow
-from balf_fx.sites import Allocation, Candidate, Choice, Rank, Site, annotate, annotation, graph_record, record_graph
+from balf_fx.reporting.report import SiteRow
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.cuts import Cut, find_cuts
-from balf_fx.heads import has_level_heads, is_attention
+from balf_fx.graph.annotation import META_KEY, VALUE_META, graph_record
+from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.widths import Operand, Width
 from balf_fx.passes.base import Pass
-from balf_fx.sites import META_KEY, VALUE_META, get_tensor, graph_record
-from balf_fx.widths import Operand, Width
+from balf_fx.widths.heads import has_level_heads, is_attention
+from balf_fx.widths.narrowing import Cut, find_cuts
 
 
 @dataclass(frozen=True)

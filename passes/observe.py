@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.calibration.gradients import check_gradients
+from balf_fx.calibration.observers import OBSERVERS, CovarianceObserver, InfluenceObserver, SensitivityObserver
 from balf_fx.errors import PassError
-from balf_fx.linear_maps import changes_in_place, site_input
-from balf_fx.observers import CovarianceObserver, InfluenceObserver, SensitivityObserver
+from balf_fx.graph.annotation import annotate, annotation, graph_record
+from balf_fx.graph.layers import site_input
+from balf_fx.graph.operators import changes_in_place
+from balf_fx.graph.parameters import grouped_weight
+from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass
-from balf_fx.passes.score import grouped_weight
-from balf_fx.sensitivity import check_gradients
-from balf_fx.sites import Side, Site, annotate, annotation, graph_record
-
-OBSERVERS = "balf_observers"
-"""Path of the submodule that holds the observers of a prepared graph."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 from tqdm import tqdm
 
+from balf_fx.calibration.moments import Moments
+from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients
 from balf_fx.errors import OptionError, PassError
-from balf_fx.influence import Signal, cholesky_root, error_weights, influence, refined_factors
-from balf_fx.observers import CovarianceObserver, InfluenceObserver, Moments, WeightGradients
+from balf_fx.graph.annotation import Annotation, annotate, annotation
+from balf_fx.graph.curves import Solution, Spectrum
+from balf_fx.graph.parameters import grouped_bias, grouped_weight
+from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
-from balf_fx.passes.score import grouped_bias, grouped_weight
-from balf_fx.sites import Annotation, Site, Solution, Spectrum, annotate, annotation
+from balf_fx.ranks.influence import Signal, cholesky_root, error_weights, influence, refined_factors
 
 _LOGGER = logging.getLogger(__name__)
 

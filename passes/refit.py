@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -28,48 +27,26 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.nn import functional as F
 
-from balf_fx.cuts import Cut, find_cuts
+from balf_fx.calibration.batches import MEMORY
+from balf_fx.calibration.moments import by_sample, input_columns, output_columns
+from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.errors import OptionError, PassError
-from balf_fx.linalg import in_parts
-from balf_fx.linear_maps import (
-    is_identity,
-    operation,
-    owns_weight,
-    parameter_users,
-    read_layer,
-    reads_metadata,
-    site_input,
-)
-from balf_fx.lockstep import Batch, Lockstep
-from balf_fx.observers import SensitivityObserver, by_sample, input_columns, output_columns
-from balf_fx.offload import MEMORY
+from balf_fx.graph.annotation import annotate, annotation
+from balf_fx.graph.curves import Rank, Solution, Spectrum
+from balf_fx.graph.layers import read_layer, site_input
+from balf_fx.graph.parameters import grouped_weight, owns_weight, parameter_users
+from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import build, planned, run_first, run_modules, run_second
-from balf_fx.passes.observe import OBSERVERS
-from balf_fx.passes.score import grouped_weight
-from balf_fx.regression import Inputs, Joint, JointSums, apply, best
-from balf_fx.sites import Rank, Site, Solution, Spectrum, annotate, annotation
+from balf_fx.ranks.spectra import in_parts
+from balf_fx.refit.lockstep import Batch, Lockstep
+from balf_fx.refit.regression import Inputs, Joint, JointSums, apply, best
+from balf_fx.refit.targets import addition_of, limits_of, observes, target_of, within_limits
+from balf_fx.refit.windows import Window, chunks, pixel_grid, pixel_step, repeated
+from balf_fx.widths.narrowing import Cut, find_cuts
 
 RefitMode = Literal["full", "up"]
-
-aten = torch.ops.aten
-
-_ADDITIONS = (
-    operator.add,
-    operator.iadd,
-    torch.add,
-    aten.add.Tensor,
-    aten.add_.Tensor,
-    "add",
-    "add_",
-)
-_HELD_OUT = 4  # one sample of so many
-_ENOUGH = 600  # positions per column; beyond these, a convolution's pixels tell little that their neighbours do not
-_FEWEST = 32  # columns that are reckoned with at least
-_CHUNK_ELEMENTS = 1 << 19  # a chunk's columns stay in the cache
-_CHUNK_POSITIONS = 2048  # but so many that adding up products costs little beside taking them
 
 
 @dataclass(frozen=True)
@@ -91,29 +68,12 @@ class Refit(Pass):
             raise OptionError(f"mode is one of {', '.join(map(repr, get_args(RefitMode)))}, not {self.mode!r}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not _observes(node)]
+        nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not observes(node)]
         layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site)}
         with torch.no_grad():
             walk = Lockstep(graph_module, self.inputs, self.memory)
             walk.run(nodes, layers, _Solver(walk, self.mode).replace)
         return PassResult(graph_module, False)
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Which positions of a batch are looked at.
-
-    Attributes:
-        samples: of these.
-        pixels: along each axis of a convolution's output; empty for all positions.
-    """
-
-    samples: slice
-    pixels: tuple[slice, ...] = ()
-
-    def of(self, value: Tensor) -> Tensor:
-        """These positions of a value like the layer's output, samples first."""
-        return value[(self.samples, slice(None), *self.pixels)] if self.pixels else value[self.samples]
 
 
 @dataclass(frozen=True)
@@ -129,12 +89,12 @@ class _Problem:
         offset: [G, O, n], what the layer puts out beside what is solved for.
     """
 
-    columns: Callable[[Batch, _Window], Tensor]
+    columns: Callable[[Batch, Window], Tensor]
     outputs: Callable[[Tensor], Tensor]
     toward: Tensor
     prior: tuple[Solution, ...]
     spectra: tuple[Spectrum | None, ...]
-    offset: Callable[[Batch, _Window], Tensor] | None = None
+    offset: Callable[[Batch, Window], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -224,13 +184,13 @@ class _Solver:
         width = part.right.shape[1]
         inner = dataclasses.replace(site, out_features=width)
 
-        def columns(batch: Batch, window: _Window) -> Tensor:
+        def columns(batch: Batch, window: Window) -> Tensor:
             return output_columns(window.of(by_sample(batch.compressed[node][index], site)), inner)
 
         def outputs(value: Tensor) -> Tensor:
             return _in_parts(output_columns(value, site), len(prior))[own]
 
-        def no_columns(batch: Batch, window: _Window) -> Tensor:
+        def no_columns(batch: Batch, window: Window) -> Tensor:
             value = window.of(by_sample(batch.compressed[node][index], site))
             return value.new_empty(site.groups, 0, value.numel() // (site.groups * width))
 
@@ -258,7 +218,7 @@ class _Solver:
         biased = any(part.left is not None or part.bias is not None for part in problem.prior)
         train, held_out = self._sums(node, site, problem)
         solution = _best(train, held_out, problem, biased)
-        limits = _limits(self.graph_module, node)
+        limits = limits_of(self.graph_module, node)
         if limits is not None:
             known = (train.inputs, held_out.inputs)
             train, held_out = self._sums(node, site, problem, _Earlier(solution, limits), known)
@@ -283,20 +243,20 @@ class _Solver:
         shape = (groups if len(problem.prior) == 1 else 1, inputs)
         device = problem.toward.device
         shares = [JointSums(shape, (groups, outputs), device, inputs_of) for inputs_of in known]
-        addition = _addition(self.graph_module, node)
+        addition = addition_of(self.graph_module, node)
         seen = turn = 0  # windows take turns, so that between them they see all pixels
         for batch in self.walk.batches():
             original = by_sample(batch.original[node], site)
             sizes = tuple(original.shape[2:] if site.conv is not None else original.shape[1:2])
-            step = _step(len(self.walk.inputs) * len(original), sizes, inputs) if site.conv is not None else 1
+            step = pixel_step(len(self.walk.inputs) * len(original), sizes, inputs) if site.conv is not None else 1
             positions = math.prod(-(-size // step) for size in sizes)
             weights = self._weights(node, sizes)
-            for share, samples in _chunks(seen, len(original), positions, max(inputs, outputs)):
-                own = _Window(samples, _pixels(sizes, step, turn))
+            for share, samples in chunks(seen, len(original), positions, max(inputs, outputs)):
+                own = Window(samples, pixel_grid(sizes, step, turn))
                 turn += 1
                 x = problem.columns(batch, own)
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
-                wanted, other = _target(batch, node, addition, site, own)
+                wanted, other = target_of(batch, node, addition, site, own)
                 beside = None if problem.offset is None else problem.offset(batch, own)
                 if earlier is None:
                     y = problem.outputs(wanted if other is None else wanted - other)
@@ -305,9 +265,9 @@ class _Solver:
                         beside = problem.outputs(other) if beside is None else beside + problem.outputs(other)
                     predicted = apply(earlier.solution, x)
                     predicted = predicted if beside is None else predicted + beside
-                    y = _seen(problem.outputs(wanted), predicted, earlier.limits)
+                    y = within_limits(problem.outputs(wanted), predicted, earlier.limits)
                 y = y if beside is None else y - beside
-                shares[share].add(x, y.to(x.dtype), None if weights is None else _repeated(weights, own, x))
+                shares[share].add(x, y.to(x.dtype), None if weights is None else repeated(weights, own, x))
             seen += len(original)
         return shares[0].joint(), shares[1].joint()
 
@@ -340,64 +300,11 @@ def _reads(node: fx.Node, site: Site, cut: Cut, batch: Batch) -> Tensor:
     return cut.read_features(value, -1 if site.conv is None else -1 - len(site.conv.kernel_size))
 
 
-def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: _Window) -> Tensor:
+def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: Window) -> Tensor:
     """What a window's inputs are in the compressed model, [G, D, n]."""
     value = by_sample(batch.current(site_input(node)), site)[own.samples]
     axis = -1 if site.conv is None else -1 - len(site.conv.kernel_size)
     return input_columns(cut.read_features(value, axis), cut.inputs(site), own.pixels)
-
-
-def _target(
-    batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: _Window
-) -> tuple[Tensor, Tensor | None]:
-    """What a window's outputs should be, in sum with a value of the compressed model's; this value, if any."""
-    target = own.of(by_sample(batch.original[node], site))
-    other = None if addition is None else batch.original.get(addition)
-    if addition is None or not isinstance(other, Tensor) or other.shape != batch.original[node].shape:
-        return target, None
-    return target + own.of(by_sample(other, site)), own.of(by_sample(batch.current(addition), site))
-
-
-def _seen(target: Tensor, predicted: Tensor, limits: tuple[float, float]) -> Tensor:
-    """The target where it is within limits; elsewhere what was predicted, but no nearer than the limit."""
-    low, high = limits
-    # several times as fast as where()
-    seen = torch.maximum(F.threshold(target, low, -math.inf), predicted.clamp_max(low))
-    if high == math.inf:
-        return seen
-    return -torch.maximum(F.threshold(-seen, -high, -math.inf), (-predicted).clamp_max(-high))
-
-
-def _chunks(seen: int, samples: int, positions: int, features: int) -> Iterator[tuple[int, slice]]:
-    """Cut a batch's samples into its training share, 0, and its held-out share, 1, and these into chunks.
-
-    Args:
-        seen: samples of the batches before, so that of small batches a quarter is held out as well.
-    """
-    cut = samples - ((seen + samples) // _HELD_OUT - seen // _HELD_OUT)
-    size = max(_CHUNK_ELEMENTS // max(features * positions, 1), _CHUNK_POSITIONS // max(positions, 1), 1)
-    for share, (start, stop) in enumerate(((0, cut), (cut, samples))):
-        for begin in range(start, stop, size):
-            yield share, slice(begin, min(begin + size, stop))
-
-
-def _step(samples: int, sizes: tuple[int, ...], inputs: int) -> int:
-    """Every how many pixels along each axis to look at one, to have enough positions for each column."""
-    spare = samples * math.prod(sizes) / (_ENOUGH * max(inputs, _FEWEST))
-    return max(int(spare ** (1 / len(sizes))), 1)
-
-
-def _pixels(sizes: tuple[int, ...], step: int, turn: int) -> tuple[slice, ...]:
-    """One of the grids of that step, another one each turn; empty for all pixels."""
-    if step == 1:
-        return ()
-    return tuple(slice(turn // step**axis % min(step, size), None, step) for axis, size in enumerate(sizes))
-
-
-def _repeated(weights: Tensor, window: _Window, x: Tensor) -> Tensor:
-    """The weight of each of a window's positions [n], in the precision of its columns."""
-    own = weights[window.pixels].flatten().to(x.dtype)
-    return own.repeat(x.shape[-1] // len(own))
 
 
 def _in_parts(outputs: Tensor, parts: int) -> Tensor:
@@ -439,54 +346,3 @@ def _spectra(node: fx.Node, site: Site) -> tuple[Spectrum | None, ...]:
     if curve.parts is None or not isinstance(_rank(node), tuple):
         return (curve.spectrum,)
     return tuple(map(curve.parts.only, range(site.parts)))
-
-
-def _observes(node: fx.Node) -> bool:
-    return str(node.target).startswith(f"{OBSERVERS}.")
-
-
-def _readers(graph_module: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The nodes that read a node's values, each with what it reads: the node, or what hands its values on."""
-    found = []
-    for user in node.users:
-        if is_identity(graph_module, user):
-            found += _readers(graph_module, user)
-        elif not reads_metadata(user) and not _observes(user):
-            found.append((user, node))
-    return found
-
-
-def _addition(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The value to which the node's output is added, where that is all that becomes of it."""
-    readers = _readers(graph_module, node)
-    if len(readers) != 1:
-        return None
-    (reader, read), *_ = readers
-    if reader.target not in _ADDITIONS or reader.kwargs or len(reader.args) != 2:
-        return None
-    others = [source for source in reader.all_input_nodes if source is not read]
-    return others[0] if len(others) == 1 else None
-
-
-def _limits(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """Between what limits the output, or its sum with another value, is seen by all that reads it."""
-    readers = _readers(graph_module, node)
-    if _addition(graph_module, node) is not None:
-        readers = _readers(graph_module, readers[0][0])
-    found = {_clips(graph_module, reader) for reader, _ in readers}
-    return found.pop() if len(found) == 1 else None
-
-
-def _clips(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """The limits of ReLU and its like."""
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        if type(module) in (nn.Hardtanh, nn.ReLU6):
-            return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
-        return (0.0, math.inf) if type(module) is nn.ReLU else None
-    name = operation(node)
-    if name == "hardtanh":
-        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
-        high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max_val", 1.0)
-        return (float(low), float(high)) if isinstance(low, int | float) and isinstance(high, int | float) else None
-    return {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(name)

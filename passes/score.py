@@ -15,9 +15,17 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 from tqdm import tqdm
 
-from balf_fx.costs import rank_curve, use
+from balf_fx.calibration.moments import Moments
+from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
-from balf_fx.linalg import (
+from balf_fx.graph.annotation import annotate, annotation
+from balf_fx.graph.curves import RankCurve, Spectrum
+from balf_fx.graph.flops import use
+from balf_fx.graph.parameters import grouped_bias, grouped_weight
+from balf_fx.graph.site import Side, Site
+from balf_fx.passes.base import Pass
+from balf_fx.ranks.costs import rank_curve
+from balf_fx.ranks.spectra import (
     convex_energies,
     damped,
     damped_roots,
@@ -27,13 +35,11 @@ from balf_fx.linalg import (
     spectrum_from_input,
     spectrum_from_output,
     spectrum_from_weight,
-    weight_matrix,
 )
-from balf_fx.observers import CovarianceObserver, Gradients, Moments, Sample, SensitivityObserver
-from balf_fx.passes.base import Pass
-from balf_fx.sites import RankCurve, Side, Site, Spectrum, annotate, annotation, get_tensor
 
 Factors = Literal["sensitivity", "activations", "air", "svd"]
+
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -221,16 +227,3 @@ def _coordinates(
     moment = moments.covariance() if centred else moments.second_moment(bias)
     mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)
     return diagonal_blocks(moment, parts), mean if centred else None, gradient
-
-
-def grouped_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
-    """The site's weight as float64 [G, O, D]."""
-    return weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
-
-
-def grouped_bias(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
-    """The site's bias as float64 [G, O], or None."""
-    if site.bias is None:
-        return None
-    bias: Tensor = get_tensor(graph_module, site.bias)
-    return bias.detach().to(torch.float64).reshape(site.groups, -1)

@@ -13,15 +13,23 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 from tqdm import tqdm
 
-from balf_fx.linalg import convex_energies, damped_roots, held_out_errors, spectrum_from_output
-from balf_fx.observers import Moments, Sample, SensitivityObserver
+from balf_fx.calibration.moments import Moments
+from balf_fx.calibration.observers import Sample, SensitivityObserver
+from balf_fx.graph.annotation import annotation, graph_record, record_graph
+from balf_fx.graph.curves import Spectrum
+from balf_fx.graph.parameters import grouped_bias, grouped_weight
+from balf_fx.graph.site import Site
+from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes.base import Pass
-from balf_fx.passes.score import grouped_bias, grouped_weight
-from balf_fx.sites import Site, Spectrum, annotation, graph_record, record_graph
-from balf_fx.widths import Width, WidthCurve, conditioned, eliminate, prediction_error
+from balf_fx.ranks.spectra import convex_energies, damped_roots, held_out_errors, spectrum_from_output
+from balf_fx.widths.elimination import conditioned, eliminate, prediction_error
 
 _LOGGER = logging.getLogger(__name__)
+
+
 _BASIS_DAMPING = 1e-3  # of a metric that is made of damped ones
+
+
 _JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
 
 

@@ -11,11 +11,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.costs import flop_counter
+from balf_fx.graph.annotation import graph_record, record_graph
+from balf_fx.graph.flops import flop_counter
+from balf_fx.graph.widths import Width
 from balf_fx.passes import Allocate, Factorize, Narrow, Score, ScoreWidths
 from balf_fx.passes.observe import remove_observers
-from balf_fx.sites import graph_record, record_graph
-from balf_fx.widths import Width
 
 DIM, HEADS, HEAD = 24, 2, 12
 
@@ -283,7 +283,7 @@ def scored(model: nn.Module, batches: list[torch.Tensor], capture: str = "auto")
 
 
 def rewritten(
-    prepared: fx.GraphModule, sizes: Mapping[int, int], ranks: Mapping[str, balf_fx.sites.Rank] | None = None
+    prepared: fx.GraphModule, sizes: Mapping[int, int], ranks: Mapping[str, balf_fx.graph.curves.Rank] | None = None
 ) -> fx.GraphModule:
     """The graph with widths of these sizes, by their indices, and otherwise dense."""
     graph_module = copy.deepcopy(prepared)

@@ -4,12 +4,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import ConvNet, randomise_batchnorm
+from small_models import ConvNet, randomise_batchnorm
 from torch import fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import balf_fx
-from balf_fx.costs import flop_counter
 from balf_fx.errors import (
     BudgetError,
     CalibrationError,
@@ -19,6 +18,7 @@ from balf_fx.errors import (
     OptionError,
     TrainingModeError,
 )
+from balf_fx.graph.flops import flop_counter
 
 
 def compress(model: nn.Module, batches, **options) -> fx.GraphModule:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_TEXT, ConvNet, randomise_batchnorm
+from small_models import TINY_TEXT, ConvNet, randomise_batchnorm
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import balf_fx
-from balf_fx.sites import VALUE_META
+from balf_fx.graph.annotation import VALUE_META
 
 TOKENS, WORDS = 8, TINY_TEXT["vocab_size"]
 

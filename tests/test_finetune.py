@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.demo import accuracy
+from balf_fx.cli import demo
+from balf_fx.cli.demo import accuracy
 
 WIDTH = 32
 CALIBRATION = 256
@@ -21,7 +22,7 @@ CAPTURED = list(itertools.product(("fast", "best"), ("symbolic_trace", "export")
 @pytest.fixture(scope="module")
 def digits():
     pytest.importorskip("sklearn")
-    return balf_fx.demo.load_digits()
+    return demo.load_digits()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.demo import accuracy, load_digits
+from balf_fx.cli.demo import accuracy, load_digits
 from balf_fx.errors import ModelError, NoSiteError
 
 pytest.importorskip("sklearn")

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import TINY_TEXT
+from small_models import TINY_TEXT
 
 import balf_fx
 from balf_fx.errors import CaptureError

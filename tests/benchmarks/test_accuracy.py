@@ -13,8 +13,8 @@ def run(command, *arguments):
 
 
 @pytest.mark.slow
-def test_balf_matches_the_reference(benchmark, data_folder, tmp_path):
-    accuracy, output = benchmark("accuracy"), tmp_path / "results.json"
+def test_balf_matches_the_reference(load_benchmark, data_folder, tmp_path):
+    accuracy, output = load_benchmark("accuracy"), tmp_path / "results.json"
     budgets = ["--flops", 0.9, "--flops", 0.6, "--flops", 0.3]
     printed = run(accuracy.main, "--method", "balf", *budgets, "--data", data_folder, "--json", output)
     assert "BALF reference" in printed
@@ -27,8 +27,8 @@ def test_balf_matches_the_reference(benchmark, data_folder, tmp_path):
         assert row["flops_kept"] <= row["budget"]
 
 
-def test_a_results_file_is_continued(benchmark, data_folder, tmp_path):
-    accuracy, output = benchmark("accuracy"), tmp_path / "results.json"
+def test_a_results_file_is_continued(load_benchmark, data_folder, tmp_path):
+    accuracy, output = load_benchmark("accuracy"), tmp_path / "results.json"
     arguments = ["--method", "svd", "--images", 8, "--data", data_folder, "--json", output]
     run(accuracy.main, *arguments, "--evaluate", 20, "--flops", 0.9)
     (first,) = json.loads(output.read_text())["results"]
@@ -41,8 +41,8 @@ def test_a_results_file_is_continued(benchmark, data_folder, tmp_path):
     assert "write elsewhere" in CliRunner().invoke(accuracy.main, other).output
 
 
-def test_the_table_shows_what_each_method_reaches_and_costs(benchmark):
-    accuracy = benchmark("accuracy")
+def test_the_table_shows_what_each_method_reaches_and_costs(load_benchmark):
+    accuracy = load_benchmark("accuracy")
 
     def row(method, budget, top1, seconds):
         return accuracy.Row(method, "flops", budget, 8, 0, top1, 2.0, 0.1, budget - 1e-4, 0.7, seconds, 2.0)

@@ -7,9 +7,9 @@ from click.testing import CliRunner
 
 
 @pytest.mark.slow
-def test_weightings_are_compared(benchmark, data_folder, tmp_path):
+def test_weightings_are_compared(load_benchmark, data_folder, tmp_path):
     pytest.importorskip("scipy")
-    allocation, output = benchmark("allocation"), tmp_path / "results.json"
+    allocation, output = load_benchmark("allocation"), tmp_path / "results.json"
     arguments = ["--images", "64", "--evaluate", "32", "--flops", "0.6", "--data", str(data_folder)]
     result = CliRunner().invoke(allocation.main, [*arguments, "--json", str(output)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -23,9 +23,9 @@ def test_weightings_are_compared(benchmark, data_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("predicted", "correlation"), [([0.1, 1.0, 5.0], 1), ([3.0, 2.0, 1.0], -1)])
-def test_predictions_are_compared_by_rank(benchmark, predicted, correlation):
+def test_predictions_are_compared_by_rank(load_benchmark, predicted, correlation):
     pytest.importorskip("scipy")
-    allocation = benchmark("allocation")
+    allocation = load_benchmark("allocation")
     rows = [
         allocation.SiteRow("a site", 1, kl, dict.fromkeys(allocation.POWERS, value))
         for kl, value in zip([1.0, 2.0, 9.0], predicted, strict=True)

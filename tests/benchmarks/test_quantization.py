@@ -9,9 +9,9 @@ from torch import fx, nn
 
 
 @pytest.mark.slow
-def test_both_are_measured_alone_and_together(benchmark, data_folder, tmp_path):
+def test_both_are_measured_alone_and_together(load_benchmark, data_folder, tmp_path):
     pytest.importorskip("torchao")
-    quantization, output = benchmark("quantization"), tmp_path / "results.json"
+    quantization, output = load_benchmark("quantization"), tmp_path / "results.json"
     models = ["--model", "resnet20", "--model", "stories", "--images", "32", "--effort", "fast", "--evaluate", "32"]
     arguments = [*models, "--data", str(data_folder), "--json", str(output)]
     result = CliRunner().invoke(quantization.main, arguments, catch_exceptions=False)
@@ -31,29 +31,29 @@ def test_both_are_measured_alone_and_together(benchmark, data_folder, tmp_path):
         assert int8["perplexity"] == pytest.approx(full["perplexity"], rel=0.01)
 
 
-def test_the_size_is_that_of_the_file(benchmark, tmp_path):
+def test_the_size_is_that_of_the_file(load_benchmark, tmp_path):
     model = nn.Linear(30, 20)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    size = benchmark("quantization").stored_bytes(model)
+    size = load_benchmark("quantization").stored_bytes(model)
     assert size == pytest.approx((tmp_path / "weights.pth").stat().st_size, abs=200)  # the file's name is inside of it
     assert size > 4 * 30 * 20
 
 
-def test_what_the_graph_does_not_read_is_dropped(benchmark):
+def test_what_the_graph_does_not_read_is_dropped(load_benchmark):
     graph = fx.Graph()
     graph.output(graph.call_function(torch.mul, (graph.placeholder("x"), graph.get_attr("used"))))
     thin = fx.GraphModule({"used": nn.Parameter(torch.ones(3))}, graph)
     thin.add_module("layer", nn.Linear(3, 3))
-    thin = benchmark("quantization").without_unread(thin)
+    thin = load_benchmark("quantization").without_unread(thin)
     assert list(thin.state_dict()) == ["used"]
     assert torch.equal(thin(torch.full((3,), 2.0)), torch.full((3,), 2.0))
 
 
-def test_tied_weights_are_left_alone(benchmark):
+def test_tied_weights_are_left_alone(load_benchmark):
     pytest.importorskip("torchao")
     model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
     model[2].weight = model[0].weight
-    quantized = benchmark("quantization").LINEAR["int8 weights"](model, [])
+    quantized = load_benchmark("quantization").LINEAR["int8 weights"](model, [])
     assert quantized[2].weight is quantized[0].weight
     assert type(quantized[1].weight.data) is not torch.Tensor
     assert type(model[1].weight.data) is torch.Tensor

@@ -7,12 +7,12 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from balf_fx.observers import Moments
+from balf_fx.calibration.moments import Moments
 
 
 @pytest.fixture
-def residual(benchmark):
-    return benchmark("residual")
+def residual(load_benchmark):
+    return load_benchmark("residual")
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from torch import fx, nn
 
 import balf_fx
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
+from balf_fx.graph.annotation import annotation, graph_record, sites
 from balf_fx.passes import Allocate, Annotate, Score
-from balf_fx.sites import annotation, graph_record, sites
 
 
 @pytest.fixture(scope="module")

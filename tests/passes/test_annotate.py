@@ -1,14 +1,15 @@
 import pytest
 import torch
-from conftest import ConvNet
+from small_models import ConvNet
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from balf_fx import BalfError
 from balf_fx.errors import UnknownSiteError
+from balf_fx.graph.annotation import annotation
+from balf_fx.graph.site import ConvGeometry, Reason
 from balf_fx.passes import Annotate
-from balf_fx.sites import ConvGeometry, Reason, annotation
 
 
 def marks(model: nn.Module, **options):

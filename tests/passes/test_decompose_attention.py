@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
+from balf_fx.graph.annotation import annotation
 from balf_fx.passes import Annotate
 from balf_fx.passes.decompose_attention import DecomposeAttention
-from balf_fx.sites import annotation
 
 E, H = 8, 2
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")

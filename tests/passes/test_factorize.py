@@ -9,8 +9,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.costs import flop_counter
 from balf_fx.errors import OptionError, PassError
+from balf_fx.graph.flops import flop_counter
 from balf_fx.passes import Allocate, Annotate, Factorize, Score
 
 

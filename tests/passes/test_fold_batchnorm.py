@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from conftest import randomise_batchnorm
+from small_models import randomise_batchnorm
 from torch import fx, nn
 from torch.nn import functional as F
 
-from balf_fx.capture import capture
+from balf_fx.capture.normal_form import capture
 from balf_fx.passes import FoldBatchNorm
 
 

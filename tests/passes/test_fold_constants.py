@@ -5,8 +5,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import balf_fx
+from balf_fx.graph.site import Reason
 from balf_fx.passes import FoldConstants
-from balf_fx.sites import Reason
 
 
 class Concatenated(nn.Module):

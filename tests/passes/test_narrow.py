@@ -21,12 +21,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.capture import capture
-from balf_fx.cuts import find_cuts
+from balf_fx.capture.normal_form import capture
 from balf_fx.errors import PassError
+from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.passes import Allocate, Annotate, FindWidths, Narrow
-from balf_fx.passes.score_widths import conditioned
-from balf_fx.sites import graph_record, record_graph
+from balf_fx.widths.elimination import conditioned
+from balf_fx.widths.narrowing import find_cuts
 
 DUPLICATED = {  # the width by its reader, and everything that writes it or lies between
     "mlp": ("down", ["up"]),
@@ -329,7 +329,7 @@ def test_the_cut_of_each_layer():
     assert cuts["up"].read is None
     assert not cuts["up"].changes
     assert cuts["qkv"].changes  # queries are mixed
-    sites = {site.name: site for site in balf_fx.sites.sites(prepared)}
+    sites = {site.name: site for site in balf_fx.graph.annotation.sites(prepared)}
     assert cuts["up"].outputs(sites["up"]).out_features == 16
     assert cuts["down"].inputs(sites["down"]).in_features == 16
     assert cuts["qkv"].outputs(sites["qkv"]).out_features == HEADS * (5 + 5 + HEAD)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import fx, nn
 
+from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import PassError
-from balf_fx.observers import CovarianceObserver
 from balf_fx.passes import Annotate, InsertObservers
 
 

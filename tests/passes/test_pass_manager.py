@@ -11,8 +11,9 @@ from torch.fx.passes.infra.pass_manager import PassManager, pass_result_wrapper
 from torch.fx.passes.shape_prop import ShapeProp
 
 import balf_fx
-from balf_fx.costs import profile
 from balf_fx.errors import PassError
+from balf_fx.graph.annotation import META_KEY, Annotation, annotation, graph_record, sites
+from balf_fx.graph.flops import profile
 from balf_fx.passes import (
     Allocate,
     Annotate,
@@ -24,7 +25,6 @@ from balf_fx.passes import (
     Score,
     ScoreWidths,
 )
-from balf_fx.sites import META_KEY, Annotation, annotation, graph_record, sites
 
 BITS = "bits"
 

@@ -6,12 +6,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import balf_fx
+from balf_fx.calibration.moments import input_columns
 from balf_fx.errors import OptionError, PassError
-from balf_fx.influence import error_weights, influence
-from balf_fx.linalg import weight_matrix
-from balf_fx.observers import input_columns
+from balf_fx.graph.annotation import annotation, sites
+from balf_fx.graph.parameters import get_tensor, weight_matrix
 from balf_fx.passes import Allocate, Annotate, Factorize, InsertObservers, Refine, Score
-from balf_fx.sites import annotation, get_tensor, sites
+from balf_fx.ranks.influence import error_weights, influence
 
 LAYERS = {
     "linear": (nn.Linear(12, 10), (40, 12)),

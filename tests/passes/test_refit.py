@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.errors import CalibrationError, OptionError
+from balf_fx.graph.annotation import annotation
 from balf_fx.passes import Refit
-from balf_fx.passes.refit import _chunks, _limits, _pixels, _seen, _step
-from balf_fx.sites import annotation
+from balf_fx.refit.targets import limits_of, within_limits
+from balf_fx.refit.windows import chunks, pixel_grid, pixel_step
 
 
 class Residual(nn.Module):
@@ -92,7 +93,7 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
         found = balf_fx.convert(prepared, memory=memory, **options).state_dict()
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
     for name, value in (("_CHUNK_ELEMENTS", 5_000), ("_CHUNK_POSITIONS", 1)):
-        monkeypatch.setattr(f"balf_fx.passes.refit.{name}", value)
+        monkeypatch.setattr(f"balf_fx.refit.windows.{name}", value)
         torch.testing.assert_close(balf_fx.convert(prepared, **options).state_dict(), expected, rtol=1e-9, atol=1e-10)
 
 
@@ -101,7 +102,7 @@ def test_a_quarter_of_all_samples_is_held_out(batches, positions, features):
     shares, seen = [0, 0], 0
     for samples in batches:
         covered = torch.zeros(samples)
-        for share, own in _chunks(seen, samples, positions, features):
+        for share, own in chunks(seen, samples, positions, features):
             covered[own] += 1
             shares[share] += own.stop - own.start
         assert (covered == 1).all()
@@ -113,7 +114,7 @@ def test_a_quarter_of_all_samples_is_held_out(batches, positions, features):
 def test_grids_of_pixels_take_turns_until_each_has_been_looked_at(sizes, step):
     seen = torch.zeros(sizes)
     for turn in range(step ** len(sizes)):
-        window = _pixels(sizes, step, turn)
+        window = pixel_grid(sizes, step, turn)
         assert seen[window].numel() > 0
         seen[window] += 1
     assert (seen == 1).all() or (any(size < step for size in sizes) and (seen >= 1).all())
@@ -125,7 +126,7 @@ def test_grids_of_pixels_take_turns_until_each_has_been_looked_at(sizes, step):
     inputs=st.integers(0, 900),
 )
 def test_enough_positions_are_looked_at(samples, sizes, inputs):
-    step = _step(samples, sizes, inputs)
+    step = pixel_step(samples, sizes, inputs)
     positions = samples * math.prod(size / step for size in sizes)
     assert step == 1 or positions >= 600 * max(inputs, 32) * (1 - 1e-9)
 
@@ -137,7 +138,7 @@ def test_some_of_many_pixels_tell_as_much_as_all(mode, monkeypatch):
     fresh = list(torch.randn(4, 16, 3, 16, 16))
 
     def refit(enough):
-        monkeypatch.setattr("balf_fx.passes.refit._ENOUGH", enough)
+        monkeypatch.setattr("balf_fx.refit.windows._ENOUGH", enough)
         return balf_fx.convert(prepared, flops=0.8, batches=batches, refit=mode, progress=False)
 
     once = balf_fx.convert(prepared, flops=0.8, batches=batches, refit=False, progress=False)
@@ -248,7 +249,7 @@ def test_the_residual_stream_is_seen_behind_what_hands_a_value_on(last):
 def test_errors_beyond_the_limits_are_none(seed, limits):
     target, predicted = 6 * torch.randn(2, 50, generator=torch.Generator().manual_seed(seed))
     low, high = limits
-    wanted = _seen(target, predicted, limits)
+    wanted = within_limits(target, predicted, limits)
     within = (target > low) & (target < high)
     assert torch.equal(wanted[within], target[within])
     assert torch.equal(wanted[target <= low], predicted[target <= low].clamp_max(low))
@@ -282,4 +283,4 @@ class Clipped(nn.Module):
 def test_limits_are_known(clip, limits, capture):
     prepared = balf_fx.prepare(Clipped(clip).eval(), torch.randn(4, 8), capture=capture)
     (node,) = [node for node in prepared.graph.nodes if annotation(node).site and annotation(node).site.name == "first"]
-    assert _limits(prepared, node) == limits
+    assert limits_of(prepared, node) == limits

@@ -3,10 +3,10 @@ import torch
 from torch import fx, nn
 
 import balf_fx
-from balf_fx.capture import capture
+from balf_fx.capture.normal_form import capture
 from balf_fx.errors import NotCalibratedError, PassError
+from balf_fx.graph.annotation import annotation, sites
 from balf_fx.passes import Annotate, InsertObservers, Score
-from balf_fx.sites import annotation, sites
 
 
 def prepared(model: nn.Module, x: torch.Tensor, run: bool = True) -> fx.GraphModule:

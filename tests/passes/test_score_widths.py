@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import balf_fx
-from balf_fx.linalg import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
-from balf_fx.observers import SensitivityObserver
+from balf_fx.calibration.observers import SensitivityObserver
+from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
 from balf_fx.passes import Score, ScoreWidths
-from balf_fx.sites import annotate, annotation, graph_record, sites
-from balf_fx.widths import conditioned
+from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
+from balf_fx.widths.elimination import conditioned
 
 
 def moment(size, seed, samples=40, groups=2):

@@ -1,0 +1,346 @@
+"""Clusters: sites and widths that are chosen together, since the size of a width sets the cost of layers on both sides.
+
+The options of a cluster are all sizes of its widths against each other, and for each of them the lower convex hull of
+what the ranks of its sites cost and lose. What a rank loses is taken to be the same at every size, and errors to add
+up: a sum of squares, as if they were independent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TypeVar
+
+from torch import fx
+
+from balf_fx.graph.annotation import annotation, graph_record
+from balf_fx.graph.curves import Candidate, Measure, RankCurve
+from balf_fx.graph.flops import use
+from balf_fx.graph.layers import read_layer
+from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.site import Site
+from balf_fx.graph.widths import Width, WidthCurve, joint_widths
+from balf_fx.ranks.costs import rank_flops, rank_params
+from balf_fx.widths.heads import has_level_heads, is_attention
+
+_SIZES = {1: 32, 2: 12}  # sizes tried of each width, by how many hang together
+
+
+_PRODUCTS = 512  # choices of ranks at one size that are all tried; of more, those on the convex hull
+
+
+_RANKS = 48  # ranks tried of each site at each size; the refinement is the allocator's rounding, not the model's
+
+
+_T = TypeVar("_T")
+
+
+_Priced = tuple[int, float, _T]
+"""A cost, a loss, and what has them."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Something whose cost follows the sizes: a product of attention, a depthwise convolution, a small layer.
+
+    Attributes:
+        shrinks: for each width by its index in the cluster, the share of the cost that goes with it.
+        level: the cost goes with the width that keeps most, since what the others lose is padded (`Narrow`).
+    """
+
+    flops: int
+    params: int
+    shrinks: tuple[tuple[int, float], ...]
+    level: bool = False
+
+    def cost(self, kept: Sequence[float]) -> tuple[int, int]:
+        """FLOPs and parameters, for the share of features that each width keeps."""
+        factor = 1.0 - sum(share * (1.0 - kept[index]) for index, share in self.shrinks)
+        if self.level:
+            whole = math.isclose(sum(share for _, share in self.shrinks), 1.0)
+            factor = max(kept[index] for index, _ in self.shrinks) if whole else 1.0
+        return round(self.flops * factor), round(self.params * factor)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site of a cluster.
+
+    Attributes:
+        flops, output_elements: of the layer as it is.
+        outputs: for each width that it writes, its index in the cluster and how many of its rows belong to it.
+        reads: the index of the width that it reads, or None.
+        mixed: its rows are mixed with each other, so that only a layer without ranks of its own can be narrowed.
+        bias: it has a bias, or is to have one once it reads fewer features.
+    """
+
+    site: Site
+    flops: int
+    output_elements: int
+    outputs: tuple[tuple[int, int], ...]
+    reads: int | None
+    mixed: bool
+    bias: bool
+
+    def narrowed(self, kept: Sequence[float]) -> Site:
+        """The site as it is at these sizes."""
+        outputs = self.site.out_features - sum(round(rows * (1.0 - kept[index])) for index, rows in self.outputs)
+        inputs = self.site.in_features
+        if self.reads is not None:
+            inputs = round(inputs * kept[self.reads])
+        return dataclasses.replace(self.site, out_features=outputs, in_features=inputs)
+
+    def candidates(self, curve: RankCurve, kept: Sequence[float], every: bool = False) -> list[Candidate]:
+        """Some of its ranks at these sizes, or every one, ascending, then without factors."""
+        site = self.narrowed(kept)
+        choose = list if every else _thin
+        if site == self.site:
+            thinned = choose(curve.candidates[: self.site.break_even])
+            return [*thinned, curve.dense]
+        flops = self.flops // (self.site.out_features * self.site.in_features) * site.out_features * site.in_features
+        elements = self.output_elements // self.site.out_features * site.out_features
+        biased = self.bias and (self.reads is None or kept[self.reads] < 1.0 or self.site.bias is not None)
+        extra = site.out_features if biased and self.site.bias is None else 0
+        dense = Candidate(None, flops, rank_params(site, None, False) + extra, 0.0)
+        if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
+            return [dense]
+        ranks = choose(curve.candidates[: min(site.break_even, self.site.break_even)])
+        # Both costs are linear in the rank.
+        per_rank = rank_flops(site, 1, flops, elements)
+        first, second = (rank_params(site, rank, curve.spectrum.mean is not None) for rank in (1, 2))
+        return [
+            *(
+                Candidate(rank, rank * per_rank, first + (rank - 1) * (second - first), candidate.distortion)
+                for candidate in ranks
+                if isinstance(rank := candidate.rank, int)
+            ),
+            dense,
+        ]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for a cluster.
+
+    Attributes:
+        ranks: a candidate for each member.
+        sizes: of each width.
+        flops, params: of everything in the cluster.
+        others: FLOPs and parameters of the shares among them.
+        loss: the sum of normalised distortions, weighted.
+    """
+
+    ranks: tuple[Candidate, ...]
+    sizes: tuple[int, ...]
+    flops: int
+    params: int
+    others: tuple[int, int]
+    loss: float
+
+    def cost(self, measure: Measure) -> int:
+        return self.flops if measure == "flops" else self.params
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Widths that share layers, the sites among these layers, and whatever else their sizes set the cost of."""
+
+    indices: tuple[int, ...]
+    widths: tuple[Width, ...]
+    curves: tuple[WidthCurve, ...]
+    members: tuple[Member, ...]
+    shares: tuple[Share, ...]
+
+    def options(
+        self,
+        curves: Sequence[RankCurve],
+        weights: Sequence[float],
+        width_weights: Sequence[float],
+        measure: Measure,
+        near: Option | None = None,
+    ) -> list[Option]:
+        """Options that nothing cheaper beats, ascending in cost; the last is the model as it is, unless `near`.
+
+        Args:
+            curves, weights: of the members, in their order.
+            width_weights: what a width counts that is left no feature.
+            near: an option between whose sizes and the next ones, which were tried with it, all sizes are tried.
+        """
+        losses = [
+            [weight * curve.normalised(d) for d in curve.distortion]
+            for curve, weight in zip(self.curves, width_weights, strict=True)
+        ]
+        found: list[Option] = []
+        tried = [_sizes(width, len(self.widths)) for width in self.widths]
+        if near is not None:
+            tried = [_between_sizes(size, row) for size, row in zip(near.sizes, tried, strict=True)]
+        for sizes in itertools.product(*tried):
+            kept = [size / width.features for size, width in zip(sizes, self.widths, strict=True)]
+            lost = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
+            shares = [share.cost(kept) for share in self.shares]
+            others = (sum(flops for flops, _ in shares), sum(params for _, params in shares))
+            rows = [
+                [(c.cost(measure), weight * curve.normalised(c.distortion), c) for c in member.candidates(curve, kept)]
+                for member, curve, weight in zip(self.members, curves, weights, strict=True)
+            ]
+            few = math.prod(map(len, rows)) <= _PRODUCTS
+            picked = itertools.product(*rows) if few else _on_hull(rows)
+            sums = [(sum(cost for cost, _, _ in row), sum(loss for _, loss, _ in row), row) for row in picked]
+            for _, loss, row in _efficient(sums):
+                ranks = tuple(candidate for _, _, candidate in row)
+                flops = others[0] + sum(candidate.flops for candidate in ranks)
+                params = others[1] + sum(candidate.params for candidate in ranks)
+                found.append(Option(ranks, sizes, flops, params, others, lost + loss))
+        if near is not None:
+            found += self._neighbours(near, curves, weights)
+        return [option for *_, option in _efficient([(o.cost(measure), o.loss, o) for o in found])]
+
+    def _neighbours(self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float]) -> Iterator[Option]:
+        """Options that differ in one member's rank, whatever it is."""
+        kept = [size / width.features for size, width in zip(near.sizes, self.widths, strict=True)]
+        for index, (member, curve, weight) in enumerate(zip(self.members, curves, weights, strict=True)):
+            old = near.ranks[index]
+            for new in member.candidates(curve, kept, every=True):
+                changed = curve.normalised(new.distortion) - curve.normalised(old.distortion)
+                yield dataclasses.replace(
+                    near,
+                    ranks=(*near.ranks[:index], new, *near.ranks[index + 1 :]),
+                    flops=near.flops + new.flops - old.flops,
+                    params=near.params + new.params - old.params,
+                    loss=near.loss + weight * changed,
+                )
+
+    @property
+    def full(self) -> tuple[int, int]:
+        """FLOPs and parameters of the shares as they are."""
+        return sum(share.flops for share in self.shares), sum(share.params for share in self.shares)
+
+
+def find_clusters(graph_module: fx.GraphModule) -> list[Cluster]:
+    """The clusters of a graph whose widths have been scored."""
+    record = graph_record(graph_module)
+    known = [index for index, curve in enumerate(record.width_curves) if curve is not None]
+    widths = [record.widths[index] for index in known]
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    found = []
+    for group in joint_widths(widths):
+        indices = tuple(known[i] for i in group)
+        curves = tuple(curve for i in indices if (curve := record.width_curves[i]) is not None)
+        found.append(_cluster(graph_module, nodes, indices, tuple(widths[i] for i in group), curves))
+    return found
+
+
+def _cluster(
+    graph_module: fx.GraphModule,
+    nodes: dict[str, fx.Node],
+    indices: tuple[int, ...],
+    widths: tuple[Width, ...],
+    curves: tuple[WidthCurve, ...],
+) -> Cluster:
+    written: dict[str, list[tuple[int, int]]] = {}
+    read: dict[str, int] = {}
+    products: dict[str, list[tuple[int, float]]] = {}
+    shares: list[Share] = []
+    mixed: set[str] = set()
+    for index, width in enumerate(widths):
+        for name, rows in zip(width.producers, width.rows, strict=True):
+            written.setdefault(name, []).append((index, len(set(rows))))
+        read.update(dict.fromkeys(width.consumers, index))
+        if width.kind != "channels":
+            mixed.update(width.producers)
+            share = 0.5 if is_attention(nodes[width.product]) else 1.0
+            products.setdefault(width.product, []).append((index, share))
+        shares += [_between(graph_module, nodes[name], index) for name in width.between]
+    for name, parts in products.items():
+        shares.append(Share(annotation(nodes[name]).flops or 0, 0, tuple(parts), has_level_heads(nodes[name])))
+    members = []
+    for name in dict.fromkeys((*written, *read)):
+        node = nodes[name]
+        site = annotation(node).site
+        outputs = tuple(written.get(name, ()))
+        if site is None:  # a layer that no rank would help
+            layer = read_layer(graph_module, node)
+            if not isinstance(layer, Site):
+                raise TypeError(f"{name} is no layer")
+            shrinks = tuple((index, rows / layer.out_features) for index, rows in outputs)
+            params = rank_params(layer, None, False)
+            shares.append(Share(annotation(node).flops or 0, params, shrinks))
+            continue
+        gains_bias = name in read and bool(curves[read[name]].means)
+        bias = site.bias is not None or gains_bias
+        members.append(Member(site, *use([node]), outputs, read.get(name), name in mixed, bias))
+    return Cluster(indices, widths, curves, tuple(members), tuple(shares))
+
+
+def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:
+    if node.op == "get_attr":
+        return Share(0, get_tensor(graph_module, str(node.target)).numel(), ((index, 1.0),))
+    layer = read_layer(graph_module, node)
+    params = rank_params(layer, None, False) if isinstance(layer, Site) else 0
+    return Share(annotation(node).flops or 0, params, ((index, 1.0),))
+
+
+def _sizes(width: Width, together: int) -> list[int]:
+    """The sizes to try, the full one last: multiples of eight where there are enough of them, for the hardware."""
+    count = _SIZES.get(together, 8)
+    step = 8 if width.features >= 8 * count else 4 if width.features >= 4 * count else 1
+    exact = [width.features * k / count for k in range(1, count)]
+    rounded = {min(max(round(size / step) * step, step), width.features) for size in exact}
+    return [*sorted(rounded - {width.features}), width.features]
+
+
+def _between_sizes(size: int, tried: Sequence[int]) -> list[int]:
+    """A few sizes from one to the next of those tried."""
+    following = next((other for other in tried if other > size), size)
+    step = max((following - size) // 8, 1)
+    return list(range(size, following, step)) or [size]
+
+
+def _thin(candidates: Sequence[Candidate]) -> list[Candidate]:
+    if len(candidates) <= _RANKS:
+        return list(candidates)
+    picked = sorted({round(i * (len(candidates) - 1) / (_RANKS - 1)) for i in range(_RANKS)})
+    return [candidates[i] for i in picked]
+
+
+def _on_hull(rows: Sequence[Sequence[_Priced[Candidate]]]) -> Iterator[tuple[_Priced[Candidate], ...]]:
+    """Choices of one candidate from each row on the lower convex hull of cost and loss."""
+    hulls = [_lower_hull(row) for row in rows]
+    steps = sorted(
+        (-(left[1] - right[1]) / (right[0] - left[0]), index, place + 1)
+        for index, hull in enumerate(hulls)
+        for place, (left, right) in enumerate(itertools.pairwise(hull))
+    )
+    at = [0] * len(hulls)
+    yield tuple(hull[0] for hull in hulls)
+    for _, index, place in steps:
+        at[index] = place
+        yield tuple(hull[i] for hull, i in zip(hulls, at, strict=True))
+
+
+def _lower_hull(points: Sequence[_Priced[Candidate]]) -> list[_Priced[Candidate]]:
+    hull: list[_Priced[Candidate]] = []
+    for point in sorted(points, key=lambda p: p[:2]):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (hull[-2][1] - hull[-1][1]) * (point[0] - hull[-1][0]) <= (hull[-1][1] - point[1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _efficient(priced: Iterable[_Priced[_T]]) -> list[_Priced[_T]]:
+    """What nothing cheaper beats, ascending in cost."""
+    best = math.inf
+    kept = []
+    for each in sorted(priced, key=itemgetter(0, 1)):
+        if each[1] <= best:  # of those that lose the same, what is left of a budget goes to the costlier
+            best = each[1]
+            kept.append(each)
+    return kept

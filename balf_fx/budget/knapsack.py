@@ -1,0 +1,205 @@
+"""The multiple-choice knapsack: one candidate from each class, least total value within a budget on total cost.
+
+Three steps, each of which keeps a certificate.
+
+1. The Lagrangian dual, max over s >= 0 of sum_i min_j (v_ij + s c_ij) - s B, is solved exactly: its breakpoints are
+   the slopes of each class's lower convex hull, so sorting them replaces bisection (Sinha & Zoltners 1979). No
+   choice within the budget has a smaller value than this bound.
+2. The hull's greedy choice, with what is left spent on single upgrades, is a first feasible answer.
+3. A candidate whose reduced cost exceeds the gap between the two cannot be in an optimum; over those that remain,
+   dynamic programming on the Pareto front of (cost, value) finds the optimum (Nemhauser & Ullmann 1969). Where the
+   front grows past a limit only its most promising states are kept: the answer stays feasible, and the bound says
+   how far from the optimum it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_FRONT_LIMIT = 1 << 14
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One candidate index per class, what they cost and are worth together, and the dual bound on the value.
+
+    Attributes:
+        multiplier: s >= 0 at which the dual is largest.
+    """
+
+    choice: tuple[int, ...]
+    cost: int
+    value: float
+    bound: float
+    multiplier: float
+
+
+def minimum_cost(costs: Sequence[Sequence[int]]) -> int:
+    """The least that any choice costs."""
+    return sum(min(row) for row in costs)
+
+
+def solve(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], budget: int) -> Solution:
+    """Choose one candidate per class, minimising total value subject to total cost <= budget.
+
+    Where calibration sees no difference between candidates, what is left of the budget still goes to the costlier
+    one: for us that is the one nearer to the original layer.
+
+    Raises:
+        ValueError: the cheapest choice already exceeds the budget.
+    """
+    if minimum_cost(costs) > budget:
+        raise ValueError(f"the cheapest choice costs {minimum_cost(costs)}, the budget is {budget}")
+    hulls = [_lower_hull(row_costs, row_values) for row_costs, row_values in zip(costs, values, strict=True)]
+    slope, start = _dual(hulls, costs, values, budget)
+    penalised = _penalised(costs, values, slope)
+    bound = dual(costs, values, budget, slope)
+    greedy = spend(costs, values, start, budget)
+    best = spend(costs, values, _pareto(costs, values, penalised, bound, slope, greedy, budget), budget)
+    return Solution(tuple(best), _total(costs, best), _total(values, best), min(bound, _total(values, best)), slope)
+
+
+def dual(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], budget: int, multiplier: float) -> float:
+    """sum_i min_j (v_ij + s c_ij) - s B: no choice within the budget is worth less, whatever s >= 0 is."""
+    return sum(min(row) for row in _penalised(costs, values, multiplier)) - multiplier * budget
+
+
+def _penalised(
+    costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], multiplier: float
+) -> list[list[float]]:
+    return [
+        [value + multiplier * cost for cost, value in zip(row_costs, row_values, strict=True)]
+        for row_costs, row_values in zip(costs, values, strict=True)
+    ]
+
+
+def spend(
+    costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], choice: Sequence[int], budget: int
+) -> list[int]:
+    """Take single upgrades that fit and do not raise the value, best gain per cost first, until none is left."""
+    current = list(choice)
+    left = budget - _total(costs, current)
+    while True:
+        best: tuple[float, int, int, int] | None = None
+        for row, chosen in enumerate(current):
+            for candidate, cost in enumerate(costs[row]):
+                extra, gain = cost - costs[row][chosen], values[row][chosen] - values[row][candidate]
+                if 0 < extra <= left and gain >= 0:
+                    upgrade = (gain / extra, extra, row, candidate)
+                    best = upgrade if best is None or upgrade[:2] > best[:2] else best
+        if best is None:
+            return current
+        _, extra, row, candidate = best
+        current[row] = candidate
+        left -= extra
+
+
+def _total(table: Sequence[Sequence[_Number]], choice: Sequence[int]) -> _Number:
+    return sum(row[index] for row, index in zip(table, choice, strict=True))
+
+
+def _lower_hull(costs: Sequence[int], values: Sequence[float]) -> list[int]:
+    """Indices of the lower convex hull, from the cheapest candidate to the least value, slopes shrinking."""
+    hull: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], values[i])):
+        if hull and values[index] >= values[hull[-1]]:
+            continue
+        while len(hull) > 1 and _slope(costs, values, hull[-2], hull[-1]) <= _slope(costs, values, hull[-1], index):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _slope(costs: Sequence[int], values: Sequence[float], left: int, right: int) -> float:
+    """Value saved per unit of cost between two candidates; costs differ."""
+    return (values[left] - values[right]) / (costs[right] - costs[left])
+
+
+def _dual(
+    hulls: Sequence[Sequence[int]], costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], budget: int
+) -> tuple[float, list[int]]:
+    """The optimal multiplier and the hull choice just before the budget breaks."""
+    segments = sorted(
+        (-_slope(costs[row], values[row], left, right), row, right)
+        for row, hull in enumerate(hulls)
+        for left, right in pairwise(hull)
+    )
+    choice = [hull[0] for hull in hulls]
+    cost = _total(costs, choice)
+    for negative_slope, row, right in segments:
+        extra = costs[row][right] - costs[row][choice[row]]
+        if cost + extra > budget:
+            return -negative_slope, choice
+        choice[row], cost = right, cost + extra
+    return 0.0, choice
+
+
+def _pareto(
+    costs: Sequence[Sequence[int]],
+    values: Sequence[Sequence[float]],
+    penalised: Sequence[Sequence[float]],
+    bound: float,
+    slope: float,
+    incumbent: list[int],
+    budget: int,
+) -> list[int]:
+    """The best choice among candidates whose reduced cost fits into the gap, or the incumbent."""
+    upper = _total(values, incumbent)
+    gap = upper - bound
+    if gap <= 1e-12 * max(abs(upper), abs(bound)):
+        return incumbent
+    floors = [min(row) for row in penalised]
+    # A hair above the gap, so that rounding never drops the incumbent itself.
+    kept = [
+        [j for j, penalty in enumerate(row) if penalty - floor <= gap * (1 + 1e-9)]
+        for row, floor in zip(penalised, floors, strict=True)
+    ]
+    rest_cost = sum(min(costs[row][j] for j in indices) for row, indices in enumerate(kept))
+    front_cost = torch.zeros(1, dtype=torch.int64)
+    front_value = torch.zeros(1, dtype=torch.float64)
+    trail: list[tuple[Tensor, Tensor]] = []
+    rest_floor = sum(floors)
+    for row, indices in enumerate(kept):
+        row_cost = torch.tensor([costs[row][j] for j in indices], dtype=torch.int64)
+        row_value = torch.tensor([values[row][j] for j in indices], dtype=torch.float64)
+        rest_cost -= int(row_cost.min())
+        rest_floor -= floors[row]
+        cost = (front_cost[:, None] + row_cost).flatten()
+        value = (front_value[:, None] + row_value).flatten()
+        reachable = value + slope * cost + rest_floor - slope * budget
+        state = torch.nonzero((cost + rest_cost <= budget) & (reachable <= upper + gap * 1e-9)).flatten()
+        state = state[_efficient(cost[state], value[state])]
+        if len(state) > _FRONT_LIMIT:
+            state = state[torch.argsort(reachable[state], stable=True)[:_FRONT_LIMIT].sort().values]
+        if len(state) == 0:
+            return incumbent
+        front_cost, front_value = cost[state], value[state]
+        trail.append((state // len(indices), state % len(indices)))
+    best = int(front_value.argmin())
+    if float(front_value[best]) >= upper:
+        return incumbent
+    choice: list[int] = []
+    for indices, (parent, candidate) in zip(reversed(kept), reversed(trail), strict=True):
+        choice.append(indices[int(candidate[best])])
+        best = int(parent[best])
+    return choice[::-1]
+
+
+def _efficient(cost: Tensor, value: Tensor) -> Tensor:
+    """Positions of the states that no cheaper state matches in value, in order of cost."""
+    by_value = torch.argsort(value, stable=True)
+    order = by_value[torch.argsort(cost[by_value], stable=True)]
+    if len(order) < 2:
+        return order
+    ordered = value[order]
+    best_before = torch.cat([torch.full((1,), torch.inf, dtype=ordered.dtype), ordered.cummin(0).values[:-1]])
+    return order[ordered < best_before]

@@ -1,0 +1,70 @@
+"""How far a compressed model's answers are from the original's, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.batches import Forward, run_batch
+
+Loss = Callable[[Any, Any], Tensor]
+"""`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
+
+
+def find_logits(output: Any, batch: Any) -> Tensor | None:
+    """The logits of a classifier or language model among a model's outputs, or None.
+
+    These are what goes by the name of `logits`; else the only tensor, if it is [samples, classes], or, for inputs of
+    whole numbers [samples, length], [samples, length, classes].
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[-1] < 2:
+        return None
+    tokens = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
+    language = output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
+    return output if output.dim() == 2 or language else None
+
+
+def answers(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[Any]:
+    """What a model returns on each batch."""
+    return [run_batch(model, batch, forward, index) for index, batch in enumerate(batches)]
+
+
+def divergence(
+    model: nn.Module, batches: Sequence[Any], references: Sequence[Any], forward: Forward, loss: Loss | None = None
+) -> float:
+    """The mean over batches of what a model's answers lose; infinite where it is not a number.
+
+    That is the Kullback-Leibler divergence of logits, in nats for each row of them, of anything else the squared error
+    relative to the mean square; or the user's loss.
+
+    Args:
+        references: the original model's `answers`.
+    """
+    total = 0.0
+    for index, (batch, reference) in enumerate(zip(batches, references, strict=True)):
+        output = run_batch(model, batch, forward, index)
+        total += float(differ(reference, output, batch) if loss is None else loss(output, batch))
+    mean = total / max(len(batches), 1)
+    return mean if mean == mean else torch.inf
+
+
+def differ(reference: Any, output: Any, batch: Any) -> Tensor:
+    """What one batch's answer loses, a scalar; see `divergence`."""
+    wanted, logits = find_logits(reference, batch), find_logits(output, batch)
+    if wanted is not None and logits is not None:
+        target, given = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
+        return (target.exp() * (target - given)).sum(-1).mean()
+    pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(output), strict=True)
+    terms = [
+        (a.float() - b.float()).square().sum() / a.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        for a, b in pairs
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
+    ]
+    return torch.stack(terms).sum() if terms else torch.zeros(())

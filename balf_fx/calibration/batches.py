@@ -1,0 +1,253 @@
+"""What counts as a batch, and how a batch becomes a call of the model.
+
+* A tensor is the only argument; a mapping is keyword arguments; a tuple or list is positional arguments.
+* Labels. DataLoaders yield `(images, labels)`, and calibration needs no labels. From the end of a tuple, elements
+  that `forward` has no room for are dropped, and so are one-dimensional integer tensors that it does not require.
+  In a mapping, `label` and `labels` are dropped where `forward` has no such parameter.
+* Anything else goes through the caller's own `forward(model, batch)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.observers import CovarianceObserver
+from balf_fx.errors import CalibrationError
+from balf_fx.graph.annotation import annotation
+
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model's own Python code raises on input that does not suit it; anything else is none of our business."""
+
+
+Forward = Callable[[nn.Module, Any], Any]
+"""`forward(model, batch)` runs the model on a batch; what it returns is ignored."""
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def iterate(batches: Any) -> Iterator[Any]:
+    """Batches one by one: a single tensor or mapping is one batch, everything else is iterated once.
+
+    Raises:
+        CalibrationError: `batches` is neither a batch nor an iterable of batches.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        return iter([batches])
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration batches are a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
+        )
+    return iter(batches)
+
+
+def forward_for(model: nn.Module) -> Forward:
+    """The default `forward`: decides by the signature of `model.forward` how to pass a batch on.
+
+    Tensors are moved to the model's device where all its parameters are on one.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            batch = dict(batch)  # pytree looks into dict alone
+        if device is not None:
+            batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+        if isinstance(batch, dict):
+            return module(**_without_labels(batch, parameters))
+        if isinstance(batch, tuple | list):
+            return module(*_without_trailing_labels(batch, parameters))
+        return module(batch)
+
+    return forward
+
+
+def _without_labels(batch: Mapping[str, Any], parameters: list[inspect.Parameter]) -> dict[str, Any]:
+    names = {parameter.name for parameter in parameters}
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    dropped = set() if open_ended else {"label", "labels"} - names
+    return {key: value for key, value in batch.items() if key not in dropped}
+
+
+def _without_trailing_labels(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Parameter]) -> list[Any]:
+    positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
+    required = sum(parameter.default is inspect.Parameter.empty for parameter in positional)
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    arguments = list(batch) if open_ended else list(batch)[: len(positional)]
+    while len(arguments) > max(required, 1) and _looks_like_labels(arguments[-1]):
+        arguments.pop()
+    return arguments
+
+
+def _looks_like_labels(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and value.dtype in _INTEGERS
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a value, nested or not, holds any tensor."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def sample_count(batch: Any) -> int:
+    """The leading dimension that all tensors of a batch share; 0 where they share none."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # pytree looks into dict alone
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def some_samples(batch: Any, start: int, stop: int) -> Any:
+    """A batch with some of its samples."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # pytree looks into dict alone
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
+
+
+def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradients: bool = False) -> Any:
+    """Run one batch, without gradients unless asked for.
+
+    Raises:
+        CalibrationError: the model cannot run it; the model's own error is the cause.
+    """
+    try:
+        with torch.set_grad_enabled(gradients):
+            return forward(module, batch)
+    except MODEL_ERRORS as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(
+            f"the model cannot run calibration batch {index}, which is {describe(batch)}: {error}. A batch is a "
+            "tensor, a tuple of positional arguments or a mapping of keyword arguments; to call the model in another "
+            "way pass forward=lambda model, batch: ..."
+        ) from error
+
+
+def describe(batch: Any) -> str:
+    """A batch in a few words, for error messages."""
+    if isinstance(batch, Tensor):
+        return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
+    if isinstance(batch, Mapping):
+        return "a mapping of " + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of ({', '.join(describe(value) for value in batch)})"
+    return f"a {type(batch).__name__}"
+
+
+class _Recorded(BaseException):
+    """Ends a call once its arguments are known; no handler of a user's forward should stop it."""
+
+
+class _Recorder(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = (args, kwargs)
+        raise _Recorded
+
+
+def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forward) -> dict[str, Any]:
+    """The values that a graph's placeholders take when `forward` calls it on a batch; nothing is run.
+
+    Raises:
+        CalibrationError: `forward` does not call the model.
+    """
+    recorder = _Recorder()
+    try:
+        forward(recorder, batch)
+    except _Recorded:
+        args, kwargs = recorder.call
+    else:
+        raise CalibrationError("forward(model, batch) did not call the model it was given")
+    bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+_ALIVE = 8  # values that a walk over two models holds at once: a residual stream, a layer's input and output, copies
+
+
+def pieces_for_gradients(
+    prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int
+) -> Iterator[Any]:
+    """The batch, or pieces for which the values of all layers fit into `memory` bytes."""
+    return _pieces(prepared, batch, forward, index, sum(_value_sizes(prepared)) / max(memory, 1))
+
+
+def pieces_for_walk(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
+    """The batch, or pieces for which what is alive in one layer of two models fits into `memory` bytes."""
+    return _pieces(prepared, batch, forward, index, _ALIVE * max(_value_sizes(prepared), default=0.0) / max(memory, 1))
+
+
+def _pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, share: float) -> Iterator[Any]:
+    """The batch, or as few pieces of like size as each fit into memory, if the model treats samples one by one.
+
+    Args:
+        share: of the memory, what one sample takes.
+    """
+    samples = sample_count(batch)
+    count = min(math.ceil(samples * share), samples)
+    if count <= 1 or not _one_by_one(prepared, batch, forward, index):
+        yield batch
+        return
+    cuts = [samples * piece // count for piece in range(count + 1)]
+    for start, stop in itertools.pairwise(cuts):
+        yield some_samples(batch, start, stop)
+
+
+def _value_sizes(prepared: fx.GraphModule) -> list[float]:
+    """The bytes that each node's value takes for one sample of the example batch."""
+    marks = [(node, annotation(node).shape) for node in prepared.graph.nodes]
+    samples = max((shape[0] for node, shape in marks if node.op == "placeholder" and shape), default=0)
+    size = max((parameter.element_size() for parameter in prepared.parameters()), default=4)
+    shapes = [shape for node, shape in marks if node.op.startswith("call") and shape is not None]
+    return [size * math.prod(shape) / samples for shape in shapes] if samples else []
+
+
+def _one_by_one(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int) -> bool:
+    """Whether the first few samples have the same outputs together and apart; the observers forget what they saw."""
+    moments = {module: module.moments for module in prepared.modules() if isinstance(module, CovarianceObserver)}
+    half = min(sample_count(batch) // 2, 2)
+    try:
+        spans = ((0, 2 * half), (0, half), (half, 2 * half))
+        runs = [run_batch(prepared, some_samples(batch, *span), forward, index) for span in spans]
+    except CalibrationError:  # it may want batches of one size
+        return False
+    finally:
+        for observer, seen in moments.items():
+            observer.moments = seen
+    leaves = [[leaf for leaf in pytree.tree_leaves(run) if isinstance(leaf, Tensor)] for run in runs]
+    if len(set(map(len, leaves))) > 1:
+        return False
+    return all(_alike(whole, parts) for whole, *parts in zip(*leaves, strict=True))
+
+
+def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether an output is its parts one below the other, up to rounding."""
+    if not whole.dim() or len({part.shape[1:] for part in (whole, *parts)}) > 1:
+        return False
+    joined = torch.cat(list(parts))
+    tolerance = 1e-3 * float(whole.abs().max())
+    return joined.shape == whole.shape and torch.allclose(joined, whole, rtol=0.0, atol=tolerance)
+
+
+MEMORY = 2 << 30
+"""Bytes of intermediate values that are kept in memory unless the user says otherwise."""

@@ -1,0 +1,162 @@
+"""Which output errors of a layer the model's own answer minds: gradients of a label-free loss at every site.
+
+The loss is the divergence of the compressed model's answer from the original's. To second order it is
+1/2 E (dz)^T H (dz) with dz the error of the model's output z. With a random v, E[v v^T] = I, the gradient of the probe
+(L v)^T z, L L^T = H, at a site's output is a sample g of what an error costs there: E[g g^T] = J^T H J. For logits the
+loss is the Kullback-Leibler divergence of softmax(z), whose H = diag(p) - p p^T has the root
+L = diag(sqrt p) - p sqrt(p)^T; for anything else it is the squared error, relative to the output's mean square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.answers import Loss, find_logits
+from balf_fx.calibration.batches import MEMORY, Forward, pieces_for_gradients, run_batch
+from balf_fx.calibration.observers import InfluenceObserver, SensitivityObserver
+from balf_fx.errors import CalibrationError, ModelError
+from balf_fx.graph.parameters import get_tensor, is_quantized
+
+
+def observe_gradients(
+    prepared: fx.GraphModule,
+    batch: Any,
+    forward: Forward,
+    index: int,
+    generator: torch.Generator,
+    loss: Loss | None = None,
+    memory: int = MEMORY,
+) -> bool:
+    """Run one batch through a prepared graph, and the gradients of the loss back to its sites and their weights.
+
+    Gradients need the values of all layers at once. A batch that needs more memory than there is runs in pieces, if the
+    model treats its samples one by one; positions then count by their gradients in the piece, and the loss is the
+    piece's.
+
+    Args:
+        generator: on the CPU; draws the probe.
+        memory: bytes that the values of all layers may take.
+
+    Returns:
+        Whether any gradient has reached one.
+
+    Raises:
+        CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
+    """
+    pieces = pieces_for_gradients(prepared, batch, forward, index, memory)
+    found = [_observe_gradients(prepared, piece, forward, index, generator, loss) for piece in pieces]
+    return any(found)
+
+
+def check_gradients(graph_module: fx.GraphModule) -> None:
+    """Refuse layers that round their inputs as well: gradients end there, and what lies before would seem to matter
+    less than it does.
+
+    Raises:
+        ModelError: names the first one.
+    """
+    for name, weight in graph_module.named_parameters():
+        if is_quantized(weight) and not _passes_gradients(weight):
+            raise ModelError(
+                f"no gradient flows through {name} ({type(weight.data).__name__}), whose layer rounds its inputs: pass "
+                "effort='fast', which needs none, or compress the float model first, then quantize the result"
+            )
+
+
+def _passes_gradients(weight: Tensor) -> bool:
+    """Whether a linear layer with this weight does; of other layers nothing is known."""
+    if weight.dim() != 2:
+        return False
+    value = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return F.linear(value, weight).requires_grad
+
+
+def _observe_gradients(
+    prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, generator: torch.Generator, loss: Loss | None
+) -> bool:
+    observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
+    for observer in observers:
+        observer.pending = []
+    try:
+        with _differentiable(prepared), torch.enable_grad():
+            output = run_batch(prepared, batch, forward, index, gradients=True)
+            scalar = probe(output, batch, generator) if loss is None else loss(output, batch)
+            if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {scalar!r}")
+            wanted = [*_outputs(observers), *_weights(prepared)]
+            if not wanted or not scalar.requires_grad:
+                return False
+            gradients = torch.autograd.grad(scalar, [tensor for tensor, _ in wanted], allow_unused=True)
+        for (_, take), gradient in zip(wanted, gradients, strict=True):
+            if gradient is not None:
+                take(gradient)
+        return any(gradient is not None for gradient in gradients)
+    finally:
+        for observer in observers:
+            observer.pending = None
+
+
+Wanted = tuple[Tensor, Callable[[Tensor], None]]
+"""A tensor, and what takes its gradient."""
+
+
+def _outputs(observers: list[SensitivityObserver]) -> Iterator[Wanted]:
+    """The sites' outputs in the batch that has just run."""
+    for observer in observers:
+        for output, value, features in observer.pending or ():
+            yield output, partial(observer.take, value, features)
+
+
+def _weights(prepared: nn.Module) -> Iterator[Wanted]:
+    """The weights whose gradients are observed."""
+    for observer in prepared.modules():
+        if isinstance(observer, InfluenceObserver):
+            weight: Tensor = get_tensor(prepared, observer.site.weight)
+            if weight.requires_grad:
+                yield weight, observer.take
+
+
+@contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
+    """Let gradients flow, also where the parameters are frozen."""
+    frozen = [p for p in module.parameters() if not (p.requires_grad or is_quantized(p)) and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def probe(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient at the output is L v, for a random v (see the module's docstring)."""
+    logits = find_logits(output, batch)
+    if logits is not None and logits.requires_grad:
+        p = logits.detach().softmax(-1)
+        v = _normal(logits, generator)
+        direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
+        return (logits * direction).sum()
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    terms = [(leaf * _normal(leaf, generator)).sum() / _scale(leaf) for leaf in leaves]
+    return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Drawn on the CPU, so that the same seed gives the same probe on every device."""
+    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+
+def _scale(leaf: Tensor) -> Tensor:
+    """The root of the sum of squares of one sample's outputs, on average."""
+    per_sample = leaf.detach().float().square().sum() / max(leaf.shape[0] if leaf.dim() else 1, 1)
+    return per_sample.sqrt().clamp_min(torch.finfo(torch.float32).tiny)

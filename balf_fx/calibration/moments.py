@@ -1,0 +1,170 @@
+"""Second moments of the values at a site, batch by batch.
+
+`Moments` is an immutable value: count, mean and scatter in float64, merged by Chan's update, so that batches, ranks
+of a cluster and restarts add up to what one pass over everything would give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from balf_fx.graph.site import ConvGeometry, Side, Site
+
+CHUNK_ELEMENTS = 1 << 19  # a chunk's working copy stays in the cache, and calibration's extra memory is bounded
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter of vectors of length F in each of G groups.
+
+    Attributes:
+        count: number of positions seen, or the sum of their weights.
+        mean: [G, F] float64.
+        scatter: [G, F, F] float64, the sum of (v - mean)(v - mean)^T over positions.
+    """
+
+    count: float
+    mean: Tensor
+    scatter: Tensor
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both samples together (Chan, Golub & LeVeque 1979)."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        between = delta.unsqueeze(-1) * delta.unsqueeze(-2) * (self.count * other.count / count)
+        return Moments(count, self.mean + delta * (other.count / count), self.scatter + other.scatter + between)
+
+    def affine(self, scale: Tensor, shift: Tensor) -> Moments:
+        """Moments of `scale * v + shift`, both [G, F]."""
+        between = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        return Moments(self.count, self.mean * scale + shift, self.scatter * between)
+
+    def covariance(self) -> Tensor:
+        """[G, F, F], the mean of (v - mean)(v - mean)^T."""
+        return self.scatter / self.count
+
+    def second_moment(self, offset: Tensor | None = None) -> Tensor:
+        """[G, F, F], the mean of (v - offset)(v - offset)^T, with `offset` [G, F] (zero if None)."""
+        mean = self.mean if offset is None else self.mean - offset
+        return self.covariance() + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Moments:
+        return self  # never changed in place, and large
+
+
+def by_sample(value: Tensor, site: Site) -> Tensor:
+    """A site's input or output with a leading dimension of samples, and for a linear layer one of positions."""
+    if site.conv is not None:
+        return with_batch(value, site.conv)
+    leading = value.shape[:-1] or (1,)
+    return value.reshape(leading[0], math.prod(leading[1:]), value.shape[-1])
+
+
+def output_columns(value: Tensor, site: Site) -> Tensor:
+    """A site's output as [G, O, n]."""
+    if site.conv is None:
+        return value.reshape(-1, site.out_features).mT.unsqueeze(0)
+    batched = with_batch(value, site.conv)
+    return batched.reshape(len(batched), site.groups, site.out_features, -1).movedim(0, 2).flatten(2)
+
+
+def input_columns(value: Tensor, site: Site, pixels: tuple[slice, ...] = ()) -> Tensor:
+    """A site's input as [G, D, n], positions in the order of the output's; of a convolution, of some pixels."""
+    if site.conv is None:
+        return value.reshape(-1, site.in_features).mT.unsqueeze(0)
+    return input_patches(with_batch(value, site.conv), site.conv, site.groups, pixels)
+
+
+def with_batch(value: Tensor, conv: ConvGeometry) -> Tensor:
+    """With a batch dimension, which convolutions may lack."""
+    return value if value.dim() == len(conv.kernel_size) + 2 else value.unsqueeze(0)
+
+
+def in_range(moments: Moments) -> bool:
+    """Whether sums of squares stayed where float32 is accurate."""
+    largest = float(moments.scatter.diagonal(dim1=-2, dim2=-1).max())
+    return 1e-30 < largest < float("inf") and bool(torch.isfinite(moments.scatter).all())
+
+
+def batch_moments(
+    value: Tensor, site: Site, side: Side, dtype: torch.dtype, weights: Tensor | None = None
+) -> Moments | None:
+    """Moments of one value on a side of a site.
+
+    Args:
+        weights: [n], of all positions in their order; None for 1 each.
+    """
+    return sum_moments(_position_chunks(value, site, side), dtype, weights)
+
+
+def sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor | None) -> Moments | None:
+    """Moments of [G, F, n] pieces: products in `dtype` around a shift near the mean, totals in float64."""
+    shift, total, scatter = None, None, None
+    count, seen = 0.0, 0
+    for chunk in chunks:
+        chunk = chunk.to(dtype)
+        if shift is None:
+            shift = chunk.mean(-1)
+        centred = chunk - shift.unsqueeze(-1)
+        weighted = centred
+        if weights is not None:
+            own = weights[seen : seen + chunk.shape[-1]].to(dtype)
+            weighted = centred * own
+        products, sums = weighted @ centred.mT, weighted.sum(-1)
+        seen += chunk.shape[-1]
+        count += chunk.shape[-1] if weights is None else float(own.sum(dtype=torch.float64))
+        if total is None or scatter is None:
+            total, scatter = sums.to(torch.float64), products.to(torch.float64)
+        else:
+            total, scatter = total.add_(sums), scatter.add_(products)
+    if shift is None or total is None or scatter is None or count <= 0:
+        return None
+    drift = total / count
+    scatter -= drift.unsqueeze(-1) * drift.unsqueeze(-2) * count
+    return Moments(count, shift.to(torch.float64) + drift, scatter)
+
+
+def _position_chunks(value: Tensor, site: Site, side: Side) -> Iterator[Tensor]:
+    """Cut a site's output or input into [G, F, n] pieces, F = O or D, along the batch."""
+    if value.numel() == 0:
+        return
+    output = side == "output"
+    features = site.out_features if output else site.in_features
+    if site.conv is None:
+        batched, per_chunk = value.reshape(-1, features), max(CHUNK_ELEMENTS // features, 4 * features)
+    else:
+        batched = with_batch(value, site.conv)
+        pixels = math.prod(batched.shape[2:])
+        per_chunk = max(CHUNK_ELEMENTS // (features * pixels), 4 * features // pixels, 1)
+    for piece in torch.split(batched, per_chunk):
+        yield output_columns(piece, site) if output else input_columns(piece, site)
+
+
+def input_patches(value: Tensor, conv: ConvGeometry, groups: int, pixels: tuple[slice, ...] = ()) -> Tensor:
+    """im2col for any number of spatial dimensions.
+
+    Args:
+        value: [B, C_in, *size].
+        pixels: which of the output's, along each axis; empty for all.
+    Returns:
+        [G, D, n]: the patch under the kernel at each of the n output positions, D ordered as in the weight.
+    """
+    spatial = len(conv.kernel_size)
+    if any(pair != (0, 0) for pair in conv.padding):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        value = F.pad(value, [amount for pair in reversed(conv.padding) for amount in pair], mode=mode)
+    for axis, (kernel, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        value = value.unfold(2 + axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+    value = value[(slice(None), slice(None), *pixels)]
+    grouped = value.reshape(len(value), groups, -1, *value.shape[2:])  # [B, G, C_in / G, *out, *kernel]
+    kernel_axes = range(3 + spatial, 3 + 2 * spatial)
+    patches = grouped.permute(1, 2, *kernel_axes, 0, *range(3, 3 + spatial))
+    flat: Tensor = patches.flatten(1, 1 + spatial).flatten(2)
+    return flat

@@ -1,0 +1,273 @@
+"""Modules that stand beside the values of a graph and gather their statistics."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balf_fx.calibration.moments import (
+    CHUNK_ELEMENTS,
+    Moments,
+    batch_moments,
+    by_sample,
+    in_range,
+    output_columns,
+    sum_moments,
+    with_batch,
+)
+from balf_fx.errors import NonFiniteError
+from balf_fx.graph.parameters import weight_matrix
+from balf_fx.graph.site import Side, Site
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class CovarianceObserver(nn.Module):
+    """Gathers the `Moments` of a site's output, or of the input positions that several sites read.
+
+    A call returns nothing: the observer stands beside the value's own users, so it delays and keeps nothing.
+
+    Args:
+        site: the first site served; its side says what the value is, its geometry how to cut it into positions.
+        skip_non_finite: pass over a value with NaN or infinity, with a warning in the log, in place of an error.
+        side: what the value is; None for the side where the site's statistics cost least.
+    """
+
+    _is_impure = True  # tells FX that dead-code elimination must keep the call
+
+    def __init__(self, site: Site, skip_non_finite: bool = False, side: Side | None = None) -> None:
+        super().__init__()
+        self.site = site
+        self.side: Side = side or site.side
+        self.skip_non_finite = skip_non_finite
+        self.moments: Moments | None = None
+
+    def extra_repr(self) -> str:
+        return f"{self.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self.moments = None
+
+    @torch.no_grad()
+    def forward(self, value: Tensor) -> None:
+        with torch.autocast(value.device.type, enabled=False):
+            seen = batch_moments(value, self.site, self.side, torch.promote_types(value.dtype, torch.float32))
+            if seen is not None and not in_range(seen):  # squares overflow or underflow long before the values do
+                seen = batch_moments(value, self.site, self.side, torch.float64)
+        if seen is None:
+            return
+        if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
+            if self.skip_non_finite:
+                _LOGGER.warning(
+                    "the %s of site %r holds NaN or infinity: this call does not count", self.side, self.site.name
+                )
+                return
+            raise NonFiniteError(
+                f"the {self.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
+                f"and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"
+            )
+        self.moments = seen if self.moments is None else self.moments.merge(seen)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Second moments of the gradient g at a site's output, summed over positions and samples.
+
+    Attributes:
+        samples: how many samples have been seen.
+        total: the sum of |g|^2.
+        scatter: [G, m, m], the sum of h h^T with h = Q^T g in the range of W = Q R, m = min(O, D); h = g on the output
+            side.
+        parts: [parts, O / parts, O / parts], the same of the parts of g, for sites that have parts.
+    """
+
+    samples: int
+    total: float
+    scatter: Tensor
+    parts: Tensor | None
+
+    def merge(self, other: Gradients) -> Gradients:
+        """Both samples together."""
+        parts = None if self.parts is None or other.parts is None else self.parts + other.parts
+        return Gradients(self.samples + other.samples, self.total + other.total, self.scatter + other.scatter, parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gradients:
+        return self
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What some of the samples have shown of a site.
+
+    Attributes:
+        gradients: at the output.
+        moments: on the site's side, in which positions count by their gradients.
+        features: of the input, of a convolution by pixels rather than by patches; None where not wanted.
+    """
+
+    gradients: Gradients
+    moments: Moments
+    features: Moments | None
+
+    def merge(self, other: Sample) -> Sample:
+        """Both together."""
+        features = self.features if other.features is None else other.features
+        if self.features is not None and other.features is not None:
+            features = self.features.merge(other.features)
+        return Sample(self.gradients.merge(other.gradients), self.moments.merge(other.moments), features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
+        return self
+
+
+class SensitivityObserver(nn.Module):
+    """Gathers what the loss minds at a site.
+
+    A position's weight is its squared gradient, averaged over the samples of the batch: some positions matter more
+    than others, as the class token in the last block of a vision transformer does, and the average keeps out the
+    noise of single gradients.
+
+    Every other sample goes into the second half of `halves`, so that what is chosen by one half can be judged by the
+    other.
+
+    Args:
+        site: the site.
+        basis: Q [G, O, m] on the input side, None on the output side.
+        copies: keep copies of values, since something may change them in place.
+        features: also gather the moments of the input's features, for widths (`widths`).
+
+    Attributes:
+        positions: [P], the sum over batches of the positions' weights; None once batches differ in their positions.
+    """
+
+    _is_impure = True  # tells FX that dead-code elimination must keep the call
+
+    def __init__(self, site: Site, basis: Tensor | None, copies: bool, features: bool = False) -> None:
+        super().__init__()
+        self.site = site
+        self.copies = copies
+        self.basis = basis
+        self.wants_features = features
+        # a list of (output, value, input) while `sensitivity` runs a batch
+        self.pending: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self.halves: list[Sample | None] = [None, None]
+        self.sample: Sample | None = None
+        self.positions: Tensor | None = None
+        self.calls = 0
+
+    def forward(self, source: Tensor, output: Tensor) -> None:
+        """Hold on to the output, and to the value on the site's side, until the gradient is known."""
+        if self.pending is not None and output.requires_grad:
+            value = (output if self.site.side == "output" else source).detach()
+            features = source.detach() if self.wants_features else None
+            if self.copies:
+                value, features = value.clone(), None if features is None else features.clone()
+            self.pending.append((output, value, features))
+
+    @torch.no_grad()
+    def take(self, value: Tensor, features: Tensor | None, gradient: Tensor) -> None:
+        """Count one value, the input if it is wanted, and the gradient at the output that belongs to them."""
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if not torch.isfinite(gradient).all():
+            return
+        gradient, value = by_sample(gradient, self.site), by_sample(value, self.site)
+        features = None if features is None else by_sample(features, self.site)
+        samples = len(gradient)
+        positions = output_columns(gradient, self.site).square().sum((0, 1)).reshape(samples, -1).mean(0)
+        parts = [(value, features, gradient)]
+        if samples > 1 and len(value) == samples and (features is None or len(features) == samples):
+            halves = (slice(0, None, 2), slice(1, None, 2))
+            parts = [(value[own], None if features is None else features[own], gradient[own]) for own in halves]
+        counted = False
+        for part in parts:
+            seen = self._sample(*part, positions)
+            if seen is not None:
+                half = self.calls % 2
+                before = self.halves[half]
+                self.halves[half] = seen if before is None else before.merge(seen)
+                self.sample = seen if self.sample is None else self.sample.merge(seen)
+                counted = True
+            self.calls += 1
+        if counted and self.positions is None and self.calls == len(parts):
+            self.positions = positions
+        elif counted and self.positions is not None:
+            alike = len(positions) == len(self.positions)
+            self.positions = self.positions + positions if alike else None
+
+    def _sample(self, value: Tensor, features: Tensor | None, gradient: Tensor, positions: Tensor) -> Sample | None:
+        """Statistics of some samples; None where no gradient has reached them."""
+        columns = output_columns(gradient, self.site)  # [G, O, n]
+        samples = columns.shape[-1] // len(positions)
+        weights = positions.repeat(samples)
+        inner = columns if self.basis is None else self.basis.to(columns).mT @ columns
+        parts = None
+        if self.site.parts > 1:
+            pieces = columns.reshape(self.site.parts, -1, columns.shape[-1])
+            parts = (pieces @ pieces.mT).to(torch.float64)
+        total = float(columns.square().sum(dtype=torch.float64))
+        moments = batch_moments(value, self.site, self.site.side, columns.dtype, weights)
+        if moments is None:
+            return None
+        seen = None if features is None else self._features(features, columns.dtype, weights)
+        return Sample(Gradients(samples, total, (inner @ inner.mT).to(torch.float64), parts), moments, seen)
+
+    def _features(self, value: Tensor, dtype: torch.dtype, weights: Tensor) -> Moments | None:
+        rows = value if self.site.conv is None else with_batch(value, self.site.conv).movedim(1, -1)
+        rows = rows.reshape(-1, rows.shape[-1])
+        per_chunk = max(CHUNK_ELEMENTS // rows.shape[1], 4 * rows.shape[1])
+        chunks = (piece.mT.unsqueeze(0) for piece in torch.split(rows, per_chunk))
+        # Strides and borders part the pixels of the input from those of the output: then all count alike.
+        return sum_moments(chunks, dtype, weights if len(weights) == len(rows) else None)
+
+
+@dataclass(frozen=True)
+class WeightGradients:
+    """The gradient of the loss at a site's weight, summed over batches.
+
+    Attributes:
+        absolute, squares: [G, O, D] float32, the sums of |dL/dW| and of (dL/dW)^2.
+    """
+
+    absolute: Tensor
+    squares: Tensor
+
+    def merge(self, other: WeightGradients) -> WeightGradients:
+        """Both samples together."""
+        return WeightGradients(self.absolute + other.absolute, self.squares + other.squares)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightGradients:
+        return self
+
+
+class InfluenceObserver(nn.Module):
+    """Gathers the `WeightGradients` of a site.
+
+    No node calls it, since no value in the graph is what it observes: `sensitivity` hands it the gradient of each
+    batch, that of all uses of the weight together.
+
+    Args:
+        site: the site.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.gradients: WeightGradients | None = None
+
+    @torch.no_grad()
+    def take(self, gradient: Tensor) -> None:
+        """Count the gradient of one batch, in the shape of the weight."""
+        if not torch.isfinite(gradient).all():
+            return
+        grouped = weight_matrix(gradient, self.site.groups, self.site.inputs_first)
+        seen = WeightGradients(grouped.abs().float(), grouped.square().float())
+        self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
+
+
+OBSERVERS = "balf_observers"
+"""Path of the submodule that holds the observers of a prepared graph."""

@@ -1,0 +1,65 @@
+"""Checks of a model before it is captured."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from balf_fx.errors import ModelError, TrainingModeError
+from balf_fx.graph.parameters import is_quantized
+
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse models whose weights are not there, or no longer what they stand for.
+
+    Raises:
+        ModelError: names the first module concerned.
+    """
+    for name, module in model.named_modules():
+        label = f"{name or 'the model'} ({type(module).__name__})"
+        if type(module).__module__.startswith(_QUANTIZED):
+            raise ModelError(f"{label} is quantized: compress the float model first, then quantize the result")
+        for parameter in module.parameters(recurse=False):
+            if nn.parameter.is_lazy(parameter):
+                raise ModelError(f"{label} is lazy and has no weights yet: run one batch through the model first")
+            if parameter.device.type == "meta":
+                raise ModelError(f"{label} lies on the meta device: load its weights first")
+            if type(parameter.data) is not Tensor and not is_quantized(parameter):
+                raise ModelError(
+                    f"{label} holds a {type(parameter.data).__name__} in place of a plain tensor: compress the model "
+                    "with plain weights first"
+                )
+
+
+def check_evaluation_mode(model: nn.Module) -> None:
+    """Refuse modules whose training mode changes what they compute.
+
+    Raises:
+        TrainingModeError: names the first one.
+    """
+    for name, module in model.named_modules():
+        if module.training and _training_matters(module):
+            raise TrainingModeError(
+                f"{name or 'the model'} ({type(module).__name__}) is in training mode, where it computes something "
+                "else than in deployment: call model.eval() first"
+            )
+
+
+def _training_matters(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.track_running_stats
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0
+    return isinstance(module, nn.RReLU)
+
+
+def check_functional_training(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node.kwargs.get("training") is True:
+            raise TrainingModeError(
+                f"{node.name} runs with training=True, where it computes something else than in deployment: "
+                "call model.eval() first"
+            )

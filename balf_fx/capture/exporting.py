@@ -1,0 +1,203 @@
+"""Capture by torch.export: every operation becomes an ATen operator, and weights are fetched by `get_attr`.
+
+Sizes of inputs stay as they were in the example, but for the batch and, of whole numbers [batch, length], the length,
+where the model's code allows it. What export has found out about these is asserted in the graph, so that a call to
+which the graph does not apply fails instead of computing something else.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
+from balf_fx.capture.tracing import guard_constant, plain, user_line
+from balf_fx.errors import CaptureError
+
+
+def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> fx.GraphModule:
+    """Export a model with a dynamic batch dimension, and a dynamic length of what it reads as tokens.
+
+    The batch dimension is the first one of every tensor that is as long there as the first tensor is. A batch of one
+    is doubled, since export takes a dimension of one for a constant.
+
+    Args:
+        model: the graph's parameters will be this model's own.
+        args, kwargs: an example call.
+        names: of the positional arguments.
+
+    Raises:
+        CaptureError: the model cannot be exported.
+    """
+    batch = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)), None)
+    if batch == 1:
+        args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
+        batch = 2
+    by_name = {**dict(zip(names, args, strict=True)), **kwargs}
+    shapes = {name: pytree.tree_map(lambda leaf: _dynamic(leaf, batch), value) for name, value in by_name.items()}
+    try:
+        with torch.enable_grad():  # without gradients some layers take fast paths that hide their operations
+            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
+        exported = program.module()
+    # Export wraps what it meets in many classes, most of them private, and all of them mean the same here.
+    except (*MODEL_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CaptureError(f"{type(model).__name__} cannot be exported: {user_line(error)}{reason}") from error
+    return _plain(exported, names, by_name, type(model).__name__, program.range_constraints)
+
+
+def _has_batch(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == 1 else tensor
+
+
+def _dynamic(leaf: Any, batch: int | None) -> Any:
+    if not _has_batch(leaf):
+        return None
+    if leaf.shape[0] != batch:
+        return {}
+    tokens = leaf.dim() == 2 and not leaf.is_floating_point()
+    return dict.fromkeys((0, 1) if tokens and leaf.shape[1] > 1 else (0,), torch.export.Dim.AUTO)
+
+
+def _plain(
+    exported: fx.GraphModule,
+    names: Sequence[str],
+    example: Mapping[str, Any],
+    class_name: str,
+    ranges: dict[Any, Any],
+) -> fx.GraphModule:
+    """A GraphModule that is called as the model is, without export's own calling convention and guards."""
+    graph = exported.graph
+    for node in graph.find_nodes(op="call_module"):
+        if str(node.target) == "_guards_fn":
+            graph.erase_node(node)
+    info: Any = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    flat = graph.find_nodes(op="placeholder")
+    args, kwargs = pytree.tree_unflatten(flat, info.in_spec)
+    inputs = {**dict(zip(names, args, strict=True)), **kwargs}
+    _name_inputs(graph, {name: inputs[name] for name in example}, example, ranges)
+    output = graph.output_node()
+    leaves = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
+    with graph.inserting_before(output):
+        output.args = (_nested(graph, pytree.tree_unflatten(leaves, info.out_spec)),)
+    graph.set_codegen(fx.graph.CodeGen())
+    return fx.GraphModule(exported, plain(graph), class_name)
+
+
+def _name_inputs(
+    graph: fx.Graph, inputs: Mapping[str, Any], example: Mapping[str, Any], ranges: dict[Any, Any]
+) -> None:
+    """One placeholder for each argument, under its name; those that held no tensor stay what they were."""
+    start = next(iter(graph.nodes))
+    constants = {name for name, value in example.items() if not holds_tensor(value)}
+    placeholders: dict[str, fx.Node] = {}
+    for name in inputs:
+        with graph.inserting_before(start):
+            placeholders[name] = graph.placeholder(name)
+    leaves = [(name, leaf) for name, value in inputs.items() for leaf in _scatter(graph, placeholders[name], value)]
+    order = list(graph.nodes)
+    with graph.inserting_before(order[max(map(order.index, (leaf for _, leaf in leaves)), default=0) + 1]):
+        for name, leaf in leaves:
+            if name in constants:
+                guard_constant(graph, leaf, example[name])
+            elif isinstance(leaf.meta.get("val"), Tensor):
+                _guard_shape(graph, leaf, name, leaf.meta["val"].shape, ranges)
+    for name in reversed(list(inputs)):
+        if name not in constants:
+            break
+        placeholders[name].args = (example[name],)
+
+
+def _guard_shape(graph: fx.Graph, node: fx.Node, name: str, shape: Sequence[Any], ranges: dict[Any, Any]) -> None:
+    """Assert in the graph that an input has sizes to which it applies."""
+    for dimension, size in enumerate(shape):
+        low, high = _limits(size, ranges, is_batch=dimension == 0)
+        if low == high:
+            message = (
+                f"{name!r} had size {low} in dimension {dimension} when torch.export captured the graph and cannot "
+                "have another; capture='symbolic_trace' leaves sizes open where the model allows it"
+            )
+            _assert_size(graph, node, dimension, operator.eq, low, message)
+            continue
+        message = (
+            f"{name!r} has {low} to {high or 'any'} in dimension {dimension} of the graph that torch.export captured"
+        )
+        if low > 1:
+            _assert_size(graph, node, dimension, operator.ge, low, message)
+        if high is not None:
+            _assert_size(graph, node, dimension, operator.le, high, message)
+
+
+def _assert_size(graph: fx.Graph, node: fx.Node, dimension: int, compare: Any, limit: int, message: str) -> None:
+    size = graph.call_method("size", (node, dimension))
+    graph.call_function(torch._assert, (graph.call_function(compare, (size, limit)), message))
+
+
+def _limits(size: Any, ranges: dict[Any, Any], is_batch: bool) -> tuple[int, int | None]:
+    """The sizes to which a graph applies; no upper one where there is no limit."""
+    known = size if isinstance(size, int) else size.node.maybe_as_int()
+    found = None if known is not None else ranges.get(size.node.expr)
+    if found is None or not (is_batch or _is_free(size, ranges)):
+        only = size.node.hint if known is None else known
+        return only, only
+    low = int(found.lower)
+    # Export supposes at least two of all that varies; a batch of one computes the same, a length of one may not.
+    return 1 if is_batch and low == 2 else low, int(found.upper) if found.upper.is_Integer else None
+
+
+def _is_free(size: Any, ranges: dict[Any, Any]) -> bool:
+    """Whether the model's code has asked for no more of a size than its range says: for an even one, for instance."""
+    from torch.utils._sympy.value_ranges import bound_sympy  # only here: it imports sympy
+
+    environment = size.node.shape_env
+    conditions = [environment.replace(guard.expr) for guard in environment.guards]
+    return all(bool(bound_sympy(each, ranges).lower) for each in conditions if size.node.expr in each.free_symbols)
+
+
+def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:
+    """Let `source` take the place of export's flat placeholders, picked out of containers where need be.
+
+    Returns:
+        The nodes that stand for the flat placeholders now.
+    """
+    if isinstance(value, fx.Node):
+        source.meta = dict(value.meta)
+        value.replace_all_uses_with(source)
+        graph.erase_node(value)
+        return [source]
+    found = []
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        flat = [leaf for leaf in pytree.tree_leaves(item) if isinstance(leaf, fx.Node)]
+        if flat:
+            with graph.inserting_before(flat[0]):
+                picked = graph.call_function(operator.getitem, (source, key))
+            found += _scatter(graph, picked, item)
+    return found
+
+
+def _nested(graph: fx.Graph, value: Any) -> Any:
+    """An output that holds nodes; containers that FX does not know are built by a call of their class."""
+    if isinstance(value, fx.Node) or not isinstance(value, list | tuple | dict):
+        return value
+    if isinstance(value, dict):
+        fields = {key: _nested(graph, item) for key, item in value.items()}
+        return fields if type(value) is dict else _construct(graph, type(value), kwargs=fields)
+    items = [_nested(graph, item) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(items)
+    return _construct(graph, type(value), args=tuple(items))
+
+
+def _construct(graph: fx.Graph, container: type, **arguments: Any) -> fx.Node:
+    node = graph.call_function(container, **arguments)
+    node.meta["is_wrapped"] = True  # FX must not look into it when it traces the code again, as unpickling does
+    return node

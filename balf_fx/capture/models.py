@@ -1,0 +1,31 @@
+"""Copies of models, and the devices that they use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from balf_fx.calibration.batches import MODEL_ERRORS
+from balf_fx.errors import ModelError
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that hooks compute and leave on a module, as `torch.nn.utils.weight_norm` does, as well.
+
+    Raises:
+        ModelError: some other part of the model cannot be copied.
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    computed = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    try:
+        return copy.deepcopy(model, computed)
+    except MODEL_ERRORS as error:
+        raise ModelError(f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}") from error
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that the model lives on, whose random state is to be kept."""
+    tensors: Iterable[Tensor] = (*model.parameters(), *model.buffers())
+    return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})

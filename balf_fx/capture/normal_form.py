@@ -1,0 +1,189 @@
+"""Module -> `fx.GraphModule` in normal form: what the passes start from.
+
+The graph is checked against the model on the example batch, and every node is annotated with the FLOPs it costs there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for, holds_tensor
+from balf_fx.capture.arguments import Call, record_call
+from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
+from balf_fx.capture.exporting import export
+from balf_fx.capture.models import copy_model, cuda_devices
+from balf_fx.capture.tracing import trace
+from balf_fx.errors import CaptureError, OptionError
+from balf_fx.graph.annotation import Origin, annotation, record_graph
+from balf_fx.graph.flops import profile
+from balf_fx.graph.layers import read_site
+from balf_fx.graph.parameters import count_parameters, get_tensor
+from balf_fx.graph.site import Reason, Refusal, Site
+from balf_fx.passes import DecomposeAttention, FoldConstants
+
+Method = Literal["auto", "symbolic_trace", "export"]
+
+
+_OPAQUE = (Reason.NOT_LINEAR, Reason.SUBCLASS, Reason.PARAMETRIZED, Reason.HOOKED)  # another capture may look inside
+
+
+_EXPORTABLE = (Tensor, bool, int, float, str, type(None))
+
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def capture(model: nn.Module, example: Any, forward: Forward | None = None, method: Method = "auto") -> fx.GraphModule:
+    """Turn a copy of the model into a graph, check it on the example batch and count its FLOPs.
+
+    Arguments that the example does not supply, or supplies with something other than tensors, keep that value in the
+    graph, guarded by an assertion.
+
+    Args:
+        model: any module in evaluation mode; never touched.
+        example: one batch, see `batches`.
+        forward: `forward(model, batch)`, in place of the rules in `batches`.
+        method: "symbolic_trace", "export", or "auto": symbolic tracing first, torch.export where that fails or leaves
+            weights inside of calls that it cannot look into. An exported graph asserts the sizes that it is for.
+
+    Raises:
+        ModelError: weights are missing, or modules quantized; torchao's quantized weights stay as they are.
+        CalibrationError: the model cannot run the example.
+        TrainingModeError: a layer such as BatchNorm or Dropout is in training mode.
+        CaptureError: the model cannot be captured, or its graph computes something else.
+    """
+    if method not in ("auto", "symbolic_trace", "export"):
+        raise OptionError(f"capture is 'auto', 'symbolic_trace' or 'export', not {method!r}")
+    check_weights(model)
+    check_evaluation_mode(model)
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        call = record_call(copy_model(model), example, forward or forward_for(model))
+    if method != "auto":
+        return _captured(model, call, method)
+    try:
+        traced = _captured(model, call, "symbolic_trace")
+    except CaptureError as not_traced:
+        try:
+            return _captured(model, call, "export")
+        except CaptureError as not_exported:
+            raise CaptureError(
+                f"{not_traced}\n{not_exported}\nUse torch.compile(model, backend='balf') for a model that runs only "
+                "piece by piece"
+            ) from not_exported
+    if not _has_opaque_weights(traced):
+        return traced
+    try:
+        exported = _captured(model, call, "export")
+    except CaptureError as error:
+        _LOGGER.info("weights stay inside of calls that tracing cannot look into: %s", error)
+        return traced
+    return max((traced, exported), key=_flops_in_sites)
+
+
+def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
+    """One way of capture, checked and profiled."""
+    subject = copy_model(model)
+    if method == "symbolic_trace":
+        constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
+        graph_module = trace(subject, {**constants, **call.defaults})
+    else:
+        _check_exportable(type(model).__name__, call.output)
+        names = list(call.supplied)[: call.positional]
+        keywords = {name: value for name, value in call.supplied.items() if name not in names}
+        graph_module = export(subject, [call.supplied[name] for name in names], keywords, names)
+    _restore_buffers(graph_module, model)
+    if any(module.training for module in model.modules()):
+        check_functional_training(graph_module)
+    if not model.training:
+        graph_module.eval()
+    DecomposeAttention()(graph_module)
+    FoldConstants()(graph_module)
+    inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        output = _profiled(graph_module, inputs)
+    _restore_buffers(graph_module, model)
+    _check_same_output(call.output, output)
+    graph_module.graph.lint()
+    origin = Origin(arguments=call.description())
+    record_graph(graph_module, params=count_parameters(model), captured=method, origin=origin)
+    return graph_module
+
+
+def _check_exportable(class_name: str, output: Any) -> None:
+    for leaf in pytree.tree_leaves(output):
+        if not isinstance(leaf, _EXPORTABLE):
+            raise CaptureError(
+                f"{class_name} cannot be exported: an output is of type {type(leaf).__name__}, which torch.export does "
+                "not know. Have it return tensors: a language model, for instance, returns no cache with "
+                "forward=lambda model, batch: model(**batch, use_cache=False)"
+            )
+
+
+def _profiled(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+    try:
+        return profile(graph_module, inputs)
+    except MODEL_ERRORS as error:
+        raise CaptureError(f"the captured graph cannot run the example batch: {error}") from error
+
+
+def _has_opaque_weights(graph_module: fx.GraphModule) -> bool:
+    """Whether matrices hide inside of modules or functions that the graph calls as a whole."""
+    for node in graph_module.graph.nodes:
+        mark = read_site(graph_module, node)
+        if isinstance(mark, Refusal) and mark.reason in _OPAQUE and _is_opaque(graph_module, node):
+            return True
+    return False
+
+
+def _is_opaque(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        held: Iterable[Any] = module.parameters()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return False
+    else:
+        if str(getattr(node.target, "__module__", "torch")).partition(".")[0] in ("torch", "_operator", "math"):
+            return False
+        attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        held = [get_tensor(graph_module, str(source.target)) for source in attributes]
+    return any(isinstance(tensor, Tensor) and tensor.dim() >= 2 for tensor in held)
+
+
+def _flops_in_sites(graph_module: fx.GraphModule) -> int:
+    nodes = graph_module.graph.nodes
+    return sum(annotation(node).flops or 0 for node in nodes if isinstance(read_site(graph_module, node), Site))
+
+
+def _restore_buffers(copied: nn.Module, model: nn.Module) -> None:
+    """Undo what a forward pass did to the buffers of a copy."""
+    originals = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, buffer in copied.named_buffers():
+            if name in originals and originals[name].shape == buffer.shape:
+                buffer.copy_(originals[name])
+
+
+def _check_same_output(expected: Any, actual: Any) -> None:
+    """The graph runs the model's own operations in order, so that only non-determinism may tell the two apart."""
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=False)
+    for want, got in ((a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
+        if not (want.shape == got.shape and want.dtype == got.dtype and _close(want, got)):
+            raise CaptureError(
+                "the captured graph computes something else than the model on the example batch: look for hooks on "
+                "the model, for control flow that depends on its inputs, or for state that forward changes"
+            )
+
+
+def _close(want: Tensor, got: Tensor) -> bool:
+    if not want.is_floating_point():
+        return torch.equal(want, got)
+    tolerance = torch.finfo(want.dtype).eps ** 0.5
+    finite = want[torch.isfinite(want)].abs()
+    scale = float(finite.max()) if finite.numel() else 1.0
+    return torch.allclose(want, got, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

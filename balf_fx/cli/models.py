@@ -1,0 +1,179 @@
+"""Where the command line gets models from: a library by the model's name, a folder, or a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from balf_fx.calibration.batches import MODEL_ERRORS
+from balf_fx.cli.data import Preprocessing
+from balf_fx.errors import MissingExtraError, ModelError, OptionError
+
+SPECIFICATION = "torchvision:NAME, timm:NAME, hf:FOLDER_OR_NAME or MODULE:FACTORY"
+
+
+def load_model(specification: str, weights: Path | None = None, pretrained: bool = False) -> nn.Module:
+    """The model in evaluation mode.
+
+    Args:
+        specification: "torchvision:resnet18", "timm:vit_tiny_patch16_224", "hf:" and what transformers'
+            `from_pretrained` takes, or "module:factory", a function without arguments in a module of the user's.
+        weights: a state dict, .safetensors or what `torch.save` wrote.
+        pretrained: let torchvision or timm download the weights that they have; transformers always does.
+
+    Raises:
+        OptionError: there is no such source or name.
+        ModelError: the model cannot be built, or the weights are not its own.
+        MissingExtraError: the library is not installed.
+    """
+    source, separator, name = specification.partition(":")
+    if not (source and separator and name):
+        raise OptionError(f"a model is given as {SPECIFICATION}, not {specification!r}")
+    if pretrained and weights is not None:
+        raise OptionError("weights come from a file or from the library: drop one of them")
+    if source == "hf":
+        model = _from_transformers(name, with_weights=weights is None)
+    elif source in _LIBRARIES:
+        model = _LIBRARIES[source](name, pretrained)
+    elif pretrained:
+        raise OptionError(f"only torchvision and timm know weights for a name: let {specification} load its own")
+    else:
+        model = _from_factory(source, name)
+    if weights is not None:
+        _load_weights(model, weights)
+    return model.eval()
+
+
+def needs_weights(specification: str) -> bool:
+    """Whether the source makes a model with random weights unless it is told otherwise."""
+    return specification.partition(":")[0] in _LIBRARIES
+
+
+def default_preprocessing(specification: str, model: nn.Module) -> Preprocessing:
+    """How the model's library prepares images for it; as for ImageNet, at the size they have, where none knows."""
+    source, _, name = specification.partition(":")
+    if source == "timm":
+        return _timm_preprocessing(model)
+    if source == "torchvision":
+        return _torchvision_preprocessing(name)
+    if source == "hf":
+        return _transformers_preprocessing(name, model)
+    return Preprocessing()
+
+
+def _library(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(f'this model needs {name}: pip install "balf-fx[{extra}]"') from error
+
+
+def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
+    models = _library("torchvision", "cli").models
+    try:
+        model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
+    except ValueError as error:
+        raise OptionError(f"torchvision: {error}; torchvision.models.list_models() lists them") from error
+    return model
+
+
+def _from_timm(name: str, pretrained: bool) -> nn.Module:
+    timm = _library("timm", "cli")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except (RuntimeError, ValueError) as error:
+        raise OptionError(f"timm: {error}; timm.list_models() lists them") from error
+    return model
+
+
+_LIBRARIES: dict[str, Callable[[str, bool], nn.Module]] = {"torchvision": _from_torchvision, "timm": _from_timm}
+
+
+def _from_transformers(name: str, with_weights: bool) -> nn.Module:
+    """The class that the configuration names, which has the head that the weights were trained with."""
+    transformers = _library("transformers", "llm")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        names = config.architectures or []
+        classes = [getattr(transformers, each) for each in names if hasattr(transformers, each)]
+        if with_weights:
+            model: nn.Module = (classes[0] if classes else transformers.AutoModel).from_pretrained(name)
+        else:
+            model = classes[0](config) if classes else transformers.AutoModel.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"transformers cannot load {name}: {error}") from error
+    return model
+
+
+def _from_factory(module: str, name: str) -> nn.Module:
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"cannot import {module}:{name}: {error}. A model is given as {SPECIFICATION}") from error
+    try:
+        model = found()
+    except MODEL_ERRORS as error:
+        raise ModelError(f"{module}:{name}() failed, {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{module}:{name}() returned {type(model).__name__}, no torch.nn.Module")
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    state = _read_weights(path)
+    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")  # of nn.DataParallel
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit the model: {error}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict, also where a training script has put it under "state_dict" beside other things."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ModelError(f"cannot read weights from {path}: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{path} holds no state dict: save one with torch.save(model.state_dict(), path)")
+    return state
+
+
+def _timm_preprocessing(model: nn.Module) -> Preprocessing:
+    found = _library("timm", "cli").data.resolve_model_data_config(model)
+    size = found["input_size"][-1]
+    return Preprocessing(
+        size, int(size / found["crop_pct"]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"]
+    )
+
+
+def _torchvision_preprocessing(name: str) -> Preprocessing:
+    found = _library("torchvision", "cli").models.get_model_weights(name).DEFAULT.transforms()
+    if not all(hasattr(found, key) for key in ("crop_size", "resize_size", "mean", "std", "interpolation")):
+        return Preprocessing()  # segmentation and video have others
+    (size,), (resize,) = found.crop_size, found.resize_size
+    return Preprocessing(size, resize, tuple(found.mean), tuple(found.std), found.interpolation.value)
+
+
+def _transformers_preprocessing(name: str, model: nn.Module) -> Preprocessing:
+    transformers = _library("transformers", "llm")
+    size = getattr(model.config, "image_size", None)
+    try:
+        found = transformers.AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):  # the folder has none
+        return Preprocessing(size, size)
+    mean, std = (getattr(found, key, None) or getattr(Preprocessing, key[6:]) for key in ("image_mean", "image_std"))
+    return Preprocessing(size, size, tuple(mean), tuple(std))

@@ -1,0 +1,116 @@
+"""Compressed models in files: tensors as safetensors, and beside them, in the same file, the plan as JSON.
+
+Nothing is pickled and no code is run when a file is read: the graph is made again from the model's own code
+(`restore`). A file is written under another name first, and then takes the place of the old one in one step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+
+from balf_fx.calibration.batches import Forward
+from balf_fx.errors import FileError
+from balf_fx.files.restore import Stored, restore, stored
+from balf_fx.graph.plan import Plan
+
+_PLAN, _CHECKSUM = "balf_fx.plan", "balf_fx.sha256"
+
+
+def save(compressed: Any, path: str | os.PathLike[str]) -> None:
+    """Write a compressed model to a file, or its factors where the backend has compiled it.
+
+    Args:
+        compressed: what `compile`, `convert` or `load` returned, fine-tuned or cast perhaps, or what
+            `torch.compile(..., backend="balf")` returned.
+        path: of the file, "small.safetensors" for instance; what was there is replaced once all is written.
+
+    Raises:
+        PassError: the module carries no plan.
+        FileError: it holds what safetensors cannot, quantized weights for instance.
+        NotCalibratedError: the backend is still calibrating.
+    """
+    if isinstance(compressed, fx.GraphModule):
+        found = stored(compressed)
+    else:
+        from balf_fx.backend import plan as backend_plan  # only here: it imports Dynamo
+
+        found = backend_plan(compressed)
+    tensors = {name: _plain(name, value) for name, value in found.tensors.items()}
+    text = found.plan.to_json(indent=None)
+    metadata = {_PLAN: text, _CHECKSUM: _checksum(text, tensors)}
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=".balf_fx-", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        written.touch()
+        mode = written.stat().st_mode
+        save_file(tensors, written, metadata)
+        written.chmod(mode)  # as of any new file, where safetensors lets nobody else read it
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+        written.replace(path)
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, example: Any | None = None, forward: Forward | None = None
+) -> fx.GraphModule:
+    """Read a compressed model from a file.
+
+    Args:
+        path: of what `save` has written.
+        model: of the architecture that was compressed, in evaluation mode, with any weights: it is not touched. What is
+            returned lies on its device.
+        example: one batch, if the model cannot be called on ones in the shapes of the first calibration batch.
+        forward: `forward(model, batch)`, where the example needs it.
+
+    Returns:
+        What `compile` had returned, bit for bit.
+
+    Raises:
+        FileError: the file is truncated, was changed, or is none of balf_fx.
+        PlanError: it was written by a later version, or for another architecture.
+    """
+    return restore(read(path), model, example, forward)
+
+
+def read(path: str | os.PathLike[str]) -> Stored:
+    """The plan and the tensors in a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise FileError(f"{path} is truncated or no safetensors file: {error}") from error
+    if _PLAN not in metadata or _CHECKSUM not in metadata:
+        raise FileError(f"{path} holds tensors but no plan: was it written by balf_fx.save?")
+    if _checksum(metadata[_PLAN], tensors) != metadata[_CHECKSUM]:
+        raise FileError(f"{path} was changed since it was written: its checksum does not match")
+    return Stored(Plan.from_json(metadata[_PLAN]), tensors)
+
+
+def _plain(name: str, value: Tensor) -> Tensor:
+    """A tensor as safetensors takes it: contiguous, in memory of its own, on the CPU."""
+    if type(value.data) is not Tensor or value.layout is not torch.strided or value.is_quantized:
+        kind = type(value.data).__name__ if type(value.data) is not Tensor else value.layout
+        raise FileError(f"{name} is a {kind}, no plain tensor: save the model before it is quantized")
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.numel():
+            digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
+    return digest.hexdigest()

@@ -1,0 +1,49 @@
+"""The solution of one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from balf_fx.graph.curves import Candidate, EnergyCurve, Measure
+from balf_fx.graph.site import Site
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the allocator decided for a site."""
+
+    site: Site
+    chosen: Candidate
+    dense: Candidate
+    energy_kept: float
+    spectrum: EnergyCurve | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The solution of one global budget.
+
+    Attributes:
+        method: "budget", "uniform", "energy" or "ranks".
+        measure, target: the currency and the fraction asked for; target is None where no budget was given.
+        choices: one for each site, in graph order.
+        primal: the objective reached, the sum over sites of normalised distortion.
+        bound: no allocation within the budget has a smaller objective (None where nothing was optimised).
+        sizes: of widths, by their index in the graph's record; those that are not listed keep all features.
+        saved_elsewhere: FLOPs and parameters that the sizes save in what is no site.
+    """
+
+    method: str
+    measure: Measure
+    target: float | None
+    choices: tuple[Choice, ...]
+    primal: float
+    bound: float | None
+    sizes: Mapping[int, int] = field(default_factory=dict)
+    saved_elsewhere: tuple[int, int] = (0, 0)
+
+    @property
+    def gap(self) -> float | None:
+        """primal - bound: at most this much could be gained by a better allocation."""
+        return None if self.bound is None else max(self.primal - self.bound, 0.0)

@@ -1,0 +1,76 @@
+"""Small edits of a graph that several passes share."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from balf_fx.graph.layers import argument_position, read_layer
+from balf_fx.graph.parameters import constant_nodes
+from balf_fx.graph.site import Site
+
+
+def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) -> None:
+    """Give a layer that has none a bias: as its module's, or as a new parameter that the call fetches."""
+    if node.op == "call_module":
+        graph_module.get_submodule(str(node.target)).register_parameter("bias", bias)
+        return
+    layer = read_layer(graph_module, node)
+    if not isinstance(layer, Site):
+        raise TypeError(f"{node.name} is not a layer")
+    owner, _, name = layer.weight.rpartition(".")
+    module = graph_module.get_submodule(owner)
+    free = "bias" if name == "weight" and not hasattr(module, "bias") else f"{name}_bias"
+    module.register_parameter(free, bias)
+    with graph_module.graph.inserting_before(node):
+        fetched = graph_module.graph.get_attr(f"{owner}.{free}" if owner else free)
+    position = argument_position(node, "bias")
+    if position < len(node.args):
+        node.update_arg(position, fetched)
+    else:
+        node.update_kwarg("bias", fetched)
+
+
+def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Erase a node that nobody reads, and with it what only made a constant for it, and that constant."""
+    constants = constant_nodes(graph_module)
+    pending = {node: None}
+    while pending:
+        node, _ = pending.popitem()
+        if node.users:
+            continue
+        pending |= {source: None for source in node.all_input_nodes if source in constants}
+        graph_module.graph.erase_node(node)
+        if node.op == "get_attr" and not any(_fetches(other, str(node.target)) for other in graph_module.graph.nodes):
+            owner, _, name = str(node.target).rpartition(".")
+            module = graph_module.get_submodule(owner)
+            module._parameters.pop(name, None)
+            module._buffers.pop(name, None)
+
+
+def _fetches(node: fx.Node, path: str) -> bool:
+    """Whether a node reads the tensor at a path, itself or through the module that it calls."""
+    return (
+        node.target == path
+        if node.op == "get_attr"
+        else node.op == "call_module" and path.startswith(f"{node.target}.")
+    )
+
+
+MODULE_STACK = "nn_module_stack"
+"""The key: {a unique name: (path, class)} from the outermost module to the innermost."""
+
+
+def module_stack(graph_module: fx.GraphModule, path: str, node: fx.Node, replaced: str) -> dict[str, tuple[str, type]]:
+    """The stack of a call that stands in for a node.
+
+    Args:
+        path: of the module that is called, at `replaced` or inside of it.
+        node: the modules around it stay around the call.
+        replaced: path of the module, or parameter, that the node stood for.
+    """
+    stack = {key: entry for key, entry in (node.meta.get(MODULE_STACK) or {}).items() if entry[0] != replaced}
+    inside = path.removeprefix(replaced).split(".")
+    for depth in range(len(inside)):
+        name = replaced + ".".join(inside[: depth + 1])
+        stack[name] = (name, type(graph_module.get_submodule(name)))
+    return stack

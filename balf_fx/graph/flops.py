@@ -1,0 +1,85 @@
+"""What a graph costs, counted as `torch.utils.flop_counter` counts it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from balf_fx.graph.annotation import annotate, annotation, record_graph
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
+
+class _Profiler(fx.Interpreter):
+    """Runs a graph node by node, as torch's ShapeProp does, and annotates each node with its FLOPs."""
+
+    def __init__(self, graph_module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(graph_module)
+        self.counter = counter
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if isinstance(n.target, torch._ops.HigherOrderOperator):  # the counter cannot look into these with gradients
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        return tuple(map(_mutable, args)), {key: _mutable(value) for key, value in kwargs.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        annotate(n, flops=self.counter.get_total_flops() - before, shape=shape)
+        return result
+
+
+class _NoModules(contextlib.nullcontext[None]):
+    """In place of the counter's tracker of modules, whose global hooks Dynamo would meet in other threads."""
+
+    parents = frozenset({"Global"})
+
+
+def _mutable(value: Any) -> Any:
+    """Lists and dicts as generated code passes them, for FX's immutable ones: some functions change their arguments."""
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return value
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter. Some versions leave out the attention kernel of CPUs, which counts here as all others do."""
+    # only here: it imports triton where that is installed
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+
+    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={} if kernel in flop_registry else {kernel: count})
+
+
+def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run the graph once on `inputs`, one for each placeholder; record its FLOPs and annotate every node with its own.
+
+    Returns:
+        The graph's output.
+    """
+    counter = flop_counter()
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with torch.no_grad(), counter:
+        output = _Profiler(graph_module, counter).run(*inputs)
+    record_graph(graph_module, flops=counter.get_total_flops())
+    return output
+
+
+def use(nodes: Iterable[fx.Node]) -> tuple[int, int]:
+    """FLOPs and output elements of all uses of a site together, as `profile` recorded them."""
+    marks = [annotation(node) for node in nodes]
+    return sum(mark.flops or 0 for mark in marks), sum(math.prod(mark.shape or (0,)) for mark in marks)

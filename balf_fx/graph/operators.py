@@ -1,0 +1,67 @@
+"""What a call does, whichever kind of graph it stands in."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+
+aten = torch.ops.aten
+
+_TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
+
+
+_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+_IDENTITY_CALLS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
+
+
+def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may change the values that it reads."""
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = str(getattr(node.target, "__name__", ""))
+    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+    return augmented or name.endswith("_") or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+
+
+def operation(node: fx.Node) -> str:
+    """The name of what a call does, the same for a function, a method and an operator, in place or not."""
+    if node.op == "call_method":
+        return str(node.target).rstrip("_")
+    if node.op != "call_function":
+        return ""
+    name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+    owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    name = name or str(getattr(node.target, "__name__", ""))
+    return name.rstrip("_") if owner in ("torch", "_operator", "builtins") else ""
+
+
+def is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node of a model in evaluation mode hands on its first argument as it is."""
+    if node.op == "call_module":
+        return type(graph_module.get_submodule(str(node.target))) in _IDENTITY_MODULES
+    stochastic_depth = getattr(node.target, "__name__", "") == "stochastic_depth"  # of torchvision
+    return stochastic_depth or operation(node) in _IDENTITY_CALLS
+
+
+def reads_metadata(node: fx.Node) -> bool:
+    """Whether a node looks at no more than the shape and the type of a value."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+
+
+def is_transposition(node: fx.Node) -> bool:
+    """Whether a node does nothing but transpose a matrix."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return node.target in _TRANSPOSES or (node.target is getattr and node.args[1] in ("T", "mT"))

@@ -1,0 +1,97 @@
+"""Parameters of a graph: where they are, who reads them, and their matrices."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from balf_fx.graph.operators import is_transposition
+from balf_fx.graph.site import Site
+
+
+def get_tensor(module: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path, usually a parameter."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a weight is one of torchao's tensors, which look like floating-point ones and are not."""
+    return type(tensor.data).__module__.partition(".")[0] == "torchao"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that depend on nothing but the module's own tensors: `get_attr` and what is computed from it."""
+    found: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+        if node.op == "get_attr" or (computed and not node.is_impure() and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
+    """The nodes that read each parameter, by identity, seen through nodes that only transpose it."""
+    users: dict[int, set[fx.Node]] = defaultdict(set)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            for parameter in graph_module.get_submodule(node.target).parameters():
+                users[id(parameter)].add(node)
+        elif node.op == "get_attr":
+            users[id(get_tensor(graph_module, node.target))] |= _readers(node)
+    return users
+
+
+def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]], node: fx.Node, site: Site) -> bool:
+    """Whether no other node than this layer reads its weight or its bias.
+
+    Args:
+        users: from `parameter_users`.
+    """
+    paths = [path for path in (site.weight, site.bias) if path is not None]
+    return all(users[id(get_tensor(graph_module, path))] == {node} for path in paths)
+
+
+def _readers(source: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for user in source.users:
+        found |= _readers(user) if is_transposition(user) else {user}
+    return found
+
+
+def weight_matrix(weight: Tensor, groups: int, inputs_first: bool = False) -> Tensor:
+    """A linear or convolution weight as float64 [G, O, D].
+
+    Args:
+        weight: [G * O, C_in / G, *kernel], or with `inputs_first` [C_in, O, *kernel].
+    """
+    grouped = weight.detach().to(torch.float64).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return (grouped.transpose(1, 2) if inputs_first else grouped).flatten(2)
+
+
+def grouped_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
+    """The site's weight as float64 [G, O, D]."""
+    return weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
+
+
+def grouped_bias(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
+    """The site's bias as float64 [G, O], or None."""
+    if site.bias is None:
+        return None
+    bias: Tensor = get_tensor(graph_module, site.bias)
+    return bias.detach().to(torch.float64).reshape(site.groups, -1)

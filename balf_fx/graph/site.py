@@ -1,0 +1,167 @@
+"""A site: a node that computes y = W x + b.
+
+Shapes. A site computes, in each of its G groups, y = W x + b with W of shape [O, D]: O outputs and D inputs per
+group. For a convolution x is the patch under the kernel, D = C_in / G * prod(kernel_size), and every output pixel
+is one *position*; for a linear layer a position is one index of the leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import torch
+
+Side = Literal["output", "input"]
+
+
+Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+
+
+class Reason(str, Enum):
+    """Why a node with parameters is not a site."""
+
+    NOT_LINEAR = "not a linear or convolution layer"
+    SUBCLASS = "a subclass whose forward may differ"
+    PARAMETRIZED = "its weight is parametrized"
+    HOOKED = "it carries forward or backward hooks"
+    SHARED = "its weight or bias is shared"
+    COMPUTED = "its weight or geometry is computed in the graph"
+    DTYPE = "its weight is not a real floating-point tensor"
+    QUANTIZED = "its weight is quantized already"
+    DEPTHWISE = "one output channel per group"
+    SINGLE_INPUT = "one input value per group"
+    TOO_SMALL = "no rank is cheaper than the dense layer"
+    EXCLUDED = "excluded by the user"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that has parameters but is no site.
+
+    Attributes:
+        name: dotted path of the module or parameter.
+        kind: the module's class or the function's name.
+        reason: one of `Reason`.
+        detail: a further word for the reader, or "".
+    """
+
+    name: str
+    kind: str
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution lays its kernel on the input; one entry per spatial dimension.
+
+    `padding` is resolved to (before, after) pairs; `padding_mode` is nn.Conv's own; `output_padding` is None unless the
+    convolution is transposed.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    output_padding: tuple[int, ...] | None = None
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a patch is a single input pixel."""
+        return math.prod(self.kernel_size) == 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node whose weight a product of two thin layers can stand in for.
+
+    Attributes:
+        name: dotted path; the two factors become `name.0` (D -> r) and `name.1` (r -> O).
+        weight, bias: dotted paths of the parameters; bias may be None.
+        groups, out_features, in_features: G, O and D (per group, see the module's docstring).
+        conv: the geometry of a convolution, None for a linear layer.
+        inputs_first: the weight is stored [D, O], as in x @ W, or [C_in, C_out / G, *kernel], as in transposed
+            convolutions, for which D = C_in / G * prod(kernel_size) all the same.
+        keeps_weight: something else, a tied embedding say, needs the weight too: the factors come on top of it.
+        parts: the graph takes the outputs apart into this many equal pieces, as with a fused query-key-value
+            projection: each may have factors of its own.
+    """
+
+    name: str
+    kind: Kind
+    weight: str
+    bias: str | None
+    groups: int
+    out_features: int
+    in_features: int
+    conv: ConvGeometry | None = None
+    inputs_first: bool = False
+    keeps_weight: bool = False
+    parts: int = 1
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is a transposed convolution, in which an input pixel is no patch."""
+        return self.conv is not None and self.conv.output_padding is not None
+
+    @property
+    def side(self) -> Side:
+        """Where statistics cost least: min(O, D)^2 per position.
+
+        On a tie the input wins where it needs no patches, since sites that read the same value share one observer.
+        """
+        if self.transposed:
+            return "output"
+        patches = self.conv is not None and not self.conv.pointwise
+        narrow = self.in_features < self.out_features or (self.in_features == self.out_features and not patches)
+        return "input" if narrow else "output"
+
+    @property
+    def taps(self) -> int:
+        """How many pixels a patch has; 1 for a linear layer."""
+        return 1 if self.conv is None else math.prod(self.conv.kernel_size)
+
+    @property
+    def break_even(self) -> int:
+        """The largest rank r with r (O + D) < O D, 0 where there is none."""
+        return (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.out_features, self.in_features)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.out_features} x {self.in_features} x {self.groups}"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm by its running statistics: y = (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    All of length C; weight and bias may be None.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+    def scale(self, dtype: torch.dtype) -> torch.Tensor:
+        """[C], what it multiplies its input by."""
+        scale = (self.variance.to(dtype) + self.eps).rsqrt()
+        return scale if self.weight is None else scale * self.weight.detach().to(dtype)
+
+    def affine(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of [C]: what it multiplies its input by, and what it adds then."""
+        scale = self.scale(dtype)
+        shift = -self.mean.to(dtype) * scale
+        return scale, shift if self.bias is None else shift + self.bias.detach().to(dtype)

@@ -1,0 +1,176 @@
+"""Pure tensor functions: statistics and a weight in, spectrum and factors out.
+
+Shapes (see `sites`): a weight is [G, O, D], covariances are [G, O, O] of the output W x or [G, D, D] of the input x,
+energies [G, m] with m = min(O, D) or O. Everything is float64 on the device of its input.
+
+The one-shot optimum. Let C = Cov(W x) with eigenvectors U. The best rank-r affine map in E|y - y'|^2 is
+W' = U_r U_r^T W with b' = b + (I - U_r U_r^T) E[W x], and its error is the sum of the dropped eigenvalues. It spans the
+same subspace with the same error as whitening x, truncating the SVD and unwhitening (BALF, arXiv 2509.25136), but
+nothing is inverted, so singular statistics are no special case.
+
+Sensitivity. Where the loss has the gradient g at the output, E|S (y - y')|^2 with S S = E[g g^T] tells which errors it
+minds. The optimum truncates the PCA of S W x: W' = S^-1 U_r U_r^T S W (DESIGN: two-sided factors). S is damped, so that
+it has an inverse, and scaled to a mean square of 1, so that energies compare with those of the plain optimum.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from balf_fx.graph.curves import Spectrum
+
+
+def in_parts(value: Tensor, parts: int) -> Tensor:
+    """[G, O, ...] cut along O into [G * parts, O / parts, ...]."""
+    return value.reshape(value.shape[0] * parts, value.shape[1] // parts, *value.shape[2:])
+
+
+def diagonal_blocks(matrix: Tensor, parts: int) -> Tensor:
+    """The blocks [G * parts, O / parts, O / parts] on the diagonal of [G, O, O]."""
+    groups, size = matrix.shape[0], matrix.shape[1] // parts
+    blocks = matrix.reshape(groups, parts, size, parts, size).diagonal(dim1=1, dim2=3)
+    return blocks.movedim(-1, 1).reshape(groups * parts, size, size)
+
+
+def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., m] descending and clamped at zero, eigenvectors [..., m, m] as columns in that order."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def damped_roots(gradient: Tensor, damping: float, unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The square root S of a second moment of gradients, and its inverse.
+
+    Args:
+        gradient: [G, m, m]; where its unit is zero, S is the identity.
+        damping: the share of the unit that is added to each eigenvalue.
+        unit: [G, 1], what counts as 1; None for the mean eigenvalue, which gives S S a trace of m.
+
+    Returns:
+        S and S^-1, [G, m, m].
+    """
+    values, vectors = _descending_eigh(gradient)
+    unit = values.mean(-1, keepdim=True) if unit is None else unit
+    known = unit > 0
+    values = torch.where(known, (values / torch.where(known, unit, 1.0) + damping) / (1 + damping), 1.0)
+    roots = values.sqrt().unsqueeze(-2)
+    return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
+
+
+def damped(gradient: Tensor, damping: float, unit: Tensor) -> Tensor:
+    """S S of `damped_roots`, [G, m, m]."""
+    root, _ = damped_roots(gradient, damping, unit)
+    return root @ root
+
+
+def held_out_errors(spectrum: Spectrum, covariance: Tensor, mean: Tensor | None, metric: Tensor) -> Tensor:
+    """What each rank loses on other samples than those that the spectrum was made from, [G, m + 1].
+
+    E tr M (y - L_r R_r y)(y - L_r R_r y)^T around the spectrum's own mean, for every r at once: its three terms are
+    running sums.
+
+    Args:
+        covariance, mean: of y on the other samples, [G, m, m] and [G, m]; uncentred where the spectrum has no mean.
+        metric: M [G, m, m], what errors cost there.
+    """
+    left, right = spectrum.maps(spectrum.energies.shape[-1])
+    if mean is not None and spectrum.mean is not None:
+        shift = (mean - spectrum.mean).unsqueeze(-1)
+        covariance = covariance + shift @ shift.mT
+    whole = (metric * covariance).sum((-2, -1)).unsqueeze(-1)
+    crossed = (right @ covariance @ metric @ left).diagonal(dim1=-2, dim2=-1).cumsum(-1)
+    squared = (left.mT @ metric @ left) * (right @ covariance @ right.mT)
+    squared = squared.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    return torch.cat([whole, whole - 2 * crossed + squared], -1).clamp_min(0)
+
+
+def convex_energies(errors: Tensor) -> Tensor:
+    """Energies [G, m], descending, whose tails are the largest convex function below the errors [G, m + 1]."""
+    found = []
+    for row in errors.cummin(-1).values.tolist():
+        hull = [0]
+        for index in range(1, len(row)):
+            while len(hull) > 1 and (row[hull[-2]] - row[hull[-1]]) * (index - hull[-1]) <= (
+                row[hull[-1]] - row[index]
+            ) * (hull[-1] - hull[-2]):
+                hull.pop()
+            hull.append(index)
+        slopes = [(row[a] - row[b]) / (b - a) for a, b in itertools.pairwise(hull) for _ in range(b - a)]
+        found.append(slopes)
+    return errors.new_tensor(found)
+
+
+def spectrum_from_output(
+    covariance: Tensor, mean: Tensor | None, roots: tuple[Tensor, Tensor] | None = None
+) -> Spectrum:
+    """The optimum from the second moment of W x itself.
+
+    Args:
+        covariance: [G, O, O], centred or not.
+        mean: [G, O], E[W x], for the bias correction; None leaves the bias alone.
+        roots: S and S^-1, [G, O, O], for the error that the loss minds; None for the plain squared error.
+    """
+    if roots is None:
+        energies, left = _descending_eigh(covariance)
+        return Spectrum(energies, left, mean)
+    root, inverse = roots
+    energies, vectors = _descending_eigh(root @ covariance @ root)
+    return Spectrum(energies, inverse @ vectors, mean, vectors.mT @ root)
+
+
+def spectrum_from_input(
+    weight: Tensor, covariance: Tensor, mean: Tensor | None, roots: tuple[Tensor, Tensor] | None = None
+) -> Spectrum:
+    """The same optimum from the second moment of x, cheaper where D < O.
+
+    With the thin W = Q R the output moves in the m-dimensional range of Q, m = min(O, D), and |W x| = |R x|, so the
+    eigenvectors of R Cov(x) R^T [G, m, m], mapped through Q, are those of Cov(W x).
+
+    Args:
+        weight: [G, O, D].
+        covariance: [G, D, D], centred or not; one for all groups of the weight where G is 1.
+        mean: [G, D], E[x], likewise, for the bias correction; None leaves the bias alone.
+        roots: S and S^-1 [G, m, m] of the gradient Q^T g in the range of Q.
+    """
+    basis, reduced = torch.linalg.qr(weight)
+    output_mean = None if mean is None else (weight @ mean.unsqueeze(-1)).squeeze(-1)
+    inner = spectrum_from_output(reduced @ covariance @ reduced.mT, output_mean, roots)
+    right = None if inner.right is None else inner.right @ basis.mT
+    return Spectrum(inner.energies, basis @ inner.left, output_mean, right)
+
+
+def spectrum_from_weight(weight: Tensor) -> Spectrum:
+    """The plain truncated SVD of W [G, O, D], as if x were white: energies are squared singular values."""
+    left, singular, _ = torch.linalg.svd(weight, full_matrices=False)
+    return Spectrum(singular.square(), left, None)
+
+
+def tail_energies(spectrum: Spectrum) -> list[float]:
+    """Distortion at ranks 0, 1, .., m: what the dropped components of all groups add up to."""
+    dropped = spectrum.energies.sum(0).flip(0).cumsum(0).flip(0)
+    return [*dropped.tolist(), 0.0]
+
+
+def factors(weight: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
+    """The rank-r factors A [G, O, r] and B [G, r, D] with W' = A B."""
+    left, right = spectrum.maps(rank)
+    return left, right @ weight
+
+
+def corrected_bias(bias: Tensor | None, spectrum: Spectrum, rank: int) -> Tensor | None:
+    """b + (I - L R) E[W x] with W' = L R W, float64 [G, O].
+
+    What the dropped components contribute on average moves into the bias.
+
+    Args:
+        bias: [G, O] float64 or None.
+    """
+    if spectrum.mean is None:
+        return bias
+    left, right = spectrum.maps(rank)
+    mean = spectrum.mean.unsqueeze(-1)
+    lost = (mean - left @ (right @ mean)).squeeze(-1)
+    return lost if bias is None else bias + lost

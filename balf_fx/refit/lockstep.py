@@ -1,0 +1,171 @@
+"""The original and the compressed model side by side: every node is run for all batches before the next one.
+
+Where the two do not differ there is one value for both. A value is freed when its last reader has run, so that a walk
+costs about two forward passes, and what is alive at once is what one layer of each batch is. Beyond a number of bytes
+these values wait in files, and those of one batch at a time are mapped into memory (`offload`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.batches import MEMORY
+from balf_fx.graph.operators import changes_in_place
+from balf_fx.graph.parameters import is_quantized
+from balf_fx.refit.offload import Shelf
+
+
+class Batch:
+    """The values of one batch that are alive, by node.
+
+    Attributes:
+        original: of the original model.
+        compressed: of the compressed model, where these differ.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], shelf: Shelf) -> None:
+        self.inputs = inputs
+        self.original: dict[fx.Node, Any] = {}
+        self.compressed: dict[fx.Node, Any] = {}
+        self._shelf = shelf
+
+    def before(self, node: fx.Node) -> Any:
+        """The original model's value."""
+        return self.original[node]
+
+    def current(self, node: fx.Node) -> Any:
+        """The compressed model's value."""
+        return self.compressed[node] if node in self.compressed else self.original[node]
+
+    def free(self, nodes: Iterable[fx.Node]) -> None:
+        """Forget some values."""
+        for node in nodes:
+            self.original.pop(node, None)
+            self.compressed.pop(node, None)
+
+    def load(self) -> None:
+        """Have the values at hand."""
+        if self._shelf.used:
+            self.original, self.compressed = self._shelf.load((self.original, self.compressed))
+
+    def leave(self, room: int) -> int:
+        """Park the values if they have been parked before or need more bytes than there are; returns these bytes."""
+        nbytes = self._shelf.nbytes((self.original, self.compressed))
+        if not self._shelf.used and nbytes <= room:
+            return nbytes
+        self.original, self.compressed = self._shelf.park((self.original, self.compressed))
+        return 0
+
+
+class Lockstep:
+    """Runs the nodes of a graph.
+
+    Args:
+        inputs: of each batch, the values of the graph's placeholders by name.
+        memory: bytes of values that may be in memory, apart from those of the batch that is being run.
+
+    Attributes:
+        inputs: as above.
+        moved: the nodes whose values differ between the models.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Mapping[str, Any]], memory: int = MEMORY) -> None:
+        self.graph_module = graph_module
+        self.moved: set[fx.Node] = set()
+        self.inputs = inputs
+        self._memory = memory
+        self._interpreter = fx.Interpreter(graph_module)
+        self._batches: list[Batch] = []
+        self._nbytes: list[int] = []
+
+    def run(self, nodes: Sequence[fx.Node], layers: Set[fx.Node], replace: Callable[[fx.Node], None]) -> None:
+        """Run the nodes in their order.
+
+        Args:
+            layers: those that the compressed model may replace.
+            replace: called with each of the layers when the original model has run it, for all batches; stores the
+                compressed model's values, unless they stay the same.
+        """
+        last_reads = _last_reads(nodes)
+        with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
+            pinned = self._pinned()
+            self._batches = [Batch(values, Shelf(Path(folder), pinned)) for values in self.inputs]
+            self._nbytes = [0] * len(self._batches)
+            for node in nodes:
+                self._separate(node)
+                moves = node not in layers and not self.moved.isdisjoint(node.all_input_nodes)
+                for batch in self.batches():
+                    batch.original[node] = self._value(node, Batch.before, batch)
+                    if moves:
+                        batch.compressed[node] = self._value(node, Batch.current, batch)
+                    if node not in layers:  # at once, so that the next batch's values can take the place of this one's
+                        batch.free(last_reads[node])
+                if moves:
+                    self.moved.add(node)
+                if node in layers:
+                    replace(node)
+                    for batch in self._batches:
+                        batch.free(last_reads[node])
+
+    def batches(self) -> Iterator[Batch]:
+        """One batch after the other; no value of a batch may be kept when the next one comes."""
+        total = sum(self._nbytes)
+        for index, batch in enumerate(self._batches):
+            batch.load()
+            yield batch
+            total -= self._nbytes[index]
+            self._nbytes[index] = batch.leave(self._memory - total)
+            total += self._nbytes[index]
+
+    def store(self, node: fx.Node, value: Callable[[Batch], Any]) -> None:
+        """Give the compressed model a value of its own."""
+        for batch in self.batches():
+            batch.compressed[node] = value(batch)
+        self.moved.add(node)
+
+    def _pinned(self) -> set[int]:
+        """The storages that stay in memory in any case: the caller's and the model's."""
+        tensors = [leaf for leaf in pytree.tree_leaves(list(map(dict, self.inputs))) if isinstance(leaf, Tensor)]
+        tensors += [*self.graph_module.parameters(), *self.graph_module.buffers()]
+        plain = [tensor for tensor in tensors if tensor.layout is torch.strided and not is_quantized(tensor)]
+        return {tensor.untyped_storage().data_ptr() for tensor in plain}
+
+    def _separate(self, node: fx.Node) -> None:
+        """See to it that a node of one model does not change the other's values in place."""
+        if not self.moved.isdisjoint(node.all_input_nodes) and changes_in_place(self.graph_module, node):
+            for source in node.all_input_nodes:
+                if source not in self.moved:
+                    self.store(source, partial(_cloned, source))
+
+    def _value(self, node: fx.Node, value_of: Callable[[Batch, fx.Node], Any], batch: Batch) -> Any:
+        if node.op == "placeholder":
+            return batch.inputs[str(node.target)]
+        args, kwargs = map_arg((node.args, node.kwargs), partial(value_of, batch))
+        return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+
+
+def _cloned(node: fx.Node, batch: Batch) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, batch.original[node])
+
+
+def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes whose values nobody reads after a node, by that node."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for source, node in last.items():
+        found[node].append(source)
+    return found

@@ -1,0 +1,272 @@
+"""Least squares for a layer whose input is no longer what it was: y from x', with a prior map, at full or reduced rank.
+
+Shapes: x' is [G, D] and y [G, O] at each position; maps are [G, O, D]. Everything is float64.
+
+Ridge: M minimises E|y - M x' - b|^2 + c |M - M0|^2, c a multiple of the mean variance of x'. The best map of rank r in
+E|R (y - M x' - b)|^2 is L U_r U_r^T R M with U the eigenvectors of R M (Cov(x') + c I) M^T R^T (reduced-rank
+regression, Izenman 1975), where R and L are the spectrum's right and left maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from balf_fx.graph.curves import Solution, Spectrum
+
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+_BLOCK = 48  # columns of x x^T that are done at a time, or a multiple of it
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Weighted sums over positions of x' and its products.
+
+    Attributes:
+        count: the sum of weights.
+        x, xx: [G, D] and [G, D, D].
+    """
+
+    count: float
+    x: Tensor
+    xx: Tensor
+    _factors: dict[float, Tensor | None] = field(default_factory=dict, repr=False)
+
+    def __add__(self, other: Inputs) -> Inputs:
+        return Inputs(self.count + other.count, self.x + other.x, self.xx + other.xx)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.x / self.count
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Cov(x') [G, D, D]."""
+        return self.xx / self.count - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+
+    def ridge(self, strength: float) -> Tensor:
+        """[G, 1, 1], what a ridge adds to the diagonal of the covariance."""
+        mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return strength * mean + torch.finfo(mean.dtype).tiny
+
+    def factor(self, strength: float) -> Tensor | None:
+        """The Cholesky factor of the covariance with a ridge, taken once; None where it is not positive definite."""
+        if strength not in self._factors:
+            damped = self.covariance.clone()
+            damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            self._factors[strength] = None if failed.any() else factor
+        return self._factors[strength]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Weighted sums over positions of x', y and their products.
+
+    Attributes:
+        inputs: those of x' alone; one group may serve all of y's.
+        y, yx: [G, O] and [G, O, D].
+    """
+
+    inputs: Inputs
+    y: Tensor
+    yx: Tensor
+
+    def __add__(self, other: Joint) -> Joint:
+        return Joint(self.inputs + other.inputs, self.y + other.y, self.yx + other.yx)
+
+    @property
+    def count(self) -> float:
+        return self.inputs.count
+
+    @property
+    def mean_y(self) -> Tensor:
+        return self.y / self.count
+
+    def uncentred(self) -> Joint:
+        """As if both means were zero: a regression on this has no bias."""
+        inputs = Inputs(self.inputs.count, torch.zeros_like(self.inputs.x), self.inputs.xx)
+        return Joint(inputs, torch.zeros_like(self.y), self.yx)
+
+    def cross(self) -> Tensor:
+        """Cov(y, x') [G, O, D]."""
+        return self.yx / self.count - self.mean_y.unsqueeze(-1) * self.inputs.mean.unsqueeze(-2)
+
+
+class JointSums:
+    """Adds up a `Joint` chunk by chunk: products in the chunks' own precision, totals in float64.
+
+    Args:
+        x, y: (G, D) and (G, O); x may have one group for all of y's.
+        known: the sums over the same x, which need not be taken again.
+    """
+
+    def __init__(
+        self, x: tuple[int, int], y: tuple[int, int], device: torch.device, known: Inputs | None = None
+    ) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        groups, size = x
+        rows = y[0] * y[1] // groups
+        self._known, self._shape = known, (*y, size)
+        self._count = 0.0
+        self._y = zeros(groups, rows)
+        # with x: of x, of y and of 1, one below the other; where x is known only of y
+        self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+        """Count some positions.
+
+        Args:
+            x, y: [G, D, n] and [G, O, n].
+            weights: [n], None for 1 each.
+        """
+        y = y.reshape(len(x), -1, y.shape[-1])
+        self._count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
+        if self._known is not None:
+            y = y if weights is None else y * weights
+            self._y += y.sum(-1)
+            self._products += y @ x.mT
+            return
+        size = x.shape[1]
+        rows = torch.cat([x, y, x.new_ones(len(x), 1, x.shape[-1])], 1)
+        if weights is not None:
+            rows *= weights.sqrt()
+        self._y += (rows[:, size:-1] @ rows[:, -1:].mT).squeeze(-1)
+        width = max(size // 16 // _BLOCK, 1) * _BLOCK
+        for start in range(0, size, width):  # nothing is needed of x x^T above the diagonal
+            block = slice(start, min(start + width, size))
+            self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
+
+    def joint(self) -> Joint:
+        """What has been added up."""
+        inputs, yx = self._known, self._products
+        if inputs is None:
+            lower, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
+            inputs = Inputs(self._count, x.squeeze(1), lower.tril() + lower.tril(-1).mT)
+        return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
+
+
+def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
+    """Sums of one chunk, as `JointSums.add` takes it."""
+    sums = JointSums((len(x), x.shape[1]), (len(y), y.shape[1]), x.device)
+    sums.add(x, y, weights)
+    return sums.joint()
+
+
+def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """The map [G, O, D], and its product [G, O, D] with the covariance and the ridge on it."""
+    factor = seen.inputs.factor(strength) if prior.shape[-1] else None
+    added = seen.inputs.ridge(strength) if prior.shape[-1] else 0.0
+    if factor is None:
+        return prior, prior @ seen.inputs.covariance + prior * added
+    product = seen.cross() + prior * added
+    return torch.cholesky_solve(product.mT, factor).mT, product
+
+
+def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from what `ridge` returns."""
+    left, right = spectrum.maps(spectrum.energies.shape[-1])
+    seen = right @ full
+    _, vectors = torch.linalg.eigh(right @ product @ seen.mT)
+    leading = vectors.flip(-1)[..., :rank]
+    return left @ leading, leading.mT @ seen
+
+
+def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
+    """E (y - A B x' - b)^T M (y - A B x' - b) up to what no solution changes, of all groups.
+
+    Args:
+        metric: M [G, O, O], symmetric; None for the identity.
+    """
+    left, count = solution.left, seen.count
+    if left is None:  # the map itself is A, and B the identity
+        left, products, cross, mean = solution.right, seen.inputs.xx, seen.yx, seen.inputs.mean.unsqueeze(-1)
+    else:
+        right = solution.right
+        products, cross, mean = (
+            right @ seen.inputs.xx @ right.mT,
+            seen.yx @ right.mT,
+            right @ seen.inputs.mean[..., None],
+        )
+    y = seen.mean_y.unsqueeze(-1)
+    bias = torch.zeros_like(y) if solution.bias is None else solution.bias.unsqueeze(-1)
+    fitted = (left @ products - 2 * cross) / count + 2 * bias @ mean.mT
+    offset = bias - 2 * y
+    if metric is not None:
+        left, bias = metric @ left, metric @ bias
+    return float((left * fitted).sum() + (bias * offset).sum())
+
+
+def best(
+    train: Joint, held_out: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None]
+) -> tuple[Solution, ...]:
+    """The solution of least error on what was held out, solved again on all; the prior if that has no more error.
+
+    Args:
+        toward: [G, O, D], the map that the ridge draws to.
+        prior: the solution so far, one for each part of the outputs; what has a left factor is solved at its rank.
+        spectra: the metric of each part, None for the plain squared error.
+    """
+    metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
+    strength = 1.0
+    if held_out.count:  # of fewer than four samples there is none
+        options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
+        errors = [total_error(held_out, option, metrics) for option in (prior, *options)]
+        least = min(range(len(errors)), key=errors.__getitem__)
+        if least == 0:
+            return tuple(prior)
+        strength = _STRENGTHS[least - 1]
+    seen = train + held_out
+    found = solutions(seen, toward, prior, spectra, strength)
+    return found if total_error(seen, found, metrics) < total_error(seen, prior, metrics) else tuple(prior)
+
+
+def solutions(
+    seen: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
+) -> tuple[Solution, ...]:
+    """The regression at one strength of the ridge, part by part; arguments as in `best`."""
+    full, product = ridge(seen, toward, strength)
+    groups = len(full) // len(prior)
+    found = []
+    for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
+        own = slice(index * groups, (index + 1) * groups)
+        mean = seen.inputs.mean if len(seen.inputs.mean) == 1 else seen.inputs.mean[own]
+        if part.left is None or spectrum is None:
+            left, right = None, full[own]
+        else:
+            left, right = truncate(full[own], product[own], spectrum, part.left.shape[-1])
+        fitted = right if left is None else left @ right
+        bias = seen.mean_y[own] - (fitted @ mean.unsqueeze(-1)).squeeze(-1)
+        found.append(Solution(left, right, bias))
+    return tuple(found)
+
+
+def metric_of(spectrum: Spectrum) -> Tensor:
+    """M = R^T R [G, O, O], in which the spectrum's maps are the best."""
+    _, right = spectrum.maps(spectrum.energies.shape[-1])
+    return right.mT @ right
+
+
+def total_error(seen: Joint, solution: Sequence[Solution], metrics: Sequence[Tensor | None]) -> float:
+    """The `error` of all parts, where there are several of one group."""
+    total = 0.0
+    for index, (part, metric) in enumerate(zip(solution, metrics, strict=True)):
+        own = slice(None) if len(solution) == 1 else slice(index, index + 1)
+        total += error(Joint(seen.inputs, seen.y[own], seen.yx[own]), part, metric)
+    return total
+
+
+def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:
+    """What a solution puts out, [G, O, n], in the precision of its input [G, D, n]."""
+    found = []
+    for part in solution:
+        y = part.right.to(x.dtype) @ x
+        y = y if part.left is None else part.left.to(x.dtype) @ y
+        found.append(y if part.bias is None else y + part.bias.to(x.dtype).unsqueeze(-1))
+    return torch.cat(found) if len(found) > 1 else found[0]

@@ -1,0 +1,106 @@
+"""The curve of accuracy against budgets, as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from balf_fx.api import Effort
+from balf_fx.errors import FileError
+from balf_fx.graph.curves import Measure
+
+
+@dataclass(frozen=True)
+class Point:
+    """One compressed model.
+
+    Attributes:
+        budget: as asked for.
+        flops_kept, params_kept: what came of it, of the whole model.
+        divergence: of its answers from the original's: Kullback-Leibler, in nats, of classes or tokens; of anything
+            else the squared error relative to the mean square.
+        agreement: the share of its top-1 answers that are the original's; None where it does not classify.
+        accuracy: the share of right top-1 answers; None without labels.
+    """
+
+    budget: float
+    flops_kept: float | None
+    params_kept: float
+    divergence: float
+    agreement: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The curve.
+
+    Attributes:
+        measure: what the budgets are of.
+        samples: on which the answers were compared.
+        accuracy: of the original; None without labels.
+        points: for the budgets that can be reached, in their order.
+        out_of_reach: the other budgets.
+        minimum: the smallest budget that can be reached, where one could not.
+    """
+
+    measure: Measure
+    effort: Effort
+    samples: int
+    accuracy: float | None
+    points: tuple[Point, ...]
+    out_of_reach: tuple[float, ...] = ()
+    minimum: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data that JSON can hold."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Sweep:
+        """The inverse of `to_json`.
+
+        Raises:
+            FileError: this is no sweep.
+        """
+        try:
+            data = json.loads(text)
+            points = tuple(Point(**point) for point in data["points"])
+            return cls(**{**data, "points": points, "out_of_reach": tuple(data["out_of_reach"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"this is no sweep as JSON: {type(error).__name__} {error}") from error
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table: headers, the original where its accuracy is known, and the points."""
+        headers = (self.measure, "FLOPs kept", "params kept", "same top-1", "divergence", "accuracy")
+        found: list[tuple[str, ...]] = [headers]
+        if self.accuracy is not None:
+            found.append(("dense", *(["100.00 %"] * 3), "0", _percent(self.accuracy)))
+        for point in self.points:
+            shares = map(_percent, (point.flops_kept, point.params_kept, point.agreement))
+            found.append((f"{point.budget:g}", *shares, f"{point.divergence:.4g}", _percent(point.accuracy)))
+        return found
+
+    @property
+    def note(self) -> str:
+        """On what it was measured, and which budgets were out of reach."""
+        note = f"on {self.samples:,} samples, effort {self.effort!r}"
+        if not self.out_of_reach:
+            return note
+        listed = ", ".join(f"{budget:g}" for budget in self.out_of_reach)
+        return f"{note}; out of reach: {listed}; the smallest is {self.minimum:.4f}"
+
+    def __str__(self) -> str:
+        headers, *rows = self.rows()
+        table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * len(headers))
+        return f"{table}\n\n{self.note}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}".replace("%", " %")

@@ -1,0 +1,354 @@
+"""What was done to a model, site by site and width by width: as tables for people and as plain data for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from balf_fx.graph.allocation import Allocation, Choice
+from balf_fx.graph.annotation import GraphRecord
+from balf_fx.graph.curves import EnergyCurve, Rank
+from balf_fx.graph.widths import Width, WidthCurve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from balf_fx.reporting.curve import Sweep
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site.
+
+    Attributes:
+        shape: as it was; `flops_after` and `params_after` are at the sizes of the widths that it touches.
+        rank: None means no factors, a tuple one rank for each of the site's parts.
+        energy_kept: the share of the output's energy on the calibration data; what a width loses is in its own row.
+        distortion: the mean squared output error, summed over the site's outputs.
+        spectrum: what other ranks would have kept; None in reports of older models.
+    """
+
+    name: str
+    kind: str
+    shape: str
+    rank: Rank
+    flops_before: int
+    flops_after: int
+    params_before: int
+    params_after: int
+    distortion: float
+    energy_kept: float
+    spectrum: EnergyCurve | None = None
+
+    @property
+    def rank_share(self) -> float:
+        """The rank as a share of the full rank min(O, D), over all parts; 1 where it stays dense."""
+        outputs, inputs, _ = (int(size) for size in self.shape.split(" x "))
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        full = min(outputs // len(ranks), inputs)
+        return sum(full if rank is None else rank for rank in ranks) / (len(ranks) * full)
+
+    @property
+    def rank_in_words(self) -> str:
+        """For a table or a label: "16", "16+dense+8" of parts, "dense" or "narrower"."""
+        return "narrower" if self.is_only_narrower else _rank_in_words(self.rank)
+
+    @property
+    def is_only_narrower(self) -> bool:
+        """Whether it has no factors and is smaller all the same, since its widths are."""
+        cheaper = self.flops_after < self.flops_before or self.params_after < self.params_before
+        return self.rank is None and cheaper
+
+    @property
+    def factor_layers(self) -> tuple[str, ...]:
+        """The names of the layers that the site became: `name.0`, which is thin, and `name.1`, or one for each part."""
+        if self.rank is None:
+            return ()
+        if isinstance(self.rank, tuple):
+            parts = (f"{self.name}.1.{index}" for index, rank in enumerate(self.rank) if rank is not None)
+            return (f"{self.name}.0", *parts)
+        return (f"{self.name}.0", f"{self.name}.1")
+
+
+@dataclass(frozen=True)
+class WidthRow:
+    """Features between layers that have become fewer.
+
+    Attributes:
+        name: of the width, after the layer that reads it, or that writes the queries.
+        kind: "channels", "queries" or "values", as in `widths.Width`.
+        features_before, features_after: of each head.
+        heads: how many; 1 of channels.
+        energy_kept: the share of what losing all features would cost.
+    """
+
+    name: str
+    kind: str
+    features_before: int
+    features_after: int
+    heads: int
+    energy_kept: float
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A node with parameters that is no site, and why."""
+
+    name: str
+    kind: str
+    reason: str
+    flops: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole model.
+
+    Attributes:
+        method, measure, target: how the budget was given; target is None for explicit ranks and energy thresholds.
+        flops_before, flops_after: of the whole model on the example batch; None where they were never counted.
+        captured: how the graph came about, "symbolic_trace" or "export".
+        flops_in_sites: the share of the original FLOPs that lies in sites.
+        flops_refused: the share in layers that are no sites, by reason; the rest is not parametric.
+        primal, bound, gap: the allocator's objective, what no allocation can undercut, and their difference.
+        widths: those that have become smaller.
+        flops_saved_elsewhere, params_saved_elsewhere: what they save in what is no site, such as a depthwise
+            convolution or a product of attention.
+    """
+
+    sites: tuple[SiteRow, ...]
+    refused: tuple[RefusedRow, ...]
+    method: str
+    measure: str
+    target: float | None
+    flops_before: int | None
+    flops_after: int | None
+    params_before: int
+    params_after: int
+    captured: str
+    flops_in_sites: float
+    flops_refused: dict[str, float]
+    primal: float
+    bound: float | None
+    gap: float | None
+    widths: tuple[WidthRow, ...] = ()
+    flops_saved_elsewhere: int = 0
+    params_saved_elsewhere: int = 0
+
+    @property
+    def flops_kept(self) -> float | None:
+        """flops_after / flops_before."""
+        if self.flops_before is None or self.flops_after is None:
+            return None
+        return self.flops_after / self.flops_before if self.flops_before else 1.0
+
+    @property
+    def params_kept(self) -> float:
+        """params_after / params_before."""
+        return self.params_after / self.params_before if self.params_before else 1.0
+
+    @property
+    def factor_layers(self) -> tuple[str, ...]:
+        """The names of the layers that factorized sites became, as `get_submodule` takes them."""
+        return tuple(name for row in self.sites for name in row.factor_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data that JSON can hold."""
+        return {**asdict(self), "flops_kept": self.flops_kept, "params_kept": self.params_kept}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def plot(self) -> Figure:
+        """Ranks, FLOPs and energies of all sites, and the features of widths, as a matplotlib Figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from balf_fx.reporting.plots import plot_report
+
+        return plot_report(self)
+
+    def to_html(self, path: str | Path | None = None, sweep: Sweep | None = None) -> str:
+        """A page that needs nothing else: totals, pictures and tables.
+
+        Args:
+            path: write it to this file as well.
+            sweep: draw what other budgets cost in accuracy, too.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+        """
+        from balf_fx.reporting.page import render
+
+        page = render(self, sweep)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                r.name,
+                r.kind,
+                r.shape,
+                r.rank_in_words,
+                r.flops_before,
+                r.flops_after,
+                r.energy_kept,
+            )
+            for r in self.sites
+        ]
+        headers = ("site", "kind", "O x D x groups", "rank", "FLOPs before", "FLOPs after", "energy kept")
+        table = tabulate(rows, headers, floatfmt=".4f", intfmt=",", stralign="left", numalign="right")
+        widths = tabulate(
+            [(r.name, r.kind, r.features_before, r.features_after, r.heads) for r in self.widths],
+            ("width", "kind", "features before", "features after", "heads"),
+            intfmt=",",
+        )
+        refused = tabulate(
+            [(r.name, r.kind, r.reason, r.flops) for r in self.refused],
+            ("not a site", "kind", "reason", "FLOPs"),
+            intfmt=",",
+        )
+        parts = (table, widths if self.widths else "", refused if self.refused else "", "\n".join(self._totals()))
+        return "\n\n".join(part for part in parts if part)
+
+    def _totals(self) -> list[str]:
+        lines = []
+        if self.flops_before is not None and self.flops_after is not None:
+            lines.append(f"FLOPs   {self.flops_before:,} -> {self.flops_after:,} ({self.flops_kept:.2%} kept)")
+            refused = "".join(f", {share:.1%} {why}" for why, share in self.flops_refused.items() if share >= 5e-4)
+            lines.append(f"        {self.flops_in_sites:.1%} in sites{refused}, the rest not parametric")
+        lines.append(f"params  {self.params_before:,} -> {self.params_after:,} ({self.params_kept:.2%} kept)")
+        if self.widths:
+            before = sum(row.heads * row.features_before for row in self.widths)
+            after = sum(row.heads * row.features_after for row in self.widths)
+            elsewhere = self.flops_saved_elsewhere
+            saved = f", which save {elsewhere:,} FLOPs outside of sites as well" if elsewhere else ""
+            lines.append(f"widths  {len(self.widths)} narrower, {before:,} -> {after:,} features{saved}")
+        asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"
+        bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"
+        lines.append(f"budget  {asked}, allocation {self.method}: loss {self.primal:.4g}{bound}")
+        return lines
+
+
+def _rank_in_words(rank: Rank) -> str:
+    if isinstance(rank, tuple):
+        return "+".join(map(_rank_in_words, rank))
+    return "dense" if rank is None else str(rank)
+
+
+def report(graph_module: Any) -> Report:
+    """What balf_fx did to this model.
+
+    Args:
+        graph_module: what `compile` or `convert` returned, a graph that has been through `passes.Allocate`, or what
+            `torch.compile(..., backend="balf")` returned.
+
+    Raises:
+        PassError: the module carries no allocation.
+        NotCalibratedError: the backend is still calibrating; says how far it is.
+    """
+    from balf_fx.graph.plan import Plan  # which holds a report
+
+    return Plan.of(graph_module).report
+
+
+def summarise(record: GraphRecord, allocation: Allocation) -> Report:
+    """The report on a record whose allocation is known."""
+    flops_elsewhere, params_elsewhere = allocation.saved_elsewhere
+    saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices) + flops_elsewhere
+    total = record.flops or 1
+    refused: dict[str, float] = {}
+    for refusal, flops in record.refusals:
+        refused[refusal.reason.value] = refused.get(refusal.reason.value, 0.0) + (flops or 0) / total
+    return Report(
+        sites=tuple(_site_row(choice) for choice in allocation.choices),
+        refused=tuple(RefusedRow(r.name, r.kind, str(r), flops) for r, flops in record.refusals),
+        method=allocation.method,
+        measure=allocation.measure,
+        target=allocation.target,
+        flops_before=record.flops,
+        flops_after=None if record.flops is None else record.flops - saved,
+        params_before=record.params or 0,
+        params_after=record.params_after or 0,
+        captured=record.captured,
+        flops_in_sites=sum(choice.dense.flops for choice in allocation.choices) / total,
+        flops_refused=refused,
+        primal=allocation.primal,
+        bound=allocation.bound,
+        gap=allocation.gap,
+        widths=tuple(_width_rows(record, allocation.sizes)),
+        flops_saved_elsewhere=flops_elsewhere,
+        params_saved_elsewhere=params_elsewhere,
+    )
+
+
+def report_from_dict(data: Mapping[str, Any]) -> Report:
+    """The inverse of `Report.to_dict`."""
+    names = {field.name for field in fields(Report)}
+    rows = {
+        "sites": tuple(_site_row_from_data(row) for row in data["sites"]),
+        "refused": tuple(RefusedRow(**r) for r in data["refused"]),
+        "widths": tuple(WidthRow(**r) for r in data.get("widths", ())),  # older models carry none
+    }
+    return Report(**{**{key: value for key, value in data.items() if key in names}, **rows})
+
+
+def _site_row_from_data(row: Mapping[str, Any]) -> SiteRow:
+    """Older models carry no spectrum."""
+    spectrum = row.get("spectrum")
+    return SiteRow(
+        **{
+            **row,
+            "rank": rank_from_data(row["rank"]),
+            "spectrum": None if spectrum is None else EnergyCurve(tuple(spectrum["ranks"]), tuple(spectrum["kept"])),
+        }
+    )
+
+
+def rank_from_data(rank: Any) -> Rank:
+    """A rank as JSON has it, which knows lists only."""
+    return tuple(rank) if isinstance(rank, list) else rank
+
+
+def _site_row(choice: Choice) -> SiteRow:
+    chosen, dense = choice.chosen, choice.dense
+    return SiteRow(
+        name=choice.site.name,
+        kind=choice.site.kind,
+        shape=choice.site.shape,
+        rank=chosen.rank,
+        flops_before=dense.flops,
+        flops_after=chosen.flops,
+        params_before=dense.params,
+        params_after=chosen.params,
+        distortion=chosen.distortion,
+        energy_kept=choice.energy_kept,
+        spectrum=choice.spectrum,
+    )
+
+
+def _width_rows(record: GraphRecord, sizes: Mapping[int, int]) -> Iterator[WidthRow]:
+    """Of the widths that have shrunk."""
+    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
+        size = sizes.get(index, width.features)
+        if curve is not None and size < width.features:
+            yield _width_row(width, curve, size)
+
+
+def _width_row(width: Width, curve: WidthCurve, size: int) -> WidthRow:
+    return WidthRow(
+        name=width.name,
+        kind=width.kind,
+        features_before=width.features,
+        features_after=size,
+        heads=width.heads,
+        energy_kept=1.0 - curve.normalised(curve.distortion[size]),
+    )

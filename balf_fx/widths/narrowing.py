@@ -1,0 +1,168 @@
+"""What the sizes of widths mean for each layer: which features it reads, and which it still has to write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from balf_fx.graph.annotation import graph_record
+from balf_fx.graph.curves import Solution
+from balf_fx.graph.site import Site
+from balf_fx.graph.widths import Width, WidthMaps
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One layer between narrowed widths.
+
+    Attributes:
+        read: the maps of the width that it reads, and the width.
+        written: of each width that it writes, the rows [heads, features] that belong to it and what they give way to,
+            [heads, r, features].
+        projected: rows [heads, features] and P = L R [heads, features, features] where what the layer writes is no
+            choice of rows but lies in a smaller space, although it still looks as large (`Refit`).
+    """
+
+    read: WidthMaps | None = None
+    repeat: int = 1
+    written: tuple[tuple[Tensor, Tensor], ...] = ()
+    projected: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether the layer computes something else before its rows are taken away."""
+        return self.read is not None or bool(self.projected)
+
+    def read_features(self, value: Tensor, axis: int) -> Tensor:
+        """R h on an axis of a value."""
+        if self.read is None:
+            return value
+        if self.read.kept is not None:
+            return value.index_select(axis, self.read.kept.to(value.device))
+        right = self.read.right.to(value).repeat_interleave(self.repeat, 0)
+        last = value.movedim(axis, -1)
+        heads = last.reshape(*last.shape[:-1], len(right), -1)
+        return torch.einsum("...hf,hrf->...hr", heads, right).flatten(-2).movedim(-1, axis)
+
+    def inputs(self, site: Site) -> Site:
+        """The site as it reads."""
+        if self.read is None:
+            return site
+        heads, _, size = self.read.left.shape
+        return dataclasses.replace(site, in_features=heads * self.repeat * size * site.taps)
+
+    def outputs(self, site: Site) -> Site:
+        """The site as it writes."""
+        fewer = sum(len(rows) * (maps.shape[2] - maps.shape[1]) for rows, maps in self.written)
+        if site.groups > 1:  # a depthwise convolution: a group is a feature
+            return dataclasses.replace(site, groups=site.groups - fewer)
+        return dataclasses.replace(site, out_features=site.out_features - fewer, parts=1 if fewer else site.parts)
+
+    def narrow_inputs(self, solution: Solution, site: Site) -> Solution:
+        """What the layer computes from R h in place of h."""
+        if self.read is None:
+            return solution
+        left = _over_heads(self.read.left, self.repeat)
+        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, site.taps)
+        right = torch.einsum("gofk,fr->gork", by_tap, left).flatten(-2)
+        if self.read.mean is None:
+            return dataclasses.replace(solution, right=right)
+        seen = _over_heads(self.read.right, self.repeat) @ self.read.mean
+        lost = torch.einsum("gofk,f->go", by_tap, self.read.mean - left @ seen)
+        lost = lost if solution.left is None else (solution.left @ lost.unsqueeze(-1)).squeeze(-1)
+        return Solution(solution.left, right, lost if solution.bias is None else solution.bias + lost)
+
+    def narrow_outputs(self, solution: Solution) -> Solution:
+        """What is left of the layer once its widths have shrunk: rows in their order, then rows of heads."""
+        if not self.written:
+            return solution
+        if len(solution.right) > 1:
+            kept = torch.cat([_chosen(rows, maps) for rows, maps in self.written])
+            bias = None if solution.bias is None else solution.bias[kept]
+            return Solution(None, solution.right[kept], bias)
+        bias = None if solution.bias is None else self._written_rows(solution.bias)
+        if solution.left is None:
+            return Solution(None, self._written_rows(solution.right), bias)
+        return Solution(self._written_rows(solution.left), solution.right, bias)
+
+    def _written_rows(self, value: Tensor) -> Tensor:
+        """What [1, O, ...] gives way to."""
+        pieces = [torch.einsum("hrf,hf...->hr...", maps.to(value), value[0][rows]) for rows, maps in self.written]
+        return torch.cat([piece.flatten(0, 1) for piece in pieces]).unsqueeze(0)
+
+    def project(self, solution: Solution) -> Solution:
+        """The layer at its old size, but with what it writes in the smaller space."""
+        if not self.projected or solution.left is not None:
+            return solution
+        right = solution.right.clone()
+        bias = None if solution.bias is None else solution.bias.clone()
+        for rows, maps in self.projected:
+            right[0][rows] = torch.einsum("hef,hfd->hed", maps.to(right), right[0][rows])
+            if bias is not None:
+                bias[0][rows] = torch.einsum("hef,hf->he", maps.to(bias), bias[0][rows])
+        return Solution(None, right, bias)
+
+
+def _over_heads(maps: Tensor, repeat: int) -> Tensor:
+    """[heads, a, b] as one block-diagonal matrix, each head as often as it is read."""
+    blocks: Tensor = torch.block_diag(*maps.repeat_interleave(repeat, 0))  # type: ignore[no-untyped-call]
+    return blocks
+
+
+def _chosen(rows: Tensor, maps: Tensor) -> Tensor:
+    """The rows that a choice keeps."""
+    return rows.flatten()[maps[0].argmax(-1)]
+
+
+def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
+    """The cut of every layer, by its node, that an allocation narrows on one side or both."""
+    record = graph_record(graph_module)
+    if record.allocation is None:
+        return {}
+    found: dict[str, Cut] = {}
+    narrowed = {
+        name
+        for index, width in enumerate(record.widths)
+        if record.allocation.sizes.get(index, width.features) < width.features
+        for name in (*width.layers, *width.between)
+    }
+    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
+        size = record.allocation.sizes.get(index, width.features)
+        if curve is None:
+            continue
+        shrinks = size < width.features
+        for reader, name in enumerate(width.consumers):
+            if shrinks:
+                maps = curve.maps(size, reader)
+                found[name] = dataclasses.replace(found.get(name, Cut()), read=maps, repeat=width.repeat)
+        maps = curve.maps(size) if shrinks else _unchanged(width)
+        for position, name in enumerate(width.producers):
+            if name in narrowed and (shrinks or width.kind != "channels"):
+                _write(found, name, width, position, maps, shrinks)
+        for name in width.between:
+            if shrinks:
+                rows = torch.arange(width.features).unsqueeze(0)
+                found[name] = Cut(written=((rows, maps.right),))
+    return found
+
+
+def _unchanged(width: Width) -> WidthMaps:
+    """Of a width that keeps its features, although others of its layers do not."""
+    identity = torch.eye(width.features, dtype=torch.float64).expand(width.heads, -1, -1)
+    return WidthMaps(identity, identity, None, None)
+
+
+def _write(found: dict[str, Cut], name: str, width: Width, position: int, maps: WidthMaps, shrinks: bool) -> None:
+    cut = found.get(name, Cut())
+    repeat = width.repeat if width.kind == "queries" and position == 0 else 1
+    rows = torch.tensor(width.rows[position]).reshape(width.heads * repeat, width.features)
+    keys = width.kind == "queries" and position == 1
+    map_ = (maps.left.mT if keys else maps.right).repeat_interleave(repeat, 0)
+    projected = cut.projected
+    if shrinks and width.kind == "queries" and position == 0:
+        projected = (*projected, (rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
+    found[name] = dataclasses.replace(cut, written=(*cut.written, (rows, map_)), projected=projected)

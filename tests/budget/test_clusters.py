@@ -1,0 +1,139 @@
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from architectures import EVERYTHING, count_flops, count_params, make, rewritten, scored
+
+from balf_fx.budget.clusters import find_clusters
+from balf_fx.graph.annotation import annotation, graph_record, sites
+
+MEASURES = pytest.mark.parametrize("measure", ["flops", "params"])
+
+
+def options_of(prepared, cluster, measure, weight=1.0):
+    curves = {site: annotation(nodes[0]).curve for site, nodes in sites(prepared).items()}
+    own = [curves[member.site] for member in cluster.members]
+    return cluster.options(own, [weight] * len(own), [1.0] * len(cluster.widths), measure)
+
+
+def carried_out(prepared, cluster, option):
+    sizes = dict(zip(cluster.indices, option.sizes, strict=True))
+    ranks = {member.site.name: c.rank for member, c in zip(cluster.members, option.ranks, strict=True)}
+    return rewritten(prepared, sizes, ranks)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_options_are_efficient_and_their_costs_are_real(name):
+    model, batches = make(name)
+    prepared = scored(model, batches)
+    x = batches[0][:8]
+    base = rewritten(prepared, {})
+    share = len(x) / len(batches[0])
+    for cluster, measure in itertools.product(find_clusters(prepared), ("flops", "params")):
+        options = options_of(prepared, cluster, measure)
+        costs = [option.cost(measure) for option in options]
+        assert costs == sorted(costs)
+        assert all(a.loss >= b.loss for a, b in itertools.pairwise(options))
+        last = options[-1]
+        assert last.loss == 0
+        assert last.sizes == tuple(width.features for width in cluster.widths)
+        assert last.others == cluster.full
+        assert [c.rank for c in last.ranks] == [None] * len(cluster.members)
+        assert len({option.sizes for option in options}) > 4
+        for option in options[:: max(len(options) // 3, 1)]:
+            narrow = carried_out(prepared, cluster, option)
+            saved = count_flops(base, x) - count_flops(narrow, x)
+            assert saved == pytest.approx((last.flops - option.flops) * share, abs=0.01)
+            assert count_params(base) - count_params(narrow) == last.params - option.params
+
+
+@MEASURES
+def test_weights_scale_losses(measure):
+    model, batches = make("transformer")
+    prepared = scored(model, batches)
+    cluster = next(c for c in find_clusters(prepared) if len(c.widths) == 2)
+    curves = [next(annotation(n[0]).curve for s, n in sites(prepared).items() if s == m.site) for m in cluster.members]
+    once = cluster.options(curves, [1.0] * len(curves), [1.0, 1.0], measure)
+    twice = cluster.options(curves, [2.0] * len(curves), [2.0, 2.0], measure)
+    assert [option.loss * 2 for option in once] == pytest.approx([option.loss for option in twice])
+    assert [option.sizes for option in once] == [option.sizes for option in twice]
+
+
+def test_a_loss_is_the_sum_of_its_parts():
+    model, batches = make("gated mlp")
+    prepared = scored(model, batches)
+    (cluster,) = find_clusters(prepared)
+    curves = {site: annotation(nodes[0]).curve for site, nodes in sites(prepared).items()}
+    (width,) = graph_record(prepared).width_curves
+    for option in options_of(prepared, cluster, "flops"):
+        lost = width.normalised(width.distortion[option.sizes[0]])
+        for member, candidate in zip(cluster.members, option.ranks, strict=True):
+            lost += curves[member.site].normalised(candidate.distortion)
+        assert option.loss == pytest.approx(lost)
+
+
+@MEASURES
+def test_options_near_one_are_finer_and_their_costs_are_real(measure):
+    model, batches = make("gated mlp")
+    prepared = scored(model, batches)
+    (cluster,) = find_clusters(prepared)
+    own = [next(annotation(n[0]).curve for s, n in sites(prepared).items() if s == m.site) for m in cluster.members]
+    options = options_of(prepared, cluster, measure)
+    near = options[len(options) // 2]
+    found = cluster.options(own, [1.0] * len(own), [1.0], measure, near)
+    assert any(o.cost(measure) <= near.cost(measure) and o.loss <= near.loss + 1e-12 for o in found)
+    assert [o.cost(measure) for o in found] == sorted(o.cost(measure) for o in found)
+    base = rewritten(prepared, {})
+    for option in found[:: max(len(found) // 4, 1)]:
+        narrow = carried_out(prepared, cluster, option)
+        saved = count_flops(base, batches[0]) - count_flops(narrow, batches[0])
+        assert saved == options[-1].flops - option.flops
+        assert count_params(base) - count_params(narrow) == options[-1].params - option.params
+
+
+def test_clusters_are_the_joint_widths():
+    model, batches = make("transformer")
+    found = find_clusters(scored(model, batches))
+    assert sorted(sorted(width.name for width in cluster.widths) for cluster in found) == [
+        ["down"],
+        ["proj", "qkv:queries"],
+    ]
+    attention = next(cluster for cluster in found if len(cluster.widths) == 2)
+    assert {member.site.name: member.mixed for member in attention.members} == {"qkv": True, "proj": False}
+    (share,) = attention.shares  # the product: what is smaller is padded
+    assert sorted(part for _, part in share.shrinks) == [0.5, 0.5]
+    assert share.cost([1.0, 1.0]) == (share.flops, 0)
+    assert share.cost([0.5, 0.5]) == (share.flops // 2, 0)
+    assert share.cost([0.5, 1.0]) == share.cost([1.0, 0.5]) == (share.flops, 0)
+    assert share.cost([0.5, 0.75]) == (share.flops * 3 // 4, 0)
+    apart = dataclasses.replace(share, level=False)
+    assert apart.cost([0.5, 1.0]) == (share.flops * 3 // 4, 0)
+
+
+def test_mixed_layers_have_no_ranks_of_their_own_once_narrowed():
+    model, batches = make("fused")
+    (cluster,) = find_clusters(prepared := scored(model, batches))
+    options = options_of(prepared, cluster, "flops")
+    (index,) = (i for i, member in enumerate(cluster.members) if member.site.name == "qkv")
+    narrowed = [o for o in options if o.sizes != tuple(width.features for width in cluster.widths)]
+    assert narrowed
+    assert all(option.ranks[index].rank is None for option in narrowed)
+
+
+def test_what_has_not_been_scored_is_in_no_cluster():
+    model, batches = make("mlp")
+    prepared = scored(model, batches)
+    record = graph_record(prepared)
+    assert len(find_clusters(prepared)) == 1
+    prepared.meta["balf"] = type(record)(**{**record.__dict__, "width_curves": (None,)})
+    assert find_clusters(prepared) == []
+
+
+def test_sizes_suit_the_hardware():
+    torch.manual_seed(0)
+    model, batches = make("transformer")
+    prepared = scored(model, batches)
+    for cluster in find_clusters(prepared):
+        for option in options_of(prepared, cluster, "flops"):
+            assert all(1 <= s <= w.features for s, w in zip(option.sizes, cluster.widths, strict=True))

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from balf_fx.calibration.answers import answers, divergence
+from balf_fx.calibration.batches import forward_for
+
+
+class Outputs(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.linear, self.make = nn.Linear(6, 6), make
+
+    def forward(self, x):
+        return self.make(self.linear(x))
+
+
+FORMS = {
+    "logits": lambda y: y,
+    "images": lambda y: y.reshape(-1, 1, 2, 3),
+    "tuple": lambda y: (y[:, :2], y[:, 2:]),
+    "mapping": lambda y: {"logits": y, "hidden": y + 1},
+    "whole numbers": lambda y: y.argmax(-1),
+}
+
+
+def measured(model, other, batches, loss=None):
+    forward = forward_for(model)
+    with torch.no_grad():
+        return divergence(other, batches, answers(model, batches, forward), forward, loss)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_does_not_differ_from_itself(form):
+    model = Outputs(FORMS[form]).eval()
+    assert measured(model, model, list(torch.randn(2, 5, 6))) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("form", ["logits", "mapping"])
+def test_logits_differ_by_their_divergence(form):
+    model, other = (Outputs(FORMS[form]).eval() for _ in range(2))
+    batches = list(torch.randn(3, 5, 6))
+    given, wanted = ([net.linear(batch).detach().log_softmax(-1) for batch in batches] for net in (other, model))
+    pairs = zip(given, wanted, strict=True)
+    expected = sum(float(F.kl_div(a, b, reduction="batchmean", log_target=True)) for a, b in pairs) / 3
+    assert measured(model, other, batches) == pytest.approx(expected, rel=1e-5)
+    assert expected > 0
+
+
+def test_a_constant_on_logits_is_no_difference():
+    model = Outputs(FORMS["logits"]).eval()
+    other = Outputs(lambda y: y + 3).eval()
+    other.load_state_dict(model.state_dict())
+    assert measured(model, other, [torch.randn(5, 6)]) == pytest.approx(0, abs=1e-6)
+
+
+def test_logits_of_tokens_count_by_token():
+    model, other = (nn.Sequential(nn.Embedding(7, 7)).eval() for _ in range(2))
+    ids = torch.randint(7, (4, 5))
+    a, b = (net(ids).detach().log_softmax(-1).flatten(0, 1) for net in (other, model))
+    expected = float(F.kl_div(a, b, reduction="batchmean", log_target=True))
+    assert measured(model, other, [ids]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["images", "tuple"])
+def test_anything_else_differs_by_its_relative_square(form):
+    model, other = (Outputs(FORMS[form]).eval() for _ in range(2))
+    batch = torch.randn(5, 6)
+    with torch.no_grad():
+        pairs = (
+            [(model(batch), other(batch))] if form == "images" else list(zip(model(batch), other(batch), strict=True))
+        )
+    expected = sum(float((a - b).square().sum() / a.square().sum()) for a, b in pairs)
+    assert measured(model, other, [batch]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_scale_of_outputs_does_not_matter():
+    model, other = (Outputs(FORMS["images"]).eval() for _ in range(2))
+    batch = torch.randn(5, 6)
+    before = measured(model, other, [batch])
+    for net in (model, other):
+        net.make = lambda y: 1000 * y.reshape(-1, 1, 2, 3)
+    assert measured(model, other, [batch]) == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["logits", "images"])
+def test_not_a_number_is_infinite(form):
+    model, other = (Outputs(FORMS[form]).eval() for _ in range(2))
+    other.linear.bias.data[0] = torch.nan
+    assert measured(model, other, [torch.randn(5, 6)]) == torch.inf
+
+
+def test_a_users_loss_takes_the_place():
+    model, other = (Outputs(FORMS["logits"]).eval() for _ in range(2))
+    batches = list(torch.randn(2, 5, 6))
+    loss = lambda output, batch: output.sum() * 0 + batch.sum()  # noqa: E731
+    assert measured(model, other, batches, loss) == pytest.approx(float(sum(b.sum() for b in batches)) / 2)
+
+
+def test_no_batches_are_no_difference():
+    model = Outputs(FORMS["logits"]).eval()
+    assert measured(model, model, []) == 0

@@ -1,0 +1,258 @@
+import copy
+import json
+import os
+import pickle
+import struct
+
+import architectures
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_models import ConvNet
+from torch import nn
+from torch.nn import functional as F
+
+import balf_fx
+from balf_fx.backend import balf
+from balf_fx.errors import FileError, NotCalibratedError, OptionError, PassError, PlanError
+from balf_fx.files.storage import read
+from balf_fx.graph.plan import Plan
+
+
+class Tied(nn.Module):
+    """A token embedding whose weight is the output projection, and constants that are no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 32)
+        self.up, self.down = nn.Linear(32, 96), nn.Linear(96, 32)
+        self.register_buffer("scale", torch.rand(96) + 0.5, persistent=False)
+
+    def forward(self, tokens, mask=None):
+        x = self.embedding(tokens)
+        x = x if mask is None else x * mask.unsqueeze(-1)
+        x = x + self.down(self.scale * F.relu(self.up(x)))
+        return {"logits": F.linear(x, self.embedding.weight), "hidden": x}
+
+
+def fresh(model):
+    """The same architecture with other weights; constants stay as they are."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_(std=0.1)
+    return other
+
+
+@pytest.fixture
+def small(conv_net, images):
+    return balf_fx.compile(conv_net, images, flops=0.6, progress=False, effort="fast")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "small.safetensors"
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("name", sorted(architectures.EVERYTHING))
+def test_what_is_loaded_computes_the_same_bit_for_bit(name, effort, capture, path):
+    model, batches = architectures.make(name)
+    options = {"params": 0.7, "effort": effort, "capture": capture, "strict": False, "progress": False}
+    small = balf_fx.compile(model, batches, **options)
+    balf_fx.save(small, path)
+    loaded = balf_fx.load(path, fresh(model))
+    for batch in batches:
+        assert torch.equal(loaded(batch), small(batch))
+    assert balf_fx.report(loaded) == balf_fx.report(small)
+    assert Plan.of(loaded) == Plan.of(small) == Plan.read(path)
+    assert {name: value.requires_grad for name, value in loaded.named_parameters()} == {
+        name: value.requires_grad for name, value in small.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tied_weights_constants_and_keyword_arguments(masked, path):
+    model = Tied().eval()
+    batches = [{"tokens": torch.randint(0, 50, (4, 7))} for _ in range(3)]
+    if masked:
+        batches = [{**batch, "mask": torch.ones(4, 7)} for batch in batches]
+    small = balf_fx.compile(model, batches, params=0.8, progress=False)
+    balf_fx.save(small, path)
+    loaded = balf_fx.load(path, fresh(model))
+    one, other = small(**batches[0]), loaded(**batches[0])
+    assert all(torch.equal(one[key], other[key]) for key in ("logits", "hidden"))
+    assert len(list(loaded.parameters())) == len(list(small.parameters()))
+
+
+def test_what_became_of_a_model_afterwards_is_saved_too(small, conv_net, images, path):
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1.1)
+    balf_fx.save(small.double(), path)
+    loaded = balf_fx.load(path, conv_net)
+    assert torch.equal(loaded(images[0].double()), small(images[0].double()))
+    balf_fx.save(loaded, path)
+    assert torch.equal(balf_fx.load(path, conv_net)(images[0].double()), small(images[0].double()))
+
+
+def test_the_model_that_is_given_stays_as_it_is(small, images, path):
+    balf_fx.save(small, path)
+    model = ConvNet().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    balf_fx.load(path, model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "balf_plan")
+
+
+def test_copies_and_pickles_are_saved_as_well(small, conv_net, images, path):
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        balf_fx.save(other, path)
+        assert torch.equal(balf_fx.load(path, conv_net)(images[0]), small(images[0]))
+
+
+def test_an_example_takes_the_place_of_the_recorded_call(conv_net, images, path):
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = ConvNet()
+
+        def forward(self, image, options):
+            return self.net(image) * options.factor
+
+    class Options:
+        factor = 2.0
+
+    def forward(model, batch):
+        return model(batch, Options())
+
+    model = Called().eval()
+    small = balf_fx.compile(model, images, flops=0.7, effort="fast", forward=forward, progress=False)
+    balf_fx.save(small, path)
+    with pytest.raises(PlanError, match="pass example="):
+        balf_fx.load(path, model)
+    loaded = balf_fx.load(path, fresh(model), example=images[0], forward=forward)
+    assert torch.equal(forward(loaded, images[0]), forward(small, images[0]))
+
+
+def test_another_architecture_is_refused(small, path):
+    balf_fx.save(small, path)
+    with pytest.raises(PlanError):
+        balf_fx.load(path, nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)).eval())
+    with pytest.raises(PlanError):
+        balf_fx.load(path, ConvNet(width=24).eval())
+
+
+def test_a_truncated_file_is_refused(small, conv_net, path):
+    balf_fx.save(small, path)
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileError, match="truncated"):
+            balf_fx.load(path, conv_net)
+
+
+@pytest.mark.parametrize("where", ["tensors", "plan"])
+def test_a_changed_file_is_refused(where, small, conv_net, path):
+    balf_fx.save(small, path)
+    content = bytearray(path.read_bytes())
+    (header,) = struct.unpack("<Q", content[:8])
+    if where == "tensors":
+        content[8 + header + 5] ^= 1
+    else:
+        start = content.index(b"distortion")
+        content[start : start + 10] = b"distorsion"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="checksum"):
+        balf_fx.load(path, conv_net)
+
+
+def test_other_files_are_refused(conv_net, path):
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(FileError, match=r"no plan: was it written by balf_fx\.save"):
+        balf_fx.load(path, conv_net)
+    torch.save(conv_net.state_dict(), path)
+    with pytest.raises(FileError, match="no safetensors file"):
+        balf_fx.load(path, conv_net)
+    with pytest.raises(FileNotFoundError):
+        balf_fx.load(path.with_name("nowhere.safetensors"), conv_net)
+
+
+def test_a_crash_while_writing_leaves_the_old_file_whole(small, conv_net, images, path, monkeypatch):
+    balf_fx.save(small, path)
+    before = path.read_bytes()
+
+    def crash(_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="full"):
+        balf_fx.save(balf_fx.compile(conv_net, images, flops=0.9, effort="fast", progress=False), path)
+    assert path.read_bytes() == before
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+def test_others_may_read_it_as_any_new_file(small, path, tmp_path):
+    (tmp_path / "new").touch()
+    balf_fx.save(small, path)
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_what_safetensors_cannot_hold_is_an_error(small, conv_net, path):
+    with pytest.raises(PassError, match="no plan"):
+        balf_fx.save(torch.fx.symbolic_trace(conv_net), path)
+    small.stem.register_parameter("bias", nn.Parameter(torch.zeros(16).to_sparse()))
+    with pytest.raises(FileError, match="no plain tensor"):
+        balf_fx.save(small, path)
+    assert not path.exists()
+
+
+def test_the_plan_can_be_read_without_the_model(small, path, tmp_path):
+    balf_fx.save(small, path)
+    (header,) = struct.unpack("<Q", path.read_bytes()[:8])
+    metadata = json.loads(path.read_bytes()[8 : 8 + header])["__metadata__"]
+    assert json.loads(metadata["balf_fx.plan"])["report"]["method"] == "budget"
+    written = tmp_path / "plan.json"
+    written.write_text(Plan.of(small).to_json())
+    assert Plan.read(written) == Plan.read(path) == Plan.of(small)
+
+
+# The backend.
+
+
+def run(compiled, *batches):
+    with torch.no_grad():
+        return [compiled(batch) for batch in batches][-1]
+
+
+def test_the_backend_writes_its_factors_and_starts_from_them(conv_net, images, path):
+    options = {"flops": 0.6, "calibration_steps": 2, "inner": "eager"}
+    compiled = torch.compile(conv_net, backend=balf, options=options)
+    run(compiled, images[0])
+    with pytest.raises(NotCalibratedError):
+        balf_fx.save(compiled, path)
+    wanted = run(compiled, *images[:4])
+    balf_fx.save(compiled, path)
+    again = torch.compile(copy.deepcopy(conv_net), backend=balf, options={"plan": path, "inner": "eager"})
+    torch.testing.assert_close(run(again, images[3]), wanted)
+    assert balf_fx.report(again) == balf_fx.report(compiled)
+    other = torch.compile(fresh(conv_net), backend=balf, options={"plan": str(path), "inner": "eager"})
+    with pytest.raises(OptionError, match="other weights"):
+        run(other, images[0])
+    with pytest.raises(PlanError, match="options="):
+        balf_fx.load(path, conv_net)
+
+
+def test_the_backend_takes_the_file_of_a_compiled_model(small, conv_net, images, path):
+    balf_fx.save(small, path)
+    assert all(layer.rank is not None for layer in read(path).plan.layers)
+    compiled = torch.compile(conv_net, backend=balf, options={"plan": path, "inner": "eager"})
+    torch.testing.assert_close(run(compiled, images[0]), small(images[0]))
+
+
+def test_the_backend_refuses_plans_that_change_more_than_ranks(bottleneck, images, path):
+    balf_fx.save(balf_fx.compile(bottleneck, images, flops=0.5, progress=False), path)
+    compiled = torch.compile(bottleneck, backend=balf, options={"plan": path, "inner": "eager"})
+    with pytest.raises(OptionError, match=r"read it with balf_fx\.load"):
+        run(compiled, images[0])

@@ -1,0 +1,238 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balf_fx.graph.curves import Solution
+from balf_fx.ranks.spectra import damped_roots, spectrum_from_output
+from balf_fx.refit.regression import (
+    JointSums,
+    apply,
+    best,
+    error,
+    joint,
+    metric_of,
+    ridge,
+    solutions,
+    total_error,
+    truncate,
+)
+
+PROPERTY = settings(deadline=None, max_examples=25, derandomize=True)
+seeds = st.integers(0, 10_000)
+
+
+def random(seed, *shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(seed, groups=1, outputs=4, inputs=3, positions=50):
+    """x' [G, D, n], y [G, O, n] and weights [n]."""
+    x = random(seed, groups, inputs, positions) + 2
+    y = random(seed + 1, groups, outputs, inputs) @ x + random(seed + 2, groups, outputs, positions) - 1
+    return x, y, random(seed + 3, positions).square() + 0.1
+
+
+def bias_of(seen, fitted):
+    return seen.mean_y - (fitted @ seen.inputs.mean.unsqueeze(-1)).squeeze(-1)
+
+
+def objective(x, y, weights, fitted, bias, right=None):
+    residual = y - fitted @ x - bias.unsqueeze(-1)
+    residual = residual if right is None else right @ residual
+    return float((residual.square().sum((0, 1)) * weights).sum() / weights.sum())
+
+
+def spectrum(seed, outputs, groups=1):
+    """With a metric of its own."""
+    gradients = random(seed + 10, groups, outputs, 30)
+    y = random(seed + 11, groups, outputs, 40)
+    return spectrum_from_output(y @ y.mT / 40, y.mean(-1), damped_roots(gradients @ gradients.mT / 30, 0.1))
+
+
+def test_without_a_ridge_it_is_weighted_least_squares():
+    x, y, weights = problem(0, groups=2)
+    seen = joint(x, y, weights)
+    fitted, _ = ridge(seen, torch.zeros_like(y @ x.mT), 0.0)
+    ones = torch.ones(2, 1, x.shape[-1], dtype=torch.float64)
+    design = (torch.cat([x, ones], 1) * weights.sqrt()).mT
+    expected = torch.linalg.lstsq(design, (y * weights.sqrt()).mT).solution.mT
+    torch.testing.assert_close(fitted, expected[..., :-1])
+    torch.testing.assert_close(bias_of(seen, fitted), expected[..., -1])
+
+
+@pytest.mark.parametrize("strength", [0.1, 3.0])
+def test_gradient_descent_arrives_at_the_ridge(strength):
+    x, y, weights = problem(1)
+    prior = random(7, 1, 4, 3)
+    fitted, _ = ridge(joint(x, y, weights), prior, strength)
+    variable, bias = prior.clone().requires_grad_(), torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    mean = (x * weights).sum(-1, keepdim=True) / weights.sum()
+    variance = float((((x - mean).square() * weights).sum(-1) / weights.sum()).mean())
+    optimiser = torch.optim.LBFGS([variable, bias], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        residual = (y - variable @ x - bias.unsqueeze(-1)).square().sum((0, 1))
+        value = (residual * weights).sum() / weights.sum() + strength * variance * (variable - prior).square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    torch.testing.assert_close(fitted, variable.detach(), rtol=1e-5, atol=1e-6)
+
+
+@PROPERTY
+@given(seeds, st.integers(1, 3))
+def test_no_other_map_of_that_rank_does_better(seed, rank):
+    x, y, weights = problem(seed)
+    seen, metric = joint(x, y, weights), spectrum(seed, 4)
+    full, product = ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
+    left, right = truncate(full, product, metric, rank)
+    assert left.shape == (1, 4, rank)
+    assert right.shape == (1, rank, 3)
+    _, metric_map = metric.maps(4)
+    fitted = left @ right
+    best = objective(x, y, weights, fitted, bias_of(seen, fitted), metric_map)
+    for scale in (1e-3, 1e-1, 1.0):
+        other = (left + scale * random(seed + 5, *left.shape)) @ (right + scale * random(seed + 6, *right.shape))
+        assert best <= objective(x, y, weights, other, bias_of(seen, other), metric_map) + 1e-9
+
+
+def test_at_full_rank_nothing_is_lost():
+    x, y, weights = problem(3)
+    full, product = ridge(joint(x, y, weights), torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
+    left, right = truncate(full, product, spectrum(3, 4), 3)
+    torch.testing.assert_close(left @ right, full)
+
+
+@PROPERTY
+@given(seeds, st.integers(1, 2))
+def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
+    x, y, weights = problem(seed, groups=groups)
+    metric = spectrum(seed, 4, groups)
+    seen = joint(x, y, weights)
+    left, right = random(seed + 20, groups, 4, 2), random(seed + 21, groups, 2, 3)
+    solutions = [
+        Solution(left, right, random(seed + 22, groups, 4)),
+        Solution(None, left @ right, random(seed + 22, groups, 4)),
+        Solution(None, random(seed + 23, groups, 4, 3), None),
+    ]
+    fitted = [left @ right, left @ right, solutions[2].right]
+    biases = [solutions[0].bias, solutions[1].bias, torch.zeros(groups, 4, dtype=torch.float64)]
+    for gram, root in ((None, None), (metric_of(metric), metric.maps(4)[1])):
+        direct = [objective(x, y, weights, *each, root) for each in zip(fitted, biases, strict=True)]
+        summed = [error(seen, solution, gram) for solution in solutions]
+        assert summed[0] == pytest.approx(summed[1])
+        assert summed[0] - summed[2] == pytest.approx(direct[0] - direct[2], rel=1e-9, abs=1e-9)
+
+
+def test_sums_of_batches_add_up():
+    x, y, weights = problem(4, groups=2)
+    whole = joint(x, y, weights)
+    parts = joint(x[..., :20], y[..., :20], weights[:20]) + joint(x[..., 20:], y[..., 20:], weights[20:])
+    for name in ("y", "yx"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
+    for name in ("x", "xx"):
+        torch.testing.assert_close(getattr(whole.inputs, name), getattr(parts.inputs, name))
+    assert whole.count == pytest.approx(parts.count)
+
+
+def test_an_input_that_never_varies_keeps_the_prior():
+    x, y, _ = problem(5)
+    prior = random(9, 1, 4, 3)
+    fitted, _ = ridge(joint(torch.zeros_like(x), y, None), prior, 0.1)
+    torch.testing.assert_close(fitted, prior)
+
+
+def alternating(seen, metric, rank, seed, rounds=3000):
+    """The map that alternating least squares arrives at: each half is solved for while the other stands still."""
+    covariance, cross = seen.inputs.covariance, seen.cross()
+    gram = metric.mT @ metric
+    left = random(seed, *cross.shape[:2], rank)
+    for _ in range(rounds):
+        right = torch.linalg.solve(left.mT @ gram @ left, left.mT @ gram @ torch.linalg.solve(covariance, cross.mT).mT)
+        left = torch.linalg.solve(right @ covariance @ right.mT, (cross @ right.mT).mT).mT
+    return left @ right
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_alternating_least_squares_arrives_at_the_map_of_reduced_rank(rank, weighted):
+    x, y, weights = problem(30)
+    weights = weights if weighted else None
+    seen, metric = joint(x, y, weights), spectrum(30, 4)
+    _, right = metric.maps(4)
+    found = truncate(*ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0), metric, rank)
+    weights = torch.ones(x.shape[-1], dtype=torch.float64) if weights is None else weights
+    closed = found[0] @ found[1]
+    closed = objective(x, y, weights, closed, bias_of(seen, closed), right)
+    maps = [alternating(seen, right, rank, seed) for seed in range(4)]
+    others = [objective(x, y, weights, fitted, bias_of(seen, fitted), right) for fitted in maps]
+    assert min(others) == pytest.approx(closed, rel=1e-6)
+    assert closed <= min(others) * (1 + 1e-9)
+
+
+def problem_with_prior(seed, rank):
+    """Training and held-out sums, the weight, the one-shot solution of another input, and the metric."""
+    x, y, weights = problem(seed)
+    shares = [joint(x[..., own], y[..., own], weights[own]) for own in (slice(0, 37), slice(37, None))]
+    metric, weight = spectrum(seed, 4), random(seed + 40, 1, 4, 3)
+    left, right = metric.maps(rank)
+    return shares, weight, Solution(left, right @ weight, random(seed + 41, 1, 4)), metric
+
+
+@PROPERTY
+@given(seeds, st.integers(1, 3), st.booleans(), st.booleans())
+def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
+    (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
+    prior = (Solution(None, weight, prior.bias),) if dense else (prior,)
+    spectra = (None,) if plain and dense else (metric,)
+    for held in (held_out, JointSums((1, 3), (1, 4), weight.device).joint()):
+        found = best(train, held, weight, prior, spectra)
+        assert found[0].left is None or found[0].left.shape[-1] == rank
+        seen = train + held
+        metrics = [None if each is None else metric_of(each) for each in spectra]
+        assert total_error(seen, found, metrics) <= total_error(seen, prior, metrics)
+
+
+@PROPERTY
+@given(seeds, st.integers(1, 3))
+def test_with_its_right_factor_kept_a_layer_never_does_better(seed, rank):
+    x, y, weights = problem(seed)
+    (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
+    seen = train + held_out
+    (full,) = solutions(seen, weight, (prior,), (metric,), 0.0)
+    thin = joint(prior.right @ x, y, weights)
+    (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0)
+    up = Solution(up.right, prior.right, up.bias)
+    errors = [error(seen, solution, metric_of(metric)) for solution in (full, up, prior)]
+    assert errors[0] <= errors[1] + 1e-9
+    assert errors[1] <= errors[2] + 1e-9
+
+
+def test_products_with_new_targets_need_no_new_products_of_inputs():
+    x, y, weights = problem(6, groups=2)
+    other = random(60, *y.shape)
+    first, again = joint(x, y, weights), JointSums((2, 3), (2, 4), x.device, joint(x, y, weights).inputs)
+    again.add(x, other, weights)
+    expected = joint(x, other, weights)
+    torch.testing.assert_close(again.joint().yx, expected.yx)
+    torch.testing.assert_close(again.joint().y, expected.y)
+    assert again.joint().inputs.xx.equal(first.inputs.xx)
+
+
+def test_products_of_many_columns_are_whole():
+    x, y = random(70, 1, 230, 40), random(71, 3, 5, 40)
+    found = joint(x, y, None)
+    torch.testing.assert_close(found.inputs.xx, x @ x.mT)
+    torch.testing.assert_close(found.yx, y @ x.mT)
+    torch.testing.assert_close(found.inputs.x, x.sum(-1))
+
+
+def test_a_solution_is_applied_part_by_part():
+    x = random(80, 1, 3, 10)
+    thin = Solution(random(81, 1, 4, 2), random(82, 1, 2, 3), random(83, 1, 4))
+    dense = Solution(None, random(84, 1, 4, 3), None)
+    expected = torch.cat([thin.left @ thin.right @ x + thin.bias.unsqueeze(-1), dense.right @ x])
+    torch.testing.assert_close(apply((thin, dense), x), expected)

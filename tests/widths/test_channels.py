@@ -1,0 +1,305 @@
+import pytest
+import torch
+from architectures import CHANNELS, ROWS, Convs, Mlp, Transformer, make, widths
+from torch import nn
+from torch.nn import functional as F
+
+import balf_fx
+from balf_fx.graph.annotation import graph_record
+
+IMAGE, ROW = torch.randn(4, 3, 7, 7), torch.randn(4, *ROWS)
+FOUND = {  # producers, consumers and what lies between, of each width
+    "mlp": {"down": ({"up"}, ["down"], set(), 32)},
+    "gated mlp": {"w2": ({"w1", "w3"}, ["w2"], set(), 32)},
+    "scaled mlp": {"down": ({"up"}, ["down"], {"gamma"}, 32)},
+    "convs": {"second": ({"first"}, ["second"], set(), 16), "head": ({"second"}, ["head"], set(), 12)},
+    "inverted residual": {
+        "block.4": ({"block_0"}, ["block_4"], {"block_2"}, 32),
+        "block.0": ({"stem", "block_4"}, ["block_0", "head"], set(), 8),
+    },
+    "squeeze and excite": {
+        "last": ({"first", "expand"}, ["last", "reduce"], set(), 32),
+        "head": ({"last"}, ["head"], set(), 12),
+    },
+    "pooled": {"head": ({"conv"}, ["head"], set(), 32)},
+}
+
+
+def channels(model, x, capture="symbolic_trace"):
+    return {name: w for name, w in widths(model.eval(), x, capture).items() if w.kind == "channels"}
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_what_is_found(name):
+    model, batches = make(name)
+    found = channels(model, batches[0])
+    assert set(found) == set(FOUND[name])
+    for width, (producers, consumers, between, features) in FOUND[name].items():
+        own = found[width]
+        assert set(own.producers) == producers
+        assert list(own.consumers) == consumers  # the costliest first
+        assert set(own.between) == between
+        assert own.features == features
+        assert own.rows == (tuple(range(features)),) * len(producers)
+        assert (own.heads, own.repeat, own.product) == (1, 1, "")
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_exported_graphs_have_the_same(name):
+    model, batches = make(name)
+    traced, exported = (channels(model, batches[0], method) for method in ("symbolic_trace", "export"))
+    assert set(traced) == set(exported)
+    for width, own in traced.items():
+        other = exported[width]
+        assert own.features == other.features
+        for side in ("producers", "consumers", "between"):
+            assert len(getattr(own, side)) == len(getattr(other, side))
+
+
+ACTIVATIONS = [
+    *(nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid(), nn.Hardswish(), nn.LeakyReLU()),
+    *(nn.Identity(), nn.Dropout(0.3), nn.Sequential(nn.ELU(), nn.Dropout(0.1), nn.Mish())),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_what_treats_each_feature_alone(activation):
+    assert list(channels(Mlp(activation), ROW)) == ["down"]
+
+
+class Whole(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+MIXING = {
+    "LayerNorm": nn.LayerNorm(32),
+    "F.layer_norm": Whole(lambda x: F.layer_norm(x, (32,))),
+    "softmax": nn.Softmax(-1),
+    "PReLU": nn.PReLU(32),
+    "mean of features": Whole(lambda x: x - x.mean(-1, keepdim=True)),
+    "norm of features": Whole(lambda x: F.normalize(x, dim=-1)),
+    "flip": Whole(lambda x: x.flip(-1)),
+    "roll": Whole(lambda x: x.roll(1, -1)),
+    "slice and join": Whole(lambda x: torch.cat([x[:, 16:], x[:, :16]], -1)),
+    "cumsum": Whole(lambda x: x.cumsum(-1)),
+    "reshape with sizes": Whole(lambda x: x.reshape(x.shape[0], 32)),
+    "glu": Whole(lambda x: torch.cat([F.glu(x), F.glu(x)], -1)),
+    "its size": Whole(lambda x: x * x.size(-1)),
+    "its shape": Whole(lambda x: x + x.shape[1]),
+    "product of features": Whole(lambda x: (x.unsqueeze(-1) @ x.unsqueeze(-2)).sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_features_or_counts_them(name):
+    assert channels(Mlp(MIXING[name]), ROW) == {}
+
+
+@pytest.mark.parametrize("function", [lambda x: x * x.size(0), lambda x: x + x.shape[0], lambda x: x * x.dim()])
+def test_other_sizes_do_no_harm(function):
+    assert list(channels(Mlp(Whole(function)), ROW)) == ["down"]
+
+
+def test_batch_statistics_of_a_feature_are_not_across_features():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x - x.mean((2, 3), keepdim=True))
+
+    assert list(channels(Net(), IMAGE)) == ["second"]
+
+
+def test_outputs_of_the_graph_keep_their_features():
+    class Net(Mlp):
+        def forward(self, x):
+            hidden = self.act(self.up(x))
+            return self.down(hidden), hidden
+
+    assert channels(Net(), ROW) == {}
+
+
+def test_features_of_an_input_stay():
+    class Net(Mlp):
+        def forward(self, x):
+            return self.down(self.up(x) + torch.cat([x, x, x[:, :8]], -1))
+
+    assert channels(Net(), ROW) == {}
+
+
+def test_the_residual_stream_of_a_transformer_stays():
+    model, batches = make("transformer")
+    assert isinstance(model, Transformer)
+    assert list(channels(model, batches[0])) == ["down"]
+
+
+def test_a_stream_with_many_layers_stays():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(12, 16), nn.Linear(16, 10)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(3)
+            )
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x)
+
+    assert set(channels(Net(), ROW)) == {"blocks.0.2", "blocks.1.2", "blocks.2.2"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_shared_weights_stay(first):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.other = nn.Linear(12, 32), nn.Linear(32, 10), nn.Linear(32, 10)
+
+        def forward(self, x):
+            if first:
+                return self.down(self.up(x).relu()) + self.other(self.up(2 * x))
+            return self.down(self.up(x).relu()) + self.down(self.up(2 * x))
+
+    assert channels(Net(), ROW) == {}
+
+
+def test_a_tied_weight_stays():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.up = nn.Embedding(20, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 20, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.up(self.embed(x)).relu())
+
+    model = Net().eval()
+    assert channels(model, torch.zeros(4, 5, dtype=torch.long)) == {}
+
+
+@pytest.mark.parametrize("groups", [(2, 1), (1, 2)])
+def test_grouped_convolutions_stay(groups):
+    class Net(Convs):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(4, 16, 3, groups=groups[0])
+            self.second = nn.Conv2d(16, 12, 3, groups=groups[1])
+
+    assert "second" not in channels(Net(), torch.randn(4, 4, 7, 7))
+
+
+def test_a_depthwise_convolution_with_a_multiplier_stays():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 3, groups=16), nn.Conv2d(32, 10, 1))
+    assert channels(model, IMAGE) == {}
+
+
+def test_transposed_convolutions_stay():
+    model = nn.Sequential(nn.ConvTranspose2d(3, 16, 2), nn.ReLU(), nn.Conv2d(16, 10, 1))
+    assert channels(model, IMAGE) == {}
+
+
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_flattened_positions_are_no_features(method):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 10))
+    assert channels(model, IMAGE, method) == {}
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(5), nn.AvgPool2d(5)], ids=str)
+@pytest.mark.parametrize("flatten", [nn.Flatten(), Whole(lambda x: x.flatten(1)), Whole(lambda x: x.mean((-2, -1)))])
+def test_pools_keep_features_apart(pool, flatten):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), pool, flatten, nn.Linear(16, 10))
+    assert list(channels(model, IMAGE)) == ["4"]
+
+
+def test_linear_layers_read_the_last_axis_only():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Linear(7, 10))
+    assert channels(model, IMAGE) == {}
+    square = nn.Sequential(nn.Conv2d(3, 7, 1), nn.ReLU(), nn.Linear(7, 10))
+    assert channels(square, IMAGE) == {}
+
+
+def test_few_features_are_not_worth_it():
+    assert list(channels(Mlp(hidden=8), ROW)) == ["down"]
+    assert channels(Mlp(hidden=7), ROW) == {}
+
+
+def test_excluded_layers_stay():
+    model = Mlp().eval()
+    prepared = balf_fx.prepare(model, ROW, factors="sensitivity", exclude=["up"])
+    assert graph_record(prepared).widths == ()
+
+
+def test_constants_used_elsewhere_stay():
+    class Net(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(32))
+
+        def forward(self, x):
+            return self.down(self.up(x) * self.gamma) + self.gamma.sum()
+
+    assert channels(Net(), ROW) == {}
+
+
+def test_a_constant_along_two_axes_stays():
+    class Net(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(32, 32))
+
+        def forward(self, x):
+            return self.down(self.up(x) * self.table)
+
+    assert channels(Net(), torch.randn(4, 32, 12)) == {}
+
+
+def test_scalars_and_broadcasts_pass():
+    class Net(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.down(self.up(x) * self.scale + self.shift + x[:, :1])
+
+    found = channels(Net(), ROW)
+    assert list(found) == ["down"]
+    assert found["down"].between == ()
+
+
+def test_no_more_than_two_widths_hang_together():
+    layers = [nn.Linear(a, b) for a, b in ((12, 64), (64, 40), (40, 32), (32, 24), (24, 10))]
+    found = channels(nn.Sequential(*layers), ROW)
+    assert set(found) == {"1", "2", "4"}  # the most FLOPs: between 0 and 1, and 1 and 2
+
+
+def test_padding_of_pixels_passes():
+    class Net(Convs):
+        def forward(self, x):
+            x = F.pad(self.first(x), (1, 1, 1, 1))
+            return self.head(self.second(x).mean((2, 3)))
+
+    assert set(channels(Net(), IMAGE)) == {"second", "head"}
+
+    class Padded(Convs):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.Conv2d(18, 12, 3)
+
+        def forward(self, x):
+            x = F.pad(self.first(x), (0, 0, 0, 0, 1, 1))
+            return self.head(self.second(x).mean((2, 3)))
+
+    assert set(channels(Padded(), IMAGE)) == {"head"}
