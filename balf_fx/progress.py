@@ -1,0 +1,88 @@
+"""One progress bar for all of a long piece of work.
+
+A `Progress` is a share of the bar. Whoever does the work divides it further: `spans` gives one share for each step,
+`track` moves it along while items are worked on. The base class shows nothing, so that code need not ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+_T = TypeVar("_T")
+_FORMAT = "{desc:<24} {percentage:3.0f} % |{bar}| {elapsed}"
+
+
+class Progress:
+    """A share of some work. This one is silent."""
+
+    def spans(self, weights: Sequence[float], names: Sequence[str] = ()) -> list[Progress]:
+        """One share for each step.
+
+        Args:
+            weights: how long each step takes, in any unit.
+            names: shown while a step is worked on; none: the name stays.
+        """
+        del names
+        return [self] * len(weights)
+
+    def track(self, items: Collection[_T], weights: Sequence[float] = ()) -> Iterator[_T]:
+        """The items one by one; the share is done when the last one is.
+
+        Args:
+            weights: how long each item takes, in any unit; none: all alike.
+        """
+        for item, span in zip(items, self.spans(weights or [1.0] * len(items)), strict=True):
+            yield item
+            span.done()
+        self.done()
+
+    def done(self) -> None:
+        """This share has been done."""
+
+
+SILENT = Progress()
+"""Shows nothing."""
+
+
+@dataclass(frozen=True)
+class _Span(Progress):
+    """From `start` to `stop` of a bar, both in [0, 1]."""
+
+    bar: tqdm[Any]
+    start: float
+    stop: float
+    name: str
+
+    def spans(self, weights: Sequence[float], names: Sequence[str] = ()) -> list[Progress]:
+        self._show(self.start)
+        total = sum(weights) or 1.0
+        places = [self.start + (self.stop - self.start) * done / total for done in accumulate(weights, initial=0.0)]
+        named = names or [self.name] * len(weights)
+        return [_Span(self.bar, *place, name) for place, name in zip(pairwise(places), named, strict=True)]
+
+    def done(self) -> None:
+        self._show(self.stop)
+
+    def _show(self, place: float) -> None:
+        self.bar.set_description_str(self.name, refresh=False)
+        self.bar.update(max(100 * place - self.bar.n, 0.0))
+
+
+@contextmanager
+def progress_bar(shown: bool, name: str) -> Iterator[Progress]:
+    """A bar on stderr for as long as the context lasts, or nothing.
+
+    Args:
+        name: of the work, until a step has a name of its own.
+    """
+    if not shown:
+        yield SILENT
+        return
+    with tqdm(total=100.0, desc=name, bar_format=_FORMAT, leave=False) as bar:
+        yield _Span(bar, 0.0, 1.0, name)
