@@ -54,7 +54,7 @@ class Backend:
         Args:
             graph_module: as Dynamo captured it, weights among its inputs.
             example_inputs: the arguments of the call that Dynamo compiles for.
-            options: see `balf_fx.options.BackendOptions`.
+            options: see `balf_fx.dynamo.options.BackendOptions`.
             mode: for the inner backend.
 
         Returns:
@@ -108,8 +108,13 @@ balf = Backend()
 """What the entry point names."""
 
 
+def is_compiled(value: Any) -> bool:
+    """Whether `torch.compile` has made this."""
+    return owner_of(value) is not None
+
+
 def plan(compiled: Any) -> Stored:
-    """Ranks and factors of a compiled model: `options={"plan": plan}` starts compressed at once.
+    """What was done to a compiled model, and its new layers: `options={"plan": plan}` starts compressed at once.
 
     `balf_fx.save` writes them to a file, whose path will do as a plan, too.
 

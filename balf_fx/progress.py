@@ -6,7 +6,7 @@ A `Progress` is a share of the bar. Whoever does the work divides it further: `s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -31,15 +31,18 @@ class Progress:
         del names
         return [self] * len(weights)
 
-    def track(self, items: Collection[_T], weights: Sequence[float] = ()) -> Iterator[_T]:
+    def track(self, items: Iterable[_T], weights: Sequence[float] = ()) -> Iterator[_T]:
         """The items one by one; the share is done when the last one is.
 
         Args:
+            items: any iterable; the bar moves on between items where their number is known.
             weights: how long each item takes, in any unit; none: all alike.
         """
-        for item, span in zip(items, self.spans(weights or [1.0] * len(items)), strict=True):
+        known = list(weights) or [1.0] * (len(items) if isinstance(items, Sized) else 0)
+        spans = iter(self.spans(known))
+        for item in items:
             yield item
-            span.done()
+            next(spans, SILENT).done()
         self.done()
 
     def done(self) -> None:

@@ -6,47 +6,29 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.budget.clusters import Cluster, Option, find_clusters
+from balf_fx.budget.clusters import Option
 from balf_fx.budget.knapsack import dual, minimum_cost, solve
+from balf_fx.budget.problem import Problem, Totals, pose, settle
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.graph.allocation import Allocation, Choice
-from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph
+from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.curves import Candidate, Measure, PartRanks, Rank, RankCurve
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
-from balf_fx.ranks.costs import energy_curve, largest_part_rank, parts_candidate
+from balf_fx.ranks.costs import largest_part_rank, parts_candidate
 
 Method = Literal["budget", "uniform", "energy"]
 
 
 IMPORTANCE = 0.6
 """`Allocate.importance` where gradients are known and nothing is measured."""
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What the whole model costs.
-
-    Attributes:
-        flops, params: as the user gave it; budgets are fractions of these.
-        params_now: after the passes so far, which may have folded some into others.
-    """
-
-    flops: int
-    params: int
-    params_now: int
-
-    def params_after(self, allocation: Allocation) -> int:
-        """Parameters once the chosen sites are factorized."""
-        changed = sum(choice.chosen.params - choice.dense.params for choice in allocation.choices)
-        return self.params_now + changed - allocation.saved_elsewhere[1]
 
 
 @dataclass(frozen=True)
@@ -108,89 +90,80 @@ class Allocate(Pass):
             if annotation(nodes[0]).curve is None:
                 raise PassError(f"Allocate: site {site.name!r} has no curve; run Score first")
         if self.flops is not None and graph_record(graph_module).flops is None:
-            raise PassError("Allocate: nobody counted the graph's FLOPs; run balf_fx.costs.profile, or use params=")
+            raise PassError("Allocate: nobody counted the graph's FLOPs; run graph.flops.profile, or use params=")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        found = self.require_sites(graph_module)
-        curves = {site: curve for site, nodes in found.items() if (curve := annotation(nodes[0]).curve) is not None}
-        record = graph_record(graph_module)
-        params_now = count_parameters(graph_module)
-        totals = Totals(record.flops or 0, record.params or params_now, params_now)
-        clusters = find_clusters(graph_module) if self.method == "budget" and self.ranks is None else []
-        allocation = self.solve(curves, totals, clusters)
-        for nodes, choice in zip(found.values(), allocation.choices, strict=True):
-            for node in nodes:
-                annotate(node, choice=choice)
-        marks = [annotation(node) for node in graph_module.graph.nodes]
-        record_graph(
-            graph_module,
-            params=totals.params,
-            params_after=totals.params_after(allocation),
-            allocation=allocation,
-            refusals=tuple((mark.refusal, mark.flops) for mark in marks if mark.refusal is not None),
-        )
+        record, params_now = graph_record(graph_module), count_parameters(graph_module)
+        problem = pose([(graph_module, 1)], Totals(record.flops or 0, record.params or params_now, params_now))
+        settle([(graph_module, 1)], problem, self.solve(problem))
         return PassResult(graph_module, False)
 
-    def solve(self, curves: Mapping[Site, RankCurve], totals: Totals, clusters: Sequence[Cluster] = ()) -> Allocation:
-        """Choose one candidate for each site, and a size for each width, wherever they lie: in one graph or in several.
+    def solve(self, problem: Problem) -> Allocation:
+        """Choose one candidate for each site, and a size for each width.
 
         Raises:
             BudgetError: the budget cannot be reached.
         """
-        bound, sizes, saved = None, {}, (0, 0)
-        weights = _weights(list(curves.values()), self.importance)
-        if self.ranks is not None:
-            chosen = _explicit(curves, self.ranks)
+        weights = _weights(list(problem.curves.values()), self.importance)
+        if self.method == "budget" and self.ranks is None:
+            found = self._least_loss(problem, weights)
+        elif self.ranks is not None:
+            found = _Spread(_explicit(problem.curves, self.ranks))
         elif self.target is None:
-            chosen = [_first_with_energy(curve, self.energy or 1.0) for curve in curves.values()]
-        elif self.method == "budget":
-            options, fixed = self._options(curves, clusters, weights, totals)
-            budget = self._reachable(self._costs(options), fixed, totals)
-            picked, multiplier = self._least_loss(options, budget)
-            grids, multipliers = [options], [multiplier]
-            if clusters:  # what the first grid of sizes has left over goes to sizes in between
-                near = {row.widths: option for row, option in picked if row.widths}
-                options, _ = self._options(curves, clusters, weights, totals, near)
-                picked, multiplier = self._least_loss(options, budget)
-                grids, multipliers = [*grids, options], [*multipliers, multiplier]
-            bound = self._bound(grids, budget, multipliers)
-            by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
-            chosen = [by_site[site] for site in curves]
-            sizes = {w: size for row, option in picked for w, size in zip(row.widths, option.sizes, strict=True)}
-            saved = _sum_pairs(
-                (row.full[0] - option.others[0], row.full[1] - option.others[1]) for row, option in picked
-            )
-            losses = [option.loss for _, option in picked]
+            found = _Spread([_first_with_energy(curve, self.energy or 1.0) for curve in problem.curves.values()])
         else:
-            chosen = self._by_level(list(curves.values()), totals)
+            found = _Spread(self._by_level(list(problem.curves.values()), problem.totals))
+        pairs = zip(problem.curves.items(), found.chosen, strict=True)
         choices = tuple(
-            Choice(
-                site,
-                candidate,
-                curve.dense,
-                1.0 - curve.normalised(candidate.distortion),
-                energy_curve(site, curve),
-            )
-            for (site, curve), candidate in zip(curves.items(), chosen, strict=True)
+            Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
+            for (site, curve), candidate in pairs
         )
-        if bound is None:
-            losses = [w * (1.0 - choice.energy_kept) for w, choice in zip(weights, choices, strict=True)]
-        method = "ranks" if self.ranks is not None else self.method
-        return Allocation(method, self.measure, self.target, choices, sum(losses), bound, sizes, saved)
+        lost = sum(weight * (1.0 - choice.energy_kept) for weight, choice in zip(weights, choices, strict=True))
+        return Allocation(
+            method="ranks" if self.ranks is not None else self.method,
+            measure=self.measure,
+            target=self.target,
+            choices=choices,
+            primal=lost if found.loss is None else found.loss,
+            bound=found.bound,
+            sizes=found.sizes,
+            saved_elsewhere=found.saved_elsewhere,
+        )
+
+    def _least_loss(self, problem: Problem, weights: Sequence[float]) -> _Spread:
+        """The least total loss within the budget."""
+        options, fixed = self._options(problem, weights)
+        budget = self._reachable(self._costs(options), fixed, problem.totals)
+        picked, multiplier = self._cheapest(options, budget)
+        grids, multipliers = [options], [multiplier]
+        if problem.clusters:  # what the first grid of sizes has left over goes to sizes in between
+            near = {row.widths: option for row, option in picked if row.widths}
+            options, _ = self._options(problem, weights, near)
+            picked, multiplier = self._cheapest(options, budget)
+            grids, multipliers = [*grids, options], [*multipliers, multiplier]
+        by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
+        return _Spread(
+            chosen=[by_site[site] for site in problem.curves],
+            loss=sum(option.loss for _, option in picked),
+            bound=self._bound(grids, budget, multipliers),
+            sizes={w: size for row, option in picked for w, size in zip(row.widths, option.sizes, strict=True)},
+            saved_elsewhere=_sum_pairs(
+                (row.full[0] - option.others[0], row.full[1] - option.others[1]) for row, option in picked
+            ),
+        )
 
     def _options(
         self,
-        curves: Mapping[Site, RankCurve],
-        clusters: Sequence[Cluster],
+        problem: Problem,
         weights: Sequence[float],
-        totals: Totals,
-        near: Mapping[tuple[int, ...], Option] | None = None,
+        near: Mapping[tuple[str, ...], Option] | None = None,
     ) -> tuple[list[_Row], int]:
         """What there is to choose from, cluster by cluster and then site by site, and what everything else costs."""
+        curves, totals = problem.curves, problem.totals
         weight_of = dict(zip(curves, weights, strict=True))
         mean = _mean_loss(list(curves.values()))
         rows = []
-        for cluster in clusters:
+        for cluster in problem.clusters:
             own = [member.site for member in cluster.members]
             width_weights = [self.caution * (curve.loss / mean) ** self.importance for curve in cluster.curves]
             options = cluster.options(
@@ -198,9 +171,9 @@ class Allocate(Pass):
                 [weight_of[s] for s in own],
                 width_weights,
                 self.measure,
-                None if near is None else near[cluster.indices],
+                None if near is None else near[cluster.keys],
             )
-            rows.append(_Row(tuple(own), cluster.indices, tuple(options), cluster.full))
+            rows.append(_Row(tuple(own), cluster.keys, tuple(options), cluster.full))
         taken = {site for row in rows for site in row.sites}
         for site, curve in curves.items():
             if site not in taken:
@@ -217,7 +190,7 @@ class Allocate(Pass):
     def _costs(self, rows: Sequence[_Row]) -> list[list[int]]:
         return [[option.cost(self.measure) for option in row.options] for row in rows]
 
-    def _least_loss(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
+    def _cheapest(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
         """The options of least loss within the budget, and the multiplier of the dual."""
         costs = self._costs(rows)
         if sum(row[-1] for row in costs) <= budget:
@@ -289,6 +262,22 @@ def allocate_for(
 
 
 @dataclass(frozen=True)
+class _Spread:
+    """What a method chose.
+
+    Attributes:
+        chosen: a candidate for each site.
+        loss, bound: of the objective, where it was minimised.
+    """
+
+    chosen: list[Candidate]
+    loss: float | None = None
+    bound: float | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    saved_elsewhere: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class _Row:
     """Sites and widths that are chosen together.
 
@@ -297,7 +286,7 @@ class _Row:
     """
 
     sites: tuple[Site, ...]
-    widths: tuple[int, ...]
+    widths: tuple[str, ...]
     options: tuple[Option, ...]
     full: tuple[int, int]
 

@@ -13,9 +13,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError, UnknownSiteError
 from balf_fx.graph.annotation import annotate, sites
-from balf_fx.graph.layers import read_parts, read_site
+from balf_fx.graph.layers import read_layer, read_parts, read_site
 from balf_fx.graph.parameters import get_tensor, parameter_users
-from balf_fx.graph.site import Reason, Refusal, Site
+from balf_fx.graph.site import Reason, Refusal, Site, exclusion
 from balf_fx.passes.base import Pass
 
 Marks = dict[fx.Node, Site | Refusal | None]
@@ -29,26 +29,44 @@ class Annotate(Pass):
     times, become one site.
 
     Attributes:
-        include: glob patterns of site names; None takes every site.
-        exclude: glob patterns of site names to leave out.
+        include: glob patterns of the layers that may change; None takes every one.
+        exclude: glob patterns of layers that keep their weights bit for bit: no later pass changes them.
+        dense: glob patterns of sites that keep their full rank, but may be refitted and become narrower.
+        partial: the graph is a part of a model, so that a pattern may match nothing in it.
 
     Raises:
-        UnknownSiteError: a pattern matches no layer that could be a site.
+        UnknownSiteError: a pattern matches no layer.
     """
 
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
+    dense: Sequence[str] = ()
+    partial: bool = False
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         marks: Marks = {node: read_site(graph_module, node) for node in graph_module.graph.nodes}
         _join_shared(graph_module, marks)
-        check_patterns(self.include, self.exclude, [mark.name for mark in marks.values() if isinstance(mark, Site)])
+        layers = {node: name for node, mark in marks.items() if (name := _layer_name(graph_module, node, mark))}
+        if not self.partial:
+            self.check(list(layers.values()))
         _find_parts(marks)
         for node, mark in marks.items():
-            chosen = self._selected(mark) if isinstance(mark, Site) else mark
+            chosen = self._selected(mark, layers[node]) if node in layers and mark is not None else mark
             site = chosen if isinstance(chosen, Site) else None
             annotate(node, site=site, refusal=chosen if isinstance(chosen, Refusal) else None)
         return PassResult(graph_module, False)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse patterns that match none of these names.
+
+        Raises:
+            UnknownSiteError: lists the names.
+        """
+        for option in ("include", "exclude", "dense"):
+            for pattern in getattr(self, option) or ():
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    listed = ", ".join(dict.fromkeys(names))
+                    raise UnknownSiteError(f"{option} pattern {pattern!r} matches no site; sites are: {listed}")
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         names = [site.name for site in sites(graph_module)]
@@ -56,25 +74,21 @@ class Annotate(Pass):
         if repeated:
             raise PassError(f"Annotate gave several sites the same name: {', '.join(sorted(repeated))}")
 
-    def _selected(self, site: Site) -> Site | Refusal:
-        if any(fnmatchcase(site.name, pattern) for pattern in self.exclude):
-            return Refusal(site.name, site.kind, Reason.EXCLUDED, "matches exclude")
-        if self.include is not None and not any(fnmatchcase(site.name, pattern) for pattern in self.include):
-            return Refusal(site.name, site.kind, Reason.EXCLUDED, "matches no include")
-        return site
+    def _selected(self, mark: Site | Refusal, name: str) -> Site | Refusal:
+        detail = exclusion(name, self.include, self.exclude)
+        if detail:
+            return Refusal(name, mark.kind, Reason.EXCLUDED, detail)
+        if isinstance(mark, Site) and any(fnmatchcase(name, pattern) for pattern in self.dense):
+            return dataclasses.replace(mark, keeps_rank=True)
+        return mark
 
 
-def check_patterns(include: Sequence[str] | None, exclude: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse patterns that match no site.
-
-    Raises:
-        UnknownSiteError: lists the sites.
-    """
-    for option, patterns in (("include", include or ()), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                listed = ", ".join(dict.fromkeys(names))
-                raise UnknownSiteError(f"{option} pattern {pattern!r} matches no site; sites are: {listed}")
+def _layer_name(graph_module: fx.GraphModule, node: fx.Node, mark: Site | Refusal | None) -> str | None:
+    """What patterns call a node: sites and layers that no rank helps have names, nothing else has."""
+    if isinstance(mark, Site):
+        return mark.name
+    layer = read_layer(graph_module, node)
+    return layer.name if isinstance(layer, Site) else None
 
 
 def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from balf_fx.graph.edits import erase_unused, set_bias
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.operators import reads_metadata
 from balf_fx.graph.parameters import get_tensor, is_hooked, parameter_users
-from balf_fx.graph.site import Norm, Site
+from balf_fx.graph.site import Norm, Site, exclusion
 from balf_fx.passes.base import Pass
 
 _MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -37,14 +38,22 @@ class FoldBatchNorm(Pass):
     A pair is folded where the BatchNorm uses running statistics, nothing else reads the values of the layer's output,
     and nothing else its parameters. Linear-BatchNorm pairs need the output's shape, which `capture` records, since
     BatchNorm1d normalises another axis of a three-dimensional input.
+
+    Attributes:
+        include, exclude: as in `Annotate`: what they leave out keeps its weights, and its BatchNorm.
     """
+
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
         for node in list(graph_module.graph.nodes):
             source, norm = _read_norm(graph_module, node) or (None, None)
             layer = None if norm is None or source is None else _foldable_layer(graph_module, source, norm)
-            if norm is not None and source is not None and layer is not None:
+            if norm is None or source is None or layer is None:
+                continue
+            if not exclusion(layer.name, self.include, self.exclude):
                 _fold(graph_module, source, layer, norm)
                 annotate(source, folded=(*annotation(source).folded, norm))
                 node.replace_all_uses_with(source)

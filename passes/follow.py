@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.budget.problem import Problem
 from balf_fx.errors import PlanError
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph
-from balf_fx.graph.curves import Candidate, Rank
+from balf_fx.graph.curves import Rank
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.site import Site
+from balf_fx.graph.widths import Width
 from balf_fx.passes.base import Pass
-from balf_fx.reporting.report import SiteRow
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Follow(Pass):
         plan: made for a model of the same architecture.
 
     Raises:
-        PlanError: the graph's sites or widths are others than the plan's, or cannot have what it says.
+        PlanError: the graph's sites or widths differ from the plan's, or cannot have what it says.
     """
 
     plan: Plan
@@ -35,57 +37,64 @@ class Follow(Pass):
         self.require_sites(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        report, found = self.plan.report, self.require_sites(graph_module)
-        choices = tuple(_choice(site, row) for site, row in self._matched(list(found)))
-        for nodes, choice in zip(found.values(), choices, strict=True):
+        record, found = graph_record(graph_module), self.require_sites(graph_module)
+        widths = {width.key: width for width in record.widths}
+        curves = zip(widths, record.width_curves, strict=False)
+        allocation = self._allocation(found, widths, {key for key, curve in curves if curve is not None})
+        for nodes, choice in zip(found.values(), allocation.choices, strict=True):
             for node in nodes:
                 annotate(node, choice=choice)
         marks = [annotation(node) for node in graph_module.graph.nodes]
-        allocation = Allocation(
-            report.method,
-            "params" if report.measure == "params" else "flops",
-            report.target,
-            choices,
-            report.primal,
-            report.bound,
-            self._sizes(graph_module),
-            (report.flops_saved_elsewhere, report.params_saved_elsewhere),
-        )
         record_graph(
             graph_module,
             allocation=allocation,
-            params_after=report.params_after,
+            params_after=self.plan.params_after,
             refusals=tuple((mark.refusal, mark.flops) for mark in marks if mark.refusal is not None),
         )
         return PassResult(graph_module, False)
 
-    def _matched(self, found: list[Site]) -> Iterator[tuple[Site, SiteRow]]:
-        rows = {row.name: row for row in self.plan.report.sites}
-        unlike = [site.name for site in found if site.name not in rows or rows[site.name].shape != site.shape]
-        unlike += sorted(set(rows) - {site.name for site in found})
+    def solve(self, problem: Problem) -> Allocation:
+        """What the plan says of all graphs together, in place of `Allocate.solve`."""
+        widths = {width.key: width for cluster in problem.clusters for width in cluster.widths}
+        return self._allocation(problem.curves, widths, widths)
+
+    def _allocation(self, found: Iterable[Site], widths: Mapping[str, Width], scored: Collection[str]) -> Allocation:
+        """The plan's own, for these sites.
+
+        Args:
+            scored: keys of the widths that can be narrowed.
+        """
+        choices = {choice.site.name: choice for choice in self.plan.allocation.choices}
+        listed = list(found)
+        unlike = [s.name for s in listed if s.name not in choices or choices[s.name].site.shape != s.shape]
+        unlike += sorted(set(choices) - {site.name for site in listed})
         if unlike:
             raise PlanError(
                 f"the plan was made for another model: {', '.join(unlike[:5])}{', ...' if len(unlike) > 5 else ''} "
                 "are not the same in both"
             )
-        for site in found:
-            _check_rank(site, rows[site.name].rank)
-        return ((site, rows[site.name]) for site in found)
-
-    def _sizes(self, graph_module: fx.GraphModule) -> dict[int, int]:
-        record = graph_record(graph_module)
+        for site in listed:
+            _check_rank(site, choices[site.name].chosen.rank)
         for planned in self.plan.widths:
-            width = record.widths[planned.index] if planned.index < len(record.widths) else None
-            if width is None or (width.name, width.kind) != (planned.name, planned.kind):
-                raise PlanError(f"the plan narrows {planned.kind} at {planned.name}, of which this graph knows nothing")
-            if planned.index >= len(record.width_curves) or record.width_curves[planned.index] is None:
+            width = widths.get(planned.key)
+            if width is None or planned.key not in scored:
                 raise PlanError(
-                    f"the plan narrows {planned.kind} at {planned.name}, which takes gradients: use "
-                    "factors='sensitivity' and widths=True"
+                    f"the plan narrows {planned.kind} at {planned.name}, of which no statistics are known here: they "
+                    "take gradients, so use factors='sensitivity' and widths=True"
                 )
-            if not 1 <= planned.size <= width.features:
-                raise PlanError(f"the plan leaves {planned.size} of {width.features} {planned.kind} at {planned.name}")
-        return {planned.index: planned.size for planned in self.plan.widths}
+            if planned.features != width.features or not 1 <= planned.size <= width.features:
+                raise PlanError(
+                    f"the plan leaves {planned.size} of {planned.features} {planned.kind} at {planned.name}, which has "
+                    f"{width.features}"
+                )
+        own = tuple(_with_site(choices[site.name], site) for site in listed)
+        sizes = {planned.key: planned.size for planned in self.plan.widths}
+        return dataclasses.replace(self.plan.allocation, choices=own, sizes=sizes)
+
+
+def _with_site(choice: Choice, site: Site) -> Choice:
+    """The plan's choice for the graph's own site."""
+    return dataclasses.replace(choice, site=site)
 
 
 def _check_rank(site: Site, rank: Rank) -> None:
@@ -95,11 +104,6 @@ def _check_rank(site: Site, rank: Rank) -> None:
     ranks, parts = (rank, site.parts) if isinstance(rank, tuple) else ((rank,), 1)
     limit = min(site.out_features // parts, site.in_features)
     numbers = [each for each in ranks if each is not None]
-    if not numbers or len(ranks) != parts or not all(1 <= each <= limit for each in numbers):
-        raise PlanError(f"the plan has rank {rank} for {site.name!r}, which is {site.shape}")
-
-
-def _choice(site: Site, row: SiteRow) -> Choice:
-    chosen = Candidate(row.rank, row.flops_after, row.params_after, row.distortion)
-    dense = Candidate(None, row.flops_before, row.params_before, 0.0)
-    return Choice(site, chosen, dense, row.energy_kept, row.spectrum)
+    whole = all(isinstance(each, int) and 1 <= each <= limit for each in numbers)
+    if not numbers or len(ranks) != parts or not whole:
+        raise PlanError(f"the plan has rank {rank} for {site.name!r}, which is {site.shape_in_words}")

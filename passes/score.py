@@ -6,14 +6,13 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
-from tqdm import tqdm
 
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver
@@ -24,6 +23,7 @@ from balf_fx.graph.flops import use
 from balf_fx.graph.parameters import grouped_bias, grouped_weight
 from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass
+from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.costs import rank_curve
 from balf_fx.ranks.spectra import (
     convex_energies,
@@ -44,6 +44,24 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What calibration has shown of a site.
+
+    Attributes:
+        moments: on one side of the site; None for its weight alone.
+        side: of the moments.
+        gradients: at the site's output; None for the plain output error.
+        halves: of the samples, each to judge what the other would choose; the energies are then what a rank saves on
+            samples that it was not made for.
+    """
+
+    moments: Moments | None
+    side: Side
+    gradients: Gradients | None = None
+    halves: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True)
 class Score(Pass):
     """Score every candidate rank of every site.
 
@@ -55,7 +73,7 @@ class Score(Pass):
             moments and leaves the bias alone, as BALF (arXiv 2509.25136) does.
         split: let the parts of a fused projection have factors of their own where that is better.
         damping: what is added to the eigenvalues of the gradients' second moment, as a share of their mean.
-        progress: show a progress bar.
+        progress: moved on site by site.
 
     A site whose statistics and options are those of its last score is not scored again.
     """
@@ -64,7 +82,7 @@ class Score(Pass):
     centred: bool = True
     split: bool = True
     damping: float = 0.1
-    progress: bool = False
+    progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.factors not in get_args(Factors):
@@ -82,62 +100,53 @@ class Score(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        for site, nodes in tqdm(found.items(), desc="scoring", unit="site", disable=not self.progress, leave=False):
-            mark = annotation(nodes[0])
-            sample, halves = self._sensitivity(graph_module, nodes[0]) if self.factors == "sensitivity" else (None, ())
-            moments, side = (None, site.side) if self.factors == "svd" else self._observed(graph_module, nodes[0], site)
-            if sample is not None:
-                moments, side = sample.moments, site.side
-            gradients = None if sample is None else sample.gradients
-            scored_with = (self.factors, self.centred, self.split, self.damping, moments, gradients)
+        work = [float(site.full_rank) ** 3 * site.groups for site in found]
+        for site, nodes in self.progress.track(found.items(), work):
+            mark, seen = annotation(nodes[0]), self._seen(graph_module, nodes[0], site)
+            scored_with = (self.factors, self.centred, self.split, self.damping, seen.moments, seen.gradients)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            curve = self.score(graph_module, site, moments, *use(nodes), gradients, side, halves)
+            curve = self.score(graph_module, site, seen, use(nodes))
             for node in nodes:
                 annotate(node, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
 
-    def score(
-        self,
-        graph_module: fx.GraphModule,
-        site: Site,
-        moments: Moments | None,
-        flops: int,
-        output_elements: int,
-        gradients: Gradients | None = None,
-        side: Side | None = None,
-        halves: Sequence[Sample] = (),
-    ) -> RankCurve:
+    def score(self, graph_module: fx.GraphModule, site: Site, seen: Observed, cost: tuple[int, int]) -> RankCurve:
         """Score one site.
 
         Args:
-            moments: on the site's side, or on `side`; None for the weight alone.
-            flops, output_elements: of all uses of the site together.
-            gradients: at the site's output, with moments on the site's side; None for the plain output error.
-            side: of the moments.
-            halves: of the samples, each to judge what the other would choose; the energies are then what a rank saves
-                on samples that it was not made for.
+            cost: FLOPs and output elements of all uses of the site together.
         """
-        side = side or site.side
+        gradients = seen.gradients
         roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
-        spectrum = _spectrum(graph_module, site, moments, side, self.centred, 1, roots)
+        spectrum = _spectrum(graph_module, site, seen, self.centred, 1, roots)
         parts = None
-        if self.split and site.parts > 1 and self.factors != "air":
+        if self.split and site.parts > 1 and not site.keeps_rank and self.factors != "air":
             roots = None if gradients is None else self._parts_roots(graph_module, site, gradients)
-            parts = _spectrum(graph_module, site, moments, side, self.centred, site.parts, roots)
-        if gradients is not None and len(halves) == 2:
+            parts = _spectrum(graph_module, site, seen, self.centred, site.parts, roots)
+        if gradients is not None and len(seen.halves) == 2:
             unit = gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
             weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
-            judge = partial(self._held_out, site, weight, bias, halves, unit)
+            judge = partial(self._held_out, site, weight, bias, seen.halves, unit)
             spectrum = dataclasses.replace(spectrum, energies=judge(1))
             if parts is not None and gradients.parts is not None:
                 parts = dataclasses.replace(parts, energies=judge(site.parts))
-        curve = rank_curve(site, spectrum, flops, output_elements, parts)
+        curve = rank_curve(site, spectrum, *cost, parts)
         if gradients is None:
             return curve
         # S is scaled to a mean square of 1: the energy of each direction is what it would be for a gradient of 1.
         per_sample = gradients.total / gradients.samples
         return dataclasses.replace(curve, loss=0.5 * per_sample * curve.energy / spectrum.energies.shape[-1])
+
+    def _seen(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Observed:
+        """The statistics that the factors need."""
+        if self.factors == "svd":
+            return Observed(None, site.side)
+        moments, side = self._observed(graph_module, node, site)
+        sample, halves = self._sensitivity(graph_module, node) if self.factors == "sensitivity" else (None, ())
+        return (
+            Observed(moments, side) if sample is None else Observed(sample.moments, site.side, sample.gradients, halves)
+        )
 
     def _parts_roots(
         self, graph_module: fx.GraphModule, site: Site, gradients: Gradients
@@ -191,17 +200,17 @@ class Score(Pass):
 def _spectrum(
     graph_module: fx.GraphModule,
     site: Site,
-    moments: Moments | None,
-    side: Side,
+    seen: Observed,
     centred: bool,
     parts: int,
     roots: tuple[Tensor, Tensor] | None,
 ) -> Spectrum:
     """The spectrum of the site as a whole, or with `parts` above 1 of its parts."""
+    moments = seen.moments
     weight = in_parts(grouped_weight(graph_module, site), parts)
     if moments is None:
         return spectrum_from_weight(weight)
-    if side == "input":
+    if seen.side == "input":
         moment = moments.covariance() if centred else moments.second_moment()
         return spectrum_from_input(weight, moment, moments.mean if centred else None, roots)
     bias = grouped_bias(graph_module, site)

@@ -214,14 +214,23 @@ class Cluster:
                     loss=near.loss + weight * changed,
                 )
 
+    def repeated(self, calls: int) -> Cluster:
+        """The same in a graph that is run several times."""
+        members = tuple(
+            dataclasses.replace(each, flops=calls * each.flops, output_elements=calls * each.output_elements)
+            for each in self.members
+        )
+        shares = tuple(dataclasses.replace(each, flops=calls * each.flops) for each in self.shares)
+        return dataclasses.replace(self, members=members, shares=shares)
+
     @property
     def full(self) -> tuple[int, int]:
         """FLOPs and parameters of the shares as they are."""
         return sum(share.flops for share in self.shares), sum(share.params for share in self.shares)
 
 
-def find_clusters(graph_module: fx.GraphModule) -> list[Cluster]:
-    """The clusters of a graph whose widths have been scored."""
+def find_clusters(graph_module: fx.GraphModule, calls: int = 1) -> list[Cluster]:
+    """The clusters of a graph whose widths have been scored, at what they cost in so many calls of it."""
     record = graph_record(graph_module)
     known = [index for index, curve in enumerate(record.width_curves) if curve is not None]
     widths = [record.widths[index] for index in known]
@@ -230,7 +239,8 @@ def find_clusters(graph_module: fx.GraphModule) -> list[Cluster]:
     for group in joint_widths(widths):
         indices = tuple(known[i] for i in group)
         curves = tuple(curve for i in indices if (curve := record.width_curves[i]) is not None)
-        found.append(_cluster(graph_module, nodes, indices, tuple(widths[i] for i in group), curves))
+        cluster = _cluster(graph_module, nodes, indices, tuple(widths[i] for i in group), curves)
+        found.append(cluster if calls == 1 else cluster.repeated(calls))
     return found
 
 

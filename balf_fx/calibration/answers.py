@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import Forward, run_batch
-
-Loss = Callable[[Any, Any], Tensor]
-"""`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
+from balf_fx.calibration.batches import Forward, Loss, run_batch
 
 
 def find_logits(output: Any, batch: Any) -> Tensor | None:

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,50 @@ MODEL_ERRORS = (
 
 Forward = Callable[[nn.Module, Any], Any]
 """`forward(model, batch)` runs the model on a batch; what it returns is ignored."""
+
+Loss = Callable[[Any, Any], Tensor]
+"""`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
+
+MEMORY = 2 << 30
+"""Bytes of intermediate values that are kept in memory unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data to calibrate on, and how it is run.
+
+    Attributes:
+        batches: unlabelled batches, in any form that `forward` takes.
+        forward: runs the model on one of them.
+        loss: in place of the label-free one.
+        memory: bytes that intermediate values may take.
+        seed: of the random probes.
+    """
+
+    batches: Sequence[Any]
+    forward: Forward
+    loss: Loss | None = None
+    memory: int = MEMORY
+    seed: int = 0
+
+    def only(self, indices: Sequence[int]) -> Calibration:
+        """The same on some of the batches."""
+        if len(indices) == len(self.batches):
+            return self
+        return replace(self, batches=_Some(self.batches, indices))
+
+
+class _Some(Sequence[Any]):
+    """Some items of a sequence, loaded when they are read."""
+
+    def __init__(self, items: Sequence[Any], indices: Sequence[int]) -> None:
+        self._items, self._indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[self._indices[index]]
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -185,19 +230,17 @@ def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forwar
 _ALIVE = 8  # values that a walk over two models holds at once: a residual stream, a layer's input and output, copies
 
 
-def pieces_for_gradients(
-    prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int
-) -> Iterator[Any]:
+def pieces_for_gradients(prepared: nn.Module, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
     """The batch, or pieces for which the values of all layers fit into `memory` bytes."""
     return _pieces(prepared, batch, forward, index, sum(_value_sizes(prepared)) / max(memory, 1))
 
 
-def pieces_for_walk(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
+def pieces_for_walk(prepared: nn.Module, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
     """The batch, or pieces for which what is alive in one layer of two models fits into `memory` bytes."""
     return _pieces(prepared, batch, forward, index, _ALIVE * max(_value_sizes(prepared), default=0.0) / max(memory, 1))
 
 
-def _pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, share: float) -> Iterator[Any]:
+def _pieces(prepared: nn.Module, batch: Any, forward: Forward, index: int, share: float) -> Iterator[Any]:
     """The batch, or as few pieces of like size as each fit into memory, if the model treats samples one by one.
 
     Args:
@@ -213,16 +256,26 @@ def _pieces(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, 
         yield some_samples(batch, start, stop)
 
 
-def _value_sizes(prepared: fx.GraphModule) -> list[float]:
+def graphs_of(program: nn.Module) -> list[fx.GraphModule]:
+    """The graph, or those of which a program is made."""
+    if isinstance(program, fx.GraphModule):
+        return [program]
+    return [part for part in program.children() if isinstance(part, fx.GraphModule)]
+
+
+def _value_sizes(program: nn.Module) -> list[float]:
     """The bytes that each node's value takes for one sample of the example batch."""
-    marks = [(node, annotation(node).shape) for node in prepared.graph.nodes]
-    samples = max((shape[0] for node, shape in marks if node.op == "placeholder" and shape), default=0)
-    size = max((parameter.element_size() for parameter in prepared.parameters()), default=4)
-    shapes = [shape for node, shape in marks if node.op.startswith("call") and shape is not None]
-    return [size * math.prod(shape) / samples for shape in shapes] if samples else []
+    found: list[float] = []
+    for graph_module in graphs_of(program):
+        marks = [(node, annotation(node).shape) for node in graph_module.graph.nodes]
+        samples = max((shape[0] for node, shape in marks if node.op == "placeholder" and shape), default=0)
+        size = max((parameter.element_size() for parameter in graph_module.parameters()), default=4)
+        shapes = [shape for node, shape in marks if node.op.startswith("call") and shape is not None]
+        found += [size * math.prod(shape) / samples for shape in shapes] if samples else []
+    return found
 
 
-def _one_by_one(prepared: fx.GraphModule, batch: Any, forward: Forward, index: int) -> bool:
+def _one_by_one(prepared: nn.Module, batch: Any, forward: Forward, index: int) -> bool:
     """Whether the first few samples have the same outputs together and apart; the observers forget what they saw."""
     moments = {module: module.moments for module in prepared.modules() if isinstance(module, CovarianceObserver)}
     half = min(sample_count(batch) // 2, 2)
@@ -247,7 +300,3 @@ def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:
     joined = torch.cat(list(parts))
     tolerance = 1e-3 * float(whole.abs().max())
     return joined.shape == whole.shape and torch.allclose(joined, whole, rtol=0.0, atol=tolerance)
-
-
-MEMORY = 2 << 30
-"""Bytes of intermediate values that are kept in memory unless the user says otherwise."""

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.answers import Loss, find_logits
-from balf_fx.calibration.batches import MEMORY, Forward, pieces_for_gradients, run_batch
+from balf_fx.calibration.answers import find_logits
+from balf_fx.calibration.batches import MEMORY, Forward, Loss, pieces_for_gradients, run_batch
 from balf_fx.calibration.observers import InfluenceObserver, SensitivityObserver
 from balf_fx.errors import CalibrationError, ModelError
 from balf_fx.graph.parameters import get_tensor, is_quantized

@@ -57,6 +57,11 @@ def _training_matters(module: nn.Module) -> bool:
 
 
 def check_functional_training(graph_module: fx.GraphModule) -> None:
+    """Refuse calls that compute something else than in deployment.
+
+    Raises:
+        TrainingModeError: names the first one.
+    """
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and node.kwargs.get("training") is True:
             raise TrainingModeError(

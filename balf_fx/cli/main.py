@@ -6,14 +6,14 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balf_fx.api import compile
+from balf_fx.api import compile, save
+from balf_fx.api import report as report_of
 from balf_fx.cli.demo import run_demo
-from balf_fx.cli.sweep import run_sweep
+from balf_fx.cli.sweep import SweepData, run_sweep
+from balf_fx.engine.settings import settings_from
 from balf_fx.errors import BalfError
-from balf_fx.files.storage import save
-from balf_fx.graph.plan import Plan
 from balf_fx.reporting.curve import Sweep
-from balf_fx.reporting.report import report as report_of
+from balf_fx.reporting.report import Report
 from balf_fx.version import __version__
 
 if TYPE_CHECKING:
@@ -23,14 +23,12 @@ try:
     import click
 
     from balf_fx.cli.options import Inputs, OutputFile, input_options, numbers
+    from balf_fx.cli.settings import SHARE, setting_options
 except ImportError:
     raise SystemExit('the command balf-fx needs click, numpy and pillow: pip install "balf-fx[cli]"') from None
 
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-_SHARE = click.FloatRange(0, 1, min_open=True)
 
 
 _PICTURE = OutputFile(".png", ".svg", ".pdf")
@@ -67,14 +65,11 @@ def main() -> None:
 
 @main.command()
 @input_options
-@click.option("--flops", type=_SHARE, help="Fraction of the model's FLOPs to keep; this or --params.")
-@click.option("--params", type=_SHARE, help="Fraction of the model's parameters to keep.")
+@setting_options()
 @click.option("--output", "-o", type=OutputFile(".safetensors"), required=True, help="Where the result goes.")
 @click.option("--html", type=OutputFile(".html"), help="Write the report as a page, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def compress(
-    flops: float | None, params: float | None, output: Path, html: Path | None, as_json: bool, **inputs: Any
-) -> None:
+def compress(output: Path, html: Path | None, as_json: bool, **inputs: Any) -> None:
     """Compress a model, save it, and print what was done.
 
     MODEL is torchvision:NAME, timm:NAME, hf:FOLDER_OR_NAME, or MODULE:FACTORY, a function of yours without arguments.
@@ -83,28 +78,16 @@ def compress(
     balf-fx compress torchvision:resnet18 --pretrained --data images/ --flops 0.6 -o small.safetensors
     balf-fx compress mine:make_net --weights net.pt --data arrays.npz --array x --params 0.5 -o small.safetensors
     """
-    if (flops is None) == (params is None):
-        raise click.UsageError("give one budget, --flops or --params")
     if html is not None:
-        importlib.import_module(
-            "balf_fx.reporting.page"
-        )  # what is missing is better known before the work than after it
-    given = Inputs(**inputs)
+        importlib.import_module("balf_fx.reporting.page")  # what is missing is better known before the work than after
+    given, options = Inputs.split(inputs)
+    settings_from(options).allocate()  # so is a budget that is not one
     model = given.load_model()
-    small = compile(
-        model,
-        given.calibration(model),
-        flops=flops,
-        params=params,
-        effort=given.effort,
-        exclude=given.exclude,
-        seed=given.seed,
-        progress=not given.quiet,
-    )
+    small = compile(model, given.calibration(model), **options)
     save(small, output)
     found = report_of(small)
     if html is not None:
-        found.to_html(html)
+        _write_page(html, found)
     click.echo(found.to_json() if as_json else str(found))
     click.echo(f"saved as {output}", err=True)
 
@@ -119,16 +102,19 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
     """Print what was done to the model in FILE, which `compress` has saved; a plan as .json will do, too."""
     if curve is not None and html is None:
         raise click.UsageError("--sweep is drawn in the page: pass --html, too")
-    found = Plan.read(file).report
+    found = report_of(file)
     if html is not None:
-        found.to_html(html, None if curve is None else Sweep.from_json(curve.read_bytes()))
+        _write_page(html, found, None if curve is None else Sweep.from_json(curve.read_bytes()))
     if plot is not None:
-        _write(found.plot(), plot)
+        from balf_fx.reporting.plots import plot_report
+
+        _write(plot_report(found), plot)
     click.echo(found.to_json() if as_json else str(found))
 
 
 @main.command()
 @input_options
+@setting_options(skip=("flops", "params", "energy", "allocation"))
 @click.option("--budgets", callback=_shares, default=_BUDGETS, show_default=True, help="Fractions to keep.")
 @click.option("--measure", type=click.Choice(["flops", "params"]), default="flops", show_default=True)
 @click.option("--eval-data", type=click.Path(exists=True, path_type=Path), help="Default: what calibration leaves.")
@@ -137,17 +123,7 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
 @click.option("--labels", metavar="NAME", help="Array of classes in the .npz file of what answers are compared on.")
 @click.option("--plot", type=_PICTURE, help="Draw the curve, .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def sweep(
-    budgets: tuple[float, ...],
-    measure: Any,
-    eval_data: Path | None,
-    eval_array: str | None,
-    eval_samples: int,
-    labels: str | None,
-    plot: Path | None,
-    as_json: bool,
-    **inputs: Any,
-) -> None:
+def sweep(budgets: tuple[float, ...], measure: Any, plot: Path | None, as_json: bool, **inputs: Any) -> None:
     """Compare the dense model's answers with those at several budgets, on data that calibration has not seen.
 
     MODEL is as in `compress`.
@@ -157,21 +133,12 @@ def sweep(
     """
     if plot is not None:
         importlib.import_module("balf_fx.reporting.plots")
-    given = Inputs(**inputs)
+    where = {name: inputs.pop(name) for name in ("eval_data", "eval_array", "labels", "eval_samples")}
+    given, options = Inputs.split(inputs)
     model = given.load_model()
-    evaluation, known = given.evaluation(model, eval_data, eval_array, labels, eval_samples)
-    found = run_sweep(
-        model,
-        given.calibration(model),
-        evaluation,
-        budgets,
-        measure=measure,
-        effort=given.effort,
-        labels=known,
-        exclude=given.exclude,
-        seed=given.seed,
-        progress=not given.quiet,
-    )
+    evaluation, known = given.evaluation(model, *where.values())
+    data = SweepData(given.calibration(model), evaluation, known)
+    found = run_sweep(model, data, budgets, measure, **options)
     if plot is not None:
         from balf_fx.reporting.plots import plot_sweep
 
@@ -180,7 +147,7 @@ def sweep(
 
 
 @main.command()
-@click.option("--flops", type=_SHARE, default=0.55, show_default=True, help="Fraction of FLOPs to keep.")
+@click.option("--flops", type=SHARE, default=0.55, show_default=True, help="Fraction of FLOPs to keep.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of split and training.")
 @click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Epochs of training.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -188,6 +155,12 @@ def demo(flops: float, seed: int, epochs: int, as_json: bool) -> None:
     """Train a small net on handwritten digits, compress it, and show what that cost and saved."""
     result = run_demo(flops, seed=seed, epochs=epochs, progress=not as_json)
     click.echo(result.to_json() if as_json else str(result))
+
+
+def _write_page(path: Path, found: Report, curve: Sweep | None = None) -> None:
+    from balf_fx.reporting.page import render
+
+    path.write_text(render(found, curve), encoding="utf-8")
 
 
 def _write(figure: Figure, path: Path) -> None:

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import torch
 from torch import Tensor, nn
 
-from balf_fx.api import Effort
 from balf_fx.cli.data import Preprocessing, Samples, choose, open_samples, read_labels
 from balf_fx.cli.models import default_preprocessing, load_model, needs_weights
+from balf_fx.cli.settings import settings_from_command
 from balf_fx.errors import OptionError
 
 
@@ -65,8 +65,6 @@ _OPTIONS = (
     click.option("--image-size", type=_COUNT, help="Default: the model's own."),
     click.option("--mean", callback=numbers, help="Of the channels, 0.485,0.456,0.406; default: the model's own."),
     click.option("--std", callback=numbers, help="Of the channels, 0.229,0.224,0.225; default: the model's own."),
-    click.option("--effort", type=click.Choice(get_args(Effort)), default="best", show_default=True),
-    click.option("--exclude", metavar="GLOB", multiple=True, help="Layers that stay as they are; repeatable."),
     click.option("--quiet", "-q", is_flag=True, help="No progress bars."),
 )
 
@@ -93,9 +91,14 @@ class Inputs:
     image_size: int | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    effort: Effort
-    exclude: tuple[str, ...]
     quiet: bool
+
+    @classmethod
+    def split(cls, given: dict[str, Any]) -> tuple[Inputs, dict[str, Any]]:
+        """The model and the data that a user named, and what else was said of compression."""
+        own = {field.name: given.pop(field.name) for field in dataclasses.fields(cls)}
+        found = cls(**own)
+        return found, {**settings_from_command(given), "seed": found.seed, "progress": not found.quiet}
 
     def load_model(self) -> nn.Module:
         """The model; says so where its weights are random."""

@@ -3,82 +3,90 @@ one's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from balf_fx.api import Effort, calibrate, convert, prepare, settings_of
+from balf_fx.api import calibrate, convert, plan, prepare
 from balf_fx.calibration.answers import answers, differ, find_logits
 from balf_fx.calibration.batches import forward_for, sample_count
 from balf_fx.capture.models import cuda_devices
+from balf_fx.engine.settings import Stage, options_of, settings_from
 from balf_fx.errors import BudgetError, CalibrationError, OptionError
 from balf_fx.graph.curves import Measure
 from balf_fx.reporting.curve import Point, Sweep
-from balf_fx.reporting.report import report
+
+
+@dataclass(frozen=True)
+class SweepData:
+    """Batches to calibrate on and others to compare answers on, without a sample in common.
+
+    Attributes:
+        labels: of all evaluation samples, as the model's top-1 answers have them.
+    """
+
+    calibration: Sequence[Any]
+    evaluation: Sequence[Any]
+    labels: Tensor | None = None
 
 
 def run_sweep(
-    model: nn.Module,
-    calibration: Sequence[Any],
-    evaluation: Sequence[Any],
-    budgets: Sequence[float],
-    *,
-    measure: Measure = "flops",
-    effort: Effort = "best",
-    labels: Tensor | None = None,
-    exclude: Sequence[str] = (),
-    seed: int = 0,
-    progress: bool = True,
+    model: nn.Module, data: SweepData, budgets: Sequence[float], measure: Measure = "flops", **options: Any
 ) -> Sweep:
     """Compress to each budget and compare the answers.
 
     Args:
-        model, exclude, effort, seed: as in `balf_fx.compile`.
-        calibration, evaluation: batches; the two should have no sample in common.
         budgets: fractions of the measure to keep.
-        labels: of all evaluation samples, as the model's top-1 answers have them.
+        options: as in `balf_fx.compile`, but for the budget.
 
     Raises:
         BudgetError: none of the budgets can be reached.
         CalibrationError: there are no batches, or the model cannot run them.
         OptionError: there are not as many labels as answers.
     """
+    calibration, evaluation = data.calibration, data.evaluation
     if not calibration or not evaluation:
         raise CalibrationError("a sweep needs batches to calibrate on and others to compare the answers on")
+    settings = settings_from(options)
     forward = forward_for(model)
     references = answers(model, evaluation, forward)
-    judge = _Judge(evaluation, references, labels)
-    factors, refit = settings_of(effort)
+    judge = _Judge(evaluation, references, data.labels)
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        prepared = prepare(model, calibration[0], exclude=exclude, factors=factors)
-        calibrate(prepared, calibration, seed=seed, progress=progress)
+        prepared = prepare(model, calibration[0], **{**_for("prepare", options), "factors": settings.chosen_factors})
+        calibrate(prepared, calibration, **_for("calibrate", options))
         points, out_of_reach, error = [], [], None
-        for budget in tqdm(budgets, desc="budgets", unit="budget", disable=not progress, leave=False):
+        for budget in tqdm(budgets, desc="budgets", unit="budget", disable=not settings.progress, leave=False):
+            asked = {**_for("convert", options), measure: budget, "factors": settings.chosen_factors}
+            kept = calibration if settings.keeps_batches else ()
             try:
-                small = convert(
-                    prepared,
-                    flops=budget if measure == "flops" else None,
-                    params=budget if measure == "params" else None,
-                    factors=factors,
-                    batches=() if factors == "activations" else calibration,
-                    refit=refit,
-                    progress=progress,
-                )
+                small = convert(prepared, batches=kept, **{**asked, "refit": settings.refit_mode or False})
             except BudgetError as unreachable:
                 out_of_reach.append(budget)
                 error = unreachable
                 continue
-            found = report(small)
+            found = plan(small)
             compared = judge(answers(small, evaluation, forward))
             points.append(Point(budget, found.flops_kept, found.params_kept, *compared))
     if error is not None and not points:
         raise error
-    samples = sum(map(sample_count, evaluation))
-    minimum = None if error is None else error.minimum
-    return Sweep(measure, effort, samples, judge.accuracy(references), tuple(points), tuple(out_of_reach), minimum)
+    return Sweep(
+        measure=measure,
+        effort=settings.effort,
+        samples=sum(map(sample_count, evaluation)),
+        accuracy=judge.accuracy(references),
+        points=tuple(points),
+        out_of_reach=tuple(out_of_reach),
+        minimum=None if error is None else error.minimum,
+    )
+
+
+def _for(stage: Stage, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a stage takes."""
+    return {name: value for name, value in options.items() if name in options_of(stage)}
 
 
 class _Judge:

@@ -30,7 +30,8 @@ _WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the la
 _RESERVED = frozenset(dir(fx.GraphModule)) | {"meta", "training"}
 
 
-_TRAINING: dict[Any, int] = {nn.functional.dropout: 2, nn.functional.batch_norm: 5, nn.functional.instance_norm: 5}
+_TRAINING: dict[Any, int] = {nn.functional.dropout: 2, nn.functional.batch_norm: 5}
+_INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats")
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,9 @@ def is_training(graph_module: fx.GraphModule) -> bool:
 
 
 def _trains(node: fx.Node) -> bool:
+    if node.target is nn.functional.instance_norm:  # without running statistics it does the same in both modes
+        bound = {**dict(zip(_INSTANCE_NORM, node.args, strict=False)), **node.kwargs}
+        return bound.get("running_mean") is not None and bound.get("use_input_stats", True) is True
     position = _TRAINING.get(node.target)
     if position is None:
         return node.kwargs.get("training") is True

@@ -13,46 +13,32 @@ import torch
 from torch import fx
 
 from balf_fx.dynamo.frames import is_dynamic
+from balf_fx.engine.settings import Settings, options_of
 from balf_fx.errors import OptionError
 from balf_fx.files.restore import Stored
 from balf_fx.files.storage import read
-from balf_fx.graph.curves import Rank
-from balf_fx.passes import Allocate, Score
-from balf_fx.passes.allocate import Method, allocate_for
-from balf_fx.passes.score import Factors
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+_ELSEWHERE = {"capture": "Dynamo captures the graphs"}
+"""Options of `compile` that have no meaning here, and why."""
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What a user can say.
+    """What a user can say: every option of `balf_fx.compile`, and what only a backend has.
 
     Attributes:
-        flops, params, allocation, energy, centred, split, fold_batchnorm, include, exclude, strict: as in
-            `balf_fx.compile`, where the whole model is all that Dynamo captured.
-        factors: "activations", "sensitivity", which runs every calibration call a second time, with the gradients of
-            what each graph returns, or "svd".
-        seed: of the random probes of sensitivity.
-        calibration_steps: how many calls of the model run uncompressed and are observed.
+        settings: as in `balf_fx.compile`, where the whole model is all that Dynamo captured. `loss(output, inputs)`
+            takes what the graphs return and the arguments of the first one.
+        calibration_steps: how many calls of the model run uncompressed and are recorded.
         inner: the backend that compiles the compressed graphs, by name or as a callable.
         mode, inner_options: for the inner backend, as `torch.compile` takes them.
         plan: from `balf_fx.backend.plan`, or the path of a file that `balf_fx.save` has written, in place of a budget
             and of calibration.
     """
 
-    flops: float | None = None
-    params: float | None = None
-    factors: Factors = "activations"
-    allocation: Method | Mapping[str, Rank] = "budget"
-    energy: float | None = None
-    centred: bool = True
-    split: bool = True
-    fold_batchnorm: bool = True
-    include: Sequence[str] | None = None
-    exclude: Sequence[str] = ()
-    strict: bool = True
-    seed: int = 0
+    settings: Settings
     calibration_steps: int = 16
     inner: str | Compiler = "inductor"
     mode: str | None = None
@@ -60,17 +46,13 @@ class BackendOptions:
     plan: Stored | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        budget = (self.settings.flops, self.settings.params, self.settings.energy)
         if self.plan is None:
-            _ = self.score, self.allocate  # these check what they are given
-        elif self.flops is not None or self.params is not None or self.energy is not None:
+            self.settings.allocate()  # checks the budget
+        elif any(value is not None for value in budget):
             raise OptionError("a plan leaves nothing to a budget: give one of them")
-        elif self.stored is not None:
-            _check_layerwise(self.stored)
-        if self.factors == "air":
-            raise OptionError(
-                "factors='air' needs the gradients of weights, which the backend does not gather: 'activations', or "
-                "'sensitivity'"
-            )
+        else:
+            _ = self.stored
         steps = self.calibration_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(f"calibration_steps is a whole number of calls, 1 or more, not {steps!r}")
@@ -86,21 +68,6 @@ class BackendOptions:
         if isinstance(self.plan, str | os.PathLike):
             return read(self.plan)
         raise OptionError(f"plan is what balf_fx.backend.plan returns, or a path, not {self.plan!r}")
-
-    @cached_property
-    def score(self) -> Score:
-        return Score(self.factors, self.centred, self.split)
-
-    @cached_property
-    def allocate(self) -> Allocate:
-        return allocate_for(
-            self.allocation,
-            flops=self.flops,
-            params=self.params,
-            energy=self.energy,
-            strict=self.strict,
-            sensitive=self.factors == "sensitivity",
-        )
 
     @cached_property
     def compiler(self) -> Compiler:
@@ -121,32 +88,26 @@ class BackendOptions:
         return compiled
 
 
-def _check_layerwise(stored: Stored) -> None:
-    """Refuse what does more than put two layers in place of one: graphs come one by one here."""
-    unlike = [f"{width.name} ({width.kind})" for width in stored.plan.widths]
-    unlike += [layer.name for layer in stored.plan.layers if layer.rank is None]
-    if unlike:
-        raise OptionError(
-            f"the plan changes more than ranks, at {', '.join(unlike[:5])}: read it with balf_fx.load, and compile "
-            "what that returns; or make it with widths=False and refit=False"
-        )
-
-
 def parse_options(given: Mapping[str, Any]) -> BackendOptions:
     """Check what the user wrote.
 
     Raises:
         OptionError: names what is wrong and lists the options that there are.
     """
-    names = [field.name for field in dataclasses.fields(BackendOptions)]
-    unknown = sorted(set(given) - set(names))
+    own = [field.name for field in dataclasses.fields(BackendOptions) if field.name != "settings"]
+    shared = [name for name in options_of() if name not in _ELSEWHERE]
     try:
-        if unknown:
-            raise OptionError(f"there is no option {', '.join(map(repr, unknown))}")
-        return BackendOptions(**given)
+        for name in given:
+            if name in _ELSEWHERE:
+                raise OptionError(f"{name!r} has no meaning here: {_ELSEWHERE[name]}")
+            if name not in (*shared, *own):
+                raise OptionError(f"there is no option {name!r}")
+        settings = Settings(**{name: value for name, value in given.items() if name in shared})
+        return BackendOptions(settings, **{name: value for name, value in given.items() if name in own})
     except OptionError as error:
+        listed = ", ".join((*shared, *own))
         raise OptionError(
-            f'{error}. The options of torch.compile(backend="balf", options={{...}}) are: {", ".join(names)}'
+            f'{error}. The options of torch.compile(backend="balf", options={{...}}) are: {listed}'
         ) from None
 
 

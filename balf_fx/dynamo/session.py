@@ -1,47 +1,40 @@
-"""What one call of `torch.compile(..., backend="balf")` knows: graphs, statistics, and in the end factors."""
+"""What one call of `torch.compile(..., backend="balf")` knows: graphs, their inputs, and in the end a plan."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from balf_fx.dynamo.binding import Binding, Key, Use, computing
+from balf_fx.calibration.batches import Calibration, Loss
+from balf_fx.dynamo.binding import Binding, computing, watched_by
 from balf_fx.dynamo.frames import Request, WeightInput, is_training, legal_path, weight_inputs
 from balf_fx.dynamo.options import BackendOptions
+from balf_fx.dynamo.recording import Recording, cloned, confirmed
 from balf_fx.dynamo.watch import Watch
-from balf_fx.errors import BalfError, NoSiteError, NotCalibratedError, WeightsChangedError
+from balf_fx.engine import compress
+from balf_fx.engine.program import Program, Trace, per_call, run_trace
+from balf_fx.engine.rewriting import applicable, fill, normalise, rewrite_as
+from balf_fx.engine.settings import Settings
+from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.files.restore import Stored
-from balf_fx.graph.annotation import GraphRecord, Origin, Replaced, sites
-from balf_fx.graph.curves import Rank, RankCurve
+from balf_fx.graph.annotation import Origin, sites
+from balf_fx.graph.layers import layers_of
+from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.plan import Plan
-from balf_fx.graph.site import Reason, Refusal, Site
-from balf_fx.passes import Annotate, FoldBatchNorm, InsertObservers, Score
-from balf_fx.passes.allocate import Totals
-from balf_fx.passes.annotate import check_patterns
-from balf_fx.passes.factorize import biased, factor_modules, fingerprint, replace_site
-from balf_fx.reporting.report import Report, summarise
+from balf_fx.passes import FindWidths
+from balf_fx.passes.factorize import fingerprint
+from balf_fx.progress import Progress, progress_bar
+from balf_fx.reporting.report import Report
 
 _LOGGER = logging.getLogger("balf_fx.backend")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The two layers in place of a site, None where it stays dense, and the watch over the tensors they stand for."""
-
-    pair: nn.Module | None
-    originals: Mapping[str, Tensor]
-    watch: Watch
 
 
 class Region:
@@ -69,9 +62,9 @@ class Region:
         weights, inputs = self._weights(args), self._inputs(args)
         binding = self.bindings.get(tuple(map(id, weights)))
         if binding is None or binding.compiled is None:  # calibrating, switching, or weights seen for the first time
-            return self._session.run(self, weights, inputs)
+            return self._session.run(self, args, weights, inputs)
         if not binding.watch.unchanged():
-            raise changed(binding)
+            raise WeightsChangedError(_changed_message(binding.watch.changed()))
         return binding.compiled(*inputs)
 
 
@@ -83,10 +76,11 @@ def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, 
 
 
 class Session:
-    """Calibrates, switches once, and keeps the factors, for one call of `torch.compile`."""
+    """Records the first calls, switches once, and keeps the plan, for one call of `torch.compile`."""
 
     def __init__(self, options: BackendOptions, owner: object | None) -> None:
         self.options = options
+        self.settings = options.settings
         self._owner = owner
         self._lock = threading.RLock()
         self._warned = False
@@ -97,31 +91,32 @@ class Session:
         self._names: dict[int, str] = {}  # by the weight's id
         self._taken: set[str] = set()
         self._step = 0
-        self._generator = torch.Generator().manual_seed(self.options.seed)
+        self._recording = Recording(self.settings.memory_bytes)
         self._entered: set[tuple[Any, ...]] = set()
         self._failure: BalfError | None = None
-        self._plan: Stored | None = self.options.stored
-        self._factors: dict[Key, Factors] | None = None if self._plan is None else {}
+        self._stored: Stored | None = self.options.stored
+        self._watch = Watch({})
 
     def release(self) -> None:
         """Let go of every tensor and graph; whatever is called after this calibrates anew."""
         for region in self._regions:
             region.bindings.clear()  # in place: Dynamo copies a region's attributes to the function that it calls
+        self._recording.close()
         self._forget()
 
     @property
     def plan(self) -> Stored:
-        """Ranks and factors.
+        """What was done, and the layers that were replaced.
 
         Raises:
             NotCalibratedError: it is still calibrating.
         """
-        if self._plan is None:
+        if self._stored is None:
             raise NotCalibratedError(
                 f"{self._step} of {self.options.calibration_steps} calls of the model have been observed so far; the "
                 "one after the last is compressed"
             )
-        return self._plan
+        return self._stored
 
     # Taking in graphs, while Dynamo compiles. Dynamo's lock is held here, and `run` may ask for it with ours: no lock.
 
@@ -150,22 +145,26 @@ class Session:
 
     # Running them, until each is compiled.
 
-    def run(self, region: Region, weights: Sequence[Tensor], inputs: Sequence[Any]) -> Any:
-        """Run a graph that is not compiled yet: observed, or, from the switch on, compiled now."""
+    def run(self, region: Region, args: Sequence[Any], weights: Sequence[Tensor], inputs: Sequence[Any]) -> Any:
+        """Run a graph that is not compiled yet: as it is, and recorded; or, from the switch on, compiled now."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             binding = self._binding(region, weights)
-            if self._factors is None and not binding.watch.unchanged():
+            if self._stored is None and not binding.watch.unchanged():
                 self._restart(binding.watch.changed())
                 binding = self._binding(region, weights)
-            if self._factors is None and self._calibrates(region, binding):
-                return binding.observe(inputs, self._generator)
-            if self._factors is None:
+            if self._stored is None and self._calibrates(region, binding):
+                with computing():
+                    run = self._recording.enter(binding, inputs)
+                output = region.graph_module(*args)
+                self._recording.leave(run, output)
+                return output
+            if self._stored is None:
                 self._switch()
             if not binding.rewritten:
                 with computing():
-                    self._rewrite(binding)
+                    self._rewrite(binding, inputs)
             if binding.compiled is None:
                 binding.compiled = self.options.compile(binding.graph_module, inputs)
             compiled = binding.compiled
@@ -178,13 +177,7 @@ class Session:
             if module is not None:
                 self._take_names(module)
             names = [self._name(given.name, weight) for given, weight in zip(region.weights, weights, strict=True)]
-            sensitive = self._factors is None and self.options.factors == "sensitivity"
-            gradients = self._prepare_gradients if sensitive else None
-            binding = Binding(region.graph_module, region.weights, names, weights, gradients)
-            self._annotate(binding.graph_module)
-            if self._factors is None and self.options.factors == "activations" and sites(binding.graph_module):
-                InsertObservers(skip_non_finite=True)(binding.graph_module)
-            region.bindings[key] = binding
+            region.bindings[key] = Binding(region.graph_module, region.weights, names, weights)
         return region.bindings[key]
 
     def _take_names(self, module: nn.Module) -> None:
@@ -202,29 +195,12 @@ class Session:
             self._taken.add(self._names[id(weight)])
         return self._names[id(weight)]
 
-    def _annotate(self, graph_module: fx.GraphModule) -> None:
-        """Find the sites of one graph; which patterns match nothing is known when all graphs are."""
-        Annotate()(graph_module)
-        names = [site.name for site in sites(graph_module)]
-        include, exclude = (
-            [pattern for pattern in patterns or () if any(fnmatchcase(name, pattern) for name in names)]
-            for patterns in (self.options.include, self.options.exclude)
-        )
-        Annotate(None if self.options.include is None else include, exclude)(graph_module)
-
-    def _prepare_gradients(self, graph_module: fx.GraphModule) -> None:
-        """Bring a copy of a graph into the form that is scored, and put observers into it."""
-        if self.options.fold_batchnorm:
-            FoldBatchNorm()(graph_module)
-        self._annotate(graph_module)
-        if sites(graph_module):
-            InsertObservers(sensitivity=True, skip_non_finite=True)(graph_module)
-
     def _restart(self, changed: Sequence[str]) -> None:
-        """Forget what was observed."""
+        """Forget what was recorded."""
         _LOGGER.warning("%s changed: calibration starts again", ", ".join(changed))
         self._step, self._entered = 0, set()
-        self._generator.manual_seed(self.options.seed)
+        self._recording.close()
+        self._recording = Recording(self.settings.memory_bytes)
         for region in self._regions:
             region.bindings.clear()
 
@@ -233,114 +209,140 @@ class Session:
         entered = (region.frame, *map(id, binding.originals.values()))
         if not self._entered or entered in self._entered:
             self._step, self._entered = self._step + 1, set()
+            self._recording.begin()
         self._entered.add(entered)
         return self._step <= self.options.calibration_steps
-
-    def _bindings(self) -> list[Binding]:
-        return [binding for region in self._regions for binding in region.bindings.values()]
 
     # The switch.
 
     def _switch(self) -> None:
+        devices = {tensor.device for binding in self._recording.bindings for tensor in binding.originals.values()}
+        cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
         try:
-            with computing():
-                self._solve([binding for binding in self._bindings() if binding.calls])
+            with (
+                computing(),
+                torch.random.fork_rng(devices=cuda),
+                progress_bar(self.settings.progress, "compressing") as bar,
+            ):
+                self._compress(self._recording.bindings, bar)
         except BalfError as error:
             self._failure = error  # later calls would only find the same
             raise
+        finally:
+            self._recording.close()
 
-    def _solve(self, bindings: list[Binding]) -> None:
-        """Spend one budget on all graphs that were called, and keep the factors that it chooses."""
-        options = self.options
-        # 1. Bring the graphs into the form that is rewritten, and see which sites they have in common.
-        for binding in bindings:
-            binding.settle(options.fold_batchnorm)
-            self._annotate(binding.graph_module)
-        refusals = [(refusal, flops, b.calls) for b in bindings for refusal, flops in b.refusals]
-        layers = _merge([use for binding in bindings for use in binding.uses()], options.factors != "svd")
-        self._check_sites([use.site for use in layers.values()], [refusal for refusal, *_ in refusals])
-        # 2. Score every rank of every site, at what it costs in one call of the model.
-        repeats = math.gcd(*(binding.calls for binding in bindings))
-        curves = {use.site: _score(options.score, use, repeats) for use in layers.values()}
-        # 3. Solve the budget.
-        totals = Totals(
-            flops=sum(binding.calls * binding.flops for binding in bindings) // repeats,
-            params=_count_by_name(binding.originals for binding in bindings),
-            params_now=_count_by_name(dict(binding.graph_module.named_parameters()) for binding in bindings),
-        )
-        allocation = options.allocate.solve(curves, totals)
-        # 4. Keep the factors: each graph is rewritten and compiled when it is called next.
-        ranks = [choice.chosen.rank for choice in allocation.choices]
-        factors = {
-            key: _factors(use, curves[use.site], rank) for (key, use), rank in zip(layers.items(), ranks, strict=True)
-        }
-        record = GraphRecord(
-            flops=totals.flops,
-            params=totals.params,
-            params_after=totals.params_after(allocation),
-            captured="dynamo",
-            allocation=allocation,
-            refusals=tuple((refusal, flops * calls // repeats) for refusal, flops, calls in refusals),
-        )
-        report = summarise(record, allocation)
-        self._plan = _stored(layers, factors, Origin(None, options.fold_batchnorm), report)
-        self._factors = factors
-        self._log_switch(report, len(bindings))
+    def _compress(self, bindings: list[Binding], progress: Progress) -> None:
+        """Spend one budget on all graphs that were called, and keep the layers that take the place of others."""
+        settings, traces = self.settings, self._recording.traces()
+        # 1. The graphs become parts of one program, and the calls traces through it.
+        first = {step.part: step.args for trace in reversed(traces) for step in reversed(trace)}
+        calls = per_call([binding.calls for binding in bindings])
+        origin = _origin(settings)
+        parts = [
+            bound.part(n, cloned(first[i]), origin) for i, (bound, n) in enumerate(zip(bindings, calls, strict=True))
+        ]
+        program = Program(tuple(parts), lambda _, batch: batch)
+        with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
+            # 2. Observe, calibrate and convert, as for a model that is captured in one piece.
+            compress.observe(program, settings, {settings.chosen_factors}, lenient=True)
+            calibration = Calibration(
+                batches, run_trace, _on_inputs(settings.loss), settings.memory_bytes, settings.seed
+            )
+            compressed, plan = compress.run(program, settings, calibration, lenient=True, progress=progress)
+        # 3. Each graph runs on what has replaced its layers; what these stand for is watched from now on.
+        replaced = {layer.name for layer in plan.layers}
+        tensors: dict[str, Tensor] = {}
+        watched: dict[str, Tensor] = {}
+        for part, bound, graph_module in zip(parts, bindings, compressed.graph_modules, strict=True):
+            own = watched_by(part, replaced)
+            watched |= own
+            tensors |= _tensors_of(graph_module, replaced)
+            bound.finish(graph_module, part, own)
+        self._watch, self._stored = Watch(watched), Stored(plan, tensors)
+        self._log_switch(plan, len(bindings))
 
-    def _check_sites(self, found: list[Site], refusals: list[Refusal]) -> None:
-        excluded = [refusal.name for refusal in refusals if refusal.reason is Reason.EXCLUDED]
-        check_patterns(self.options.include, self.options.exclude, [*(site.name for site in found), *excluded])
-        if not found and self.options.strict:
-            listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "they have no parameters"
-            raise NoSiteError(f"nothing in the compiled graphs can be factorized ({listed})")
-
-    def _log_switch(self, report: Report, graphs: int) -> None:
-        ranks = ", ".join(f"{row.name}: {'dense' if row.rank is None else row.rank}" for row in report.sites)
+    def _log_switch(self, plan: Plan, graphs: int) -> None:
+        ranks = ", ".join(f"{name}: {'dense' if rank is None else rank}" for name, rank in plan.ranks.items())
         _LOGGER.info("call %d is the first compressed one (graphs: %d); ranks: {%s}", self._step, graphs, ranks)
+        if plan.widths:
+            sizes = ", ".join(f"{width.key}: {width.features} -> {width.size}" for width in plan.widths)
+            _LOGGER.info("widths: {%s}", sizes)
         _LOGGER.info(
             "FLOPs of a call %s -> %s (%.2f %% kept), parameters %s -> %s (%.2f %% kept)",
-            f"{report.flops_before:,}",
-            f"{report.flops_after:,}",
-            100 * (report.flops_kept or 0.0),
-            f"{report.params_before:,}",
-            f"{report.params_after:,}",
-            100 * report.params_kept,
+            f"{plan.flops or 0:,}",
+            f"{plan.flops_after or 0:,}",
+            100 * (plan.flops_kept or 0.0),
+            f"{plan.params:,}",
+            f"{plan.params_after:,}",
+            100 * plan.params_kept,
         )
-        _LOGGER.debug("%s", report)
+        _LOGGER.debug("%s", Report.of(plan))
 
     # After the switch.
 
-    def _rewrite(self, binding: Binding) -> None:
-        """Put the factors that there are into a graph."""
-        binding.settle(self.plan.fold_batchnorm)
-        self._annotate(binding.graph_module)
-        uses = binding.uses()
-        known = {use.key: factors for use in uses if (factors := self._find(use)) is not None}
-        stale = [name for factors in known.values() for name in factors.watch.changed()]
+    def _rewrite(self, binding: Binding, inputs: Sequence[Any]) -> None:
+        """Carry the plan out on a graph that calibration has not met: another shape, or a part that came late."""
+        stale = self._watch.changed()
         if stale:
             raise WeightsChangedError(_changed_message(stale))
-        for use in uses:
-            pair = known[use.key].pair if use.key in known else None
-            if pair is not None:
-                replace_site(binding.graph_module, use.nodes, use.site, pair)
-        replaced = [factors.originals for factors in known.values() if factors.pair is not None]
-        binding.finish(Watch({name: tensor for originals in replaced for name, tensor in originals.items()}))
+        found = self.plan
+        part = binding.part(1, cloned(inputs), found.plan.origin)
+        graph_module = part.graph_module
+        normalise(graph_module, found.plan.origin, partial=True)
+        if found.plan.widths and sites(graph_module):
+            FindWidths()(graph_module)
+        plan = applicable(found.plan, graph_module)
+        self._check_weights(graph_module, plan)
+        replaced = {layer.name for layer in plan.layers}
+        watched = watched_by(part, replaced)
+        weights = {name: get_tensor(graph_module, layers_of(graph_module)[name][0].weight) for name in replaced}
+        rewrite_as(graph_module, plan)
+        for name, weight in weights.items():
+            own = {path.removeprefix(f"{name}."): value for path, value in found.tensors.items() if _inside(path, name)}
+            fill(graph_module.get_submodule(name), own, like=weight)
+        binding.finish(graph_module, part, watched)
 
-    def _find(self, use: Use) -> Factors | None:
-        """The factors of a site: those of the switch, or else the plan's."""
-        known = self._factors or {}
-        if use.key not in known and self.options.stored is not None:
-            pair = self.options.stored.pair(use.graph_module, use.site)
-            known[use.key] = Factors(pair, use.originals, Watch(use.originals))
-            self._factors = known
-        if use.key not in known:
-            _LOGGER.info("site %s stays dense: calibration has not seen its weights", use.site.name)
-        return known.get(use.key)
+    def _check_weights(self, graph_module: fx.GraphModule, plan: Plan) -> None:
+        """Refuse a plan that was made for other weights.
+
+        Raises:
+            OptionError: names the first layer concerned.
+        """
+        layers = layers_of(graph_module)
+        for layer in plan.layers:
+            if not layer.fingerprint.matches(fingerprint(graph_module, layers[layer.name][0])):
+                raise OptionError(
+                    f"the plan was made for other weights than those of site {layer.name!r}: calibrate again"
+                )
 
 
-def changed(binding: Binding) -> WeightsChangedError:
-    """The error for a call with weights that are not what the factors stand for."""
-    return WeightsChangedError(_changed_message(binding.watch.changed()))
+def _origin(settings: Settings) -> Origin:
+    include = None if settings.include is None else tuple(settings.include)
+    return Origin(None, settings.fold_batchnorm, include, tuple(settings.exclude), tuple(settings.dense))
+
+
+def _on_inputs(loss: Loss | None) -> Loss | None:
+    """The user's loss, called on the arguments of the model's first graph in place of a trace."""
+    if loss is None:
+        return None
+
+    def on_inputs(output: Any, trace: Trace) -> Tensor:
+        args = trace[0].args
+        return loss(output, args[0] if len(args) == 1 else args)
+
+    return on_inputs
+
+
+def _tensors_of(graph_module: fx.GraphModule, replaced: set[str]) -> dict[str, Tensor]:
+    """The tensors of the layers that were replaced, by dotted path."""
+    held = dict(graph_module.named_modules())
+    return {
+        f"{name}.{path}": value for name in replaced if name in held for path, value in held[name].named_parameters()
+    }
+
+
+def _inside(path: str, name: str) -> bool:
+    return path.startswith(f"{name}.")
 
 
 def _changed_message(names: Sequence[str]) -> str:
@@ -354,57 +356,3 @@ def _release(session: weakref.ref[Session]) -> None:
     found = session()
     if found is not None:
         found.release()
-
-
-def _merge(uses: Sequence[Use], observed: bool) -> dict[Key, Use]:
-    """One use for each site, with the statistics and costs of all; without those that no finite value has reached."""
-    merged: dict[Key, Use] = {}
-    for use in uses:
-        other = merged.get(use.key)
-        merged[use.key] = use if other is None else other.merge(use)
-    if observed:
-        for use in merged.values():
-            if use.seen is None:
-                _LOGGER.warning("site %s stays dense: no finite value has reached it", use.site.name)
-        merged = {key: use for key, use in merged.items() if use.seen is not None}
-    names: set[str] = set()
-    for key, use in merged.items():
-        numbered = (f"{use.site.name}_{number}" for number in range(1, len(names) + 1))
-        name = next(name for name in (use.site.name, *numbered) if name not in names)
-        merged[key] = replace(use, site=replace(use.site, name=name))
-        names.add(name)
-    return merged
-
-
-def _count_by_name(graphs: Iterable[Mapping[str, Tensor]]) -> int:
-    """Parameters in all graphs together, each once."""
-    sizes = {
-        name: tensor.numel() for held in graphs for name, tensor in held.items() if isinstance(tensor, nn.Parameter)
-    }
-    return sum(sizes.values())
-
-
-def _score(score: Score, use: Use, repeats: int) -> RankCurve:
-    """The curve of a site, at what it costs in one call of the model."""
-    costs = use.flops // repeats, use.elements // repeats
-    if use.seen is None or use.seen.sample is None:
-        return score.score(use.graph_module, use.site, None if use.seen is None else use.seen.moments, *costs)
-    sample, halves = use.seen.sample, use.seen.halves
-    return score.score(use.graph_module, use.site, sample.moments, *costs, sample.gradients, halves=halves)
-
-
-def _factors(use: Use, curve: RankCurve, rank: Rank) -> Factors:
-    pair = None if rank is None else factor_modules(use.graph_module, use.site, curve, rank)
-    return Factors(pair, use.originals, Watch(use.originals))
-
-
-def _stored(layers: Mapping[Key, Use], factors: Mapping[Key, Factors], origin: Origin, report: Report) -> Stored:
-    """The plan and the factors that were chosen."""
-    ranks = {row.name: row.rank for row in report.sites}
-    replaced, tensors = [], {}
-    for key, use in layers.items():
-        pair, name = factors[key].pair, use.site.name
-        if pair is not None:
-            replaced.append(Replaced(name, ranks[name], biased(pair), fingerprint(use.graph_module, use.site)))
-            tensors.update({f"{name}.{path}": value for path, value in pair.named_parameters()})
-    return Stored(Plan(report, origin, tuple(replaced)), tensors)

@@ -1,21 +1,47 @@
-"""Carry an allocation out, and leave a plain module."""
+"""Carry an allocation out on a graph; do the same again to another graph of the model, from a plan and its tensors."""
 
 from __future__ import annotations
 
-from torch import fx
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
 
 from balf_fx.capture.devices import follow_inputs
-from balf_fx.graph.annotation import META_KEY, VALUE_META
+from balf_fx.errors import PlanError
+from balf_fx.graph.annotation import (
+    META_KEY,
+    VALUE_META,
+    Origin,
+    Replaced,
+    annotate,
+    graph_record,
+    record_graph,
+    sites,
+)
+from balf_fx.graph.curves import Solution
+from balf_fx.graph.layers import layers_of
+from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
-from balf_fx.passes import Factorize, Narrow
-from balf_fx.passes.observe import remove_observers
+from balf_fx.graph.site import Site
+from balf_fx.graph.widths import Width, WidthCurve
+from balf_fx.passes import Annotate, Factorize, FoldBatchNorm, Follow, Narrow
+from balf_fx.passes.factorize import build, replace_site
+from balf_fx.passes.observe import OBSERVERS, remove_observers
+from balf_fx.widths.narrowing import Cut, find_cuts
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Carry an allocation out."""
-    remove_observers(graph_module)
-    Narrow()(graph_module)
-    Factorize()(graph_module)
+    if hasattr(graph_module, OBSERVERS):
+        remove_observers(graph_module)
+    if sites(graph_module):
+        Narrow()(graph_module)
+        Factorize()(graph_module)
     graph_module.recompile()
     return graph_module
 
@@ -30,3 +56,136 @@ def finish(graph_module: fx.GraphModule, done: Plan) -> fx.GraphModule:
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def normalise(graph_module: fx.GraphModule, origin: Origin, partial: bool = False) -> None:
+    """Fold BatchNorm and find the sites.
+
+    Args:
+        partial: the graph is a part of a model, so that a pattern may match nothing in it.
+    """
+    if origin.fold_batchnorm:
+        FoldBatchNorm(origin.include, origin.exclude)(graph_module)
+    Annotate(origin.include, origin.exclude, origin.dense, partial)(graph_module)
+
+
+def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> list[str]:
+    """Give a normalised graph the form that a plan says, with layers of no particular value.
+
+    Returns:
+        The names of the layers that were replaced.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    kept = {planned.key: planned.kept for planned in plan.widths}
+    curves = tuple(_blank_curve(width, kept.get(width.key)) for width in graph_record(graph_module).widths)
+    record_graph(graph_module, width_curves=curves)
+    if sites(graph_module):
+        Follow(plan)(graph_module)
+    Narrow()(graph_module)
+    cuts = find_cuts(graph_module)
+    layers = layers_of(graph_module)
+    for layer in plan.layers:
+        if layer.name not in layers:
+            raise PlanError(f"the plan was made for another model: there is no layer {layer.name!r}")
+        site, nodes = layers[layer.name]
+        cut = cuts.get(nodes[0].name, Cut())
+        thin = cut.outputs(cut.inputs(site))
+        replace_site(graph_module, nodes, site, build(graph_module, thin, _blank(graph_module, thin, layer)))
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return [layer.name for layer in plan.layers]
+
+
+def applicable(plan: Plan, graph_module: fx.GraphModule) -> Plan:
+    """What a plan says of a normalised graph that may hold other parts of the model than those it was made for.
+
+    A width is narrowed where the graph has all of its layers around it; a layer that a plan narrows is replaced only
+    where each of its widths is. What is left out is said in the log, and stays dense.
+    """
+    names = set(layers_of(graph_module))
+    widths = {width.key: set(width.layer_names) for width in graph_record(graph_module).widths}
+    whole = {planned.key for planned in plan.widths if widths.get(planned.key) == set(planned.layers)}
+    while True:
+        torn = {name for planned in plan.widths if planned.key not in whole for name in planned.layers}
+        fitting = {planned.key for planned in plan.widths if planned.key in whole and torn.isdisjoint(planned.layers)}
+        if fitting == whole:
+            break
+        whole = fitting
+    left_out = sorted(torn & names & {layer.name for layer in plan.layers})
+    if left_out:
+        _LOGGER.info("%s stay dense: this graph holds only some of the layers around them", ", ".join(left_out))
+    _dense_where_unknown(graph_module, plan, torn)
+    found = {name for name in names if name not in torn}
+    return plan.only(found, whole)
+
+
+def _dense_where_unknown(graph_module: fx.GraphModule, plan: Plan, torn: Collection[str]) -> None:
+    """Take the mark of a site from what the plan does not know, or cannot do here."""
+    known = {choice.site.name for choice in plan.allocation.choices} - set(torn)
+    for site, nodes in sites(graph_module).items():
+        if site.name not in known:
+            for node in nodes:
+                annotate(node, site=None)
+
+
+def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
+    """A curve that narrows a width to these features, or to any; what it says of values does not matter."""
+    identity = torch.eye(width.features, dtype=torch.float64)
+    nothing = (0.0,) * (width.features + 1)
+    if width.kind != "channels":
+        heads = identity.expand(width.heads, -1, -1)
+        return WidthCurve(nothing, 0.0, left=heads, right=heads)
+    chosen = kept or ()
+    order = torch.tensor([*chosen, *sorted(set(range(width.features)) - set(chosen))])
+    return WidthCurve(nothing, 0.0, order=order, covariances=(identity,) * len(width.consumers))
+
+
+def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[Solution, ...]:
+    """Solutions of the form that a layer was given, all zero."""
+    ranks = layer.rank if isinstance(layer.rank, tuple) else (layer.rank,)
+    groups, outputs = (1, site.out_features // len(ranks)) if len(ranks) > 1 else (site.groups, site.out_features)
+    zeros = partial(torch.zeros, device=get_tensor(graph_module, site.weight).device)
+    found = []
+    for rank, biased in zip(ranks, layer.biased, strict=True):
+        left = None if rank is None else zeros(groups, outputs, rank)
+        right = zeros(groups, outputs if rank is None else rank, site.in_features)
+        found.append(Solution(left, right, zeros(groups, outputs) if biased else None))
+    return tuple(found)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None = None) -> None:
+    """Give a module the tensors of another one; each keeps its dtype, unless it is to be like another tensor.
+
+    Raises:
+        PlanError: the module holds others.
+    """
+    held = dict(held_tensors(module))
+    missing, left = sorted(set(held) - set(tensors)), sorted(set(tensors) - set(held))
+    if missing or left:
+        names = ", ".join([*missing, *left][:5])
+        raise PlanError(f"the model is of another architecture, or was built by another version: {names} in one only")
+    given: dict[int, Tensor] = {}  # what several names share stays shared
+    for name, tensor in held.items():
+        value = tensors[name]
+        if value.shape != tensor.shape:
+            raise PlanError(f"{name} is of shape {tuple(tensor.shape)} in this model, {tuple(value.shape)} in the file")
+        if id(tensor) not in given:
+            value = value.to(tensor.device, value.dtype if like is None else like.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            given[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, given[id(tensor)])
+
+
+def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a module holds, by dotted path; of a graph, constants too."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+    if isinstance(module, fx.GraphModule):
+        known = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
+        for path in dict.fromkeys(str(node.target) for node in module.graph.find_nodes(op="get_attr")):
+            value = get_tensor(module, path)
+            if path not in known and isinstance(value, Tensor):
+                yield path, value

@@ -7,34 +7,26 @@ allocations are carried out and measured. Where there is going to be a refit the
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
-from torch import fx
-
-from balf_fx.calibration.answers import Loss, answers, divergence
-from balf_fx.calibration.batches import Forward, placeholder_values, sample_count, some_samples
-from balf_fx.engine.rewriting import rewrite
-from balf_fx.errors import CalibrationError, PassError
-from balf_fx.graph.annotation import graph_record
-from balf_fx.passes import Allocate, Refit
-from balf_fx.passes.allocate import IMPORTANCE
+from balf_fx.budget.problem import Problem
+from balf_fx.calibration.answers import answers, divergence
+from balf_fx.calibration.batches import Calibration, sample_count, some_samples
+from balf_fx.engine.program import Program
+from balf_fx.engine.solving import carry_out, settled
+from balf_fx.errors import CalibrationError
+from balf_fx.graph.allocation import Allocation
+from balf_fx.passes.allocate import IMPORTANCE, Allocate
 from balf_fx.passes.observe import remove_observers
+from balf_fx.progress import SILENT, Progress
 
 _LOGGER = logging.getLogger(__name__)
-
-
 _IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers do better where much goes, one where little does
-
-
 _CAUTIONS = (3.0, 9.0)  # beside 1: a refit mends low ranks better than features that are gone
-
-
 _SAMPLES = 128
 
 
@@ -45,76 +37,75 @@ class Trial:
     Attributes:
         fit: batches on which an allocation is refitted before it is measured; none: it is measured as it is.
         judge: batches on which it is measured.
-        memory: for the refit.
-        loss: in place of the label-free one.
+        references: the original's answers to these.
     """
 
-    forward: Forward
-    fit: Sequence[Any]
-    judge: Sequence[Any]
+    fit: Calibration
+    judge: Calibration
     references: Sequence[Any]
-    memory: int
-    loss: Loss | None
 
-    def measure(self, allocated: fx.GraphModule) -> float:
-        """What the answers lose; the graph stays as it is."""
-        graph_module = copy.deepcopy(allocated)
-        if self.fit:
-            inputs = [placeholder_values(graph_module, batch, self.forward) for batch in self.fit]
-            Refit(inputs, "up", self.memory)(graph_module)
-        return divergence(rewrite(graph_module), self.judge, self.references, self.forward, self.loss)
+    def measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
+        """How far the answers are from the original's; the program stays as it is."""
+        tried = settled(program, problem, allocation)
+        carry_out(tried, "up" if self.fit.batches else None, self.fit)
+        judge = self.judge
+        return divergence(tried.module, judge.batches, self.references, judge.forward, judge.loss)
 
 
-def plan_trial(
-    prepared: fx.GraphModule, batches: Sequence[Any], forward: Forward, refit: bool, memory: int, loss: Loss | None
-) -> Trial:
+def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial:
     """Choose the samples to measure by, and run the original on them.
 
     Args:
-        batches: one at least.
+        calibration: with one batch at least.
         refit: whether the chosen allocation is going to be refitted.
     """
-    original = copy.deepcopy(prepared)
-    remove_observers(original)
-    original.recompile()
+    batches = calibration.batches
+    original = program.copy()
+    for graph_module in original.graph_modules:
+        remove_observers(graph_module)
+        graph_module.recompile()
     fit, judge = _few(batches, refit)
     try:
-        references = answers(original, judge, forward)
+        references = answers(original.module, judge, calibration.forward)
     except CalibrationError:  # the model may want batches of the size that it was captured with
         half = len(batches) // 2
         fit, judge = (list(batches[:half]) if refit else []), list(batches[half:] if refit else batches)
-        references = answers(original, judge, forward)
-    return Trial(forward, fit, judge, references, memory, loss)
+        references = answers(original.module, judge, calibration.forward)
+    given = (dataclasses.replace(calibration, batches=own) for own in (fit, judge))
+    return Trial(*given, references)
 
 
-def allocate_faithfully(prepared: fx.GraphModule, allocate: Allocate, trial: Trial) -> fx.GraphModule:
-    """A copy of the graph with the best of some allocations: first over `importance`, then over `caution`."""
+def allocate_faithfully(
+    program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
+) -> Allocation:
+    """The best of some allocations: first over `importance`, then over `caution`."""
     measured: dict[Any, float] = {}
 
     def attempt(option: Allocate) -> _Attempt:
-        graph_module = copy.deepcopy(prepared)
-        option(graph_module)
-        allocation = graph_record(graph_module).allocation
-        if allocation is None:
-            raise PassError("Allocate left no allocation")
+        allocation = option.solve(problem)
         chosen = (*(choice.chosen.rank for choice in allocation.choices), *sorted(allocation.sizes.items()))
         if chosen not in measured:
-            measured[chosen] = trial.measure(graph_module)
+            measured[chosen] = trial.measure(program, problem, allocation)
         _LOGGER.info("importance %s, caution %s: %.4g", option.importance, option.caution, measured[chosen])
-        return _Attempt(measured[chosen], option, graph_module)
+        return _Attempt(measured[chosen], option, allocation)
 
-    best = min((attempt(dataclasses.replace(allocate, importance=i)) for i in _IMPORTANCES), key=attrgetter("lost"))
-    if graph_record(prepared).widths:
-        cautious = (attempt(dataclasses.replace(best.option, caution=caution)) for caution in _CAUTIONS)
-        best = min((best, *cautious), key=attrgetter("lost"))
-    return best.graph_module
+    cautions = _CAUTIONS if problem.clusters else ()
+    first, second = progress.spans([len(_IMPORTANCES), len(cautions)])
+    tried = (attempt(dataclasses.replace(allocate, importance=power)) for power in first.track(_IMPORTANCES))
+    best = min(tried, key=_Attempt.of)
+    cautious = (attempt(dataclasses.replace(best.option, caution=caution)) for caution in second.track(cautions))
+    return min((best, *cautious), key=_Attempt.of).allocation
 
 
 @dataclass(frozen=True)
 class _Attempt:
     lost: float
     option: Allocate
-    graph_module: fx.GraphModule
+    allocation: Allocation
+
+    def of(self) -> float:
+        """What is to be least."""
+        return self.lost
 
 
 def _few(batches: Sequence[Any], refit: bool) -> tuple[list[Any], list[Any]]:

@@ -21,31 +21,18 @@ from torch import Tensor, fx, nn
 
 from balf_fx.calibration.batches import Forward
 from balf_fx.errors import FileError
-from balf_fx.files.restore import Stored, restore, stored
+from balf_fx.files.restore import Stored, restore
 from balf_fx.graph.plan import Plan
 
 _PLAN, _CHECKSUM = "balf_fx.plan", "balf_fx.sha256"
 
 
-def save(compressed: Any, path: str | os.PathLike[str]) -> None:
-    """Write a compressed model to a file, or its factors where the backend has compiled it.
-
-    Args:
-        compressed: what `compile`, `convert` or `load` returned, fine-tuned or cast perhaps, or what
-            `torch.compile(..., backend="balf")` returned.
-        path: of the file, "small.safetensors" for instance; what was there is replaced once all is written.
+def write(found: Stored, path: str | os.PathLike[str]) -> None:
+    """Write a compressed model to a file; what was there is replaced once all is written.
 
     Raises:
-        PassError: the module carries no plan.
         FileError: it holds what safetensors cannot, quantized weights for instance.
-        NotCalibratedError: the backend is still calibrating.
     """
-    if isinstance(compressed, fx.GraphModule):
-        found = stored(compressed)
-    else:
-        from balf_fx.backend import plan as backend_plan  # only here: it imports Dynamo
-
-        found = backend_plan(compressed)
     tensors = {name: _plain(name, value) for name, value in found.tensors.items()}
     text = found.plan.to_json(indent=None)
     metadata = {_PLAN: text, _CHECKSUM: _checksum(text, tensors)}
@@ -96,6 +83,15 @@ def read(path: str | os.PathLike[str]) -> Stored:
     if _checksum(metadata[_PLAN], tensors) != metadata[_CHECKSUM]:
         raise FileError(f"{path} was changed since it was written: its checksum does not match")
     return Stored(Plan.from_json(metadata[_PLAN]), tensors)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file from `write`, or in a .json file.
+
+    Raises:
+        FileError, PlanError: as `read`.
+    """
+    return Plan.from_json(path.read_bytes()) if path.suffix == ".json" else read(path).plan
 
 
 def _plain(name: str, value: Tensor) -> Tensor:

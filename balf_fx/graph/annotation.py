@@ -33,6 +33,8 @@ class Annotation:
         shape: of the node's output on the example batch.
         computed_from: the tensors of which a parameter is made, by FoldConstants on the node that fetches it.
         folded: the BatchNorms that the node has taken in, in their order, by FoldBatchNorm.
+        shared: another graph of the program reads the node's weights too: their shapes and values stay as they are,
+            unless they are replaced by the same factors in both.
         site, refusal: by Annotate; at most one of them.
         observer: path of the observer whose statistics serve the site, by InsertObservers.
         sensitivity: path of the observer of its gradients, if there is one.
@@ -46,6 +48,7 @@ class Annotation:
     shape: tuple[int, ...] | None = None
     computed_from: tuple[torch.Tensor, ...] = ()
     folded: tuple[Norm, ...] = ()
+    shared: bool = False
     site: Site | None = None
     refusal: Refusal | None = None
     observer: str | None = None
@@ -64,13 +67,14 @@ class Origin:
     Attributes:
         arguments: of the example call, by `example.describe`: {"positional": ..., "keywords": ...}; None where they
             hold something that has no description.
-        fold_batchnorm, include, exclude: as `balf_fx.compile` takes them.
+        fold_batchnorm, include, exclude, dense: as `balf_fx.compile` takes them.
     """
 
     arguments: Mapping[str, Any] | None = None
     fold_batchnorm: bool = True
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

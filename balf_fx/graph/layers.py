@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from balf_fx.graph.annotation import annotation
+from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.operators import is_transposition, reads_metadata
 from balf_fx.graph.parameters import get_tensor, is_hooked, is_quantized
 from balf_fx.graph.site import ConvGeometry, Kind, Reason, Refusal, Site
@@ -124,7 +124,7 @@ def read_site(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | N
         reason = Reason.TOO_SMALL
         if layer.groups > 1 and 1 in (layer.out_features, layer.in_features):
             reason = Reason.DEPTHWISE if layer.out_features == 1 else Reason.SINGLE_INPUT
-        return Refusal(layer.name, layer.kind, reason, f"O x D x groups = {layer.shape}")
+        return Refusal(layer.name, layer.kind, reason, f"O x D x groups = {layer.shape_in_words}")
     return layer
 
 
@@ -135,6 +135,16 @@ def read_layer(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | 
     if node.op in ("call_function", "call_method"):
         return _read_call(graph_module, node)
     return None
+
+
+def layers_of(graph_module: fx.GraphModule) -> dict[str, tuple[Site, list[fx.Node]]]:
+    """Every layer by its name, sites and others, with the nodes that apply it."""
+    found = {site.name: (site, nodes) for site, nodes in sites(graph_module).items()}
+    for node in graph_module.graph.nodes:  # no rank would help these, but they may have been refitted or narrowed
+        site = read_layer(graph_module, node)
+        if annotation(node).site is None and isinstance(site, Site):
+            found[site.name] = (site, [node])
+    return found
 
 
 def site_input(node: fx.Node) -> fx.Node:
@@ -162,7 +172,7 @@ def _read_module(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal 
         return Refusal(name, kind, Reason.COMPUTED)
     bias = None if module._parameters["bias"] is None else f"{name}.bias"
     if kind == "linear":
-        return _layer(graph_module, name, kind, f"{name}.weight", bias)
+        return _layer(graph_module, name, kind, (f"{name}.weight", bias))
     transposed = kind.startswith("conv_transpose")
     conv = ConvGeometry(
         kernel_size=module.kernel_size,
@@ -172,7 +182,7 @@ def _read_module(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal 
         padding_mode=module.padding_mode,
         output_padding=module.output_padding if transposed else None,
     )
-    return _layer(graph_module, name, kind, f"{name}.weight", bias, module.groups, conv, inputs_first=transposed)
+    return _layer(graph_module, name, kind, (f"{name}.weight", bias), module.groups, conv, inputs_first=transposed)
 
 
 def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
@@ -197,14 +207,14 @@ def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | 
         if weight.dim() != 2 or (bias is not None and get_tensor(graph_module, bias.path).dim() != 1):
             return Refusal(name, function, Reason.NOT_LINEAR, "weight or bias of another rank")
         inputs_first = bool(arguments["inputs_first"]) != constant.transposed
-        return _layer(graph_module, None, kind, constant.path, bias_path, inputs_first=inputs_first)
+        return _layer(graph_module, None, kind, (constant.path, bias_path), inputs_first=inputs_first)
     settings = {key: arguments.get(key) for key in ("stride", "padding", "dilation", "output_padding", "groups")}
     if constant.transposed or any(isinstance(item, fx.Node) for item in _flat(settings.values())):
         return Refusal(name, function, Reason.COMPUTED)
     conv = _geometry(tuple(weight.shape[2:]), kind, settings)
     groups = settings["groups"] or 1
     transposed = kind.startswith("conv_transpose")
-    return _layer(graph_module, None, kind, constant.path, bias_path, groups, conv, inputs_first=transposed)
+    return _layer(graph_module, None, kind, (constant.path, bias_path), groups, conv, inputs_first=transposed)
 
 
 def argument_position(node: fx.Node, name: str) -> int:
@@ -284,12 +294,13 @@ def _layer(
     graph_module: fx.GraphModule,
     name: str | None,
     kind: Kind,
-    weight_path: str,
-    bias_path: str | None,
+    paths: tuple[str, str | None],
     groups: int = 1,
     conv: ConvGeometry | None = None,
     inputs_first: bool = False,
 ) -> Site | Refusal:
+    """Reads a layer whose weight and bias lie at these paths."""
+    weight_path, bias_path = paths
     weight: Tensor = get_tensor(graph_module, weight_path)
     name = name or _site_path(graph_module, weight_path)
     if is_quantized(weight):

@@ -53,12 +53,12 @@ def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
             for parameter in graph_module.get_submodule(node.target).parameters():
                 users[id(parameter)].add(node)
         elif node.op == "get_attr":
-            users[id(get_tensor(graph_module, node.target))] |= _readers(node)
+            users[id(get_tensor(graph_module, node.target))] |= readers(node)
     return users
 
 
 def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]], node: fx.Node, site: Site) -> bool:
-    """Whether no other node than this layer reads its weight or its bias.
+    """Whether nothing but this layer reads its weight or its bias, in this graph or in another one of the program.
 
     Args:
         users: from `parameter_users`.
@@ -67,10 +67,11 @@ def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]],
     return all(users[id(get_tensor(graph_module, path))] == {node} for path in paths)
 
 
-def _readers(source: fx.Node) -> set[fx.Node]:
+def readers(source: fx.Node) -> set[fx.Node]:
+    """The nodes that read a value, seen through nodes that only transpose it."""
     found: set[fx.Node] = set()
     for user in source.users:
-        found |= _readers(user) if is_transposition(user) else {user}
+        found |= readers(user) if is_transposition(user) else {user}
     return found
 
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from balf_fx.errors import PassError, PlanError
-from balf_fx.graph.allocation import Allocation
+from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.annotation import META_KEY, GraphRecord, Origin, Replaced
-from balf_fx.graph.curves import Rank
+from balf_fx.graph.curves import Candidate, EnergyCurve, Measure, Rank
 from balf_fx.graph.fingerprint import Fingerprint
-from balf_fx.reporting.report import Report, rank_from_data, report_from_dict, summarise
+from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Raised when older versions could not read what is written."""
+
+PLAN_ATTRIBUTE = "balf_plan"
+"""Where a finished GraphModule carries its plan beside `meta`: copies keep only `meta`, pickles only attributes."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,27 @@ class PlannedWidth:
     """Features that have become fewer.
 
     Attributes:
-        index: among all widths of the graph.
-        name, kind: as in `widths.Width`.
-        size: features that are left, of each head.
-        kept: which ones, of channels; None where they are others than before.
+        name, kind: as in `graph.widths.Width`.
+        layers: the names of the layers on both sides.
+        features, size: of each head, before and after.
+        heads: how many; 1 of channels.
+        energy_kept: the share of what losing all features would cost.
+        kept: which features stay, of channels; None where they are combinations of those before.
     """
 
-    index: int
     name: str
     kind: str
+    layers: tuple[str, ...]
+    features: int
     size: int
+    heads: int
+    energy_kept: float
     kept: tuple[int, ...] | None
+
+    @property
+    def key(self) -> str:
+        """As `graph.widths.Width.key`."""
+        return f"{self.kind} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -49,72 +58,78 @@ class Plan:
     """Ranks and sizes of one compressed model.
 
     Attributes:
-        report: what they cost and lose.
+        allocation: the solution of the budget.
+        flops, params: of the whole model before; flops is None where nobody counted.
+        params_after: of the whole model.
+        captured: how the graph came about: "symbolic_trace", "export" or "dynamo".
+        refusals: layers that are not sites, with their FLOPs.
         origin: how the graph was made.
         layers: those that were replaced, with fingerprints of the original weights.
         widths: those that have become smaller.
         versions: of balf_fx and torch.
     """
 
-    report: Report
+    allocation: Allocation
+    flops: int | None
+    params: int
+    params_after: int
+    captured: str
+    refusals: tuple[tuple[Refusal, int | None], ...]
     origin: Origin
-    layers: tuple[Replaced, ...]
+    layers: tuple[Replaced, ...] = ()
     widths: tuple[PlannedWidth, ...] = ()
-    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
+    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
 
     @classmethod
-    def of(cls, compressed: Any) -> Plan:
-        """The plan of a compressed model, to be read, written down or followed again.
+    def of(cls, compressed: fx.GraphModule) -> Plan:
+        """The plan that a graph carries.
 
         Args:
-            compressed: what `compile`, `convert` or `load` returned, a graph that has been through `passes.Factorize`,
-                or what `torch.compile(..., backend="balf")` returned.
+            compressed: what `compile`, `convert` or `load` returned, or a graph that has been through
+                `passes.Allocate`.
 
         Raises:
             PassError: the module carries no plan.
-            NotCalibratedError: the backend is still calibrating; says how far it is.
         """
         meta = compressed.meta if isinstance(compressed, fx.GraphModule) else {}
         found = meta.get(META_KEY, getattr(compressed, PLAN_ATTRIBUTE, None))
         if isinstance(found, GraphRecord) and found.allocation is not None:
-            return _of_record(found, found.allocation)
+            return plan_of_records([found], found.allocation)
         if isinstance(found, Mapping):
             return cls.from_dict(found)
-        backend = sys.modules.get("balf_fx.backend")  # not loaded, it cannot have compiled anything
-        if backend is not None and backend.owner_of(compressed) is not None:
-            own: Plan = backend.plan(compressed).plan
-            return own
         raise PassError("there is no plan and nothing to report: pass what balf_fx.compile, convert or load returned")
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Plan:
-        """The plan in a file that `balf_fx.save` has written, or in a .json file with what `to_json` returned.
-
-        Raises:
-            FileError: the file is damaged, or none of balf_fx.
-            PlanError: the plan is damaged, or of another version.
-        """
-        from balf_fx.files.storage import read  # which imports plans
-
-        if Path(path).suffix == ".json":
-            return cls.from_json(Path(path).read_bytes())
-        return read(path).plan
 
     @property
     def ranks(self) -> dict[str, Rank]:
         """{site: rank}, None for dense, as `allocation` takes it."""
-        return {row.name: row.rank for row in self.report.sites}
+        return {choice.site.name: choice.chosen.rank for choice in self.allocation.choices}
+
+    @property
+    def flops_after(self) -> int | None:
+        """Of the whole model."""
+        if self.flops is None:
+            return None
+        saved = sum(choice.dense.flops - choice.chosen.flops for choice in self.allocation.choices)
+        return self.flops - saved - self.allocation.saved_elsewhere[0]
+
+    @property
+    def flops_kept(self) -> float | None:
+        """flops_after / flops."""
+        if self.flops is None or self.flops_after is None:
+            return None
+        return self.flops_after / self.flops if self.flops else 1.0
+
+    @property
+    def params_kept(self) -> float:
+        """params_after / params."""
+        return self.params_after / self.params if self.params else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""
-        return {
-            "format": FORMAT,
-            "versions": dict(self.versions),
-            "report": self.report.to_dict(),
-            "origin": asdict(self.origin),
-            "layers": [asdict(layer) for layer in self.layers],
-            "widths": [asdict(width) for width in self.widths],
-        }
+        data = {"format": FORMAT, **asdict(self)}
+        for refusal, _ in data["refusals"]:
+            refusal["reason"] = refusal["reason"].value
+        return data
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
@@ -124,30 +139,17 @@ class Plan:
         """The inverse of `to_dict`.
 
         Raises:
-            PlanError: this is no plan, or one of a later version.
+            PlanError: this is no plan, or one of another version.
         """
         if not isinstance(data, Mapping) or "format" not in data:
-            raise PlanError("this is no plan of balf_fx: it has no format")
+            raise PlanError("this is not a plan of balf_fx: it has no format")
         if data["format"] != FORMAT:
             raise PlanError(
                 f"the plan has format {data['format']!r}, and this version of balf_fx reads format {FORMAT}: use the "
                 f"versions that it was written with, {data.get('versions')}"
             )
         try:
-            origin = data["origin"]
-            include = origin["include"]
-            return cls(
-                report=report_from_dict(data["report"]),
-                origin=Origin(
-                    origin["arguments"],
-                    origin["fold_batchnorm"],
-                    None if include is None else tuple(include),
-                    tuple(origin["exclude"]),
-                ),
-                layers=tuple(_layer_from_data(layer) for layer in data["layers"]),
-                widths=tuple(_width_from_data(width) for width in data["widths"]),
-                versions=dict(data["versions"]),
-            )
+            return _plan(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the plan is incomplete or damaged: {type(error).__name__} {error}") from error
 
@@ -161,41 +163,118 @@ class Plan:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise PlanError(f"this is no plan of balf_fx: {error}") from error
+            raise PlanError(f"this is not a plan of balf_fx: {error}") from error
         return cls.from_dict(data)
 
+    def only(self, layers: set[str], widths: set[str]) -> Plan:
+        """What the plan says of some layers, by name, and of some widths, by key."""
+        choices = tuple(choice for choice in self.allocation.choices if choice.site.name in layers)
+        sizes = {key: size for key, size in self.allocation.sizes.items() if key in widths}
+        return replace(
+            self,
+            allocation=replace(self.allocation, choices=choices, sizes=sizes),
+            layers=tuple(layer for layer in self.layers if layer.name in layers),
+            widths=tuple(width for width in self.widths if width.key in widths),
+        )
 
-def _of_record(record: GraphRecord, allocation: Allocation) -> Plan:
-    """The plan of a graph that has been rewritten."""
-    widths = []
-    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
-        size = allocation.sizes.get(index, width.features)
+
+def plan_of_records(records: list[GraphRecord], allocation: Allocation) -> Plan:
+    """The plan of graphs that share one allocation; the first record speaks for the whole model."""
+    first = records[0]
+    widths = {width.key: width for record in records for width in _planned_widths(record, allocation)}
+    layers = {layer.name: layer for record in records for layer in record.replaced}
+    return Plan(
+        allocation=allocation,
+        flops=first.flops,
+        params=first.params or 0,
+        params_after=first.params_after or 0,
+        captured=first.captured,
+        refusals=first.refusals,
+        origin=first.origin,
+        layers=tuple(layers.values()),
+        widths=tuple(widths.values()),
+    )
+
+
+def _planned_widths(record: GraphRecord, allocation: Allocation) -> Iterator[PlannedWidth]:
+    """The widths of a graph that become smaller."""
+    for width, curve in zip(record.widths, record.width_curves, strict=False):
+        size = allocation.sizes.get(width.key, width.features)
         if curve is not None and size < width.features:
             kept = curve.kept(size)
-            chosen = None if kept is None else tuple(kept.tolist())
-            widths.append(PlannedWidth(index, width.name, width.kind, size, chosen))
-    return Plan(summarise(record, allocation), record.origin, record.replaced, tuple(widths))
+            yield PlannedWidth(
+                name=width.name,
+                kind=width.kind,
+                layers=width.layer_names,
+                features=width.features,
+                size=size,
+                heads=width.heads,
+                energy_kept=1.0 - curve.normalised(curve.distortion[size]),
+                kept=None if kept is None else tuple(kept.tolist()),
+            )
 
 
 def _versions() -> dict[str, str]:
     return {"balf-fx": __version__, "torch": str(torch.__version__)}
 
 
-def _layer_from_data(data: Mapping[str, Any]) -> Replaced:
-    fingerprint = data["fingerprint"]
-    return Replaced(
-        str(data["name"]),
-        rank_from_data(data["rank"]),
-        tuple(map(bool, data["biased"])),
-        Fingerprint(tuple(fingerprint["shape"]), tuple(fingerprint["sums"])),
+# Plain data back into records: JSON knows lists only.
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    include = data["origin"]["include"]
+    origin = {**data["origin"], "include": None if include is None else tuple(include)}
+    for name in ("exclude", "dense"):
+        origin[name] = tuple(origin[name])
+    return Plan(
+        allocation=_allocation(data["allocation"]),
+        flops=data["flops"],
+        params=int(data["params"]),
+        params_after=int(data["params_after"]),
+        captured=str(data["captured"]),
+        refusals=tuple(
+            (Refusal(**{**refusal, "reason": Reason(refusal["reason"])}), flops) for refusal, flops in data["refusals"]
+        ),
+        origin=Origin(**origin),
+        layers=tuple(_layer(layer) for layer in data["layers"]),
+        widths=tuple(_width(width) for width in data["widths"]),
+        versions=dict(data["versions"]),
     )
 
 
-def _width_from_data(data: Mapping[str, Any]) -> PlannedWidth:
-    kept = data["kept"]
-    chosen = None if kept is None else tuple(kept)
-    return PlannedWidth(int(data["index"]), str(data["name"]), str(data["kind"]), int(data["size"]), chosen)
+def _allocation(data: Mapping[str, Any]) -> Allocation:
+    measure: Measure = "params" if data["measure"] == "params" else "flops"
+    flops, params = data["saved_elsewhere"]
+    choices = tuple(map(_choice, data["choices"]))
+    sizes = {str(key): int(size) for key, size in data["sizes"].items()}
+    return Allocation(
+        **{**data, "measure": measure, "choices": choices, "sizes": sizes, "saved_elsewhere": (flops, params)}
+    )
 
 
-PLAN_ATTRIBUTE = "balf_plan"
-"""Where a finished GraphModule carries its plan beside `meta`: copies keep only `meta`, pickles only attributes."""
+def _choice(data: Mapping[str, Any]) -> Choice:
+    conv, spectrum = data["site"]["conv"], data["spectrum"]
+    site = Site(**{**data["site"], "conv": None if conv is None else _geometry(conv)})
+    chosen, dense = (Candidate(**{**data[name], "rank": _rank(data[name]["rank"])}) for name in ("chosen", "dense"))
+    curve = None if spectrum is None else EnergyCurve(tuple(spectrum["ranks"]), tuple(spectrum["kept"]))
+    return Choice(site, chosen, dense, float(data["energy_kept"]), curve)
+
+
+def _geometry(data: Mapping[str, Any]) -> ConvGeometry:
+    tuples = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in data.items()}
+    return ConvGeometry(**{**tuples, "padding": tuple((before, after) for before, after in data["padding"])})
+
+
+def _layer(data: Mapping[str, Any]) -> Replaced:
+    found = data["fingerprint"]
+    fingerprint = Fingerprint(tuple(found["shape"]), tuple(found["sums"]))
+    return Replaced(str(data["name"]), _rank(data["rank"]), tuple(map(bool, data["biased"])), fingerprint)
+
+
+def _width(data: Mapping[str, Any]) -> PlannedWidth:
+    kept = None if data["kept"] is None else tuple(data["kept"])
+    return PlannedWidth(**{**data, "layers": tuple(data["layers"]), "kept": kept})
+
+
+def _rank(rank: Any) -> Rank:
+    return tuple(rank) if isinstance(rank, list) else rank

@@ -8,8 +8,10 @@ is one *position*; for a linear layer a position is one index of the leading dim
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -35,6 +37,7 @@ class Reason(str, Enum):
     SINGLE_INPUT = "one input value per group"
     TOO_SMALL = "no rank is cheaper than the dense layer"
     EXCLUDED = "excluded by the user"
+    UNSEEN = "no finite calibration value has reached it"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Site:
         keeps_weight: something else, a tied embedding say, needs the weight too: the factors come on top of it.
         parts: the graph takes the outputs apart into this many equal pieces, as with a fused query-key-value
             projection: each may have factors of its own.
+        keeps_rank: the user wants its full rank; it may still be refitted and become narrower.
     """
 
     name: str
@@ -105,6 +109,7 @@ class Site:
     inputs_first: bool = False
     keeps_weight: bool = False
     parts: int = 1
+    keeps_rank: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -130,7 +135,9 @@ class Site:
 
     @property
     def break_even(self) -> int:
-        """The largest rank r with r (O + D) < O D, 0 where there is none."""
+        """The largest rank r with r (O + D) < O D, 0 where there is none or none is wanted."""
+        if self.keeps_rank:
+            return 0
         return (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
 
     @property
@@ -138,8 +145,14 @@ class Site:
         return min(self.out_features, self.in_features)
 
     @property
-    def shape(self) -> str:
-        return f"{self.out_features} x {self.in_features} x {self.groups}"
+    def shape(self) -> tuple[int, int, int]:
+        """O, D and G."""
+        return self.out_features, self.in_features, self.groups
+
+    @property
+    def shape_in_words(self) -> str:
+        """For messages: "O x D x G"."""
+        return " x ".join(map(str, self.shape))
 
 
 @dataclass(frozen=True)
@@ -165,3 +178,12 @@ class Norm:
         scale = self.scale(dtype)
         shift = -self.mean.to(dtype) * scale
         return scale, shift if self.bias is None else shift + self.bias.detach().to(dtype)
+
+
+def exclusion(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+    """Why the user's glob patterns leave a layer out; "" where they do not."""
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "matches exclude"
+    if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
+        return "matches no include"
+    return ""

@@ -8,7 +8,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from balf_fx.api import Effort
 from balf_fx.errors import FileError
 from balf_fx.graph.curves import Measure
 
@@ -48,7 +47,7 @@ class Sweep:
     """
 
     measure: Measure
-    effort: Effort
+    effort: str
     samples: int
     accuracy: float | None
     points: tuple[Point, ...]

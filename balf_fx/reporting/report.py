@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from tabulate import tabulate
 
-from balf_fx.graph.allocation import Allocation, Choice
-from balf_fx.graph.annotation import GraphRecord
+from balf_fx.graph.allocation import Choice
 from balf_fx.graph.curves import EnergyCurve, Rank
-from balf_fx.graph.widths import Width, WidthCurve
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from balf_fx.reporting.curve import Sweep
+from balf_fx.graph.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -26,7 +18,8 @@ class SiteRow:
     """One site.
 
     Attributes:
-        shape: as it was; `flops_after` and `params_after` are at the sizes of the widths that it touches.
+        out_features, in_features, groups: O, D and G as they were; `flops_after` and `params_after` are at the sizes
+            of the widths that it touches.
         rank: None means no factors, a tuple one rank for each of the site's parts.
         energy_kept: the share of the output's energy on the calibration data; what a width loses is in its own row.
         distortion: the mean squared output error, summed over the site's outputs.
@@ -35,7 +28,9 @@ class SiteRow:
 
     name: str
     kind: str
-    shape: str
+    out_features: int
+    in_features: int
+    groups: int
     rank: Rank
     flops_before: int
     flops_after: int
@@ -46,11 +41,15 @@ class SiteRow:
     spectrum: EnergyCurve | None = None
 
     @property
+    def shape(self) -> str:
+        """For a table: "O x D x groups"."""
+        return f"{self.out_features} x {self.in_features} x {self.groups}"
+
+    @property
     def rank_share(self) -> float:
         """The rank as a share of the full rank min(O, D), over all parts; 1 where it stays dense."""
-        outputs, inputs, _ = (int(size) for size in self.shape.split(" x "))
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
-        full = min(outputs // len(ranks), inputs)
+        full = min(self.out_features // len(ranks), self.in_features)
         return sum(full if rank is None else rank for rank in ranks) / (len(ranks) * full)
 
     @property
@@ -112,7 +111,7 @@ class Report:
     Attributes:
         method, measure, target: how the budget was given; target is None for explicit ranks and energy thresholds.
         flops_before, flops_after: of the whole model on the example batch; None where they were never counted.
-        captured: how the graph came about, "symbolic_trace" or "export".
+        captured: how the graph came about: "symbolic_trace", "export" or "dynamo".
         flops_in_sites: the share of the original FLOPs that lies in sites.
         flops_refused: the share in layers that are no sites, by reason; the rest is not parametric.
         primal, bound, gap: the allocator's objective, what no allocation can undercut, and their difference.
@@ -140,6 +139,37 @@ class Report:
     flops_saved_elsewhere: int = 0
     params_saved_elsewhere: int = 0
 
+    @classmethod
+    def of(cls, plan: Plan) -> Report:
+        """The view of a plan."""
+        allocation, total = plan.allocation, plan.flops or 1
+        refused: dict[str, float] = {}
+        for refusal, flops in plan.refusals:
+            refused[refusal.reason.value] = refused.get(refusal.reason.value, 0.0) + (flops or 0) / total
+        return cls(
+            sites=tuple(map(_row, allocation.choices)),
+            refused=tuple(RefusedRow(r.name, r.kind, str(r), flops) for r, flops in plan.refusals),
+            method=allocation.method,
+            measure=allocation.measure,
+            target=allocation.target,
+            flops_before=plan.flops,
+            flops_after=plan.flops_after,
+            params_before=plan.params,
+            params_after=plan.params_after,
+            captured=plan.captured,
+            flops_in_sites=sum(choice.dense.flops for choice in allocation.choices) / total,
+            flops_refused=refused,
+            primal=allocation.primal,
+            bound=allocation.bound,
+            gap=allocation.gap,
+            widths=tuple(
+                WidthRow(width.name, width.kind, width.features, width.size, width.heads, width.energy_kept)
+                for width in plan.widths
+            ),
+            flops_saved_elsewhere=allocation.saved_elsewhere[0],
+            params_saved_elsewhere=allocation.saved_elsewhere[1],
+        )
+
     @property
     def flops_kept(self) -> float | None:
         """flops_after / flops_before."""
@@ -159,37 +189,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""
-        return {**asdict(self), "flops_kept": self.flops_kept, "params_kept": self.params_kept}
+        rows = [{**asdict(row), "shape": row.shape} for row in self.sites]
+        return {**asdict(self), "sites": rows, "flops_kept": self.flops_kept, "params_kept": self.params_kept}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
-
-    def plot(self) -> Figure:
-        """Ranks, FLOPs and energies of all sites, and the features of widths, as a matplotlib Figure.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
-        from balf_fx.reporting.plots import plot_report
-
-        return plot_report(self)
-
-    def to_html(self, path: str | Path | None = None, sweep: Sweep | None = None) -> str:
-        """A page that needs nothing else: totals, pictures and tables.
-
-        Args:
-            path: write it to this file as well.
-            sweep: draw what other budgets cost in accuracy, too.
-
-        Raises:
-            MissingExtraError: matplotlib or jinja2 is not installed.
-        """
-        from balf_fx.reporting.page import render
-
-        page = render(self, sweep)
-        if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
-        return page
 
     def __str__(self) -> str:
         rows = [
@@ -244,86 +248,14 @@ def _rank_in_words(rank: Rank) -> str:
     return "dense" if rank is None else str(rank)
 
 
-def report(graph_module: Any) -> Report:
-    """What balf_fx did to this model.
-
-    Args:
-        graph_module: what `compile` or `convert` returned, a graph that has been through `passes.Allocate`, or what
-            `torch.compile(..., backend="balf")` returned.
-
-    Raises:
-        PassError: the module carries no allocation.
-        NotCalibratedError: the backend is still calibrating; says how far it is.
-    """
-    from balf_fx.graph.plan import Plan  # which holds a report
-
-    return Plan.of(graph_module).report
-
-
-def summarise(record: GraphRecord, allocation: Allocation) -> Report:
-    """The report on a record whose allocation is known."""
-    flops_elsewhere, params_elsewhere = allocation.saved_elsewhere
-    saved = sum(choice.dense.flops - choice.chosen.flops for choice in allocation.choices) + flops_elsewhere
-    total = record.flops or 1
-    refused: dict[str, float] = {}
-    for refusal, flops in record.refusals:
-        refused[refusal.reason.value] = refused.get(refusal.reason.value, 0.0) + (flops or 0) / total
-    return Report(
-        sites=tuple(_site_row(choice) for choice in allocation.choices),
-        refused=tuple(RefusedRow(r.name, r.kind, str(r), flops) for r, flops in record.refusals),
-        method=allocation.method,
-        measure=allocation.measure,
-        target=allocation.target,
-        flops_before=record.flops,
-        flops_after=None if record.flops is None else record.flops - saved,
-        params_before=record.params or 0,
-        params_after=record.params_after or 0,
-        captured=record.captured,
-        flops_in_sites=sum(choice.dense.flops for choice in allocation.choices) / total,
-        flops_refused=refused,
-        primal=allocation.primal,
-        bound=allocation.bound,
-        gap=allocation.gap,
-        widths=tuple(_width_rows(record, allocation.sizes)),
-        flops_saved_elsewhere=flops_elsewhere,
-        params_saved_elsewhere=params_elsewhere,
-    )
-
-
-def report_from_dict(data: Mapping[str, Any]) -> Report:
-    """The inverse of `Report.to_dict`."""
-    names = {field.name for field in fields(Report)}
-    rows = {
-        "sites": tuple(_site_row_from_data(row) for row in data["sites"]),
-        "refused": tuple(RefusedRow(**r) for r in data["refused"]),
-        "widths": tuple(WidthRow(**r) for r in data.get("widths", ())),  # older models carry none
-    }
-    return Report(**{**{key: value for key, value in data.items() if key in names}, **rows})
-
-
-def _site_row_from_data(row: Mapping[str, Any]) -> SiteRow:
-    """Older models carry no spectrum."""
-    spectrum = row.get("spectrum")
+def _row(choice: Choice) -> SiteRow:
+    site, chosen, dense = choice.site, choice.chosen, choice.dense
     return SiteRow(
-        **{
-            **row,
-            "rank": rank_from_data(row["rank"]),
-            "spectrum": None if spectrum is None else EnergyCurve(tuple(spectrum["ranks"]), tuple(spectrum["kept"])),
-        }
-    )
-
-
-def rank_from_data(rank: Any) -> Rank:
-    """A rank as JSON has it, which knows lists only."""
-    return tuple(rank) if isinstance(rank, list) else rank
-
-
-def _site_row(choice: Choice) -> SiteRow:
-    chosen, dense = choice.chosen, choice.dense
-    return SiteRow(
-        name=choice.site.name,
-        kind=choice.site.kind,
-        shape=choice.site.shape,
+        name=site.name,
+        kind=site.kind,
+        out_features=site.out_features,
+        in_features=site.in_features,
+        groups=site.groups,
         rank=chosen.rank,
         flops_before=dense.flops,
         flops_after=chosen.flops,
@@ -332,23 +264,4 @@ def _site_row(choice: Choice) -> SiteRow:
         distortion=chosen.distortion,
         energy_kept=choice.energy_kept,
         spectrum=choice.spectrum,
-    )
-
-
-def _width_rows(record: GraphRecord, sizes: Mapping[int, int]) -> Iterator[WidthRow]:
-    """Of the widths that have shrunk."""
-    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
-        size = sizes.get(index, width.features)
-        if curve is not None and size < width.features:
-            yield _width_row(width, curve, size)
-
-
-def _width_row(width: Width, curve: WidthCurve, size: int) -> WidthRow:
-    return WidthRow(
-        name=width.name,
-        kind=width.kind,
-        features_before=width.features,
-        features_after=size,
-        heads=width.heads,
-        energy_kept=1.0 - curve.normalised(curve.distortion[size]),
     )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.cli.sweep import run_sweep
+from balf_fx.cli.sweep import SweepData, run_sweep
 from balf_fx.errors import BudgetError, CalibrationError, FileError, OptionError
 from balf_fx.reporting.curve import Sweep
 
@@ -28,7 +28,8 @@ def batches():
 
 
 def sweep(model, batches, budgets, **options):
-    return run_sweep(model, *batches, budgets, progress=False, **options)
+    data = SweepData(*batches, options.pop("labels", None))
+    return run_sweep(model, data, budgets, options.pop("measure", "flops"), progress=False, **options)
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced", "best"])

@@ -1,0 +1,118 @@
+"""One budget, and everything over which it is spread: the sites and widths of one graph or of several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from balf_fx.budget.clusters import Cluster, find_clusters
+from balf_fx.errors import PassError
+from balf_fx.graph.allocation import Allocation
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
+from balf_fx.graph.curves import RankCurve
+from balf_fx.graph.site import Refusal, Site
+from balf_fx.ranks.costs import energy_curve
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the whole model costs.
+
+    Attributes:
+        flops, params: as the user gave it; budgets are fractions of these.
+        params_now: after the passes so far, which may have folded some into others.
+    """
+
+    flops: int
+    params: int
+    params_now: int
+
+    def params_after(self, allocation: Allocation) -> int:
+        """Parameters once the chosen sites are factorized."""
+        changed = sum(choice.chosen.params - choice.dense.params for choice in allocation.choices)
+        return self.params_now + changed - allocation.saved_elsewhere[1]
+
+
+Part = tuple[fx.GraphModule, int]
+"""A scored graph, and how often one call of the model runs it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything over which one budget is spread, wherever it lies: in one graph or in several.
+
+    Attributes:
+        curves: of each site; its costs are those of one call of the model.
+        clusters: sites and widths that are chosen together.
+    """
+
+    curves: Mapping[Site, RankCurve]
+    totals: Totals
+    clusters: tuple[Cluster, ...]
+
+
+def pose(parts: Sequence[Part], totals: Totals) -> Problem:
+    """The problem of all graphs together; sites of the same name are one site that all of them use."""
+    curves: dict[str, tuple[Site, RankCurve]] = {}
+    for graph_module, calls in parts:
+        for site, nodes in sites(graph_module).items():
+            curve = annotation(nodes[0]).curve
+            if curve is None:
+                raise PassError(f"Allocate: site {site.name!r} has no curve; run Score first")
+            curve = _repeated(curve, calls)
+            if site.name in curves:
+                site, other = curves[site.name]
+                curve = _joined(other, curve)
+            curves[site.name] = site, curve
+    clusters = [cluster for graph_module, calls in parts for cluster in find_clusters(graph_module, calls)]
+    return Problem(dict(curves.values()), totals, tuple(clusters))
+
+
+def settle(parts: Sequence[Part], problem: Problem, allocation: Allocation) -> None:
+    """Write an allocation down on all graphs, for the passes that carry it out, for plans and for reports."""
+    curves = {site.name: curve for site, curve in problem.curves.items()}
+    choices = tuple(
+        dataclasses.replace(choice, spectrum=energy_curve(choice.site, curves[choice.site.name]))
+        for choice in allocation.choices
+    )
+    allocation = dataclasses.replace(allocation, choices=choices)
+    by_name = {choice.site.name: choice for choice in choices}
+    for graph_module, _ in parts:
+        for site, nodes in sites(graph_module).items():
+            for node in nodes:
+                annotate(node, choice=by_name[site.name])
+        record_graph(
+            graph_module,
+            flops=problem.totals.flops if graph_record(graph_module).flops is not None else None,
+            params=problem.totals.params,
+            params_after=problem.totals.params_after(allocation),
+            allocation=allocation,
+            refusals=tuple(_refusals(parts)),
+        )
+
+
+def _refusals(parts: Sequence[Part]) -> Iterator[tuple[Refusal, int | None]]:
+    """What is not a site, with its FLOPs in one call of the model."""
+    for graph_module, calls in parts:
+        for mark in map(annotation, graph_module.graph.nodes):
+            if mark.refusal is not None:
+                yield mark.refusal, None if mark.flops is None else calls * mark.flops
+
+
+def _repeated(curve: RankCurve, calls: int) -> RankCurve:
+    """The curve of a site that is run several times in one call of the model."""
+    if calls == 1:
+        return curve
+    candidates = tuple(dataclasses.replace(each, flops=calls * each.flops) for each in curve.candidates)
+    return dataclasses.replace(curve, candidates=candidates, output_elements=calls * curve.output_elements)
+
+
+def _joined(first: RankCurve, second: RankCurve) -> RankCurve:
+    """The curve of a site that two graphs use: its factors are stored once and run in both."""
+    pairs = zip(first.candidates, second.candidates, strict=True)
+    candidates = tuple(dataclasses.replace(one, flops=one.flops + other.flops) for one, other in pairs)
+    elements = first.output_elements + second.output_elements
+    return dataclasses.replace(first, candidates=candidates, output_elements=elements)

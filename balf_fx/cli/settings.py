@@ -1,0 +1,82 @@
+"""Every option of `balf_fx.compile` as an option of a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from balf_fx.api import plan
+from balf_fx.engine.settings import options_of
+from balf_fx.errors import OptionError
+
+SHARE = click.FloatRange(0, 1, min_open=True)
+"""A fraction in (0, 1]."""
+
+_SPECIAL = {"progress": "--quiet", "seed": "--seed"}
+"""What `options.Inputs` says already, for data and compression alike."""
+_TYPES: Mapping[str, Any] = {
+    "flops": SHARE,
+    "params": SHARE,
+    "energy": SHARE,
+    "allocation": str,
+    "memory": str,
+    "loss": str,
+}
+_PATTERNS = ("include", "exclude", "dense")
+
+
+def setting_options(skip: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of `balf_fx.compile` but for some; `settings_from_command` takes them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name, each in reversed(options_of().items()):
+            if name not in (*_SPECIAL, *skip):
+                command = _option(name, each)(command)
+        return command
+
+    return decorate
+
+
+def _option(name: str, each: dataclasses.Field[Any]) -> Callable[..., Any]:
+    dashed, text = name.replace("_", "-"), f"{each.metadata['text'][0].upper()}{each.metadata['text'][1:]}."
+    values = each.metadata["values"]
+    if set(values) == {True, False}:
+        return click.option(f"--{dashed}/--no-{dashed}", name, default=each.default, show_default=True, help=text)
+    if name in _PATTERNS:
+        return click.option(f"--{dashed}", name, metavar="GLOB", multiple=True, help=f"{text} Repeatable.")
+    kind = _TYPES.get(name) or click.Choice([value or "none" for value in values if isinstance(value, str | None)])
+    metavar = "MODULE:FUNCTION" if name == "loss" else None
+    return click.option(f"--{dashed}", name, type=kind, metavar=metavar, default=None, help=text)
+
+
+def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user wrote, as `balf_fx.compile` takes it; what was not written is left out."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None or value == ():
+            continue
+        if name == "loss":
+            found[name] = _function(value)
+        elif name == "allocation" and Path(value).suffix in (".json", ".safetensors"):
+            found[name] = plan(value)
+        elif name == "refit" and value == "none":
+            found[name] = False
+        elif name == "memory" and value.isdigit():
+            found[name] = int(value)
+        else:
+            found[name] = value
+    return found
+
+
+def _function(written: str) -> Any:
+    """The function that MODULE:FUNCTION names."""
+    module, _, name = written.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OptionError(f"there is no function {written!r}, which is written MODULE:FUNCTION: {error}") from error

@@ -1,0 +1,127 @@
+"""What the calls of a model gave to its graphs, kept until one budget is spent on all of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from balf_fx.dynamo.binding import Binding
+from balf_fx.engine.program import Link, Step, Trace
+from balf_fx.refit.offload import Shelved
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a graph in the call that is going on."""
+
+    binding: Binding
+    args: tuple[Any, ...]
+    links: tuple[Link, ...]
+    outputs: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+
+
+class Recording:
+    """Traces of the calls so far.
+
+    Args:
+        memory: bytes of inputs that are kept in memory; what is beyond waits in temporary files.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._calls: Shelved = Shelved(memory)  # of traces whose parts are numbers in `bindings`
+        self._running: list[_Run] = []
+        self.bindings: list[Binding] = []
+
+    def begin(self) -> None:
+        """The model is called anew."""
+        if self._running:
+            self._calls.append(self._trace())
+        self._running = []
+
+    def enter(self, binding: Binding, inputs: Sequence[Any]) -> _Run:
+        """Keep the inputs of a graph that is about to run: it may write to them."""
+        links = tuple(self._links(inputs))
+        args = tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in inputs)
+        return _Run(binding, args, links)
+
+    def leave(self, run: _Run, output: Any) -> None:
+        """The graph has run."""
+        leaves = pytree.tree_leaves(output)
+        run.outputs.extend(weakref.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        if run.binding not in self.bindings:
+            self.bindings.append(run.binding)
+        run.binding.calls += 1
+        self._running.append(run)
+
+    def traces(self) -> Sequence[Trace]:
+        """All calls, the last one included."""
+        self.begin()
+        return self._calls
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._calls.close()
+        self._running, self.bindings = [], []
+
+    def _links(self, inputs: Sequence[Any]) -> Iterator[Link]:
+        """The inputs that earlier graphs of the call returned, the very same tensors."""
+        known = {
+            id(tensor): (step, output)
+            for step, run in enumerate(self._running)
+            for output, reference in enumerate(run.outputs)
+            if reference is not None and (tensor := reference()) is not None
+        }
+        for leaf, value in enumerate(inputs):
+            if isinstance(value, Tensor) and id(value) in known:
+                yield Link(leaf, *known[id(value)])
+
+    def _trace(self) -> Trace:
+        return tuple(Step(self.bindings.index(run.binding), run.args, run.links) for run in self._running)
+
+
+@contextmanager
+def confirmed(
+    graph_modules: Sequence[fx.GraphModule], traces: Sequence[Trace], memory: int
+) -> Iterator[Sequence[Trace]]:
+    """The traces with those links alone that a run of them shows: a value that was written to on the way is not one."""
+    if not any(step.links for trace in traces for step in trace):
+        yield traces
+        return
+    checked = Shelved(memory)
+    for trace in traces:
+        checked.append(_confirmed(graph_modules, trace))
+    try:
+        yield checked
+    finally:
+        checked.close()
+
+
+def _confirmed(graph_modules: Sequence[fx.GraphModule], trace: Trace) -> Trace:
+    returned = [pytree.tree_leaves(graph_modules[step.part](*cloned(step.args))) for step in trace]
+    steps = []
+    for step in trace:
+        kept = tuple(link for link in step.links if _same(step.args[link.leaf], returned[link.step][link.output]))
+        steps.append(step._replace(links=kept))
+    return tuple(steps)
+
+
+def cloned(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Values that may be written to."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Up to rounding: attention is decomposed in one of the two."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    scale = float(one.abs().max()) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)

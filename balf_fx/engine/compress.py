@@ -1,0 +1,231 @@
+"""The compiler: one budget over all parts of a program, in numbered steps.
+
+The steps are the passes in the order of `balf_fx.passes`; what is here says on what they run, part after part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+
+from balf_fx.budget.problem import pose
+from balf_fx.calibration.batches import Calibration, pieces_for_walk, run_batch
+from balf_fx.calibration.gradients import observe_gradients
+from balf_fx.calibration.observers import (
+    OBSERVERS,
+    CovarianceObserver,
+    InfluenceObserver,
+    SensitivityObserver,
+    observer_of,
+)
+from balf_fx.engine.program import Program, join, share_observers
+from balf_fx.engine.rewriting import normalise
+from balf_fx.engine.settings import Settings
+from balf_fx.engine.solving import carry_out, settled
+from balf_fx.engine.stages import work_of
+from balf_fx.engine.trials import allocate_faithfully, plan_trial
+from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
+from balf_fx.graph.layers import layers_of
+from balf_fx.graph.plan import Plan, plan_of_records
+from balf_fx.graph.site import Reason, Refusal
+from balf_fx.passes import Allocate, Annotate, FindWidths, InsertObservers, Refine, ScoreWidths
+from balf_fx.passes.score import Factors
+from balf_fx.progress import SILENT, Progress
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def run(
+    program: Program,
+    settings: Settings,
+    calibration: Calibration,
+    *,
+    stream: Iterable[Any] | None = None,
+    lenient: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Program, Plan]:
+    """Calibrate an observed program and convert it.
+
+    Args:
+        stream: batches that are calibrated on as they come, where nothing reads them again.
+        lenient: as in `calibrate`; sites that nothing finite has reached stay dense.
+    """
+    work = work_of(program, settings, calibration.batches)
+    shares = [work.calibrating, work.scoring + work.trying + work.solving]
+    calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
+    if settings.chosen_factors != "svd":
+        batches = calibration.batches if stream is None else stream
+        counted = calibrate(program, batches, calibration, lenient, calibrating)
+        calibration = calibration.only(counted) if lenient else calibration
+        if lenient:
+            _leave_unseen(program)
+    return convert(program, settings, calibration, converting)
+
+
+def _leave_unseen(program: Program) -> None:
+    """Let sites stay dense that no finite value has reached."""
+    for graph_module in program.graph_modules:
+        for site, nodes in sites(graph_module).items():
+            path = annotation(nodes[0]).observer
+            observer = observer_of(graph_module, path, CovarianceObserver)
+            if observer is None or observer.moments is None:
+                _LOGGER.warning("site %s stays dense: no finite value has reached it", site.name)
+                for node in nodes:
+                    annotate(node, site=None, refusal=Refusal(site.name, site.kind, Reason.UNSEEN))
+
+
+def observe(program: Program, settings: Settings, factors: Collection[Factors], lenient: bool = False) -> None:
+    """Bring all parts into the form that is scored, and put observers beside their sites.
+
+    Args:
+        factors: what is to be made of the statistics, one or several.
+        lenient: values with NaN or infinity are skipped.
+
+    Raises:
+        NoSiteError: nothing can be factorized.
+        UnknownSiteError: a pattern matches no layer.
+    """
+    # FoldBatchNorm, Annotate; then the sites that several parts have in common.
+    for graph_module in program.graph_modules:
+        normalise(graph_module, graph_record(graph_module).origin, partial=program.is_traced)
+    _check_sites(program, settings)
+    shared = join(program.parts) if program.is_traced else set()
+    # FindWidths, InsertObservers.
+    for graph_module in filter(sites, program.graph_modules):
+        if settings.widths and "sensitivity" in factors:
+            FindWidths()(graph_module)
+        InsertObservers("sensitivity" in factors, "air" in factors, lenient, apart=frozenset(shared))(graph_module)
+    share_observers(program.parts, shared)
+
+
+def _check_sites(program: Program, settings: Settings) -> None:
+    """Refuse a program without sites, and patterns that match no layer in any of its parts."""
+    marks = [annotation(node) for graph_module in program.graph_modules for node in graph_module.graph.nodes]
+    if program.is_traced:
+        names = [name for graph_module in program.graph_modules for name in layers_of(graph_module)]
+        Annotate(settings.include, settings.exclude, settings.dense).check(names)
+    if not any(mark.site for mark in marks):
+        refusals = [mark.refusal for mark in marks if mark.refusal is not None]
+        listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
+        raise NoSiteError(f"nothing in the model can be factorized ({listed})")
+
+
+def calibrate(
+    program: Program,
+    batches: Iterable[Any],
+    calibration: Calibration,
+    lenient: bool = False,
+    progress: Progress = SILENT,
+) -> list[int]:
+    """Run batches through an observed program, with gradients where it observes these.
+
+    Args:
+        batches: taken one at a time, in place of the calibration's own.
+        lenient: a batch with NaN or infinity at a site is left out, and a program through which no gradients flow is
+            run without.
+
+    Returns:
+        The numbers of the batches that count.
+
+    Raises:
+        CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
+    """
+    module, counted = program.module, []
+    generator = torch.Generator().manual_seed(calibration.seed)
+    gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
+    for index, batch in enumerate(progress.track(batches)):
+        try:
+            if gradients:
+                observe_gradients(
+                    module, batch, calibration.forward, index, generator, calibration.loss, calibration.memory
+                )
+            else:
+                run_batch(module, batch, calibration.forward, index)
+        except NonFiniteError as error:
+            if not lenient:
+                raise
+            _LOGGER.warning("%s: this call does not count", error)
+            continue
+        except CalibrationError as error:
+            if not (lenient and gradients):
+                raise
+            _LOGGER.warning("no gradients, so that factors minimise the plain output error: %s", error)
+            gradients = False
+            run_batch(module, batch, calibration.forward, index)
+        counted.append(index)
+    return counted
+
+
+def convert(
+    program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT
+) -> tuple[Program, Plan]:
+    """Spend the budget on a calibrated program, which stays as it is.
+
+    Args:
+        calibration: its batches are those to measure allocations and to refit layers on; none: neither.
+
+    Returns:
+        The rewritten parts, and what was done.
+
+    Raises:
+        NotCalibratedError: there are no observers, or they have seen nothing.
+        BudgetError: the budget cannot be reached; names the smallest that can.
+    """
+    if not any(hasattr(graph_module, OBSERVERS) for graph_module in program.graph_modules):
+        raise NotCalibratedError(
+            "this is not a prepared graph: call balf_fx.prepare first and run a few batches through it"
+        )
+    allocate, mode = settings.allocate(), settings.refit_mode
+    chooses = isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
+    measures = chooses and settings.chosen_factors == "sensitivity" and len(calibration.batches) > 0
+    if measures or mode is not None:
+        calibration = in_pieces(program, calibration)
+    work = work_of(program, settings, calibration.batches)
+    shares = [work.scoring, work.trying, work.solving]
+    scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
+    # 1. Score, ScoreWidths: what each rank and each size loses.
+    score(program, settings, scoring)
+    # 2. Allocate: one budget over all parts; or Follow: what a plan says.
+    problem = pose(program.counted, program.totals())
+    if isinstance(allocate, Allocate) and measures:
+        trial = plan_trial(program, calibration, mode is not None)
+        allocation = allocate_faithfully(program, problem, allocate, trial, trying)
+    else:
+        allocation = allocate.solve(problem)
+    compressed = settled(program, problem, allocation)
+    # 3. Refine or Refit: the layers' values. Narrow, Factorize: the graphs.
+    if settings.chosen_factors == "air":
+        for graph_module in filter(sites, compressed.graph_modules):
+            Refine(progress=solving)(graph_module)
+    carry_out(compressed, mode, calibration, solving)
+    progress.done()
+    records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
+    return compressed, plan_of_records(records, records[0].allocation or allocation)
+
+
+def score(program: Program, settings: Settings, progress: Progress = SILENT) -> None:
+    """Score the ranks and widths of all parts."""
+    found = [graph_module for graph_module in program.graph_modules if sites(graph_module)]
+    for graph_module, span in zip(found, progress.spans([1.0] * len(found)), strict=True):
+        ranks, sizes = span.spans([1.0, 2.0])
+        scored = settings.score(ranks)
+        scored(graph_module)
+        if scored.factors == "sensitivity":
+            ScoreWidths(scored.damping, progress=sizes)(graph_module)
+        else:
+            record_graph(graph_module, width_curves=(), widths_scored_with=())
+
+
+def in_pieces(program: Program, calibration: Calibration) -> Calibration:
+    """The same with large batches cut, so that what is alive in one layer of two models fits into memory."""
+    pieces = [
+        piece
+        for index, batch in enumerate(calibration.batches)
+        for piece in pieces_for_walk(program.module, batch, calibration.forward, index, calibration.memory)
+    ]
+    return dataclasses.replace(calibration, batches=pieces)

@@ -1,0 +1,297 @@
+"""Programs: captured graphs that one budget is spent on, and how a batch runs through them.
+
+`compile` has one part, the whole model. `torch.compile(backend="balf")` has as many as Dynamo captured; a call of the
+model is then a *trace*, the steps in which it ran them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.budget.problem import Totals
+from balf_fx.calibration.batches import graphs_of
+from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
+from balf_fx.graph.layers import layers_of
+from balf_fx.graph.parameters import count_parameters, readers
+from balf_fx.graph.site import ConvGeometry, Site
+
+_NORM_TENSORS = ("mean", "variance", "weight", "bias")
+
+
+class Link(NamedTuple):
+    """An argument that an earlier step returned.
+
+    Attributes:
+        leaf: which of the step's arguments, flattened.
+        step, output: the earlier step of the trace, and which of its outputs, flattened.
+    """
+
+    leaf: int
+    step: int
+    output: int
+
+
+class Step(NamedTuple):
+    """One run of a part.
+
+    Attributes:
+        part: which one.
+        args: the arguments as the original model gave them.
+        links: those that other parts had returned.
+    """
+
+    part: int
+    args: tuple[Any, ...]
+    links: tuple[Link, ...] = ()
+
+
+Trace = tuple[Step, ...]
+"""One call of a model."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A captured graph.
+
+    Attributes:
+        graph_module: mutated by the passes; the model's own tensors stay as they are.
+        calls: how often one call of the model runs it.
+        originals: the user's tensors by dotted path, where these say which weights are the same in several parts.
+        aliases: the user's tensors by the id of those that stand for them in the graph.
+    """
+
+    graph_module: fx.GraphModule
+    calls: int = 1
+    originals: Mapping[str, Tensor] | None = None
+    aliases: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def original(self, tensor: Tensor) -> Tensor:
+        """The user's tensor for which one stands, or the tensor itself."""
+        return self.aliases.get(id(tensor), tensor)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that one budget is spent on.
+
+    Attributes:
+        parts: in the order in which they first run.
+        steps: a batch as a trace; nothing is run.
+    """
+
+    parts: tuple[Part, ...]
+    steps: Callable[[fx.GraphModule, Any], Trace]
+
+    @property
+    def graph_modules(self) -> list[fx.GraphModule]:
+        return [part.graph_module for part in self.parts]
+
+    @property
+    def counted(self) -> list[tuple[fx.GraphModule, int]]:
+        """The graphs, each with how often one call of the model runs it."""
+        return [(part.graph_module, part.calls) for part in self.parts]
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the parts are pieces of a model that may have weights in common."""
+        return self.parts[0].originals is not None
+
+    def with_graphs(self, graph_modules: Sequence[fx.GraphModule]) -> Program:
+        """The same program of other graphs."""
+        pairs = zip(self.parts, graph_modules, strict=True)
+        return replace(self, parts=tuple(replace(part, graph_module=graph) for part, graph in pairs))
+
+    def copy(self) -> Program:
+        """Graphs of its own, on the same tensors and observers: what a pass replaces in one is not replaced here."""
+        return self.with_graphs([copy_graph(graph_module) for graph_module in self.graph_modules])
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """What `Calibration.forward` runs a batch through."""
+        return self.graph_modules[0] if len(self.parts) == 1 else nn.ModuleList(self.graph_modules)
+
+    def totals(self) -> Totals:
+        """What the whole model costs in one call."""
+        if not self.is_traced:
+            record, now = graph_record(self.graph_modules[0]), count_parameters(self.graph_modules[0])
+            return Totals(record.flops or 0, record.params or now, now)
+        flops = sum(part.calls * (graph_record(part.graph_module).flops or 0) for part in self.parts)
+        params = _count_by_name([part.originals or {} for part in self.parts])
+        now = _count_by_name([dict(graph_module.named_parameters()) for graph_module in self.graph_modules])
+        return Totals(flops, params, now)
+
+    def traces(self, batches: Sequence[Any]) -> Iterator[Trace]:
+        """The batches as traces."""
+        return (self.steps(self.graph_modules[0], batch) for batch in batches)
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph and of the modules that it calls, on the same tensors and with the same observers."""
+    tensors = (*graph_module.parameters(), *graph_module.buffers())
+    observers = [module for module in graph_module.modules() if getattr(module, "_is_impure", False)]
+    kept: dict[int, Any] = {id(value): value for value in (*tensors, *observers)}
+    return copy.deepcopy(graph_module, kept)
+
+
+def run_trace(program: nn.Module, trace: Trace) -> Any:
+    """Run the steps of a call, each on what the steps before it return now.
+
+    Returns:
+        What no other step reads: as it is where it is one value, else all of them.
+    """
+    graphs = graphs_of(program)
+    returned: list[list[Any]] = []
+    for step in trace:
+        output = graphs[step.part](*linked(step, returned))
+        returned.append(pytree.tree_leaves(output))
+    read = {link.step for step in trace for link in step.links}
+    answers = [value for index, values in enumerate(returned) if index not in read for value in values]
+    return answers[0] if len(answers) == 1 else answers
+
+
+def linked(step: Step, returned: Sequence[Sequence[Any] | None]) -> tuple[Any, ...]:
+    """A step's arguments, with what earlier steps have returned in place of what the original model gave.
+
+    Args:
+        returned: by step, the flattened outputs; None where they are not known.
+    """
+    if not step.links:
+        return step.args
+    leaves, spec = pytree.tree_flatten(step.args)
+    for link in step.links:
+        outputs = returned[link.step]
+        if outputs is not None:
+            leaves[link.leaf] = outputs[link.output]
+    arguments: tuple[Any, ...] = pytree.tree_unflatten(leaves, spec)
+    return arguments
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes two uses of a weight, in whatever graphs, one site: the same tensors, used in the same way.
+
+    Attributes:
+        tensors: ids of weight, bias and the BatchNorms folded into them.
+    """
+
+    tensors: tuple[int, ...]
+    kind: str
+    groups: int
+    conv: ConvGeometry | None
+    inputs_first: bool
+
+
+def site_originals(part: Part, site: Site, node: fx.Node) -> dict[str, Tensor]:
+    """The user's tensors that a layer stands for, by name: its own, and those that were folded into it."""
+    originals = part.originals or {}
+    found = {name: originals.get(name) for name in (site.weight, site.bias) if name is not None}
+    for source in node.all_input_nodes:
+        for index, tensor in enumerate(annotation(source).computed_from):
+            found[f"{site.name} (source {index} of {source.target})"] = tensor
+    for norm in annotation(node).folded:
+        found |= {f"{site.name} (BatchNorm {field})": getattr(norm, field) for field in _NORM_TENSORS}
+    return {name: part.original(tensor) for name, tensor in found.items() if tensor is not None}
+
+
+def layer_originals(part: Part) -> dict[str, tuple[list[fx.Node], dict[str, Tensor]]]:
+    """Every layer of a part by name: its nodes, and the user's tensors that it stands for."""
+    layers = layers_of(part.graph_module)
+    return {name: (nodes, site_originals(part, site, nodes[0])) for name, (site, nodes) in layers.items()}
+
+
+def join(parts: Sequence[Part]) -> set[str]:
+    """Make sites that use the same weights in the same way one site of one name, and mark what parts share.
+
+    A weight that another part uses in another way stays there: what takes its place here is stored beside it.
+
+    Returns:
+        The names of the sites that several parts use.
+    """
+    holders: dict[int, set[int]] = {}
+    for index, part in enumerate(parts):
+        for tensor in (part.originals or {}).values():
+            holders.setdefault(id(tensor), set()).add(index)
+    shared = {tensor for tensor, found in holders.items() if len(found) > 1}
+    uses: dict[Key, set[int]] = {}
+    keys: dict[tuple[int, str], Key] = {}
+    for index, part in enumerate(parts):
+        for site, nodes in sites(part.graph_module).items():
+            tensors = tuple(map(id, site_originals(part, site, nodes[0]).values()))
+            key = Key(tensors, site.kind, site.groups, site.conv, site.inputs_first)
+            uses.setdefault(key, set()).add(index)
+            keys[index, site.name] = key
+    names: dict[Key, str] = {}
+    joined: set[str] = set()
+    for index, part in enumerate(parts):
+        _mark_shared(part, shared)
+        for site, nodes in sites(part.graph_module).items():
+            key = keys[index, site.name]
+            held = set.union(set(), *(holders.get(tensor, set()) for tensor in key.tensors[:1]))
+            name = names.setdefault(key, _free(site.name, set(names.values())))
+            if len(uses[key]) > 1:
+                joined.add(name)
+            keeps = site.keeps_weight or held > uses[key]
+            changed = replace(site, name=name, keeps_weight=keeps)
+            for node in nodes:
+                annotate(node, site=changed)
+    return joined
+
+
+def _mark_shared(part: Part, shared: set[int]) -> None:
+    """Mark the nodes that read tensors which other parts read as well."""
+    own = {path for path, tensor in (part.originals or {}).items() if id(tensor) in shared}
+    for node in part.graph_module.graph.nodes:
+        if node.op == "get_attr":
+            mark = annotation(node)
+            computed = any(id(part.original(tensor)) in shared for tensor in mark.computed_from)
+            if computed or str(node.target) in own:
+                for each in (node, *readers(node)):
+                    annotate(each, shared=True)
+    for node in part.graph_module.graph.nodes:
+        folded = [getattr(norm, field) for norm in annotation(node).folded for field in _NORM_TENSORS]
+        if any(tensor is not None and id(part.original(tensor)) in shared for tensor in folded):
+            annotate(node, shared=True)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """A name that no other site has."""
+    if name not in taken:
+        return name
+    return next(other for number in range(1, len(taken) + 2) if (other := f"{name}_{number}") not in taken)
+
+
+def share_observers(parts: Sequence[Part], names: set[str]) -> None:
+    """Let one observer see a site in all parts that use it."""
+    first: dict[tuple[str, str], nn.Module] = {}
+    for part in parts:
+        for site, nodes in sites(part.graph_module).items():
+            mark = annotation(nodes[0])
+            if site.name not in names:
+                continue
+            for role in ("observer", "sensitivity", "influence"):
+                path = getattr(mark, role)
+                if path is not None:
+                    observer = first.setdefault((site.name, role), part.graph_module.get_submodule(path))
+                    part.graph_module.set_submodule(path, observer)
+
+
+def per_call(calls: Sequence[int]) -> list[int]:
+    """How often one call of the model runs each part, from how often all of calibration has."""
+    unit = math.gcd(*calls) or 1
+    return [count // unit for count in calls]
+
+
+def _count_by_name(held: Sequence[Mapping[str, Tensor]]) -> int:
+    """Parameters in all parts together, each once."""
+    sizes = {
+        name: tensor.numel() for names in held for name, tensor in names.items() if isinstance(tensor, nn.Parameter)
+    }
+    return sum(sizes.values())

@@ -1,0 +1,143 @@
+"""Carry an allocation out on all parts of a program: factors, refitted part after part, in rewritten graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from balf_fx.budget.problem import Problem, settle
+from balf_fx.calibration.batches import Calibration
+from balf_fx.engine.program import Program, Step, Trace, linked
+from balf_fx.engine.rewriting import rewrite
+from balf_fx.graph.allocation import Allocation
+from balf_fx.graph.annotation import sites
+from balf_fx.passes import Refit
+from balf_fx.passes.refit import RefitMode
+from balf_fx.progress import SILENT, Progress
+from balf_fx.refit.offload import Shelved
+
+
+def settled(program: Program, problem: Problem, allocation: Allocation) -> Program:
+    """A copy of the program whose graphs know what was allocated to them."""
+    copied = program.copy()
+    settle(copied.counted, problem, allocation)
+    return copied
+
+
+def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration, progress: Progress = SILENT) -> None:
+    """Solve and rewrite each part, in the order in which they run.
+
+    A part is refitted on what the parts before it hand over now that they are compressed, where the traces tell; on
+    what the original's handed over elsewhere.
+
+    Args:
+        mode: of the refit; None for none.
+        calibration: with batches, where there is a refit.
+    """
+    if mode is None:
+        for graph_module in program.graph_modules:
+            rewrite(graph_module)
+        return
+    with _Relay(program, calibration) as relay:
+        weights = [float(_work(graph_module)) for graph_module in program.graph_modules]
+        for index, span in enumerate(progress.spans(weights)):
+            graph_module = program.graph_modules[index]
+            if sites(graph_module):
+                inputs, handed = relay.inputs(index), relay.handed(index)
+                Refit(inputs, mode, calibration.memory, handed=handed, progress=span)(graph_module)
+            rewrite(graph_module)
+            relay.run(index)
+
+
+def _work(graph_module: fx.GraphModule) -> int:
+    return max(len(sites(graph_module)), 1)
+
+
+class _Relay:
+    """What the compressed parts hand to those that come after them."""
+
+    def __init__(self, program: Program, calibration: Calibration) -> None:
+        self._program = program
+        self._batches = calibration.batches
+        self._shapes = [_without_values(trace) for trace in program.traces(self._batches)]
+        self._places: dict[tuple[int, int], int] = {}  # of a step's outputs, by batch and step
+        self._outputs = Shelved(calibration.memory)
+
+    def __enter__(self) -> _Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._outputs.close()
+
+    def inputs(self, part: int) -> Sequence[Mapping[str, Any]]:
+        """Of each run of a part, the original's values of its placeholders by name."""
+        return _Inputs(self._program, self._batches, self._runs(part), part)
+
+    def handed(self, part: int) -> Sequence[Mapping[str, Any]]:
+        """Of each run of a part, the values that differ since compressed parts hand them over."""
+        return [dict(self._handed(part, batch, step)) for batch, step in self._runs(part)]
+
+    def run(self, part: int) -> None:
+        """Run a part that has been rewritten, if a later one reads what it returns."""
+        readers = {
+            (batch, link.step)
+            for batch, shape in enumerate(self._shapes)
+            for step in shape
+            for link in step.links
+            if step.part > part and shape[link.step].part == part
+        }
+        for batch, step in sorted(readers):
+            trace = self._trace(batch)
+            args = linked(trace[step], [self._known(batch, earlier) for earlier in range(step)])
+            self._places[batch, step] = len(self._outputs)
+            self._outputs.append(pytree.tree_leaves(self._program.graph_modules[part](*args)))
+
+    def _runs(self, part: int) -> list[tuple[int, int]]:
+        return [
+            (batch, index)
+            for batch, shape in enumerate(self._shapes)
+            for index, step in enumerate(shape)
+            if step.part == part
+        ]
+
+    def _trace(self, batch: int) -> Trace:
+        return self._program.steps(self._program.graph_modules[0], self._batches[batch])
+
+    def _known(self, batch: int, step: int) -> list[Any] | None:
+        place = self._places.get((batch, step))
+        return None if place is None else self._outputs[place]
+
+    def _handed(self, part: int, batch: int, index: int) -> Iterator[tuple[str, Any]]:
+        names = _placeholders(self._program.graph_modules[part])
+        for link in self._shapes[batch][index].links:
+            outputs = self._known(batch, link.step)
+            if outputs is not None:
+                yield names[link.leaf], outputs[link.output]
+
+
+class _Inputs(Sequence[Mapping[str, Any]]):
+    """The inputs of a part's runs, taken from the batches one at a time."""
+
+    def __init__(self, program: Program, batches: Sequence[Any], runs: Sequence[tuple[int, int]], part: int) -> None:
+        self._program, self._batches, self._runs = program, batches, runs
+        self._names = _placeholders(program.graph_modules[part])
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, step = self._runs[index]
+        trace = self._program.steps(self._program.graph_modules[0], self._batches[batch])
+        return dict(zip(self._names, trace[step].args, strict=True))
+
+
+def _placeholders(graph_module: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+
+
+def _without_values(trace: Trace) -> list[Step]:
+    """What ran and what read what, without the tensors."""
+    return [Step(step.part, (), step.links) for step in trace]

@@ -1,0 +1,73 @@
+"""How long the stages of compression take beside each other, so that a progress bar shows an honest share.
+
+The unit is one floating-point operation of a matrix product. Factors are of measurements on one core: eigenvectors of
+an m x m matrix take as long as about 200 m^3 such operations, and calibration with gradients as long as six forward
+passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from balf_fx.calibration.batches import sample_count
+from balf_fx.engine.program import Program
+from balf_fx.engine.settings import Settings
+from balf_fx.graph.annotation import annotation, graph_record, sites
+from balf_fx.passes.allocate import Allocate
+
+_EIGENVECTORS = 200.0
+_GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes
+_REFIT = {"full": 10.0, "up": 3.0}  # forward passes
+_CHOLESKY = 7.0 / 3.0  # a factor for each strength of the ridge, and one for all samples
+_TRIALS, _TRIAL_SAMPLES = 6, 256
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations in each stage."""
+
+    calibrating: float
+    scoring: float
+    trying: float
+    solving: float
+
+
+def work_of(program: Program, settings: Settings, batches: Sequence[Any]) -> Work:
+    """The work that compression is going to take.
+
+    Args:
+        batches: to calibrate on; as far as they are known.
+    """
+    totals = program.totals()
+    samples = sum(max(sample_count(batch), 1) for batch in batches) or 1
+    forward = float(totals.flops) * samples / _example_samples(program)
+    gradients = settings.chosen_factors in ("sensitivity", "air")
+    cubes = cholesky = 0.0
+    for graph_module in program.graph_modules:
+        for site in sites(graph_module):
+            cubes += float(site.full_rank) ** 3 * site.groups
+            cholesky += _CHOLESKY * float(site.in_features) ** 3 * site.groups
+        for width in graph_record(graph_module).widths:
+            cubes += float(width.features) ** 3
+    mode = settings.refit_mode
+    allocate = settings.allocate()
+    measures = gradients and isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
+    tried = min(1.0, _TRIAL_SAMPLES / max(samples, 1)) * forward
+    return Work(
+        calibrating=(_GRADIENTS if gradients else _OBSERVED) * forward,
+        scoring=_EIGENVECTORS * cubes,
+        trying=_TRIALS * tried * (1.0 if mode is None else 1.0 + _REFIT["up"]) if measures else 0.0,
+        solving=0.0 if mode is None else _REFIT[mode] * forward + (cholesky if mode == "full" else 0.0),
+    )
+
+
+def _example_samples(program: Program) -> int:
+    """In the batch on which FLOPs were counted."""
+    placeholders = (
+        annotation(node).shape
+        for graph_module in program.graph_modules
+        for node in graph_module.graph.find_nodes(op="placeholder")
+    )
+    return max((shape[0] for shape in placeholders if shape), default=1) or 1
