@@ -1,1 +1,4 @@
-"""TODO."""
+"""What each rank of a site keeps and costs: spectra, influence of single weights, costs, convex hulls.
+
+Uses `calibration` and `graph`. Weights are [G, O, D], factors [G, O, r] and [G, r, D], all in float64.
+"""

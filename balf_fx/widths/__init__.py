@@ -1,1 +1,4 @@
-"""TODO."""
+"""Features that may become fewer: how they are found, in which order they go, and what fewer mean for the layers around.
+
+Uses `ranks`, `calibration` and `graph`. A map of one width is [heads, features, r] or [heads, r, features].
+"""
