@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class InsertObservers(Pass):
         influence: also gather the gradients of every site's weight, in runs with gradients, and observe the inputs of
             all sites but transposed convolutions, as factors="air" needs.
         skip_non_finite: pass over batches with NaN or infinity, with a warning in the log, in place of an error.
+        apart: names of sites that share no observer with other sites, so that another graph with the same weights can
+            be given the same observers.
 
     Raises:
         ModelError: gradients are asked for, and a quantized layer lets none through.
@@ -39,6 +42,7 @@ class InsertObservers(Pass):
     sensitivity: bool = False
     influence: bool = False
     skip_non_finite: bool = False
+    apart: Collection[str] = ()
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
@@ -52,7 +56,7 @@ class InsertObservers(Pass):
         shared: dict[tuple[object, ...], str] = {}
         for site, nodes in found.items():
             side: Side = "input" if self.influence and not site.transposed else site.side
-            key = _sharing_key(graph_module, nodes, site, side)
+            key = (site,) if site.name in self.apart else _sharing_key(graph_module, nodes, site, side)
             new = key not in shared
             if new:
                 shared[key] = f"{OBSERVERS}.{len(shared)}"

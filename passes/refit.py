@@ -36,7 +36,7 @@ from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import Rank, Solution, Spectrum
 from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.parameters import grouped_weight, owns_weight, parameter_users
-from balf_fx.graph.site import Site
+from balf_fx.graph.site import Reason, Site
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import build, planned, run_first, run_modules, run_second
 from balf_fx.ranks.spectra import in_parts
@@ -54,24 +54,31 @@ class Refit(Pass):
     """Refit the chosen factors and the dense layers between Allocate and Factorize.
 
     Attributes:
-        inputs: of each calibration batch, the values of the graph's placeholders by name.
+        inputs: of each calibration batch, the values of the graph's placeholders by name; may be read from files on
+            access (`offload.Shelved`).
         mode: "full" solves for all of a layer; "up" keeps right factors, and of dense layers all but the bias.
         memory: bytes of values that are kept in memory; what is beyond waits in temporary files (`lockstep`).
+        handed: where the graph is a part of a larger program, of each batch the values that the compressed model
+            hands to it in place of some of `inputs`: layers are solved against the error made before, too. Empty
+            where there are none.
     """
 
     inputs: Sequence[Mapping[str, Any]]
     mode: RefitMode = "full"
     memory: int = MEMORY
+    handed: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(RefitMode):
             raise OptionError(f"mode is one of {', '.join(map(repr, get_args(RefitMode)))}, not {self.mode!r}")
+        if len(self.handed) not in (0, len(self.inputs)):
+            raise OptionError(f"handed has {len(self.handed)} batches, inputs {len(self.inputs)}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not observes(node)]
-        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site)}
+        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_excluded(node)}
         with torch.no_grad():
-            walk = Lockstep(graph_module, self.inputs, self.memory)
+            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory)
             walk.run(nodes, layers, _Solver(walk, self.mode).replace)
         return PassResult(graph_module, False)
 
@@ -281,6 +288,12 @@ class _Solver:
         if len(own) != math.prod(sizes):
             return None
         return (own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)).reshape(sizes)
+
+
+def _is_excluded(node: fx.Node) -> bool:
+    """Whether the user wants a layer to stay as it is: it only runs on other values then."""
+    refusal = annotation(node).refusal
+    return refusal is not None and refusal.reason is Reason.EXCLUDED
 
 
 def _best(train: Joint, held_out: Joint, problem: _Problem, biased: bool) -> tuple[Solution, ...]:

@@ -22,19 +22,20 @@ from torch.utils import _pytree as pytree
 from balf_fx.calibration.batches import MEMORY
 from balf_fx.graph.operators import changes_in_place
 from balf_fx.graph.parameters import is_quantized
-from balf_fx.refit.offload import Shelf
+from balf_fx.refit.offload import Shelf, resident
 
 
 class Batch:
     """The values of one batch that are alive, by node.
 
     Attributes:
+        index: of the batch among all.
         original: of the original model.
         compressed: of the compressed model, where these differ.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], shelf: Shelf) -> None:
-        self.inputs = inputs
+    def __init__(self, index: int, shelf: Shelf) -> None:
+        self.index = index
         self.original: dict[fx.Node, Any] = {}
         self.compressed: dict[fx.Node, Any] = {}
         self._shelf = shelf
@@ -71,18 +72,28 @@ class Lockstep:
     """Runs the nodes of a graph.
 
     Args:
-        inputs: of each batch, the values of the graph's placeholders by name.
+        inputs: of each batch, the values of the graph's placeholders by name; an item is only read when one of its
+            values is needed.
+        handed: likewise, the values that the compressed model has in place of some of these; empty where there are
+            none.
         memory: bytes of values that may be in memory, apart from those of the batch that is being run.
 
     Attributes:
-        inputs: as above.
+        inputs, handed: as above.
         moved: the nodes whose values differ between the models.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Mapping[str, Any]], memory: int = MEMORY) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Sequence[Mapping[str, Any]],
+        handed: Sequence[Mapping[str, Any]] = (),
+        memory: int = MEMORY,
+    ) -> None:
         self.graph_module = graph_module
         self.moved: set[fx.Node] = set()
         self.inputs = inputs
+        self.handed = handed
         self._memory = memory
         self._interpreter = fx.Interpreter(graph_module)
         self._batches: list[Batch] = []
@@ -99,15 +110,17 @@ class Lockstep:
         last_reads = _last_reads(nodes)
         with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
             pinned = self._pinned()
-            self._batches = [Batch(values, Shelf(Path(folder), pinned)) for values in self.inputs]
+            self._batches = [Batch(index, Shelf(Path(folder), pinned)) for index in range(len(self.inputs))]
             self._nbytes = [0] * len(self._batches)
+            handed = {name for values in self.handed for name in values}
             for node in nodes:
                 self._separate(node)
                 moves = node not in layers and not self.moved.isdisjoint(node.all_input_nodes)
+                moves = moves or (node.op == "placeholder" and node.target in handed)
                 for batch in self.batches():
-                    batch.original[node] = self._value(node, Batch.before, batch)
+                    batch.original[node] = self._original(node, batch)
                     if moves:
-                        batch.compressed[node] = self._value(node, Batch.current, batch)
+                        batch.compressed[node] = self._compressed(node, batch)
                     if node not in layers:  # at once, so that the next batch's values can take the place of this one's
                         batch.free(last_reads[node])
                 if moves:
@@ -135,7 +148,7 @@ class Lockstep:
 
     def _pinned(self) -> set[int]:
         """The storages that stay in memory in any case: the caller's and the model's."""
-        tensors = [leaf for leaf in pytree.tree_leaves(list(map(dict, self.inputs))) if isinstance(leaf, Tensor)]
+        tensors = [*resident(self.inputs), *resident(self.handed)]
         tensors += [*self.graph_module.parameters(), *self.graph_module.buffers()]
         plain = [tensor for tensor in tensors if tensor.layout is torch.strided and not is_quantized(tensor)]
         return {tensor.untyped_storage().data_ptr() for tensor in plain}
@@ -147,10 +160,21 @@ class Lockstep:
                 if source not in self.moved:
                     self.store(source, partial(_cloned, source))
 
-    def _value(self, node: fx.Node, value_of: Callable[[Batch, fx.Node], Any], batch: Batch) -> Any:
+    def _original(self, node: fx.Node, batch: Batch) -> Any:
+        """What a node returns in the original model."""
         if node.op == "placeholder":
-            return batch.inputs[str(node.target)]
-        args, kwargs = map_arg((node.args, node.kwargs), partial(value_of, batch))
+            return self.inputs[batch.index][str(node.target)]
+        return self._call(node, batch.before)
+
+    def _compressed(self, node: fx.Node, batch: Batch) -> Any:
+        """What a node returns in the compressed model, or what this is handed in its place."""
+        if node.op == "placeholder":
+            values, name = self.handed[batch.index], str(node.target)
+            return values[name] if name in values else _cloned(node, batch)
+        return self._call(node, batch.current)
+
+    def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), value_of)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
 

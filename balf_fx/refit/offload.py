@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Set
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _NUMBERS = itertools.count()
+
+
+_ALIGNMENT = 64  # bytes; a multiple of the size of every dtype's elements
 
 
 @dataclass(frozen=True)
@@ -72,31 +78,17 @@ class Shelf:
 
     def load(self, values: Any) -> Any:
         """The values with tensors that are mapped from their files: only what is read comes into memory."""
-        bases: dict[Path, Tensor] = {}
-
-        def loaded(parked: _Parked) -> Tensor:
-            if parked.path not in bases:
-                bases[parked.path] = _map_file(parked.path, parked.path.stat().st_size).to(parked.device)
-            empty = torch.empty(0, dtype=parked.dtype, device=parked.device)
-            return empty.set_(bases[parked.path].untyped_storage(), parked.offset, parked.shape, parked.stride)
-
-        result = pytree.tree_map_only(_Parked, loaded, values)
+        result, bases = _load(values, shared=True)
         self._keep(set(bases))
         on_cpu = {path: base for path, base in bases.items() if base.device.type == "cpu"}
         self._mapped = {base.data_ptr(): (path, base) for path, base in on_cpu.items()}
         return result
 
     def _takes(self, leaf: Any) -> bool:
-        if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_quantized:
-            return False
-        storage = leaf.untyped_storage()
-        return not (leaf.is_conj() or leaf.is_neg() or storage.nbytes() == 0 or storage.data_ptr() in self._pinned)
+        return _is_plain(leaf) and leaf.untyped_storage().data_ptr() not in self._pinned
 
     def _write(self, storage: torch.UntypedStorage) -> Path:
-        path = self._folder / str(next(_NUMBERS))
-        own = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        _map_file(path, storage.nbytes()).copy_(own)
-        return path
+        return _write(self._folder, storage, slice(0, storage.nbytes()))
 
     def _keep(self, paths: set[Path]) -> None:
         for path in self._paths - paths:
@@ -104,6 +96,136 @@ class Shelf:
         self._paths = paths
 
 
-def _map_file(path: Path, size: int) -> Tensor:
+class Shelved(Sequence[Any]):
+    """Nested values, those beyond a number of bytes in temporary files.
+
+    A value that fits into memory is kept as it was appended. Of any other the tensors are copied to files at once, and
+    each access maps these files anew: changes in place do not reach them. Tensors of one value that share a storage
+    still do so. The files are removed by `close`, at the end of a `with` block, or with the sequence itself.
+
+    Args:
+        memory: bytes of tensors that may stay in memory.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._room = memory
+        self._values: list[Any] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="balf_fx-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Shelved:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        found, _ = _load(self._values[index], shared=False)
+        return found
+
+    def append(self, value: Any) -> None:
+        """Add a value at the end."""
+        spans = _spans(value)
+        nbytes = sum(span.stop - span.start for span in spans.values())
+        if nbytes > self._room:
+            value = self._copy(value, spans)
+        else:
+            self._room -= nbytes
+        self._values.append(value)
+
+    def close(self) -> None:
+        """Let go of all values and remove the files."""
+        self._values.clear()
+        self._remove()
+
+    def resident(self) -> list[Tensor]:
+        """The tensors that are in memory."""
+        return [leaf for leaf in pytree.tree_leaves(self._values) if isinstance(leaf, Tensor)]
+
+    def _copy(self, value: Any, spans: Mapping[int, slice]) -> Any:
+        """The value with tensors in files; of each storage only the bytes of its span are written."""
+        written: dict[int, Path] = {}
+
+        def parked(tensor: Tensor) -> Tensor | _Parked:
+            if not _is_plain(tensor):
+                return tensor
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address not in written:
+                written[address] = _write(self._folder, storage, spans[address])
+            offset = int(tensor.storage_offset()) - spans[address].start // tensor.element_size()
+            return _Parked(written[address], tensor.dtype, tensor.device, tensor.shape, tensor.stride(), offset)
+
+        return pytree.tree_map_only(Tensor, parked, value)
+
+
+def resident(values: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """The tensors that a sequence itself holds in memory, so that nobody else can free them.
+
+    Items of a sequence of another type than these may be made anew at each access.
+    """
+    if isinstance(values, Shelved):
+        return values.resident()
+    held = [dict(value) for value in values] if isinstance(values, list | tuple) else []  # pytree looks into dict alone
+    return [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)]
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a leaf is a tensor that is nothing but a view of the bytes of its storage."""
+    if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_quantized:
+        return False
+    return not (leaf.is_conj() or leaf.is_neg() or leaf.numel() == 0)
+
+
+def _spans(value: Any) -> dict[int, slice]:
+    """By the address of each storage, the bytes of it that the tensors of a value cover."""
+    found: dict[int, slice] = {}
+    for tensor in pytree.tree_leaves(value):
+        if not _is_plain(tensor):
+            continue
+        address, size = tensor.untyped_storage().data_ptr(), tensor.element_size()
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        start = int(tensor.storage_offset()) * size // _ALIGNMENT * _ALIGNMENT
+        extent = sum((length - 1) * stride for length, stride in steps) + 1
+        stop = (int(tensor.storage_offset()) + extent) * size
+        known = found.get(address, slice(start, stop))
+        found[address] = slice(min(known.start, start), max(known.stop, stop))
+    return found
+
+
+def _load(values: Any, shared: bool) -> tuple[Any, dict[Path, Tensor]]:
+    """Nested values with tensors mapped from their files, and the bytes of each file by its path.
+
+    Args:
+        shared: whether changes in place are to reach the file.
+    """
+    bases: dict[Path, Tensor] = {}
+
+    def loaded(parked: _Parked) -> Tensor:
+        if parked.path not in bases:
+            size = parked.path.stat().st_size
+            bases[parked.path] = _map_file(parked.path, size, shared).to(parked.device)
+        empty = torch.empty(0, dtype=parked.dtype, device=parked.device)
+        return empty.set_(bases[parked.path].untyped_storage(), parked.offset, parked.shape, parked.stride)
+
+    return pytree.tree_map_only(_Parked, loaded, values), bases
+
+
+def _write(folder: Path, storage: torch.UntypedStorage, span: slice) -> Path:
+    """A new file that holds some bytes of a storage."""
+    path = folder / str(next(_NUMBERS))
+    own = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[span]
+    _map_file(path, len(own), shared=True).copy_(own)
+    return path
+
+
+def _map_file(path: Path, size: int, shared: bool) -> Tensor:
     """[size] bytes that are those of a file."""
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)

@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import PassError
+from balf_fx.graph.annotation import annotation, sites
 from balf_fx.passes import Annotate, InsertObservers
 
 
@@ -46,6 +47,19 @@ def test_sites_that_read_one_value_share_an_observer():
     assert len(observers(graph_module)) == 1
     graph_module(torch.randn(5, 8, dtype=torch.float64))
     assert observers(graph_module)[0].moments.count == 5
+
+
+def test_sites_kept_apart_have_observers_of_their_own():
+    graph_module = fx.symbolic_trace(Branches().double())
+    Annotate()(graph_module)
+    InsertObservers(apart={"k"})(graph_module)
+    paths = {site.name: annotation(nodes[0]).observer for site, nodes in sites(graph_module).items()}
+    assert paths["q"] == paths["v"] != paths["k"]
+    x = torch.randn(5, 8, dtype=torch.float64)
+    graph_module(x)
+    first, second = (graph_module.get_submodule(paths[name]).moments for name in "qk")
+    assert first.count == second.count == 5
+    assert torch.equal(first.scatter, second.scatter)
 
 
 def test_a_value_changed_in_place_is_observed_for_each_site():

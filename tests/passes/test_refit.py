@@ -1,17 +1,22 @@
 import copy
 import math
+import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.errors import CalibrationError, OptionError
-from balf_fx.graph.annotation import annotation
-from balf_fx.passes import Refit
+from balf_fx.graph.annotation import annotate, annotation, sites
+from balf_fx.graph.site import Reason, Refusal
+from balf_fx.passes import Allocate, Annotate, Factorize, InsertObservers, Refit, Score
+from balf_fx.refit.lockstep import Lockstep
+from balf_fx.refit.offload import Shelved
 from balf_fx.refit.targets import limits_of, within_limits
 from balf_fx.refit.windows import chunks, pixel_grid, pixel_step
 
@@ -38,6 +43,23 @@ def calibrated(model, batches, **options):
     prepared = balf_fx.prepare(model, batches[0], **options)
     balf_fx.calibrate(prepared, batches, progress=False)
     return prepared
+
+
+def chosen(model, ranks, inputs):
+    """A graph of a model of one input, after Allocate, and the name of its placeholder."""
+    graph_module = fx.symbolic_trace(model)
+    for apply in (Annotate(), InsertObservers()):
+        apply(graph_module)
+    for value in inputs:
+        graph_module(value)
+    Score()(graph_module)
+    Allocate(ranks=ranks)(graph_module)
+    (placeholder,) = graph_module.graph.find_nodes(op="placeholder")
+    return graph_module, str(placeholder.target)
+
+
+def solutions(graph_module):
+    return {site.name: annotation(nodes[0]).refit for site, nodes in sites(graph_module).items()}
 
 
 def distance(model, other, batches):
@@ -284,3 +306,152 @@ def test_limits_are_known(clip, limits, capture):
     prepared = balf_fx.prepare(Clipped(clip).eval(), torch.randn(4, 8), capture=capture)
     (node,) = [node for node in prepared.graph.nodes if annotation(node).site and annotation(node).site.name == "first"]
     assert limits_of(prepared, node) == limits
+
+
+class Cut(nn.Module):
+    """A residual block between two layers, so that what is added to a layer's output has moved, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(10, 10), nn.Linear(10, 5)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x + self.inner(torch.tanh(x))))
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_the_part_of_a_program_is_refitted_as_in_the_whole(mode):
+    first, second = nn.Linear(8, 10).double().eval(), Cut().double().eval()
+    batches = list(torch.randn(3, 40, 8, dtype=torch.float64))
+    whole, name = chosen(nn.Sequential(first, second), {"0": 4, "1.inner": 3}, batches)
+    Refit([{name: batch} for batch in batches], mode)(whole)
+
+    ranks = {"0": 4}
+    compressed = balf_fx.compile(
+        nn.Sequential(first), iter(batches), allocation=ranks, effort="fast", refit=False, progress=False
+    )
+    with torch.no_grad():
+        values, handed = [first(batch) for batch in batches], [compressed(batch) for batch in batches]
+    part, name = chosen(second, {"inner": 3}, values)
+    Refit([{name: value} for value in values], mode, handed=[{name: value} for value in handed])(part)
+    apart, _ = chosen(second, {"inner": 3}, values)
+    Refit([{name: value} for value in values], mode)(apart)
+
+    expected = solutions(whole)
+    assert expected["0"] is None
+    for layer, found in solutions(part).items():
+        ((left, right, bias),) = [(part.left, part.right, part.bias) for part in found]
+        (wanted,) = expected[f"1.{layer}"]
+        if wanted.left is None:
+            assert left is None
+        else:
+            torch.testing.assert_close(left @ right, wanted.left @ wanted.right)
+        torch.testing.assert_close(right, wanted.right)
+        torch.testing.assert_close(bias, wanted.bias)
+    assert solutions(apart)["inner"] is None
+
+
+def test_a_placeholder_that_one_batch_is_not_handed_has_its_own_value_there():
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return x.mul_(2) + 1
+
+    graph_module = fx.symbolic_trace(Doubled())
+    x, doubled, added, _ = graph_module.graph.nodes
+    seen = []
+    walk = Lockstep(graph_module, [{"x": torch.ones(1)}, {"x": torch.ones(1)}], [{"x": torch.zeros(1)}, {}])
+
+    def replace(node):
+        assert walk.moved == {x, doubled}
+        seen.extend((float(batch.before(doubled)), float(batch.current(doubled))) for batch in walk.batches())
+
+    walk.run([x, doubled, added], {added}, replace)
+    assert seen == [(2, 0), (2, 2)]
+
+
+def test_what_is_handed_goes_batch_by_batch():
+    with pytest.raises(OptionError, match="handed has 1 batches, inputs 2"):
+        Refit([{}, {}], handed=[{}])
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+@pytest.mark.parametrize("excluded", ["second", "depthwise", "qkv"])
+def test_excluded_layers_stay_as_they_are(mode, excluded):
+    model, batches = Residual().eval(), list(torch.randn(3, 16, 3, 8, 8))
+    ranks = {"stem": 6, "first": 4, "second": 6, "qkv": 8}
+    del ranks[excluded if excluded in ranks else "second"]
+    weight, bias = (model.get_parameter(f"{excluded}.{name}").detach().clone() for name in ("weight", "bias"))
+
+    def refit(names):
+        graph_module, name = chosen(copy.deepcopy(model), ranks, batches)
+        for node in graph_module.graph.nodes:
+            if node.target in names:
+                annotate(node, site=None, refusal=Refusal(node.target, "layer", Reason.EXCLUDED))
+        Refit([{name: batch} for batch in batches], mode)(graph_module)
+        Factorize()(graph_module)
+        return graph_module
+
+    kept, solved = refit([excluded]), refit([])
+    assert torch.equal(kept.get_parameter(f"{excluded}.weight"), weight)
+    assert torch.equal(kept.get_parameter(f"{excluded}.bias"), bias)
+    assert not torch.equal(solved.get_parameter(f"{excluded}.bias"), bias)
+    others = [name for name, _ in solved.named_parameters() if not name.startswith((excluded, "stem"))]
+    assert all(kept.get_parameter(name).shape == solved.get_parameter(name).shape for name in others)
+
+
+class Fresh(Sequence):
+    """Values that are made anew at each access, as those read from files are."""
+
+    def __init__(self, values) -> None:
+        self.values, self.made = values, []
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        found = {name: value.clone() for name, value in self.values[index].items()}
+        self.made += map(weakref.ref, found.values())
+        return found
+
+    def alive(self):
+        return sum(reference() is not None for reference in self.made)
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+@pytest.mark.parametrize("memory", [0, 30_000, 1 << 30])
+def test_inputs_that_are_read_from_files_change_nothing(mode, memory):
+    model, batches = Residual().eval(), list(torch.randn(4, 8, 3, 8, 8))
+    ranks = {"stem": 6, "first": 4, "second": 6, "qkv": 8}
+
+    def refit(wrap):
+        graph_module, name = chosen(model, ranks, batches)
+        handed = [{name: batch + 0.1} for batch in batches]
+        Refit(wrap([{name: batch} for batch in batches]), mode, memory, wrap(handed))(graph_module)
+        return [
+            (part.left, part.right, part.bias) for found in solutions(graph_module).values() for part in found or ()
+        ]
+
+    def shelved(values):
+        found = Shelved(memory)
+        for value in values:
+            found.append(value)
+        return found
+
+    expected = refit(list)
+    assert len(expected) > 3
+    for wrap in (Fresh, shelved):
+        for own, other in zip(expected, refit(wrap), strict=True):
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(own, other, strict=True))
+
+
+def test_a_walk_does_not_hold_all_inputs():
+    model, batches = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), list(torch.randn(6, 16, 8))
+    graph_module, name = chosen(model, {"0": 3}, batches)
+    inputs = Fresh([{name: batch} for batch in batches])
+    most = []
+    nodes = [node for node in graph_module.graph.nodes if node.op != "output"]
+    walk = Lockstep(graph_module, inputs, memory=0)
+    layers = {node for node in nodes if node.op == "call_module"}
+    walk.run(nodes, layers, lambda node: most.extend(inputs.alive() for _ in walk.batches()))
+    assert len(inputs.made) == len(batches)
+    assert max(most) <= 1
