@@ -100,7 +100,7 @@ def prepare(
     Raises:
         NoSiteError: nothing in the model can be factorized.
     """
-    wanted: set[Factors] = {factors} if isinstance(factors, str) else set(factors)  # type: ignore[arg-type]
+    wanted: set[Factors] = {factors} if isinstance(factors, str) else set(factors)
     unknown = wanted - set(get_args(Factors))
     if unknown:
         raise OptionError(f"factors are {', '.join(map(repr, get_args(Factors)))}, not {', '.join(map(repr, unknown))}")

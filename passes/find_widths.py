@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import annotation, record_graph
+from balf_fx.graph.layers import layers_of
 from balf_fx.graph.widths import Width, joint_widths
 from balf_fx.passes.base import Pass
 from balf_fx.widths.channels import find_channels
@@ -29,8 +32,21 @@ class FindWidths(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = [*find_channels(graph_module), *find_heads(graph_module)]
-        record_graph(graph_module, widths=tuple(_most_valuable(graph_module, found)))
+        taken = _most_valuable(graph_module, found)
+        record_graph(graph_module, widths=tuple(_named(graph_module, taken)))
         return PassResult(graph_module, False)
+
+
+def _named(graph_module: fx.GraphModule, widths: list[Width]) -> Iterator[Width]:
+    """The widths with the names of their layers, and with names of their own that none has twice."""
+    names = {node.name: name for name, (_, nodes) in layers_of(graph_module).items() for node in nodes}
+    keys: set[str] = set()
+    for width in widths:
+        named = replace(width, layer_names=tuple(names[layer] for layer in width.layers))
+        numbered = (replace(named, name=f"{width.name}#{number}") for number in itertools.count(2))
+        unique = next(each for each in itertools.chain([named], numbered) if each.key not in keys)
+        keys.add(unique.key)
+        yield unique
 
 
 def _most_valuable(graph_module: fx.GraphModule, found: list[Width]) -> list[Width]:

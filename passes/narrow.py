@@ -39,9 +39,9 @@ class Narrow(Pass):
                     _slice_constant(graph_module, nodes[name], width.features, cuts[name])
         chosen = {} if record.allocation is None else record.allocation.sizes
         narrowed = [
-            (width, chosen[index])
-            for index, width in enumerate(record.widths)
-            if width.product and chosen.get(index, width.features) < width.features
+            (width, chosen[width.key])
+            for width in record.widths
+            if width.product and chosen.get(width.key, width.features) < width.features
         ]
         level = [name for name in {width.product: None for width, _ in narrowed} if has_level_heads(nodes[name])]
         attentions = [width for width in record.widths if width.product]

@@ -6,12 +6,11 @@ import bisect
 import itertools
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
-from tqdm import tqdm
 
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import Sample, SensitivityObserver
@@ -21,6 +20,7 @@ from balf_fx.graph.parameters import grouped_bias, grouped_weight
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes.base import Pass
+from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.spectra import convex_energies, damped_roots, held_out_errors, spectrum_from_output
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_error
 
@@ -42,13 +42,13 @@ class ScoreWidths(Pass):
 
     Attributes:
         damping: as in `Score`.
-        progress: show a progress bar.
+        progress: moved on width by width.
 
     Widths whose statistics are those of the last score are not scored again.
     """
 
     damping: float = 0.1
-    progress: bool = False
+    progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = {node.name: node for node in graph_module.graph.nodes}
@@ -60,7 +60,7 @@ class ScoreWidths(Pass):
             return PassResult(graph_module, False)
         curves = tuple(
             self._score(graph_module, nodes, width)
-            for width in tqdm(record.widths, desc="scoring", unit="width", disable=not self.progress, leave=False)
+            for width in self.progress.track(record.widths, [float(width.features) ** 3 for width in record.widths])
         )
         record_graph(graph_module, width_curves=curves, widths_scored_with=scored_with)
         return PassResult(graph_module, False)

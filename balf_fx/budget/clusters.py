@@ -149,7 +149,7 @@ class Option:
 class Cluster:
     """Widths that share layers, the sites among these layers, and whatever else their sizes set the cost of."""
 
-    indices: tuple[int, ...]
+    keys: tuple[str, ...]
     widths: tuple[Width, ...]
     curves: tuple[WidthCurve, ...]
     members: tuple[Member, ...]
@@ -237,9 +237,9 @@ def find_clusters(graph_module: fx.GraphModule, calls: int = 1) -> list[Cluster]
     nodes = {node.name: node for node in graph_module.graph.nodes}
     found = []
     for group in joint_widths(widths):
-        indices = tuple(known[i] for i in group)
-        curves = tuple(curve for i in indices if (curve := record.width_curves[i]) is not None)
-        cluster = _cluster(graph_module, nodes, indices, tuple(widths[i] for i in group), curves)
+        keys = tuple(widths[i].key for i in group)
+        curves = tuple(curve for i in group if (curve := record.width_curves[known[i]]) is not None)
+        cluster = _cluster(graph_module, nodes, keys, tuple(widths[i] for i in group), curves)
         found.append(cluster if calls == 1 else cluster.repeated(calls))
     return found
 
@@ -247,7 +247,7 @@ def find_clusters(graph_module: fx.GraphModule, calls: int = 1) -> list[Cluster]
 def _cluster(
     graph_module: fx.GraphModule,
     nodes: dict[str, fx.Node],
-    indices: tuple[int, ...],
+    keys: tuple[str, ...],
     widths: tuple[Width, ...],
     curves: tuple[WidthCurve, ...],
 ) -> Cluster:
@@ -283,7 +283,7 @@ def _cluster(
         gains_bias = name in read and bool(curves[read[name]].means)
         bias = site.bias is not None or gains_bias
         members.append(Member(site, *use([node]), outputs, read.get(name), name in mixed, bias))
-    return Cluster(indices, widths, curves, tuple(members), tuple(shares))
+    return Cluster(keys, widths, curves, tuple(members), tuple(shares))
 
 
 def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.answers import find_logits
-from balf_fx.calibration.batches import MEMORY, Forward, Loss, pieces_for_gradients, run_batch
+from balf_fx.calibration.batches import MEMORY, Forward, Loss, graphs_of, pieces_for_gradients, run_batch
 from balf_fx.calibration.observers import InfluenceObserver, SensitivityObserver
 from balf_fx.errors import CalibrationError, ModelError
 from balf_fx.graph.parameters import get_tensor, is_quantized
 
 
 def observe_gradients(
-    prepared: fx.GraphModule,
+    prepared: nn.Module,
     batch: Any,
     forward: Forward,
     index: int,
@@ -81,7 +81,7 @@ def _passes_gradients(weight: Tensor) -> bool:
 
 
 def _observe_gradients(
-    prepared: fx.GraphModule, batch: Any, forward: Forward, index: int, generator: torch.Generator, loss: Loss | None
+    prepared: nn.Module, batch: Any, forward: Forward, index: int, generator: torch.Generator, loss: Loss | None
 ) -> bool:
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
     for observer in observers:
@@ -118,11 +118,12 @@ def _outputs(observers: list[SensitivityObserver]) -> Iterator[Wanted]:
 
 def _weights(prepared: nn.Module) -> Iterator[Wanted]:
     """The weights whose gradients are observed."""
-    for observer in prepared.modules():
-        if isinstance(observer, InfluenceObserver):
-            weight: Tensor = get_tensor(prepared, observer.site.weight)
-            if weight.requires_grad:
-                yield weight, observer.take
+    for graph_module in graphs_of(prepared):
+        for observer in graph_module.modules():
+            if isinstance(observer, InfluenceObserver):
+                weight: Tensor = get_tensor(graph_module, observer.site.weight)
+                if weight.requires_grad:
+                    yield weight, observer.take
 
 
 @contextmanager

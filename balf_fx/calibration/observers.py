@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -271,3 +271,12 @@ class InfluenceObserver(nn.Module):
 
 OBSERVERS = "balf_observers"
 """Path of the submodule that holds the observers of a prepared graph."""
+
+
+_Observer = TypeVar("_Observer", bound=nn.Module)
+
+
+def observer_of(graph_module: nn.Module, path: str | None, kind: type[_Observer]) -> _Observer | None:
+    """The observer at a path, if there is one of that kind."""
+    found = None if path is None else graph_module.get_submodule(path)
+    return found if isinstance(found, kind) else None

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.capture.devices import follow_inputs
 from balf_fx.errors import PlanError
 from balf_fx.graph.annotation import (
@@ -29,7 +30,7 @@ from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Annotate, Factorize, FoldBatchNorm, Follow, Narrow
 from balf_fx.passes.factorize import build, replace_site
-from balf_fx.passes.observe import OBSERVERS, remove_observers
+from balf_fx.passes.observe import remove_observers
 from balf_fx.widths.narrowing import Cut, find_cuts
 
 _LOGGER = logging.getLogger(__name__)

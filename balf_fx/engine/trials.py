@@ -71,8 +71,8 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial
         half = len(batches) // 2
         fit, judge = (list(batches[:half]) if refit else []), list(batches[half:] if refit else batches)
         references = answers(original.module, judge, calibration.forward)
-    given = (dataclasses.replace(calibration, batches=own) for own in (fit, judge))
-    return Trial(*given, references)
+    replace = dataclasses.replace
+    return Trial(replace(calibration, batches=fit), replace(calibration, batches=judge), references)
 
 
 def allocate_faithfully(

@@ -261,8 +261,15 @@ def _choice(data: Mapping[str, Any]) -> Choice:
 
 
 def _geometry(data: Mapping[str, Any]) -> ConvGeometry:
-    tuples = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in data.items()}
-    return ConvGeometry(**{**tuples, "padding": tuple((before, after) for before, after in data["padding"])})
+    added = data["output_padding"]
+    return ConvGeometry(
+        kernel_size=tuple(data["kernel_size"]),
+        stride=tuple(data["stride"]),
+        padding=tuple((before, after) for before, after in data["padding"]),
+        dilation=tuple(data["dilation"]),
+        padding_mode=str(data["padding_mode"]),
+        output_padding=None if added is None else tuple(added),
+    )
 
 
 def _layer(data: Mapping[str, Any]) -> Replaced:

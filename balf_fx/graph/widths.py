@@ -56,6 +56,7 @@ class Width:
         product: of heads: the node that sums over the features or averages them; else "".
         operands: of heads: how the product reads each producer.
         sequence_first: of heads: positions lead in the producers' outputs, in place of the batch.
+        layer_names: the layers' own names, producers first, by which the width is known in another graph.
     """
 
     kind: WidthKind
@@ -70,6 +71,12 @@ class Width:
     product: str = ""
     operands: tuple[Operand, ...] = ()
     sequence_first: bool = False
+    layer_names: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Unique in a graph, and the same in another graph of the same model."""
+        return f"{self.kind} {self.name}"
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -126,12 +126,12 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
     found: dict[str, Cut] = {}
     narrowed = {
         name
-        for index, width in enumerate(record.widths)
-        if record.allocation.sizes.get(index, width.features) < width.features
+        for width in record.widths
+        if record.allocation.sizes.get(width.key, width.features) < width.features
         for name in (*width.layers, *width.between)
     }
-    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
-        size = record.allocation.sizes.get(index, width.features)
+    for width, curve in zip(record.widths, record.width_curves, strict=False):
+        size = record.allocation.sizes.get(width.key, width.features)
         if curve is None:
             continue
         shrinks = size < width.features
