@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import OBSERVERS, CovarianceObserver, Sample, SensitivityObserver
+from balf_fx.calibration.observers import OBSERVERS, CovarianceObserver, Sample, SensitivityObserver, observer_of
 from balf_fx.capture.models import cuda_devices
 from balf_fx.dynamo.frames import WeightInput, lift
 from balf_fx.dynamo.watch import Watch
@@ -137,9 +137,8 @@ class GradientGraph:
     def seen(self) -> Iterator[tuple[str, Seen]]:
         """What was seen at each site, by the name of its weight."""
         for site, moments, node in _observed(self.graph_module):
-            path = annotation(node).sensitivity
-            observer = None if path is None else self.graph_module.get_submodule(path)
-            if isinstance(observer, SensitivityObserver) and observer.sample is not None:
+            observer = observer_of(self.graph_module, annotation(node).sensitivity, SensitivityObserver)
+            if observer is not None and observer.sample is not None:
                 halves = tuple(half for half in observer.halves if half is not None)
                 yield site.weight, Seen(moments, observer.sample, halves if len(halves) == 2 else ())
             else:
@@ -169,9 +168,8 @@ def _single_output(graph_module: nn.Module, inputs: Any) -> Any:
 def _observed(graph_module: fx.GraphModule) -> Iterator[tuple[Site, Moments, fx.Node]]:
     """The sites that something has been seen of."""
     for site, nodes in sites(graph_module).items():
-        path = annotation(nodes[0]).observer
-        observer = None if path is None else graph_module.get_submodule(path)
-        if isinstance(observer, CovarianceObserver) and observer.moments is not None:
+        observer = observer_of(graph_module, annotation(nodes[0]).observer, CovarianceObserver)
+        if observer is not None and observer.moments is not None:
             yield site, observer.moments, nodes[0]
 
 
