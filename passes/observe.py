@@ -10,7 +10,13 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.gradients import check_gradients
-from balf_fx.calibration.observers import OBSERVERS, CovarianceObserver, InfluenceObserver, SensitivityObserver
+from balf_fx.calibration.observers import (
+    OBSERVERS,
+    CovarianceObserver,
+    InfluenceObserver,
+    SensitivityObserver,
+    observer_of,
+)
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.layers import site_input
@@ -76,8 +82,7 @@ class InsertObservers(Pass):
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
-            path = annotation(nodes[0]).observer
-            if path is None or not isinstance(graph_module.get_submodule(path), CovarianceObserver):
+            if observer_of(graph_module, annotation(nodes[0]).observer, CovarianceObserver) is None:
                 raise PassError(f"InsertObservers left site {site.name!r} without an observer")
 
 

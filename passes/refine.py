@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tqdm import tqdm
 
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients
+from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import Annotation, annotate, annotation
 from balf_fx.graph.curves import Solution, Spectrum
@@ -123,11 +123,9 @@ def _with_lost_mean(bias: Tensor | None, lost: Tensor, mean: Tensor) -> Tensor:
 
 def _observed(graph_module: fx.GraphModule, mark: Annotation) -> tuple[Moments, WeightGradients] | None:
     """The moments of a site's input and the gradients of its weight, if both are known."""
-    if mark.observer is None or mark.influence is None:
-        return None
-    inputs: Any = graph_module.get_submodule(mark.observer)
-    weight: Any = graph_module.get_submodule(mark.influence)
-    if not (isinstance(inputs, CovarianceObserver) and isinstance(weight, InfluenceObserver)):
+    inputs = observer_of(graph_module, mark.observer, CovarianceObserver)
+    weight = observer_of(graph_module, mark.influence, InfluenceObserver)
+    if inputs is None or weight is None:
         return None
     if inputs.side != "input" or inputs.moments is None or weight.gradients is None:
         return None

@@ -30,7 +30,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.batches import MEMORY
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
-from balf_fx.calibration.observers import SensitivityObserver
+from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import Rank, Solution, Spectrum
@@ -280,9 +280,8 @@ class _Solver:
 
     def _weights(self, node: fx.Node, sizes: tuple[int, ...]) -> Tensor | None:
         """What each position of a sample counts, 1 on average, in the output's shape."""
-        path = annotation(node).sensitivity
-        observer = None if path is None else self.graph_module.get_submodule(path)
-        if not isinstance(observer, SensitivityObserver) or observer.positions is None:
+        observer = observer_of(self.graph_module, annotation(node).sensitivity, SensitivityObserver)
+        if observer is None or observer.positions is None:
             return None
         own = observer.positions
         if len(own) != math.prod(sizes):

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver
+from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver, observer_of
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import RankCurve, Spectrum
@@ -176,17 +176,15 @@ class Score(Pass):
 
     def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Sample | None, tuple[Sample, ...]]:
         """All samples together, and by halves."""
-        path = annotation(node).sensitivity
-        observer: Any = None if path is None else graph_module.get_submodule(path)
-        if isinstance(observer, SensitivityObserver) and observer.sample is not None:
+        observer = observer_of(graph_module, annotation(node).sensitivity, SensitivityObserver)
+        if observer is not None and observer.sample is not None:
             return observer.sample, tuple(half for half in observer.halves if half is not None)
         _LOGGER.info("no gradient has reached %s: its factors minimise the plain output error", node.name)
         return None, ()
 
     def _observed(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[Moments, Side]:
-        path = annotation(node).observer
-        observer: Any = None if path is None else graph_module.get_submodule(path)
-        if not isinstance(observer, CovarianceObserver):
+        observer = observer_of(graph_module, annotation(node).observer, CovarianceObserver)
+        if observer is None:
             raise PassError(
                 f"Score: site {site.name!r} has no observer; run InsertObservers first, or use factors='svd'"
             )

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import Sample, SensitivityObserver
+from balf_fx.calibration.observers import Sample, SensitivityObserver, observer_of
 from balf_fx.graph.annotation import annotation, graph_record, record_graph
 from balf_fx.graph.curves import Spectrum
 from balf_fx.graph.parameters import grouped_bias, grouped_weight
@@ -145,8 +145,8 @@ class _Layer:
 def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_Layer] | None:
     """A layer with all samples, then with each half of them."""
     mark = annotation(node)
-    observer = None if mark.sensitivity is None else graph_module.get_submodule(mark.sensitivity)
-    if mark.site is None or not isinstance(observer, SensitivityObserver) or observer.sample is None:
+    observer = observer_of(graph_module, mark.sensitivity, SensitivityObserver)
+    if mark.site is None or observer is None or observer.sample is None:
         return None
     samples = [observer.sample, *(half for half in observer.halves if half is not None)]
     if observer.wants_features and any(sample.features is None for sample in samples):

@@ -1,4 +1,4 @@
-"""Which output errors of a layer the model's own answer minds: gradients of a label-free loss at every site.
+"""Which output errors of a layer the model's own answer is sensitive to: gradients of a label-free loss at every site.
 
 The loss is the divergence of the compressed model's answer from the original's. To second order it is
 1/2 E (dz)^T H (dz) with dz the error of the model's output z. With a random v, E[v v^T] = I, the gradient of the probe
@@ -9,8 +9,8 @@ L = diag(sqrt p) - p sqrt(p)^T; for anything else it is the squared error, relat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.answers import find_logits
 from balf_fx.calibration.batches import MEMORY, Forward, Loss, graphs_of, pieces_for_gradients, run_batch
-from balf_fx.calibration.observers import InfluenceObserver, SensitivityObserver
+from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.errors import CalibrationError, ModelError
 from balf_fx.graph.parameters import get_tensor, is_quantized
 
@@ -84,15 +84,14 @@ def _observe_gradients(
     prepared: nn.Module, batch: Any, forward: Forward, index: int, generator: torch.Generator, loss: Loss | None
 ) -> bool:
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
-    for observer in observers:
-        observer.pending = []
-    try:
+    with ExitStack() as stack:
+        records = [(observer, stack.enter_context(observer.recording())) for observer in observers]
         with _differentiable(prepared), torch.enable_grad():
             output = run_batch(prepared, batch, forward, index, gradients=True)
             scalar = probe(output, batch, generator) if loss is None else loss(output, batch)
             if not isinstance(scalar, Tensor) or scalar.numel() != 1:
                 raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {scalar!r}")
-            wanted = [*_outputs(observers), *_weights(prepared)]
+            wanted = [*_outputs(records), *_weights(prepared)]
             if not wanted or not scalar.requires_grad:
                 return False
             gradients = torch.autograd.grad(scalar, [tensor for tensor, _ in wanted], allow_unused=True)
@@ -100,19 +99,16 @@ def _observe_gradients(
             if gradient is not None:
                 take(gradient)
         return any(gradient is not None for gradient in gradients)
-    finally:
-        for observer in observers:
-            observer.pending = None
 
 
 Wanted = tuple[Tensor, Callable[[Tensor], None]]
 """A tensor, and what takes its gradient."""
 
 
-def _outputs(observers: list[SensitivityObserver]) -> Iterator[Wanted]:
+def _outputs(records: Iterable[tuple[SensitivityObserver, Sequence[Recorded]]]) -> Iterator[Wanted]:
     """The sites' outputs in the batch that has just run."""
-    for observer in observers:
-        for output, value, features in observer.pending or ():
+    for observer, recorded in records:
+        for output, value, features in recorded:
             yield output, partial(observer.take, value, features)
 
 

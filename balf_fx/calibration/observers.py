@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -125,8 +127,12 @@ class Sample:
         return self
 
 
+Recorded = tuple[Tensor, Tensor, Tensor | None]
+"""A site's output, the value on the site's side, and the input where its features are wanted."""
+
+
 class SensitivityObserver(nn.Module):
-    """Gathers what the loss minds at a site.
+    """Gathers which output errors of a site the loss is sensitive to.
 
     A position's weight is its squared gradient, averaged over the samples of the batch: some positions matter more
     than others, as the class token in the last block of a vision transformer does, and the average keeps out the
@@ -153,21 +159,30 @@ class SensitivityObserver(nn.Module):
         self.copies = copies
         self.basis = basis
         self.wants_features = features
-        # a list of (output, value, input) while `sensitivity` runs a batch
-        self.pending: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self._recorded: list[Recorded] | None = None
         self.halves: list[Sample | None] = [None, None]
         self.sample: Sample | None = None
         self.positions: Tensor | None = None
         self.calls = 0
 
+    @contextmanager
+    def recording(self) -> Iterator[Sequence[Recorded]]:
+        """Record the values of each call, until the context ends; a call outside of it records nothing."""
+        recorded: list[Recorded] = []
+        self._recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
     def forward(self, source: Tensor, output: Tensor) -> None:
         """Hold on to the output, and to the value on the site's side, until the gradient is known."""
-        if self.pending is not None and output.requires_grad:
+        if self._recorded is not None and output.requires_grad:
             value = (output if self.site.side == "output" else source).detach()
             features = source.detach() if self.wants_features else None
             if self.copies:
                 value, features = value.clone(), None if features is None else features.clone()
-            self.pending.append((output, value, features))
+            self._recorded.append((output, value, features))
 
     @torch.no_grad()
     def take(self, value: Tensor, features: Tensor | None, gradient: Tensor) -> None:
@@ -247,8 +262,8 @@ class WeightGradients:
 class InfluenceObserver(nn.Module):
     """Gathers the `WeightGradients` of a site.
 
-    No node calls it, since no value in the graph is what it observes: `sensitivity` hands it the gradient of each
-    batch, that of all uses of the weight together.
+    No node calls it, since no value in the graph is what it observes: `gradients` passes it the gradient of each batch,
+    that of all uses of the weight together.
 
     Args:
         site: the site.
@@ -277,6 +292,6 @@ _Observer = TypeVar("_Observer", bound=nn.Module)
 
 
 def observer_of(graph_module: nn.Module, path: str | None, kind: type[_Observer]) -> _Observer | None:
-    """The observer at a path, if there is one of that kind."""
+    """The observer at a path, None where there is no path or what is there is of another kind."""
     found = None if path is None else graph_module.get_submodule(path)
     return found if isinstance(found, kind) else None

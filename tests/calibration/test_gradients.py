@@ -157,8 +157,15 @@ def test_in_place_changes_do_not_reach_the_statistics():
 def test_a_plain_call_of_the_graph_keeps_nothing(conv_net, images):
     graph_module = balf_fx.prepare(conv_net, images[0], sensitivity=True)
     graph_module(images[0])
-    assert observer(graph_module, "stem").pending is None
-    assert observer(graph_module, "stem").sample is None
+    found = observer(graph_module, "stem")
+    with torch.enable_grad():
+        output = graph_module(images[0])
+        with found.recording() as recorded:
+            graph_module(images[0])
+        graph_module(images[0])
+    assert output.requires_grad
+    assert len(recorded) == 1
+    assert found.sample is None
 
 
 def test_a_users_loss_takes_the_place_of_ours(conv_net, images):

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
+import balf_fx
 from balf_fx.calibration import moments as moments_module
 from balf_fx.calibration.moments import Moments, input_patches
-from balf_fx.calibration.observers import CovarianceObserver
+from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.errors import NonFiniteError
+from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.parameters import weight_matrix
 from balf_fx.graph.site import ConvGeometry, Site
 
@@ -322,3 +324,12 @@ def test_dead_code_elimination_keeps_observers():
     assert graph_module.graph.find_nodes(op="call_module", target="unused") == []
     graph_module(random(0, 5, 4))
     assert graph_module.get_submodule("observer").moments.count == 5
+
+
+def test_an_observer_is_found_by_its_path_and_kind():
+    graph_module = balf_fx.prepare(nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(4, 8))
+    ((_, (node,)),) = sites(graph_module).items()
+    path = annotation(node).observer
+    assert observer_of(graph_module, path, CovarianceObserver) is graph_module.get_submodule(path)
+    assert observer_of(graph_module, path, SensitivityObserver) is None
+    assert observer_of(graph_module, None, CovarianceObserver) is None
