@@ -47,7 +47,7 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
             graph_module = program.graph_modules[index]
             if sites(graph_module):
                 inputs, handed = relay.inputs(index), relay.handed(index)
-                Refit(inputs, mode, calibration.memory, handed=handed, progress=span)(graph_module)
+                Refit(inputs, mode, calibration.memory, handed=handed)(graph_module)
             rewrite(graph_module)
             relay.run(index)
 
