@@ -155,7 +155,8 @@ class Results:
             "dense": {**asdict(bench.judge.dense), "flops": bench.dense_flops, "params": bench.dense_params},
             "reference": {f"{share:g}": top1 for share, top1 in REFERENCE.get(name, {}).items()},
         }
-        self.rows: list[Row] = self._earlier(path) if resume and path is not None and path.exists() else []
+        self._earlier = self._read(path) if resume and path is not None and path.exists() else None
+        self.rows = [Row(**row) for row in self._earlier["results"]] if self._earlier is not None else []
 
     def __contains__(self, key: object) -> bool:
         return any(row.key == key for row in self.rows)
@@ -164,16 +165,21 @@ class Results:
         self.rows.append(row)
         if self.path is not None:
             rows = [{name: _rounded(value) for name, value in asdict(row).items()} for row in self.rows]
-            write_json(self.path, {**self.header, "results": rows})
+            write_json(self.path, {**self.header, "results": rows}, self._earlier)
 
-    def _earlier(self, path: Path) -> list[Row]:
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Results of an earlier run.
+
+        Raises:
+            click.ClickException: they are about another model or other answers.
+        """
         found = json.loads(path.read_text())
         for field in ("model", "answers"):
             if found.get(field) != self.header[field]:
                 raise click.ClickException(
                     f"{path} is about {field} {found.get(field)}, this run about {self.header[field]}: write elsewhere"
                 )
-        return [Row(**row) for row in found["results"]]
+        return found
 
 
 def _rounded(value: Any) -> Any:

@@ -8,7 +8,12 @@ from balf_fx.backend import balf
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+GUIDES = [path for name in (".", "passes", "benchmarks") if (path := ROOT / name / "README.md").exists()]
+SNIPPETS = [
+    pytest.param(path, snippet, id=f"{path.relative_to(ROOT).parent}: {snippet.strip().splitlines()[-1][:40]}")
+    for path in GUIDES
+    for snippet in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+]
 COMMANDS = re.findall(r"```console\n(.*?)\n```", README, re.DOTALL)
 
 
@@ -22,9 +27,10 @@ def _backend():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])
-def test_every_snippet_runs(snippet):
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize(("path", "snippet"), SNIPPETS)
+def test_every_snippet_runs(path, snippet, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(compile(snippet, str(path), "exec"), {"__name__": "readme"})
 
 
 def test_there_are_two_commands_of_one_line_each():

@@ -1,16 +1,12 @@
 """A sample of what `benchmarks/zoo.py` sweeps: every kind of architecture keeps what balf_fx promises."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import balf_fx
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 TORCHVISION = (
     "mobilenet_v3_small",
@@ -53,26 +49,33 @@ SAMPLE = [
 
 
 @pytest.fixture
-def zoo(monkeypatch):
-    """Imported as Python does when it is run as a script."""
-    pytest.importorskip("click")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("zoo")
+def zoo(load_benchmark):
+    return load_benchmark("zoo")
 
 
-def assert_keeps_its_promises(zoo, row):
+@pytest.fixture
+def checks(load_benchmark):
+    return load_benchmark("zoo_checks")
+
+
+@pytest.fixture
+def subjects(load_benchmark):
+    return load_benchmark("zoo_subject")
+
+
+def assert_keeps_its_promises(checks, row):
     assert row.problems == ()
-    assert row.relative_deviation <= zoo.TOLERANCE or row.exact_deviation <= zoo.EXACT_TOLERANCE
-    assert row.flops_kept <= (row.minimum or zoo.BUDGET)
+    assert row.relative_deviation <= checks.TOLERANCE or row.exact_deviation <= checks.EXACT_TOLERANCE
+    assert row.flops_kept <= (row.minimum or checks.BUDGET)
     assert row.flops_in_sites > 0
     assert row.captured in ("symbolic_trace", "export")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "name"), SAMPLE)
-def test_an_architecture_is_captured_and_compressed(zoo, source, name):
+def test_an_architecture_is_captured_and_compressed(zoo, checks, source, name):
     pytest.importorskip(source, reason=f"{source} is not installed")
-    assert_keeps_its_promises(zoo, zoo.examine(zoo.Case(source, name)))
+    assert_keeps_its_promises(checks, zoo.examine(zoo.Case(source, name)))
 
 
 @pytest.mark.slow
@@ -103,23 +106,23 @@ def test_an_architecture_is_captured_and_compressed(zoo, source, name):
         ),
     ],
 )
-def test_a_small_relative_of_a_large_architecture(zoo, architecture, options):
+def test_a_small_relative_of_a_large_architecture(zoo, checks, subjects, architecture, options):
     models = pytest.importorskip("torchvision").models
-    subject = zoo.Subject(
+    subject = subjects.Subject(
         getattr(models, architecture)(**options).eval(), lambda samples: torch.randn(samples, 3, 32, 32)
     )
-    zoo.randomise(subject)
-    examination = zoo.Examination()
-    zoo.examine_subject(subject, examination)
-    assert_keeps_its_promises(zoo, examination.row(zoo.Case("torchvision", architecture), seconds=0))
+    subjects.randomise(subject)
+    examination = checks.Examination()
+    checks.examine_subject(subject, examination)
+    assert_keeps_its_promises(checks, examination.row(zoo.Case("torchvision", architecture), seconds=0))
 
 
-def test_failed_checks_are_problems_and_end_nothing(zoo, monkeypatch):
+def test_failed_checks_are_problems_and_end_nothing(zoo, checks, subjects, monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     nn.init.constant_(model[1].weight, torch.inf)
-    monkeypatch.setattr(zoo.balf_fx, "prepare", lambda model, _, **options: nn.init.zeros_(model[0].weight))
-    examination = zoo.Examination()
-    zoo.examine_subject(zoo.Subject(model, lambda samples: torch.randn(samples, 8)), examination)
+    monkeypatch.setattr(checks.balf_fx, "prepare", lambda model, _, **options: nn.init.zeros_(model[0].weight))
+    examination = checks.Examination()
+    checks.examine_subject(subjects.Subject(model, lambda samples: torch.randn(samples, 8)), examination)
     original, compiled, untouched = examination.row(zoo.Case("torchvision", "broken"), seconds=0).problems
     assert original == "original: CheckError: outputs are not finite"
     assert compiled.startswith("compile: ")
@@ -138,16 +141,16 @@ class Amplifier(nn.Module):
         return torch.sin(1e5 * y)
 
 
-def test_rounding_is_told_from_error(zoo, monkeypatch):
-    subject = zoo.Subject(Amplifier().eval(), lambda samples: torch.randn(samples, 3, 8, 8))
-    zoo.randomise(subject)
+def test_rounding_is_told_from_error(checks, subjects, monkeypatch):
+    subject = subjects.Subject(Amplifier().eval(), lambda samples: torch.randn(samples, 3, 8, 8))
+    subjects.randomise(subject)
     dense = balf_fx.compile(subject.model, subject.batch(2), flops=1.0, progress=False)
-    found = zoo._deviations(subject, dense)
-    assert found["relative_deviation"] > zoo.TOLERANCE
-    assert found["exact_deviation"] <= zoo.EXACT_TOLERANCE
-    monkeypatch.setattr(zoo.balf_fx, "prepare", lambda model, _: nn.Sequential(model, nn.Softsign()))
-    with pytest.raises(zoo.CheckError, match="and in float64 by"):
-        zoo._deviations(subject, dense)
+    found = checks._deviations(subject, dense)
+    assert found["relative_deviation"] > checks.TOLERANCE
+    assert found["exact_deviation"] <= checks.EXACT_TOLERANCE
+    monkeypatch.setattr(checks.balf_fx, "prepare", lambda model, _: nn.Sequential(model, nn.Softsign()))
+    with pytest.raises(checks.CheckError, match="and in float64 by"):
+        checks._deviations(subject, dense)
 
 
 def test_what_cannot_be_built_is_a_problem(zoo):
@@ -168,10 +171,10 @@ def test_a_worker_outlives_its_process(zoo):
     worker.stop()
 
 
-def test_statistics_are_settled_and_modes_kept(zoo):
+def test_statistics_are_settled_and_modes_kept(subjects):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     batch = torch.randn(8, 3, 5, 5)
-    zoo.settle_batchnorm(model, batch)
+    subjects.settle_batchnorm(model, batch)
     normalised = model(batch).detach()
     assert normalised.mean().abs() < 1e-5
     assert normalised.std() == pytest.approx(1, abs=0.01)
@@ -179,12 +182,12 @@ def test_statistics_are_settled_and_modes_kept(zoo):
     assert not model[1].training
 
 
-def test_deviation_is_relative_to_the_largest_output(zoo):
+def test_deviation_is_relative_to_the_largest_output(checks):
     wanted = [torch.tensor([[0.0, 4.0]]), torch.tensor([[100.0]])]
     got = [torch.tensor([[1.0, 4.0]]), torch.tensor([[102.0]])]
-    assert zoo.deviation(wanted, got) == (2.0, 0.25)
-    with pytest.raises(zoo.CheckError, match="shape"):
-        zoo.deviation(wanted, [torch.zeros(2, 1), torch.zeros(1, 1)])
+    assert checks.deviation(wanted, got) == (2.0, 0.25)
+    with pytest.raises(checks.CheckError, match="shape"):
+        checks.deviation(wanted, [torch.zeros(2, 1), torch.zeros(1, 1)])
 
 
 def test_results_replace_only_what_was_run_again(zoo, tmp_path):
@@ -201,7 +204,14 @@ def test_results_replace_only_what_was_run_again(zoo, tmp_path):
     assert [(row["name"], row["seconds"]) for row in data["results"]] == [("a", 1), ("b", 2), ("c", 2)]
     assert data["skipped"] == []
     assert data["versions"].keys() == {"torchvision"}
-    assert data["torch"] == torch.__version__
+    assert data["torch"] == data["continues"]["torch"] == torch.__version__
+
+
+def test_results_say_nothing_of_a_run_of_which_no_row_is_left(zoo, tmp_path):
+    path = tmp_path / "zoo.json"
+    for seconds in (1, 2):
+        zoo.Results(path).add(zoo.Row("torchvision", "a", seconds=seconds))
+    assert "continues" not in json.loads(path.read_text())
 
 
 def test_selection_covers_every_family(zoo):

@@ -1,0 +1,273 @@
+"""The tables of benchmarks/README.md, made from the results in JSON.
+
+python benchmarks/tables.py
+
+Each stands in the README between `<!-- NAME -->` and `<!-- /NAME -->`, and is replaced there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+README = Path(__file__).with_name("README.md")
+_RESULTS = Path(__file__).with_name("results")
+_NEAR = 0.03  # of shares kept
+
+METHODS: Mapping[str, str] = {
+    "svd": "SVD of the weights",
+    "svd-llm": "SVD-LLM(W), uniform ranks",
+    "air": "AIR preset, label-free",
+    "reference": "BALF, reference implementation",
+    "balf": "BALF preset",
+    "fast": 'balf_fx, `effort="fast"`',
+    "balanced": 'balf_fx, `effort="balanced"`',
+    "ranks+refit": "balf_fx, `widths=False`",
+    "ours": "**balf_fx**",
+}
+"""The methods of accuracy.py in the order in which tables show them, and what they are called there."""
+
+PUBLISHED: Sequence[tuple[str, str, str, str, Sequence[tuple[float, float]]]] = (
+    ("resnet20", "ResNet-20: FVRCP", "flops", "as published", [(20, 2.5), (30, 5.8), (49, 24.9), (71, 54.6)]),
+    (
+        *("resnet20", "ResNet-20: ALDS", "params", "[arXiv 2107.11442](https://arxiv.org/abs/2107.11442)"),
+        [(24, 1.5), (41, 7.4), (50, 25.2)],
+    ),
+    (
+        *("resnet20", "ResNet-20: torch-pruning 1.6, BatchNorm recalibrated", "flops"),
+        "measured here; method: [arXiv 2301.12900](https://arxiv.org/abs/2301.12900)",
+        [(10, 1.7), (30, 9.5), (50, 39.1), (70, 76)],
+    ),
+    (
+        *("mobilenetv2", "MobileNetV2: SVD-NAS", "flops", "[arXiv 2208.10404](https://arxiv.org/abs/2208.10404)"),
+        [(12.5, 15.1)],
+    ),
+)
+"""Model, method, what is saved, source, and for each result the percent saved and the points of top-1 lost."""
+
+_Rows = Sequence[Mapping[str, Any]]
+
+
+def markdown(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _select(rows: _Rows, **wanted: Any) -> _Rows:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def _figure(rows: _Rows, metric: str, digits: int, **wanted: Any) -> str:
+    """The metric of the only such row; empty where there is none."""
+    found = _select(rows, **wanted)
+    return f"{found[0][metric]:,.{digits}f}" if found else ""
+
+
+def accuracy(name: str, images: int, digits: int = 2) -> str:
+    """Methods x budgets: top-1 in percent or perplexity, on the same calibration samples."""
+    found = _read(f"accuracy_{name}")
+    rows, metric = found["results"], found["metric"]
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    reference = {float(share): top1 for share, top1 in found["reference"].items()}
+    lines = []
+    for method, title in METHODS.items():
+        own = _select(rows, method=method, images=images, seed=0)
+        cells = [_figure(own, metric, digits, budget=budget) for budget in budgets]
+        if method == "reference":
+            cells = [_nearest(reference, budget, digits) for budget in budgets]
+        if any(cells):
+            lines.append((title, *cells))
+    title = f"{'top-1, %' if metric == 'top1' else 'perplexity'} (dense: {found['dense'][metric]:.2f})"
+    return markdown(lines, (title, *(f"{budget:g}" for budget in budgets)))
+
+
+def _nearest(reference: Mapping[float, float], budget: float, digits: int) -> str:
+    """The reference's figure at a budget, or at a share that is close to it, which is then shown, too."""
+    near = {share: top1 for share, top1 in reference.items() if abs(share - budget) < _NEAR}
+    if not near:
+        return ""
+    share = min(near, key=lambda share: abs(share - budget))
+    return f"{near[share]:.{digits}f}{'' if share == budget else f' (at {share:g})'}"
+
+
+def samples() -> str:
+    """What balf_fx reaches with other calibration data."""
+    titles = {"resnet20": "ResNet-20", "vit_tiny": "ViT-Tiny", "mobilenetv2": "MobileNetV2", "stories": "stories260K"}
+    lines = []
+    for name, title in titles.items():
+        found = _read(f"accuracy_{name}")
+        rows = _select(found["results"], method="ours")
+        settings = sorted({(row["images"], row["seed"]) for row in rows})
+        varied = {row["budget"] for row in rows if (row["images"], row["seed"]) != settings[0]}
+        for images, seed in settings:
+            own = _select(rows, images=images, seed=seed)
+            figures = [
+                f"{row[found['metric']]:.1f} at {row['budget']:g}"
+                for row in sorted(own, key=lambda row: -row["budget"])
+                if row["budget"] in varied
+            ]
+            lines.append((title, f"{images:,}", str(seed), ", ".join(figures)))
+    return markdown(lines, ("model", "samples", "seed", "top-1, %, or perplexity, at what is kept"))
+
+
+def published() -> str:
+    """What others report without fine-tuning, beside the rows of balf_fx that save most nearly as much."""
+    lines = []
+    for model, method, measure, source, results in PUBLISHED:
+        found = _read(f"accuracy_{model}")
+        default = max(row["images"] for row in _select(found["results"], method="svd"))
+        ours = _select(found["results"], method="ours", images=default, seed=0)
+        for saved, lost in results:
+            near = min(ours, key=lambda row: abs(100 * (1 - row[f"{measure}_kept"]) - saved))
+            own_lost, own_saved = found["dense"]["top1"] - near["top1"], 100 * (1 - near[f"{measure}_kept"])
+            theirs = f"{saved:g} % of {'FLOPs' if measure == 'flops' else 'parameters'}"
+            lines.append((method, theirs, f"{lost:g}", f"{own_lost:.1f} at {own_saved:.0f} %", source))
+    return markdown(lines, ("", "saved", "points lost", "balf_fx, same model", "source"))
+
+
+def costs() -> str:
+    """The time of each method in forward passes."""
+    rows = _select(_read("accuracy_resnet20")["results"], images=1024, seed=0)
+    lines = []
+    for method, title in METHODS.items():
+        passes = [row["seconds"] / row["forward_seconds"] for row in _select(rows, method=method)]
+        if passes:
+            lines.append((title, f"{statistics.median(passes):.1f}"))
+    return markdown(lines, ("method", "time in forward passes"))
+
+
+def allocation() -> str:
+    """Weightings x budgets, with and without a refit."""
+    rows = _read("allocation_resnet20")["results"]
+    columns = [(budget, refit) for refit in (False, True) for budget in (0.5, 0.3)]
+    lines = [
+        (name, *(_figure(rows, "top1", 2, weighting=name, budget=budget, refit=refit) for budget, refit in columns))
+        for name in dict.fromkeys(row["weighting"] for row in rows)
+    ]
+    return markdown(lines, ("top-1, %", *(f"{budget:g}{', refit' if refit else ''}" for budget, refit in columns)))
+
+
+def quantization() -> str:
+    """Sizes and figures of dense and compressed models in each format."""
+    lines = []
+    for model in _read("quantization")["models"]:
+        metric = "perplexity" if model["model"] == "stories" else "top1"
+        for row in model["results"]:
+            figure = f"{row[metric]:.2f}{' %' if metric == 'top1' else ''}"
+            lines.append((model["title"], row["variant"], row["quantization"], f"{row['bytes'] / 1e3:,.0f}", figure))
+    return markdown(lines, ("model", "", "quantization", "KB on disk", "top-1 or perplexity"))
+
+
+def residual() -> str:
+    """Divergence against size, for formats with and without a correction."""
+    vit = [row for name in ("", "_rows") for row in _read(f"residual_vit_tiny{name}")["results"]]
+    stories = _read("residual_stories")["results"]
+    formats = [("dense", 3, 32, 0), ("compressed", 4, 32, 0), ("dense", 3, 32, 8), ("dense", 4, 32, 0)]
+    formats += [("dense", 4, 0, 8), ("dense", 4, 32, 8), ("dense", 5, 0, 0)]
+    lines = []
+    for model, bits, group, rank in formats:
+        cells = []
+        for rows, budget in ((vit, "flops 0.9"), (stories, "params 0.8")):
+            name = budget if model == "compressed" else model
+            (row,) = _select(rows, model=name, bits=bits, group=group, rank=rank)
+            cells.append(f"{row['bytes'] / 1e3:,.0f}: {row['kl']:.3f}")
+        scale = f"{group} a scale" if group else "a scale a row"
+        correction = f", correction of rank {rank}" if rank else ""
+        lines.append((f"{model}, {bits} bits, {scale}{correction}", *cells))
+    return markdown(lines, ("KB: KL divergence in nats", "ViT-Tiny", "stories260K"))
+
+
+def zoo() -> str:
+    """Counts by source."""
+    found = _read("zoo")
+    lines = []
+    for source in ("torchvision", "timm", "transformers"):
+        rows = _select(found["results"], source=source)
+        shares = [row["flops_in_sites"] for row in rows if row["flops_in_sites"] is not None]
+        captured = [row["captured"] for row in rows]
+        lines.append(
+            (
+                f"{source} {found['versions'][source]}",
+                str(len(rows)),
+                str(sum(not row["problems"] for row in rows)),
+                f"{captured.count('symbolic_trace')} / {captured.count('export')}",
+                f"{statistics.median(shares):.1%} ({min(shares):.1%})",
+            )
+        )
+    headers = ("", "examined", "without a problem", "traced / exported", "FLOPs in sites, median (least)")
+    return markdown(lines, headers)
+
+
+def memory() -> str:
+    """Time and resident memory for each size of batches."""
+    figures = ("forward_seconds", "seconds", "before_gib", "peak_gib")
+    lines = [(str(row["batch_size"]), *(f"{row[key]:,.1f}" for key in figures)) for row in _read("memory")["results"]]
+    headers = ("images a batch", "forward passes, s", "compression, s", "GiB before", "GiB at the peak")
+    return markdown(lines, headers)
+
+
+def timings() -> str:
+    """Times of all cases, and their ratios to what they were measured in turn with."""
+    lines = []
+    for case in sorted(_read("timings")["benchmarks"], key=lambda case: case["group"]):
+        ratios = case["extra_info"].get("ratios", {})
+        compared = "; ".join(f"{found['median']:.2f} x {name}" for name, found in ratios.items())
+        milliseconds = 1000 * case["stats"]["median"]
+        name = re.sub(r"^test_", "", case["name"])
+        lines.append((case["group"], f"`{name}`", f"{milliseconds:,.1f}", compared))
+    return markdown(lines, ("group", "case", "median, ms", "median ratio"))
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "resnet20": lambda: accuracy("resnet20", 1024),
+    "vit_tiny": lambda: accuracy("vit_tiny", 512, digits=1),
+    "mobilenetv2": lambda: accuracy("mobilenetv2", 512, digits=1),
+    "stories": lambda: accuracy("stories", 160, digits=1),
+    "samples": samples,
+    "published": published,
+    "costs": costs,
+    "allocation": allocation,
+    "quantization": quantization,
+    "residual": residual,
+    "zoo": zoo,
+    "memory": memory,
+    "timings": timings,
+}
+
+
+def filled(text: str) -> str:
+    """The README with every table made anew.
+
+    Raises:
+        click.ClickException: a table has no place in it.
+    """
+    for name, table in TABLES.items():
+        place = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not place.search(text):
+            raise click.ClickException(f"there is no place for the table {name}: <!-- {name} --> and <!-- /{name} -->")
+        made = table()
+        text = place.sub(lambda found, made=made: f"{found[1]}\n{made}\n\n{found[2]}", text)
+    return text
+
+
+@click.command()
+def main() -> None:
+    """Replace the tables in benchmarks/README.md."""
+    README.write_text(filled(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()
