@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.batches import MEMORY
@@ -37,8 +37,9 @@ from balf_fx.graph.curves import Rank, Solution, Spectrum
 from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.parameters import grouped_weight, owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
+from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
-from balf_fx.passes.factorize import build, planned, run_first, run_modules, run_second
+from balf_fx.passes.factorize import planned
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.lockstep import Batch, Lockstep
 from balf_fx.refit.regression import Inputs, Joint, JointSums, apply, best
@@ -120,7 +121,7 @@ class _Solver:
         self.mode = mode
         self.graph_module = walk.graph_module
         self.users = parameter_users(walk.graph_module)
-        self.solved: dict[Site, nn.Module] = {}
+        self.solved: dict[Site, Substitute] = {}
         self.cuts = find_cuts(walk.graph_module)
 
     def replace(self, node: fx.Node) -> None:
@@ -140,7 +141,7 @@ class _Solver:
         owned = owns_weight(self.graph_module, self.users, node, site)
         return owned and not site.transposed and not (rank is None and site.keeps_weight)
 
-    def _build(self, site: Site, cut: Cut, solution: tuple[Solution, ...]) -> nn.Module:
+    def _build(self, site: Site, cut: Cut, solution: tuple[Solution, ...]) -> Substitute:
         """What computes a solution in the walk, where every layer still writes all of its features."""
         solution = solution if len(solution) > 1 else (cut.project(solution[0]),)
         return build(self.graph_module, cut.inputs(site), solution)
@@ -169,7 +170,7 @@ class _Solver:
         prior, site = self._prior(node, site, cut), cut.inputs(site)
         before = self._build(site, dataclasses.replace(cut, read=None), prior)
         reads = partial(_reads, node, _site(self.graph_module, node), cut)
-        self.walk.store(node, lambda batch: run_first(before, reads(batch)))
+        self.walk.store(node, lambda batch: before.run_first(reads(batch)))
         spectra = _spectra(node, site)
         solution = tuple(self._solve_part(node, site, prior, spectra, index) for index in range(len(prior)))
         annotate(node, refit=solution)
@@ -178,7 +179,7 @@ class _Solver:
 
         def finished(batch: Batch) -> Tensor:
             values = zip(batch.compressed[node], shifts, strict=True)
-            return run_second(after, [_shifted(value, site, shift) for value, shift in values])
+            return after.run_second([_shifted(value, site, shift) for value, shift in values])
 
         self.walk.store(node, finished)
 
@@ -302,8 +303,8 @@ def _best(train: Joint, held_out: Joint, problem: _Problem, biased: bool) -> tup
     return tuple(dataclasses.replace(part, bias=None) for part in solution)
 
 
-def _run(module: nn.Module, reads: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-    return run_modules(module, reads(batch))
+def _run(substitute: Substitute, reads: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    return substitute.run(reads(batch))
 
 
 def _reads(node: fx.Node, site: Site, cut: Cut, batch: Batch) -> Tensor:

@@ -26,10 +26,11 @@ from balf_fx.graph.annotation import GraphRecord, Origin, Replaced, sites
 from balf_fx.graph.curves import Rank, RankCurve
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.site import Reason, Refusal, Site
+from balf_fx.graph.substitute import Substitute, replace_site
 from balf_fx.passes import Annotate, FoldBatchNorm, InsertObservers, Score
 from balf_fx.passes.allocate import Totals
 from balf_fx.passes.annotate import check_patterns
-from balf_fx.passes.factorize import biased, factor_modules, fingerprint, replace_site
+from balf_fx.passes.factorize import factor_modules, fingerprint
 from balf_fx.reporting.report import Report, summarise
 
 _LOGGER = logging.getLogger("balf_fx.backend")
@@ -39,7 +40,7 @@ _LOGGER = logging.getLogger("balf_fx.backend")
 class Factors:
     """The two layers in place of a site, None where it stays dense, and the watch over the tensors they stand for."""
 
-    pair: nn.Module | None
+    pair: Substitute | None
     originals: Mapping[str, Tensor]
     watch: Watch
 
@@ -405,6 +406,6 @@ def _stored(layers: Mapping[Key, Use], factors: Mapping[Key, Factors], origin: O
     for key, use in layers.items():
         pair, name = factors[key].pair, use.site.name
         if pair is not None:
-            replaced.append(Replaced(name, ranks[name], biased(pair), fingerprint(use.graph_module, use.site)))
-            tensors.update({f"{name}.{path}": value for path, value in pair.named_parameters()})
+            replaced.append(Replaced(name, ranks[name], pair.biased, fingerprint(use.graph_module, use.site)))
+            tensors.update({f"{name}.{path}": value for path, value in pair.module.named_parameters()})
     return Stored(Plan(report, origin, tuple(replaced)), tensors)

@@ -21,9 +21,10 @@ from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.site import Site
+from balf_fx.graph.substitute import Substitute, build, replace_site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Annotate, FindWidths, FoldBatchNorm, Follow, Narrow
-from balf_fx.passes.factorize import build, fingerprint, replace_site
+from balf_fx.passes.factorize import fingerprint
 from balf_fx.reporting.report import Report
 from balf_fx.widths.narrowing import Cut, find_cuts
 
@@ -56,7 +57,7 @@ class Stored:
         """{site: rank}, None for dense, as `allocation` takes it."""
         return self.plan.ranks
 
-    def pair(self, graph_module: fx.GraphModule, site: Site) -> nn.Module | None:
+    def pair(self, graph_module: fx.GraphModule, site: Site) -> Substitute | None:
         """The factors of a site of a graph, None where it stays dense.
 
         Raises:
@@ -67,10 +68,10 @@ class Stored:
             return None
         if not layer.fingerprint.matches(fingerprint(graph_module, site)):
             raise OptionError(f"the plan was made for other weights than those of site {site.name!r}: calibrate again")
-        modules = build(graph_module, site, _blank(graph_module, site, layer))
-        own = {name: self.tensors[f"{site.name}.{name}"] for name, _ in modules.named_parameters()}
-        fill(modules, own, like=get_tensor(graph_module, site.weight))
-        return modules
+        substitute = build(graph_module, site, _blank(graph_module, site, layer))
+        own = {name: self.tensors[f"{site.name}.{name}"] for name, _ in substitute.module.named_parameters()}
+        fill(substitute.module, own, like=get_tensor(graph_module, site.weight))
+        return substitute
 
 
 def stored(graph_module: fx.GraphModule) -> Stored:
