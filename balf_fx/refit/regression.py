@@ -18,9 +18,7 @@ from torch import Tensor
 
 from balf_fx.graph.curves import Solution, Spectrum
 
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-
-
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge
 _BLOCK = 48  # columns of x x^T that are done at a time, or a multiple of it
 
 
@@ -227,6 +225,51 @@ def best(
     return found if total_error(seen, found, metrics) < total_error(seen, prior, metrics) else tuple(prior)
 
 
+@dataclass(frozen=True)
+class Residual:
+    """Weighted sums over positions of what a layer's output lacks.
+
+    Attributes:
+        count: the sum of weights.
+        total: [G, O] float64.
+    """
+
+    count: float
+    total: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, weights: Tensor | None) -> Residual:
+        """Of some positions: values [G, O, n], and weights [n], None for 1 each."""
+        if weights is None:
+            return cls(values.shape[-1], values.sum(-1, dtype=torch.float64))
+        weights = weights.to(torch.float64)
+        return cls(float(weights.sum()), values.to(torch.float64) @ weights)
+
+    def __add__(self, other: Residual) -> Residual:
+        return Residual(self.count + other.count, self.total + other.total)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    def rise(self, shift: Tensor, metric: Tensor | None) -> float:
+        """By how much E (r - s)^T M (r - s) exceeds E r^T M r for a shift s [G, O]."""
+        weighted = shift if metric is None else (metric @ shift.unsqueeze(-1)).squeeze(-1)
+        return float((weighted * (shift - 2 * self.mean)).sum())
+
+
+def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -> Tensor:
+    """What to add to a bias [G, O]: the mean residual, or zero where the training share's does not lower the error.
+
+    Args:
+        spectrum: the metric; None for the plain squared error.
+    """
+    metric = None if spectrum is None else metric_of(spectrum)
+    both = train + held_out
+    accepted = not held_out.count or held_out.rise(train.mean, metric) < 0
+    return both.mean if accepted and both.rise(both.mean, metric) < 0 else torch.zeros_like(both.total)
+
+
 def solutions(
     seen: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
 ) -> tuple[Solution, ...]:
@@ -263,7 +306,7 @@ def total_error(seen: Joint, solution: Sequence[Solution], metrics: Sequence[Ten
 
 
 def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:
-    """What a solution puts out, [G, O, n], in the precision of its input [G, D, n]."""
+    """What a solution outputs, [G, O, n], in the precision of its input [G, D, n]."""
     found = []
     for part in solution:
         y = part.right.to(x.dtype) @ x

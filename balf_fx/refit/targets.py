@@ -1,9 +1,11 @@
-"""What a layer should return: targets that take in errors made upstream, and clips downstream."""
+"""What a layer should output, given the errors made before it and the limits that follow it."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +20,6 @@ from balf_fx.refit.windows import Window
 
 aten = torch.ops.aten
 
-
 _ADDITIONS = (
     operator.add,
     operator.iadd,
@@ -30,19 +31,66 @@ _ADDITIONS = (
 )
 
 
-def target_of(
-    batch: Batch, node: fx.Node, addition: fx.Node | None, site: Site, own: Window
-) -> tuple[Tensor, Tensor | None]:
-    """What a window's outputs should be, in sum with a value of the compressed model's; this value, if any."""
-    target = own.of(by_sample(batch.original[node], site))
-    other = None if addition is None else batch.original.get(addition)
-    if addition is None or not isinstance(other, Tensor) or other.shape != batch.original[node].shape:
-        return target, None
-    return target + own.of(by_sample(other, site)), own.of(by_sample(batch.current(addition), site))
+@dataclass(frozen=True)
+class Target:
+    """What a layer should output in the compressed model.
+
+    Where the output is added to another value, the error of that value counts as the layer's own. Where what follows
+    only sees it between limits, so does the regression.
+
+    Attributes:
+        node: the layer.
+        site: how it is applied.
+        addition: the value that its output is added to; None where there is none.
+        limits: between which its output, or the sum, is seen; None where all of it is.
+    """
+
+    node: fx.Node
+    site: Site
+    addition: fx.Node | None
+    limits: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Target:
+        """The target of a layer, from what the graph does with its output."""
+        return cls(node, site, addition_of(graph_module, node), limits_of(graph_module, node))
+
+    def outputs(
+        self, batch: Batch, window: Window, cut: Callable[[Tensor], Tensor], predicted: Tensor | None
+    ) -> Tensor:
+        """What the layer should output in a window, [G, O, n].
+
+        Args:
+            cut: takes [G, O, n] out of a value like the layer's output.
+            predicted: [G, O, n], what an earlier solution outputs, which decides what an error is beyond the limits;
+                None to see all of the output.
+        """
+        wanted = window.of(by_sample(batch.original[self.node], self.site))
+        other = self._other(batch)
+        if other is None:
+            return self._seen(cut(wanted), predicted)
+        before, now = (window.of(by_sample(value, self.site)) for value in other)
+        added = cut(now)
+        return self._seen(cut(wanted + before), None if predicted is None else predicted + added) - added
+
+    def _other(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """The value that the output is added to, in the original and in the compressed model."""
+        other = None if self.addition is None else batch.original.get(self.addition)
+        if self.addition is None or not isinstance(other, Tensor) or other.shape != batch.original[self.node].shape:
+            return None
+        return other, batch.current(self.addition)
+
+    def _seen(self, wanted: Tensor, predicted: Tensor | None) -> Tensor:
+        return wanted if predicted is None or self.limits is None else within_limits(wanted, predicted, self.limits)
 
 
 def within_limits(target: Tensor, predicted: Tensor, limits: tuple[float, float]) -> Tensor:
-    """The target where it is within limits; elsewhere what was predicted, but no nearer than the limit."""
+    """The target where it is within limits; elsewhere what was predicted, but no nearer than the limit.
+
+    Args:
+        target, predicted: of one shape.
+        limits: the lower one and the upper one, which may be infinite.
+    """
     low, high = limits
     # several times as fast as where()
     seen = torch.maximum(F.threshold(target, low, -math.inf), predicted.clamp_max(low))
@@ -52,11 +100,12 @@ def within_limits(target: Tensor, predicted: Tensor, limits: tuple[float, float]
 
 
 def observes(node: fx.Node) -> bool:
+    """Whether a node only calls an observer."""
     return str(node.target).startswith(f"{OBSERVERS}.")
 
 
 def _readers(graph_module: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The nodes that read a node's values, each with what it reads: the node, or what hands its values on."""
+    """The nodes that read a node's values, each with what it reads: the node, or a node that passes its values on."""
     found = []
     for user in node.users:
         if is_identity(graph_module, user):

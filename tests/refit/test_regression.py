@@ -7,8 +7,10 @@ from balf_fx.graph.curves import Solution
 from balf_fx.ranks.spectra import damped_roots, spectrum_from_output
 from balf_fx.refit.regression import (
     JointSums,
+    Residual,
     apply,
     best,
+    best_shift,
     error,
     joint,
     metric_of,
@@ -236,3 +238,36 @@ def test_a_solution_is_applied_part_by_part():
     dense = Solution(None, random(84, 1, 4, 3), None)
     expected = torch.cat([thin.left @ thin.right @ x + thin.bias.unsqueeze(-1), dense.right @ x])
     torch.testing.assert_close(apply((thin, dense), x), expected)
+
+
+@PROPERTY
+@given(seeds, st.booleans(), st.booleans())
+def test_a_bias_is_shifted_by_the_weighted_mean_of_what_is_left(seed, plain, weighted):
+    left = random(seed, 1, 4, 60) + 0.3 * random(seed + 1, 1, 4, 1)
+    weights = random(seed + 3, 60).square() + 0.1 if weighted else torch.ones(60, dtype=torch.float64)
+    metric = None if plain else spectrum(seed, 4)
+    gram = torch.eye(4, dtype=torch.float64) if metric is None else metric_of(metric)[0]
+    train, held_out = (
+        Residual.of(left[..., own], weights[own] if weighted else None) for own in (slice(0, 45), slice(45, None))
+    )
+
+    def lost(shift, own):
+        error = left[0, :, own] - shift[0].unsqueeze(-1)
+        return float(((gram @ error) * error * weights[own]).sum() / weights[own].sum())
+
+    def mean(own):
+        return (left[..., own] * weights[own]).sum(-1) / weights[own].sum()
+
+    nothing, training, held = torch.zeros(1, 4, dtype=torch.float64), slice(0, 45), slice(45, None)
+    better = lost(mean(training), held) < lost(nothing, held)
+    expected = mean(slice(None)) if better else nothing
+    torch.testing.assert_close(best_shift(train, held_out, metric), expected)
+    rise = held_out.rise(train.mean, None if plain else metric_of(metric))
+    assert rise == pytest.approx(lost(mean(training), held) - lost(nothing, held), abs=1e-12)
+
+
+def test_a_bias_without_samples_stays():
+    nothing = Residual(0.0, torch.zeros(1, 3, dtype=torch.float64))
+    assert torch.equal(best_shift(nothing, nothing, None), nothing.total)
+    seen = Residual.of(random(0, 1, 3, 8), None)
+    torch.testing.assert_close(best_shift(seen, nothing, None), seen.mean)

@@ -1,0 +1,221 @@
+"""The modules that take the place of one layer, and the edit of a graph that puts them there."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
+
+from balf_fx.graph.annotation import META_KEY, VALUE_META
+from balf_fx.graph.curves import PartRanks, Solution
+from balf_fx.graph.edits import MODULE_STACK, erase_unused, module_stack
+from balf_fx.graph.layers import site_input
+from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.site import ConvGeometry, Site
+
+_CONVS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
+}
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """Stock modules in place of a layer, or of its parts where these have ranks of their own.
+
+    Attributes:
+        module: what lies at the layer's path. A single layer where nothing is factorized; an nn.Sequential of `first`
+            and the second layer; of parts an nn.ModuleList of `first` and an nn.ModuleList of the second layers.
+        first: maps D inputs to the ranks of all parts together; None where nothing is factorized.
+        second: of each part, the layer from its rank, or from D inputs, to its outputs.
+        ranks: of each part; None where it is dense and reads what the layer read.
+    """
+
+    module: nn.Module
+    first: nn.Module | None
+    second: tuple[nn.Module, ...]
+    ranks: PartRanks
+
+    @property
+    def biased(self) -> tuple[bool, ...]:
+        """Of each part, whether it has a bias."""
+        return tuple(layer.bias is not None for layer in self.second)
+
+    @property
+    def widths(self) -> list[int]:
+        """The ranks of the parts that are factorized."""
+        return [rank for rank in self.ranks if rank is not None]
+
+    def insert_calls(self, graph: fx.Graph, path: str, source: fx.Node) -> fx.Node:
+        """Call the modules where the graph is edited; returns the node of the layer's output."""
+        if self.first is None:
+            return graph.call_module(path, (source,))
+        thin = graph.call_module(f"{path}.0", (source,))
+        if len(self.second) == 1:
+            return graph.call_module(f"{path}.1", (thin,))
+        split = graph.call_function(torch.split, (thin, self.widths, -1))
+        pieces = iter([graph.call_function(operator.getitem, (split, i)) for i in range(len(self.widths))])
+        values = [source if rank is None else next(pieces) for rank in self.ranks]
+        parts = [graph.call_module(f"{path}.1.{index}", (value,)) for index, value in enumerate(values)]
+        return graph.call_function(torch.cat, (parts, -1))
+
+    def run(self, value: Tensor) -> Tensor:
+        """What the calls compute."""
+        return self.run_second(self.run_first(value))
+
+    def run_first(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Of each part, the output of its first factor, or of the part itself where it is dense."""
+        if self.first is None:
+            return (self.second[0](value),)
+        thin = self.first(value)
+        if len(self.second) == 1:
+            return (thin,)
+        pieces = iter(thin.split(self.widths, -1))
+        layers = zip(self.second, self.ranks, strict=True)
+        return tuple(layer(value) if rank is None else next(pieces) for layer, rank in layers)
+
+    def run_second(self, values: Sequence[Tensor]) -> Tensor:
+        """The output of the whole, from what `run_first` returns."""
+        layers = zip(self.second, values, self.ranks, strict=True)
+        outputs = [value if rank is None else layer(value) for layer, value, rank in layers]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> Substitute:
+    """The modules that compute a solution of a site, with one item or one for each part."""
+    original: Tensor = get_tensor(graph_module, site.weight)
+    if len(solution) > 1:
+        built = _parts(site, original, solution)
+    elif solution[0].left is None:
+        built = _dense(site, original, solution[0])
+    else:
+        built = _pair(site, original, solution[0], solution[0].left)
+    built.module.train(graph_module.training)
+    return built
+
+
+def _dense(site: Site, original: Tensor, solution: Solution) -> Substitute:
+    layer, _ = _empty_modules(site, original, site.out_features, False)
+    if solution.bias is not None:
+        layer.register_parameter("bias", nn.Parameter(original.new_empty(site.groups * site.out_features)))
+        _assign(layer, "bias", solution.bias, original)
+    _assign(layer, "weight", _kernel(site, solution.right), original)
+    return Substitute(layer, None, (layer,), (None,))
+
+
+def _pair(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Substitute:
+    first, second = _empty_modules(site, original, solution.right.shape[1], solution.bias is not None)
+    _assign(first, "weight", _kernel(site, solution.right), original)
+    _assign(second, "weight", left, original)
+    if solution.bias is not None:
+        _assign(second, "bias", solution.bias, original)
+    return Substitute(nn.Sequential(first, second), first, (second,), (left.shape[-1],))
+
+
+def _parts(site: Site, original: Tensor, solution: Sequence[Solution]) -> Substitute:
+    """Of a linear site: the first layer, which factorized parts share, and one layer for each part."""
+    layers = []
+    for part in solution:
+        weight = part.right if part.left is None else part.left
+        layer = _empty_linear(weight.shape[2], weight.shape[1], part.bias is not None, original)
+        _assign(layer, "weight", weight, original)
+        if part.bias is not None:
+            _assign(layer, "bias", part.bias, original)
+        layers.append(layer)
+    thin = torch.cat([part.right for part in solution if part.left is not None], 1)
+    first = _empty_linear(site.in_features, thin.shape[1], False, original)
+    _assign(first, "weight", thin, original)
+    ranks = tuple(None if part.left is None else part.left.shape[-1] for part in solution)
+    return Substitute(nn.ModuleList([first, nn.ModuleList(layers)]), first, tuple(layers), ranks)
+
+
+def _kernel(site: Site, weight: Tensor) -> Tensor:
+    """[G, r, D] in the order of the layer's own weight."""
+    if site.conv is None or not site.inputs_first:
+        return weight
+    # [G, r, C_in / G, *kernel] -> [G, C_in / G, r, *kernel]
+    return weight.reshape(*weight.shape[:2], -1, math.prod(site.conv.kernel_size)).transpose(1, 2)
+
+
+def _empty_linear(inputs: int, outputs: int, bias: bool, original: Tensor) -> nn.Linear:
+    make: Callable[..., nn.Linear] = skip_init  # an initialisation would only draw random numbers
+    return make(nn.Linear, inputs, outputs, bias=bias, device=original.device, dtype=original.dtype)
+
+
+def _empty_modules(site: Site, original: Tensor, rank: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+    """The modules with parameters of the right shape, dtype and device, but of no particular value."""
+    make: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
+    options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
+    outputs, thin = site.out_features * site.groups, rank * site.groups
+    if site.conv is None:
+        return _empty_linear(site.in_features, thin, False, original), _empty_linear(thin, outputs, bias, original)
+    inputs = site.in_features * site.groups // math.prod(site.conv.kernel_size)
+    transposed = site.conv.output_padding is not None
+    geometry: dict[str, Any] = {
+        "stride": site.conv.stride,
+        "padding": _module_padding(site.conv),
+        "dilation": site.conv.dilation,
+        "padding_mode": site.conv.padding_mode,
+    }
+    if transposed:
+        geometry["output_padding"] = site.conv.output_padding
+    conv, conv_transpose = _CONVS[len(site.conv.kernel_size)]
+    options["groups"] = site.groups
+    kernel_size = site.conv.kernel_size
+    first = make(conv_transpose if transposed else conv, inputs, thin, kernel_size, bias=False, **geometry, **options)
+    return first, make(conv, thin, outputs, 1, bias=bias, **options)
+
+
+def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:
+    """nn.Conv's own spelling: one amount per dimension, or 'same' where the two sides differ."""
+    even = all(before == after for before, after in conv.padding)
+    return tuple(before for before, _ in conv.padding) if even else "same"
+
+
+def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> None:
+    """Store a [G, a, b] or [G, O] result in the shape of the module's parameter and the likeness of the original."""
+    tensor = value.reshape(module.get_parameter(name).shape).to(original.dtype)
+    layouts = [torch.contiguous_format]
+    for layout in (torch.channels_last, torch.channels_last_3d):
+        fits = original.dim() == (4 if layout is torch.channels_last else 5) == tensor.dim()
+        if fits and original.is_contiguous(memory_format=layout) and not original.is_contiguous():
+            layouts.append(layout)
+    tensor = tensor.clone(memory_format=layouts[-1])
+    module.register_parameter(name, nn.Parameter(tensor, requires_grad=original.requires_grad))
+
+
+def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: Substitute) -> None:
+    """Put the modules where the site's module or weight was, and calls of them where each of its nodes was.
+
+    The caller lints and recompiles the graph.
+    """
+    graph = graph_module.graph
+    if site.keeps_weight and site.bias is not None:  # the weight's module may stay, without a bias that nobody reads
+        owner, _, name = site.bias.rpartition(".")
+        graph_module.get_submodule(owner)._parameters.pop(name, None)
+    owner, _, name = site.name.rpartition(".")
+    graph_module.get_submodule(owner)._parameters.pop(name, None)
+    setattr(graph_module.get_submodule(owner), name, substitute.module)
+    for node in nodes:
+        before = node.prev
+        with graph.inserting_before(node):
+            wide = substitute.insert_calls(graph, site.name, site_input(node))
+        new = before.next
+        while new is not node:
+            dropped = (META_KEY,) if new is wide else (META_KEY, *VALUE_META)
+            new.meta = {key: value for key, value in node.meta.items() if key not in dropped}
+            if new.op == "call_module":
+                new.meta[MODULE_STACK] = module_stack(graph_module, str(new.target), node, site.name)
+            new = new.next
+        node.replace_all_uses_with(wide)
+        sources = [source for source in node.all_input_nodes if source is not site_input(node)]
+        graph.erase_node(node)
+        for source in sources:
+            erase_unused(graph_module, source)

@@ -1,0 +1,116 @@
+"""What is solved at a layer: all of it or its left factor by regression, or its bias alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from balf_fx.graph.curves import Solution, Spectrum
+from balf_fx.refit.lockstep import Batch, Lockstep
+from balf_fx.refit.regression import Inputs, Joint, JointSums, Residual, apply, best, best_shift
+from balf_fx.refit.targets import Target
+from balf_fx.refit.windows import Visit, Window, visits
+
+Columns = Callable[[Batch, Window], Tensor]
+"""Of a window of a batch, [G, D, n] or [G, O, n]."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A map from some columns of the compressed model to a layer's outputs.
+
+    Attributes:
+        target: what the outputs should be.
+        importance: [P], what each position of a sample counts (`windows.visits`).
+        columns: [G, D, n], the layer's input or something made of it.
+        outputs: takes [G, O, n] out of values like the layer's output.
+        toward: [G, O, D], the map that the ridge draws to.
+        prior: the solution so far, from columns to outputs, one for each part.
+        spectra: the metric of each part, None for the plain squared error.
+    """
+
+    target: Target
+    importance: Tensor | None
+    columns: Columns
+    outputs: Callable[[Tensor], Tensor]
+    toward: Tensor
+    prior: Sequence[Solution]
+    spectra: Sequence[Spectrum | None]
+
+    def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
+        """The solution of least error on what was held out; a dense layer without a bias is not given one."""
+        train, held_out = self._sums(walk, None, (None, None))
+        solution = self._best(train, held_out)
+        if self.target.limits is None:
+            return solution
+        return self._best(*self._sums(walk, solution, (train.inputs, held_out.inputs)))
+
+    def _best(self, train: Joint, held_out: Joint) -> tuple[Solution, ...]:
+        if any(part.left is not None or part.bias is not None for part in self.prior):
+            return best(train, held_out, self.toward, self.prior, self.spectra)
+        solution = best(train.uncentred(), held_out.uncentred(), self.toward, self.prior, self.spectra)
+        return tuple(dataclasses.replace(part, bias=None) for part in solution)
+
+    def _sums(
+        self, walk: Lockstep, earlier: Sequence[Solution] | None, known: tuple[Inputs | None, Inputs | None]
+    ) -> tuple[Joint, Joint]:
+        """The sums of the training share and of the held-out share of all batches.
+
+        Args:
+            earlier: a first solution, where not all of the output is seen.
+            known: the sums over the columns, where these have been taken.
+        """
+        groups, outputs, inputs = self.toward.shape
+        shape = (groups if len(self.prior) == 1 else 1, inputs)
+        shares = [JointSums(shape, (groups, outputs), self.toward.device, share) for share in known]
+        for visit in visits(walk, self.target.node, self.target.site, (outputs, inputs), self.importance):
+            x = self.columns(visit.batch, visit.window)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            predicted = None if earlier is None else apply(earlier, x)
+            y = self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
+            shares[visit.share].add(x, y.to(x.dtype), None if visit.weights is None else visit.weights.to(x.dtype))
+        return shares[0].joint(), shares[1].joint()
+
+
+@dataclass(frozen=True)
+class BiasProblem:
+    """The bias of a layer, or part, whose weight stays as it is.
+
+    Attributes:
+        target, importance, outputs: as those of a `Problem`.
+        present: [G, O, n], what it outputs with the bias that it has.
+        bias: [G, O], this bias.
+        spectrum: the metric, None for the plain squared error.
+    """
+
+    target: Target
+    importance: Tensor | None
+    outputs: Callable[[Tensor], Tensor]
+    present: Columns
+    bias: Tensor
+    spectrum: Spectrum | None
+
+    def solve(self, walk: Lockstep) -> Tensor:
+        """The bias of least error, or the present one where another does not lower the error on what was held out."""
+        shift = best_shift(*self._residuals(walk, None), self.spectrum)
+        if self.target.limits is not None:
+            shift = best_shift(*self._residuals(walk, shift), self.spectrum)
+        return self.bias + shift
+
+    def _residuals(self, walk: Lockstep, earlier: Tensor | None) -> tuple[Residual, Residual]:
+        """What the training share and the held-out share lack; `earlier` is a first shift of the bias [G, O]."""
+        nothing = Residual(0.0, torch.zeros_like(self.bias))
+        shares = [nothing, nothing]
+        for visit in visits(walk, self.target.node, self.target.site, (self.bias.shape[-1], 0), self.importance):
+            shares[visit.share] += Residual.of(self._residual(visit, earlier), visit.weights)
+        return shares[0], shares[1]
+
+    def _residual(self, visit: Visit, earlier: Tensor | None) -> Tensor:
+        present = self.present(visit.batch, visit.window)
+        present = present.to(torch.promote_types(present.dtype, torch.float32))
+        predicted = None if earlier is None else present + earlier.to(present.dtype).unsqueeze(-1)
+        return self.target.outputs(visit.batch, visit.window, self.outputs, predicted) - present
