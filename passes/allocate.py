@@ -184,7 +184,7 @@ class Allocate(Pass):
         clusters: Sequence[Cluster],
         weights: Sequence[float],
         totals: Totals,
-        near: Mapping[tuple[int, ...], Option] | None = None,
+        near: Mapping[tuple[str, ...], Option] | None = None,
     ) -> tuple[list[_Row], int]:
         """What there is to choose from, cluster by cluster and then site by site, and what everything else costs."""
         weight_of = dict(zip(curves, weights, strict=True))
@@ -198,9 +198,9 @@ class Allocate(Pass):
                 [weight_of[s] for s in own],
                 width_weights,
                 self.measure,
-                None if near is None else near[cluster.indices],
+                None if near is None else near[cluster.keys],
             )
-            rows.append(_Row(tuple(own), cluster.indices, tuple(options), cluster.full))
+            rows.append(_Row(tuple(own), cluster.keys, tuple(options), cluster.full))
         taken = {site for row in rows for site in row.sites}
         for site, curve in curves.items():
             if site not in taken:
@@ -297,7 +297,7 @@ class _Row:
     """
 
     sites: tuple[Site, ...]
-    widths: tuple[int, ...]
+    widths: tuple[str, ...]
     options: tuple[Option, ...]
     full: tuple[int, int]
 

@@ -72,20 +72,22 @@ class Follow(Pass):
             _check_rank(site, rows[site.name].rank)
         return ((site, rows[site.name]) for site in found)
 
-    def _sizes(self, graph_module: fx.GraphModule) -> dict[int, int]:
+    def _sizes(self, graph_module: fx.GraphModule) -> dict[str, int]:
         record = graph_record(graph_module)
+        found = {width.key: width for width in record.widths}
+        curves = {width.key: curve for width, curve in zip(record.widths, record.width_curves, strict=False)}
         for planned in self.plan.widths:
-            width = record.widths[planned.index] if planned.index < len(record.widths) else None
-            if width is None or (width.name, width.kind) != (planned.name, planned.kind):
+            width = found.get(planned.key)
+            if width is None:
                 raise PlanError(f"the plan narrows {planned.kind} at {planned.name}, of which this graph knows nothing")
-            if planned.index >= len(record.width_curves) or record.width_curves[planned.index] is None:
+            if curves.get(planned.key) is None:
                 raise PlanError(
                     f"the plan narrows {planned.kind} at {planned.name}, which takes gradients: use "
                     "factors='sensitivity' and widths=True"
                 )
             if not 1 <= planned.size <= width.features:
                 raise PlanError(f"the plan leaves {planned.size} of {width.features} {planned.kind} at {planned.name}")
-        return {planned.index: planned.size for planned in self.plan.widths}
+        return {planned.key: planned.size for planned in self.plan.widths}
 
 
 def _check_rank(site: Site, rank: Rank) -> None:

@@ -98,8 +98,8 @@ def restore(
     """
     with torch.inference_mode(False), torch.no_grad():
         graph_module = _again(found.plan, model, example, forward)
-        kept = {planned.index: planned.kept for planned in found.plan.widths}
-        curves = tuple(_blank_curve(width, kept.get(i)) for i, width in enumerate(graph_record(graph_module).widths))
+        kept = {planned.key: planned.kept for planned in found.plan.widths}
+        curves = tuple(_blank_curve(width, kept.get(width.key)) for width in graph_record(graph_module).widths)
         record_graph(graph_module, width_curves=curves)
         Follow(found.plan)(graph_module)
         Narrow()(graph_module)

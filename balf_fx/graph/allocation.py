@@ -30,7 +30,7 @@ class Allocation:
         choices: one for each site, in graph order.
         primal: the objective reached, the sum over sites of normalised distortion.
         bound: no allocation within the budget has a smaller objective (None where nothing was optimised).
-        sizes: of widths, by their index in the graph's record; those that are not listed keep all features.
+        sizes: of widths, by `Width.key`; those that are not listed keep all features.
         saved_elsewhere: FLOPs and parameters that the sizes save in what is no site.
     """
 
@@ -40,7 +40,7 @@ class Allocation:
     choices: tuple[Choice, ...]
     primal: float
     bound: float | None
-    sizes: Mapping[int, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     saved_elsewhere: tuple[int, int] = (0, 0)
 
     @property

@@ -22,7 +22,7 @@ from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.reporting.report import Report, rank_from_data, report_from_dict, summarise
 from balf_fx.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Raised when older versions could not read what is written."""
 
 
@@ -31,17 +31,20 @@ class PlannedWidth:
     """Features that have become fewer.
 
     Attributes:
-        index: among all widths of the graph.
         name, kind: as in `widths.Width`.
         size: features that are left, of each head.
         kept: which ones, of channels; None where they are others than before.
     """
 
-    index: int
     name: str
     kind: str
     size: int
     kept: tuple[int, ...] | None
+
+    @property
+    def key(self) -> str:
+        """As `widths.Width.key`."""
+        return f"{self.kind} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -168,12 +171,12 @@ class Plan:
 def _of_record(record: GraphRecord, allocation: Allocation) -> Plan:
     """The plan of a graph that has been rewritten."""
     widths = []
-    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
-        size = allocation.sizes.get(index, width.features)
+    for width, curve in zip(record.widths, record.width_curves, strict=False):
+        size = allocation.sizes.get(width.key, width.features)
         if curve is not None and size < width.features:
             kept = curve.kept(size)
             chosen = None if kept is None else tuple(kept.tolist())
-            widths.append(PlannedWidth(index, width.name, width.kind, size, chosen))
+            widths.append(PlannedWidth(width.name, width.kind, size, chosen))
     return Plan(summarise(record, allocation), record.origin, record.replaced, tuple(widths))
 
 
@@ -194,7 +197,7 @@ def _layer_from_data(data: Mapping[str, Any]) -> Replaced:
 def _width_from_data(data: Mapping[str, Any]) -> PlannedWidth:
     kept = data["kept"]
     chosen = None if kept is None else tuple(kept)
-    return PlannedWidth(int(data["index"]), str(data["name"]), str(data["kind"]), int(data["size"]), chosen)
+    return PlannedWidth(str(data["name"]), str(data["kind"]), int(data["size"]), chosen)
 
 
 PLAN_ATTRIBUTE = "balf_plan"

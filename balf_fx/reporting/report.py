@@ -335,10 +335,10 @@ def _site_row(choice: Choice) -> SiteRow:
     )
 
 
-def _width_rows(record: GraphRecord, sizes: Mapping[int, int]) -> Iterator[WidthRow]:
+def _width_rows(record: GraphRecord, sizes: Mapping[str, int]) -> Iterator[WidthRow]:
     """Of the widths that have shrunk."""
-    for index, (width, curve) in enumerate(zip(record.widths, record.width_curves, strict=False)):
-        size = sizes.get(index, width.features)
+    for width, curve in zip(record.widths, record.width_curves, strict=False):
+        size = sizes.get(width.key, width.features)
         if curve is not None and size < width.features:
             yield _width_row(width, curve, size)
 
