@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import annotation, record_graph
-from balf_fx.graph.layers import layers_of
+from balf_fx.graph.layers import read_layer
+from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, joint_widths
 from balf_fx.passes.base import Pass
 from balf_fx.widths.channels import find_channels
@@ -32,24 +34,28 @@ class FindWidths(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = [*find_channels(graph_module), *find_heads(graph_module)]
-        taken = _most_valuable(graph_module, found)
-        record_graph(graph_module, widths=tuple(_named(graph_module, taken)))
+        named = list(_named(graph_module, found))
+        record_graph(graph_module, widths=tuple(_most_valuable(graph_module, named)))
         return PassResult(graph_module, False)
 
 
-def _named(graph_module: fx.GraphModule, widths: list[Width]) -> Iterator[Width]:
-    """The widths with the names of their layers, and with names of their own that none has twice."""
-    names = {node.name: name for name, (_, nodes) in layers_of(graph_module).items() for node in nodes}
-    keys: set[str] = set()
-    for width in widths:
-        named = replace(width, layer_names=tuple(names[layer] for layer in width.layers))
-        numbered = (replace(named, name=f"{width.name}#{number}") for number in itertools.count(2))
-        unique = next(each for each in itertools.chain([named], numbered) if each.key not in keys)
-        keys.add(unique.key)
-        yield unique
+def _named(graph_module: fx.GraphModule, found: Sequence[Width]) -> Iterator[Width]:
+    """The widths with the names of their layers, and with names of their own that do not recur."""
+    layers = {node.name: _layer_name(graph_module, node) for node in graph_module.graph.nodes}
+    seen: Counter[str] = Counter()
+    for width in found:
+        seen[width.key] += 1
+        name = width.name if seen[width.key] == 1 else f"{width.name} {seen[width.key]}"
+        names = tuple(dict.fromkeys(layers[node] for node in width.layers))
+        yield dataclasses.replace(width, name=name, layer_names=names)
 
 
-def _most_valuable(graph_module: fx.GraphModule, found: list[Width]) -> list[Width]:
+def _layer_name(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    layer = annotation(node).site or read_layer(graph_module, node)
+    return layer.name if isinstance(layer, Site) else node.name
+
+
+def _most_valuable(graph_module: fx.GraphModule, found: Sequence[Width]) -> list[Width]:
     """Widths by the FLOPs they touch, as long as no more than a few hang together."""
     flops = {node.name: annotation(node).flops or 0 for node in graph_module.graph.nodes}
     order = sorted(range(len(found)), key=lambda i: -sum(flops[name] for name in found[i].layers))

@@ -17,7 +17,7 @@ from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.widths import Operand, Width
 from balf_fx.passes.base import Pass
 from balf_fx.widths.heads import has_level_heads, is_attention
-from balf_fx.widths.narrowing import Cut, find_cuts
+from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
 
 
 @dataclass(frozen=True)
@@ -36,32 +36,29 @@ class Narrow(Pass):
         for width in record.widths:
             for name in width.between:
                 if nodes[name].op == "get_attr" and name in cuts:
-                    _slice_constant(graph_module, nodes[name], width.features, cuts[name])
-        chosen = {} if record.allocation is None else record.allocation.sizes
-        narrowed = [
-            (width, chosen[width.key])
-            for width in record.widths
-            if width.product and chosen.get(width.key, width.features) < width.features
-        ]
-        level = [name for name in {width.product: None for width, _ in narrowed} if has_level_heads(nodes[name])]
-        attentions = [width for width in record.widths if width.product]
-        for name in dict.fromkeys(name for width in attentions for name in width.producers):
+                    _slice_constant(graph_module, nodes[name], width.features, cuts[name].written[0])
+        sizes = {} if record.allocation is None else record.allocation.sizes
+        heads = [(width, nodes[width.product]) for width in record.widths if width.product is not None]
+        shrunk = [(width, product) for width, product in heads if sizes.get(width.key, width.features) < width.features]
+        level = [product for product in dict.fromkeys(product for _, product in shrunk) if has_level_heads(product)]
+        for name in dict.fromkeys(name for width, _ in heads for name in width.producers):
             if name in cuts and cuts[name].written:
-                _rewire_producer(graph_module, nodes, name, attentions, cuts[name])
-        for width, _ in narrowed:
-            _rewire_product(graph_module, nodes, width)
-        for name in level:
-            sizes = {width.kind: size for width, size in narrowed if width.product == name}
-            full = next(width.features for width, _ in narrowed if width.product == name)
-            _level(graph_module.graph, nodes[name], sizes.get("queries", full), sizes.get("values", full))
+                _rewire_producer(nodes[name], heads, cuts[name])
+        for width, product in shrunk:
+            _rewire_product(nodes, width, product)
+        for product in level:
+            own = [width for width, other in shrunk if other is product]
+            left = {width.kind: sizes[width.key] for width in own}
+            full = own[0].features
+            _level(graph_module.graph, product, left.get("queries", full), left.get("values", full))
         return PassResult(graph_module, bool(cuts))
 
 
-def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, cut: Cut) -> None:
+def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, narrowed: Narrowed) -> None:
     path = str(node.target)
     value: Tensor = get_tensor(graph_module, path)
-    kept = cut.written[0][1][0].argmax(-1).to(value.device)
-    thin = value.detach().index_select(list(value.shape).index(features), kept)
+    axis = list(value.shape).index(features)
+    thin = narrowed.of(value.detach().movedim(axis, 0)).movedim(0, axis).contiguous()
     owner, _, name = path.rpartition(".")
     module = graph_module.get_submodule(owner)
     if name in module._parameters:
@@ -72,23 +69,24 @@ def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, 
         setattr(module, name, thin)
 
 
-def _rewire_producer(
-    graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], name: str, widths: Sequence[Width], cut: Cut
-) -> None:
+def _rewire_producer(layer: fx.Node, widths: Sequence[tuple[Width, fx.Node]], cut: Cut) -> None:
     """Let products read their heads from a layer that returns them one after another, as `Cut` lays its rows."""
-    graph = graph_module.graph
-    layer = nodes[name]
-    reads = [(w, operand) for w in widths for p, operand in zip(w.producers, w.operands, strict=True) if p == name]
-    heads = [(len(rows), maps.shape[1]) for rows, maps in cut.written]
+    graph = layer.graph
+    reads = [
+        (width, operand, product)
+        for width, product in widths
+        for name, operand in zip(width.producers, width.operands, strict=True)
+        if name == layer.name
+    ]
+    heads = [(len(own.rows), own.maps.shape[1]) for own in cut.written]
     anchor = layer.next
     with graph.inserting_before(anchor):
         pieces: list[fx.Node] = [layer]
         if len(heads) > 1:
             split = graph.call_function(torch.split, (layer, [count * size for count, size in heads], -1))
             pieces = [graph.call_function(operator.getitem, (split, i)) for i in range(len(heads))]
-        for (width, operand), piece, (count, size) in zip(reads, pieces, heads, strict=True):
+        for (width, operand, product), piece, (count, size) in zip(reads, pieces, heads, strict=True):
             view = _heads(graph, piece, count, size, operand, width.sequence_first)
-            product = nodes[width.product]
             _replace_argument(product, operand.position, view)
 
 
@@ -115,9 +113,8 @@ def _heads(graph: fx.Graph, value: fx.Node, count: int, size: int, operand: Oper
     return graph.call_method("transpose", (view, -2, -1)) if operand.transposed else view
 
 
-def _rewire_product(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> None:
-    graph = graph_module.graph
-    product = nodes[width.product]
+def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node) -> None:
+    graph = product.graph
     if width.kind == "queries":
         if is_attention(product) and product.kwargs.get("scale") is None:
             product.kwargs = {**product.kwargs, "scale": width.features**-0.5}

@@ -283,9 +283,9 @@ def scored(model: nn.Module, batches: list[torch.Tensor], capture: str = "auto")
 
 
 def rewritten(
-    prepared: fx.GraphModule, sizes: Mapping[int, int], ranks: Mapping[str, balf_fx.graph.curves.Rank] | None = None
+    prepared: fx.GraphModule, sizes: Mapping[str, int], ranks: Mapping[str, balf_fx.graph.curves.Rank] | None = None
 ) -> fx.GraphModule:
-    """The graph with widths of these sizes, by their indices, and otherwise dense."""
+    """The graph with widths of these sizes, by their keys, and otherwise dense."""
     graph_module = copy.deepcopy(prepared)
     Allocate(ranks=ranks or {})(graph_module)
     allocation = graph_record(graph_module).allocation

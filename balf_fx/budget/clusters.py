@@ -149,7 +149,6 @@ class Option:
 class Cluster:
     """Widths that share layers, the sites among these layers, and whatever else their sizes set the cost of."""
 
-    keys: tuple[str, ...]
     widths: tuple[Width, ...]
     curves: tuple[WidthCurve, ...]
     members: tuple[Member, ...]
@@ -224,6 +223,11 @@ class Cluster:
         return dataclasses.replace(self, members=members, shares=shares)
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """What identifies its widths."""
+        return tuple(width.key for width in self.widths)
+
+    @property
     def full(self) -> tuple[int, int]:
         """FLOPs and parameters of the shares as they are."""
         return sum(share.flops for share in self.shares), sum(share.params for share in self.shares)
@@ -232,25 +236,20 @@ class Cluster:
 def find_clusters(graph_module: fx.GraphModule, calls: int = 1) -> list[Cluster]:
     """The clusters of a graph whose widths have been scored, at what they cost in so many calls of it."""
     record = graph_record(graph_module)
-    known = [index for index, curve in enumerate(record.width_curves) if curve is not None]
-    widths = [record.widths[index] for index in known]
+    pairs = zip(record.widths, record.width_curves, strict=False)
+    known = [(width, curve) for width, curve in pairs if curve is not None]
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    found = []
-    for group in joint_widths(widths):
-        keys = tuple(widths[i].key for i in group)
-        curves = tuple(curve for i in group if (curve := record.width_curves[known[i]]) is not None)
-        cluster = _cluster(graph_module, nodes, keys, tuple(widths[i] for i in group), curves)
-        found.append(cluster if calls == 1 else cluster.repeated(calls))
-    return found
+    groups = joint_widths([width for width, _ in known])
+    found = [_cluster(graph_module, nodes, [known[i] for i in group]) for group in groups]
+    return found if calls == 1 else [cluster.repeated(calls) for cluster in found]
 
 
 def _cluster(
     graph_module: fx.GraphModule,
     nodes: dict[str, fx.Node],
-    keys: tuple[str, ...],
-    widths: tuple[Width, ...],
-    curves: tuple[WidthCurve, ...],
+    known: Sequence[tuple[Width, WidthCurve]],
 ) -> Cluster:
+    widths, curves = (tuple(width for width, _ in known), tuple(curve for _, curve in known))
     written: dict[str, list[tuple[int, int]]] = {}
     read: dict[str, int] = {}
     products: dict[str, list[tuple[int, float]]] = {}
@@ -260,7 +259,7 @@ def _cluster(
         for name, rows in zip(width.producers, width.rows, strict=True):
             written.setdefault(name, []).append((index, len(set(rows))))
         read.update(dict.fromkeys(width.consumers, index))
-        if width.kind != "channels":
+        if width.product is not None:
             mixed.update(width.producers)
             share = 0.5 if is_attention(nodes[width.product]) else 1.0
             products.setdefault(width.product, []).append((index, share))
@@ -283,7 +282,7 @@ def _cluster(
         gains_bias = name in read and bool(curves[read[name]].means)
         bias = site.bias is not None or gains_bias
         members.append(Member(site, *use([node]), outputs, read.get(name), name in mixed, bias))
-    return Cluster(keys, widths, curves, tuple(members), tuple(shares))
+    return Cluster(widths, curves, tuple(members), tuple(shares))
 
 
 def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:

@@ -27,9 +27,9 @@ from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
+from balf_fx.graph.substitute import build, replace_site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Annotate, Factorize, FoldBatchNorm, Follow, Narrow
-from balf_fx.graph.substitute import build, replace_site
 from balf_fx.passes.observe import remove_observers
 from balf_fx.widths.narrowing import Cut, find_cuts
 

@@ -48,15 +48,16 @@ class Width:
     * "values": one producer, one consumer, and between them an average over positions. Any basis will do.
 
     Attributes:
-        name: of the width, after the layer that reads it, or that writes the queries.
+        name: after the layer that reads the features, or that writes the queries; unique among widths of one kind.
         producers: the nodes of the layers that write the features.
         rows: for each producer its rows that write them, head by head, heads * features (queries: * repeat) of them.
         consumers: the nodes of the layers that read them, in the order of columns that the producers' rows have.
         between: nodes whose parameters or constants have one entry for each feature.
-        product: of heads: the node that sums over the features or averages them; else "".
+        product: of heads: the node that sums over the features or averages them.
         operands: of heads: how the product reads each producer.
         sequence_first: of heads: positions lead in the producers' outputs, in place of the batch.
-        layer_names: the layers' own names, producers first, by which the width is known in another graph.
+        layer_names: `Site.name` of the producers and then of the consumers, each once, by `passes.FindWidths`. Other
+            graphs of the same model may call their nodes otherwise, but not their layers.
     """
 
     kind: WidthKind
@@ -68,19 +69,19 @@ class Width:
     repeat: int = 1
     rows: tuple[tuple[int, ...], ...] = ()
     between: tuple[str, ...] = ()
-    product: str = ""
+    product: str | None = None
     operands: tuple[Operand, ...] = ()
     sequence_first: bool = False
     layer_names: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
-        """Unique in a graph, and the same in another graph of the same model."""
+        """What identifies the width in all graphs of the same model."""
         return f"{self.kind} {self.name}"
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers on both sides."""
+        """The nodes of the layers on both sides."""
         return tuple(dict.fromkeys((*self.producers, *self.consumers)))
 
 
@@ -105,7 +106,7 @@ class WidthCurve:
     """What each size of a width loses.
 
     Attributes:
-        distortion: at sizes 0 .. features, in the metric of the layer that minds it (`passes.ScoreWidths`).
+        distortion: at sizes 0 .. features, in the metric of the layers that read it (`passes.ScoreWidths`).
         loss: what the loss rises by, to second order, where no feature is left.
         order: [features], of channels, the last to go first.
         covariances: of channels, [features, features] float64 for each reader.
@@ -154,7 +155,7 @@ def predict(covariance: Tensor, kept: Tensor) -> Tensor:
 
 def joint_widths(widths: Sequence[Width]) -> list[list[int]]:
     """Indices of widths that share layers or a product, directly or through others."""
-    touched = [{*width.layers, width.product} - {""} for width in widths]
+    touched = [{*width.layers, width.product} - {None} for width in widths]
     groups: list[list[int]] = []
     for index, own in enumerate(touched):
         joined = [group for group in groups if any(own & touched[i] for i in group)]

@@ -16,21 +16,43 @@ from balf_fx.graph.widths import Width, WidthMaps
 
 
 @dataclass(frozen=True)
+class Narrowed:
+    """Rows of a layer, and the fewer ones to which they give way.
+
+    Attributes:
+        rows: [heads, features].
+        maps: [heads, r, features], what multiplies the rows of each head.
+        kept: [r], which features the maps choose; None where they combine features.
+    """
+
+    rows: Tensor
+    maps: Tensor
+    kept: Tensor | None = None
+
+    def of(self, value: Tensor) -> Tensor:
+        """What is left of these rows of a value [O, ...]: [heads * r, ...]."""
+        rows = value[self.rows if self.kept is None else self.rows[:, self.kept]]
+        if self.kept is None:
+            rows = torch.einsum("hrf,hf...->hr...", self.maps.to(value), rows)
+        return rows.flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class Cut:
     """One layer between narrowed widths.
 
     Attributes:
-        read: the maps of the width that it reads, and the width.
-        written: of each width that it writes, the rows [heads, features] that belong to it and what they give way to,
-            [heads, r, features].
-        projected: rows [heads, features] and P = L R [heads, features, features] where what the layer writes is no
-            choice of rows but lies in a smaller space, although it still looks as large (`Refit`).
+        read: the maps of the width that it reads.
+        repeat: how many heads of the input share one of these maps.
+        written: for each width that it writes.
+        projected: with the maps P = L R [heads, features, features], where the layer writes a combination of features
+            but keeps its size for the time being (`Refit`).
     """
 
     read: WidthMaps | None = None
     repeat: int = 1
-    written: tuple[tuple[Tensor, Tensor], ...] = ()
-    projected: tuple[tuple[Tensor, Tensor], ...] = ()
+    written: tuple[Narrowed, ...] = ()
+    projected: tuple[Narrowed, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -57,7 +79,7 @@ class Cut:
 
     def outputs(self, site: Site) -> Site:
         """The site as it writes."""
-        fewer = sum(len(rows) * (maps.shape[2] - maps.shape[1]) for rows, maps in self.written)
+        fewer = sum(len(own.rows) * (own.maps.shape[2] - own.maps.shape[1]) for own in self.written)
         if site.groups > 1:  # a depthwise convolution: a group is a feature
             return dataclasses.replace(site, groups=site.groups - fewer)
         return dataclasses.replace(site, out_features=site.out_features - fewer, parts=1 if fewer else site.parts)
@@ -80,19 +102,16 @@ class Cut:
         """What is left of the layer once its widths have shrunk: rows in their order, then rows of heads."""
         if not self.written:
             return solution
-        if len(solution.right) > 1:
-            kept = torch.cat([_chosen(rows, maps) for rows, maps in self.written])
-            bias = None if solution.bias is None else solution.bias[kept]
-            return Solution(None, solution.right[kept], bias)
         bias = None if solution.bias is None else self._written_rows(solution.bias)
         if solution.left is None:
             return Solution(None, self._written_rows(solution.right), bias)
         return Solution(self._written_rows(solution.left), solution.right, bias)
 
     def _written_rows(self, value: Tensor) -> Tensor:
-        """What [1, O, ...] gives way to."""
-        pieces = [torch.einsum("hrf,hf...->hr...", maps.to(value), value[0][rows]) for rows, maps in self.written]
-        return torch.cat([piece.flatten(0, 1) for piece in pieces]).unsqueeze(0)
+        """What is left of [1, O, ...], or of a depthwise convolution's [G, 1, ...]."""
+        if len(value) > 1:
+            return torch.cat([own.of(value) for own in self.written])
+        return torch.cat([own.of(value[0]) for own in self.written]).unsqueeze(0)
 
     def project(self, solution: Solution) -> Solution:
         """The layer at its old size, but with what it writes in the smaller space."""
@@ -100,10 +119,11 @@ class Cut:
             return solution
         right = solution.right.clone()
         bias = None if solution.bias is None else solution.bias.clone()
-        for rows, maps in self.projected:
-            right[0][rows] = torch.einsum("hef,hfd->hed", maps.to(right), right[0][rows])
+        for own in self.projected:
+            rows = own.rows.flatten()
+            right[0][rows] = own.of(right[0])
             if bias is not None:
-                bias[0][rows] = torch.einsum("hef,hf->he", maps.to(bias), bias[0][rows])
+                bias[0][rows] = own.of(bias[0])
         return Solution(None, right, bias)
 
 
@@ -111,11 +131,6 @@ def _over_heads(maps: Tensor, repeat: int) -> Tensor:
     """[heads, a, b] as one block-diagonal matrix, each head as often as it is read."""
     blocks: Tensor = torch.block_diag(*maps.repeat_interleave(repeat, 0))  # type: ignore[no-untyped-call]
     return blocks
-
-
-def _chosen(rows: Tensor, maps: Tensor) -> Tensor:
-    """The rows that a choice keeps."""
-    return rows.flatten()[maps[0].argmax(-1)]
 
 
 def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
@@ -146,7 +161,7 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
         for name in width.between:
             if shrinks:
                 rows = torch.arange(width.features).unsqueeze(0)
-                found[name] = Cut(written=((rows, maps.right),))
+                found[name] = Cut(written=(Narrowed(rows, maps.right, maps.kept),))
     return found
 
 
@@ -164,5 +179,5 @@ def _write(found: dict[str, Cut], name: str, width: Width, position: int, maps: 
     map_ = (maps.left.mT if keys else maps.right).repeat_interleave(repeat, 0)
     projected = cut.projected
     if shrinks and width.kind == "queries" and position == 0:
-        projected = (*projected, (rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
-    found[name] = dataclasses.replace(cut, written=(*cut.written, (rows, map_)), projected=projected)
+        projected = (*projected, Narrowed(rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
+    found[name] = dataclasses.replace(cut, written=(*cut.written, Narrowed(rows, map_, maps.kept)), projected=projected)

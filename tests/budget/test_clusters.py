@@ -18,7 +18,7 @@ def options_of(prepared, cluster, measure, weight=1.0):
 
 
 def carried_out(prepared, cluster, option):
-    sizes = dict(zip(cluster.indices, option.sizes, strict=True))
+    sizes = dict(zip(cluster.keys, option.sizes, strict=True))
     ranks = {member.site.name: c.rank for member, c in zip(cluster.members, option.ranks, strict=True)}
     return rewritten(prepared, sizes, ranks)
 

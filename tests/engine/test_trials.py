@@ -105,6 +105,6 @@ def test_caution_spares_widths():
         graph_module = copy.deepcopy(prepared)
         Allocate(flops=0.6, importance=0.6, caution=caution)(graph_module)
         allocation, widths = graph_record(graph_module).allocation, graph_record(graph_module).widths
-        sizes.append([allocation.sizes[index] < width.features for index, width in enumerate(widths)])
+        sizes.append([allocation.sizes[width.key] < width.features for width in widths])
     assert any(sizes[0])
     assert sum(sizes[1]) < sum(sizes[0])

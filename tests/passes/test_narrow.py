@@ -50,9 +50,18 @@ PROJECTED = {  # for each kind: the width, the layer that writes it, its first r
 PROJECTED["multihead, sequence first"] = PROJECTED["multihead"]
 
 
-def index_of(prepared, name):
-    (found,) = (i for i, width in enumerate(graph_record(prepared).widths) if width.name == name)
+def width_of(prepared, name):
+    (found,) = (width for width in graph_record(prepared).widths if width.name == name)
     return found
+
+
+def key_of(prepared, name):
+    return width_of(prepared, name).key
+
+
+def curve_of(prepared, name):
+    record = graph_record(prepared)
+    return record.width_curves[record.widths.index(width_of(prepared, name))]
 
 
 def duplicate(model, path):
@@ -86,9 +95,8 @@ def test_duplicates_may_go(name, method, monkeypatch):
     for path in written:
         duplicate(model, path)
     prepared = scored(model, batches, method)
-    index = index_of(prepared, width)
-    size = graph_record(prepared).widths[index].features // 2
-    narrow = rewritten(prepared, {index: size})
+    found = width_of(prepared, width)
+    narrow = rewritten(prepared, {found.key: found.features // 2})
     fresh = torch.randn(5, *batches[0].shape[1:], dtype=torch.float64)
     torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-5, atol=1e-5)
     assert count_flops(narrow, fresh) < count_flops(model, fresh)
@@ -102,8 +110,8 @@ def test_duplicates_may_go_in_single_precision(name):
     for path in written:
         duplicate(model, path)
     prepared = scored(model, batches)
-    index = index_of(prepared, width)
-    narrow = rewritten(prepared, {index: graph_record(prepared).widths[index].features // 2})
+    found = width_of(prepared, width)
+    narrow = rewritten(prepared, {found.key: found.features // 2})
     fresh = torch.randn(5, *batches[0].shape[1:])
     answer = model(fresh)
     assert float((narrow(fresh) - answer).norm() / answer.norm()) < 2e-3  # covariances are conditioned
@@ -117,7 +125,7 @@ def test_heads_in_a_subspace_keep_that(name, kind):
         width, *where = PROJECTED[name][kind]
         project(model, *where, rank=5)
         prepared = scored(model, batches)
-        narrow = rewritten(prepared, {index_of(prepared, width): 5})
+        narrow = rewritten(prepared, {key_of(prepared, width): 5})
         fresh = torch.randn(5, *batches[0].shape[1:], dtype=dtype)
         torch.testing.assert_close(narrow(fresh), model(fresh), rtol=tolerance, atol=tolerance)
 
@@ -129,7 +137,7 @@ def test_queries_and_values_narrow_together(name, method):
     for kind, rank in (("queries", 4), ("values", 7)):
         project(model, *PROJECTED[name][kind][1:], rank=rank)
     prepared = scored(model, batches, method)
-    sizes = {index_of(prepared, PROJECTED[name]["queries"][0]): 4, index_of(prepared, PROJECTED[name]["values"][0]): 7}
+    sizes = {key_of(prepared, PROJECTED[name]["queries"][0]): 4, key_of(prepared, PROJECTED[name]["values"][0]): 7}
     narrow = rewritten(prepared, sizes)
     fresh = torch.randn(5, *batches[0].shape[1:], dtype=torch.float64)
     torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-9, atol=1e-9)
@@ -142,7 +150,7 @@ def test_queries_that_keys_do_not_see_may_go_with_the_metric():
     answer = model(batches[0])
 
     def lost(size):
-        return float((rewritten(prepared, {index_of(prepared, "q:queries"): size})(batches[0]) - answer).norm())
+        return float((rewritten(prepared, {key_of(prepared, "q:queries"): size})(batches[0]) - answer).norm())
 
     assert lost(8) < lost(5) < lost(3) < lost(1)
 
@@ -153,8 +161,8 @@ def test_every_width_narrows_alone_and_with_the_others(name, size):
     model, batches = make(name)
     prepared = scored(model, batches)
     widths = graph_record(prepared).widths
-    sizes = {i: min(size, width.features - 1) for i, width in enumerate(widths)}
-    for chosen in [*({i: s} for i, s in sizes.items()), sizes]:
+    sizes = {width.key: min(size, width.features - 1) for width in widths}
+    for chosen in [*({key: s} for key, s in sizes.items()), sizes]:
         narrow = rewritten(prepared, chosen)
         before = count_params(rewritten(prepared, {}))
         for count in (48, 5, 1):
@@ -167,7 +175,7 @@ def test_every_width_narrows_alone_and_with_the_others(name, size):
 def test_a_size_that_keeps_all_features_changes_nothing():
     model, batches = make("transformer", torch.float64)
     prepared = scored(model, batches)
-    sizes = {i: width.features for i, width in enumerate(graph_record(prepared).widths)}
+    sizes = {width.key: width.features for width in graph_record(prepared).widths}
     narrow = rewritten(prepared, sizes)
     assert torch.equal(narrow(batches[0]), rewritten(prepared, {})(batches[0]))
     assert count_params(narrow) == count_params(model)
@@ -177,7 +185,7 @@ def test_a_size_that_keeps_all_features_changes_nothing():
 def test_what_is_left_of_a_fused_projection(queries, values):
     model, batches = make("fused")
     prepared = scored(model, batches)
-    sizes = {index_of(prepared, "qkv:queries"): queries, index_of(prepared, "proj"): values}
+    sizes = {key_of(prepared, "qkv:queries"): queries, key_of(prepared, "proj"): values}
     narrow = rewritten(prepared, sizes)
     assert narrow.get_submodule("qkv").weight.shape == (HEADS * (2 * queries + values), DIM)
     assert narrow.get_submodule("proj").weight.shape == (DIM, HEADS * values)
@@ -187,7 +195,7 @@ def test_what_is_left_of_a_fused_projection(queries, values):
 
 def test_values_of_full_size_stay_as_they_are_when_queries_shrink():
     model, batches = make("fused")
-    narrow = rewritten(prepared := scored(model, batches), {index_of(prepared, "qkv:queries"): 5})
+    narrow = rewritten(prepared := scored(model, batches), {key_of(prepared, "qkv:queries"): 5})
     torch.testing.assert_close(
         narrow.get_submodule("qkv").weight[-HEADS * HEAD :], model.qkv.weight[2 * HEADS * HEAD :]
     )
@@ -199,7 +207,7 @@ def test_kept_rows_are_the_models_own():
     prepared = scored(model, batches)
     (curve,) = graph_record(prepared).width_curves
     kept = curve.maps(20).kept
-    narrow = rewritten(prepared, {0: 20})
+    narrow = rewritten(prepared, {"channels down": 20})
     assert torch.equal(narrow.get_submodule("up").weight, model.up.weight[kept])
     assert torch.equal(narrow.get_submodule("up").bias, model.up.bias[kept])
     assert torch.equal(narrow.gamma, model.gamma[kept])
@@ -209,7 +217,7 @@ def test_kept_rows_are_the_models_own():
 def test_depthwise_convolutions_lose_channels():
     model, batches = make("inverted residual")
     prepared = scored(model, batches)
-    narrow = rewritten(prepared, {index_of(prepared, "block.4"): 11})
+    narrow = rewritten(prepared, {key_of(prepared, "block.4"): 11})
     middle = narrow.get_submodule("block.2")
     assert (middle.in_channels, middle.out_channels, middle.groups) == (11, 11, 11)
     assert middle.weight.shape == (11, 1, 3, 3)
@@ -222,7 +230,7 @@ def test_a_linear_network_narrows_to_its_rank(hidden, monkeypatch):
     monkeypatch.setattr("balf_fx.passes.score_widths.conditioned", lambda c: conditioned(c, 1e-7, 1e-9))
     model = Mlp(nn.Identity(), hidden).double().eval()
     batches = list(torch.randn(2, 64, 12, dtype=torch.float64))
-    narrow = rewritten(scored(model, batches), {0: 12})  # the input has 12 features
+    narrow = rewritten(scored(model, batches), {"channels down": 12})  # the input has 12 features
     torch.testing.assert_close(narrow(batches[0]), model(batches[0]), rtol=1e-5, atol=1e-5)
 
 
@@ -230,14 +238,14 @@ def test_features_that_never_vary_cost_nothing():
     model, batches = make("mlp", torch.float64)
     model.up.weight.data[5:] = 0
     model.up.bias.data[5:] += 1
-    narrow = rewritten(scored(model, batches), {0: 5})
+    narrow = rewritten(scored(model, batches), {"channels down": 5})
     torch.testing.assert_close(narrow(batches[0]), model(batches[0]), rtol=1e-9, atol=1e-9)
 
 
 def test_ranks_and_sizes_together():
     model, batches = make("transformer", torch.float64)
     prepared = scored(model, batches)
-    sizes = {index_of(prepared, "down"): 24, index_of(prepared, "proj"): 9}
+    sizes = {key_of(prepared, "down"): 24, key_of(prepared, "proj"): 9}
     narrow = rewritten(prepared, sizes, {"up": 10, "down": 6, "stem": 5, "proj": 8})
     assert narrow.get_submodule("up.1").weight.shape == (24, 10)
     assert narrow.get_submodule("down.0").weight.shape == (6, 24)
@@ -252,7 +260,7 @@ def test_the_weights_of_the_model_stay():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prepared = scored(model, batches)
     held = {name: value.clone() for name, value in prepared.state_dict().items()}
-    rewritten(prepared, {0: 9, 1: 5, 2: 5})
+    rewritten(prepared, {width.key: 5 for width in graph_record(prepared).widths})
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(torch.equal(held[name], value) for name, value in prepared.state_dict().items())
 
@@ -271,7 +279,7 @@ def test_buffers_in_between_stay_buffers():
     prepared = scored(model, batches, "symbolic_trace")
     (width,) = graph_record(prepared).widths
     assert set(width.between) == {"gamma", "shift"}
-    narrow = rewritten(prepared, {0: 20})
+    narrow = rewritten(prepared, {"channels down": 20})
     assert narrow.gamma.shape == (20,)
     assert narrow.shift.shape == (1, 20)
     assert "gamma" in narrow.state_dict()
@@ -283,7 +291,7 @@ def test_half_precision_weights_stay_half():
     model, batches = make("mlp")
     model = model.to(torch.bfloat16)
     prepared = scored(model, [batch.to(torch.bfloat16) for batch in batches])
-    narrow = rewritten(prepared, {0: 20})
+    narrow = rewritten(prepared, {"channels down": 20})
     assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
     assert narrow(batches[0].to(torch.bfloat16)).shape == (48, 10)
 
@@ -321,7 +329,7 @@ def test_the_cut_of_each_layer():
     prepared = scored(model, batches)
     Allocate(ranks={})(prepared)
     allocation = graph_record(prepared).allocation
-    sizes = {index_of(prepared, "down"): 16, index_of(prepared, "qkv:queries"): 5}
+    sizes = {key_of(prepared, "down"): 16, key_of(prepared, "qkv:queries"): 5}
     record_graph(prepared, allocation=dataclasses.replace(allocation, sizes=sizes))
     cuts = find_cuts(prepared)
     assert set(cuts) == {"up", "down", "qkv"}
@@ -334,7 +342,7 @@ def test_the_cut_of_each_layer():
     assert cuts["down"].inputs(sites["down"]).in_features == 16
     assert cuts["qkv"].outputs(sites["qkv"]).out_features == HEADS * (5 + 5 + HEAD)
     value = torch.randn(3, 40)
-    curve = graph_record(prepared).width_curves[index_of(prepared, "down")]
+    curve = curve_of(prepared, "down")
     assert torch.equal(cuts["down"].read_features(value, -1), value[:, curve.maps(16).kept])
 
 
@@ -363,7 +371,7 @@ def test_fused_attention_keeps_queries_and_values_of_one_size(name, queries, val
     prepared = scored(model, batches)
     sizes = {"queries": queries, "values": values}
     widths = graph_record(prepared).widths
-    narrow = rewritten(prepared, {i: sizes[width.kind] for i, width in enumerate(widths) if width.product})
+    narrow = rewritten(prepared, {width.key: sizes[width.kind] for width in widths if width.product is not None})
     seen = []
 
     class Spy(torch.overrides.TorchFunctionMode):

@@ -114,7 +114,7 @@ def test_the_loss_of_a_width_is_what_is_measured(monkeypatch):
     ScoreWidths()(prepared)
     (curve,) = graph_record(prepared).width_curves
     for size in (2, 5, 8, 11):
-        error = rewritten(prepared, {0: size})(batches[0]) - model(batches[0]).detach()
+        error = rewritten(prepared, {"channels down": size})(batches[0]) - model(batches[0]).detach()
         assert float(error.square().sum(-1).mean()) == pytest.approx(curve.distortion[size], rel=1e-4)
 
 
@@ -188,9 +188,9 @@ def test_sizes_that_are_said_to_lose_more_lose_more(name):
     prepared = scored(model, batches)
     x = torch.cat(batches)
     answer = model(x)
-    for index, width in enumerate(graph_record(prepared).widths):
+    for width in graph_record(prepared).widths:
         sizes = [1, width.features // 2, width.features - 1]
-        errors = [float((rewritten(prepared, {index: size})(x) - answer).norm()) for size in sizes]
+        errors = [float((rewritten(prepared, {width.key: size})(x) - answer).norm()) for size in sizes]
         assert errors == sorted(errors, reverse=True)
 
 
@@ -198,11 +198,11 @@ def test_chosen_features_are_better_than_others():
     model, batches = make("mlp", torch.float64)
     prepared = scored(model, batches)
     answer = model(batches[0])
-    chosen = float((rewritten(prepared, {0: 16})(batches[0]) - answer).norm())
+    chosen = float((rewritten(prepared, {"channels down": 16})(batches[0]) - answer).norm())
     record = graph_record(prepared)
     (curve,) = record.width_curves
     object.__setattr__(curve, "order", curve.order.flip(0))
-    assert float((rewritten(prepared, {0: 16})(batches[0]) - answer).norm()) > chosen
+    assert float((rewritten(prepared, {"channels down": 16})(batches[0]) - answer).norm()) > chosen
 
 
 def test_fresh_scores_are_kept_and_stale_ones_are_not():
@@ -238,7 +238,7 @@ def test_one_sample_has_no_halves():
     prepared = scored(model, [torch.randn(1, 12)])
     (curve,) = graph_record(prepared).width_curves
     assert curve.distortion[-1] == 0
-    assert rewritten(prepared, {0: 9})(torch.randn(3, 12)).isfinite().all()
+    assert rewritten(prepared, {"channels down": 9})(torch.randn(3, 12)).isfinite().all()
 
 
 def test_halves_make_up_the_whole():

@@ -95,7 +95,9 @@ def test_only_widths_that_have_shrunk_are_listed():
     queries, values = (Width(kind, "attention", 16, ("q", "k"), heads=4) for kind in ("queries", "values"))
     channels = Width("channels", "fc", 16, ("fc",))
     record = GraphRecord(flops=100, widths=(channels, queries, values), width_curves=(None, curve, curve))
-    allocation = Allocation("budget", "flops", 0.5, (), 0.25, 0.25, sizes={1: 12, 2: 16}, saved_elsewhere=(20, 3))
+    allocation = Allocation(
+        "budget", "flops", 0.5, (), 0.25, 0.25, sizes={queries.key: 12, values.key: 16}, saved_elsewhere=(20, 3)
+    )
     report = summarise(record, allocation)
     assert report.widths == (WidthRow("attention", "queries", 16, 12, 4, 0.75),)
     assert (report.flops_after, report.params_saved_elsewhere) == (80, 3)

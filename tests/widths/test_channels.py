@@ -41,7 +41,7 @@ def test_what_is_found(name):
         assert set(own.between) == between
         assert own.features == features
         assert own.rows == (tuple(range(features)),) * len(producers)
-        assert (own.heads, own.repeat, own.product) == (1, 1, "")
+        assert (own.heads, own.repeat, own.product) == (1, 1, None)
 
 
 @pytest.mark.parametrize("name", CHANNELS)
