@@ -64,7 +64,8 @@ def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]],
         users: from `parameter_users`.
     """
     paths = [path for path in (site.weight, site.bias) if path is not None]
-    return all(users[id(get_tensor(graph_module, path))] == {node} for path in paths)
+    alone = all(users[id(get_tensor(graph_module, path))] == {node} for path in paths)
+    return alone and not annotation(node).shared
 
 
 def readers(source: fx.Node) -> set[fx.Node]:

@@ -136,7 +136,7 @@ class _Finder:
         layer = read_layer(self.graph_module, node)
         shape = annotation(node).shape or ()
         if isinstance(layer, Site):
-            if _is_depthwise(layer, features) and self._owns(node, layer):
+            if _is_depthwise(layer, features) and self._owns(node, layer) and not _is_excluded(node):
                 cone.between.append(node)
                 return [(site_input(node), axis)]
             if self.is_layer(node, layer) and axis == _feature_axis(layer, shape) and layer.out_features == features:
@@ -152,7 +152,8 @@ class _Finder:
             if own is None or size is None or size[own] == 1:
                 continue  # broadcast along the features
             if source.op == "get_attr":
-                if len(source.users) > 1 or size.count(features) != 1 or size[own] != features:
+                shared = len(source.users) > 1 or annotation(source).shared
+                if shared or size.count(features) != 1 or size[own] != features:
                     raise _UnsupportedError
                 cone.between.append(source)
             else:
@@ -235,6 +236,12 @@ class _Finder:
         if shape is None or own is None or not self._passes_on(user, axis):
             return None
         return len(shape) - (len(own) - axis) if self._is_elementwise(user) else axis
+
+
+def _is_excluded(node: fx.Node) -> bool:
+    """Whether the user wants the layer to stay as it is."""
+    refusal = annotation(node).refusal
+    return refusal is not None and refusal.reason is Reason.EXCLUDED
 
 
 def _is_depthwise(layer: Site, features: int) -> bool:
