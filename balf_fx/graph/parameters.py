@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from balf_fx.graph.annotation import annotation
 from balf_fx.graph.operators import is_transposition
 from balf_fx.graph.site import Site
 
