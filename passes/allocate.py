@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.budget.clusters import Option
 from balf_fx.budget.knapsack import dual, minimum_cost, solve
-from balf_fx.budget.problem import Problem, Totals, pose, settle
+from balf_fx.budget.problem import Problem, Totals, drawn, pose, settle
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.annotation import annotation, graph_record
@@ -95,7 +95,7 @@ class Allocate(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         record, params_now = graph_record(graph_module), count_parameters(graph_module)
         problem = pose([(graph_module, 1)], Totals(record.flops or 0, record.params or params_now, params_now))
-        settle([(graph_module, 1)], problem, self.solve(problem))
+        settle([(graph_module, 1)], problem, drawn(problem, self.solve(problem)))
         return PassResult(graph_module, False)
 
     def solve(self, problem: Problem) -> Allocation:

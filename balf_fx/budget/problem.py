@@ -73,13 +73,7 @@ def pose(parts: Sequence[Part], totals: Totals) -> Problem:
 
 def settle(parts: Sequence[Part], problem: Problem, allocation: Allocation) -> None:
     """Write an allocation down on all graphs, for the passes that carry it out, for plans and for reports."""
-    curves = {site.name: curve for site, curve in problem.curves.items()}
-    choices = tuple(
-        dataclasses.replace(choice, spectrum=energy_curve(choice.site, curves[choice.site.name]))
-        for choice in allocation.choices
-    )
-    allocation = dataclasses.replace(allocation, choices=choices)
-    by_name = {choice.site.name: choice for choice in choices}
+    by_name = {choice.site.name: choice for choice in allocation.choices}
     for graph_module, _ in parts:
         for site, nodes in sites(graph_module).items():
             for node in nodes:
@@ -92,6 +86,16 @@ def settle(parts: Sequence[Part], problem: Problem, allocation: Allocation) -> N
             allocation=allocation,
             refusals=tuple(_refusals(parts)),
         )
+
+
+def drawn(problem: Problem, allocation: Allocation) -> Allocation:
+    """The allocation with the energy that other ranks would have kept, for pictures."""
+    curves = {site.name: curve for site, curve in problem.curves.items()}
+    choices = tuple(
+        dataclasses.replace(choice, spectrum=energy_curve(choice.site, curves[choice.site.name]))
+        for choice in allocation.choices
+    )
+    return dataclasses.replace(allocation, choices=choices)
 
 
 def _refusals(parts: Sequence[Part]) -> Iterator[tuple[Refusal, int | None]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from balf_fx.budget.problem import pose
+from balf_fx.budget.problem import drawn, pose
 from balf_fx.calibration.batches import Calibration, pieces_for_walk, run_batch
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
@@ -197,7 +197,7 @@ def convert(
         allocation = allocate_faithfully(program, problem, allocate, trial, trying)
     else:
         allocation = allocate.solve(problem)
-    compressed = settled(program, problem, allocation)
+    compressed = settled(program, problem, drawn(problem, allocation))
     # 3. Refine or Refit: the layers' values. Narrow, Factorize: the graphs.
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
