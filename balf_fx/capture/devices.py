@@ -1,4 +1,4 @@
-"""Let an exported graph work on the device of its inputs: torch.export writes down the one that it ran on."""
+"""Make an exported graph run on the device of its inputs: torch.export records the device that it ran on."""
 
 from __future__ import annotations
 

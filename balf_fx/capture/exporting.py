@@ -164,7 +164,7 @@ def _is_free(size: Any, ranges: dict[Any, Any]) -> bool:
 
 
 def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:
-    """Let `source` take the place of export's flat placeholders, picked out of containers where need be.
+    """Replace export's flat placeholders by `source`, or by items of it where it is a container.
 
     Returns:
         The nodes that stand for the flat placeholders now.

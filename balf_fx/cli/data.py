@@ -134,7 +134,7 @@ def read_labels(path: Path, name: str) -> Tensor:
     """The array of classes [N] in an .npz file, as int64.
 
     Raises:
-        OptionError: it is no such array.
+        OptionError: there is no such array, or it is not usable.
     """
     values = _read_array(path, name)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
@@ -150,7 +150,7 @@ def choose(available: int, count: int, seed: int) -> list[int]:
 
 def _read_array(path: Path, name: str | None) -> NDArray[Any]:
     if not zipfile.is_zipfile(path):
-        raise CalibrationError(f"{path} is no .npz file, nor a folder")
+        raise CalibrationError(f"{path} is neither an .npz file nor a folder")
     with np.load(path, allow_pickle=False) as arrays:
         names = list(arrays.files)
         if name is None and len(names) != 1:

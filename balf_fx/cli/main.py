@@ -40,7 +40,7 @@ _BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
 def _shares(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
     found = numbers(ctx, param, value) or ()
     if not all(0 < share <= 1 for share in found):
-        raise click.BadParameter(f"{value!r} are no fractions in (0, 1]", ctx, param)
+        raise click.BadParameter(f"{value!r} must be fractions in (0, 1]", ctx, param)
     return found
 
 

@@ -139,7 +139,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict, also where a training script has put it under "state_dict" beside other things."""
+    """A state dict, also one that a training script has stored under "state_dict" with other things."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -25,7 +25,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     try:
         return None if value is None else tuple(float(number) for number in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers with commas between them", ctx, param) from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers separated by commas", ctx, param) from None
 
 
 class OutputFile(click.Path):
@@ -103,7 +103,7 @@ class Inputs:
     def load_model(self) -> nn.Module:
         """The model; says so where its weights are random."""
         if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())  # a factory lies beside the user, as for python -m
+            sys.path.insert(0, os.getcwd())  # a factory may lie in the current folder, as for python -m
         model = load_model(self.model, self.weights, self.pretrained)
         if needs_weights(self.model) and self.weights is None and not self.pretrained:
             click.echo(f"{self.model} has random weights: pass --weights or --pretrained", err=True)

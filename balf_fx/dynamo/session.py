@@ -244,7 +244,7 @@ class Session:
         program = Program(tuple(parts), lambda _, batch: batch)
         with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
             # 2. Observe, calibrate and convert, as for a model that is captured in one piece.
-            compress.observe(program, settings, {settings.chosen_factors}, lenient=True)
+            compress.observe(program, settings, {settings.chosen_factors})
             calibration = Calibration(
                 batches, run_trace, _on_inputs(settings.loss), settings.memory_bytes, settings.seed
             )

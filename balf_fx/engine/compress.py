@@ -68,7 +68,7 @@ def run(
 
 
 def _leave_unseen(program: Program) -> None:
-    """Let sites stay dense that no finite value has reached."""
+    """Sites that no finite value has reached stay dense."""
     for graph_module in program.graph_modules:
         for site, nodes in sites(graph_module).items():
             path = annotation(nodes[0]).observer
@@ -79,12 +79,11 @@ def _leave_unseen(program: Program) -> None:
                     annotate(node, site=None, refusal=Refusal(site.name, site.kind, Reason.UNSEEN))
 
 
-def observe(program: Program, settings: Settings, factors: Collection[Factors], lenient: bool = False) -> None:
+def observe(program: Program, settings: Settings, factors: Collection[Factors]) -> None:
     """Bring all parts into the form that is scored, and put observers beside their sites.
 
     Args:
         factors: what is to be made of the statistics, one or several.
-        lenient: values with NaN or infinity are skipped.
 
     Raises:
         NoSiteError: nothing can be factorized.
@@ -99,7 +98,7 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors], 
     for graph_module in filter(sites, program.graph_modules):
         if settings.widths and "sensitivity" in factors:
             FindWidths()(graph_module)
-        InsertObservers("sensitivity" in factors, "air" in factors, lenient, apart=frozenset(shared))(graph_module)
+        InsertObservers("sensitivity" in factors, "air" in factors, apart=frozenset(shared))(graph_module)
     share_observers(program.parts, shared)
 
 

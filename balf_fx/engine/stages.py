@@ -1,4 +1,4 @@
-"""How long the stages of compression take beside each other, so that a progress bar shows an honest share.
+"""How long each stage of compression takes relative to the others, for the shares of the progress bar.
 
 The unit is one floating-point operation of a matrix product. Factors are of measurements on one core: eigenvectors of
 an m x m matrix take as long as about 200 m^3 such operations, and calibration with gradients as long as six forward

@@ -31,7 +31,7 @@ class Allocation:
         primal: the objective reached, the sum over sites of normalised distortion.
         bound: no allocation within the budget has a smaller objective (None where nothing was optimised).
         sizes: of widths, by `Width.key`; those that are not listed keep all features.
-        saved_elsewhere: FLOPs and parameters that the sizes save in what is no site.
+        saved_elsewhere: FLOPs and parameters that the sizes save outside of sites.
     """
 
     method: str

@@ -129,7 +129,7 @@ def read_site(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | N
 
 
 def read_layer(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
-    """As `read_site`, but also for layers that are no sites because no rank would help."""
+    """As `read_site`, but also for layers that are not sites because no rank saves anything."""
     if node.op == "call_module":
         return _read_module(graph_module, node)
     if node.op in ("call_function", "call_method"):
@@ -250,7 +250,7 @@ def _pieces(user: fx.Node, features: int) -> int:
 
 def _bind(node: fx.Node) -> dict[str, Any]:
     """A call's arguments under our names, with the call's `kind`, whether its weight is stored `inputs_first`, and
-    whether it is a `product` of any two values rather than a layer; empty where the call is no linear map."""
+    whether it is a `product` of any two values rather than a layer; empty where the call is not a linear map."""
     if node.op == "call_module":
         return {"input": node.kwargs.get("input")}
     if node.target in _EINSUMS:

@@ -46,7 +46,7 @@ def operation(node: fx.Node) -> str:
 
 
 def is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node of a model in evaluation mode hands on its first argument as it is."""
+    """Whether a node of a model in evaluation mode returns its first argument unchanged."""
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target))) in _IDENTITY_MODULES
     stochastic_depth = getattr(node.target, "__name__", "") == "stochastic_depth"  # of torchvision

@@ -139,7 +139,7 @@ class Plan:
         """The inverse of `to_dict`.
 
         Raises:
-            PlanError: this is no plan, or one of another version.
+            PlanError: this is not a plan, or is one of another version.
         """
         if not isinstance(data, Mapping) or "format" not in data:
             raise PlanError("this is not a plan of balf_fx: it has no format")

@@ -42,7 +42,7 @@ class Reason(str, Enum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A node that has parameters but is no site.
+    """A node that has parameters but is not a site.
 
     Attributes:
         name: dotted path of the module or parameter.
@@ -113,7 +113,7 @@ class Site:
 
     @property
     def transposed(self) -> bool:
-        """Whether this is a transposed convolution, in which an input pixel is no patch."""
+        """Whether this is a transposed convolution, in which patches are of the output, not of the input."""
         return self.conv is not None and self.conv.output_padding is not None
 
     @property

@@ -91,7 +91,7 @@ class WidthMaps:
 
     Attributes:
         left, right: L [heads, features, r] and R [heads, r, features].
-        kept: [r], the features that R chooses, of channels; None where R is no choice.
+        kept: [r], the features that R chooses, of channels; None where R does not choose.
         mean: [heads * repeat * features], E[h] as the reader sees it: what L R h lacks of it moves into its bias.
     """
 

@@ -66,14 +66,14 @@ class Sweep:
         """The inverse of `to_json`.
 
         Raises:
-            FileError: this is no sweep.
+            FileError: this is not a sweep.
         """
         try:
             data = json.loads(text)
             points = tuple(Point(**point) for point in data["points"])
             return cls(**{**data, "points": points, "out_of_reach": tuple(data["out_of_reach"])})
         except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"this is no sweep as JSON: {type(error).__name__} {error}") from error
+            raise FileError(f"this is not a sweep as JSON: {type(error).__name__} {error}") from error
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table: headers, the original where its accuracy is known, and the points."""

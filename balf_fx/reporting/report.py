@@ -96,7 +96,7 @@ class WidthRow:
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A node with parameters that is no site, and why."""
+    """A node with parameters that is not a site, and why."""
 
     name: str
     kind: str
@@ -113,10 +113,10 @@ class Report:
         flops_before, flops_after: of the whole model on the example batch; None where they were never counted.
         captured: how the graph came about: "symbolic_trace", "export" or "dynamo".
         flops_in_sites: the share of the original FLOPs that lies in sites.
-        flops_refused: the share in layers that are no sites, by reason; the rest is not parametric.
+        flops_refused: the share in layers that are not sites, by reason; the rest is not parametric.
         primal, bound, gap: the allocator's objective, what no allocation can undercut, and their difference.
         widths: those that have become smaller.
-        flops_saved_elsewhere, params_saved_elsewhere: what they save in what is no site, such as a depthwise
+        flops_saved_elsewhere, params_saved_elsewhere: what they save outside of sites, as in a depthwise
             convolution or a product of attention.
     """
 
