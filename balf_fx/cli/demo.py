@@ -177,7 +177,7 @@ def count_flops(model: nn.Module, batch: Tensor) -> int:
 
 
 def latencies_ms(models: Sequence[nn.Module], batch: Tensor) -> list[float]:
-    """Median milliseconds of each model on the batch; models take turns, so that noise of the machine affects all of them."""
+    """Median milliseconds of each model on the batch; the models take turns, so that noise affects them alike."""
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for _ in range(_LATENCY_ROUNDS):

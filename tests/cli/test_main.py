@@ -170,7 +170,7 @@ def test_image_folders_are_read_at_the_size_that_is_asked_for(work):
     per_pixel = 12 * 2 * 16 * 3 * 9
     assert (large.sites[0].flops_before, small.sites[0].flops_before) == (per_pixel * 20 * 24, per_pixel * 12 * 12)
     assert_clean_failure(invoke(*command, "-o", "c.safetensors", "--std", "1,2"), 1, "three numbers each")
-    assert_clean_failure(invoke(*command, "-o", "c.safetensors", "--std", "1;2"), 2, "no list of numbers")
+    assert_clean_failure(invoke(*command, "-o", "c.safetensors", "--std", "1;2"), 2, "not a list of numbers")
 
 
 def test_weights_are_loaded_and_random_ones_told(work):
@@ -211,7 +211,7 @@ def test_the_page_takes_a_sweep(work):
     assert invoke(*report, "--html", "page.html").exit_code == 0
     assert "on 50 samples" in (work / "page.html").read_text()
     (work / "curve.json").write_text("{}")
-    assert_clean_failure(invoke(*report, "--html", "page.html"), 1, "no sweep")
+    assert_clean_failure(invoke(*report, "--html", "page.html"), 1, "not a sweep")
 
 
 def test_report_on_something_else_is_a_clean_error(work):

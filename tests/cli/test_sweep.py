@@ -121,5 +121,5 @@ def test_tables_and_plain_data_say_the_same(classifier, batches):
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", b"\xff", '{"points": [{"budget": 0.5}], "out_of_reach": []}'])
 def test_what_is_no_sweep_is_refused(text):
-    with pytest.raises(FileError, match="no sweep"):
+    with pytest.raises(FileError, match="not a sweep"):
         Sweep.from_json(text)
