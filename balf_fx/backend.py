@@ -1,10 +1,25 @@
 """`torch.compile(model, backend="balf", options={"flops": 0.55})`: compression while the model is in use.
 
-    calibrate (the first calls, exact) -> solve one budget over all graphs -> rewrite -> inner backend
+    record (the first calls, exact) -> one budget over all graphs, as in balf_fx.compile -> inner backend
 
 Dynamo calls the backend for every graph that it captures. What it gets back is a `Region`: the graph and its bindings,
 one for each set of weights that the graph is called with. All regions of one call of `torch.compile` share a `Session`,
-which counts the calls, solves the budget and keeps the factors.
+which counts the calls, compresses all graphs together at the switch, and keeps the plan.
+
+* The options are those of `balf_fx.compile`, with the same defaults, and those of `dynamo.options.BackendOptions`.
+* Calibration calls run the model's own graphs. Their inputs are kept within `memory`; what is beyond waits in temporary
+  files. The call after the last of them takes as long as `balf_fx.compile` does on the same batches.
+* With graph breaks, one budget covers all parts. Layers are narrowed and refitted within their part, on what the
+  compressed parts before it return; where something else than these graphs made a part's input, on the original's.
+* What is compiled after the switch, as for another shape, gets the layers of the plan. Weights that calibration has not
+  met stay dense; a layer whose width cannot be narrowed there stays dense, and the log says so.
+* Calls that require gradients or run in training mode are neither observed nor compressed.
+* Weights that change during calibration start it again. After the switch, a call with a changed weight that a
+  compressed graph stands for raises `WeightsChangedError`, until `torch.compiler.reset()`. `load_state_dict`, optimizer
+  steps and a new `.data` are detected; writes through `.data` and to inference tensors are not.
+* With `dynamic=True` the epsilon of a BatchNorm is an input of the graph, so that it is not folded.
+
+The logger `balf_fx.backend` says what happens (`TORCH_LOGS="balf_fx.backend"`), and at level DEBUG prints the report.
 """
 
 from __future__ import annotations
