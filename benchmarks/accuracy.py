@@ -1,4 +1,4 @@
-"""What a compressed model still knows, without fine-tuning: methods x budgets on a trained model.
+"""The accuracy of compressed models without fine-tuning: methods x budgets on a trained model.
 
 python benchmarks/accuracy.py --model resnet20 --json benchmarks/results/accuracy_resnet20.json
 

@@ -1,13 +1,13 @@
 """Which weighting of the sites makes the best allocation? Factors and widths by sensitivity, with and without refit.
 
-python benchmarks/allocation.py --model resnet20 --flops 0.3 --json benchmarks/results/allocation_resnet20.json
+python benchmarks/allocation.py --flops 0.5 --flops 0.3 --json benchmarks/results/allocation_resnet20.json
 
 The allocator minimises a sum over sites: a site's distortion as a share of its energy, times a power of the loss that
-its gradients foretell (`balf_fx.sites.RankCurve.loss`). With power 0 all sites count alike, with power 1 the sum is an
-estimate of the divergence itself. A width's loss counts `Allocate.caution` times as much. Two measurements:
+its gradients predict (`balf_fx.graph.curves.RankCurve.loss`). With power 0 all sites count alike, with power 1 the sum
+is an estimate of the divergence itself. A width's loss counts `Allocate.caution` times as much. Two measurements:
 
 * the model compressed under each weighting, and under the one that a measurement on calibration samples chooses
-  (`balf_fx.selection`): its divergence on calibration and on evaluation data, and its top-1,
+  (`balf_fx.engine.trials`): its divergence on calibration and on evaluation data, and its top-1,
 * one site at a time at half its break-even rank, everything else dense: how the divergence measured on the first
   calibration batch and the site's term in the sum rank the sites (Spearman's correlation).
 """
@@ -144,7 +144,7 @@ class Bench:
 
 
 def _terms(curve: RankCurve, rank: int) -> dict[str, float]:
-    """What the allocator thinks that a rank loses, under each weighting, up to a factor that all sites share."""
+    """A rank's term in the allocator's sum under each weighting, up to a factor that all sites share."""
     lost = curve.normalised(curve.candidates[rank - 1].distortion)
     return {name: lost * (curve.loss or 0.0) ** power for name, power in POWERS.items()}
 

@@ -13,6 +13,12 @@ from torch import Tensor, nn
 import balf_fx
 
 PASSES = "forward passes"
+ROUNDS = {
+    ("ResNet-20", "fast"): 5,
+    ("ResNet-20", "balanced"): 3,
+    ("ResNet-20", "best"): 3,
+    ("ResNet-18", "fast"): 5,
+}
 
 
 def _run(model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -31,16 +37,8 @@ def test_calibration(name: str, subject: Callable[[str], Subject], measure: Meas
     measure(f"calibration, {name}", calibrate, 5, forward)
 
 
-@pytest.mark.parametrize(
-    ("name", "effort", "rounds"),
-    [
-        ("ResNet-20", "fast", 5),
-        ("ResNet-20", "balanced", 3),
-        ("ResNet-20", "best", 3),
-        ("ResNet-18", "fast", 5),
-    ],
-)
-def test_compression(name: str, effort: str, rounds: int, subject: Callable[[str], Subject], measure: Measure) -> None:
+@pytest.mark.parametrize(("name", "effort"), ROUNDS)
+def test_compression(name: str, effort: str, subject: Callable[[str], Subject], measure: Measure) -> None:
     """All of `balf_fx.compile`, calibration included."""
     found = subject(name)
     forward = {PASSES: lambda: _run(found.model, found.calibration)}
@@ -48,4 +46,4 @@ def test_compression(name: str, effort: str, rounds: int, subject: Callable[[str
     def compress() -> None:
         balf_fx.compile(found.model, found.calibration, flops=FLOPS, effort=effort, progress=False)
 
-    measure(f"compression, {name}", compress, rounds, forward, warmup=1 if effort == "fast" else 0)
+    measure(f"compression, {name}", compress, ROUNDS[name, effort], forward, warmup=1 if effort == "fast" else 0)

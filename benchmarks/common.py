@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
 import platform
@@ -64,7 +63,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(ROOT),
+        "commit": COMMIT,
     }
 
 
@@ -77,7 +76,6 @@ def cpu_name() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-@functools.cache
 def commit(root: Path) -> str | None:
     """The commit that is checked out at a repository's root, followed by "-dirty" where tracked files differ from it.
 
@@ -125,3 +123,7 @@ def _words(context: click.Context, parameter: click.Parameter) -> Iterator[str]:
         yield parameter.opts[0]
         if not parameter.is_flag:
             yield str(one)
+
+
+COMMIT = commit(ROOT)
+"""What a run started from: the checkout may change while it lasts."""

@@ -17,7 +17,7 @@ class Figures:
 
     Attributes:
         top1: share of right answers in percent.
-        perplexity: exp of the nats that the right answers cost.
+        perplexity: exp of the mean negative log-likelihood of the right answers.
         kl: Kullback-Leibler divergence from the dense model's answers, in nats.
     """
 

@@ -73,7 +73,7 @@ def test_a_results_file_tells_the_command_and_all_options(common, command, tmp_p
     assert found["command"] == "python benchmarks/test_common.py --flops 0.9 --flops 0.5"
     assert found["options"] == {"flops": [0.9, 0.5], "model": "resnet20", "resume": False}
     assert found["torch"] == torch.__version__
-    assert found["commit"] == common.commit(common.ROOT)
+    assert found["commit"] == common.COMMIT
     assert found["results"] == ["resnet20"]
     assert str(tmp_path) not in output.read_text()
 

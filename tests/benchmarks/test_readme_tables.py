@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def tables(load_benchmark):
-    return load_benchmark("tables")
+    return load_benchmark("readme_tables")
 
 
 def test_the_readme_shows_the_results(tables):

@@ -1,6 +1,6 @@
 """The tables of benchmarks/README.md, made from the results in JSON.
 
-python benchmarks/tables.py
+python benchmarks/readme_tables.py
 
 Each stands in the README between `<!-- NAME -->` and `<!-- /NAME -->`, and is replaced there.
 """
