@@ -48,6 +48,7 @@ from balf_fx.passes import (
 from balf_fx.passes.allocate import Method, allocate_for
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors
+from balf_fx.progress import progress_bar
 
 Effort = Literal["fast", "balanced", "best"]
 """What `compile` spends on accuracy; see there."""
@@ -357,7 +358,8 @@ def _convert(
         graph_module = copy.deepcopy(prepared)
         allocate(graph_module)
     if score.factors == "air":
-        Refine(progress=score.progress)(graph_module)
+        with progress_bar(score.progress, "refining") as progress:
+            Refine(progress=progress)(graph_module)
     if refit is not None:
         Refit([placeholder_values(prepared, batch, forward) for batch in batches], refit, memory)(graph_module)
     rewrite(graph_module)
