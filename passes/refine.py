@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
-from tqdm import tqdm
 
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
@@ -19,6 +18,7 @@ from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.graph.parameters import grouped_bias, grouped_weight
 from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
+from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.influence import Signal, cholesky_root, error_weights, influence, refined_factors
 
 _LOGGER = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Refine(Pass):
         block: how many components are solved for together; 1 as published, more descend further in less time.
         damping: of the inputs' second moment, as a share of its mean eigenvalue.
         dtype: of the sweeps.
-        progress: show a progress bar.
+        progress: is shown the sites.
     """
 
     signal: Signal = "weight_gradient"
@@ -49,7 +49,7 @@ class Refine(Pass):
     block: int = 16
     damping: float = 1e-6
     dtype: torch.dtype = torch.float32
-    progress: bool = False
+    progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
@@ -71,7 +71,8 @@ class Refine(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        for site, nodes in tqdm(found.items(), desc="refining", unit="site", disable=not self.progress, leave=False):
+        work = [float(_work(site, annotation(nodes[0]))) for site, nodes in found.items()]
+        for site, nodes in self.progress.track(found.items(), work):
             mark = annotation(nodes[0])
             rank = None if mark.choice is None else mark.choice.chosen.rank
             observed = _observed(graph_module, mark)
@@ -113,6 +114,14 @@ class Refine(Pass):
         if centred:
             bias = _with_lost_mean(bias, weight - left @ right, moments.mean)
         return Solution(left, right, bias)
+
+
+def _work(site: Site, mark: Annotation) -> int:
+    """Floating-point operations in one sweep over the components, and in the Cholesky factor of the inputs' moment."""
+    rank = None if mark.choice is None else mark.choice.chosen.rank
+    if not isinstance(rank, int):
+        return 0
+    return site.groups * site.in_features * (6 * site.out_features * rank + site.in_features**2 // 3)
 
 
 def _with_lost_mean(bias: Tensor | None, lost: Tensor, mean: Tensor) -> Tensor:

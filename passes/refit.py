@@ -19,8 +19,8 @@ are some hundred positions for each unknown: beyond these a grid of pixels is re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.calibration.batches import MEMORY
+from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.errors import OptionError, PassError
@@ -40,11 +40,13 @@ from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned
+from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.lockstep import Batch, Lockstep
 from balf_fx.refit.problems import BiasProblem, Problem
 from balf_fx.refit.targets import Target, observes
 from balf_fx.refit.windows import Window
+from balf_fx.refit.work import Shape, node_work
 from balf_fx.widths.narrowing import Cut, find_cuts
 
 RefitMode = Literal["full", "up"]
@@ -62,12 +64,14 @@ class Refit(Pass):
         handed: where the graph is a part of a larger program, of each batch the values that the compressed model
             hands to it in place of some of `inputs`: layers are solved against the error made before, too. Empty
             where there are none.
+        progress: is shown the nodes of the walk.
     """
 
     inputs: Sequence[Mapping[str, Any]]
     mode: RefitMode = "full"
     memory: int = MEMORY
     handed: Sequence[Mapping[str, Any]] = ()
+    progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(RefitMode):
@@ -80,7 +84,10 @@ class Refit(Pass):
         layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_excluded(node)}
         with torch.no_grad():
             walk = Lockstep(graph_module, self.inputs, self.handed, self.memory)
-            walk.run(nodes, layers, _Solver(walk, self.mode).replace)
+            solver = _Solver(walk, self.mode)
+            samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
+            work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))
+            walk.run(nodes, layers, solver.replace, partial(self.progress.track, weights=work))
         return PassResult(graph_module, False)
 
 
@@ -94,6 +101,21 @@ class _Solver:
         self.users = parameter_users(walk.graph_module)
         self.solved: dict[Site, Substitute] = {}
         self.cuts = find_cuts(walk.graph_module)
+
+    def regressions(self, nodes: Sequence[fx.Node], layers: Set[fx.Node]) -> dict[fx.Node, tuple[Site, Shape]]:
+        """The layers that are going to be solved, each with the map that is solved for."""
+        moved = {node for node in nodes if self.walk.is_handed(node)}
+        found: dict[fx.Node, tuple[Site, Shape]] = {}
+        for node in nodes:
+            changes = False
+            if node in layers:
+                site, rank, cut = _site(self.graph_module, node), _rank(node), self.cuts.get(node.name, Cut())
+                if site_input(node) in moved and self._refittable(node, site, rank):
+                    found[node] = site, _shape(cut.inputs(site), rank, self.mode)
+                changes = rank is not None or cut.changes
+            if changes or not moved.isdisjoint(node.all_input_nodes):
+                moved.add(node)
+        return found
 
     def replace(self, node: fx.Node) -> None:
         """Solve a layer, and run what takes its place on the compressed model's values."""
@@ -237,6 +259,14 @@ def _site(graph_module: fx.GraphModule, node: fx.Node) -> Site:
 def _rank(node: fx.Node) -> Rank:
     choice = annotation(node).choice
     return None if choice is None else choice.chosen.rank
+
+
+def _shape(site: Site, rank: Rank, mode: RefitMode) -> Shape:
+    """Of the map that is solved for."""
+    if mode == "full":
+        return site.groups, site.out_features, site.in_features
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    return site.groups, site.out_features, sum(each for each in ranks if each is not None)
 
 
 def _spectra(node: fx.Node, site: Site) -> tuple[Spectrum | None, ...]:

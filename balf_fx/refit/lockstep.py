@@ -98,25 +98,36 @@ class Lockstep:
         self._interpreter = fx.Interpreter(graph_module)
         self._batches: list[Batch] = []
         self._nbytes: list[int] = []
+        self._handed_names = {name for values in handed for name in values}
 
-    def run(self, nodes: Sequence[fx.Node], layers: Set[fx.Node], replace: Callable[[fx.Node], None]) -> None:
+    def is_handed(self, node: fx.Node) -> bool:
+        """Whether a node is a placeholder with a value of its own in the compressed model."""
+        return node.op == "placeholder" and node.target in self._handed_names
+
+    def run(
+        self,
+        nodes: Sequence[fx.Node],
+        layers: Set[fx.Node],
+        replace: Callable[[fx.Node], None],
+        track: Callable[[Sequence[fx.Node]], Iterable[fx.Node]] = iter,
+    ) -> None:
         """Run the nodes in their order.
 
         Args:
             layers: those that the compressed model may replace.
             replace: called with each of the layers when the original model has run it, for all batches; stores the
                 compressed model's values, unless they stay the same.
+            track: returns the nodes one by one, and may show how far the walk has come.
         """
         last_reads = _last_reads(nodes)
         with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
             pinned = self._pinned()
             self._batches = [Batch(index, Shelf(Path(folder), pinned)) for index in range(len(self.inputs))]
             self._nbytes = [0] * len(self._batches)
-            handed = {name for values in self.handed for name in values}
-            for node in nodes:
+            for node in track(nodes):
                 self._separate(node)
                 moves = node not in layers and not self.moved.isdisjoint(node.all_input_nodes)
-                moves = moves or (node.op == "placeholder" and node.target in handed)
+                moves = moves or self.is_handed(node)
                 for batch in self.batches():
                     batch.original[node] = self._original(node, batch)
                     if moves:

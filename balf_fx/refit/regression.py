@@ -48,6 +48,11 @@ class Inputs:
         """Cov(x') [G, D, D]."""
         return self.xx / self.count - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
 
+    @cached_property
+    def uncentred(self) -> Inputs:
+        """As if the mean were zero; made once, so that its factors are taken once."""
+        return Inputs(self.count, torch.zeros_like(self.x), self.xx)
+
     def ridge(self, strength: float) -> Tensor:
         """[G, 1, 1], what a ridge adds to the diagonal of the covariance."""
         mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -89,8 +94,7 @@ class Joint:
 
     def uncentred(self) -> Joint:
         """As if both means were zero: a regression on this has no bias."""
-        inputs = Inputs(self.inputs.count, torch.zeros_like(self.inputs.x), self.inputs.xx)
-        return Joint(inputs, torch.zeros_like(self.y), self.yx)
+        return Joint(self.inputs.uncentred, torch.zeros_like(self.y), self.yx)
 
     def cross(self) -> Tensor:
         """Cov(y, x') [G, O, D]."""

@@ -11,6 +11,7 @@ from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.parameters import get_tensor, weight_matrix
 from balf_fx.passes import Allocate, Annotate, Factorize, InsertObservers, Refine, Score
+from balf_fx.progress import Progress
 from balf_fx.ranks.influence import error_weights, influence
 
 LAYERS = {
@@ -247,3 +248,20 @@ def test_missing_passes_are_named():
 def test_options_that_mean_nothing(options):
     with pytest.raises(OptionError):
         Refine(**options)
+
+
+def test_progress_is_shown_the_sites_and_their_work():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)).eval()
+    graph_module = chosen(calibrated(model, [torch.randn(20, 8)]), {"0": 2, "2": 4})
+    seen = []
+
+    class Recording(Progress):
+        def track(self, items, weights=()):
+            seen.extend(zip([site.name for site, _ in items], weights, strict=True))
+            return iter(items)
+
+    Refine(progress=Recording())(graph_module)
+    work = dict(seen)
+    assert list(work) == ["0", "1", "2"]
+    assert work["2"] > work["0"] > work["1"] == 0
+    assert solution(graph_module, "2") is not None

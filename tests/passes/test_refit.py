@@ -15,6 +15,7 @@ from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.graph.annotation import annotate, annotation, sites
 from balf_fx.graph.site import Reason, Refusal
 from balf_fx.passes import Allocate, Annotate, Factorize, InsertObservers, Refit, Score
+from balf_fx.progress import Progress
 from balf_fx.refit.lockstep import Lockstep
 from balf_fx.refit.offload import Shelved
 from balf_fx.refit.targets import limits_of, within_limits
@@ -455,3 +456,34 @@ def test_a_walk_does_not_hold_all_inputs():
     walk.run(nodes, layers, lambda node: most.extend(inputs.alive() for _ in walk.batches()))
     assert len(inputs.made) == len(batches)
     assert max(most) <= 1
+
+
+class Recording(Progress):
+    """Notes what it is given, and how far the work has come."""
+
+    def __init__(self) -> None:
+        self.names, self.weights = [], []
+
+    def track(self, items, weights=()):
+        self.weights = dict(zip([node.name for node in items], weights, strict=True))
+        for node in items:
+            self.names.append(node.name)
+            yield node
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_progress_goes_node_by_node_and_counts_what_is_solved(mode):
+    model, batches = Residual().eval(), list(torch.randn(2, 16, 3, 8, 8))
+    prepared = calibrated(model, batches)
+    Score()(prepared)
+    Allocate(ranks={"first": 4})(prepared)
+    (placeholder,) = prepared.graph.find_nodes(op="placeholder")
+    progress = Recording()
+    refit = Refit([{str(placeholder.target): batch} for batch in batches], mode, progress=progress)
+    assert refit == Refit(refit.inputs, mode)
+    refit(prepared)
+    solved = {node.name for node in prepared.graph.nodes if annotation(node).refit is not None}
+    assert solved == {"second", "depthwise", "qkv", "head"}
+    assert progress.names == [node.name for node in prepared.graph.nodes if node.name in progress.weights]
+    assert progress.weights["second"] > progress.weights["first"]  # which is not solved
+    assert progress.weights["second"] > progress.weights["depthwise"] > progress.weights["head"] > 0

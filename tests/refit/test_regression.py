@@ -224,6 +224,18 @@ def test_products_with_new_targets_need_no_new_products_of_inputs():
     assert again.joint().inputs.xx.equal(first.inputs.xx)
 
 
+def test_without_means_it_is_least_squares_without_a_bias_and_factors_are_taken_once():
+    x, y, weights = problem(8)
+    first = joint(x, y, weights)
+    again = JointSums((1, 3), (1, 4), x.device, first.inputs)
+    again.add(x, 2 * y, weights)
+    fitted, _ = ridge(first.uncentred(), torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
+    expected = torch.linalg.lstsq((x * weights.sqrt()).mT, (y * weights.sqrt()).mT).solution.mT
+    torch.testing.assert_close(fitted, expected)
+    factor = first.uncentred().inputs.factor(0.1)
+    assert again.joint().uncentred().inputs.factor(0.1) is factor
+
+
 def test_products_of_many_columns_are_whole():
     x, y = random(70, 1, 230, 40), random(71, 3, 5, 40)
     found = joint(x, y, None)

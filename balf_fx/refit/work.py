@@ -1,0 +1,54 @@
+"""How much work each node of a refit is, so that its progress is shown in proportion to time.
+
+All numbers are floating-point operations, rough estimates that only have to compare well with each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from balf_fx.graph.annotation import annotation
+from balf_fx.graph.site import Site
+from balf_fx.refit.windows import pixel_step
+
+_ELEMENT = 100  # operations in the time in which an element of a value is read, changed and written
+_FACTORS = 7  # Cholesky factors: six of the training share and one of all samples
+_DOUBLE = 2  # operations of single precision in the time of one of double precision
+
+Shape = tuple[int, int, int]
+"""Of the map that is solved for: groups G, outputs O and columns D."""
+
+
+def node_work(nodes: Sequence[fx.Node], layers: Mapping[fx.Node, tuple[Site, Shape]], samples: int) -> list[float]:
+    """The work of each node: the two models' forward passes, and the regression of those layers that are solved.
+
+    Args:
+        layers: these layers, each with the map that is solved for.
+        samples: of all batches.
+    """
+    shapes = [shape for node in nodes if node.op == "placeholder" and (shape := annotation(node).shape)]
+    calls = samples / max((shape[0] for shape in shapes), default=1)
+    return [_forward(node, calls) + (_layer(node, *layers[node], samples) if node in layers else 0.0) for node in nodes]
+
+
+def _forward(node: fx.Node, calls: float) -> float:
+    mark = annotation(node)
+    return 2 * calls * ((mark.flops or 0) + _ELEMENT * math.prod(mark.shape or ()))
+
+
+def _layer(node: fx.Node, site: Site, shape: Shape, samples: int) -> float:
+    output = annotation(node).shape or ()
+    sizes = output[2:] if site.conv is not None else output[1:-1]
+    step = pixel_step(samples, sizes, shape[2]) if site.conv is not None and sizes else 1
+    return regression_work(shape, samples * math.prod(math.ceil(size / step) for size in sizes))
+
+
+def regression_work(shape: Shape, positions: int) -> float:
+    """Of the sums over positions, and of the linear algebra on them, D^3 / 3 for each Cholesky factor."""
+    groups, outputs, inputs = shape
+    sums = positions * (inputs**2 + 4 * inputs * outputs + _ELEMENT * (inputs + outputs))
+    solving = _FACTORS * _DOUBLE * inputs**2 * (inputs / 3 + 4 * outputs)
+    return groups * (sums + solving)
