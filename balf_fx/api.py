@@ -346,7 +346,7 @@ def _convert(
     ]
     score(prepared)
     if score.factors == "sensitivity":
-        ScoreWidths(score.damping, score.progress)(prepared)
+        ScoreWidths(score.damping)(prepared)
     else:
         record_graph(prepared, width_curves=(), widths_scored_with=())
     chooses = isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
