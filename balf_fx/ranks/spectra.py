@@ -9,8 +9,9 @@ same subspace with the same error as whitening x, truncating the SVD and unwhite
 nothing is inverted, so singular statistics are no special case.
 
 Sensitivity. Where the loss has the gradient g at the output, E|S (y - y')|^2 with S S = E[g g^T] weighs errors by how
-sensitive the loss is to them. The optimum truncates the PCA of S W x: W' = S^-1 U_r U_r^T S W (DESIGN: two-sided factors). S is damped, so that
-it has an inverse, and scaled to a mean square of 1, so that energies compare with those of the plain optimum.
+sensitive the loss is to them. The optimum truncates the PCA of S W x: W' = S^-1 U_r U_r^T S W (two-sided factors). S is
+damped, so that it has an inverse, and scaled to a mean square of 1, so that energies compare with those of the plain
+optimum.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def spectrum_from_output(
     Args:
         covariance: [G, O, O], centred or not.
         mean: [G, O], E[W x], for the bias correction; None leaves the bias alone.
-        roots: S and S^-1, [G, O, O], for errors weighed by the sensitivity of the loss; None for the plain squared error.
+        roots: S and S^-1, [G, O, O], which weigh errors by the sensitivity of the loss; None for plain squared errors.
     """
     if roots is None:
         energies, left = _descending_eigh(covariance)
