@@ -1,9 +1,4 @@
-"""Lay multi-head attention open: linear projections around `scaled_dot_product_attention`.
-
-Shapes. "..." stands for the batch dimension of batched inputs and for nothing otherwise; T is the length of the query
-and S that of the key, E the embedding, H the heads and d = E / H. A graph may be traced without example inputs, so that
-everything here holds for batched and unbatched inputs alike, for masks of either type and for any T, S and batch.
-"""
+"""Decompose multi-head attention into linear projections around `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -24,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from balf_fx.graph.annotation import META_KEY, VALUE_META, annotation
+from balf_fx.graph.attention import KERNELS, Attention, attend, encoder_layer, query_key_value, self_attention
 from balf_fx.graph.parameters import get_tensor, is_hooked
 from balf_fx.passes.base import Pass
 
@@ -48,22 +44,6 @@ _FLAGS = (
 )
 
 
-_SELF_ATTENTION = ("in_weight", "in_bias", "out_weight", "out_bias")
-
-
-_KERNELS: dict[Any, tuple[str, ...]] = {
-    torch._native_multi_head_attention: (
-        *("query", "key", "value", "embed_dim", "num_heads", *_SELF_ATTENTION),
-        *("mask", "need_weights", "average_attn_weights", "mask_type"),
-    ),
-    torch._transformer_encoder_layer_fwd: (
-        *("query", "embed_dim", "num_heads", *_SELF_ATTENTION, "gelu", "norm_first", "eps"),
-        *("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"),
-        *("weight1", "bias1", "weight2", "bias2", "mask", "mask_type"),
-    ),
-}
-
-
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
@@ -85,7 +65,7 @@ class DecomposeAttention(Pass):
     A query whose keys are all masked has no defined output: the module gives NaN or zero, depending on the path that
     it takes, and here it gives what `scaled_dot_product_attention` gives, or NaN where the weights are read.
 
-    The kernels that take the place of modules without gradients, and that Dynamo meets, are laid open too: those of
+    The kernels that take the place of modules without gradients, and that Dynamo meets, are decomposed too: those of
     self-attention and of encoder layers, without masks.
 
     Attributes:
@@ -109,70 +89,9 @@ class DecomposeAttention(Pass):
             if _is_supported(call) and (packed or self.copy_weights):
                 _replace_function(graph_module, node, call, uses)
                 modified = True
-        for node in [node for node in graph_module.graph.nodes if node.target in _KERNELS]:
+        for node in [node for node in graph_module.graph.nodes if node.target in KERNELS]:
             modified |= _replace_kernel(node)
         return PassResult(graph_module, modified)
-
-
-def attend(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    num_heads: int,
-    batch_first: bool,
-    bias_k: Any = None,
-    bias_v: Any = None,
-    add_zero_attn: bool = False,
-    key_padding_mask: Any = None,
-    attn_mask: Any = None,
-    is_causal: bool = False,
-    weights: bool = False,
-    average_attn_weights: bool = True,
-) -> tuple[Any, Any]:
-    """What nn.MultiheadAttention does between its projections, on tensors or on proxies for them.
-
-    Args:
-        q, k, v: [..., T or S, E] where `batch_first`, else [T or S, ..., E].
-        bias_k, bias_v: [1, 1, E], appended to the sequences of keys and values, as is a row of zeros if asked for.
-        key_padding_mask: [..., S], boolean, True where a key is hidden, or added to the scores.
-        attn_mask: [T, S] or [product of "..." and H, T, S], likewise.
-        is_causal: mask with a lower triangle; only without other masks and weights.
-        weights: also return the attention weights, averaged over the heads or not.
-
-    Returns:
-        The output, shaped as q, and the weights, [..., T, S] or [..., H, T, S], or None.
-    """
-    sequence = -3 if batch_first else 0
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).movedim(sequence, -2) for x in (q, k, v))  # [..., H, T or S, d]
-    added = (bias_k is not None) + add_zero_attn
-    masks = []
-    if key_padding_mask is not None:
-        masks.append(_additive(key_padding_mask, q.dtype, added)[..., None, None, :])
-    if attn_mask is not None:
-        leading = q.shape[:-2]
-        product = q.new_empty(leading).numel()  # leading.numel() would be a constant to torch.export
-        masks.append(_additive(attn_mask, q.dtype, added).expand(product, -1, -1).unflatten(0, leading))
-    if bias_k is not None:
-        shape = q.shape[:-2] + (1, -1)  # noqa: RUF005 (a proxy cannot be unpacked)
-        k, v = (torch.cat([x, y.view(num_heads, 1, -1).expand(shape)], -2) for x, y in ((k, bias_k), (v, bias_v)))
-    if add_zero_attn:
-        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-    mask = sum(masks[1:], masks[0]) if masks else None
-    if weights:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        shares = (scores if mask is None else scores + mask).softmax(-1)
-        output = shares @ v
-        shares = shares.mean(-3) if average_attn_weights else shares
-    else:
-        output, shares = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal), None
-    return output.movedim(-2, sequence).flatten(-2), shares
-
-
-def _additive(mask: Any, dtype: Any, added: int) -> Any:
-    """The mask as what to add to the scores, nothing for keys that were added; its type is known only at run time."""
-    mask = mask.to(dtype).masked_fill(mask.to(torch.bool) & (mask.dtype == torch.bool), -torch.inf)
-    return F.pad(mask, (0, added)) if added else mask
 
 
 def _module_calls(graph_module: fx.GraphModule) -> dict[nn.MultiheadAttention, list[fx.Node]]:
@@ -249,7 +168,7 @@ def _replace_module(graph_module: fx.GraphModule, module: nn.MultiheadAttention,
                 arguments[name] = tracer.create_proxy("get_attr", f"{node.target}.{name}", (), {}) if held else None
             inputs = [arguments[name] for name in _INPUTS]
             if fused:
-                q, k, v = _chunks(_linear(tracer, f"{node.target}.in_proj", inputs[0]), -1)
+                q, k, v = query_key_value(_linear(tracer, f"{node.target}.in_proj", inputs[0]), -1)
             else:
                 parts = zip(_PARTS, inputs, strict=True)
                 q, k, v = (_linear(tracer, f"{node.target}.{part}_proj", x) for part, x in parts)
@@ -263,7 +182,7 @@ def _replace_function(graph_module: fx.GraphModule, node: fx.Node, call: dict[st
         arguments = _proxies(tracer, call)
         if _is_self_attention(call) and not call["use_separate_proj_weight"]:
             packed = F.linear(arguments["query"], arguments["in_proj_weight"], arguments["in_proj_bias"])
-            q, k, v = _chunks(packed, -1)
+            q, k, v = query_key_value(packed, -1)
         else:
             weights: Sequence[Any] = [arguments[f"{part}_proj_weight"] for part in _PARTS]
             if not call["use_separate_proj_weight"]:
@@ -279,8 +198,8 @@ def _replace_function(graph_module: fx.GraphModule, node: fx.Node, call: dict[st
 
 
 def _replace_kernel(node: fx.Node) -> bool:
-    """Lay open what a module calls on its fast path, where it has one input and no mask; tells whether it has."""
-    call: dict[str, Any] = {**dict(zip(_KERNELS[node.target], node.args, strict=False)), **node.kwargs}
+    """Decompose what a module calls on its fast path, if it has one input and no mask; returns whether it has."""
+    call: dict[str, Any] = {**dict(zip(KERNELS[node.target], node.args, strict=False)), **node.kwargs}
     others = [call[name] for name in ("key", "value") if name in call]
     if call.get("mask") is not None or any(other is not call["query"] for other in others):
         return False
@@ -288,10 +207,10 @@ def _replace_kernel(node: fx.Node) -> bool:
     with _in_place_of(node) as tracer:
         arguments = _proxies(tracer, call)
         if layer:
-            output, shares = _encoder_layer(arguments), None
+            output, shares = encoder_layer(arguments), None
         else:
             weights = call.get("need_weights", True) and _reads_weights(node)
-            output, shares = _self_attention(
+            output, shares = self_attention(
                 arguments["query"], arguments, weights=weights, average=call.get("average_attn_weights", True)
             )
     if layer:
@@ -300,40 +219,6 @@ def _replace_kernel(node: fx.Node) -> bool:
     else:
         _rewire(node, output, shares)
     return True
-
-
-def _encoder_layer(arguments: dict[str, Any]) -> Any:
-    """What nn.TransformerEncoderLayer computes in evaluation mode."""
-    activation = F.gelu if arguments["gelu"] else F.relu
-
-    def norm(value: Any, number: int) -> Any:
-        weight, bias = (arguments[f"norm{number}_{name}"] for name in ("weight", "bias"))
-        return F.layer_norm(value, (arguments["embed_dim"],), weight, bias, arguments["eps"])
-
-    def feed_forward(value: Any) -> Any:
-        hidden = activation(F.linear(value, arguments["weight1"], arguments["bias1"]))
-        return F.linear(hidden, arguments["weight2"], arguments["bias2"])
-
-    x = arguments["query"]
-    if arguments["norm_first"]:
-        x = x + _self_attention(norm(x, 1), arguments)[0]
-        return x + feed_forward(norm(x, 2))
-    x = norm(x + _self_attention(x, arguments)[0], 1)
-    return norm(x + feed_forward(x), 2)
-
-
-def _self_attention(x: Any, arguments: dict[str, Any], weights: bool = False, average: bool = True) -> tuple[Any, Any]:
-    q, k, v = _chunks(F.linear(x, arguments["in_weight"], arguments["in_bias"]), -1)
-    output, shares = attend(
-        q,
-        k,
-        v,
-        num_heads=arguments["num_heads"],
-        batch_first=True,
-        weights=weights,
-        average_attn_weights=average,
-    )
-    return F.linear(output, arguments["out_weight"], arguments["out_bias"]), shares
 
 
 def _is_self_attention(call: dict[str, Any]) -> bool:
@@ -349,27 +234,20 @@ def _linear(tracer: GraphAppendingTracer, path: str, x: Any) -> Any:
     return tracer.create_proxy("call_module", path, (x,), {})
 
 
-def _chunks(packed: Any, dim: int) -> tuple[Any, Any, Any]:
-    chunks = packed.chunk(3, dim)
-    return chunks[0], chunks[1], chunks[2]  # a proxy cannot be unpacked
-
-
 def _attend(node: fx.Node, q: Any, k: Any, v: Any, arguments: dict[str, Any], batch_first: bool) -> tuple[Any, Any]:
     """Record the attention of one call; the weights are None where they were not asked for or nothing reads them."""
     need_weights = arguments["need_weights"]
     # As the original does: the hint stands in for the mask only where nothing else needs the mask itself.
     causal = arguments["is_causal"] and arguments["key_padding_mask"] is None and not need_weights
     same = ("num_heads", "bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "average_attn_weights")
-    return attend(
-        q,
-        k,
-        v,
+    how = Attention(
         batch_first=batch_first,
         attn_mask=None if causal else arguments["attn_mask"],
         is_causal=causal,
         weights=need_weights and _reads_weights(node),
         **{name: arguments[name] for name in same},
     )
+    return attend(q, k, v, how)
 
 
 def _container(module: Any, fused: bool) -> nn.Module:
@@ -426,7 +304,7 @@ def _thirds(graph_module: fx.GraphModule, packed: Any, uses: Counter[int]) -> Se
                 container.register_parameter(name, part)
             _put(graph_module, path, container)
             parts = [node.graph.get_attr(f"{path}.{part}") for part in _PARTS]
-    return _chunks(packed, 0) if parts is None else [packed.tracer.proxy(part) for part in parts]
+    return query_key_value(packed, 0) if parts is None else [packed.tracer.proxy(part) for part in parts]
 
 
 def _concatenated(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:

@@ -22,7 +22,7 @@ from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes.base import Pass
 from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.spectra import convex_energies, damped_roots, held_out_errors, spectrum_from_output
-from balf_fx.widths.elimination import conditioned, eliminate, prediction_error
+from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class ScoreWidths(Pass):
 
     Attributes:
         damping: as in `Score`.
-        progress: moved on width by width.
+        progress: moves along with the widths.
 
     Widths whose statistics are those of the last score are not scored again.
     """
@@ -58,10 +58,8 @@ class ScoreWidths(Pass):
         known = len(record.widths_scored_with) == len(scored_with)
         if known and all(a is b for a, b in zip(record.widths_scored_with, scored_with, strict=True)):
             return PassResult(graph_module, False)
-        curves = tuple(
-            self._score(graph_module, nodes, width)
-            for width in self.progress.track(record.widths, [float(width.features) ** 3 for width in record.widths])
-        )
+        effort = [float(width.features) ** 3 for width in record.widths]
+        curves = tuple(self._score(graph_module, nodes, width) for width in self.progress.track(record.widths, effort))
         record_graph(graph_module, width_curves=curves, widths_scored_with=scored_with)
         return PassResult(graph_module, False)
 
@@ -183,8 +181,8 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
             own_order, _ = eliminate(own_covariances, own_metrics)
             for layer, judge, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
                 moment = judge.features.second_moment(layer.features.mean)[0]
-                for index, kept in enumerate(sizes):
-                    judged[index] += prediction_error(covariance, moment, metric, own_order[:kept]) / 2
+                lost = prediction_errors(covariance, moment, metric, own_order, sizes)
+                judged = [known + own_lost / 2 for known, own_lost in zip(judged, lost, strict=True)]
         errors = _rescaled(errors, sizes, judged)
     means = tuple(layer.features.mean[0] for layer in readers)
     return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import getitem, itemgetter
 from typing import TypeVar
 
 from torch import fx
@@ -25,6 +26,7 @@ from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve, joint_widths
 from balf_fx.ranks.costs import rank_flops, rank_params
+from balf_fx.ranks.hulls import lower_hull, segments, steepest_first
 from balf_fx.widths.heads import has_level_heads, is_attention
 
 _SIZES = {1: 32, 2: 12}  # sizes tried of each width, by how many hang together
@@ -144,15 +146,61 @@ class Option:
     def cost(self, measure: Measure) -> int:
         return self.flops if measure == "flops" else self.params
 
+    def changed(self, index: int, new: Candidate, loss: float) -> Option:
+        """The same with another candidate for one of the members."""
+        old = self.ranks[index]
+        ranks = (*self.ranks[:index], new, *self.ranks[index + 1 :])
+        flops, params = self.flops + new.flops - old.flops, self.params + new.params - old.params
+        return Option(ranks, self.sizes, flops, params, self.others, loss)
+
+
+@dataclass(frozen=True)
+class _Menu:
+    """What there is to choose from at one choice of sizes, before it is weighted.
+
+    Attributes:
+        curves: of the members, from which all of this was made.
+        others: FLOPs and parameters of the shares.
+        candidates: of each member.
+        costs, losses: of the candidates, losses as normalised distortions.
+    """
+
+    curves: tuple[RankCurve, ...]
+    others: tuple[int, int]
+    candidates: tuple[tuple[Candidate, ...], ...]
+    costs: tuple[tuple[int, ...], ...]
+    losses: tuple[tuple[float, ...], ...]
+
+    def choices(self, weights: Sequence[float]) -> Iterator[_Priced[tuple[int, ...]]]:
+        """A candidate of each member by its index: all choices where they are few, else those on the convex hull."""
+        losses = [[weight * loss for loss in row] for row, weight in zip(self.losses, weights, strict=True)]
+        few = math.prod(map(len, losses)) <= _PRODUCTS
+        for picked in itertools.product(*(range(len(row)) for row in losses)) if few else _on_hull(self.costs, losses):
+            yield sum(map(getitem, self.costs, picked)), sum(map(getitem, losses, picked)), picked
+
+    def option(self, picked: Sequence[int], sizes: tuple[int, ...], loss: float) -> Option:
+        """One choice at these sizes."""
+        ranks = tuple(map(getitem, self.candidates, picked))
+        flops = self.others[0] + sum(candidate.flops for candidate in ranks)
+        params = self.others[1] + sum(candidate.params for candidate in ranks)
+        return Option(ranks, sizes, flops, params, self.others, loss)
+
 
 @dataclass(frozen=True)
 class Cluster:
-    """Widths that share layers, the sites among these layers, and whatever else their sizes set the cost of."""
+    """Widths that share layers, the sites among these layers, and whatever else their sizes set the cost of.
+
+    What its options cost does not depend on weights and is computed once, so that whoever tries several weights had
+    better keep the cluster.
+    """
 
     widths: tuple[Width, ...]
     curves: tuple[WidthCurve, ...]
     members: tuple[Member, ...]
     shares: tuple[Share, ...]
+    _menus: dict[tuple[Measure, tuple[int, ...]], _Menu] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def options(
         self,
@@ -166,52 +214,56 @@ class Cluster:
 
         Args:
             curves, weights: of the members, in their order.
-            width_weights: what a width counts that is left no feature.
+            width_weights: how much a width counts that has no feature left.
             near: an option between whose sizes and the next ones, which were tried with it, all sizes are tried.
         """
         losses = [
             [weight * curve.normalised(d) for d in curve.distortion]
             for curve, weight in zip(self.curves, width_weights, strict=True)
         ]
-        found: list[Option] = []
         tried = [_sizes(width, len(self.widths)) for width in self.widths]
         if near is not None:
             tried = [_between_sizes(size, row) for size, row in zip(near.sizes, tried, strict=True)]
+        priced: list[_Priced[Callable[[], Option]]] = []
         for sizes in itertools.product(*tried):
-            kept = [size / width.features for size, width in zip(sizes, self.widths, strict=True)]
+            menu = self._menu(sizes, tuple(curves), measure)
             lost = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
-            shares = [share.cost(kept) for share in self.shares]
-            others = (sum(flops for flops, _ in shares), sum(params for _, params in shares))
-            rows = [
-                [(c.cost(measure), weight * curve.normalised(c.distortion), c) for c in member.candidates(curve, kept)]
-                for member, curve, weight in zip(self.members, curves, weights, strict=True)
-            ]
-            few = math.prod(map(len, rows)) <= _PRODUCTS
-            picked = itertools.product(*rows) if few else _on_hull(rows)
-            sums = [(sum(cost for cost, _, _ in row), sum(loss for _, loss, _ in row), row) for row in picked]
-            for _, loss, row in _efficient(sums):
-                ranks = tuple(candidate for _, _, candidate in row)
-                flops = others[0] + sum(candidate.flops for candidate in ranks)
-                params = others[1] + sum(candidate.params for candidate in ranks)
-                found.append(Option(ranks, sizes, flops, params, others, lost + loss))
+            fixed = menu.others[0 if measure == "flops" else 1]
+            for cost, loss, picked in menu.choices(weights):
+                priced.append((fixed + cost, lost + loss, partial(menu.option, picked, sizes, lost + loss)))
         if near is not None:
-            found += self._neighbours(near, curves, weights)
-        return [option for *_, option in _efficient([(o.cost(measure), o.loss, o) for o in found])]
+            priced += self._neighbours(near, curves, weights, measure)
+        return [build() for *_, build in _efficient(priced)]
 
-    def _neighbours(self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float]) -> Iterator[Option]:
+    def _menu(self, sizes: tuple[int, ...], curves: tuple[RankCurve, ...], measure: Measure) -> _Menu:
+        known = self._menus.get((measure, sizes))
+        if known is None or any(a is not b for a, b in zip(known.curves, curves, strict=True)):
+            known = self._menus[measure, sizes] = self._price(sizes, curves, measure)
+        return known
+
+    def _price(self, sizes: tuple[int, ...], curves: tuple[RankCurve, ...], measure: Measure) -> _Menu:
+        kept = [size / width.features for size, width in zip(sizes, self.widths, strict=True)]
+        shares = [share.cost(kept) for share in self.shares]
+        others = (sum(flops for flops, _ in shares), sum(params for _, params in shares))
+        pairs = zip(self.members, curves, strict=True)
+        rows = tuple(tuple(member.candidates(curve, kept)) for member, curve in pairs)
+        costs = tuple(tuple(candidate.cost(measure) for candidate in row) for row in rows)
+        losses = tuple(
+            tuple(curve.normalised(c.distortion) for c in row) for curve, row in zip(curves, rows, strict=True)
+        )
+        return _Menu(curves, others, rows, costs, losses)
+
+    def _neighbours(
+        self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float], measure: Measure
+    ) -> Iterator[_Priced[Callable[[], Option]]]:
         """Options that differ in one member's rank, whatever it is."""
         kept = [size / width.features for size, width in zip(near.sizes, self.widths, strict=True)]
         for index, (member, curve, weight) in enumerate(zip(self.members, curves, weights, strict=True)):
             old = near.ranks[index]
+            cost, lost = near.cost(measure) - old.cost(measure), curve.normalised(old.distortion)
             for new in member.candidates(curve, kept, every=True):
-                changed = curve.normalised(new.distortion) - curve.normalised(old.distortion)
-                yield dataclasses.replace(
-                    near,
-                    ranks=(*near.ranks[:index], new, *near.ranks[index + 1 :]),
-                    flops=near.flops + new.flops - old.flops,
-                    params=near.params + new.params - old.params,
-                    loss=near.loss + weight * changed,
-                )
+                loss = near.loss + weight * (curve.normalised(new.distortion) - lost)
+                yield cost + new.cost(measure), loss, partial(near.changed, index, new, loss)
 
     def repeated(self, calls: int) -> Cluster:
         """The same in a graph that is run several times."""
@@ -316,32 +368,14 @@ def _thin(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [candidates[i] for i in picked]
 
 
-def _on_hull(rows: Sequence[Sequence[_Priced[Candidate]]]) -> Iterator[tuple[_Priced[Candidate], ...]]:
+def _on_hull(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> Iterator[tuple[int, ...]]:
     """Choices of one candidate from each row on the lower convex hull of cost and loss."""
-    hulls = [_lower_hull(row) for row in rows]
-    steps = sorted(
-        (-(left[1] - right[1]) / (right[0] - left[0]), index, place + 1)
-        for index, hull in enumerate(hulls)
-        for place, (left, right) in enumerate(itertools.pairwise(hull))
-    )
-    at = [0] * len(hulls)
-    yield tuple(hull[0] for hull in hulls)
-    for _, index, place in steps:
-        at[index] = place
-        yield tuple(hull[i] for hull, i in zip(hulls, at, strict=True))
-
-
-def _lower_hull(points: Sequence[_Priced[Candidate]]) -> list[_Priced[Candidate]]:
-    hull: list[_Priced[Candidate]] = []
-    for point in sorted(points, key=lambda p: p[:2]):
-        if hull and point[1] >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and (hull[-2][1] - hull[-1][1]) * (point[0] - hull[-1][0]) <= (hull[-1][1] - point[1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
-            hull.pop()
-        hull.append(point)
-    return hull
+    hulls = list(map(lower_hull, costs, losses))
+    picked = [hull[0] for hull in hulls]
+    yield tuple(picked)
+    for _, row, index in steepest_first(list(map(segments, costs, losses, hulls))):
+        picked[row] = index
+        yield tuple(picked)
 
 
 def _efficient(priced: Iterable[_Priced[_T]]) -> list[_Priced[_T]]:

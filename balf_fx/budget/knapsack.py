@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from balf_fx.ranks.hulls import lower_hull, segments, steepest_first
 
 _FRONT_LIMIT = 1 << 14
 
@@ -59,7 +60,7 @@ def solve(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], bud
     """
     if minimum_cost(costs) > budget:
         raise ValueError(f"the cheapest choice costs {minimum_cost(costs)}, the budget is {budget}")
-    hulls = [_lower_hull(row_costs, row_values) for row_costs, row_values in zip(costs, values, strict=True)]
+    hulls = [lower_hull(row_costs, row_values) for row_costs, row_values in zip(costs, values, strict=True)]
     slope, start = _dual(hulls, costs, values, budget)
     penalised = _penalised(costs, values, slope)
     bound = dual(costs, values, budget, slope)
@@ -107,38 +108,17 @@ def _total(table: Sequence[Sequence[_Number]], choice: Sequence[int]) -> _Number
     return sum(row[index] for row, index in zip(table, choice, strict=True))
 
 
-def _lower_hull(costs: Sequence[int], values: Sequence[float]) -> list[int]:
-    """Indices of the lower convex hull, from the cheapest candidate to the least value, slopes shrinking."""
-    hull: list[int] = []
-    for index in sorted(range(len(costs)), key=lambda i: (costs[i], values[i])):
-        if hull and values[index] >= values[hull[-1]]:
-            continue
-        while len(hull) > 1 and _slope(costs, values, hull[-2], hull[-1]) <= _slope(costs, values, hull[-1], index):
-            hull.pop()
-        hull.append(index)
-    return hull
-
-
-def _slope(costs: Sequence[int], values: Sequence[float], left: int, right: int) -> float:
-    """Value saved per unit of cost between two candidates; costs differ."""
-    return (values[left] - values[right]) / (costs[right] - costs[left])
-
-
 def _dual(
     hulls: Sequence[Sequence[int]], costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], budget: int
 ) -> tuple[float, list[int]]:
     """The optimal multiplier and the hull choice just before the budget breaks."""
-    segments = sorted(
-        (-_slope(costs[row], values[row], left, right), row, right)
-        for row, hull in enumerate(hulls)
-        for left, right in pairwise(hull)
-    )
+    rows = [segments(*row) for row in zip(costs, values, hulls, strict=True)]
     choice = [hull[0] for hull in hulls]
     cost = _total(costs, choice)
-    for negative_slope, row, right in segments:
+    for slope, row, right in steepest_first(rows):
         extra = costs[row][right] - costs[row][choice[row]]
         if cost + extra > budget:
-            return -negative_slope, choice
+            return slope, choice
         choice[row], cost = right, cost + extra
     return 0.0, choice
 

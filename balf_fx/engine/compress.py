@@ -200,7 +200,7 @@ def convert(
     # 3. Refine or Refit: the layers' values. Narrow, Factorize: the graphs.
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
-            Refine()(graph_module)
+            Refine(progress=solving)(graph_module)
     carry_out(compressed, mode, calibration, solving)
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]

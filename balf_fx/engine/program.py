@@ -65,17 +65,18 @@ class Part:
         graph_module: mutated by the passes; the model's own tensors stay as they are.
         calls: how often one call of the model runs it.
         originals: the user's tensors by dotted path, where these say which weights are the same in several parts.
-        aliases: the user's tensors by the id of those that stand for them in the graph.
+        aliases: tensors of the graph with the user's tensors that they stand for, by the id of the former; both are
+            held, so that no id recurs.
     """
 
     graph_module: fx.GraphModule
     calls: int = 1
     originals: Mapping[str, Tensor] | None = None
-    aliases: Mapping[int, Tensor] = field(default_factory=dict)
+    aliases: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def original(self, tensor: Tensor) -> Tensor:
         """The user's tensor for which one stands, or the tensor itself."""
-        return self.aliases.get(id(tensor), tensor)
+        return self.aliases[id(tensor)][1] if id(tensor) in self.aliases else tensor
 
 
 @dataclass(frozen=True)

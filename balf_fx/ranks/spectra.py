@@ -8,19 +8,19 @@ W' = U_r U_r^T W with b' = b + (I - U_r U_r^T) E[W x], and its error is the sum 
 same subspace with the same error as whitening x, truncating the SVD and unwhitening (BALF, arXiv 2509.25136), but
 nothing is inverted, so singular statistics are no special case.
 
-Sensitivity. Where the loss has the gradient g at the output, E|S (y - y')|^2 with S S = E[g g^T] tells which errors it
-minds. The optimum truncates the PCA of S W x: W' = S^-1 U_r U_r^T S W (DESIGN: two-sided factors). S is damped, so that
-it has an inverse, and scaled to a mean square of 1, so that energies compare with those of the plain optimum.
+Sensitivity. Where the loss has the gradient g at the output, E|S (y - y')|^2 with S S = E[g g^T] weighs errors by how
+sensitive the loss is to them. The optimum truncates the PCA of S W x: W' = S^-1 U_r U_r^T S W (two-sided factors). S is
+damped, so that it has an inverse, and scaled to a mean square of 1, so that energies compare with those of the plain
+optimum.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 from torch import Tensor
 
 from balf_fx.graph.curves import Spectrum
+from balf_fx.ranks.hulls import lower_hull, segments
 
 
 def in_parts(value: Tensor, parts: int) -> Tensor:
@@ -89,18 +89,13 @@ def held_out_errors(spectrum: Spectrum, covariance: Tensor, mean: Tensor | None,
 
 def convex_energies(errors: Tensor) -> Tensor:
     """Energies [G, m], descending, whose tails are the largest convex function below the errors [G, m + 1]."""
-    found = []
-    for row in errors.cummin(-1).values.tolist():
-        hull = [0]
-        for index in range(1, len(row)):
-            while len(hull) > 1 and (row[hull[-2]] - row[hull[-1]]) * (index - hull[-1]) <= (
-                row[hull[-1]] - row[index]
-            ) * (hull[-1] - hull[-2]):
-                hull.pop()
-            hull.append(index)
-        slopes = [(row[a] - row[b]) / (b - a) for a, b in itertools.pairwise(hull) for _ in range(b - a)]
-        found.append(slopes)
-    return errors.new_tensor(found)
+    energies = torch.zeros_like(errors[..., 1:])
+    ranks = range(errors.shape[-1])
+    for own, row in zip(energies, errors.tolist(), strict=True):
+        hull = lower_hull(ranks, row)
+        for (gain, right), left in zip(segments(ranks, row, hull), hull, strict=False):
+            own[left:right] = gain
+    return energies
 
 
 def spectrum_from_output(
@@ -111,7 +106,7 @@ def spectrum_from_output(
     Args:
         covariance: [G, O, O], centred or not.
         mean: [G, O], E[W x], for the bias correction; None leaves the bias alone.
-        roots: S and S^-1, [G, O, O], for the error that the loss minds; None for the plain squared error.
+        roots: S and S^-1, [G, O, O], which weigh errors by the sensitivity of the loss; None for plain squared errors.
     """
     if roots is None:
         energies, left = _descending_eigh(covariance)

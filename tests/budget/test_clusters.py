@@ -5,7 +5,7 @@ import pytest
 import torch
 from architectures import EVERYTHING, count_flops, count_params, make, rewritten, scored
 
-from balf_fx.budget.clusters import find_clusters
+from balf_fx.budget.clusters import Member, find_clusters
 from balf_fx.graph.annotation import annotation, graph_record, sites
 
 MEASURES = pytest.mark.parametrize("measure", ["flops", "params"])
@@ -90,6 +90,36 @@ def test_options_near_one_are_finer_and_their_costs_are_real(measure):
         saved = count_flops(base, batches[0]) - count_flops(narrow, batches[0])
         assert saved == options[-1].flops - option.flops
         assert count_params(base) - count_params(narrow) == options[-1].params - option.params
+
+
+@MEASURES
+def test_options_of_other_weights_are_those_of_a_fresh_cluster(measure, monkeypatch):
+    model, batches = make("transformer")
+    prepared = scored(model, batches)
+    curves = {site: annotation(nodes[0]).curve for site, nodes in sites(prepared).items()}
+    for cluster, fresh in zip(find_clusters(prepared), find_clusters(prepared), strict=True):
+        own = [curves[member.site] for member in cluster.members]
+        weights, of_widths = [3.0 + index for index in range(len(own))], [0.5] * len(cluster.widths)
+        options_of(prepared, cluster, "flops")
+        options_of(prepared, cluster, "params")
+        with monkeypatch.context() as context:
+            context.setattr(Member, "candidates", lambda *_: pytest.fail("priced again"))
+            found = cluster.options(own, weights, of_widths, measure)
+        assert found == fresh.options(own, weights, of_widths, measure)
+        near = found[len(found) // 2]
+        wanted = fresh.options(own, weights, of_widths, measure, near)
+        assert cluster.options(own, weights, of_widths, measure, near) == wanted
+
+
+def test_options_of_other_curves_are_priced_again():
+    model, batches = make("gated mlp")
+    prepared = scored(model, batches)
+    (cluster,) = find_clusters(prepared)
+    own = [next(annotation(n[0]).curve for s, n in sites(prepared).items() if s == m.site) for m in cluster.members]
+    double = [dataclasses.replace(curve, energy=2 * curve.energy) for curve in own]
+    once = cluster.options(own, [1.0] * len(own), [0.0], "flops")
+    half = cluster.options(double, [1.0] * len(own), [0.0], "flops")
+    assert [option.loss for option in half] == pytest.approx([option.loss / 2 for option in once])
 
 
 def test_clusters_are_the_joint_widths():

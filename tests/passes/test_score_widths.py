@@ -12,6 +12,7 @@ import balf_fx
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
 from balf_fx.passes import Score, ScoreWidths
+from balf_fx.progress import Progress
 from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
 from balf_fx.widths.elimination import conditioned
 
@@ -231,6 +232,22 @@ def test_without_gradients_nothing_is_narrowed(caplog):
     assert "keeps its width" in caplog.text
     narrow = balf_fx.convert(prepared, flops=0.9, factors="sensitivity", progress=False)
     assert narrow(x).shape == (48,)
+
+
+def test_progress_follows_the_cubes_of_features():
+    shares = []
+
+    class Recorder(Progress):
+        def track(self, items, weights=()):
+            shares.append(list(weights))
+            return super().track(items, weights)
+
+    model, batches = make("transformer")
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, progress=False)
+    ScoreWidths(progress=Recorder())(prepared)
+    assert shares == [[width.features**3 for width in graph_record(prepared).widths]]
+    assert ScoreWidths(progress=Recorder()) == ScoreWidths()
 
 
 def test_one_sample_has_no_halves():

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balf_fx.graph.widths import Width, WidthCurve, joint_widths, predict
-from balf_fx.widths.elimination import conditioned, eliminate, prediction_error
+from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 
 
 def positive(features, seed=0, samples=None):
@@ -122,17 +123,26 @@ def test_the_prediction_is_the_least_squares_solution():
     torch.testing.assert_close(found[kept], torch.eye(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("size", [0, 1, 4, 7])
-def test_the_prediction_error_is_what_is_measured(size):
+@pytest.mark.parametrize("sizes", [[0], [7], [2, 3, 6], [0, 1, 4, 7], list(range(8))])
+def test_prediction_errors_are_what_is_measured(sizes):
     first, second = (torch.randn(50, 7, dtype=torch.float64) for _ in range(2))
     metric = positive(7)
-    kept = torch.randperm(7)[:size]
+    order = torch.randperm(7)
     covariance = conditioned(first.mT @ first / 50)
-    error = second - second[:, kept] @ predict(covariance, kept).mT
-    wanted = torch.einsum("nf,fe,ne->n", error, metric, error).mean()
-    assert prediction_error(covariance, second.mT @ second / 50, metric, kept) == pytest.approx(float(wanted), abs=1e-9)
-    own = prediction_error(covariance, covariance, metric, kept)
-    assert own == pytest.approx(lost(covariance, metric, kept), abs=1e-9)
+    found = prediction_errors(covariance, second.mT @ second / 50, metric, order, sizes)
+    own = prediction_errors(covariance, covariance, metric, order, sizes)
+    for size, one, other in zip(sizes, found, own, strict=True):
+        kept = order[:size]
+        error = second - second[:, kept] @ predict(covariance, kept).mT
+        wanted = torch.einsum("nf,fe,ne->n", error, metric, error).mean()
+        assert one == pytest.approx(float(wanted), abs=1e-9)
+        assert other == pytest.approx(lost(covariance, metric, kept), abs=1e-9)
+
+
+def test_what_has_no_inverse_is_not_a_number():
+    indefinite = torch.diag(torch.tensor([1.0, 1, 1, 1, -0.5], dtype=torch.float64))
+    _, errors = eliminate([indefinite], [torch.eye(5, dtype=torch.float64)])
+    assert not math.isfinite(errors[0])
 
 
 def test_conditioning_gives_every_covariance_an_inverse():
