@@ -10,6 +10,7 @@ import balf_fx
 from balf_fx.backend import balf
 
 STEPS = 3
+WIDTH = 24
 
 
 def options(**changes):
@@ -34,6 +35,11 @@ def calibrated(model, batches, **changes):
         for batch in batches[:STEPS]:
             small(batch)
     return small
+
+
+def run(small, *batches):
+    with torch.no_grad():
+        return [small(batch) for batch in batches][-1]
 
 
 def messages(caplog):
@@ -104,3 +110,26 @@ class Looped(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
+
+
+class Mlps(nn.Module):
+    """Two residual blocks with features between their layers, and a break between the blocks or none."""
+
+    def __init__(self, broken=True):
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(2)
+        )
+        self.broken = broken
+
+    def forward(self, x):
+        x = x + self.first(x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return x + self.second(x)
+
+
+def rows(count=STEPS + 1, samples=64):
+    """Batches of correlated features, so that low ranks do well."""
+    mixed = torch.randn(WIDTH, WIDTH, dtype=torch.float64) * torch.logspace(0, -1, WIDTH, dtype=torch.float64)[:, None]
+    return [torch.randn(samples, WIDTH, dtype=torch.float64) @ mixed for _ in range(count)]

@@ -10,31 +10,12 @@ import logging
 import pytest
 import torch
 from architectures import count_flops
-from dynamo.helpers import STEPS, calibrated, compiled, make_offline, messages, ranks
+from dynamo.helpers import STEPS, WIDTH, Mlps, calibrated, compiled, make_offline, messages, ranks, rows, run
 from torch import nn
 
 import balf_fx
 from balf_fx import backend
 from balf_fx.dynamo.recording import Recording
-
-WIDTH = 24
-
-
-class Mlps(nn.Module):
-    """Two residual blocks with features between their layers, and a break between the blocks or none."""
-
-    def __init__(self, broken=True):
-        super().__init__()
-        self.first, self.second = (
-            nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(2)
-        )
-        self.broken = broken
-
-    def forward(self, x):
-        x = x + self.first(x)
-        if self.broken:
-            torch._dynamo.graph_break()
-        return x + self.second(x)
 
 
 class Collector:
@@ -52,17 +33,6 @@ class Collector:
 
     def parameters(self):
         return {id(value): value for graph, _ in self.graphs for value in graph.parameters()}
-
-
-def rows(count=STEPS + 1, samples=64):
-    """Batches of correlated features, so that low ranks do well."""
-    mixed = torch.randn(WIDTH, WIDTH, dtype=torch.float64) * torch.logspace(0, -1, WIDTH, dtype=torch.float64)[:, None]
-    return [torch.randn(samples, WIDTH, dtype=torch.float64) @ mixed for _ in range(count)]
-
-
-def run(small, *batches):
-    with torch.no_grad():
-        return [small(batch) for batch in batches][-1]
 
 
 def whole(model):
