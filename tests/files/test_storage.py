@@ -13,9 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.backend import balf
-from balf_fx.errors import FileError, NotCalibratedError, OptionError, PassError, PlanError
-from balf_fx.files.storage import read
+from balf_fx.errors import FileError, PassError, PlanError
 from balf_fx.graph.plan import Plan
 
 
@@ -216,43 +214,3 @@ def test_the_plan_can_be_read_without_the_model(small, path, tmp_path):
     written = tmp_path / "plan.json"
     written.write_text(Plan.of(small).to_json())
     assert Plan.read(written) == Plan.read(path) == Plan.of(small)
-
-
-# The backend.
-
-
-def run(compiled, *batches):
-    with torch.no_grad():
-        return [compiled(batch) for batch in batches][-1]
-
-
-def test_the_backend_writes_its_factors_and_starts_from_them(conv_net, images, path):
-    options = {"flops": 0.6, "calibration_steps": 2, "inner": "eager"}
-    compiled = torch.compile(conv_net, backend=balf, options=options)
-    run(compiled, images[0])
-    with pytest.raises(NotCalibratedError):
-        balf_fx.save(compiled, path)
-    wanted = run(compiled, *images[:4])
-    balf_fx.save(compiled, path)
-    again = torch.compile(copy.deepcopy(conv_net), backend=balf, options={"plan": path, "inner": "eager"})
-    torch.testing.assert_close(run(again, images[3]), wanted)
-    assert balf_fx.report(again) == balf_fx.report(compiled)
-    other = torch.compile(fresh(conv_net), backend=balf, options={"plan": str(path), "inner": "eager"})
-    with pytest.raises(OptionError, match="other weights"):
-        run(other, images[0])
-    with pytest.raises(PlanError, match="options="):
-        balf_fx.load(path, conv_net)
-
-
-def test_the_backend_takes_the_file_of_a_compiled_model(small, conv_net, images, path):
-    balf_fx.save(small, path)
-    assert all(layer.rank is not None for layer in read(path).plan.layers)
-    compiled = torch.compile(conv_net, backend=balf, options={"plan": path, "inner": "eager"})
-    torch.testing.assert_close(run(compiled, images[0]), small(images[0]))
-
-
-def test_the_backend_refuses_plans_that_change_more_than_ranks(bottleneck, images, path):
-    balf_fx.save(balf_fx.compile(bottleneck, images, flops=0.5, progress=False), path)
-    compiled = torch.compile(bottleneck, backend=balf, options={"plan": path, "inner": "eager"})
-    with pytest.raises(OptionError, match=r"read it with balf_fx\.load"):
-        run(compiled, images[0])

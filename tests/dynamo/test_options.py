@@ -1,0 +1,49 @@
+"""The options of torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynamo.helpers import calibrated, ranks
+
+import balf_fx
+from balf_fx.backend import balf
+from balf_fx.errors import OptionError, UnknownSiteError
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"flop": 0.5}, "no option 'flop'"),
+        ({"calibration_steps": 4}, "exactly one budget"),
+        ({"flops": 0.5, "params": 0.5}, "exactly one budget"),
+        ({"flops": 55}, "fraction"),
+        ({"flops": 0.5, "calibration_steps": 0}, "calibration_steps"),
+        ({"flops": 0.5, "inner": "balf"}, "inner"),
+        ({"flops": 0.5, "inner": "nonsense"}, "nonsense"),
+        ({"flops": 0.5, "mode": "reduce-overhead", "inner_options": {}}, "one of them"),
+        ({"flops": 0.5, "factors": "magic"}, "factors"),
+        ({"flops": 0.5, "factors": "air"}, "needs the gradients of weights"),
+        ({"plan": 3}, "plan is"),
+    ],
+)
+def test_wrong_options_fail_at_compile_time(conv_net, images, given, message):
+    small = torch.compile(conv_net, backend=balf, options=given)
+    with pytest.raises(OptionError, match=message) as caught, torch.no_grad():
+        small(images[0])
+    assert "flops, params, factors" in str(caught.value)
+
+
+def test_no_options_at_all(conv_net, images):
+    with pytest.raises(OptionError, match="exactly one budget"), torch.no_grad():
+        torch.compile(conv_net, backend=balf)(images[0])
+
+
+def test_include_and_exclude(conv_net, images):
+    small = calibrated(conv_net, images, flops=0.9, include=["block.*"], exclude=["block.4"])
+    with torch.no_grad():
+        small(images[0])
+    assert list(ranks(balf_fx.report(small))) == ["block.0"]
+    small = calibrated(conv_net, images, exclude=["blocks.*"])
+    with pytest.raises(UnknownSiteError, match=r"'blocks\.\*' matches no site"), torch.no_grad():
+        small(images[0])

@@ -1,0 +1,58 @@
+"""Other shapes, before and after the switch, and open sizes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from dynamo.helpers import STEPS, Transformer, calibrated, compiled, make_offline, messages
+
+import balf_fx
+
+
+def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog):
+    offline = make_offline(conv_net, images[:STEPS])
+    small = calibrated(conv_net, images)
+    with torch.no_grad():
+        small(images[0])
+        before = balf_fx.report(small)
+        caplog.set_level(logging.INFO, "balf_fx.backend")
+        for shape in ((3, 3, 20, 24), (1, 3, 12, 12)):
+            batch = torch.randn(shape)
+            torch.testing.assert_close(small(batch), offline(batch))
+    assert not messages(caplog)
+    assert balf_fx.report(small) is before
+
+
+def test_new_shapes_before_the_switch_merge_their_statistics(conv_net):
+    batches = [torch.randn(shape) for shape in ((8, 3, 12, 12), (4, 3, 16, 16), (2, 3, 12, 12))]
+    small = calibrated(conv_net, batches)
+    with torch.no_grad():
+        small(batches[0])
+    offline = make_offline(conv_net, batches)
+    report, expected = balf_fx.report(small), balf_fx.report(offline)
+    assert report.flops_before > expected.flops_before  # all shapes count, not the first alone
+    kept = {row.name: row.energy_kept for row in expected.sites}
+    assert all(row.energy_kept == pytest.approx(kept[row.name]) for row in report.sites if row.rank is not None)
+
+
+def test_dynamic_shapes():
+    model = Transformer(depth=1).eval()
+    batches = [torch.randn(size, length, 32) for size, length in ((4, 10), (3, 7), (6, 12))]
+    offline = make_offline(model, batches)
+    small = compiled(model, dynamic=True, inner="aot_eager")
+    with torch.no_grad():
+        for batch in batches:
+            assert torch.equal(small(batch), model(batch))
+        for batch in (*batches, torch.randn(5, 9, 32)):
+            torch.testing.assert_close(small(batch), offline(batch))
+
+
+def test_dynamic_shapes_of_a_conv_net(conv_net, images):
+    small = compiled(conv_net, dynamic=True)
+    with torch.no_grad():
+        for batch in images[:STEPS]:
+            assert torch.equal(small(batch), conv_net(batch))
+        for size in (2, 5):
+            assert small(images[0][:size]).shape == (size, 10)
