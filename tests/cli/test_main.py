@@ -21,7 +21,6 @@ import balf_fx
 from balf_fx.cli import demo
 from balf_fx.cli.data import choose
 from balf_fx.cli.main import main
-from balf_fx.graph.plan import Plan
 
 FACTORY = """
 import torch
@@ -50,7 +49,7 @@ def net(name="net"):
 
 
 def report_in(path):
-    return Plan.read(path).report
+    return balf_fx.report(path)
 
 
 def invoke(*arguments):
@@ -195,9 +194,11 @@ def test_report_prints_what_was_saved(work):
 def test_report_draws(work):
     pytest.importorskip("jinja2")
     assert invoke(*COMPRESS, "--flops", "0.6").exit_code == 0
+    from balf_fx.reporting.page import render
+
     result = invoke("report", "small.safetensors", "--html", "page.html", "--plot", "picture.png")
     assert result.exit_code == 0, result.output
-    assert (work / "page.html").read_text() == report_in("small.safetensors").to_html()
+    assert (work / "page.html").read_text() == render(report_in("small.safetensors"))
     with Image.open("picture.png") as picture:
         assert picture.width > 10 * 150
 
