@@ -43,13 +43,14 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
         return
     with _Relay(program, calibration) as relay:
         weights = [float(_work(graph_module)) for graph_module in program.graph_modules]
-        for index, _ in enumerate(progress.spans(weights)):
+        for index, span in enumerate(progress.spans(weights)):
             graph_module = program.graph_modules[index]
             if sites(graph_module):
                 inputs, handed = relay.inputs(index), relay.handed(index)
                 Refit(inputs, mode, calibration.memory, handed=handed)(graph_module)
             rewrite(graph_module)
             relay.run(index)
+            span.done()
 
 
 def _work(graph_module: fx.GraphModule) -> int:

@@ -256,8 +256,8 @@ def test_sweep_needs_something_to_compare_on(work):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--flops", "0.5", "--params", "0.5"), "give one budget"),
-        ((), "give one budget"),
+        (("--flops", "0.5", "--params", "0.5"), "give exactly one budget"),
+        ((), "give exactly one budget"),
         (("--flops", "2"), "Invalid value for '--flops'"),
         (("--flops", "0.5", "--output", "small.pt"), "does not end in .safetensors"),
         (("--flops", "0.5", "--output", "no/folder/small.safetensors"), "there is no folder"),
@@ -286,15 +286,15 @@ def test_errors_name_what_to_do(work):
 def test_missing_libraries_are_told_before_any_work(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "balf_fx.reporting.page", raising=False)
-    monkeypatch.delattr(balf_fx, "page", raising=False)
+    monkeypatch.delattr(balf_fx.reporting, "page", raising=False)
     assert_clean_failure(invoke(*COMPRESS, "--flops", "0.5", "--html", "a.html"), 1, 'pip install "balf-fx[plot]"')
     assert not (work / "small.safetensors").exists()
 
 
 def test_missing_pillow_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    for module in ("cli", "inputs", "sources", "samples"):
-        monkeypatch.delitem(sys.modules, f"balf_fx.{module}")
+    for module in ("main", "options", "models", "data"):
+        monkeypatch.delitem(sys.modules, f"balf_fx.cli.{module}")
     with pytest.raises(SystemExit, match=r'pip install "balf-fx\[cli\]"'):
         importlib.import_module("balf_fx.cli.main")
 
