@@ -65,7 +65,7 @@ class _Span(Progress):
     def spans(self, weights: Sequence[float], names: Sequence[str] = ()) -> list[Progress]:
         self._show(self.start)
         total = sum(weights) or 1.0
-        places = [self.start + (self.stop - self.start) * done / total for done in accumulate(weights, initial=0.0)]
+        places = [self.start + (self.stop - self.start) * (done / total) for done in accumulate(weights, initial=0.0)]
         named = names or [self.name] * len(weights)
         return [_Span(self.bar, *place, name) for place, name in zip(pairwise(places), named, strict=True)]
 
@@ -73,7 +73,8 @@ class _Span(Progress):
         self._show(self.stop)
 
     def _show(self, place: float) -> None:
-        self.bar.set_description_str(self.name, refresh=False)
+        new = self.name != self.bar.desc  # shown at once, however short the step is
+        self.bar.set_description_str(self.name, refresh=new)
         self.bar.update(max(100 * place - self.bar.n, 0.0))
 
 

@@ -23,21 +23,21 @@ from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
 from balf_fx.passes.score_widths import ScoreWidths
 
-__all__ = [
-    "Allocate",
-    "Annotate",
-    "DecomposeAttention",
-    "Factorize",
-    "FindWidths",
-    "FoldBatchNorm",
-    "FoldConstants",
-    "Follow",
-    "InsertObservers",
-    "Narrow",
+__all__ = [  # noqa: RUF022 (in the order in which they run)
     "Pass",
+    "DecomposeAttention",
+    "FoldConstants",
+    "FoldBatchNorm",
+    "Annotate",
+    "FindWidths",
+    "InsertObservers",
+    "Score",
+    "ScoreWidths",
+    "Allocate",
+    "Follow",
     "Refine",
     "Refit",
     "RemoveObservers",
-    "Score",
-    "ScoreWidths",
+    "Narrow",
+    "Factorize",
 ]

@@ -11,7 +11,7 @@ from balf_fx.api import report as report_of
 from balf_fx.cli.demo import run_demo
 from balf_fx.cli.sweep import SweepData, run_sweep
 from balf_fx.engine.settings import settings_from
-from balf_fx.errors import BalfError
+from balf_fx.errors import BalfError, OptionError
 from balf_fx.reporting.curve import Sweep
 from balf_fx.reporting.report import Report
 from balf_fx.version import __version__
@@ -81,7 +81,10 @@ def compress(output: Path, html: Path | None, as_json: bool, **inputs: Any) -> N
     if html is not None:
         importlib.import_module("balf_fx.reporting.page")  # what is missing is better known before the work than after
     given, options = Inputs.split(inputs)
-    settings_from(options).allocate()  # so is a budget that is not one
+    try:
+        settings_from(options).allocate()  # so is a budget that is not one
+    except OptionError as error:
+        raise click.UsageError(str(error)) from error
     model = given.load_model()
     small = compile(model, given.calibration(model), **options)
     save(small, output)

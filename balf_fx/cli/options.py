@@ -96,14 +96,14 @@ class Inputs:
     @classmethod
     def split(cls, given: dict[str, Any]) -> tuple[Inputs, dict[str, Any]]:
         """The model and the data that a user named, and what else was said of compression."""
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.insert(0, os.getcwd())  # a factory or a loss may lie in the current folder, as for python -m
         own = {field.name: given.pop(field.name) for field in dataclasses.fields(cls)}
         found = cls(**own)
         return found, {**settings_from_command(given), "seed": found.seed, "progress": not found.quiet}
 
     def load_model(self) -> nn.Module:
         """The model; says so where its weights are random."""
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())  # a factory may lie in the current folder, as for python -m
         model = load_model(self.model, self.weights, self.pretrained)
         if needs_weights(self.model) and self.weights is None and not self.pretrained:
             click.echo(f"{self.model} has random weights: pass --weights or --pretrained", err=True)

@@ -50,6 +50,7 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
                 Refit(inputs, mode, calibration.memory, handed=handed, progress=span)(graph_module)
             rewrite(graph_module)
             relay.run(index)
+            span.done()
 
 
 def _work(graph_module: fx.GraphModule) -> int:

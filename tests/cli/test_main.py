@@ -21,7 +21,6 @@ import balf_fx
 from balf_fx.cli import demo
 from balf_fx.cli.data import choose
 from balf_fx.cli.main import main
-from balf_fx.graph.plan import Plan
 
 FACTORY = """
 import torch
@@ -50,7 +49,7 @@ def net(name="net"):
 
 
 def report_in(path):
-    return Plan.read(path).report
+    return balf_fx.report(path)
 
 
 def invoke(*arguments):
@@ -195,9 +194,11 @@ def test_report_prints_what_was_saved(work):
 def test_report_draws(work):
     pytest.importorskip("jinja2")
     assert invoke(*COMPRESS, "--flops", "0.6").exit_code == 0
+    from balf_fx.reporting.page import render
+
     result = invoke("report", "small.safetensors", "--html", "page.html", "--plot", "picture.png")
     assert result.exit_code == 0, result.output
-    assert (work / "page.html").read_text() == report_in("small.safetensors").to_html()
+    assert (work / "page.html").read_text() == render(report_in("small.safetensors"))
     with Image.open("picture.png") as picture:
         assert picture.width > 10 * 150
 
@@ -255,8 +256,8 @@ def test_sweep_needs_something_to_compare_on(work):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--flops", "0.5", "--params", "0.5"), "give one budget"),
-        ((), "give one budget"),
+        (("--flops", "0.5", "--params", "0.5"), "give exactly one budget"),
+        ((), "give exactly one budget"),
         (("--flops", "2"), "Invalid value for '--flops'"),
         (("--flops", "0.5", "--output", "small.pt"), "does not end in .safetensors"),
         (("--flops", "0.5", "--output", "no/folder/small.safetensors"), "there is no folder"),
@@ -285,15 +286,15 @@ def test_errors_name_what_to_do(work):
 def test_missing_libraries_are_told_before_any_work(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "balf_fx.reporting.page", raising=False)
-    monkeypatch.delattr(balf_fx, "page", raising=False)
+    monkeypatch.delattr(balf_fx.reporting, "page", raising=False)
     assert_clean_failure(invoke(*COMPRESS, "--flops", "0.5", "--html", "a.html"), 1, 'pip install "balf-fx[plot]"')
     assert not (work / "small.safetensors").exists()
 
 
 def test_missing_pillow_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    for module in ("cli", "inputs", "sources", "samples"):
-        monkeypatch.delitem(sys.modules, f"balf_fx.{module}")
+    for module in ("main", "options", "models", "data"):
+        monkeypatch.delitem(sys.modules, f"balf_fx.cli.{module}")
     with pytest.raises(SystemExit, match=r'pip install "balf-fx\[cli\]"'):
         importlib.import_module("balf_fx.cli.main")
 

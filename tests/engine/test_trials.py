@@ -5,9 +5,12 @@ import torch
 from architectures import make
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.calibration.batches import forward_for
+from balf_fx.api import _program
+from balf_fx.budget.problem import pose
+from balf_fx.calibration.batches import Calibration, forward_for
 from balf_fx.engine.trials import Trial, _samples, allocate_faithfully, plan_trial
 from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Allocate, Score, ScoreWidths
@@ -23,9 +26,10 @@ def scored(name="transformer", count=4, **options):
     return model, prepared, batches
 
 
-def trial_of(model, prepared, batches, refit):
+def trial_of(model, prepared, batches, refit, forward=None):
+    forward = forward or forward_for(model)
     with torch.no_grad():
-        return plan_trial(prepared, batches, forward_for(model), refit, 1 << 30, None)
+        return plan_trial(_program(prepared, forward), Calibration(batches, forward), refit)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
@@ -42,11 +46,11 @@ def test_a_refit_is_measured_on_samples_of_its_own():
     model, prepared, batches = scored()
     with_refit, without = (trial_of(model, prepared, batches, refit) for refit in (True, False))
     samples = torch.cat(batches)
-    fit, judge = torch.cat(list(with_refit.fit)), torch.cat(list(with_refit.judge))
+    fit, judge = torch.cat(list(with_refit.fit.batches)), torch.cat(list(with_refit.judge.batches))
     assert len(fit) == len(judge) == min(len(samples) // 2, 128)
     assert torch.equal(torch.cat([fit, judge]), samples[: 2 * len(fit)])
-    assert not without.fit
-    assert torch.equal(torch.cat(list(without.judge)), samples[:128])
+    assert not without.fit.batches
+    assert torch.equal(torch.cat(list(without.judge.batches)), samples[:128])
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(with_refit.references), model(judge))
 
@@ -54,8 +58,8 @@ def test_a_refit_is_measured_on_samples_of_its_own():
 def test_one_sample_is_enough():
     model, prepared, batches = scored()
     trial = trial_of(model, prepared, [batches[0][:1]], True)
-    assert not trial.fit
-    assert len(trial.judge) == 1
+    assert not trial.fit.batches
+    assert [len(batch) for batch in trial.judge.batches] == [1]
 
 
 def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
@@ -68,9 +72,8 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
 
     prepared = balf_fx.prepare(model, batches[0], factors="sensitivity", forward=forward)
     for refit, sizes in ((True, (1, 2)), (False, (0, 3))):
-        with torch.no_grad():
-            trial = plan_trial(prepared, batches[:3], forward, refit, 1 << 30, None)
-        assert (len(trial.fit), len(trial.judge)) == sizes
+        trial = trial_of(model, prepared, batches, refit, forward)
+        assert (len(trial.fit.batches), len(trial.judge.batches)) == sizes
     narrow = balf_fx.compile(model, batches, flops=0.6, forward=forward, progress=False)
     assert balf_fx.report(narrow).flops_kept <= 0.6
 
@@ -78,24 +81,40 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
 @pytest.mark.parametrize("refit", [True, False])
 def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
     model, prepared, batches = scored()
-    measured = []
+    program = _program(prepared, forward_for(model))
+    problem, allocate, measured = pose(program.counted, program.totals()), Allocate(flops=0.5), []
     measure = Trial.measure
 
-    def spy(self, allocated):
-        before = [parameter.clone() for parameter in allocated.parameters()]
-        lost = measure(self, allocated)
-        assert all(torch.equal(a, b) for a, b in zip(before, allocated.parameters(), strict=True))
-        measured.append((lost, graph_record(allocated).allocation))
+    def spy(self, given, posed, allocation):
+        before = [parameter.clone() for parameter in prepared.parameters()]
+        lost = measure(self, given, posed, allocation)
+        assert given is program
+        assert all(torch.equal(a, b) for a, b in zip(before, prepared.parameters(), strict=True))
+        measured.append((lost, allocation))
         return lost
 
     monkeypatch.setattr(Trial, "measure", spy)
     with torch.no_grad():
-        chosen = allocate_faithfully(prepared, Allocate(flops=0.5), trial_of(model, prepared, batches, refit))
+        chosen = allocate_faithfully(program, problem, allocate, trial_of(model, prepared, batches, refit))
     assert len(measured) > 1
     least, allocation = min(measured, key=lambda pair: pair[0])
-    assert graph_record(chosen).allocation == allocation
+    assert chosen is allocation
     assert 0 < least < float("inf")
     assert graph_record(prepared).allocation is None
+
+
+def test_the_original_loses_nothing():
+    model, prepared, batches = scored()
+    program = _program(prepared, forward_for(model))
+    problem, trial = pose(program.counted, program.totals()), trial_of(model, prepared, batches, False)
+    with torch.no_grad():
+        assert trial.measure(program, problem, Allocate(ranks={}).solve(problem)) == pytest.approx(0, abs=1e-6)
+        lost = trial.measure(program, problem, Allocate(flops=0.5, importance=0.6).solve(problem))
+    narrow = balf_fx.convert(prepared, flops=0.5, factors="sensitivity", progress=False)
+    with torch.no_grad():
+        pairs = [(narrow(batch).log_softmax(-1), model(batch).log_softmax(-1)) for batch in trial.judge.batches]
+    expected = [float(F.kl_div(*pair, reduction="batchmean", log_target=True)) for pair in pairs]
+    assert lost == pytest.approx(sum(expected) / len(expected), rel=1e-3)
 
 
 def test_caution_spares_widths():

@@ -64,7 +64,7 @@ def test_what_is_loaded_computes_the_same_bit_for_bit(name, effort, capture, pat
     for batch in batches:
         assert torch.equal(loaded(batch), small(batch))
     assert balf_fx.report(loaded) == balf_fx.report(small)
-    assert Plan.of(loaded) == Plan.of(small) == Plan.read(path)
+    assert balf_fx.plan(loaded) == balf_fx.plan(small) == balf_fx.plan(path)
     assert {name: value.requires_grad for name, value in loaded.named_parameters()} == {
         name: value.requires_grad for name, value in small.named_parameters()
     }
@@ -210,7 +210,7 @@ def test_the_plan_can_be_read_without_the_model(small, path, tmp_path):
     balf_fx.save(small, path)
     (header,) = struct.unpack("<Q", path.read_bytes()[:8])
     metadata = json.loads(path.read_bytes()[8 : 8 + header])["__metadata__"]
-    assert json.loads(metadata["balf_fx.plan"])["report"]["method"] == "budget"
+    assert json.loads(metadata["balf_fx.plan"])["allocation"]["method"] == "budget"
     written = tmp_path / "plan.json"
     written.write_text(Plan.of(small).to_json())
-    assert Plan.read(written) == Plan.read(path) == Plan.of(small)
+    assert balf_fx.plan(written) == balf_fx.plan(str(path)) == Plan.of(small)

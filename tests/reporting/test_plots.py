@@ -1,6 +1,7 @@
 """Pictures show the report's figures: what is drawn is read back and compared."""
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ CURVE = EnergyCurve((0, 1, 4, 16, 64), (0.0, 0.5, 0.75, 0.9375, 1.0))
 
 
 def site(name="layer", rank=16, flops=(1000, 400), params=(500, 300), spectrum=CURVE):
-    return SiteRow(name, "linear", "64 x 256 x 1", rank, *flops, *params, 0.1, 0.9375, spectrum)
+    return SiteRow(name, "linear", 64, 256, 1, rank, *flops, *params, 0.1, 0.9375, spectrum)
 
 
 def report_of(*sites, widths=(), flops=(5000, 3000)):
@@ -154,7 +155,7 @@ def test_no_text_is_cut_off_or_lies_on_the_legend(report):
 def test_real_reports_are_drawn(conv_net, images):
     for flops, effort in ((0.6, "fast"), (0.5, "balanced")):
         found = balf_fx.report(balf_fx.compile(conv_net, images, flops=flops, effort=effort, progress=False))
-        figure = found.plot()
+        figure = plot_report(found)
         ranks = [row for row in found.sites if isinstance(row.rank, int)]
         assert sorted(bars(figure.axes[0], BLUE).values()) == sorted(100 * row.rank_share for row in ranks)
         assert len(figure.axes) == (5 if found.widths else 3)
@@ -173,8 +174,8 @@ def test_nothing_global_changes(report):
     code = """
 import sys
 import matplotlib
-from balf_fx.plots import plot_report, to_svg
-from tests.test_plots import report_of, site
+from balf_fx.reporting.plots import plot_report, to_svg
+from tests.reporting.test_plots import report_of, site
 before = matplotlib.rcParams.copy()
 to_svg(plot_report(report_of(site())), "a")
 assert "matplotlib.pyplot" not in sys.modules
@@ -185,12 +186,12 @@ assert dict.__eq__(before, matplotlib.rcParams)  # items() would choose a backen
     assert done.returncode == 0, done.stderr
 
 
-def test_missing_matplotlib_names_the_extra(monkeypatch, report):
+def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "balf_fx.reporting.plots")
-    monkeypatch.delattr(balf_fx, "plots", raising=False)
+    monkeypatch.delattr(balf_fx.reporting, "plots", raising=False)
     with pytest.raises(MissingExtraError, match=r'pip install "balf-fx\[plot\]"'):
-        report.plot()
+        importlib.import_module("balf_fx.reporting.plots")
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from balf_fx.errors import PassError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import GraphRecord
 from balf_fx.graph.parameters import count_parameters
-from balf_fx.graph.plan import Plan
+from balf_fx.graph.plan import Plan, plan_of_records
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Allocate, Score, ScoreWidths
-from balf_fx.reporting.report import SiteRow, WidthRow, summarise
+from balf_fx.reporting.report import Report, SiteRow, WidthRow
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_only_widths_that_have_shrunk_are_listed():
     allocation = Allocation(
         "budget", "flops", 0.5, (), 0.25, 0.25, sizes={queries.key: 12, values.key: 16}, saved_elsewhere=(20, 3)
     )
-    report = summarise(record, allocation)
+    report = Report.of(plan_of_records([record], allocation))
     assert report.widths == (WidthRow("attention", "queries", 16, 12, 4, 0.75),)
     assert (report.flops_after, report.params_saved_elsewhere) == (80, 3)
     assert "widths  1 narrower, 64 -> 48 features, which save 20 FLOPs outside of sites as well" in str(report)
@@ -145,14 +145,18 @@ def test_reports_survive_a_round_trip(bottleneck, images):
     data = json.loads(Plan.of(small).to_json())
     small.meta["balf"] = data
     assert balf_fx.report(small) == report
-    for name in ("widths", "flops_saved_elsewhere", "params_saved_elsewhere"):
-        del data["report"][name]  # as models carry it that were compressed before there were widths
-    older = dataclasses.replace(report, widths=(), flops_saved_elsewhere=0, params_saved_elsewhere=0)
-    assert balf_fx.report(small) == older
-    for row in data["report"]["sites"]:
-        del row["spectrum"]  # and before there were pictures
+    for choice in data["allocation"]["choices"]:
+        choice["spectrum"] = None  # a plan may hold no spectra
     bare = tuple(dataclasses.replace(row, spectrum=None) for row in report.sites)
-    assert balf_fx.report(small) == dataclasses.replace(older, sites=bare)
+    assert balf_fx.report(small) == dataclasses.replace(report, sites=bare)
+
+
+def test_a_report_is_a_view_of_a_plan(compressed, tmp_path):
+    plan = balf_fx.plan(compressed)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert Report.of(plan) == balf_fx.report(compressed) == balf_fx.report(tmp_path / "plan.json")
+    assert (plan.flops_kept, plan.params_kept) == (Report.of(plan).flops_kept, Report.of(plan).params_kept)
+    assert [(row.name, row.rank) for row in Report.of(plan).sites] == list(plan.ranks.items())
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced"])
@@ -160,9 +164,9 @@ def test_spectra_tell_what_other_ranks_would_have_kept(conv_net, images, effort)
     report = balf_fx.report(balf_fx.compile(conv_net, images, flops=0.6, effort=effort, split=False, progress=False))
     assert any(row.rank is not None for row in report.sites)
     for row in report.sites:
-        outputs, inputs, _ = map(int, row.shape.split(" x "))
+        assert row.shape == f"{row.out_features} x {row.in_features} x {row.groups}"
         ranks, kept = row.spectrum.ranks, row.spectrum.kept
-        assert (ranks[0], ranks[-1], kept[0], kept[-1]) == (0, min(outputs, inputs), 0.0, 1.0)
+        assert (ranks[0], ranks[-1], kept[0], kept[-1]) == (0, min(row.out_features, row.in_features), 0.0, 1.0)
         assert list(kept) == sorted(kept)
         if row.rank in ranks:
             assert kept[ranks.index(row.rank)] == pytest.approx(row.energy_kept, abs=1e-5)
@@ -174,9 +178,8 @@ def test_spectra_tell_what_other_ranks_would_have_kept(conv_net, images, effort)
     [(None, 1.0, "dense"), (12, 0.5, "12"), ((4, None), 0.75, "4+dense"), ((2, 4), 0.375, "2+4")],
 )
 def test_ranks_as_shares_and_in_words(rank, share, words):
-    row = SiteRow(
-        "qkv", "linear", "24 x 48 x 1" if not isinstance(rank, tuple) else "16 x 48 x 1", rank, 5, 5, 5, 5, 0, 1
-    )
+    outputs = 16 if isinstance(rank, tuple) else 24
+    row = SiteRow("qkv", "linear", outputs, 48, 1, rank, 5, 5, 5, 5, 0, 1)
     assert (row.rank_share, row.rank_in_words) == (share, words)
 
 

@@ -1,0 +1,220 @@
+"""Every option is at every door, and says what it means and what is wrong with a value."""
+
+import dataclasses
+import inspect
+import pydoc
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import balf_fx
+from balf_fx.backend import balf
+from balf_fx.dynamo.options import parse_options
+from balf_fx.engine.settings import Settings, options_of, settings_from
+from balf_fx.errors import BalfError, OptionError
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+DEFAULTS = {name: field.default for name, field in FIELDS.items()}
+
+
+def loss(output, batch):
+    return output.square().mean()
+
+
+OTHERS = {
+    "params": 0.5,
+    "effort": "balanced",
+    "factors": "svd",
+    "widths": False,
+    "allocation": "uniform",
+    "centred": False,
+    "split": False,
+    "fold_batchnorm": False,
+    "include": ["0", "2"],
+    "exclude": ["1"],
+    "dense": ["2"],
+    "strict": False,
+    "capture": "export",
+    "refit": "up",
+    "loss": loss,
+    "memory": "2G",
+    "seed": 3,
+    "progress": False,
+}
+"""Another value than the default of every option but for those that exclude each other."""
+
+
+@pytest.fixture
+def prepared():
+    graph_module = balf_fx.prepare(nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(4, 8))
+    graph_module(torch.randn(32, 8))
+    return graph_module
+
+
+def of_options(function, *own):
+    parameters = inspect.signature(function).parameters
+    return {name: each.default for name, each in parameters.items() if name not in own}
+
+
+def test_every_option_is_tried_here():
+    assert set(OTHERS) == set(FIELDS) - {"flops", "energy"}
+    assert all(value != DEFAULTS[name] for name, value in OTHERS.items())
+    assert dataclasses.asdict(settings_from(OTHERS)) == {**dataclasses.asdict(Settings()), **OTHERS}
+
+
+def test_compile_takes_every_option():
+    assert of_options(balf_fx.compile, "model", "calib_batches", "forward") == DEFAULTS
+    for name, value in OTHERS.items():  # without a budget, of which it is told first, or with one too many
+        with pytest.raises(OptionError, match="exactly one budget, flops"):
+            balf_fx.compile(nn.Identity(), [], **{"flops": 0.5 if name == "params" else None, name: value})
+
+
+def test_prepare_calibrate_and_convert_take_every_option_between_them(prepared):
+    doors = {
+        "prepare": of_options(balf_fx.prepare, "model", "example", "forward", "sensitivity"),
+        "calibrate": of_options(balf_fx.calibrate, "prepared", "batches", "forward"),
+        "convert": of_options(balf_fx.convert, "prepared", "batches", "forward"),
+    }
+    assert {name for names in doors.values() for name in names} == set(FIELDS)
+    for stage, found in doors.items():
+        assert list(found) == list(options_of(stage)) or sorted(found) == sorted(options_of(stage))
+        changed = {"factors": "activations"} if stage == "prepare" else {}  # None where `convert` decides
+        assert found == {name: changed.get(name, DEFAULTS[name]) for name in found}
+    balf_fx.prepare(nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(4, 8), **doors["prepare"])
+    balf_fx.calibrate(prepared, [torch.randn(4, 8)], **{**doors["calibrate"], "progress": False})
+    balf_fx.convert(prepared, **{**doors["convert"], "flops": 1.0, "progress": False})
+
+
+def test_the_backend_takes_every_option_but_for_the_capture():
+    for name, value in OTHERS.items():
+        if name != "capture":
+            options = {name: value} if name == "params" else {"flops": 0.5, name: value}
+            assert getattr(parse_options(options).settings, name) == value
+    with pytest.raises(OptionError, match="'capture' has no meaning here: Dynamo captures the graphs"):
+        parse_options({"flops": 0.5, "capture": "export"})
+
+
+def test_commands_take_every_option(monkeypatch, tmp_path):
+    pytest.importorskip("click")
+    np = pytest.importorskip("numpy")
+    from click.testing import CliRunner
+
+    from balf_fx.cli import main
+
+    listed = {command: CliRunner().invoke(main.main, [command, "--help"]).output for command in ("compress", "sweep")}
+    words = {name: f"--{name.replace('_', '-')}" for name in FIELDS} | {"progress": "--quiet"}
+    budget = {"flops", "params", "energy", "allocation"}
+    assert [name for name, word in words.items() if f"{word} " not in listed["compress"].replace("/", " ")] == []
+    assert {name for name, word in words.items() if f"{word} " not in listed["sweep"].replace("/", " ")} == budget
+
+    given = {}
+
+    def stop(model, data, *args, **options):
+        given.update(options)
+        raise BalfError("stop")
+
+    monkeypatch.setattr(main, "compile", stop)
+    monkeypatch.setattr(main, "run_sweep", stop)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    np.savez("data.npz", x=np.zeros((600, 8), dtype="float32"))
+    (tmp_path / "balf_fx_settings.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(8, 8))\ndef loss(output, batch): return 0\n"
+    )
+    common = ["--effort", "balanced", "--factors", "svd", "--no-widths", "--no-centred", "--no-split", "--no-strict"]
+    common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
+    common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
+    start = ["balf_fx_settings:net", "--data", "data.npz", "--seed", "3", *common]
+    own = ["--params", "0.5", "--allocation", "uniform", "-o", "small.safetensors"]
+    assert "stop" in CliRunner().invoke(main.main, ["compress", *start, *own]).output
+    wanted = {**OTHERS, "include": ("0", "2"), "exclude": ("1",), "dense": ("2",)}
+    wanted["loss"] = sys.modules.pop("balf_fx_settings").loss
+    assert given == wanted
+    given.clear()
+    assert "stop" in CliRunner().invoke(main.main, ["sweep", *start]).output
+    wanted["loss"] = sys.modules.pop("balf_fx_settings").loss
+    assert given == {name: value for name, value in wanted.items() if name not in budget}
+
+
+@pytest.mark.parametrize("name", ["flop", "rank", "Effort"])
+def test_an_unknown_option_lists_those_there_are(name, prepared):
+    model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
+    doors = {
+        (): lambda **options: balf_fx.compile(model, x, **options),
+        ("prepare",): lambda **options: balf_fx.prepare(model, x, **options),
+        ("convert",): lambda **options: balf_fx.convert(prepared, **options),
+    }
+    for stages, door in doors.items():
+        with pytest.raises(OptionError, match=f"there is no option '{name}' here") as caught:
+            door(**{name: 0.5})
+        assert str(caught.value).endswith(f"the options are: {', '.join(options_of(*stages))}")
+    compiled = torch.compile(model, backend=balf, options={"flops": 0.5, name: 0.5})
+    with torch.no_grad(), pytest.raises(OptionError, match=f"there is no option '{name}'") as caught:
+        compiled(x)
+    own = ["calibration_steps", "inner", "mode", "inner_options", "plan"]
+    assert f" are: {', '.join([*(field for field in FIELDS if field != 'capture'), *own])}\n" in str(caught.value)
+
+
+def test_a_misplaced_option_lists_those_there_are(prepared):
+    with pytest.raises(OptionError, match=r"no option 'flops' here; the options are: effort.*capture"):
+        balf_fx.prepare(nn.Linear(8, 8).eval(), torch.randn(4, 8), flops=0.5)
+    with pytest.raises(OptionError, match=r"no option 'capture' here; the options are: flops.*memory"):
+        balf_fx.convert(prepared, flops=0.5, capture="export")
+
+
+@pytest.mark.parametrize(
+    ("door", "stages"), [(balf_fx.compile, ()), (balf_fx.prepare, ("prepare",)), (balf_fx.convert, ("convert",))]
+)
+def test_help_shows_signature_and_text_of_every_option(door, stages):
+    shown = pydoc.render_doc(door, renderer=pydoc.plaintext)
+    heading = shown.split("\n\n")[1].partition("->")[0]
+    own = {"factors"} if door is balf_fx.prepare else set()
+    for name, field in options_of(*stages).items():
+        assert f" {name}: " in heading
+        assert name in own or f"        {name}: {field.metadata['text']}.\n" in shown
+    assert "{options}" not in shown
+    assert "**options" not in heading
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"widths": "no"}, "widths is True, False, not 'no'"),
+        ({"widths": 1}, "widths is True, False, not 1"),
+        ({"seed": "a"}, "seed is a whole number, not 'a'"),
+        ({"seed": True}, "seed is a whole number, not True"),
+        ({"memory": -1}, "memory is a number of bytes, 2147483648 or '2G', not -1"),
+        ({"memory": "lots"}, "memory is a number of bytes, 2147483648 or '2G', not 'lots'"),
+        ({"memory": True}, "memory is a number of bytes, 2147483648 or '2G', not True"),
+        ({"exclude": "head"}, r"exclude is a list of patterns, \['head', 'blocks.\*'\], not 'head'"),
+        ({"dense": "head"}, r"dense is a list of patterns, \['head', 'blocks.\*'\], not 'head'"),
+        ({"include": [1]}, r"include is a list of patterns, \['head', 'blocks.\*'\], not \[1\]"),
+        ({"loss": 3}, "loss is a function of the output and the batch, not 3"),
+        ({"effort": "slow"}, "effort is 'fast', 'balanced', 'best', not 'slow'"),
+        ({"refit": "yes"}, "refit is None, True, False, 'full', 'up', not 'yes'"),
+        ({"factors": "cp"}, "factors is None, 'sensitivity', 'activations', 'air', 'svd', not 'cp'"),
+        ({"capture": "dynamo"}, "capture is 'auto', 'symbolic_trace', 'export', not 'dynamo'"),
+        ({"progress": "loud"}, "progress is True, False, not 'loud'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_told_before_any_work(wrong, message):
+    class Untouched(nn.Module):
+        def forward(self, x):
+            raise AssertionError("the model was run")
+
+    with pytest.raises(OptionError, match=message):
+        balf_fx.compile(Untouched().eval(), torch.randn(4, 8), flops=0.5, **wrong)
+    if "capture" not in wrong:
+        with pytest.raises(OptionError, match=message):
+            parse_options({"flops": 0.5, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("memory", "count"),
+    [("2G", 2 << 30), ("1.5 GiB", 3 << 29), ("64mb", 64 << 20), ("3k", 3 << 10), ("512", 512), (0, 0), (7, 7)],
+)
+def test_memory_is_a_number_of_bytes(memory, count):
+    assert Settings(memory=memory).memory_bytes == count
