@@ -80,8 +80,11 @@ class Binding:
             watched: what the graph stands for without reading it.
         """
         for name, tensor in list(held_tensors(graph_module)):
+            original = part.original(tensor)
+            if original is tensor:
+                tensor.requires_grad_(False)  # it is called where nobody asks for gradients: its output has none
             owner, _, last = name.rpartition(".")
-            setattr(graph_module.get_submodule(owner), last, part.original(tensor))
+            setattr(graph_module.get_submodule(owner), last, original)
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()
@@ -106,21 +109,21 @@ def _is_computed(node: fx.Node) -> bool:
     return any(annotation(source).computed_from for source in node.all_input_nodes)
 
 
-def _part_from(graph_module: fx.GraphModule) -> dict[int, Tensor]:
+def _part_from(graph_module: fx.GraphModule) -> dict[int, tuple[Tensor, Tensor]]:
     """Give a graph that fetches the user's tensors others of its own.
 
     Returns:
-        The user's tensors, by the id of those that stand for them.
+        `Part.aliases`: the tensors that stand for the user's, each with the user's own.
     """
     own: dict[int, Tensor] = {}
-    aliases: dict[int, Tensor] = {}
+    aliases: dict[int, tuple[Tensor, Tensor]] = {}
     for path in dict.fromkeys(str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")):
         tensor = get_tensor(graph_module, path)
         if not isinstance(tensor, Tensor):
             continue
         if id(tensor) not in own:
             own[id(tensor)] = _own(tensor)
-            aliases[id(own[id(tensor)])] = tensor
+            aliases[id(own[id(tensor)])] = own[id(tensor)], tensor
         owner, _, name = path.rpartition(".")
         setattr(graph_module.get_submodule(owner), name, own[id(tensor)])
     return aliases

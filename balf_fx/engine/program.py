@@ -65,17 +65,19 @@ class Part:
         graph_module: mutated by the passes; the model's own tensors stay as they are.
         calls: how often one call of the model runs it.
         originals: the user's tensors by dotted path, where these say which weights are the same in several parts.
-        aliases: the user's tensors by the id of those that stand for them in the graph.
+        aliases: the tensors that stand for the user's in the graph, each with the user's own, by the id of the former;
+            they are kept so that no tensor that takes their place has the same id.
     """
 
     graph_module: fx.GraphModule
     calls: int = 1
     originals: Mapping[str, Tensor] | None = None
-    aliases: Mapping[int, Tensor] = field(default_factory=dict)
+    aliases: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def original(self, tensor: Tensor) -> Tensor:
         """The user's tensor for which one stands, or the tensor itself."""
-        return self.aliases.get(id(tensor), tensor)
+        _, original = self.aliases.get(id(tensor), (tensor, tensor))
+        return original
 
 
 @dataclass(frozen=True)

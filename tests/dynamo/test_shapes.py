@@ -9,6 +9,7 @@ import torch
 from dynamo.helpers import STEPS, Transformer, calibrated, compiled, make_offline, messages
 
 import balf_fx
+from balf_fx import backend
 
 
 def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog):
@@ -16,13 +17,13 @@ def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog)
     small = calibrated(conv_net, images)
     with torch.no_grad():
         small(images[0])
-        before = balf_fx.report(small)
+        before = backend.plan(small)
         caplog.set_level(logging.INFO, "balf_fx.backend")
         for shape in ((3, 3, 20, 24), (1, 3, 12, 12)):
             batch = torch.randn(shape)
             torch.testing.assert_close(small(batch), offline(batch))
     assert not messages(caplog)
-    assert balf_fx.report(small) is before
+    assert backend.plan(small) is before
 
 
 def test_new_shapes_before_the_switch_merge_their_statistics(conv_net):
