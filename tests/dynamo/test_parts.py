@@ -179,48 +179,57 @@ def test_a_module_that_is_called_in_a_loop_counts_with_every_run():
     assert len(report.sites) == 5
 
 
-def test_a_layer_in_two_parts_has_one_copy_and_is_counted_once():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+class Shared(nn.Module):
+    """The same layer in both parts."""
 
-        def forward(self, x):
-            x = x + self.layer(x).tanh()
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.broken = True
+
+    def forward(self, x):
+        x = x + self.layer(x).tanh()
+        if self.broken:
             torch._dynamo.graph_break()
-            return self.last(x + self.layer(x).sigmoid())
+        return self.last(x + self.layer(x).sigmoid())
 
-    model, batches, inner = Shared().double().eval(), rows(), Collector()
-    small = calibrated(model, batches, effort="best", flops=None, params=0.6, inner=inner)
-    run(small, batches[STEPS])
+
+class Tied(nn.Module):
+    """An embedding in one part whose weight is the output projection in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(40, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 40, bias=False)
+        self.head.weight = self.embedding.weight
+        self.broken = True
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.head(self.middle(x).relu())
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("build", [Shared, Tied])
+def test_a_weight_in_two_parts_has_one_copy_and_is_counted_once(build, effort):
+    model, inner = build().double().eval(), Collector()
+    batches = rows() if build is Shared else list(torch.randint(40, (STEPS + 1, 16, 6)))
+    budget = {"flops": None, "params": 0.7 if build is Shared else 0.9, "effort": effort, "widths": False}
+    small = calibrated(model, batches, inner=inner, **budget)
+    output = run(small, batches[STEPS])
     report = balf_fx.report(small)
+    assert len(inner.graphs) == 2
     assert report.params_before == sum(value.numel() for value in model.parameters())
     assert sum(value.numel() for value in inner.parameters().values()) == report.params_after
-    assert report.params_after <= 0.6 * report.params_before
+    assert report.params_after <= budget["params"] * report.params_before
     assert inner.flops() == report.flops_after
-
-
-def test_a_tied_embedding_in_another_part_is_kept_once():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.middle = nn.Embedding(40, WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.head = nn.Linear(WIDTH, 40, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, ids):
-            x = self.embedding(ids)
-            torch._dynamo.graph_break()
-            return self.head(self.middle(x).relu())
-
-    model, inner = Tied().double().eval(), Collector()
-    batches = list(torch.randint(40, (STEPS + 1, 16, 6)))
-    small = calibrated(model, batches, effort="best", flops=None, params=0.9, inner=inner)
-    run(small, batches[STEPS])
-    report = balf_fx.report(small)
-    assert report.params_before == sum(value.numel() for value in model.parameters())
-    assert sum(value.numel() for value in inner.parameters().values()) == report.params_after
-    assert any(value is model.embedding.weight for value in inner.parameters().values())
+    if build is Tied:
+        assert any(value is model.embedding.weight for value in inner.parameters().values())
+    model.broken = False
+    offline = make_offline(model, batches[:STEPS], **budget)
+    torch.testing.assert_close(output, run(offline, batches[STEPS]))
 
 
 def test_a_part_without_layers_stays_as_it_is_and_the_log_says_so(caplog):

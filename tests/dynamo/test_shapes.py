@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import architectures
 import pytest
 import torch
 from dynamo.helpers import STEPS, Transformer, calibrated, compiled, make_offline, messages
@@ -57,3 +58,13 @@ def test_dynamic_shapes_of_a_conv_net(conv_net, images):
             assert torch.equal(small(batch), conv_net(batch))
         for size in (2, 5):
             assert small(images[0][:size]).shape == (size, 10)
+
+
+@pytest.mark.parametrize("name", ["fused", "unfused", "fused keys and values", "grouped", "multihead"])
+def test_open_sizes_have_the_widths_of_attention_as_well(name):
+    model, batches = architectures.make(name, torch.float64)
+    small = calibrated(model, batches, calibration_steps=2, effort="balanced", flops=0.4)
+    with torch.no_grad():
+        whole = small(batches[0])
+        assert {width.kind for width in backend.plan(small).plan.widths} >= {"queries", "values"}
+        torch.testing.assert_close(small(batches[0][:5]), whole[:5])
