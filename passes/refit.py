@@ -131,7 +131,7 @@ class _Solver:
 
     def _refittable(self, node: fx.Node, site: Site, rank: Rank) -> bool:
         """Whether the regression can be written down, and nothing else needs the weight that it changes."""
-        owned = owns_weight(self.graph_module, self.users, node, site)
+        owned = owns_weight(self.graph_module, self.users, node, site) and not annotation(node).shared
         return owned and not site.transposed and not (rank is None and site.keeps_weight)
 
     def _build(self, site: Site, cut: Cut, solution: tuple[Solution, ...]) -> Substitute:

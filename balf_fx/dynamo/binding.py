@@ -80,8 +80,11 @@ class Binding:
             watched: what the graph stands for without reading it.
         """
         for name, tensor in list(held_tensors(graph_module)):
+            original = part.original(tensor)
+            if original is tensor:
+                tensor.requires_grad_(False)  # it is called where nobody asks for gradients: its output has none
             owner, _, last = name.rpartition(".")
-            setattr(graph_module.get_submodule(owner), last, part.original(tensor))
+            setattr(graph_module.get_submodule(owner), last, original)
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()
@@ -110,7 +113,7 @@ def _part_from(graph_module: fx.GraphModule) -> dict[int, tuple[Tensor, Tensor]]
     """Give a graph that fetches the user's tensors others of its own.
 
     Returns:
-        Each of these with the user's tensor that it stands for, by its id.
+        `Part.aliases`: the tensors that stand for the user's, each with the user's own.
     """
     own: dict[int, Tensor] = {}
     aliases: dict[int, tuple[Tensor, Tensor]] = {}
@@ -120,7 +123,7 @@ def _part_from(graph_module: fx.GraphModule) -> dict[int, tuple[Tensor, Tensor]]
             continue
         if id(tensor) not in own:
             own[id(tensor)] = _own(tensor)
-            aliases[id(own[id(tensor)])] = (own[id(tensor)], tensor)
+            aliases[id(own[id(tensor)])] = own[id(tensor)], tensor
         owner, _, name = path.rpartition(".")
         setattr(graph_module.get_submodule(owner), name, own[id(tensor)])
     return aliases

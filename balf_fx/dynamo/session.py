@@ -245,6 +245,7 @@ class Session:
         with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
             # 2. Observe, calibrate and convert, as for a model that is captured in one piece.
             compress.observe(program, settings, {settings.chosen_factors})
+            unchanged = sum(not sites(graph_module) for graph_module in program.graph_modules)
             calibration = Calibration(
                 batches, run_trace, _on_inputs(settings.loss), settings.memory_bytes, settings.seed
             )
@@ -259,11 +260,13 @@ class Session:
             tensors |= _tensors_of(graph_module, replaced)
             bound.finish(graph_module, part, own)
         self._watch, self._stored = Watch(watched), Stored(plan, tensors)
-        self._log_switch(plan, len(bindings))
+        self._log_switch(plan, len(bindings), unchanged)
 
-    def _log_switch(self, plan: Plan, graphs: int) -> None:
+    def _log_switch(self, plan: Plan, graphs: int, unchanged: int) -> None:
         ranks = ", ".join(f"{name}: {'dense' if rank is None else rank}" for name, rank in plan.ranks.items())
         _LOGGER.info("call %d is the first compressed one (graphs: %d); ranks: {%s}", self._step, graphs, ranks)
+        if unchanged:
+            _LOGGER.info("%d of %d graphs hold no layers to compress, and run as they are", unchanged, graphs)
         if plan.widths:
             sizes = ", ".join(f"{width.key}: {width.features} -> {width.size}" for width in plan.widths)
             _LOGGER.info("widths: {%s}", sizes)
@@ -291,6 +294,9 @@ class Session:
         normalise(graph_module, found.plan.origin, partial=True)
         if found.plan.widths and sites(graph_module):
             FindWidths()(graph_module)
+        unseen = [site.name for site in sites(graph_module) if site.name not in found.plan.ranks]
+        if unseen:
+            _LOGGER.info("%s: dense, since calibration has not seen them", ", ".join(unseen))
         plan = applicable(found.plan, graph_module)
         self._check_weights(graph_module, plan)
         replaced = {layer.name for layer in plan.layers}

@@ -86,13 +86,13 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
         factors: what is to be made of the statistics, one or several.
 
     Raises:
-        NoSiteError: nothing can be factorized.
+        NoSiteError: nothing can be factorized, and `strict` does not let the program stay as it is.
         UnknownSiteError: a pattern matches no layer.
     """
     # FoldBatchNorm, Annotate; then the sites that several parts have in common.
     for graph_module in program.graph_modules:
         normalise(graph_module, graph_record(graph_module).origin, partial=program.is_traced)
-    _check_sites(program, settings)
+    _check_sites(program, settings, required=settings.strict or not program.is_traced)
     shared = join(program.parts) if program.is_traced else set()
     # FindWidths, InsertObservers.
     for graph_module in filter(sites, program.graph_modules):
@@ -102,13 +102,13 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
     share_observers(program.parts, shared)
 
 
-def _check_sites(program: Program, settings: Settings) -> None:
-    """Refuse a program without sites, and patterns that match no layer in any of its parts."""
+def _check_sites(program: Program, settings: Settings, required: bool) -> None:
+    """Refuse a program without sites where they are required, and patterns that match no layer in any of its parts."""
     marks = [annotation(node) for graph_module in program.graph_modules for node in graph_module.graph.nodes]
     if program.is_traced:
         names = [name for graph_module in program.graph_modules for name in layers_of(graph_module)]
         Annotate(settings.include, settings.exclude, settings.dense).check(names)
-    if not any(mark.site for mark in marks):
+    if required and not any(mark.site for mark in marks):
         refusals = [mark.refusal for mark in marks if mark.refusal is not None]
         listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
         raise NoSiteError(f"nothing in the model can be factorized ({listed})")
@@ -175,7 +175,7 @@ def convert(
         NotCalibratedError: there are no observers, or they have seen nothing.
         BudgetError: the budget cannot be reached; names the smallest that can.
     """
-    if not any(hasattr(graph_module, OBSERVERS) for graph_module in program.graph_modules):
+    if not (program.is_traced or any(hasattr(graph_module, OBSERVERS) for graph_module in program.graph_modules)):
         raise NotCalibratedError(
             "this is not a prepared graph: call balf_fx.prepare first and run a few batches through it"
         )

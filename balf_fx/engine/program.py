@@ -65,8 +65,8 @@ class Part:
         graph_module: mutated by the passes; the model's own tensors stay as they are.
         calls: how often one call of the model runs it.
         originals: the user's tensors by dotted path, where these say which weights are the same in several parts.
-        aliases: tensors of the graph with the user's tensors that they stand for, by the id of the former; both are
-            held, so that no id recurs.
+        aliases: the tensors that stand for the user's in the graph, each with the user's own, by the id of the former;
+            they are kept so that no tensor that takes their place has the same id.
     """
 
     graph_module: fx.GraphModule
@@ -76,7 +76,8 @@ class Part:
 
     def original(self, tensor: Tensor) -> Tensor:
         """The user's tensor for which one stands, or the tensor itself."""
-        return self.aliases[id(tensor)][1] if id(tensor) in self.aliases else tensor
+        _, original = self.aliases.get(id(tensor), (tensor, tensor))
+        return original
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.budget.problem import Problem, settle
@@ -13,7 +13,7 @@ from balf_fx.calibration.batches import Calibration
 from balf_fx.engine.program import Program, Step, Trace, linked
 from balf_fx.engine.rewriting import rewrite
 from balf_fx.graph.allocation import Allocation
-from balf_fx.graph.annotation import sites
+from balf_fx.graph.annotation import graph_record, sites
 from balf_fx.passes import Refit
 from balf_fx.passes.refit import RefitMode
 from balf_fx.progress import SILENT, Progress
@@ -40,6 +40,7 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
     if mode is None:
         for graph_module in program.graph_modules:
             rewrite(graph_module)
+        _share_layers(program)
         return
     with _Relay(program, calibration) as relay:
         weights = [float(_work(graph_module)) for graph_module in program.graph_modules]
@@ -51,6 +52,16 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
             rewrite(graph_module)
             relay.run(index)
             span.done()
+    _share_layers(program)
+
+
+def _share_layers(program: Program) -> None:
+    """Let parts that use the same layer hold one copy of what has taken its place."""
+    held: dict[str, nn.Module] = {}
+    for graph_module in program.graph_modules:
+        for layer in graph_record(graph_module).replaced:
+            module = held.setdefault(layer.name, graph_module.get_submodule(layer.name))
+            graph_module.set_submodule(layer.name, module)
 
 
 def _work(graph_module: fx.GraphModule) -> int:

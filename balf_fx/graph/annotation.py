@@ -31,6 +31,7 @@ class Annotation:
     Attributes:
         flops: counted on the example batch (`costs.profile`).
         shape: of the node's output on the example batch.
+        number: the node's output on the example batch, where it is a whole number: a size that is an argument, say.
         computed_from: the tensors of which a parameter is made, by FoldConstants on the node that fetches it.
         folded: the BatchNorms that the node has taken in, in their order, by FoldBatchNorm.
         shared: another graph of the program reads the node's weights too: their shapes and values stay as they are,
@@ -46,6 +47,7 @@ class Annotation:
 
     flops: int | None = None
     shape: tuple[int, ...] | None = None
+    number: int | None = None
     computed_from: tuple[torch.Tensor, ...] = ()
     folded: tuple[Norm, ...] = ()
     shared: bool = False

@@ -34,7 +34,8 @@ class _Profiler(fx.Interpreter):
         before = self.counter.get_total_flops()
         result = super().run_node(n)
         shape = tuple(result.shape) if isinstance(result, torch.Tensor) else None
-        annotate(n, flops=self.counter.get_total_flops() - before, shape=shape)
+        number = result if isinstance(result, int) else None
+        annotate(n, flops=self.counter.get_total_flops() - before, shape=shape, number=number)
         return result
 
 

@@ -187,6 +187,8 @@ class _Reader:
 
     def _number(self, node: fx.Node) -> Any:
         """A size, or what is computed from sizes, as it was on the example batch."""
+        if annotation(node).number is not None:
+            return annotation(node).number
         if reads_metadata(node):
             shape = annotation(node.all_input_nodes[0]).shape
             if shape is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 
 import pytest
 import torch
-from dynamo.helpers import STEPS, Mlps, calibrated, compiled, make_offline, ranks, rows, run
+from dynamo.helpers import STEPS, Mlps, calibrated, compiled, make_offline, rows, run
 
-import balf_fx
+from balf_fx.dynamo import recording
+from balf_fx.refit.offload import Shelved
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def test_files_go_with_what_they_were_recorded_for(conv_net, images, folder, end
         run(small, images[0])
     else:
         torch.compiler.reset()
+        gc.collect()
     assert not files(folder)
 
 
@@ -52,12 +55,14 @@ def test_memory_changes_nothing(conv_net, images, folder):
     torch.testing.assert_close(outputs[0], run(expected, images[STEPS]))
 
 
-def test_refits_read_inputs_and_what_parts_hand_over_from_files(folder):
+def test_refits_read_inputs_from_files(folder, monkeypatch):
     model, batches = Mlps().double().eval(), rows()
     plan = {"first.0": 6, "first.2": 6, "second.0": 12, "second.2": 12}
-    given = {"flops": None, "allocation": plan, "factors": "activations", "refit": "up"}
-    small, expected = (calibrated(model, batches, memory=memory, **given) for memory in ("20K", "1G"))
-    assert files(folder)
-    torch.testing.assert_close(run(small, batches[STEPS]), run(expected, batches[STEPS]))
-    assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(expected))
+    given = {"flops": None, "allocation": plan, "factors": "activations", "refit": True}
+    expected = calibrated(model, batches, **given)
+    wanted = run(expected, batches[STEPS])
+    monkeypatch.setattr(recording, "Shelved", lambda memory: Shelved(0))
+    small = calibrated(model, batches, **given)
+    assert len(files(folder)) >= 2 * (STEPS - 1)
+    assert torch.equal(run(small, batches[STEPS]), wanted)
     assert not files(folder)

@@ -23,7 +23,8 @@ from balf_fx.errors import OptionError, UnknownSiteError
         ({"flops": 0.5, "inner": "nonsense"}, "nonsense"),
         ({"flops": 0.5, "mode": "reduce-overhead", "inner_options": {}}, "one of them"),
         ({"flops": 0.5, "factors": "magic"}, "factors"),
-        ({"flops": 0.5, "factors": "air"}, "needs the gradients of weights"),
+        ({"flops": 0.5, "capture": "export"}, "Dynamo captures the graphs"),
+        ({"flops": 0.5, "factors": "air", "refit": True}, "refit would undo"),
         ({"plan": 3}, "plan is"),
     ],
 )
@@ -31,7 +32,7 @@ def test_wrong_options_fail_at_compile_time(conv_net, images, given, message):
     small = torch.compile(conv_net, backend=balf, options=given)
     with pytest.raises(OptionError, match=message) as caught, torch.no_grad():
         small(images[0])
-    assert "flops, params, factors" in str(caught.value)
+    assert "flops, params, effort" in str(caught.value)
 
 
 def test_no_options_at_all(conv_net, images):

@@ -18,6 +18,10 @@ from balf_fx import backend
 from balf_fx.dynamo.recording import Recording
 
 
+def graph_flops(graph, inputs):
+    return count_flops(lambda given: graph(*given), inputs)
+
+
 class Collector:
     """An inner backend that keeps the graphs that it is given, and the inputs they are compiled for."""
 
@@ -29,7 +33,7 @@ class Collector:
         return graph_module
 
     def flops(self):
-        return sum(count_flops(lambda inputs, graph=graph: graph(*inputs), inputs) for graph, inputs in self.graphs)
+        return sum(graph_flops(graph, inputs) for graph, inputs in self.graphs)
 
     def parameters(self):
         return {id(value): value for graph, _ in self.graphs for value in graph.parameters()}
@@ -140,75 +144,92 @@ def test_a_value_written_to_between_the_parts_is_not_a_link():
 
     model, batches = Scaled().double().eval(), rows()
     small = calibrated(
-        model, batches, flops=None, allocation={"second": 12}, factors="activations", refit=True, dense=["first"]
+        model, batches, flops=None, allocation={"second": 11}, factors="activations", refit=True, dense=["first"]
     )
     wanted = run(model, batches[STEPS])
     assert (run(small, batches[STEPS]) - wanted).norm() < 0.3 * wanted.norm()
 
 
-def test_a_module_that_is_called_in_a_loop_counts_every_call():
+def test_a_module_that_is_called_in_a_loop_counts_with_every_run():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.layer(x)
+
     class Repeated(nn.Module):
         def __init__(self):
             super().__init__()
-            self.block = Mlps()
+            self.block, self.head = Mlps(), Head()
 
         def forward(self, x):
             for _ in range(3):
                 x = self.block(x)
-                torch._dynamo.graph_break()
-            return x
+            return self.head(x)
 
     model, batches, inner = Repeated().double().eval(), rows(), Collector()
-    small = calibrated(model, batches, effort="best", flops=0.6, inner=inner)
+    small = calibrated(model, batches[:1], effort="best", flops=0.6, inner=inner)
     run(small, batches[STEPS])
     report = balf_fx.report(small)
-    assert report.flops_before == 3 * count_flops(whole(model.block), batches[0])
-    assert report.flops_after == 3 * inner.flops() <= 0.6 * report.flops_before
-    assert len(report.sites) == 4
+    *block, head = [graph_flops(graph, inputs) for graph, inputs in inner.graphs]
+    assert report.flops_before == 3 * count_flops(whole(model.block), batches[0]) + 2 * len(batches[0]) * WIDTH**2
+    assert report.flops_after == 3 * sum(block) + head <= 0.6 * report.flops_before
+    assert len(report.sites) == 5
 
 
-def test_a_layer_in_two_parts_has_one_copy_and_is_counted_once():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+class Shared(nn.Module):
+    """The same layer in both parts."""
 
-        def forward(self, x):
-            x = x + self.layer(x).tanh()
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.broken = True
+
+    def forward(self, x):
+        x = x + self.layer(x).tanh()
+        if self.broken:
             torch._dynamo.graph_break()
-            return self.last(x + self.layer(x).sigmoid())
+        return self.last(x + self.layer(x).sigmoid())
 
-    model, batches, inner = Shared().double().eval(), rows(), Collector()
-    small = calibrated(model, batches, effort="best", flops=None, params=0.6, inner=inner)
-    run(small, batches[STEPS])
+
+class Tied(nn.Module):
+    """An embedding in one part whose weight is the output projection in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(40, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 40, bias=False)
+        self.head.weight = self.embedding.weight
+        self.broken = True
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.head(self.middle(x).relu())
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("build", [Shared, Tied])
+def test_a_weight_in_two_parts_has_one_copy_and_is_counted_once(build, effort):
+    model, inner = build().double().eval(), Collector()
+    batches = rows() if build is Shared else list(torch.randint(40, (STEPS + 1, 16, 6)))
+    budget = {"flops": None, "params": 0.7 if build is Shared else 0.9, "effort": effort, "widths": False}
+    small = calibrated(model, batches, inner=inner, **budget)
+    output = run(small, batches[STEPS])
     report = balf_fx.report(small)
+    assert len(inner.graphs) == 2
     assert report.params_before == sum(value.numel() for value in model.parameters())
     assert sum(value.numel() for value in inner.parameters().values()) == report.params_after
-    assert report.params_after <= 0.6 * report.params_before
+    assert report.params_after <= budget["params"] * report.params_before
     assert inner.flops() == report.flops_after
-
-
-def test_a_tied_embedding_in_another_part_is_kept_once():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.middle = nn.Embedding(40, WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.head = nn.Linear(WIDTH, 40, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, ids):
-            x = self.embedding(ids)
-            torch._dynamo.graph_break()
-            return self.head(self.middle(x).relu())
-
-    model, inner = Tied().double().eval(), Collector()
-    batches = list(torch.randint(40, (STEPS + 1, 16, 6)))
-    small = calibrated(model, batches, effort="best", flops=None, params=0.9, inner=inner)
-    run(small, batches[STEPS])
-    report = balf_fx.report(small)
-    assert report.params_before == sum(value.numel() for value in model.parameters())
-    assert sum(value.numel() for value in inner.parameters().values()) == report.params_after
-    assert any(value is model.embedding.weight for value in inner.parameters().values())
+    if build is Tied:
+        assert any(value is model.embedding.weight for value in inner.parameters().values())
+    model.broken = False
+    offline = make_offline(model, batches[:STEPS], **budget)
+    torch.testing.assert_close(output, run(offline, batches[STEPS]))
 
 
 def test_a_part_without_layers_stays_as_it_is_and_the_log_says_so(caplog):

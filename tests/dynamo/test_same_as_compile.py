@@ -50,7 +50,7 @@ def make(name):
         ("gated mlp", {"factors": "air"}),
         ("transformer", {"effort": "balanced"}),
         ("transformer", {"effort": "best", "dense": ["head"], "flops": 0.6}),
-        ("multihead", {"effort": "best", "flops": None, "params": 0.6}),
+        ("fused keys and values", {"effort": "best", "flops": None, "params": 0.6}),
     ],
 )
 def test_plan_and_outputs_are_those_of_compile(name, changes):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import architectures
 import pytest
 import torch
 from dynamo.helpers import STEPS, Transformer, calibrated, compiled, make_offline, messages
 
 import balf_fx
+from balf_fx import backend
 
 
 def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog):
@@ -16,13 +18,13 @@ def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog)
     small = calibrated(conv_net, images)
     with torch.no_grad():
         small(images[0])
-        before = balf_fx.report(small)
+        before = backend.plan(small)
         caplog.set_level(logging.INFO, "balf_fx.backend")
         for shape in ((3, 3, 20, 24), (1, 3, 12, 12)):
             batch = torch.randn(shape)
             torch.testing.assert_close(small(batch), offline(batch))
     assert not messages(caplog)
-    assert balf_fx.report(small) is before
+    assert backend.plan(small) is before
 
 
 def test_new_shapes_before_the_switch_merge_their_statistics(conv_net):
@@ -56,3 +58,13 @@ def test_dynamic_shapes_of_a_conv_net(conv_net, images):
             assert torch.equal(small(batch), conv_net(batch))
         for size in (2, 5):
             assert small(images[0][:size]).shape == (size, 10)
+
+
+@pytest.mark.parametrize("name", ["fused", "unfused", "fused keys and values", "grouped", "multihead"])
+def test_open_sizes_have_the_widths_of_attention_as_well(name):
+    model, batches = architectures.make(name, torch.float64)
+    small = calibrated(model, batches, calibration_steps=2, effort="balanced", flops=0.4)
+    with torch.no_grad():
+        whole = small(batches[0])
+        assert {width.kind for width in backend.plan(small).plan.widths} >= {"queries", "values"}
+        torch.testing.assert_close(small(batches[0][:5]), whole[:5])

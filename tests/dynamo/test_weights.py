@@ -37,7 +37,7 @@ def computed(model: nn.Module) -> nn.Module:
 def test_computed_weights_have_factors_as_well():
     model = computed(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)))
     x = torch.randn(16, 8)
-    small = torch.compile(model, backend=balf, options={"flops": 0.8, "calibration_steps": 2, "inner": "eager"})
+    small = compiled(model, flops=0.8, calibration_steps=2)
     with torch.no_grad():
         assert torch.equal(small(x), model(x))
         model[0].bias += 1.0  # calibration starts again
