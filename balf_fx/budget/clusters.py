@@ -7,16 +7,18 @@ up: a sum of squares, as if they were independent.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from operator import getitem, itemgetter
+from functools import partial, reduce
+from operator import getitem
 from typing import TypeVar
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.curves import Candidate, Measure, RankCurve
@@ -162,21 +164,38 @@ class _Menu:
         curves: of the members, from which all of this was made.
         others: FLOPs and parameters of the shares.
         candidates: of each member.
-        costs, losses: of the candidates, losses as normalised distortions.
+        costs, losses: of each member's candidates, int64 and float64, losses as normalised distortions.
     """
 
     curves: tuple[RankCurve, ...]
     others: tuple[int, int]
     candidates: tuple[tuple[Candidate, ...], ...]
-    costs: tuple[tuple[int, ...], ...]
-    losses: tuple[tuple[float, ...], ...]
+    costs: tuple[Tensor, ...]
+    losses: tuple[Tensor, ...]
 
-    def choices(self, weights: Sequence[float]) -> Iterator[_Priced[tuple[int, ...]]]:
-        """A candidate of each member by its index: all choices where they are few, else those on the convex hull."""
-        losses = [[weight * loss for loss in row] for row, weight in zip(self.losses, weights, strict=True)]
-        few = math.prod(map(len, losses)) <= _PRODUCTS
-        for picked in itertools.product(*(range(len(row)) for row in losses)) if few else _on_hull(self.costs, losses):
-            yield sum(map(getitem, self.costs, picked)), sum(map(getitem, losses, picked)), picked
+    def priced(self, weights: Sequence[float]) -> tuple[Tensor, Tensor, Sequence[tuple[int, ...]] | None]:
+        """Costs and losses of choices of one candidate from each member: of all where they are few, else of those on
+        the convex hull.
+
+        Returns:
+            [n] int64, [n] float64, and the choices as indices of candidates; None for all in the order of
+            `itertools.product`.
+        """
+        lost = [weight * row for row, weight in zip(self.losses, weights, strict=True)]
+        if math.prod(map(len, lost)) <= _PRODUCTS:
+            return _all_sums(self.costs, torch.int64), _all_sums(lost, torch.float64), None
+        costs, losses = ([row.tolist() for row in rows] for rows in (self.costs, lost))
+        picks = list(_on_hull(costs, losses))
+        cost, loss = ([sum(map(getitem, rows, picked)) for picked in picks] for rows in (costs, losses))
+        return torch.tensor(cost), torch.tensor(loss, dtype=torch.float64), picks
+
+    def pick(self, index: int) -> tuple[int, ...]:
+        """The choice of that number among all."""
+        found: list[int] = []
+        for row in reversed(self.costs):
+            index, own = divmod(index, len(row))
+            found.append(own)
+        return tuple(reversed(found))
 
     def option(self, picked: Sequence[int], sizes: tuple[int, ...], loss: float) -> Option:
         """One choice at these sizes."""
@@ -224,16 +243,29 @@ class Cluster:
         tried = [_sizes(width, len(self.widths)) for width in self.widths]
         if near is not None:
             tried = [_between_sizes(size, row) for size, row in zip(near.sizes, tried, strict=True)]
-        priced: list[_Priced[Callable[[], Option]]] = []
+        costs: list[Tensor] = []
+        lost: list[Tensor] = []
+        builders: list[Callable[[int, float], Option]] = []
         for sizes in itertools.product(*tried):
             menu = self._menu(sizes, tuple(curves), measure)
-            lost = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
             fixed = menu.others[0 if measure == "flops" else 1]
-            for cost, loss, picked in menu.choices(weights):
-                priced.append((fixed + cost, lost + loss, partial(menu.option, picked, sizes, lost + loss)))
+            kept = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
+            cost, loss, picks = menu.priced(weights)
+            costs.append(fixed + cost)
+            lost.append(kept + loss)
+            builders.append(partial(_built, menu, picks, sizes))
         if near is not None:
-            priced += self._neighbours(near, curves, weights, measure)
-        return [build() for *_, build in _efficient(priced)]
+            neighbours = list(self._neighbours(near, curves, weights, measure))
+            costs.append(torch.tensor([cost for cost, _, _ in neighbours], dtype=torch.int64))
+            lost.append(torch.tensor([loss for _, loss, _ in neighbours], dtype=torch.float64))
+            builders.append(lambda index, _: neighbours[index][2]())
+        starts = [0, *itertools.accumulate(map(len, costs))]
+        loss = torch.cat(lost)
+        found = []
+        for index in _efficient(torch.cat(costs), loss).tolist():
+            own = bisect.bisect_right(starts, index) - 1
+            found.append(builders[own](index - starts[own], float(loss[index])))
+        return found
 
     def _menu(self, sizes: tuple[int, ...], curves: tuple[RankCurve, ...], measure: Measure) -> _Menu:
         known = self._menus.get((measure, sizes))
@@ -247,9 +279,10 @@ class Cluster:
         others = (sum(flops for flops, _ in shares), sum(params for _, params in shares))
         pairs = zip(self.members, curves, strict=True)
         rows = tuple(tuple(member.candidates(curve, kept)) for member, curve in pairs)
-        costs = tuple(tuple(candidate.cost(measure) for candidate in row) for row in rows)
+        costs = tuple(torch.tensor([candidate.cost(measure) for candidate in row]) for row in rows)
         losses = tuple(
-            tuple(curve.normalised(c.distortion) for c in row) for curve, row in zip(curves, rows, strict=True)
+            torch.tensor([curve.normalised(c.distortion) for c in row], dtype=torch.float64)
+            for curve, row in zip(curves, rows, strict=True)
         )
         return _Menu(curves, others, rows, costs, losses)
 
@@ -378,12 +411,24 @@ def _on_hull(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) 
         yield tuple(picked)
 
 
-def _efficient(priced: Iterable[_Priced[_T]]) -> list[_Priced[_T]]:
-    """What nothing cheaper beats, ascending in cost."""
-    best = math.inf
-    kept = []
-    for each in sorted(priced, key=itemgetter(0, 1)):
-        if each[1] <= best:  # of those that lose the same, what is left of a budget goes to the costlier
-            best = each[1]
-            kept.append(each)
-    return kept
+def _built(
+    menu: _Menu, picks: Sequence[tuple[int, ...]] | None, sizes: tuple[int, ...], index: int, loss: float
+) -> Option:
+    return menu.option(menu.pick(index) if picks is None else picks[index], sizes, loss)
+
+
+def _all_sums(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sums of one item from each row, [product of lengths], in the order of `itertools.product`."""
+    return reduce(lambda total, row: (total[:, None] + row).flatten(), rows, torch.zeros(1, dtype=dtype))
+
+
+def _efficient(costs: Tensor, losses: Tensor) -> Tensor:
+    """The positions of what nothing cheaper beats, ascending in cost.
+
+    Of those that lose the same, what is left of a budget goes to the costlier.
+    """
+    order = torch.argsort(losses, stable=True)
+    order = order[torch.argsort(costs[order], stable=True)]
+    ordered = losses[order]
+    least = torch.cat([ordered.new_full((1,), math.inf), ordered.cummin(0).values[:-1]])
+    return order[ordered <= least]
