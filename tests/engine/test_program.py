@@ -121,7 +121,8 @@ def test_aliases_stand_for_the_users_weights():
         layer = nn.Linear(8, 8)
         layer.load_state_dict(shared.state_dict())
         originals = {f"{name}.{key}": value for key, value in shared.named_parameters()}
-        aliases = {id(getattr(layer, key)): value for key, value in shared.named_parameters()}
+        pairs = [(getattr(layer, key), value) for key, value in shared.named_parameters()]
+        aliases = {id(own): (own, value) for own, value in pairs}
         parts.append(dataclasses.replace(part_of(traced(**{name: layer}), originals), aliases=aliases))
     assert join(parts) == {"first"}
     assert [names(part) for part in parts] == [["first"], ["first"]]

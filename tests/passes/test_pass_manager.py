@@ -110,7 +110,7 @@ def filled(graph_module):
     """The fields that are set at all sites."""
     marks = [annotation(nodes[0]) for nodes in sites(graph_module).values()]
     assert marks
-    fields = [{f.name for f in dataclasses.fields(m) if getattr(m, f.name) not in (None, ())} for m in marks]
+    fields = [{f.name for f in dataclasses.fields(m) if getattr(m, f.name) not in (None, (), False)} for m in marks]
     return set.intersection(*fields)
 
 
