@@ -93,7 +93,8 @@ class _Relay:
         return [dict(self._handed(part, batch, step)) for batch, step in self._runs(part)]
 
     def run(self, part: int) -> None:
-        """Run a part that has been rewritten, if a later one reads what it returns."""
+        """Run a part that has been rewritten, if a later one reads what it returns and that has changed."""
+        changed = bool(graph_record(self._program.graph_modules[part]).replaced)
         readers = {
             (batch, link.step)
             for batch, shape in enumerate(self._shapes)
@@ -102,6 +103,8 @@ class _Relay:
             if step.part > part and shape[link.step].part == part
         }
         for batch, step in sorted(readers):
+            if not (changed or any((batch, link.step) in self._places for link in self._shapes[batch][step].links)):
+                continue
             trace = self._trace(batch)
             args = linked(trace[step], [self._known(batch, earlier) for earlier in range(step)])
             self._places[batch, step] = len(self._outputs)
