@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
+from balf_fx.budget.members import Member, Share
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.curves import Candidate, Measure, RankCurve
 from balf_fx.graph.flops import use
@@ -27,7 +28,7 @@ from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve, joint_widths
-from balf_fx.ranks.costs import rank_flops, rank_params
+from balf_fx.ranks.costs import rank_params
 from balf_fx.ranks.hulls import lower_hull, segments, steepest_first
 from balf_fx.widths.heads import has_level_heads, is_attention
 
@@ -37,93 +38,11 @@ _SIZES = {1: 32, 2: 12}  # sizes tried of each width, by how many hang together
 _PRODUCTS = 512  # choices of ranks at one size that are all tried; of more, those on the convex hull
 
 
-_RANKS = 48  # ranks tried of each site at each size; the refinement is the allocator's rounding, not the model's
-
-
 _T = TypeVar("_T")
 
 
 _Priced = tuple[int, float, _T]
 """A cost, a loss, and what has them."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Something whose cost follows the sizes: a product of attention, a depthwise convolution, a small layer.
-
-    Attributes:
-        shrinks: for each width by its index in the cluster, the share of the cost that goes with it.
-        level: the cost goes with the width that keeps most, since what the others lose is padded (`Narrow`).
-    """
-
-    flops: int
-    params: int
-    shrinks: tuple[tuple[int, float], ...]
-    level: bool = False
-
-    def cost(self, kept: Sequence[float]) -> tuple[int, int]:
-        """FLOPs and parameters, for the share of features that each width keeps."""
-        factor = 1.0 - sum(share * (1.0 - kept[index]) for index, share in self.shrinks)
-        if self.level:
-            whole = math.isclose(sum(share for _, share in self.shrinks), 1.0)
-            factor = max(kept[index] for index, _ in self.shrinks) if whole else 1.0
-        return round(self.flops * factor), round(self.params * factor)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A site of a cluster.
-
-    Attributes:
-        flops, output_elements: of the layer as it is.
-        outputs: for each width that it writes, its index in the cluster and how many of its rows belong to it.
-        reads: the index of the width that it reads, or None.
-        mixed: its rows are mixed with each other, so that only a layer without ranks of its own can be narrowed.
-        bias: it has a bias, or is to have one once it reads fewer features.
-    """
-
-    site: Site
-    flops: int
-    output_elements: int
-    outputs: tuple[tuple[int, int], ...]
-    reads: int | None
-    mixed: bool
-    bias: bool
-
-    def narrowed(self, kept: Sequence[float]) -> Site:
-        """The site as it is at these sizes."""
-        outputs = self.site.out_features - sum(round(rows * (1.0 - kept[index])) for index, rows in self.outputs)
-        inputs = self.site.in_features
-        if self.reads is not None:
-            inputs = round(inputs * kept[self.reads])
-        return dataclasses.replace(self.site, out_features=outputs, in_features=inputs)
-
-    def candidates(self, curve: RankCurve, kept: Sequence[float], every: bool = False) -> list[Candidate]:
-        """Some of its ranks at these sizes, or every one, ascending, then without factors."""
-        site = self.narrowed(kept)
-        choose = list if every else _thin
-        if site == self.site:
-            thinned = choose(curve.candidates[: self.site.break_even])
-            return [*thinned, curve.dense]
-        flops = self.flops // (self.site.out_features * self.site.in_features) * site.out_features * site.in_features
-        elements = self.output_elements // self.site.out_features * site.out_features
-        biased = self.bias and (self.reads is None or kept[self.reads] < 1.0 or self.site.bias is not None)
-        extra = site.out_features if biased and self.site.bias is None else 0
-        dense = Candidate(None, flops, rank_params(site, None, False) + extra, 0.0)
-        if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
-            return [dense]
-        ranks = choose(curve.candidates[: min(site.break_even, self.site.break_even)])
-        # Both costs are linear in the rank.
-        per_rank = rank_flops(site, 1, flops, elements)
-        first, second = (rank_params(site, rank, curve.spectrum.mean is not None) for rank in (1, 2))
-        return [
-            *(
-                Candidate(rank, rank * per_rank, first + (rank - 1) * (second - first), candidate.distortion)
-                for candidate in ranks
-                if isinstance(rank := candidate.rank, int)
-            ),
-            dense,
-        ]
 
 
 @dataclass(frozen=True)
@@ -392,13 +311,6 @@ def _between_sizes(size: int, tried: Sequence[int]) -> list[int]:
     following = next((other for other in tried if other > size), size)
     step = max((following - size) // 8, 1)
     return list(range(size, following, step)) or [size]
-
-
-def _thin(candidates: Sequence[Candidate]) -> list[Candidate]:
-    if len(candidates) <= _RANKS:
-        return list(candidates)
-    picked = sorted({round(i * (len(candidates) - 1) / (_RANKS - 1)) for i in range(_RANKS)})
-    return [candidates[i] for i in picked]
 
 
 def _on_hull(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> Iterator[tuple[int, ...]]:
