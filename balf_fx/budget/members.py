@@ -1,4 +1,4 @@
-"""What a cluster is made of, and what it costs at some sizes of its widths: sites, and whatever else follows the sizes."""
+"""What makes up a cluster, and its costs at some sizes of the widths: sites, and whatever else follows the sizes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from architectures import EVERYTHING, count_flops, count_params, make, rewritten, scored
 
-from balf_fx.budget.clusters import Member, find_clusters
+from balf_fx.budget.clusters import find_clusters
+from balf_fx.budget.members import Member
 from balf_fx.graph.annotation import annotation, graph_record, sites
 
 MEASURES = pytest.mark.parametrize("measure", ["flops", "params"])
