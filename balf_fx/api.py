@@ -67,13 +67,14 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             raise CalibrationError("there are no calibration batches: pass at least one, or a fresh iterator")
         # 2. Capture the graph, fold BatchNorm, find the sites and put observers beside them.
         program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
-        # 3. Calibrate: let the batches flow through. Score every rank and width, solve the budget, refit the layers,
-        #    rewrite the graph: `engine.compress` has these steps.
+        # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
         everything = itertools.chain([first], batches)
         kept = _kept(calib_batches, everything, settings, closing) if settings.keeps_batches else ()
         stream = None if settings.keeps_batches else everything
         calibration = _calibration(kept, forward, settings)
+        # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = compress.run(program, settings, calibration, stream=stream, progress=bar)
+        # 5. Leave a plain module with its plan.
         return finish(compressed.graph_modules[0], plan)
 
 

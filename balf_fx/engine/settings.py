@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar, get_args
@@ -31,6 +32,7 @@ Stage = Literal["prepare", "calibrate", "convert"]
 """What an option is for: capture and observers, running the batches, or everything after that."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_WRAPPER = textwrap.TextWrapper(120, initial_indent=" " * 8, subsequent_indent=" " * 12)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -279,8 +281,8 @@ def takes_settings(*stages: Stage, **defaults: Any) -> Callable[[_F], _F]:
         ]
         function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
         if function.__doc__ is not None:
-            lines = "".join(f"        {name}: {each.metadata['text']}.\n" for name, each in found.items())
-            function.__doc__ = function.__doc__.replace("        {options}\n", lines)
+            wrapped = (_WRAPPER.fill(f"{name}: {each.metadata['text']}.") for name, each in found.items())
+            function.__doc__ = function.__doc__.replace("        {options}", "\n".join(wrapped))
         return function
 
     return decorate
