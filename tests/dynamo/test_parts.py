@@ -143,11 +143,9 @@ def test_a_value_written_to_between_the_parts_is_not_a_link():
             return self.second(x)
 
     model, batches = Scaled().double().eval(), rows()
-    small = calibrated(
-        model, batches, flops=None, allocation={"second": 11}, factors="activations", refit=True, dense=["first"]
-    )
+    small = calibrated(model, batches, flops=None, allocation={"first": 11}, factors="activations", refit=True)
     wanted = run(model, batches[STEPS])
-    assert (run(small, batches[STEPS]) - wanted).norm() < 0.3 * wanted.norm()
+    assert (run(small, batches[STEPS]) - wanted).norm() < 0.5 * wanted.norm()
 
 
 def test_a_module_that_is_called_in_a_loop_counts_with_every_run():
