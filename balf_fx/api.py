@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from balf_fx.calibration.batches import MEMORY, Calibration, Forward, Loss, forward_for, iterate, placeholder_values
+from balf_fx.calibration.batches import Calibration, Forward, forward_for, iterate, placeholder_values
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.models import cuda_devices
 from balf_fx.capture.normal_form import capture
@@ -111,27 +111,22 @@ def prepare(
         return _prepared(model, example, forward or forward_for(model), settings, wanted)
 
 
+@takes_settings("calibrate")
 def calibrate(
-    prepared: fx.GraphModule,
-    batches: Iterable[Any],
-    *,
-    loss: Loss | None = None,
-    memory: int | str = MEMORY,
-    forward: Forward | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    prepared: fx.GraphModule, batches: Iterable[Any], *, forward: Forward | None = None, **options: Any
 ) -> None:
     """Run batches through a prepared graph, with gradients where it observes these.
 
     Args:
-        loss, memory, forward, seed, progress: as in `compile`.
+        forward: as in `compile`.
+        {options}
 
     Raises:
         CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
     """
-    settings = Settings(loss=loss, memory=memory, seed=seed, progress=progress)
+    settings = settings_from(options, "calibrate")
     forward = forward or forward_for(prepared)
-    with progress_bar(progress, "calibrating") as bar:
+    with progress_bar(settings.progress, "calibrating") as bar:
         calibration = _calibration([], forward, settings)
         compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
 
