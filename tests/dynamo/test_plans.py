@@ -67,7 +67,7 @@ def test_a_plan_and_its_file_start_compressed_with_the_same_outputs(name, path):
     assert not torch.allclose(wanted, run(model, batches[STEPS]))
 
 
-@pytest.mark.parametrize("name", ["conv net", "inverted residual", "gated mlp", "transformer"])
+@pytest.mark.parametrize("name", ["conv net", "inverted residual", "scaled mlp", "transformer"])
 def test_the_file_of_a_compiled_model_starts_compressed(name, path):
     if name == "conv net":
         model, batches = make(name)
