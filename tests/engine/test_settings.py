@@ -173,7 +173,7 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
     own = {"factors"} if door is balf_fx.prepare else set()
     for name, field in options_of(*stages).items():
         assert f" {name}: " in heading
-        assert name in own or f"        {name}: {field.metadata['text']}.\n" in shown
+        assert name in own or f" {name}: {field.metadata['text']}. " in " ".join(shown.split())
     assert "{options}" not in shown
     assert "**options" not in heading
 
