@@ -317,7 +317,7 @@ def test_a_budget_that_is_none(conv_net, images, options):
 
 
 def test_unknown_option_values(conv_net, images):
-    with pytest.raises(OptionError, match="allocation is"):
+    with pytest.raises(OptionError, match="allocation must be"):
         compress(conv_net, images, allocation="magic")
     with pytest.raises(OptionError, match=r"factors is None, .*'svd', not 'cp'"):
         compress(conv_net, images, factors="cp")

@@ -371,7 +371,7 @@ def test_a_placeholder_that_one_batch_is_not_handed_has_its_own_value_there():
 
 
 def test_what_is_handed_goes_batch_by_batch():
-    with pytest.raises(OptionError, match="handed has 1 batches, inputs 2"):
+    with pytest.raises(OptionError, match="handed has 1 batches, inputs has 2"):
         Refit([{}, {}], handed=[{}])
 
 
