@@ -24,7 +24,7 @@ from balf_fx.errors import OptionError, UnknownSiteError
         ({"flops": 0.5, "mode": "reduce-overhead", "inner_options": {}}, "one of them"),
         ({"flops": 0.5, "factors": "magic"}, "factors"),
         ({"flops": 0.5, "capture": "export"}, "Dynamo captures the graphs"),
-        ({"flops": 0.5, "factors": "air", "refit": True}, "refit would undo"),
+        ({"flops": 0.5, "factors": "air", "refit": True}, "a refit would replace"),
         ({"plan": 3}, "plan is"),
     ],
 )
