@@ -266,7 +266,7 @@ def test_a_graph_prepared_for_several_factors_gives_each_of_them(conv_net, image
 
 
 def test_factors_that_a_graph_was_not_prepared_for(conv_net, images):
-    with pytest.raises(OptionError, match=r"factors are .*not 'cp'"):
+    with pytest.raises(OptionError, match=r"factors must be among .*not 'cp'"):
         balf_fx.prepare(conv_net, images[0], factors=["air", "cp"])
     prepared = balf_fx.prepare(conv_net, images[0], sensitivity=True)
     balf_fx.calibrate(prepared, images, progress=False)
