@@ -173,9 +173,8 @@ def resident(values: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """
     if isinstance(values, Shelved):
         return values.resident()
-    held = (
-        [dict(value) for value in values] if isinstance(values, list | tuple) else []
-    )  # of mappings, pytree only traverses dict
+    # Of mappings, pytree only traverses dict.
+    held = [dict(value) for value in values] if isinstance(values, list | tuple) else []
     return [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)]
 
 
