@@ -74,7 +74,7 @@ class Settings:
         'what the factors minimise: "activations", the output error over the calibration data; "sensitivity", the '
         'output error weighted by the gradients of a loss without labels (`calibration.gradients`); "air", the output '
         'error with each weight weighted by its influence on the loss (`passes.Refine`); "svd", the error of the '
-        "weights. None is the choice of effort",
+        "weights. By default, effort decides",
         "prepare",
         "convert",
         values=(None, *get_args(Factors)),
@@ -139,7 +139,7 @@ class Settings:
         None,
         "whether to solve every layer again for the input that it has in the compressed model (`passes.Refit`): True "
         'or "full" solves for the whole layer, "up" for left factors and biases only, which is several times faster '
-        'and recovers less. None is the choice of effort, with factors="sensitivity". Not with factors="air"',
+        'and recovers less. By default, effort decides, with factors="sensitivity" only. Not with factors="air"',
         "convert",
         values=(None, True, False, *get_args(RefitMode)),
     )

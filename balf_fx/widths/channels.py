@@ -213,7 +213,7 @@ class _Finder:
         return operation(node) in _POOL_NAMES
 
     def _is_flatten(self, node: fx.Node) -> bool:
-        """Whether a node flattens the axes after the features, which its caller checks to be of size 1."""
+        """Whether a node flattens all axes from axis 1 on; the shape shows whether those after axis 1 have size 1."""
         if node.op == "call_module":
             module = self.graph_module.get_submodule(str(node.target))
             return isinstance(module, nn.Flatten) and module.start_dim == 1

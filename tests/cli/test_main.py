@@ -217,7 +217,7 @@ def test_the_page_takes_a_sweep(work):
 
 def test_report_on_something_else_is_a_clean_error(work):
     (work / "other.safetensors").write_text("nothing of the kind")
-    assert_clean_failure(invoke("report", "other.safetensors"), 1, "no safetensors file")
+    assert_clean_failure(invoke("report", "other.safetensors"), 1, "not a safetensors file")
     assert_clean_failure(invoke("report", "missing.safetensors"), 2, "does not exist")
 
 
