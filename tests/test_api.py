@@ -304,7 +304,7 @@ def test_a_batch_the_model_cannot_run(conv_net, images):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_the_site(conv_net, images, value):
     images[2][0, 0, 0, 0] = value
-    with pytest.raises(NonFiniteError, match="site 'stem' holds NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="site 'stem' contains NaN or infinity"):
         compress(conv_net, images)
 
 

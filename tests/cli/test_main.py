@@ -245,7 +245,7 @@ def test_sweep_takes_other_data_to_compare_on(work):
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert (data["measure"], data["samples"], data["accuracy"]) == ("params", 30, None)
-    assert_clean_failure(invoke(*command), 1, "say with --array")
+    assert_clean_failure(invoke(*command), 1, "choose one with --array")
     assert_clean_failure(invoke(*command, "--eval-array", "x", "--labels", "y"), 1, "59 labels for 60 samples")
 
 
