@@ -1,4 +1,4 @@
-"""What a user calls: compile = prepare + calibrate + convert."""
+"""The functions for users: compile = prepare + calibrate + convert."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from balf_fx.reporting.report import Report
 
 @takes_settings()
 def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = None, **options: Any) -> fx.GraphModule:
-    """Make a trained model cheaper without fine-tuning.
+    """Make a trained model smaller and faster without fine-tuning.
 
     Args:
-        model: any module in evaluation mode. It is not touched: parameters, buffers, modes and random state stay as
-            they are, bit for bit.
-        calib_batches: unlabelled batches, a few hundred samples in all: a tensor, a mapping of keyword arguments, or
-            any iterable of tensors, tuples of positional arguments or mappings, DataLoaders and one-shot generators
-            included. Labels in `(images, labels)` are recognised as `calibration.batches` describes. The first batch
-            also sets the shapes on which FLOPs are counted; the others may differ.
-        forward: `forward(model, batch)`, called in place of the rules for batches.
+        model: any module in evaluation mode. It is not changed: parameters, buffers, modes and random state stay the
+            same, bit for bit.
+        calib_batches: batches without labels, a few hundred samples in all: a tensor, a mapping of keyword arguments,
+            or any iterable of tensors, tuples of positional arguments or mappings, including DataLoaders and one-shot
+            generators. Labels in `(images, labels)` are recognised as `calibration.batches` describes. The first
+            batch also sets the shapes for which FLOPs are counted; the others may have other shapes.
+        forward: a function forward(model, batch) that runs the model, in place of the rules for batches.
         {options}
 
     Returns:
-        A GraphModule of stock modules. Where site `name` was given a rank it holds `name.0` and `name.1`; everything
-        else keeps its name. `balf_fx.report` tells what was done.
+        A GraphModule of stock modules. A site `name` with a lower rank is replaced by `name.0` and `name.1`; everything
+        else keeps its name. `balf_fx.report` shows what was done.
 
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.
@@ -60,12 +60,12 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         for context in (torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_devices(model))):
             closing.enter_context(context)
         bar = closing.enter_context(progress_bar(settings.progress, "capturing"))
-        # 1. The first batch tells how the model is called and what it costs.
+        # 1. The first batch determines how the model is called and what it costs.
         batches = iterate(calib_batches)
         first = next(batches, None)
         if first is None:
             raise CalibrationError("there are no calibration batches: pass at least one, or a fresh iterator")
-        # 2. Capture the graph, fold BatchNorm, find the sites and put observers beside them.
+        # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
         program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
         everything = itertools.chain([first], batches)
@@ -88,13 +88,13 @@ def prepare(
     sensitivity: bool = False,
     **options: Any,
 ) -> fx.GraphModule:
-    """A graph with observers beside its sites: calling it, as the model is called, calibrates.
+    """Return the model's graph with observers; calling it like the model calibrates it.
 
     Args:
         model, forward: as in `compile`.
-        example: one batch; it is run, but not counted as calibration.
-        factors: what `convert` is to be able to make, one or several; "activations" and "svd" always are. The others
-            need gradients: `calibrate` runs them, a plain call of the graph does not.
+        example: one batch; it is run, but not used for calibration.
+        factors: the factors that `convert` shall support, one or several; "activations" and "svd" are always
+            supported. The others need gradients, which `calibrate` computes and a plain call of the graph does not.
         sensitivity: the same as "sensitivity" among `factors`.
         {options}
 
@@ -104,7 +104,9 @@ def prepare(
     wanted: set[Factors] = {factors} if isinstance(factors, str) else set(factors)
     unknown = wanted - set(get_args(Factors))
     if unknown:
-        raise OptionError(f"factors are {', '.join(map(repr, get_args(Factors)))}, not {', '.join(map(repr, unknown))}")
+        raise OptionError(
+            f"factors must be among {', '.join(map(repr, get_args(Factors)))}, not {', '.join(map(repr, unknown))}"
+        )
     settings = settings_from(options, "prepare")
     wanted |= {"sensitivity"} if sensitivity else set()
     with torch.inference_mode(False), torch.no_grad():
@@ -115,7 +117,7 @@ def prepare(
 def calibrate(
     prepared: fx.GraphModule, batches: Iterable[Any], *, forward: Forward | None = None, **options: Any
 ) -> None:
-    """Run batches through a prepared graph, with gradients where it observes these.
+    """Run batches through a prepared graph, with gradients if it has observers of gradients.
 
     Args:
         forward: as in `compile`.
@@ -135,20 +137,20 @@ def calibrate(
 def convert(
     prepared: fx.GraphModule, *, batches: Iterable[Any] = (), forward: Forward | None = None, **options: Any
 ) -> fx.GraphModule:
-    """Compress a calibrated graph; it stays as it is, for other budgets or more calibration.
+    """Compress a calibrated graph; the graph itself is not changed, so it can be converted or calibrated again.
 
-    Where nothing else is asked for, factors are the best that the calibration allows, and layers are refitted where
-    there are batches to do it on.
+    By default, factors are the best that the calibration allows, and layers are refitted if there are batches.
 
     Args:
-        prepared: from `prepare`, after calibration.
-        batches: the calibration batches again, to measure allocations and refit the layers on them; none: neither.
+        prepared: the result of `prepare`, after calibration.
+        batches: the calibration batches again, to measure allocations and refit the layers on them. Without batches,
+            neither is done.
         forward: as in `compile`.
         {options}
 
     Raises:
-        NotCalibratedError: the graph holds no observers, or none of what the factors need, or they have seen nothing.
-        BudgetError: the budget cannot be reached; names the smallest that can.
+        NotCalibratedError: the graph has no observers, lacks those that the factors need, or was not calibrated.
+        BudgetError: the budget cannot be reached; the message names the smallest one that can.
     """
     settings, seen = settings_from(options, "convert"), list(batches)
     settings.allocate()
@@ -160,7 +162,7 @@ def convert(
         refit = bool(seen) and settings.effort == "best" and settings.chosen_factors != "air"
         settings = dataclasses.replace(settings, refit=refit)
     if settings.refit and not seen:
-        raise OptionError("a refit needs the calibration batches again: pass batches=")
+        raise OptionError("a refit needs the calibration batches: pass batches=")
     forward = forward or forward_for(prepared)
     with torch.inference_mode(False), torch.no_grad(), progress_bar(settings.progress, "compressing") as bar:
         calibration = _calibration(seen, forward, settings)
@@ -169,15 +171,15 @@ def convert(
 
 
 def plan(source: Any) -> Plan:
-    """What was done to a model, to be read, written down or followed again.
+    """Return the plan of a compressed model: its ranks and widths, which can be stored and applied again.
 
     Args:
-        source: what `compile`, `convert` or `load` returned; what `torch.compile(..., backend="balf")` returned; or
-            the path of a file from `save`, or of a .json file with what `Plan.to_json` returned.
+        source: the result of `compile`, `convert` or `load`, or of `torch.compile(..., backend="balf")`; or the path
+            of a file from `save`, or of a .json file with the result of `Plan.to_json`.
 
     Raises:
-        PassError: the module carries no plan.
-        NotCalibratedError: the backend is still calibrating; says how far it is.
+        PassError: the module has no plan.
+        NotCalibratedError: the backend is still calibrating; the message says how many calls were observed.
         FileError: the file is damaged, or was not written by balf_fx.
         PlanError: the plan is damaged, or of another version.
     """
@@ -187,7 +189,7 @@ def plan(source: Any) -> Plan:
 
 
 def report(compressed: Any) -> Report:
-    """What balf_fx did to this model: `plan`, as tables for people.
+    """Return a report of what balf_fx did to a model: its `plan` as readable tables.
 
     Args:
         compressed: as `plan` takes it.
@@ -199,23 +201,23 @@ def report(compressed: Any) -> Report:
 
 
 def save(compressed: Any, path: str | os.PathLike[str]) -> None:
-    """Write a compressed model to a file, or the layers that were replaced where the backend has compiled it.
+    """Write a compressed model to a file; of a model that the backend compiled, only the replaced layers.
 
     Args:
-        compressed: what `compile`, `convert` or `load` returned, fine-tuned or cast perhaps, or what
-            `torch.compile(..., backend="balf")` returned.
-        path: of the file, "small.safetensors" for instance; what was there is replaced once all is written.
+        compressed: the result of `compile`, `convert` or `load`, which may have been fine-tuned or cast since; or the
+            result of `torch.compile(..., backend="balf")`.
+        path: the file, "small.safetensors" for instance; an existing file is replaced once everything is written.
 
     Raises:
-        PassError: the module carries no plan.
-        FileError: it holds what safetensors cannot, quantized weights for instance.
+        PassError: the module has no plan.
+        FileError: a tensor cannot be stored by safetensors, such as a quantized weight.
         NotCalibratedError: the backend is still calibrating.
     """
     storage.write(_stored(compressed), path)
 
 
 def _stored(compressed: Any) -> Stored:
-    """A compressed model as plan and tensors."""
+    """The plan and the tensors of a compressed model."""
     if isinstance(compressed, fx.GraphModule):
         return stored(compressed)
     from balf_fx import backend  # only here: it imports Dynamo
@@ -226,7 +228,7 @@ def _stored(compressed: Any) -> Stored:
 def _prepared(
     model: nn.Module, example: Any, forward: Forward, settings: Settings, factors: set[Factors]
 ) -> fx.GraphModule:
-    """The captured graph with observers beside its sites."""
+    """The captured graph with observers."""
     graph_module = capture(model, example, forward, settings.capture)
     origin = dataclasses.replace(
         graph_record(graph_module).origin,
@@ -250,7 +252,7 @@ def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:
 
 
 def _kept(given: Any, batches: Iterable[Any], settings: Settings, closing: ExitStack) -> Sequence[Any]:
-    """All batches, to be read again: those that are made on the way wait in files beyond the memory there is."""
+    """All batches, for reading them again; batches from an iterator are kept in files beyond the memory limit."""
     if isinstance(given, torch.Tensor | Mapping | list | tuple):
         return list(batches)
     shelved = closing.enter_context(Shelved(settings.memory_bytes))

@@ -2,24 +2,24 @@
 
     record (the first calls, exact) -> one budget over all graphs, as in balf_fx.compile -> inner backend
 
-Dynamo calls the backend for every graph that it captures. What it gets back is a `Region`: the graph and its bindings,
-one for each set of weights that the graph is called with. All regions of one call of `torch.compile` share a `Session`,
-which counts the calls, compresses all graphs together at the switch, and keeps the plan.
+Dynamo calls the backend for every graph that it captures. The backend returns a `Region`: the graph and its bindings,
+one for each set of weights with which the graph is called. All regions of one call of `torch.compile` share a
+`Session`, which counts the calls, compresses all graphs together at the switch, and stores the plan.
 
 * The options are those of `balf_fx.compile`, with the same defaults, and those of `dynamo.options.BackendOptions`.
-* Calibration calls run the model's own graphs. Their inputs are kept within `memory`; what is beyond waits in temporary
-  files. The call after the last of them takes as long as `balf_fx.compile` does on the same batches.
-* With graph breaks, one budget covers all parts. Layers are narrowed and refitted within their part, on what the
-  compressed parts before it return; where something else than these graphs made a part's input, on the original's.
-* What is compiled after the switch, as for another shape, gets the layers of the plan. Weights that calibration has not
-  met stay dense; a layer whose width cannot be narrowed there stays dense, and the log says so.
+* Calibration calls run the model's own graphs. Their inputs are kept in memory up to `memory` bytes, and the rest in
+  temporary files. The call after the last of them takes as long as `balf_fx.compile` does on the same batches.
+* With graph breaks, one budget covers all parts. Layers are narrowed and refitted within their part. They are refitted
+  on the outputs of the compressed parts before it, or on the original's values where the inputs come from elsewhere.
+* Graphs that are compiled after the switch, for another shape for example, get the layers of the plan. Weights that
+  were not part of calibration stay dense. A layer whose width cannot be narrowed there stays dense and is logged.
 * Calls that require gradients or run in training mode are neither observed nor compressed.
-* Weights that change during calibration start it again. After the switch, a call with a changed weight that a
-  compressed graph stands for raises `WeightsChangedError`, until `torch.compiler.reset()`. `load_state_dict`, optimizer
-  steps and a new `.data` are detected; writes through `.data` and to inference tensors are not.
-* With `dynamic=True` the epsilon of a BatchNorm is an input of the graph, so that it is not folded.
+* Weights that change during calibration restart it. After the switch, a call raises `WeightsChangedError` if a weight
+  that was replaced or folded in a compressed graph has changed, until `torch.compiler.reset()`. `load_state_dict`,
+  optimizer steps and a new `.data` are detected; writes through `.data` and to inference tensors are not.
+* With `dynamic=True` the epsilon of a BatchNorm is an input of the graph, so the BatchNorm is not folded.
 
-The logger `balf_fx.backend` says what happens (`TORCH_LOGS="balf_fx.backend"`), and at level DEBUG prints the report.
+The logger `balf_fx.backend` reports each step (`TORCH_LOGS="balf_fx.backend"`), and the whole report at level DEBUG.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from balf_fx.files.restore import Stored
 
 
 class BackendOptionError(ShortenTraceback, OptionError):
-    """An option of the backend means nothing.
+    """An option of the backend is wrong.
 
-    Dynamo wraps what a backend raises into an error of its own, except for what derives from ShortenTraceback: this
-    way the user catches an OptionError.
+    Dynamo wraps a backend's errors in its own, except for those derived from ShortenTraceback. Deriving from both lets
+    the user catch an OptionError.
     """
 
 
 class Backend:
-    """The backend that Dynamo finds under the name "balf"."""
+    """The backend that Dynamo finds by the name "balf"."""
 
     __name__ = "balf"
 
     def __init__(self) -> None:
-        # A session lives as long as something that Dynamo has compiled, and keeps its owner, so that no id recurs.
+        # A session lives as long as some code that Dynamo compiled. It keeps its owner alive, so that ids stay unique.
         self._sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
     def __call__(
@@ -62,21 +62,18 @@ class Backend:
         *,
         options: Mapping[str, Any] | None = None,
         mode: str | None = None,
-        name: str | None = None,  # noqa: ARG002 (torch 2.15 passes on what it calls the region)
+        name: str | None = None,  # noqa: ARG002 (torch 2.15 passes the name of the region)
     ) -> Callable[..., Any]:
-        """Take in one graph.
+        """Return the callable that runs in place of one graph.
 
         Args:
-            graph_module: as Dynamo captured it, weights among its inputs.
-            example_inputs: the arguments of the call that Dynamo compiles for.
+            graph_module: as Dynamo captured it, with weights among its inputs.
+            example_inputs: the arguments of the call for which Dynamo compiles.
             options: see `balf_fx.dynamo.options.BackendOptions`.
-            mode: for the inner backend.
-
-        Returns:
-            What stands in for the graph.
+            mode: the mode of the inner backend.
 
         Raises:
-            BackendOptionError: there is no budget, or an option that does not exist; lists those that do.
+            BackendOptionError: there is no budget, or an option does not exist; the message lists all options.
         """
         try:
             parsed = parse_options({**({} if mode is None else {"mode": mode}), **(options or {})})
@@ -93,7 +90,10 @@ class Backend:
         return found
 
     def find(self, compiled: Any) -> Session:
-        """The session of what `torch.compile` or `module.compile` returned.
+        """The session of a compiled module or function.
+
+        Args:
+            compiled: the result of `torch.compile`, or a module after `module.compile`.
 
         Raises:
             NotCalibratedError: it has not been called yet, or was compiled with another backend.
@@ -102,41 +102,41 @@ class Backend:
         found = None if owner is None else self._sessions.get(id(owner))
         if found is None:
             raise NotCalibratedError(
-                "there is nothing to report: pass what torch.compile(..., backend='balf') returned, once it has been "
+                "there is nothing to report: pass the result of torch.compile(..., backend='balf'), once it has been "
                 "called without gradients"
             )
         return found
 
     def reset(self) -> None:
-        """Forget everything; `torch.compiler.reset` calls this."""
-        self._sessions.clear()  # what Dynamo has compiled held the rest, and lets go of it now
+        """Delete all sessions; `torch.compiler.reset` calls this."""
+        self._sessions.clear()  # the compiled code held everything else, and Dynamo releases it now
 
     def __eq__(self, other: object) -> bool:
-        # Dynamo lets two calls of torch.compile on the same code share compiled graphs where backend and options are
-        # equal. Then a model would run through another one's factors: no two uses of this backend are equal.
+        # Dynamo shares compiled graphs between calls of torch.compile on the same code if backend and options are
+        # equal. A model would then run with another model's factors, so no two uses of this backend compare equal.
         return False
 
     __hash__ = object.__hash__
 
 
 balf = Backend()
-"""What the entry point names."""
+"""The object that the entry point of the package names."""
 
 
 def is_compiled(value: Any) -> bool:
-    """Whether `torch.compile` has made this."""
+    """Whether `torch.compile` created this object."""
     return owner_of(value) is not None
 
 
 def plan(compiled: Any) -> Stored:
-    """What was done to a compiled model, and its new layers: `options={"plan": plan}` starts compressed at once.
+    """Return the plan of a compiled model with its new layers; `options={"plan": plan}` then needs no calibration.
 
-    `balf_fx.save` writes them to a file, whose path will do as a plan, too.
+    `balf_fx.save` writes both to a file, whose path can be passed as a plan, too.
 
     Args:
-        compiled: what `torch.compile(..., backend="balf")` returned, or a module after `module.compile`.
+        compiled: the result of `torch.compile(..., backend="balf")`, or a module after `module.compile`.
 
     Raises:
-        NotCalibratedError: it is still calibrating; says how far it is.
+        NotCalibratedError: it is still calibrating; the message says how many calls were observed.
     """
     return balf.find(compiled).plan

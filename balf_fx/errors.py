@@ -1,6 +1,6 @@
-"""Every error balf_fx raises on purpose. Catch `BalfError` for all of them.
+"""The errors that balf_fx raises. Catch `BalfError` for all of them.
 
-A message says what was wrong and what to do about it; where a number would help, the exception carries it too.
+A message says what is wrong and what to do about it. Numbers that a caller may need are attributes of the exception.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ class BalfError(Exception):
 
 
 class OptionError(BalfError, ValueError):
-    """An option has a value, a type or a combination that means nothing."""
+    """An option has a wrong value or type, or cannot be combined with another one."""
 
 
 class UnknownSiteError(OptionError):
@@ -19,15 +19,15 @@ class UnknownSiteError(OptionError):
 
 
 class CalibrationError(BalfError, ValueError):
-    """The calibration batches cannot be used: none at all, or one that the model cannot run."""
+    """The calibration batches cannot be used: there are none, or the model cannot run one of them."""
 
 
 class NonFiniteError(CalibrationError):
-    """NaN or infinity in the activations of a site."""
+    """The activations of a site contain NaN or infinity."""
 
 
 class NotCalibratedError(BalfError, RuntimeError):
-    """Observers are there but have seen no batch."""
+    """Calibration is missing or not finished: observers are missing or have observed no batch."""
 
 
 class ModelError(BalfError, ValueError):
@@ -39,7 +39,7 @@ class CaptureError(BalfError, RuntimeError):
 
 
 class TrainingModeError(BalfError, RuntimeError):
-    """A layer that computes something else in training mode is in training mode."""
+    """A layer whose output differs in training mode is in training mode."""
 
 
 class NoSiteError(BalfError, ValueError):
@@ -59,20 +59,20 @@ class BudgetError(BalfError, ValueError):
 
 
 class WeightsChangedError(BalfError, RuntimeError):
-    """A weight that `torch.compile(backend="balf")` has replaced by factors is no longer what the factors stand for."""
+    """A weight that `torch.compile(backend="balf")` has replaced by factors was changed afterwards."""
 
 
 class MissingExtraError(BalfError, ImportError):
-    """Something optional is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra that installs it."""
 
 
 class PlanError(BalfError, ValueError):
-    """A plan cannot be followed: it is damaged, of another version, or made for another model or other weights."""
+    """A plan cannot be used: it is damaged, of another version, or made for another model or other weights."""
 
 
 class FileError(BalfError, ValueError):
-    """A file does not hold what balf_fx has written: it is truncated, changed, or something else."""
+    """A file cannot be read as one that balf_fx wrote: it is truncated, changed or of another kind."""
 
 
 class PassError(BalfError, RuntimeError):
-    """A pass was given a graph that lacks what an earlier pass leaves behind, or broke its own promise."""
+    """A pass was given a graph that lacks the result of an earlier pass, or violated its own postcondition."""

@@ -8,9 +8,9 @@ from types import MappingProxyType
 BALF: Mapping[str, object] = MappingProxyType(
     {"fold_batchnorm": False, "factors": "activations", "centred": False, "split": False, "allocation": "budget"}
 )
-"""BALF as published (arXiv 2509.25136): activation-aware factors from uncentred second moments, BatchNorm left alone,
-energies normalised per layer, fused projections as one, every linear and convolution layer a candidate, one
-Lagrangian budget over all.
+"""BALF as published (arXiv 2509.25136): activation-aware factors from uncentred second moments, BatchNorm not folded,
+energies normalised per layer, fused projections not split, every linear and convolution layer a candidate, and one
+Lagrangian budget for all of them.
 
     balf_fx.compile(model, batches, flops=0.55, **balf_fx.BALF)
 """
@@ -19,8 +19,9 @@ Lagrangian budget over all.
 AIR: Mapping[str, object] = MappingProxyType(
     {"fold_batchnorm": False, "factors": "air", "centred": False, "split": False, "allocation": "uniform"}
 )
-"""AIR as published (arXiv 2606.19993): factors whose error counts by the influence of each weight, |dL/dW * W|, from
-uncentred second moments, the same share of every layer. The loss is the task's own there, which takes labels:
+"""AIR as published (arXiv 2606.19993): factors whose error is weighted by the influence of each weight, |dL/dW * W|,
+from uncentred second moments, with the same share of every layer kept. The paper uses the task's loss, which needs
+labels:
 
     balf_fx.compile(model, batches, flops=0.55, loss=loss, **balf_fx.AIR)
 """

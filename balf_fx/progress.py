@@ -1,7 +1,7 @@
-"""One progress bar for all of a long piece of work.
+"""One progress bar for a computation of several steps.
 
-A `Progress` is a share of the bar. Whoever does the work divides it further: `spans` gives one share for each step,
-`track` moves it along while items are worked on. The base class shows nothing, so that code need not ask.
+A `Progress` is a share of the bar. The code that does the work divides it further: `spans` returns one share for each
+step, and `track` advances the bar from item to item. The base class shows nothing, so callers need no condition.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Progress:
 
         Args:
             weights: how long each step takes, in any unit.
-            names: shown while a step is worked on; none: the name stays.
+            names: shown during each step; the bar keeps its name if there are none.
         """
         del names
         return [self] * len(weights)
 
     def track(self, items: Iterable[_T], weights: Sequence[float] = ()) -> Iterator[_T]:
-        """The items one by one; the share is done when the last one is.
+        """Yield the items one by one; the share is done after the last one.
 
         Args:
-            items: any iterable; the bar moves on between items where their number is known.
-            weights: how long each item takes, in any unit; none: all alike.
+            items: any iterable; the bar advances after each item if their number is known.
+            weights: how long each item takes, in any unit; equal if there are none.
         """
         known = list(weights) or [1.0] * (len(items) if isinstance(items, Sized) else 0)
         spans = iter(self.spans(known))
@@ -46,7 +46,7 @@ class Progress:
         self.done()
 
     def done(self) -> None:
-        """This share has been done."""
+        """Mark this share as done."""
 
 
 SILENT = Progress()
@@ -55,7 +55,7 @@ SILENT = Progress()
 
 @dataclass(frozen=True)
 class _Span(Progress):
-    """From `start` to `stop` of a bar, both in [0, 1]."""
+    """The share of a bar from `start` to `stop`, both in [0, 1]."""
 
     bar: tqdm[Any]
     start: float
@@ -80,10 +80,11 @@ class _Span(Progress):
 
 @contextmanager
 def progress_bar(shown: bool, name: str) -> Iterator[Progress]:
-    """A bar on stderr for as long as the context lasts, or nothing.
+    """Show a bar on stderr during the context, or nothing.
 
     Args:
-        name: of the work, until a step has a name of its own.
+        shown: whether to show it.
+        name: the bar's text until a step has a name.
     """
     if not shown:
         yield SILENT

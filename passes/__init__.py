@@ -1,7 +1,7 @@
 """The compiler passes, in the order in which `balf_fx.compile` runs them.
 
-Each takes a GraphModule and returns a `PassResult`; options are fields of a frozen dataclass; each can be used alone
-or inside any `torch.fx` PassManager. They mutate the graph they are given.
+Each pass takes a GraphModule and returns a `PassResult`. Its options are fields of a frozen dataclass. A pass can be
+used alone or inside any `torch.fx` PassManager. It modifies the graph that it is given.
 """
 
 if __name__ != "balf_fx.passes":  # a second copy of every class under another name would match nothing

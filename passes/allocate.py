@@ -28,25 +28,25 @@ Method = Literal["budget", "uniform", "energy"]
 
 
 IMPORTANCE = 0.6
-"""`Allocate.importance` where gradients are known and nothing is measured."""
+"""Default of `Allocate.importance` where gradients have been observed and no trials are measured."""
 
 
 @dataclass(frozen=True)
 class Allocate(Pass):
-    """Spend a budget, or follow explicit ranks.
+    """Choose ranks and widths under a budget, or use explicit ranks.
 
     Attributes:
         flops, params: the fraction of the whole model's cost to keep, in (0, 1]; at most one of them.
-        method: "budget" minimises the sum over sites of distortion as a share of the site's energy, by Lagrangian
-            dual and exact spend (`knapsack`); "uniform" keeps the same share of every site's cost; "energy" keeps the
-            same share of every site's energy.
-        energy: with method="energy" and no budget, the share of energy to keep, in (0, 1].
-        importance: with method="budget", how much a site's share in the loss counts: its normalised distortion is
-            multiplied by this power of `RankCurve.loss`, where gradients are known.
-        caution: with method="budget", how often what a width loses counts, in place of once.
-        strict: a budget below what is reachable is an error; False takes the closest reachable choice instead.
-        ranks: {site name: rank}, None for dense, a tuple for one rank in each part; sites that are not named stay
-            dense. Excludes all of the above.
+        method: "budget" minimises the sum over sites of distortion divided by the site's energy, with the Lagrangian
+            dual followed by an exact search (`budget.knapsack`). "uniform" keeps the same share of every site's cost.
+            "energy" keeps the same share of every site's energy.
+        energy: the share of energy to keep, in (0, 1]; with method="energy" and no budget.
+        importance: with method="budget", each site's normalised distortion is multiplied by `RankCurve.loss` to this
+            power, where gradients are known.
+        caution: with method="budget", a factor by which the losses of widths are multiplied.
+        strict: whether a budget that cannot be reached is an error; False takes the closest reachable choice instead.
+        ranks: {site name: rank}, None for dense, a tuple for one rank per part. Sites that are not named stay dense.
+            Cannot be combined with the options above.
     """
 
     flops: float | None = None
@@ -65,14 +65,16 @@ class Allocate(Pass):
             if value is not None
         }
         if self.method not in ("budget", "uniform", "energy"):
-            raise OptionError(f"allocation is 'budget', 'uniform', 'energy' or a mapping of ranks, not {self.method!r}")
+            raise OptionError(
+                f"allocation must be 'budget', 'uniform', 'energy' or a mapping of ranks, not {self.method!r}"
+            )
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise OptionError(f"{name} is a fraction in (0, 1], 0.55 for 55 %, not {value!r}")
+                raise OptionError(f"{name} must be a fraction in (0, 1], such as 0.55 for 55 %, not {value!r}")
         if self.energy is not None and self.method != "energy":
-            raise OptionError("an energy threshold needs allocation='energy'")
+            raise OptionError("energy= requires allocation='energy'")
         if self.ranks is not None and given:
-            raise OptionError(f"explicit ranks leave nothing to a budget: drop {', '.join(given)}")
+            raise OptionError(f"explicit ranks cannot be combined with a budget: drop {', '.join(given)}")
         if self.ranks is None and len(given) != 1:
             wanted = "flops=0.55 or params=0.55" + (" or energy=0.95" if self.method == "energy" else "")
             raise OptionError(f"give exactly one budget, {wanted}; got {', '.join(given) or 'none'}")
@@ -90,7 +92,7 @@ class Allocate(Pass):
             if annotation(nodes[0]).curve is None:
                 raise PassError(f"Allocate: site {site.name!r} has no curve; run Score first")
         if self.flops is not None and graph_record(graph_module).flops is None:
-            raise PassError("Allocate: nobody counted the graph's FLOPs; run graph.flops.profile, or use params=")
+            raise PassError("Allocate: the graph's FLOPs were not counted; run graph.flops.profile, or use params=")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         record, params_now = graph_record(graph_module), count_parameters(graph_module)
@@ -136,7 +138,7 @@ class Allocate(Pass):
         budget = self._reachable(self._costs(options), fixed, problem.totals)
         picked, multiplier = self._cheapest(options, budget)
         grids, multipliers = [options], [multiplier]
-        if problem.clusters:  # what the first grid of sizes has left over goes to sizes in between
+        if problem.clusters:  # a second, finer grid around the chosen sizes spends the rest of the budget
             near = {row.widths: option for row, option in picked if row.widths}
             options, _ = self._options(problem, weights, near)
             picked, multiplier = self._cheapest(options, budget)
@@ -158,7 +160,7 @@ class Allocate(Pass):
         weights: Sequence[float],
         near: Mapping[tuple[str, ...], Option] | None = None,
     ) -> tuple[list[_Row], int]:
-        """What there is to choose from, cluster by cluster and then site by site, and what everything else costs."""
+        """The options of each cluster and of each remaining site, and the cost of the rest of the model."""
         curves, totals = problem.curves, problem.totals
         weight_of = dict(zip(curves, weights, strict=True))
         mean = _mean_loss(list(curves.values()))
@@ -191,7 +193,7 @@ class Allocate(Pass):
         return [[option.cost(self.measure) for option in row.options] for row in rows]
 
     def _cheapest(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
-        """The options of least loss within the budget, and the multiplier of the dual."""
+        """The options with the least total loss within the budget, and the Lagrangian multiplier."""
         costs = self._costs(rows)
         if sum(row[-1] for row in costs) <= budget:
             return [(row, row.options[-1]) for row in rows], 0.0
@@ -199,7 +201,7 @@ class Allocate(Pass):
         return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
 
     def _bound(self, grids: Sequence[Sequence[_Row]], budget: int, multipliers: Sequence[float]) -> float:
-        """What no choice among the options of all grids undercuts."""
+        """A lower bound, from the dual, on the loss of every choice among the options of all grids."""
         rows = [
             dataclasses.replace(same[0], options=tuple(option for row in same for option in row.options))
             for same in zip(*grids, strict=True)
@@ -214,15 +216,15 @@ class Allocate(Pass):
             minimum = math.ceil((minimum_cost(costs) + fixed) / total * 1e4) / 1e4
             raise BudgetError(
                 f"{self.measure}={self.target} is out of reach: with every site at rank 1 the model keeps {minimum:.4f}"
-                f" of them, {fixed / total:.4f} outside of sites. Ask for {self.measure}={minimum:.4f} or more, or "
-                "pass strict=False to get the closest reachable model",
+                f" of its {self.measure} ({fixed / total:.4f} outside the sites). Ask for "
+                f"{self.measure}={minimum:.4f} or more, or pass strict=False to get the closest reachable model",
                 minimum,
             )
         return max(budget, minimum_cost(costs))
 
     def _by_level(self, curves: Sequence[RankCurve], totals: Totals) -> list[Candidate]:
-        """The same share of cost or energy everywhere, as far as the budget goes."""
-        # What is raised step by step needs one order.
+        """Choose the same share of cost or energy at every site, as large as the budget allows."""
+        # Raising step by step requires candidates in a single order, so ranks of parts are left out.
         options = [
             [c for c in _cheaper_than_dense(curve, self.measure) if not isinstance(c.rank, tuple)] for curve in curves
         ]
@@ -250,7 +252,7 @@ def allocate_for(
     strict: bool,
     sensitive: bool,
 ) -> Allocate:
-    """The pass that a user's options mean; arguments as in `balf_fx.compile`.
+    """Return the pass for a user's options; arguments as in `balf_fx.compile`.
 
     Args:
         sensitive: whether gradients are known.
@@ -263,11 +265,11 @@ def allocate_for(
 
 @dataclass(frozen=True)
 class _Spread:
-    """What a method chose.
+    """The choice of a method.
 
     Attributes:
         chosen: a candidate for each site.
-        loss, bound: of the objective, where it was minimised.
+        loss, bound: the value of the objective and its lower bound, where it was minimised.
     """
 
     chosen: list[Candidate]
@@ -282,7 +284,7 @@ class _Row:
     """Sites and widths that are chosen together.
 
     Attributes:
-        full: FLOPs and parameters, as they are, of what is no site but follows the sizes of the widths.
+        full: the current FLOPs and parameters of operations that are not sites but whose cost depends on the widths.
     """
 
     sites: tuple[Site, ...]
@@ -297,7 +299,7 @@ def _sum_pairs(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:
-    """What the sites' normalised distortions count, 1 on average; a site without a gradient counts as the average."""
+    """The weight of each site's normalised distortion: (loss / geometric mean)^importance, 1 without a gradient."""
     mean = _mean_loss(curves)
     return [1.0 if curve.loss is None else (curve.loss / mean) ** importance for curve in curves]
 
@@ -308,18 +310,18 @@ def _mean_loss(curves: Sequence[RankCurve]) -> float:
 
 
 def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
-    """Ranks that save something in this currency, ascending, then dense."""
+    """The ranks that cost less than dense in this measure, ascending, then dense."""
     return [c for c in curve.candidates[:-1] if c.cost(measure) < curve.dense.cost(measure)] + [curve.dense]
 
 
 def _first_with_energy(curve: RankCurve, energy: float) -> Candidate:
-    """The smallest rank that keeps this share of the energy, dense where none does."""
+    """The smallest rank that keeps this share of the energy, or dense if none does."""
     joint = (c for c in curve.candidates if not isinstance(c.rank, tuple))
     return next(c for c in joint if 1 - curve.normalised(c.distortion) >= energy)
 
 
 def _raise_lowest(costs: Sequence[Sequence[int]], levels: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Start everywhere at the cheapest and keep raising the site of the lowest level, until nothing more fits."""
+    """Start every site at its cheapest candidate and keep raising the site with the lowest level while it fits."""
     choice = [0] * len(costs)
     left = budget - sum(row[0] for row in costs)
     growing = set(range(len(costs)))
@@ -339,7 +341,7 @@ def _explicit(curves: Mapping[Site, RankCurve], ranks: Mapping[str, Rank]) -> li
     names = [site.name for site in curves]
     unknown = sorted(set(ranks) - set(names))
     if unknown:
-        raise UnknownSiteError(f"no site is called {', '.join(unknown)}; sites are: {', '.join(names)}")
+        raise UnknownSiteError(f"there is no site named {', '.join(unknown)}; the sites are: {', '.join(names)}")
     return [_explicit_candidate(site, curve, ranks.get(site.name)) for site, curve in curves.items()]
 
 
@@ -350,21 +352,21 @@ def _explicit_candidate(site: Site, curve: RankCurve, rank: Rank) -> Candidate:
         return _explicit_parts(site, curve, rank)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= site.break_even:
         raise OptionError(
-            f"the rank of {site.name!r} is a whole number from 1 to {site.break_even}, above which the dense layer "
-            f"is cheaper, or None for dense; not {rank!r}"
+            f"the rank of {site.name!r} must be a whole number from 1 to {site.break_even}, above which the dense "
+            f"layer is cheaper, or None for dense; not {rank!r}"
         )
     return curve.candidates[rank - 1]
 
 
 def _explicit_parts(site: Site, curve: RankCurve, ranks: PartRanks) -> Candidate:
     if curve.parts is None:
-        raise OptionError(f"{site.name!r} has no parts to give ranks of their own: pass one whole number or None")
+        raise OptionError(f"{site.name!r} has no parts with ranks of their own: pass one whole number or None")
     limit = largest_part_rank(site)
     numbers = [rank for rank in ranks if rank is not None]
     whole = all(isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= limit for rank in numbers)
     if not whole or not numbers or len(ranks) != site.parts:
         raise OptionError(
-            f"the ranks of the parts of {site.name!r} are {site.parts} whole numbers from 1 to {limit}, some of which "
-            f"may be None for dense, not {ranks!r}"
+            f"the ranks of the parts of {site.name!r} must be {site.parts} whole numbers from 1 to {limit}, some of "
+            f"which may be None for dense, not {ranks!r}"
         )
     return parts_candidate(site, curve.parts, ranks, curve.dense.flops, curve.output_elements)

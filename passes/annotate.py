@@ -1,4 +1,4 @@
-"""Mark every factorizable node as a site, and store with every other node that has parameters the reason why not."""
+"""Mark every factorizable node as a site, and store the reason why each other node with parameters is not one."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Annotate(Pass):
     times, become one site.
 
     Attributes:
-        include: glob patterns of the layers that may change; None takes every one.
+        include: glob patterns of the layers that may change; None means all of them.
         exclude: glob patterns of layers that keep their weights bit for bit: no later pass changes them.
         dense: glob patterns of sites that keep their full rank, but may be refitted and become narrower.
-        partial: the graph is a part of a model, so that a pattern may match nothing in it.
+        partial: whether the graph is a part of a model, so that a pattern may match nothing in it.
 
     Raises:
         UnknownSiteError: a pattern matches no layer.
@@ -57,16 +57,16 @@ class Annotate(Pass):
         return PassResult(graph_module, False)
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuse patterns that match none of these names.
+        """Check that each pattern matches at least one of these names.
 
         Raises:
-            UnknownSiteError: lists the names.
+            UnknownSiteError: a pattern matches none of them; the message lists the names.
         """
         for option in ("include", "exclude", "dense"):
             for pattern in getattr(self, option) or ():
                 if not any(fnmatchcase(name, pattern) for name in names):
                     listed = ", ".join(dict.fromkeys(names))
-                    raise UnknownSiteError(f"{option} pattern {pattern!r} matches no site; sites are: {listed}")
+                    raise UnknownSiteError(f"{option} pattern {pattern!r} matches no site; the sites are: {listed}")
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         names = [site.name for site in sites(graph_module)]
@@ -84,7 +84,7 @@ class Annotate(Pass):
 
 
 def _layer_name(graph_module: fx.GraphModule, node: fx.Node, mark: Site | Refusal | None) -> str | None:
-    """What patterns call a node: sites and layers that no rank helps have names, nothing else has."""
+    """The name that patterns match: that of a site, or of a layer that factors would not make cheaper; else None."""
     if isinstance(mark, Site):
         return mark.name
     layer = read_layer(graph_module, node)
@@ -92,7 +92,7 @@ def _layer_name(graph_module: fx.GraphModule, node: fx.Node, mark: Site | Refusa
 
 
 def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
-    """Give nodes with the same weight one site, the first one's, or refuse them where they use it in different ways."""
+    """Give nodes that share a weight the first one's site, or refuse them if they use the weight in different ways."""
     users = parameter_users(graph_module)
     by_weight: dict[int, list[fx.Node]] = defaultdict(list)
     for node, mark in marks.items():
@@ -108,7 +108,7 @@ def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
             for node, site in zip(nodes, found, strict=True):
                 marks[node] = Refusal(site.name, site.kind, Reason.SHARED, "used in different ways")
             continue
-        if elsewhere:  # a tied embedding, say, keeps the weight: the factors must not take its place
+        if elsewhere:  # another reader, such as a tied embedding, needs the weight: the factors must not replace it
             held = _holds_what_others_fetch(graph_module, first, nodes)
             first = dataclasses.replace(first, keeps_weight=True, name=f"{first.name}_factors" if held else first.name)
         for node in nodes:
@@ -116,7 +116,7 @@ def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
 
 
 def _find_parts(marks: Marks) -> None:
-    """Note on every linear site into how many parts its outputs are taken, where all its uses agree."""
+    """Record the number of parts into which each linear site's output is split, where all its uses agree."""
     uses: dict[Site, list[fx.Node]] = defaultdict(list)
     for node, mark in marks.items():
         if isinstance(mark, Site) and mark.conv is None:
@@ -133,7 +133,7 @@ def _way_of_use(graph_module: fx.GraphModule, site: Site) -> tuple[object, ...]:
 
 
 def _holds_what_others_fetch(graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node]) -> bool:
-    """Whether something that nodes besides the site's own read lies where its factors would go."""
+    """Whether the path where the factors would go holds something that other nodes than the site's own read."""
     for node in graph_module.graph.nodes:
         inside = str(node.target) == site.name or str(node.target).startswith(f"{site.name}.")
         if node.op in ("get_attr", "call_module") and inside and node not in nodes and set(node.users) - set(nodes):

@@ -13,10 +13,10 @@ from balf_fx.graph.site import Site
 
 
 class Pass(ABC):
-    """GraphModule in, `PassResult(graph_module, modified)` out.
+    """Takes a GraphModule and returns `PassResult(graph_module, modified)`.
 
-    `modified` means that the graph or a weight changed; annotating does not count. `requires` checks the input,
-    `ensures` the result (torch's own PassBase checks the input twice).
+    `modified` means that the graph or a weight changed; annotations do not count. `requires` checks the input and
+    `ensures` checks the result (torch's own PassBase checks the input twice).
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -30,16 +30,16 @@ class Pass(ABC):
 
     @abstractmethod
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """The pass itself. A changed graph is linted and recompiled by the caller."""
+        """Run the pass. The caller lints and recompiles a changed graph."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise PassError where an earlier pass is missing."""
+        """Raise PassError if an earlier pass is missing."""
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Raise PassError where the result breaks the pass's promise."""
+        """Raise PassError if the result violates the pass's postcondition."""
 
     def require_sites(self, graph_module: fx.GraphModule) -> dict[Site, list[fx.Node]]:
-        """All sites of the graph with their nodes, at least one."""
+        """Return all sites of the graph with their nodes; a graph without sites is an error."""
         found = sites(graph_module)
         if not found:
             raise PassError(f"{type(self).__name__} needs a graph with sites: run Annotate first")

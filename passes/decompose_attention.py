@@ -52,25 +52,26 @@ _DROPPED_META = (*VALUE_META, META_KEY)  # these describe the tuple, which no ne
 
 @dataclass(frozen=True)
 class DecomposeAttention(Pass):
-    """Replace nn.MultiheadAttention and `F.multi_head_attention_forward` by operations that other passes understand.
+    """Replace nn.MultiheadAttention and `F.multi_head_attention_forward` by operations that other passes support.
 
-    A module at `name` gives way to a container of plain nn.Linear modules: `name.in_proj` (E -> 3E) where query, key
+    A module at `name` is replaced by a container of plain nn.Linear modules: `name.in_proj` (E -> 3E) where query, key
     and value are one node in every call, else `name.q_proj`, `name.k_proj` and `name.v_proj`; and `name.out_proj`.
     A function's projections become `F.linear`. Attention weights are computed only where the graph reads them.
 
-    Left alone are attention with active dropout, with hooks, parametrized or subclassed modules, modules whose
-    parameters something else uses, flags computed in the graph, `static_k` and `static_v`, a mask that may be None at
-    run time, and `is_causal` without a mask, which is an error except on the module's fast path, where it is ignored.
+    These are left unchanged: attention with active dropout, with hooks, parametrized or subclassed modules, modules
+    whose parameters something else uses, flags computed in the graph, `static_k` and `static_v`, a mask that may be
+    None at run time, and `is_causal` without a mask (an error, except on the module's fast path, which ignores it).
 
-    A query whose keys are all masked has no defined output: the module gives NaN or zero, depending on the path that
-    it takes, and here it gives what `scaled_dot_product_attention` gives, or NaN where the weights are read.
+    The output of a query whose keys are all masked is undefined. The module returns NaN or zero, depending on its code
+    path. The decomposed attention returns what `scaled_dot_product_attention` returns, or NaN where the weights are
+    read.
 
-    The kernels that take the place of modules without gradients, and that Dynamo meets, are decomposed too: those of
+    The fused kernels that PyTorch uses without gradients, and that Dynamo captures, are decomposed too: those of
     self-attention and of encoder layers, without masks.
 
     Attributes:
-        copy_weights: packed weights that are applied to different inputs are copied, a third for each; False leaves
-            such functions alone, so that every parameter of the graph stays the model's own.
+        copy_weights: whether packed weights that are applied to different inputs are copied, a third for each; False
+            leaves such functions unchanged, so that every parameter of the graph remains a parameter of the model.
     """
 
     copy_weights: bool = True
@@ -115,11 +116,11 @@ def _parameter_uses(graph_module: fx.GraphModule) -> Counter[int]:
 
 
 def _is_plain(module: nn.MultiheadAttention, uses: Counter[int], calls: int) -> bool:
-    """Whether calling the module is all that the graph does with it and runs nothing but its own forward."""
+    """Whether the graph only calls the module, and a call runs only the module's own forward."""
     out = module.out_proj
     return (
         type(out) in (NonDynamicallyQuantizableLinear, nn.Linear)
-        and "weight" in out._parameters  # not one that pruning or weight normalisation computes
+        and "weight" in out._parameters  # and not a weight that pruning or weight normalisation computes
         and not is_hooked(module)
         and all(uses[id(parameter)] == calls for parameter in module.parameters())
     )
@@ -133,7 +134,7 @@ def _bind(function: Callable[..., Any], node: fx.Node) -> dict[str, Any]:
 
 
 def _module_arguments(module: nn.MultiheadAttention, node: fx.Node) -> dict[str, Any]:
-    """The call in the terms of `F.multi_head_attention_forward`, but for the parameters."""
+    """The call's arguments as those of `F.multi_head_attention_forward`, without the parameters."""
     constants = {name: getattr(module, name) for name in ("num_heads", "add_zero_attn", "training")}
     return {**_bind(module.forward, node), **constants, "dropout_p": module.dropout}
 
@@ -149,12 +150,12 @@ def _is_supported(call: dict[str, Any]) -> bool:
 
 
 def _may_be_none(mask: fx.Node | None) -> bool:
-    """Whether the mask is an optional input of the graph, unless it is known to have been there on an example."""
+    """Whether the mask is an optional input of the graph that was not given in a recorded example."""
     return mask is not None and mask.op == "placeholder" and mask.args == (None,) and annotation(mask).shape is None
 
 
 def _replace_module(graph_module: fx.GraphModule, module: nn.MultiheadAttention, nodes: list[fx.Node]) -> None:
-    """Put plain modules in place of the attention, at every path that a node calls it by."""
+    """Replace the attention by plain modules, at every path by which a node calls it."""
     packed = module.in_proj_weight is not None
     fused = packed and all(_is_self_attention(_module_arguments(module, node)) for node in nodes)
     container = _container(module, fused)
@@ -198,7 +199,7 @@ def _replace_function(graph_module: fx.GraphModule, node: fx.Node, call: dict[st
 
 
 def _replace_kernel(node: fx.Node) -> bool:
-    """Decompose what a module calls on its fast path, if it has one input and no mask; returns whether it has."""
+    """Decompose a fused kernel of the module's fast path if it has one input and no mask; return whether it was."""
     call: dict[str, Any] = {**dict(zip(KERNELS[node.target], node.args, strict=False)), **node.kwargs}
     others = [call[name] for name in ("key", "value") if name in call]
     if call.get("mask") is not None or any(other is not call["query"] for other in others):
@@ -226,7 +227,7 @@ def _is_self_attention(call: dict[str, Any]) -> bool:
 
 
 def _proxies(tracer: GraphAppendingTracer, call: dict[str, Any]) -> dict[str, Any]:
-    """The call's arguments with a proxy for every node: what is done to it is recorded in the graph."""
+    """The call's arguments with a proxy for every node, so that operations on it are recorded in the graph."""
     return {name: tracer.proxy(value) if isinstance(value, fx.Node) else value for name, value in call.items()}
 
 
@@ -235,9 +236,9 @@ def _linear(tracer: GraphAppendingTracer, path: str, x: Any) -> Any:
 
 
 def _attend(node: fx.Node, q: Any, k: Any, v: Any, arguments: dict[str, Any], batch_first: bool) -> tuple[Any, Any]:
-    """Record the attention of one call; the weights are None where they were not asked for or nothing reads them."""
+    """Record the attention of one call; the weights are None if they were not requested or nothing reads them."""
     need_weights = arguments["need_weights"]
-    # As the original does: the hint stands in for the mask only where nothing else needs the mask itself.
+    # Same as in PyTorch: the hint replaces the mask only where nothing else needs the mask itself.
     causal = arguments["is_causal"] and arguments["key_padding_mask"] is None and not need_weights
     same = ("num_heads", "bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "average_attn_weights")
     how = Attention(
@@ -251,7 +252,7 @@ def _attend(node: fx.Node, q: Any, k: Any, v: Any, arguments: dict[str, Any], ba
 
 
 def _container(module: Any, fused: bool) -> nn.Module:
-    """The parameters of the attention in plain modules; only those that are cut up are new tensors."""
+    """The parameters of the attention in plain modules; only those that are split are new tensors."""
     container = nn.Module()
     if fused:
         container.in_proj = _linear_module(module.in_proj_weight, module.in_proj_bias)
@@ -287,10 +288,10 @@ def _cut(parameter: Tensor) -> list[nn.Parameter]:
 
 
 def _thirds(graph_module: fx.GraphModule, packed: Any, uses: Counter[int]) -> Sequence[Any]:
-    """Proxies for the parts of a packed weight or bias that belong to query, key and value.
+    """Proxies for the query, key and value parts of a packed weight or bias.
 
-    They are parameters of their own where that is possible: those which the graph concatenates, or, where nothing else
-    uses the packed one, its parts, at `name.q`, `name.k` and `name.v`.
+    They are separate parameters where possible: the ones that the graph concatenates or, if nothing else uses the
+    packed parameter, its parts at `name.q`, `name.k` and `name.v`.
     """
     if packed is None:
         return (None, None, None)
@@ -308,7 +309,7 @@ def _thirds(graph_module: fx.GraphModule, packed: Any, uses: Counter[int]) -> Se
 
 
 def _concatenated(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
-    """The three attributes of the same shape that the node concatenates, if it does."""
+    """The three attributes of the same shape that the node concatenates, or None."""
     if node.op != "call_function" or node.target not in _CONCATENATIONS:
         return None
     arguments: dict[str, Any] = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
@@ -322,7 +323,7 @@ def _concatenated(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node] 
 
 @contextmanager
 def _in_place_of(node: fx.Node) -> Iterator[GraphAppendingTracer]:
-    """Nodes that the tracer records come before the node and inherit what its meta tells of where it came from."""
+    """Yield a tracer that inserts nodes before the node; they inherit its meta except for the entries of values."""
     previous = node.prev
     with node.graph.inserting_before(node):
         yield GraphAppendingTracer(node.graph)
@@ -333,7 +334,7 @@ def _in_place_of(node: fx.Node) -> Iterator[GraphAppendingTracer]:
 
 
 def _item(user: fx.Node) -> int | None:
-    """Which item of the tuple a node takes out, None where it does something else with the tuple."""
+    """The index of the tuple's item that a node reads, or None if it uses the tuple in another way."""
     index = user.args[1] if user.target is operator.getitem else None
     return index if isinstance(index, int) and index in (0, 1) else None
 
@@ -344,7 +345,7 @@ def _reads_weights(node: fx.Node) -> bool:
 
 
 def _rewire(node: fx.Node, output: Any, weights: Any) -> None:
-    """Give the node's users the output and the weights, as single values or as a tuple, and erase the node."""
+    """Let the node's users read the output and the weights, as single values or as a tuple, and erase the node."""
     result = (output.node, None if weights is None else weights.node)
     for user in list(node.users):
         item = _item(user)
@@ -363,7 +364,7 @@ def _substitute(reader: fx.Node, old: fx.Node, new: Any) -> None:
 
 
 def _erase_unused(nodes: Sequence[fx.Node]) -> None:
-    """Erase what was only there to be an argument: attributes, joined ones, sizes."""
+    """Erase nodes that were only arguments of erased ones: attributes, concatenations, sizes."""
     pending = dict.fromkeys(nodes)
     while pending:
         node, _ = pending.popitem()

@@ -24,9 +24,9 @@ from balf_fx.widths.narrowing import Cut, find_cuts
 class Factorize(Pass):
     """Replace every site that was given a rank by `name.0` (D -> r, the layer's own geometry) and `name.1` (r -> O).
 
-    `name` becomes an nn.Sequential of the two, and the graph calls each of them in a node of its own. Where the parts
-    of a site were given ranks of their own, `name.1` is a list of layers, one for each part (`Substitute`). Parameters
-    keep dtype, device, memory format and requires_grad.
+    `name` becomes an nn.Sequential of the two, and the graph calls each of them in a separate node. Where the parts
+    of a site have separate ranks, `name.1` is a list of layers, one for each part (`Substitute`). Parameters keep
+    dtype, device, memory format and requires_grad.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -38,7 +38,7 @@ class Factorize(Pass):
         cuts = find_cuts(graph_module)
         found = self.require_sites(graph_module)
         layers: dict[Site, list[fx.Node]] = dict(found)
-        for node in graph_module.graph.nodes:  # no rank would help these, but they may have been refitted or narrowed
+        for node in graph_module.graph.nodes:  # layers that are not sites may have been refitted or narrowed
             layer = read_layer(graph_module, node)
             changed = annotation(node).refit is not None or node.name in cuts
             if annotation(node).site is None and changed and isinstance(layer, Site):
@@ -62,13 +62,13 @@ class Factorize(Pass):
 
 
 def fingerprint(graph_module: fx.GraphModule, site: Site) -> Fingerprint:
-    """Of the layer as it is."""
+    """The fingerprint of the layer's current weight and bias."""
     bias = None if site.bias is None else get_tensor(graph_module, site.bias)
     return Fingerprint.of(get_tensor(graph_module, site.weight), bias)
 
 
 def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:
-    """A layer's one-shot solution for the rank and the features that it was given, at the size at which it writes."""
+    """A layer's one-shot solution for its chosen rank and features, with as many outputs as the narrower layer has."""
     mark = annotation(node)
     if mark.curve is None or mark.choice is None:
         solution: tuple[Solution, ...] = (
@@ -80,12 +80,12 @@ def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | 
 
 
 def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> Substitute:
-    """The modules that stand in for a site, by the one-shot optimum."""
+    """The modules that replace a site, with the one-shot optimum as their weights."""
     return build(graph_module, site, one_shot(graph_module, site, curve, rank))
 
 
 def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: Rank) -> tuple[Solution, ...]:
-    """The one-shot optimum: one solution, or one for each part where these have ranks of their own."""
+    """The one-shot optimum: one solution, or one for each part where the parts have separate ranks."""
     weight = grouped_weight(graph_module, site)
     bias = grouped_bias(graph_module, site)
     if not isinstance(rank, tuple):

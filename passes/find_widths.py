@@ -1,4 +1,4 @@
-"""Find the widths: features inside the model that may become fewer."""
+"""Find the widths: sets of features inside the model whose number may be reduced."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from balf_fx.passes.base import Pass
 from balf_fx.widths.channels import find_channels
 from balf_fx.widths.heads import find_heads
 
-_JOINED = 2  # widths that share layers, and are chosen together: all their sizes are tried against each other
+_JOINED = 2  # the most widths that share layers and are chosen together: every pair of their sizes is compared
 
 
 @dataclass(frozen=True)
 class FindWidths(Pass):
-    """Record the widths of an annotated and profiled graph (`channels`, `heads`).
+    """Record the widths of an annotated and profiled graph (`widths.channels`, `widths.heads`).
 
-    A layer may lie between two widths, as does the middle one of a bottleneck. Of longer chains those widths are taken
-    that touch most FLOPs.
+    A layer may lie between two widths, like the middle one of a bottleneck. In longer chains, the widths that affect
+    the most FLOPs are taken.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -40,7 +40,7 @@ class FindWidths(Pass):
 
 
 def _named(graph_module: fx.GraphModule, found: Sequence[Width]) -> Iterator[Width]:
-    """The widths with the names of their layers, and with names of their own that do not recur."""
+    """The widths with the names of their layers, and with unique names."""
     layers = {node.name: _layer_name(graph_module, node) for node in graph_module.graph.nodes}
     seen: Counter[str] = Counter()
     for width in found:
@@ -56,7 +56,7 @@ def _layer_name(graph_module: fx.GraphModule, node: fx.Node) -> str:
 
 
 def _most_valuable(graph_module: fx.GraphModule, found: Sequence[Width]) -> list[Width]:
-    """Widths by the FLOPs they touch, as long as no more than a few hang together."""
+    """Take widths in the order of the FLOPs that they affect, as long as at most `_JOINED` are connected by layers."""
     flops = {node.name: annotation(node).flops or 0 for node in graph_module.graph.nodes}
     order = sorted(range(len(found)), key=lambda i: -sum(flops[name] for name in found[i].layers))
     taken: list[int] = []

@@ -35,12 +35,12 @@ _CALLS = {
 class FoldBatchNorm(Pass):
     """Replace layer-BatchNorm pairs by one layer.
 
-    A pair is folded where the BatchNorm uses running statistics, nothing else reads the values of the layer's output,
-    and nothing else its parameters. Linear-BatchNorm pairs need the output's shape, which `capture` records, since
-    BatchNorm1d normalises another axis of a three-dimensional input.
+    A pair is folded if the BatchNorm uses running statistics, nothing else reads the values of the layer's output,
+    and nothing else reads the layer's parameters. Linear-BatchNorm pairs need the output's shape, which `capture`
+    records, since BatchNorm1d normalises another axis of a three-dimensional input.
 
     Attributes:
-        include, exclude: as in `Annotate`: what they leave out keeps its weights, and its BatchNorm.
+        include, exclude: as in `Annotate`: layers that they leave out keep their weights and their BatchNorm.
     """
 
     include: Sequence[str] | None = None
@@ -64,7 +64,7 @@ class FoldBatchNorm(Pass):
 
 
 def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Norm] | None:
-    """The node's input and the node as a BatchNorm with running statistics, or None."""
+    """The node's input, and the node as a BatchNorm with running statistics; or None."""
     if node.op == "call_module":
         module: Any = graph_module.get_submodule(str(node.target))
         source = node.args[0] if node.args else None
@@ -88,7 +88,7 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, No
 
 
 def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -> Site | None:
-    """The layer before a BatchNorm, where folding changes nothing else."""
+    """The layer before a BatchNorm, or None if folding would change something else."""
     layer = read_layer(graph_module, source)
     if not isinstance(layer, Site) or sum(not reads_metadata(user) for user in source.users) != 1:
         return None
@@ -124,7 +124,7 @@ def _fold(graph_module: fx.GraphModule, source: fx.Node, layer: Site, norm: Norm
 
 
 def _per_output(scale: Tensor, layer: Site, weight: Tensor) -> Tensor:
-    """`scale` [G * O] in a shape that multiplies the weight, output by output."""
+    """`scale` [G * O] in a shape that scales each output's row of the weight."""
     if not layer.inputs_first:
         return scale.reshape(-1, *[1] * (weight.dim() - 1))
     repeated = scale.reshape(layer.groups, 1, -1).expand(-1, weight.shape[0] // layer.groups, -1)

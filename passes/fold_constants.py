@@ -1,4 +1,4 @@
-"""Evaluate, once and for all, the weights and biases that a graph computes from its parameters."""
+"""Evaluate the weights and biases that a graph computes from its parameters, and store the results as parameters."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from balf_fx.passes.base import Pass
 class FoldConstants(Pass):
     """Replace computed weights and biases of layers by new parameters.
 
-    Standardised and parametrized weights, concatenated biases and the like are constant in deployment. Folded is what
-    depends on nothing but parameters and buffers, at least one parameter and no quantized one among them, is not
-    random, is not changed in place, and takes no more memory than what it is computed from. A new parameter lies in
-    the layer that holds the first old one.
+    Standardised and parametrized weights, concatenated biases and the like are constant in deployment. A value is
+    folded if it depends on parameters and buffers only, on at least one parameter and on no quantized one, is not
+    random, is not changed in place, and takes no more memory than the tensors from which it is computed. The new
+    parameter is stored in the layer that holds the first of the old ones.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -41,7 +41,7 @@ class FoldConstants(Pass):
 
 
 def _behind_transpositions(node: fx.Node) -> fx.Node:
-    """What a site can read as it stands needs no folding."""
+    """The node before any transpositions: a site can read a transposed weight, so these need no folding."""
     while is_transposition(node):
         node = node.all_input_nodes[0]
     return node
@@ -77,14 +77,14 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
 
 
 def _changed(graph_module: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
-    """Constants that some node changes in place, perhaps through a view, and all that they are computed from."""
+    """Constants that a node changes in place, perhaps through a view, and all nodes from which they are computed."""
     changes = [node for node in graph_module.graph.nodes if changes_in_place(graph_module, node) and node.args]
     targets = [node.args[0] for node in changes if node.args[0] in constants]
     return {source for target in targets if isinstance(target, fx.Node) for source in _expression(target)}
 
 
 def _expression(node: fx.Node) -> set[fx.Node]:
-    """The node and all that it is computed from."""
+    """The node and all nodes from which it is computed."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -96,7 +96,7 @@ def _expression(node: fx.Node) -> set[fx.Node]:
 
 
 def _layer_path(path: str) -> str:
-    """The module that a parameter belongs to; what torch.nn.utils.parametrize keeps belongs to the layer above it."""
+    """The path of a parameter's layer; a parameter stored by torch.nn.utils.parametrize belongs to the layer above."""
     parts = path.split(".")[:-1]
     return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts)
 

@@ -1,4 +1,4 @@
-"""Allocate what a plan says, in place of solving a budget."""
+"""Allocate the ranks and sizes of a plan, in place of solving a budget."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from balf_fx.passes.base import Pass
 
 @dataclass(frozen=True)
 class Follow(Pass):
-    """Give every site and width what it has in a plan.
+    """Give every site its rank and every width its size in a plan.
 
     Attributes:
         plan: made for a model of the same architecture.
 
     Raises:
-        PlanError: the graph's sites or widths differ from the plan's, or cannot have what it says.
+        PlanError: the graph's sites or widths differ from the plan's, or cannot have its ranks or sizes.
     """
 
     plan: Plan
@@ -54,12 +54,12 @@ class Follow(Pass):
         return PassResult(graph_module, False)
 
     def solve(self, problem: Problem) -> Allocation:
-        """What the plan says of all graphs together, in place of `Allocate.solve`."""
+        """The plan's allocation for all graphs together, in place of `Allocate.solve`."""
         widths = {width.key: width for cluster in problem.clusters for width in cluster.widths}
         return self._allocation(problem.curves, widths, widths)
 
     def _allocation(self, found: Iterable[Site], widths: Mapping[str, Width], scored: Collection[str]) -> Allocation:
-        """The plan's own, for these sites.
+        """The plan's allocation for these sites.
 
         Args:
             scored: keys of the widths that can be narrowed.
@@ -71,7 +71,7 @@ class Follow(Pass):
         if unlike:
             raise PlanError(
                 f"the plan was made for another model: {', '.join(unlike[:5])}{', ...' if len(unlike) > 5 else ''} "
-                "are not the same in both"
+                "differ"
             )
         for site in listed:
             _check_rank(site, choices[site.name].chosen.rank)
@@ -79,8 +79,8 @@ class Follow(Pass):
             width = widths.get(planned.key)
             if width is None or planned.key not in scored:
                 raise PlanError(
-                    f"the plan narrows {planned.kind} at {planned.name}, of which no statistics are known here: they "
-                    "take gradients, so use factors='sensitivity' and widths=True"
+                    f"the plan narrows {planned.kind} at {planned.name}, for which there are no statistics here: they "
+                    "require gradients, so use factors='sensitivity' and widths=True"
                 )
             if planned.features != width.features or not 1 <= planned.size <= width.features:
                 raise PlanError(
@@ -98,7 +98,7 @@ def _with_site(choice: Choice, site: Site) -> Choice:
 
 
 def _check_rank(site: Site, rank: Rank) -> None:
-    """Refuse what somebody may have written into a plan by hand."""
+    """Raise PlanError for a rank that the site cannot have, as a plan edited by hand may contain."""
     if rank is None:
         return
     ranks, parts = (rank, site.parts) if isinstance(rank, tuple) else ((rank,), 1)

@@ -1,4 +1,4 @@
-"""Rewrite what lies between layers whose widths have shrunk."""
+"""Rewrite the operations between layers whose widths were reduced."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
 
 @dataclass(frozen=True)
 class Narrow(Pass):
-    """Carry the allocation's sizes out where no layer is concerned: constants between layers, and attention.
+    """Apply the allocation's sizes to what is not a layer: constants between layers, and attention.
 
-    Constants along the features lose the entries of those that go. Products of attention read their heads from new
-    views of what the narrower layers return, and output projections from a new view of what the products return. The
-    layers themselves follow in `Factorize`, which must run next: in between the graph does not compute.
+    Constants along the features lose the entries of the removed features. Attention products read their heads from new
+    views of the narrower layers' outputs, and output projections read a new view of the products' outputs. `Factorize`
+    replaces the layers themselves and must run next: between the two passes the graph cannot run.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -70,7 +70,7 @@ def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, 
 
 
 def _rewire_producer(layer: fx.Node, widths: Sequence[tuple[Width, fx.Node]], cut: Cut) -> None:
-    """Let products read their heads from a layer that returns them one after another, as `Cut` lays its rows."""
+    """Let products read their heads from a layer that returns them one after another, in the order of `Cut.written`."""
     graph = layer.graph
     reads = [
         (width, operand, product)
@@ -91,7 +91,7 @@ def _rewire_producer(layer: fx.Node, widths: Sequence[tuple[Width, fx.Node]], cu
 
 
 def _replace_argument(node: fx.Node, position: int, value: fx.Node) -> None:
-    """Let a node read another value, and erase what only led to the old one."""
+    """Let a node read another value, and erase the nodes that only computed the old one."""
     pending = [node.args[position]]
     node.update_arg(position, value)
     while pending:
@@ -102,7 +102,7 @@ def _replace_argument(node: fx.Node, position: int, value: fx.Node) -> None:
 
 
 def _heads(graph: fx.Graph, value: fx.Node, count: int, size: int, operand: Operand, sequence_first: bool) -> fx.Node:
-    """[..., heads, positions, features], as a product reads it."""
+    """View a layer's output as [..., heads, positions, features], transposed where the product reads it so."""
     view = graph.call_method("unflatten", (value, -1, (count, size)))
     moved: tuple[Any, ...] = ("movedim", 0, -2) if sequence_first else ("transpose", -3, -2)
     view = graph.call_method(moved[0], (view, *moved[1:]))
@@ -131,12 +131,12 @@ def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node
 
 
 def _carried_meta(node: fx.Node) -> dict[str, Any]:
-    """What a new node that returns another value takes over."""
+    """The node's meta without what describes its value, for a new node that returns another value."""
     return {key: value for key, value in node.meta.items() if key not in (META_KEY, *VALUE_META)}
 
 
 def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None:
-    """Pad what has become smaller with zeros, since attention is slow where queries and values differ in size."""
+    """Pad the smaller heads with zeros, since attention is slow where queries and values differ in size."""
     with graph.inserting_before(product):
         for position in (0, 1) if queries < values else (2,) if values < queries else ():
             padded = graph.call_function(F.pad, (product.args[position], (0, abs(values - queries))))

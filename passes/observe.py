@@ -1,4 +1,4 @@
-"""Put an observer beside every value whose second moments are needed, and take all of them out again."""
+"""Insert an observer for every value whose second moments are needed, and remove all observers."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ from balf_fx.passes.base import Pass
 
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """Observe each site's output or input, whichever is narrower, or all inputs where weights' influence is asked for.
+    """Observe each site's output or input, whichever has fewer features, or all inputs with `influence`.
 
     Sites that read the same value with the same geometry share one observer, unless something may change that value
-    in place; a site with several uses has one observer that sees them all.
+    in place. A site with several uses has one observer for all of them.
 
     Attributes:
-        sensitivity: also observe gradients at every site's output, in runs with gradients (`sensitivity`).
-        influence: also gather the gradients of every site's weight, in runs with gradients, and observe the inputs of
-            all sites but transposed convolutions, as factors="air" needs.
-        skip_non_finite: pass over batches with NaN or infinity, with a warning in the log, in place of an error.
+        sensitivity: also observe the gradients at every site's output, in runs with gradients
+            (`calibration.gradients`).
+        influence: also accumulate the gradients of every site's weight, in runs with gradients, and observe the inputs
+            of all sites except transposed convolutions, as factors="air" requires.
+        skip_non_finite: skip batches with NaN or infinity and log a warning, in place of an error.
         apart: names of sites that share no observer with other sites, so that another graph with the same weights can
             be given the same observers.
 
     Raises:
-        ModelError: gradients are asked for, and a quantized layer lets none through.
+        ModelError: gradients are requested, but no gradient flows through a quantized layer.
     """
 
     sensitivity: bool = False
@@ -88,7 +89,7 @@ class InsertObservers(Pass):
 
 @dataclass(frozen=True)
 class RemoveObservers(Pass):
-    """Take all observers out, once `Score` and `ScoreWidths` have read them; does nothing where there are none."""
+    """Remove all observers, once `Score` and `ScoreWidths` have read them; a graph without observers is unchanged."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         observed = hasattr(graph_module, OBSERVERS)
@@ -135,7 +136,7 @@ def _range_basis(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:
-    """Take all observers out of a graph; the caller recompiles."""
+    """Remove all observers from a graph; the caller recompiles it."""
     for node in graph_module.graph.find_nodes(op="call_module"):
         if str(node.target).startswith(f"{OBSERVERS}."):
             graph_module.graph.erase_node(node)

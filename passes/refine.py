@@ -26,20 +26,22 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Refine(Pass):
-    """Go on from the one-shot factors of the chosen ranks, between Allocate and Factorize.
+    """Refine the one-shot factors of the chosen ranks, between Allocate and Factorize.
 
-    The defaults are as published. Statistics are centred where Score's were; then the mean of what is lost moves into
-    the bias. A site that no gradient has reached, and a transposed convolution, keeps its one-shot factors.
+    The defaults are as published. Statistics are centred where Score's were; the mean of the lost output is then added
+    to the bias. A site that no gradient has reached and a transposed convolution keep their one-shot factors.
 
     Attributes:
-        signal: of influence, "weight_gradient" or "fisher" (`influence.influence`).
-        delta: how much influence counts; with 0 the factors stay the one-shot optimum.
-        limit: the largest influence, in units of the matrix's mean.
-        sweeps: how often all components are solved for again.
-        block: how many components are solved for together; 1 as published, more descend further in less time.
-        damping: of the inputs' second moment, as a share of its mean eigenvalue.
-        dtype: of the sweeps.
-        progress: is shown the sites.
+        signal: the measure of influence, "weight_gradient" or "fisher" (`ranks.influence.influence`).
+        delta: the strength of the influence in the weights 1 + delta * influence; with 0 the factors stay the one-shot
+            optimum.
+        limit: the largest influence, as a multiple of the mean influence of the matrix.
+        sweeps: the number of passes over all components, each of which solves for every component again.
+        block: the number of components solved for together; 1 as published, larger blocks reach a lower loss in less
+            time.
+        damping: the damping of the inputs' second moment, as a share of its mean eigenvalue.
+        dtype: the dtype of the sweeps.
+        progress: shows the progress over the sites.
     """
 
     signal: Signal = "weight_gradient"
@@ -53,11 +55,11 @@ class Refine(Pass):
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
-            raise OptionError(f"signal is one of {', '.join(map(repr, get_args(Signal)))}, not {self.signal!r}")
+            raise OptionError(f"signal must be one of {', '.join(map(repr, get_args(Signal)))}, not {self.signal!r}")
         if self.delta < 0 or self.limit <= 0 or self.damping <= 0:
-            raise OptionError("delta is 0 or more, limit and damping are above 0")
+            raise OptionError("delta must be at least 0, limit and damping must be above 0")
         if self.sweeps < 1 or self.block < 1:
-            raise OptionError("sweeps and block are whole numbers, 1 or more")
+            raise OptionError("sweeps and block must be whole numbers, 1 or more")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
@@ -79,7 +81,7 @@ class Refine(Pass):
             if rank is None or mark.curve is None:
                 continue
             if isinstance(rank, tuple):
-                _LOGGER.info("the parts of %s have ranks of their own: it keeps its one-shot factors", site.name)
+                _LOGGER.info("the parts of %s have separate ranks: it keeps its one-shot factors", site.name)
             elif observed is None:
                 reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
                 _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
@@ -101,9 +103,9 @@ class Refine(Pass):
         """Refine one site.
 
         Args:
-            spectrum: of the plain output error, which gives the factors to start with.
-            moments: of the site's input.
-            gradients: of its weight.
+            spectrum: the spectrum of the plain output error, which gives the initial factors.
+            moments: the moments of the site's input.
+            gradients: the gradients of its weight.
         """
         weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
         centred = spectrum.mean is not None
@@ -117,7 +119,7 @@ class Refine(Pass):
 
 
 def _work(site: Site, mark: Annotation) -> int:
-    """Floating-point operations in one sweep over the components, and in the Cholesky factor of the inputs' moment."""
+    """Floating-point operations of one sweep over the components plus the Cholesky factor of the inputs' moment."""
     rank = None if mark.choice is None else mark.choice.chosen.rank
     if not isinstance(rank, int):
         return 0

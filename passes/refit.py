@@ -1,19 +1,19 @@
-"""Solve every layer again for the input that it gets in the compressed model.
+"""Solve every layer again for the input that it has in the compressed model.
 
-One-shot factors assume that a layer's input is what it was. Refit walks the original and the compressed model side by
-side (`lockstep`), and at each layer regresses y on the compressed model's own x' (`regression`): the error made
-upstream is corrected as far as x' tells of it. Or it keeps the right factor B and regresses y on B x', which is much
-cheaper and corrects less.
+One-shot factors assume that a layer's input is the original one. Refit runs the original and the compressed model side
+by side (`refit.lockstep`). At each layer it regresses the original output y on the compressed model's input x'
+(`refit.regression`), which corrects the error made upstream as far as x' predicts it. Alternatively it keeps the right
+factor B and regresses y on B x', which is much cheaper and corrects less.
 
-Three things make the target more than y (`targets`). Where the layer's output is added to another value, the error of
-that value counts as the layer's own, so that residual streams are corrected at every block. Where ReLU or ReLU6
-follows, an output below zero, or above six, has no error: the target becomes what the first solution outputs there, and
-the layer is solved again. And positions are weighted by the gradients that the loss has there.
+Three things change the plain target y (`refit.targets`). Where the layer's output is added to another value, the error
+of that value is added to the target, so that residual streams are corrected at every block. Where ReLU or ReLU6
+follows, an output below zero, or above six, has no error: the target becomes the output of the first solution there,
+and the layer is solved again. Finally, positions are weighted by the squared gradients of the loss.
 
-How far to trust the regression is decided on a held-out quarter of all samples: the ridge that has the least error
-there is taken, or the layer as it was if that is better. Of a convolution's output every pixel counts only until there
-are some hundred positions for each unknown: beyond these a grid of pixels is read, another one in every chunk
-(`windows`).
+The strength of the regularisation is chosen on a held-out quarter of all samples: the ridge with the least error there
+is taken, or the layer as it was if that is better. Every pixel of a convolution's output is used until there are some
+hundred positions per unknown. Beyond that, a grid of pixels is read, with another offset in every chunk
+(`refit.windows`).
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Refit(Pass):
     """Refit the chosen factors and the dense layers between Allocate and Factorize.
 
     Attributes:
-        inputs: of each calibration batch, the values of the graph's placeholders by name; may be read from files on
-            access (`offload.Shelved`).
-        mode: "full" solves for all of a layer; "up" keeps right factors, and of dense layers all but the bias.
-        memory: bytes of values that are kept in memory; what is beyond waits in temporary files (`lockstep`).
-        handed: where the graph is a part of a larger program, of each batch the values that the compressed model
-            hands to it in place of some of `inputs`: layers are solved against the error made before, too. Empty
-            where there are none.
-        progress: is shown the nodes of the walk.
+        inputs: the values of the graph's placeholders by name, for each calibration batch; may be read from files on
+            access (`refit.offload.Shelved`).
+        mode: "full" solves for the whole layer; "up" keeps right factors, and changes only the bias of dense layers.
+        memory: bytes of values that are kept in memory; the rest are written to temporary files (`refit.lockstep`).
+        handed: where the graph is a part of a larger program, the values for each batch with which the compressed
+            program replaces some of `inputs`, so that the error made in earlier parts is corrected too. Empty if there
+            are none.
+        progress: shows the progress over the nodes.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -75,9 +75,9 @@ class Refit(Pass):
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(RefitMode):
-            raise OptionError(f"mode is one of {', '.join(map(repr, get_args(RefitMode)))}, not {self.mode!r}")
+            raise OptionError(f"mode must be one of {', '.join(map(repr, get_args(RefitMode)))}, not {self.mode!r}")
         if len(self.handed) not in (0, len(self.inputs)):
-            raise OptionError(f"handed has {len(self.handed)} batches, inputs {len(self.inputs)}")
+            raise OptionError(f"handed has {len(self.handed)} batches, inputs has {len(self.inputs)}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not observes(node)]
@@ -92,7 +92,7 @@ class Refit(Pass):
 
 
 class _Solver:
-    """Finds what takes each layer's place in the compressed model."""
+    """Finds the replacement of each layer in the compressed model."""
 
     def __init__(self, walk: Lockstep, mode: RefitMode) -> None:
         self.walk = walk
@@ -103,7 +103,7 @@ class _Solver:
         self.cuts = find_cuts(walk.graph_module)
 
     def regressions(self, nodes: Sequence[fx.Node], layers: Set[fx.Node]) -> dict[fx.Node, tuple[Site, Shape]]:
-        """The layers that are going to be solved, each with the map that is solved for."""
+        """The layers that will be solved, each with the shape of the map that is solved for."""
         moved = {node for node in nodes if self.walk.is_handed(node)}
         found: dict[fx.Node, tuple[Site, Shape]] = {}
         for node in nodes:
@@ -118,7 +118,7 @@ class _Solver:
         return found
 
     def replace(self, node: fx.Node) -> None:
-        """Solve a layer, and run what takes its place on the compressed model's values."""
+        """Solve a layer, and run its replacement on the compressed model's values."""
         site, rank = _site(self.graph_module, node), _rank(node)
         cut = self.cuts.get(node.name, Cut())
         moved = site_input(node) in self.walk.moved
@@ -130,21 +130,21 @@ class _Solver:
             self.walk.store(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
 
     def _refittable(self, node: fx.Node, site: Site, rank: Rank) -> bool:
-        """Whether the regression can be written down, and nothing else needs the weight that it changes."""
+        """Whether the regression is defined for the layer, and nothing else reads the weight that it changes."""
         owned = owns_weight(self.graph_module, self.users, node, site) and not annotation(node).shared
         return owned and not site.transposed and not (rank is None and site.keeps_weight)
 
     def _build(self, site: Site, cut: Cut, solution: tuple[Solution, ...]) -> Substitute:
-        """What computes a solution in the walk, where every layer still writes all of its features."""
+        """The module of a solution for the walk, in which every layer still outputs all of its features."""
         solution = solution if len(solution) > 1 else (cut.project(solution[0]),)
         return build(self.graph_module, cut.inputs(site), solution)
 
     def _prior(self, node: fx.Node, site: Site, cut: Cut) -> tuple[Solution, ...]:
-        """The one-shot solution, or the layer as it is."""
+        """The one-shot solution, or the unchanged layer where it is dense."""
         return planned(self.graph_module, node, site, cut)
 
     def _refit(self, node: fx.Node, site: Site, cut: Cut) -> None:
-        """Solve for all of a layer."""
+        """Solve for the whole layer."""
         prior = self._prior(node, site, cut)
         whole = cut.narrow_inputs(Solution(None, grouped_weight(self.graph_module, site), None), site)
         problem = Problem(
@@ -161,7 +161,7 @@ class _Solver:
         self.walk.store(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
 
     def _refit_up(self, node: fx.Node, site: Site, cut: Cut) -> None:
-        """Solve for left factors and biases; until then, the layer's value is what its first factors output."""
+        """Solve for left factors and biases; until then, the layer's value is the output of its right factors."""
         prior, thin = self._prior(node, site, cut), cut.inputs(site)
         as_read = dataclasses.replace(cut, read=None)
         reads = partial(_reads, node, site, cut)
@@ -180,7 +180,7 @@ class _Solver:
         self.walk.store(node, finished)
 
     def _solve_part(self, node: fx.Node, site: Site, index: int, part: Solution, spectrum: Spectrum | None) -> Solution:
-        """One part with a left factor and a bias that are new; where it is dense, with a new bias if it has one."""
+        """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
         inner = dataclasses.replace(site, out_features=part.right.shape[1])
 
         def columns(batch: Batch, window: Window) -> Tensor:
@@ -202,13 +202,13 @@ class _Solver:
         return Solution(None, part.right, bias)
 
     def _importance(self, node: fx.Node) -> Tensor | None:
-        """What each position of a sample counts, where its gradients are known."""
+        """The weight of each position of a sample, where its gradients are known."""
         observer = observer_of(self.graph_module, annotation(node).sensitivity, SensitivityObserver)
         return None if observer is None else observer.positions
 
 
 def _is_excluded(node: fx.Node) -> bool:
-    """Whether the user wants a layer to stay as it is: it only runs on other values then."""
+    """Whether the user excluded the layer, so that it keeps its weights and only runs on the compressed values."""
     refusal = annotation(node).refusal
     return refusal is not None and refusal.reason is Reason.EXCLUDED
 
@@ -218,13 +218,13 @@ def _run(substitute: Substitute, reads: Callable[[Batch], Tensor], batch: Batch)
 
 
 def _reads(node: fx.Node, site: Site, cut: Cut, batch: Batch) -> Tensor:
-    """A layer's input in the compressed model: of a narrowed width, the features that it has left."""
+    """A layer's input in the compressed model: the remaining features where its width was narrowed."""
     value: Tensor = batch.current(site_input(node))
     return cut.read_features(value, -1 if site.conv is None else -1 - len(site.conv.kernel_size))
 
 
 def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: Window) -> Tensor:
-    """What a window's inputs are in the compressed model, [G, D, n]."""
+    """The compressed model's inputs at a window's positions, [G, D, n]."""
     value = by_sample(batch.current(site_input(node)), site)[own.samples]
     axis = -1 if site.conv is None else -1 - len(site.conv.kernel_size)
     return input_columns(cut.read_features(value, axis), cut.inputs(site), own.pixels)
@@ -236,12 +236,12 @@ def _in_parts(outputs: Tensor, parts: int) -> Tensor:
 
 
 def _shift(old: Solution, new: Solution) -> Tensor | None:
-    """[G, O], by how much the bias has changed."""
+    """The change of the bias, [G, O]."""
     return new.bias if old.bias is None or new.bias is None else new.bias - old.bias
 
 
 def _shifted(value: Tensor, site: Site, shift: Tensor | None) -> Tensor:
-    """An output [.., G * O] or [.., G * O, *size] with a shift added to its features."""
+    """An output [..., G * O] or [..., G * O, *size] with a shift added to its features."""
     if shift is None:
         return value
     sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
@@ -249,10 +249,10 @@ def _shifted(value: Tensor, site: Site, shift: Tensor | None) -> Tensor:
 
 
 def _site(graph_module: fx.GraphModule, node: fx.Node) -> Site:
-    """A layer as Annotate has marked it, or as it is where it is no site."""
+    """The site recorded by Annotate, or the layer itself where it is not a site."""
     layer = annotation(node).site or read_layer(graph_module, node)
     if not isinstance(layer, Site):
-        raise PassError(f"Refit: {node.name} is no layer")
+        raise PassError(f"Refit: {node.name} is not a layer")
     return layer
 
 
@@ -262,7 +262,7 @@ def _rank(node: fx.Node) -> Rank:
 
 
 def _shape(site: Site, rank: Rank, mode: RefitMode) -> Shape:
-    """Of the map that is solved for."""
+    """The shape of the map that is solved for."""
     if mode == "full":
         return site.groups, site.out_features, site.in_features
     ranks = rank if isinstance(rank, tuple) else (rank,)
@@ -270,7 +270,7 @@ def _shape(site: Site, rank: Rank, mode: RefitMode) -> Shape:
 
 
 def _spectra(node: fx.Node, site: Site) -> tuple[Spectrum | None, ...]:
-    """The metric of each part that has a rank of its own."""
+    """The spectrum, and with it the metric, of each part that has a separate rank; None for the others."""
     curve = annotation(node).curve
     if curve is None:
         return (None,)

@@ -45,14 +45,14 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Observed:
-    """What calibration has shown of a site.
+    """The calibration statistics of a site.
 
     Attributes:
-        moments: on one side of the site; None for its weight alone.
-        side: of the moments.
-        gradients: at the site's output; None for the plain output error.
-        halves: of the samples, each to judge what the other would choose; the energies are then what a rank saves on
-            samples that it was not made for.
+        moments: moments of the site's input or output; None to score the weight alone.
+        side: the side of the site at which the moments were taken.
+        gradients: gradients at the site's output; None for the plain output error.
+        halves: statistics of each half of the samples. The spectrum of one half is evaluated on the other, so that the
+            energies are the error that a rank saves on samples that were not used to choose it.
     """
 
     moments: Moments | None
@@ -66,16 +66,17 @@ class Score(Pass):
     """Score every candidate rank of every site.
 
     Attributes:
-        factors: "activations" minimises the output error over the calibration data; "sensitivity" the part of it that
-            the loss minds, where gradients are known, and else the same; "air" is "activations" for each site as a
-            whole, from which `Refine` goes on; "svd" truncates the weight alone and needs no observers.
-        centred: use covariances and move the mean of what is dropped into the bias; False uses uncentred second
-            moments and leaves the bias alone, as BALF (arXiv 2509.25136) does.
-        split: let the parts of a fused projection have factors of their own where that is better.
-        damping: what is added to the eigenvalues of the gradients' second moment, as a share of their mean.
-        progress: moved on site by site.
+        factors: "activations" minimises the output error over the calibration data. "sensitivity" weights that error
+            by the gradients of the loss where they are known, and is the same as "activations" elsewhere. "air" is
+            "activations" for each site as a whole, which `Refine` then refines. "svd" truncates the weight alone and
+            needs no observers.
+        centred: whether to use covariances and add the mean of the dropped part to the bias; False uses uncentred
+            second moments and leaves the bias unchanged, as BALF (arXiv 2509.25136) does.
+        split: whether the parts of a fused projection may have separate factors where that is better.
+        damping: the value added to the eigenvalues of the gradients' second moment, as a share of their mean.
+        progress: shows the progress over the sites.
 
-    A site whose statistics and options are those of its last score is not scored again.
+    A site whose statistics and options have not changed since its last score is not scored again.
     """
 
     factors: Factors = "activations"
@@ -86,7 +87,7 @@ class Score(Pass):
 
     def __post_init__(self) -> None:
         if self.factors not in get_args(Factors):
-            raise OptionError(f"factors is one of {', '.join(map(repr, get_args(Factors)))}, not {self.factors!r}")
+            raise OptionError(f"factors must be one of {', '.join(map(repr, get_args(Factors)))}, not {self.factors!r}")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
@@ -95,7 +96,7 @@ class Score(Pass):
             if self.factors == "air" and annotation(nodes[0]).influence is None and not site.transposed:
                 raise NotCalibratedError(
                     f"factors='air' needs the gradients of weights, and that of site {site.name!r} was not observed: "
-                    "pass factors='air' to balf_fx.prepare (InsertObservers(influence=True) among passes), too"
+                    "pass factors='air' to balf_fx.prepare too, or use InsertObservers(influence=True) in your passes"
                 )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -115,7 +116,7 @@ class Score(Pass):
         """Score one site.
 
         Args:
-            cost: FLOPs and output elements of all uses of the site together.
+            cost: FLOPs and number of output elements, summed over all uses of the site.
         """
         gradients = seen.gradients
         roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
@@ -134,12 +135,12 @@ class Score(Pass):
         curve = rank_curve(site, spectrum, *cost, parts)
         if gradients is None:
             return curve
-        # S is scaled to a mean square of 1: the energy of each direction is what it would be for a gradient of 1.
+        # S is scaled to a mean square of 1: each energy is what it would be for gradients with a mean square of 1.
         per_sample = gradients.total / gradients.samples
         return dataclasses.replace(curve, loss=0.5 * per_sample * curve.energy / spectrum.energies.shape[-1])
 
     def _seen(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Observed:
-        """The statistics that the factors need."""
+        """The statistics that the chosen factors need."""
         if self.factors == "svd":
             return Observed(None, site.side)
         moments, side = self._observed(graph_module, node, site)
@@ -151,7 +152,7 @@ class Score(Pass):
     def _parts_roots(
         self, graph_module: fx.GraphModule, site: Site, gradients: Gradients
     ) -> tuple[Tensor, Tensor] | None:
-        """As for the site as a whole, and in its unit, so that the energies of both compare."""
+        """Roots of the parts' metrics in the unit of the whole site, so that the energies of both are comparable."""
         if gradients.parts is None:
             return None
         own, unit = gradients.parts, gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
@@ -163,9 +164,9 @@ class Score(Pass):
     def _held_out(
         self, site: Site, weight: Tensor, bias: Tensor | None, halves: Sequence[Sample], unit: Tensor, parts: int
     ) -> Tensor:
-        """Energies by which each half of the samples judges the other's spectrum."""
+        """The energies of each half's spectrum on the other half of the samples, averaged."""
         seen = [_coordinates(site, weight, bias, half, self.centred, parts) for half in halves]
-        # Second moments of gradients are sums over samples, and so is the unit, of both halves together.
+        # Second moments of gradients are sums over samples, and the unit is that of both halves together.
         total = sum(half.gradients.samples for half in halves)
         units = [unit * (half.gradients.samples / total) for half in halves]
         errors = []
@@ -175,7 +176,7 @@ class Score(Pass):
         return convex_energies((errors[0] + errors[1]) / 2)
 
     def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Sample | None, tuple[Sample, ...]]:
-        """All samples together, and by halves."""
+        """The statistics of all samples, and of each half of them."""
         observer = observer_of(graph_module, annotation(node).sensitivity, SensitivityObserver)
         if observer is not None and observer.sample is not None:
             return observer.sample, tuple(half for half in observer.halves if half is not None)
@@ -203,7 +204,7 @@ def _spectrum(
     parts: int,
     roots: tuple[Tensor, Tensor] | None,
 ) -> Spectrum:
-    """The spectrum of the site as a whole, or with `parts` above 1 of its parts."""
+    """The spectrum of the site as a whole or, with `parts` above 1, of each of its parts."""
     moments = seen.moments
     weight = in_parts(grouped_weight(graph_module, site), parts)
     if moments is None:
@@ -220,7 +221,7 @@ def _spectrum(
 def _coordinates(
     site: Site, weight: Tensor, bias: Tensor | None, sample: Sample, centred: bool, parts: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Moment and mean of W x, and E[g g^T], in the range of W where statistics are on the input side."""
+    """Moment and mean of W x, and E[g g^T]; in a basis of the range of W where statistics are on the input side."""
     gradient = sample.gradients.scatter
     if parts > 1 and sample.gradients.parts is not None:
         gradient = sample.gradients.parts

@@ -1,4 +1,4 @@
-"""Turn statistics into what each size of each width loses."""
+"""Turn each width's statistics into the loss of every size that it may have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 _LOGGER = logging.getLogger(__name__)
 
 
-_BASIS_DAMPING = 1e-3  # of a metric that is made of damped ones
+_BASIS_DAMPING = 1e-3  # small, because the metric consists of damped ones
 
 
 _JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
@@ -37,14 +37,14 @@ _JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
 class ScoreWidths(Pass):
     """Score every size of every width, where gradients have been observed.
 
-    Errors are measured at the outputs of the layers that read the features, of queries at the queries themselves, in
-    the same metric and unit as the ranks of these layers (`Score`), so that the two compare.
+    Errors are measured at the outputs of the layers that read the features, or for queries at the queries themselves.
+    Metric and unit are the same as for the ranks of these layers (`Score`), so that the two are comparable.
 
     Attributes:
         damping: as in `Score`.
-        progress: moves along with the widths.
+        progress: shows the progress over the widths.
 
-    Widths whose statistics are those of the last score are not scored again.
+    Widths are not scored again if the statistics have not changed since the last score.
     """
 
     damping: float = 0.1
@@ -74,20 +74,20 @@ class ScoreWidths(Pass):
         curve = _score_channels(whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
         if all(map(math.isfinite, (curve.loss, *curve.distortion))):
             return curve
-        _LOGGER.warning("what %s would lose is no number: it keeps its width", width.name)
+        _LOGGER.warning("the loss of narrowing %s is NaN or infinite: it keeps its width", width.name)
         return None
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer and what some of the samples showed of it.
+    """A layer and its statistics over some of the samples.
 
     Attributes:
         weight, bias: [O, D] and [O].
-        reduced: [m, D], R of W = Q R on the input side, W itself on the output side: errors of S R x are what counts.
-        basis: Q [O, m], or None.
-        unit: [1, 1], what counts as 1 in second moments of gradients.
-        loss: of an error of 1 in the metric S S.
+        reduced: [m, D], R of W = Q R on the input side, W itself on the output side. Errors are those of S R x.
+        basis: Q [O, m], or None on the output side.
+        unit: [1, 1], the scale by which second moments of gradients are divided.
+        loss: the loss of an error of 1 in the metric S S.
     """
 
     site: Site
@@ -102,25 +102,25 @@ class _Layer:
 
     @property
     def features(self) -> Moments:
-        """Of the input."""
+        """The moments of the input's features."""
         if self.sample.features is None:
             raise ValueError(f"the input of {self.site.name} was not observed")
         return self.sample.features
 
     def seen(self) -> Tensor:
-        """S R [m, D]: what an input makes of it in the metric."""
+        """S R [m, D], the map from the input to the output in the metric."""
         root, _ = damped_roots(self.sample.gradients.scatter, self.damping, self.unit)
         seen: Tensor = root[0] @ self.reduced
         return seen
 
     def metric(self) -> Tensor:
-        """A [F, F]: what an error in the input's features costs, taps of a kernel as if independent."""
+        """A [F, F], the metric of errors in the input's features; the taps of a kernel count as independent."""
         seen = self.seen()
         by_tap = seen.reshape(len(seen), -1, self.site.taps).permute(2, 0, 1)
         return (by_tap.mT @ by_tap).sum(0)
 
     def output_moment(self) -> Tensor:
-        """E[y y^T], [O, O] float64, weighted as the observer weighs."""
+        """E[y y^T], [O, O] float64, with the observer's weights of positions."""
         moments = self.sample.moments
         if self.site.side == "output":
             return moments.second_moment()[0]
@@ -129,7 +129,7 @@ class _Layer:
         return self.weight @ moments.covariance()[0] @ self.weight.mT + torch.outer(mean, mean)
 
     def gradient_block(self, rows: Tensor) -> Tensor:
-        """E[g g^T], [F, F], of some rows of the output."""
+        """E[g g^T], [F, F], for some rows of the output."""
         size = self.site.out_features // self.site.parts
         part = torch.unique(rows // size)
         gradients = self.sample.gradients
@@ -141,7 +141,7 @@ class _Layer:
 
 
 def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_Layer] | None:
-    """A layer with all samples, then with each half of them."""
+    """The layer with the statistics of all samples, then with those of each half."""
     mark = annotation(node)
     observer = observer_of(graph_module, mark.sensitivity, SensitivityObserver)
     if mark.site is None or observer is None or observer.sample is None:
@@ -189,7 +189,12 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
 
 
 def _rescaled(errors: list[float], sizes: list[int], judged: list[float]) -> list[float]:
-    """Errors by the ratio of what was judged to what was seen, in between by interpolation; never growing with size."""
+    """Scale errors by the ratio of held-out to fitted error, interpolated between sizes, and keep them non-increasing.
+
+    Args:
+        sizes: the sizes with held-out errors, ascending.
+        judged: the held-out error of each of them.
+    """
     ratios = [j / errors[size] if errors[size] > 0 else 1.0 for size, j in zip(sizes, judged, strict=True)]
     scaled = _interpolated(len(errors), sizes, ratios)
     found = [error * ratio for error, ratio in zip(errors, scaled, strict=True)]
@@ -197,7 +202,7 @@ def _rescaled(errors: list[float], sizes: list[int], judged: list[float]) -> lis
 
 
 def _interpolated(count: int, places: list[int], values: list[float]) -> list[float]:
-    """Linear interpolation at 0 .. count - 1, constant beyond both ends."""
+    """Values at 0 .. count - 1 by linear interpolation, constant beyond both ends."""
     found = []
     for index in range(count):
         right = bisect.bisect_left(places, index)
@@ -225,7 +230,7 @@ def _score_heads(width: Width, layer: _Layer, halves: list[list[_Layer]]) -> Wid
 
 
 def _best_bases(moment: Tensor, metric: Tensor) -> Spectrum:
-    """Of each head; energies in units of the metric's mean."""
+    """The spectrum of each head, with energies in units of the metric's mean diagonal."""
     return spectrum_from_output(moment, None, damped_roots(metric, _BASIS_DAMPING, _mean_diagonal(metric)))
 
 
@@ -234,7 +239,7 @@ def _mean_diagonal(matrices: Tensor) -> Tensor:
 
 
 def _heads(width: Width, layer: _Layer) -> tuple[Tensor, Tensor]:
-    """Of each head, the second moment of its features and what errors in them cost, [heads, F, F]."""
+    """The second moment of each head's features and the metric of errors in them, both [heads, F, F]."""
     if width.kind == "values":
         moment, seen = layer.features.covariance()[0], layer.seen()
         rows = torch.arange(len(moment)).reshape(width.heads, width.repeat, -1)

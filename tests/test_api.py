@@ -266,7 +266,7 @@ def test_a_graph_prepared_for_several_factors_gives_each_of_them(conv_net, image
 
 
 def test_factors_that_a_graph_was_not_prepared_for(conv_net, images):
-    with pytest.raises(OptionError, match=r"factors are .*not 'cp'"):
+    with pytest.raises(OptionError, match=r"factors must be among .*not 'cp'"):
         balf_fx.prepare(conv_net, images[0], factors=["air", "cp"])
     prepared = balf_fx.prepare(conv_net, images[0], sensitivity=True)
     balf_fx.calibrate(prepared, images, progress=False)
@@ -304,7 +304,7 @@ def test_a_batch_the_model_cannot_run(conv_net, images):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_the_site(conv_net, images, value):
     images[2][0, 0, 0, 0] = value
-    with pytest.raises(NonFiniteError, match="site 'stem' holds NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="site 'stem' contains NaN or infinity"):
         compress(conv_net, images)
 
 
@@ -317,9 +317,9 @@ def test_a_budget_that_is_none(conv_net, images, options):
 
 
 def test_unknown_option_values(conv_net, images):
-    with pytest.raises(OptionError, match="allocation is"):
+    with pytest.raises(OptionError, match="allocation must be"):
         compress(conv_net, images, allocation="magic")
-    with pytest.raises(OptionError, match=r"factors is None, .*'svd', not 'cp'"):
+    with pytest.raises(OptionError, match=r"factors must be one of None, .*'svd', not 'cp'"):
         compress(conv_net, images, factors="cp")
 
 
@@ -334,7 +334,7 @@ def test_a_model_without_sites(images):
     model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.ReLU())
     with pytest.raises(NoSiteError, match=r"nothing in the model .*0: one output channel per group"):
         compress(model, images)
-    with pytest.raises(NoSiteError, match="no parameters in use"):
+    with pytest.raises(NoSiteError, match="it uses no parameters"):
         compress(nn.Sequential(nn.ReLU()), images)
 
 

@@ -1,8 +1,8 @@
-"""Clusters: sites and widths that are chosen together, since the size of a width sets the cost of layers on both sides.
+"""Clusters: sites and widths that are chosen together, since the size of a width changes the cost of layers around it.
 
-The options of a cluster are all sizes of its widths against each other, and for each of them the lower convex hull of
-what the ranks of its sites cost and lose. What a rank loses is taken to be the same at every size, and errors to add
-up: a sum of squares, as if they were independent.
+The options of a cluster are all combinations of sizes of its widths and, for each of them, combinations of ranks of
+its sites: all of them if there are few, else those on the lower convex hull of cost and loss. The loss of a rank is
+assumed to be the same at every size, and losses are added, as squared errors that are independent.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from balf_fx.ranks.costs import rank_params
 from balf_fx.ranks.hulls import lower_hull, segments, steepest_first
 from balf_fx.widths.heads import has_level_heads, is_attention
 
-_SIZES = {1: 32, 2: 12}  # sizes tried of each width, by how many hang together
+_SIZES = {1: 32, 2: 12}  # the number of sizes tried for each width, by the number of widths in the cluster
 
 
-_PRODUCTS = 512  # choices of ranks at one size that are all tried; of more, those on the convex hull
+_PRODUCTS = 512  # up to so many choices of ranks at one size are all tried; else those on the convex hull
 
 
 _T = TypeVar("_T")
 
 
 _Priced = tuple[int, float, _T]
-"""A cost, a loss, and what has them."""
+"""A cost, a loss, and the object to which they belong."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Option:
 
     Attributes:
         ranks: a candidate for each member.
-        sizes: of each width.
-        flops, params: of everything in the cluster.
-        others: FLOPs and parameters of the shares among them.
-        loss: the sum of normalised distortions, weighted.
+        sizes: the size of each width.
+        flops, params: the cost of everything in the cluster.
+        others: the part of this cost, in FLOPs and parameters, that belongs to the shares.
+        loss: the weighted sum of normalised distortions.
     """
 
     ranks: tuple[Candidate, ...]
@@ -68,7 +68,7 @@ class Option:
         return self.flops if measure == "flops" else self.params
 
     def changed(self, index: int, new: Candidate, loss: float) -> Option:
-        """The same with another candidate for one of the members."""
+        """The same option with another candidate for one of the members."""
         old = self.ranks[index]
         ranks = (*self.ranks[:index], new, *self.ranks[index + 1 :])
         flops, params = self.flops + new.flops - old.flops, self.params + new.params - old.params
@@ -77,13 +77,13 @@ class Option:
 
 @dataclass(frozen=True)
 class _Menu:
-    """What there is to choose from at one choice of sizes, before it is weighted.
+    """The candidates at one choice of sizes, before their losses are weighted.
 
     Attributes:
-        curves: of the members, from which all of this was made.
+        curves: the members' curves, from which the menu was computed.
         others: FLOPs and parameters of the shares.
-        candidates: of each member.
-        costs, losses: of each member's candidates, int64 and float64, losses as normalised distortions.
+        candidates: the candidates of each member.
+        costs, losses: the costs (int64) and normalised distortions (float64) of each member's candidates.
     """
 
     curves: tuple[RankCurve, ...]
@@ -93,11 +93,10 @@ class _Menu:
     losses: tuple[Tensor, ...]
 
     def priced(self, weights: Sequence[float]) -> tuple[Tensor, Tensor, Sequence[tuple[int, ...]] | None]:
-        """Costs and losses of choices of one candidate from each member: of all where they are few, else of those on
-        the convex hull.
+        """Costs and losses of choices of one candidate per member: all if they are few, else those on the convex hull.
 
         Returns:
-            [n] int64, [n] float64, and the choices as indices of candidates; None for all in the order of
+            [n] int64, [n] float64, and the choices as indices of candidates; None for all choices in the order of
             `itertools.product`.
         """
         lost = [weight * row for row, weight in zip(self.losses, weights, strict=True)]
@@ -109,7 +108,7 @@ class _Menu:
         return torch.tensor(cost), torch.tensor(loss, dtype=torch.float64), picks
 
     def pick(self, index: int) -> tuple[int, ...]:
-        """The choice of that number among all."""
+        """The choice with this index among all choices."""
         found: list[int] = []
         for row in reversed(self.costs):
             index, own = divmod(index, len(row))
@@ -117,7 +116,7 @@ class _Menu:
         return tuple(reversed(found))
 
     def option(self, picked: Sequence[int], sizes: tuple[int, ...], loss: float) -> Option:
-        """One choice at these sizes."""
+        """The option of one choice at these sizes."""
         ranks = tuple(map(getitem, self.candidates, picked))
         flops = self.others[0] + sum(candidate.flops for candidate in ranks)
         params = self.others[1] + sum(candidate.params for candidate in ranks)
@@ -126,10 +125,9 @@ class _Menu:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Widths that share layers, the sites among these layers, and whatever else their sizes set the cost of.
+    """Widths that share layers, the sites among these layers, and other operations whose cost depends on their sizes.
 
-    What its options cost does not depend on weights and is computed once, so that whoever tries several weights had
-    better keep the cluster.
+    The costs of the options do not depend on the weights and are cached: to try several weights, keep the cluster.
     """
 
     widths: tuple[Width, ...]
@@ -148,12 +146,12 @@ class Cluster:
         measure: Measure,
         near: Option | None = None,
     ) -> list[Option]:
-        """Options that nothing cheaper beats, ascending in cost; the last is the model as it is, unless `near`.
+        """The Pareto-optimal options, ascending in cost; without `near`, the last one is the unchanged model.
 
         Args:
-            curves, weights: of the members, in their order.
-            width_weights: how much a width counts that has no feature left.
-            near: an option between whose sizes and the next ones, which were tried with it, all sizes are tried.
+            curves, weights: the curve and the weight of each member, in their order.
+            width_weights: the loss of each width when all its features are removed.
+            near: an earlier option; sizes between its own and the next larger ones are tried.
         """
         losses = [
             [weight * curve.normalised(d) for d in curve.distortion]
@@ -208,7 +206,7 @@ class Cluster:
     def _neighbours(
         self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float], measure: Measure
     ) -> Iterator[_Priced[Callable[[], Option]]]:
-        """Options that differ in one member's rank, whatever it is."""
+        """Options that differ from `near` in one member's rank, over all of its ranks."""
         kept = [size / width.features for size, width in zip(near.sizes, self.widths, strict=True)]
         for index, (member, curve, weight) in enumerate(zip(self.members, curves, weights, strict=True)):
             old = near.ranks[index]
@@ -218,7 +216,7 @@ class Cluster:
                 yield cost + new.cost(measure), loss, partial(near.changed, index, new, loss)
 
     def repeated(self, calls: int) -> Cluster:
-        """The same in a graph that is run several times."""
+        """The same cluster in a graph that is run several times."""
         members = tuple(
             dataclasses.replace(each, flops=calls * each.flops, output_elements=calls * each.output_elements)
             for each in self.members
@@ -228,17 +226,17 @@ class Cluster:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What identifies its widths."""
+        """The keys of its widths."""
         return tuple(width.key for width in self.widths)
 
     @property
     def full(self) -> tuple[int, int]:
-        """FLOPs and parameters of the shares as they are."""
+        """FLOPs and parameters of the shares at full size."""
         return sum(share.flops for share in self.shares), sum(share.params for share in self.shares)
 
 
 def find_clusters(graph_module: fx.GraphModule, calls: int = 1) -> list[Cluster]:
-    """The clusters of a graph whose widths have been scored, at what they cost in so many calls of it."""
+    """The clusters of a graph whose widths have been scored, with costs for this number of calls."""
     record = graph_record(graph_module)
     pairs = zip(record.widths, record.width_curves, strict=False)
     known = [(width, curve) for width, curve in pairs if curve is not None]
@@ -275,10 +273,10 @@ def _cluster(
         node = nodes[name]
         site = annotation(node).site
         outputs = tuple(written.get(name, ()))
-        if site is None:  # a layer that no rank would help
+        if site is None:  # a layer that factors would not make cheaper
             layer = read_layer(graph_module, node)
             if not isinstance(layer, Site):
-                raise TypeError(f"{name} is no layer")
+                raise TypeError(f"{name} is not a layer")
             shrinks = tuple((index, rows / layer.out_features) for index, rows in outputs)
             params = rank_params(layer, None, False)
             shares.append(Share(annotation(node).flops or 0, params, shrinks))
@@ -298,7 +296,7 @@ def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:
 
 
 def _sizes(width: Width, together: int) -> list[int]:
-    """The sizes to try, the full one last: multiples of eight where there are enough of them, for the hardware."""
+    """The sizes to try, the full one last: multiples of eight, which suit the hardware, if there are enough."""
     count = _SIZES.get(together, 8)
     step = 8 if width.features >= 8 * count else 4 if width.features >= 4 * count else 1
     exact = [width.features * k / count for k in range(1, count)]
@@ -307,14 +305,14 @@ def _sizes(width: Width, together: int) -> list[int]:
 
 
 def _between_sizes(size: int, tried: Sequence[int]) -> list[int]:
-    """A few sizes from one to the next of those tried."""
+    """A few sizes from this one up to the next larger one that was tried."""
     following = next((other for other in tried if other > size), size)
     step = max((following - size) // 8, 1)
     return list(range(size, following, step)) or [size]
 
 
 def _on_hull(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> Iterator[tuple[int, ...]]:
-    """Choices of one candidate from each row on the lower convex hull of cost and loss."""
+    """Choices of one candidate from each row that lie on the lower convex hull of cost and loss."""
     hulls = list(map(lower_hull, costs, losses))
     picked = [hull[0] for hull in hulls]
     yield tuple(picked)
@@ -335,9 +333,9 @@ def _all_sums(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _efficient(costs: Tensor, losses: Tensor) -> Tensor:
-    """The positions of what nothing cheaper beats, ascending in cost.
+    """The indices of the Pareto-optimal choices, ascending in cost.
 
-    Of those that lose the same, what is left of a budget goes to the costlier.
+    Choices with the same loss are all kept, so that the rest of a budget can go to the more expensive one.
     """
     order = torch.argsort(losses, stable=True)
     order = order[torch.argsort(costs[order], stable=True)]

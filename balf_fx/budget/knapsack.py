@@ -1,15 +1,16 @@
-"""The multiple-choice knapsack: one candidate from each class, least total value within a budget on total cost.
+"""The multiple-choice knapsack: choose one candidate from each class, with the least total value within a budget.
 
-Three steps, each of which keeps a certificate.
+Candidate j of class i has value v_ij and cost c_ij, and the budget B limits the total cost. There are three steps, each
+with a certificate.
 
 1. The Lagrangian dual, max over s >= 0 of sum_i min_j (v_ij + s c_ij) - s B, is solved exactly: its breakpoints are
    the slopes of each class's lower convex hull, so sorting them replaces bisection (Sinha & Zoltners 1979). No
    choice within the budget has a smaller value than this bound.
-2. The hull's greedy choice, with what is left spent on single upgrades, is a first feasible answer.
-3. A candidate whose reduced cost exceeds the gap between the two cannot be in an optimum; over those that remain,
-   dynamic programming on the Pareto front of (cost, value) finds the optimum (Nemhauser & Ullmann 1969). Where the
-   front grows past a limit only its most promising states are kept: the answer stays feasible, and the bound says
-   how far from the optimum it can be.
+2. The greedy choice on the hulls, with the rest of the budget spent on single upgrades, is a first feasible solution.
+3. A candidate whose reduced cost exceeds the gap between the two cannot be in an optimum. Over the remaining
+   candidates, dynamic programming on the Pareto front of (cost, value) finds the optimum (Nemhauser & Ullmann 1969).
+   If the front grows beyond a limit, only its most promising states are kept: the solution is still feasible, and the
+   bound limits its distance from the optimum.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True)
 class Solution:
-    """One candidate index per class, what they cost and are worth together, and the dual bound on the value.
+    """One candidate index per class, their total cost and value, and the dual bound on the value.
 
     Attributes:
-        multiplier: s >= 0 at which the dual is largest.
+        multiplier: s >= 0 that maximises the dual.
     """
 
     choice: tuple[int, ...]
@@ -45,18 +46,18 @@ class Solution:
 
 
 def minimum_cost(costs: Sequence[Sequence[int]]) -> int:
-    """The least that any choice costs."""
+    """The lowest cost of any choice."""
     return sum(min(row) for row in costs)
 
 
 def solve(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], budget: int) -> Solution:
     """Choose one candidate per class, minimising total value subject to total cost <= budget.
 
-    Where calibration sees no difference between candidates, what is left of the budget still goes to the costlier
-    one: for us that is the one nearer to the original layer.
+    Of candidates with the same value, the more expensive one is chosen if the budget allows, since it is closer to the
+    original layer.
 
     Raises:
-        ValueError: the cheapest choice already exceeds the budget.
+        ValueError: the cheapest choice exceeds the budget.
     """
     if minimum_cost(costs) > budget:
         raise ValueError(f"the cheapest choice costs {minimum_cost(costs)}, the budget is {budget}")
@@ -70,7 +71,7 @@ def solve(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], bud
 
 
 def dual(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], budget: int, multiplier: float) -> float:
-    """sum_i min_j (v_ij + s c_ij) - s B: no choice within the budget is worth less, whatever s >= 0 is."""
+    """sum_i min_j (v_ij + s c_ij) - s B, for any s >= 0 a lower bound on the value of all choices within the budget."""
     return sum(min(row) for row in _penalised(costs, values, multiplier)) - multiplier * budget
 
 
@@ -86,7 +87,7 @@ def _penalised(
 def spend(
     costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], choice: Sequence[int], budget: int
 ) -> list[int]:
-    """Take single upgrades that fit and do not raise the value, best gain per cost first, until none is left."""
+    """Take single upgrades that fit and do not raise the value, best gain per cost first, until there are none."""
     current = list(choice)
     left = budget - _total(costs, current)
     while True:
@@ -138,7 +139,7 @@ def _pareto(
     if gap <= 1e-12 * max(abs(upper), abs(bound)):
         return incumbent
     floors = [min(row) for row in penalised]
-    # A hair above the gap, so that rounding never drops the incumbent itself.
+    # Slightly above the gap, so that rounding never drops the incumbent itself.
     kept = [
         [j for j, penalty in enumerate(row) if penalty - floor <= gap * (1 + 1e-9)]
         for row, floor in zip(penalised, floors, strict=True)
@@ -175,7 +176,7 @@ def _pareto(
 
 
 def _efficient(cost: Tensor, value: Tensor) -> Tensor:
-    """Positions of the states that no cheaper state matches in value, in order of cost."""
+    """The indices of the states whose value no cheaper state reaches, in order of cost."""
     by_value = torch.argsort(value, stable=True)
     order = by_value[torch.argsort(cost[by_value], stable=True)]
     if len(order) < 2:

@@ -1,4 +1,4 @@
-"""What makes up a cluster, and its costs at some sizes of the widths: sites, and whatever else follows the sizes."""
+"""The members of a cluster and their costs by the sizes of the widths: sites, and other operations."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from balf_fx.graph.curves import Candidate, RankCurve
 from balf_fx.graph.site import Site
 from balf_fx.ranks.costs import rank_flops, rank_params
 
-_RANKS = 48  # ranks tried of each site at each size; the refinement is the allocator's rounding, not the model's
+_RANKS = 48  # ranks tried for each site at each size; the steps between them only limit the allocation's resolution
 
 
 @dataclass(frozen=True)
 class Share:
-    """Something whose cost follows the sizes: a product of attention, a depthwise convolution, a small layer.
+    """An operation whose cost depends on the sizes: an attention product, a depthwise convolution, a small layer.
 
     Attributes:
-        shrinks: for each width by its index in the cluster, the share of the cost that goes with it.
-        level: the cost goes with the width that keeps most, since what the others lose is padded (`Narrow`).
+        shrinks: the share of the cost that is proportional to each width, by the width's index in the cluster.
+        level: whether the cost depends only on the width that keeps the largest share of its features, since the
+            others are padded (`passes.Narrow`).
     """
 
     flops: int
@@ -29,7 +30,7 @@ class Share:
     level: bool = False
 
     def cost(self, kept: Sequence[float]) -> tuple[int, int]:
-        """FLOPs and parameters, for the share of features that each width keeps."""
+        """FLOPs and parameters, given the share of features that each width keeps."""
         factor = 1.0 - sum(share * (1.0 - kept[index]) for index, share in self.shrinks)
         if self.level:
             whole = math.isclose(sum(share for _, share in self.shrinks), 1.0)
@@ -42,11 +43,11 @@ class Member:
     """A site of a cluster.
 
     Attributes:
-        flops, output_elements: of the layer as it is.
-        outputs: for each width that it writes, its index in the cluster and how many of its rows belong to it.
+        flops, output_elements: of the layer at full size.
+        outputs: the index in the cluster of each width that it outputs, and the number of its rows in that width.
         reads: the index of the width that it reads, or None.
-        mixed: its rows are mixed with each other, so that only a layer without ranks of its own can be narrowed.
-        bias: it has a bias, or is to have one once it reads fewer features.
+        mixed: whether narrowing combines its rows, so that it must stay dense if its outputs are narrowed.
+        bias: whether it has a bias, or gets one when it reads fewer features.
     """
 
     site: Site
@@ -58,7 +59,7 @@ class Member:
     bias: bool
 
     def narrowed(self, kept: Sequence[float]) -> Site:
-        """The site as it is at these sizes."""
+        """The site at these sizes."""
         outputs = self.site.out_features - sum(round(rows * (1.0 - kept[index])) for index, rows in self.outputs)
         inputs = self.site.in_features
         if self.reads is not None:
@@ -66,7 +67,7 @@ class Member:
         return dataclasses.replace(self.site, out_features=outputs, in_features=inputs)
 
     def candidates(self, curve: RankCurve, kept: Sequence[float], every: bool = False) -> list[Candidate]:
-        """Some of its ranks at these sizes, or every one, ascending, then without factors."""
+        """Some of its ranks at these sizes, or all with `every`, ascending; then dense."""
         site = self.narrowed(kept)
         choose = list if every else _thin
         if site == self.site:

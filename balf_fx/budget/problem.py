@@ -1,4 +1,4 @@
-"""One budget, and everything over which it is spread: the sites and widths of one graph or of several."""
+"""The allocation problem: one budget for the sites and widths of one or more graphs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from balf_fx.ranks.costs import energy_curve
 
 @dataclass(frozen=True)
 class Totals:
-    """What the whole model costs.
+    """The cost of the whole model.
 
     Attributes:
-        flops, params: as the user gave it; budgets are fractions of these.
-        params_now: after the passes so far, which may have folded some into others.
+        flops, params: the cost of the user's model; budgets are fractions of it.
+        params_now: the parameters after the passes so far, which may have folded some of them.
     """
 
     flops: int
@@ -42,10 +42,10 @@ Part = tuple[fx.GraphModule, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything over which one budget is spread, wherever it lies: in one graph or in several.
+    """The sites and widths that share one budget, in one or more graphs.
 
     Attributes:
-        curves: of each site; its costs are those of one call of the model.
+        curves: the curve of each site, with costs for one call of the model.
         clusters: sites and widths that are chosen together.
     """
 
@@ -55,7 +55,7 @@ class Problem:
 
 
 def pose(parts: Sequence[Part], totals: Totals) -> Problem:
-    """The problem of all graphs together; sites of the same name are one site that all of them use."""
+    """Build the problem of all graphs together; sites with the same name are one site that all of them use."""
     curves: dict[str, tuple[Site, RankCurve]] = {}
     for graph_module, calls in parts:
         for site, nodes in sites(graph_module).items():
@@ -72,7 +72,7 @@ def pose(parts: Sequence[Part], totals: Totals) -> Problem:
 
 
 def settle(parts: Sequence[Part], problem: Problem, allocation: Allocation) -> None:
-    """Write an allocation down on all graphs, for the passes that carry it out, for plans and for reports."""
+    """Record an allocation in all graphs, for the passes that carry it out, for plans and for reports."""
     by_name = {choice.site.name: choice for choice in allocation.choices}
     for graph_module, _ in parts:
         for site, nodes in sites(graph_module).items():
@@ -89,7 +89,7 @@ def settle(parts: Sequence[Part], problem: Problem, allocation: Allocation) -> N
 
 
 def drawn(problem: Problem, allocation: Allocation) -> Allocation:
-    """The allocation with the energy that other ranks would have kept, for pictures."""
+    """The allocation with the energy that other ranks would keep, for plots."""
     curves = {site.name: curve for site, curve in problem.curves.items()}
     choices = tuple(
         dataclasses.replace(choice, spectrum=energy_curve(choice.site, curves[choice.site.name]))
@@ -99,7 +99,7 @@ def drawn(problem: Problem, allocation: Allocation) -> Allocation:
 
 
 def _refusals(parts: Sequence[Part]) -> Iterator[tuple[Refusal, int | None]]:
-    """What is not a site, with its FLOPs in one call of the model."""
+    """The refusals of all graphs, with their FLOPs in one call of the model."""
     for graph_module, calls in parts:
         for mark in map(annotation, graph_module.graph.nodes):
             if mark.refusal is not None:

@@ -1,4 +1,4 @@
-"""What a batch is, how it runs, and the statistics of values and gradients that it leaves.
+"""Batches, how a model runs on them, and the statistics of values and gradients that are gathered from them.
 
 Uses `graph`. Moments are [G, F] and [G, F, F] in float64, with F = O or D of the site.
 """

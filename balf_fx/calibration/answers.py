@@ -1,4 +1,4 @@
-"""How far a compressed model's answers are from the original's, without labels."""
+"""The distance of a compressed model's outputs from the original's, without labels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from balf_fx.calibration.batches import Forward, Loss, run_batch
 def find_logits(output: Any, batch: Any) -> Tensor | None:
     """The logits of a classifier or language model among a model's outputs, or None.
 
-    These are what goes by the name of `logits`; else the only tensor, if it is [samples, classes], or, for inputs of
-    whole numbers [samples, length], [samples, length, classes].
+    These are the output named `logits` or, without one, the only tensor if its shape is [samples, classes], or
+    [samples, length, classes] for integer inputs [samples, length].
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
@@ -29,17 +29,17 @@ def find_logits(output: Any, batch: Any) -> Tensor | None:
 
 
 def answers(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[Any]:
-    """What a model returns on each batch."""
+    """The model's output for each batch."""
     return [run_batch(model, batch, forward, index) for index, batch in enumerate(batches)]
 
 
 def divergence(
     model: nn.Module, batches: Sequence[Any], references: Sequence[Any], forward: Forward, loss: Loss | None = None
 ) -> float:
-    """The mean over batches of what a model's answers lose; infinite where it is not a number.
+    """The mean loss of a model's outputs over batches; infinite if it is NaN.
 
-    That is the Kullback-Leibler divergence of logits, in nats for each row of them, of anything else the squared error
-    relative to the mean square; or the user's loss.
+    The loss is the user's, if given. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row, and
+    the squared error relative to the mean square for other outputs.
 
     Args:
         references: the original model's `answers`.
@@ -53,7 +53,7 @@ def divergence(
 
 
 def differ(reference: Any, output: Any, batch: Any) -> Tensor:
-    """What one batch's answer loses, a scalar; see `divergence`."""
+    """The loss of one batch's output, a scalar; see `divergence`."""
     wanted, logits = find_logits(reference, batch), find_logits(output, batch)
     if wanted is not None and logits is not None:
         target, given = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)

@@ -1,10 +1,10 @@
-"""What counts as a batch, and how a batch becomes a call of the model.
+"""The forms of a batch, and how the model is called with one.
 
-* A tensor is the only argument; a mapping is keyword arguments; a tuple or list is positional arguments.
-* Labels. DataLoaders yield `(images, labels)`, and calibration needs no labels. From the end of a tuple, elements
-  that `forward` has no room for are dropped, and so are one-dimensional integer tensors that it does not require.
-  In a mapping, `label` and `labels` are dropped where `forward` has no such parameter.
-* Anything else goes through the caller's own `forward(model, batch)`.
+* A tensor is the only argument; a mapping holds keyword arguments; a tuple or list holds positional arguments.
+* Labels. DataLoaders yield `(images, labels)`, and calibration needs no labels. Trailing elements of a tuple are
+  dropped if `forward` has no parameter for them, or if they are one-dimensional integer tensors that it does not
+  require. In a mapping, `label` and `labels` are dropped if `forward` has no such parameter.
+* Anything else needs a function `forward(model, batch)` from the caller.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ MODEL_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What a model's own Python code raises on input that does not suit it; anything else is none of our business."""
+"""Errors that a model's Python code raises for unsuitable input; others are not converted to CalibrationError."""
 
 
 Forward = Callable[[nn.Module, Any], Any]
-"""`forward(model, batch)` runs the model on a batch; what it returns is ignored."""
+"""`forward(model, batch)` runs the model on a batch and returns its output."""
 
 Loss = Callable[[Any, Any], Tensor]
-"""`loss(output, batch)` returns the scalar that is to stay small, in place of the label-free one."""
+"""`loss(output, batch)` returns a scalar to keep small, in place of the loss without labels."""
 
 MEMORY = 2 << 30
-"""Bytes of intermediate values that are kept in memory unless the user says otherwise."""
+"""Default limit on the bytes of intermediate values that are kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Calibration:
     """The data to calibrate on, and how it is run.
 
     Attributes:
-        batches: unlabelled batches, in any form that `forward` takes.
+        batches: batches without labels, in any form that `forward` takes.
         forward: runs the model on one of them.
-        loss: in place of the label-free one.
+        loss: the user's loss, in place of the one without labels.
         memory: bytes that intermediate values may take.
-        seed: of the random probes.
+        seed: the seed of the random probes.
     """
 
     batches: Sequence[Any]
@@ -66,7 +66,7 @@ class Calibration:
     seed: int = 0
 
     def only(self, indices: Sequence[int]) -> Calibration:
-        """The same on some of the batches."""
+        """The same with some of the batches."""
         if len(indices) == len(self.batches):
             return self
         return replace(self, batches=_Some(self.batches, indices))
@@ -101,15 +101,15 @@ def iterate(batches: Any) -> Iterator[Any]:
         return iter([batches])
     if not isinstance(batches, Iterable):
         raise CalibrationError(
-            f"calibration batches are a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
+            f"calibration batches must be a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
         )
     return iter(batches)
 
 
 def forward_for(model: nn.Module) -> Forward:
-    """The default `forward`: decides by the signature of `model.forward` how to pass a batch on.
+    """Return the default `forward`, which passes a batch according to the signature of `model.forward`.
 
-    Tensors are moved to the model's device where all its parameters are on one.
+    Tensors are moved to the model's device if all its parameters are on one device.
     """
     parameters = list(inspect.signature(model.forward).parameters.values())
     devices = {parameter.device for parameter in model.parameters()}
@@ -117,7 +117,7 @@ def forward_for(model: nn.Module) -> Forward:
 
     def forward(module: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            batch = dict(batch)  # pytree looks into dict alone
+            batch = dict(batch)  # of mappings, pytree only traverses dict
         if device is not None:
             batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
         if isinstance(batch, dict):
@@ -151,26 +151,26 @@ def _looks_like_labels(value: Any) -> bool:
 
 
 def holds_tensor(value: Any) -> bool:
-    """Whether a value, nested or not, holds any tensor."""
+    """Whether a value, nested or not, contains a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def sample_count(batch: Any) -> int:
-    """The leading dimension that all tensors of a batch share; 0 where they share none."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # pytree looks into dict alone
+    """The leading dimension that all tensors of a batch share; 0 if they differ."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
     return counts.pop() if len(counts) == 1 else 0
 
 
 def some_samples(batch: Any, start: int, stop: int) -> Any:
-    """A batch with some of its samples."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # pytree looks into dict alone
+    """A batch of the samples start .. stop - 1."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
     return pytree.tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
 
 
 def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradients: bool = False) -> Any:
-    """Run one batch, without gradients unless asked for.
+    """Run one batch, without gradients by default.
 
     Raises:
         CalibrationError: the model cannot run it; the model's own error is the cause.
@@ -182,14 +182,14 @@ def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradi
         if isinstance(error, CalibrationError):
             raise
         raise CalibrationError(
-            f"the model cannot run calibration batch {index}, which is {describe(batch)}: {error}. A batch is a "
-            "tensor, a tuple of positional arguments or a mapping of keyword arguments; to call the model in another "
-            "way pass forward=lambda model, batch: ..."
+            f"the model cannot run calibration batch {index}, which is {describe(batch)}: {error}. A batch must be a "
+            "tensor, a tuple of positional arguments or a mapping of keyword arguments. To call the model in another "
+            "way, pass forward=lambda model, batch: ..."
         ) from error
 
 
 def describe(batch: Any) -> str:
-    """A batch in a few words, for error messages."""
+    """Describe a batch briefly, for error messages."""
     if isinstance(batch, Tensor):
         return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
     if isinstance(batch, Mapping):
@@ -200,7 +200,7 @@ def describe(batch: Any) -> str:
 
 
 class _Recorded(BaseException):
-    """Ends a call once its arguments are known; no handler of a user's forward should stop it."""
+    """Ends a call once its arguments are recorded; a user's `except Exception` does not catch it."""
 
 
 class _Recorder(nn.Module):
@@ -210,7 +210,7 @@ class _Recorder(nn.Module):
 
 
 def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forward) -> dict[str, Any]:
-    """The values that a graph's placeholders take when `forward` calls it on a batch; nothing is run.
+    """The values of a graph's placeholders when `forward` calls it on a batch; the graph is not run.
 
     Raises:
         CalibrationError: `forward` does not call the model.
@@ -221,30 +221,32 @@ def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forwar
     except _Recorded:
         args, kwargs = recorder.call
     else:
-        raise CalibrationError("forward(model, batch) did not call the model it was given")
+        raise CalibrationError("forward(model, batch) did not call the model")
     bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
-_ALIVE = 8  # values that a walk over two models holds at once: a residual stream, a layer's input and output, copies
+_ALIVE = 8  # values that a walk over two models keeps at once: a residual stream, a layer's input and output, copies
 
 
 def pieces_for_gradients(prepared: nn.Module, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
-    """The batch, or pieces for which the values of all layers fit into `memory` bytes."""
+    """The batch, or pieces of it for which the values of all layers fit into `memory` bytes."""
     return _pieces(prepared, batch, forward, index, sum(_value_sizes(prepared)) / max(memory, 1))
 
 
 def pieces_for_walk(prepared: nn.Module, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
-    """The batch, or pieces for which what is alive in one layer of two models fits into `memory` bytes."""
+    """The batch, or pieces of it for which the values alive at one layer of two models fit into `memory` bytes."""
     return _pieces(prepared, batch, forward, index, _ALIVE * max(_value_sizes(prepared), default=0.0) / max(memory, 1))
 
 
 def _pieces(prepared: nn.Module, batch: Any, forward: Forward, index: int, share: float) -> Iterator[Any]:
-    """The batch, or as few pieces of like size as each fit into memory, if the model treats samples one by one.
+    """The batch, or the fewest pieces of similar size that each fit into memory.
+
+    A batch is only split if the model computes each sample independently of the others.
 
     Args:
-        share: of the memory, what one sample takes.
+        share: the share of the memory that one sample takes.
     """
     samples = sample_count(batch)
     count = min(math.ceil(samples * share), samples)
@@ -257,7 +259,7 @@ def _pieces(prepared: nn.Module, batch: Any, forward: Forward, index: int, share
 
 
 def graphs_of(program: nn.Module) -> list[fx.GraphModule]:
-    """The graph, or those of which a program is made."""
+    """The graph itself, or the graphs of a program."""
     if isinstance(program, fx.GraphModule):
         return [program]
     return [part for part in program.children() if isinstance(part, fx.GraphModule)]
@@ -276,13 +278,13 @@ def _value_sizes(program: nn.Module) -> list[float]:
 
 
 def _one_by_one(prepared: nn.Module, batch: Any, forward: Forward, index: int) -> bool:
-    """Whether the first few samples have the same outputs together and apart; the observers forget what they saw."""
+    """Whether the first few samples have the same outputs together and apart; observers are restored afterwards."""
     moments = {module: module.moments for module in prepared.modules() if isinstance(module, CovarianceObserver)}
     half = min(sample_count(batch) // 2, 2)
     try:
         spans = ((0, 2 * half), (0, half), (half, 2 * half))
         runs = [run_batch(prepared, some_samples(batch, *span), forward, index) for span in spans]
-    except CalibrationError:  # it may want batches of one size
+    except CalibrationError:  # the model may only run on batches of one size
         return False
     finally:
         for observer, seen in moments.items():
@@ -294,7 +296,7 @@ def _one_by_one(prepared: nn.Module, batch: Any, forward: Forward, index: int) -
 
 
 def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether an output is its parts one below the other, up to rounding."""
+    """Whether an output equals the concatenation of its parts, up to rounding."""
     if not whole.dim() or len({part.shape[1:] for part in (whole, *parts)}) > 1:
         return False
     joined = torch.cat(list(parts))

@@ -1,10 +1,12 @@
-"""Which output errors of a layer the model's own answer is sensitive to: gradients of a label-free loss at every site.
+"""The sensitivity of a model's output to errors at every site: gradients of a loss without labels.
 
-The loss is the divergence of the compressed model's answer from the original's. To second order it is
-1/2 E (dz)^T H (dz) with dz the error of the model's output z. With a random v, E[v v^T] = I, the gradient of the probe
-(L v)^T z, L L^T = H, at a site's output is a sample g of what an error costs there: E[g g^T] = J^T H J. For logits the
-loss is the Kullback-Leibler divergence of softmax(z), whose H = diag(p) - p p^T has the root
-L = diag(sqrt p) - p sqrt(p)^T; for anything else it is the squared error, relative to the output's mean square.
+The loss is the divergence of the compressed model's output z from the original's. To second order it is
+1/2 E (dz)^T H (dz), where dz is the error of z. Let L L^T = H and let v be random with E[v v^T] = I. Then the gradient
+g of the probe (L v)^T z at a site's output satisfies E[g g^T] = J^T H J, where J is the Jacobian of z with respect to
+that output: E[g g^T] is the Gauss-Newton matrix there.
+
+For logits the loss is the Kullback-Leibler divergence of softmax(z), whose H = diag(p) - p p^T has the root
+L = diag(sqrt p) - p sqrt(p)^T. For other outputs it is the squared error relative to the output's mean square.
 """
 
 from __future__ import annotations
@@ -35,21 +37,20 @@ def observe_gradients(
     loss: Loss | None = None,
     memory: int = MEMORY,
 ) -> bool:
-    """Run one batch through a prepared graph, and the gradients of the loss back to its sites and their weights.
+    """Run one batch through a prepared graph and observe the gradients of the loss at its sites and their weights.
 
-    Gradients need the values of all layers at once. A batch that needs more memory than there is runs in pieces, if the
-    model treats its samples one by one; positions then count by their gradients in the piece, and the loss is the
-    piece's.
+    Gradients need the values of all layers at once. A batch that needs more than `memory` is run in pieces, if the
+    model computes each sample independently of the others. Loss and weights of positions are then those of each piece.
 
     Args:
-        generator: on the CPU; draws the probe.
+        generator: a CPU generator that draws the probe.
         memory: bytes that the values of all layers may take.
 
     Returns:
-        Whether any gradient has reached one.
+        Whether a gradient has reached any site or weight.
 
     Raises:
-        CalibrationError: the model cannot run the batch, or the user's loss is no scalar.
+        CalibrationError: the model cannot run the batch, or the user's loss is not a scalar.
     """
     pieces = pieces_for_gradients(prepared, batch, forward, index, memory)
     found = [_observe_gradients(prepared, piece, forward, index, generator, loss) for piece in pieces]
@@ -57,22 +58,24 @@ def observe_gradients(
 
 
 def check_gradients(graph_module: fx.GraphModule) -> None:
-    """Refuse layers that round their inputs as well: gradients end there, and what lies before would seem to matter
-    less than it does.
+    """Check that gradients flow through every layer.
+
+    They do not flow through quantized layers that round their inputs too, so the sensitivity of earlier layers would
+    be underestimated.
 
     Raises:
-        ModelError: names the first one.
+        ModelError: a layer lets no gradients through; names the first one.
     """
     for name, weight in graph_module.named_parameters():
         if is_quantized(weight) and not _passes_gradients(weight):
             raise ModelError(
                 f"no gradient flows through {name} ({type(weight.data).__name__}), whose layer rounds its inputs: pass "
-                "effort='fast', which needs none, or compress the float model first, then quantize the result"
+                "effort='fast', which needs no gradients, or compress the float model first and then quantize it"
             )
 
 
 def _passes_gradients(weight: Tensor) -> bool:
-    """Whether a linear layer with this weight does; of other layers nothing is known."""
+    """Whether gradients flow through a linear layer with this weight; False for other layers, which are not tested."""
     if weight.dim() != 2:
         return False
     value = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
@@ -102,11 +105,11 @@ def _observe_gradients(
 
 
 Wanted = tuple[Tensor, Callable[[Tensor], None]]
-"""A tensor, and what takes its gradient."""
+"""A tensor, and the function that receives its gradient."""
 
 
 def _outputs(records: Iterable[tuple[SensitivityObserver, Sequence[Recorded]]]) -> Iterator[Wanted]:
-    """The sites' outputs in the batch that has just run."""
+    """The outputs of the sites in the batch that has just run."""
     for observer, recorded in records:
         for output, value, features in recorded:
             yield output, partial(observer.take, value, features)
@@ -124,7 +127,7 @@ def _weights(prepared: nn.Module) -> Iterator[Wanted]:
 
 @contextmanager
 def _differentiable(module: nn.Module) -> Iterator[None]:
-    """Let gradients flow, also where the parameters are frozen."""
+    """Enable gradients, even if the parameters are frozen."""
     frozen = [p for p in module.parameters() if not (p.requires_grad or is_quantized(p)) and p.is_floating_point()]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -149,11 +152,11 @@ def probe(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Drawn on the CPU, so that the same seed gives the same probe on every device."""
+    """Normal random numbers, drawn on the CPU so that a seed gives the same probe on every device."""
     return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
 
 
 def _scale(leaf: Tensor) -> Tensor:
-    """The root of the sum of squares of one sample's outputs, on average."""
+    """The square root of the sum of squares of a sample's outputs, averaged over samples."""
     per_sample = leaf.detach().float().square().sum() / max(leaf.shape[0] if leaf.dim() else 1, 1)
     return per_sample.sqrt().clamp_min(torch.finfo(torch.float32).tiny)

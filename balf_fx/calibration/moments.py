@@ -1,7 +1,7 @@
 """Second moments of the values at a site, batch by batch.
 
-`Moments` is an immutable value: count, mean and scatter in float64, merged by Chan's update, so that batches, ranks
-of a cluster and restarts add up to what one pass over everything would give.
+`Moments` is an immutable value: count, mean and scatter in float64, merged by Chan's update. Moments of batches,
+processes and restarts therefore merge to those of one pass over all samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from balf_fx.graph.site import ConvGeometry, Side, Site
 
-CHUNK_ELEMENTS = 1 << 19  # a chunk's working copy stays in the cache, and calibration's extra memory is bounded
+CHUNK_ELEMENTS = 1 << 19  # small enough that a chunk's working copy stays in the cache, and extra memory is bounded
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Moments:
     """Count, mean and scatter of vectors of length F in each of G groups.
 
     Attributes:
-        count: number of positions seen, or the sum of their weights.
+        count: the number of positions, or the sum of their weights.
         mean: [G, F] float64.
         scatter: [G, F, F] float64, the sum of (v - mean)(v - mean)^T over positions.
     """
@@ -56,11 +56,11 @@ class Moments:
         return self.covariance() + mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Moments:
-        return self  # never changed in place, and large
+        return self  # immutable and large
 
 
 def by_sample(value: Tensor, site: Site) -> Tensor:
-    """A site's input or output with a leading dimension of samples, and for a linear layer one of positions."""
+    """A site's input or output with a leading dimension of samples and, for a linear layer, one of positions."""
     if site.conv is not None:
         return with_batch(value, site.conv)
     leading = value.shape[:-1] or (1,)
@@ -76,19 +76,19 @@ def output_columns(value: Tensor, site: Site) -> Tensor:
 
 
 def input_columns(value: Tensor, site: Site, pixels: tuple[slice, ...] = ()) -> Tensor:
-    """A site's input as [G, D, n], positions in the order of the output's; of a convolution, of some pixels."""
+    """A site's input as [G, D, n], with positions in the order of the output; of a convolution, some pixels."""
     if site.conv is None:
         return value.reshape(-1, site.in_features).mT.unsqueeze(0)
     return input_patches(with_batch(value, site.conv), site.conv, site.groups, pixels)
 
 
 def with_batch(value: Tensor, conv: ConvGeometry) -> Tensor:
-    """With a batch dimension, which convolutions may lack."""
+    """The value of a convolution with a batch dimension, added if it has none."""
     return value if value.dim() == len(conv.kernel_size) + 2 else value.unsqueeze(0)
 
 
 def in_range(moments: Moments) -> bool:
-    """Whether sums of squares stayed where float32 is accurate."""
+    """Whether sums of squares are in the range in which float32 is accurate."""
     largest = float(moments.scatter.diagonal(dim1=-2, dim2=-1).max())
     return 1e-30 < largest < float("inf") and bool(torch.isfinite(moments.scatter).all())
 
@@ -96,10 +96,10 @@ def in_range(moments: Moments) -> bool:
 def batch_moments(
     value: Tensor, site: Site, side: Side, dtype: torch.dtype, weights: Tensor | None = None
 ) -> Moments | None:
-    """Moments of one value on a side of a site.
+    """Moments of one value on a side of a site; None if it is empty.
 
     Args:
-        weights: [n], of all positions in their order; None for 1 each.
+        weights: [n], the weights of all positions in their order; None for 1 each.
     """
     return sum_moments(_position_chunks(value, site, side), dtype, weights)
 
@@ -132,7 +132,7 @@ def sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor | 
 
 
 def _position_chunks(value: Tensor, site: Site, side: Side) -> Iterator[Tensor]:
-    """Cut a site's output or input into [G, F, n] pieces, F = O or D, along the batch."""
+    """Split a site's output or input along the batch into [G, F, n] pieces, F = O or D."""
     if value.numel() == 0:
         return
     output = side == "output"
@@ -152,7 +152,7 @@ def input_patches(value: Tensor, conv: ConvGeometry, groups: int, pixels: tuple[
 
     Args:
         value: [B, C_in, *size].
-        pixels: which of the output's, along each axis; empty for all.
+        pixels: the output's pixels to read, along each axis; empty for all.
     Returns:
         [G, D, n]: the patch under the kernel at each of the n output positions, D ordered as in the weight.
     """

@@ -1,4 +1,4 @@
-"""Modules that stand beside the values of a graph and gather their statistics."""
+"""Modules that observe the values of a graph and gather their statistics."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _LOGGER = logging.getLogger(__name__)
 class CovarianceObserver(nn.Module):
     """Gathers the `Moments` of a site's output, or of the input positions that several sites read.
 
-    A call returns nothing: the observer stands beside the value's own users, so it delays and keeps nothing.
+    A call returns nothing: the observer is an additional user of the value and does not change it.
 
     Args:
-        site: the first site served; its side says what the value is, its geometry how to cut it into positions.
-        skip_non_finite: pass over a value with NaN or infinity, with a warning in the log, in place of an error.
-        side: what the value is; None for the side where the site's statistics cost least.
+        site: the first site observed; its geometry determines how a value is split into positions.
+        skip_non_finite: skip a value with NaN or infinity and log a warning, in place of an error.
+        side: whether the value is the site's input or output; None for the side with the fewer features.
     """
 
     _is_impure = True  # tells FX that dead-code elimination must keep the call
@@ -52,7 +52,7 @@ class CovarianceObserver(nn.Module):
         return f"{self.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Delete all statistics."""
         self.moments = None
 
     @torch.no_grad()
@@ -66,11 +66,13 @@ class CovarianceObserver(nn.Module):
         if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
             if self.skip_non_finite:
                 _LOGGER.warning(
-                    "the %s of site %r holds NaN or infinity: this call does not count", self.side, self.site.name
+                    "the %s of site %r contains NaN or infinity: this call is not used for calibration",
+                    self.side,
+                    self.site.name,
                 )
                 return
             raise NonFiniteError(
-                f"the {self.side} of site {self.site.name!r} holds NaN or infinity: check the calibration batch "
+                f"the {self.side} of site {self.site.name!r} contains NaN or infinity: check the calibration batch "
                 f"and the model's weights, or leave the layer out with exclude=[{self.site.name!r}]"
             )
         self.moments = seen if self.moments is None else self.moments.merge(seen)
@@ -81,11 +83,11 @@ class Gradients:
     """Second moments of the gradient g at a site's output, summed over positions and samples.
 
     Attributes:
-        samples: how many samples have been seen.
+        samples: the number of samples.
         total: the sum of |g|^2.
-        scatter: [G, m, m], the sum of h h^T with h = Q^T g in the range of W = Q R, m = min(O, D); h = g on the output
-            side.
-        parts: [parts, O / parts, O / parts], the same of the parts of g, for sites that have parts.
+        scatter: [G, m, m], the sum of h h^T, where h = g on the output side and h = Q^T g, W = Q R, on the input side;
+            m = min(O, D).
+        parts: [parts, O / parts, O / parts], the same for the parts of g, for sites that have parts.
     """
 
     samples: int
@@ -104,12 +106,13 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Sample:
-    """What some of the samples have shown of a site.
+    """The statistics of a site over some of the samples.
 
     Attributes:
-        gradients: at the output.
-        moments: on the site's side, in which positions count by their gradients.
-        features: of the input, of a convolution by pixels rather than by patches; None where not wanted.
+        gradients: the gradients at the output.
+        moments: the moments on the site's side, with positions weighted by their squared gradients.
+        features: the moments of the input's features, for a convolution those of pixels, not of patches; None if they
+            are not needed.
     """
 
     gradients: Gradients
@@ -117,7 +120,7 @@ class Sample:
     features: Moments | None
 
     def merge(self, other: Sample) -> Sample:
-        """Both together."""
+        """Statistics of both samples together."""
         features = self.features if other.features is None else other.features
         if self.features is not None and other.features is not None:
             features = self.features.merge(other.features)
@@ -128,24 +131,23 @@ class Sample:
 
 
 Recorded = tuple[Tensor, Tensor, Tensor | None]
-"""A site's output, the value on the site's side, and the input where its features are wanted."""
+"""A site's output, the value on the site's side, and the input if its features are needed."""
 
 
 class SensitivityObserver(nn.Module):
-    """Gathers which output errors of a site the loss is sensitive to.
+    """Gathers the sensitivity of the loss to output errors of a site.
 
-    A position's weight is its squared gradient, averaged over the samples of the batch: some positions matter more
-    than others, as the class token in the last block of a vision transformer does, and the average keeps out the
-    noise of single gradients.
+    A position's weight is its squared gradient, averaged over the samples of the batch. Some positions matter more
+    than others, like the class token in the last block of a vision transformer, and the average reduces the noise of
+    single gradients.
 
-    Every other sample goes into the second half of `halves`, so that what is chosen by one half can be judged by the
-    other.
+    Samples go to the two `halves` alternately, so that a choice based on one half can be evaluated on the other.
 
     Args:
         site: the site.
         basis: Q [G, O, m] on the input side, None on the output side.
-        copies: keep copies of values, since something may change them in place.
-        features: also gather the moments of the input's features, for widths (`widths`).
+        copies: whether to copy values, since something may change them in place.
+        features: whether to gather the moments of the input's features too, for `passes.ScoreWidths`.
 
     Attributes:
         positions: [P], the sum over batches of the positions' weights; None once batches differ in their positions.
@@ -167,7 +169,7 @@ class SensitivityObserver(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[Sequence[Recorded]]:
-        """Record the values of each call, until the context ends; a call outside of it records nothing."""
+        """Record the values of each call during the context; calls outside it record nothing."""
         recorded: list[Recorded] = []
         self._recorded = recorded
         try:
@@ -176,7 +178,7 @@ class SensitivityObserver(nn.Module):
             self._recorded = None
 
     def forward(self, source: Tensor, output: Tensor) -> None:
-        """Hold on to the output, and to the value on the site's side, until the gradient is known."""
+        """Record the output and the value on the site's side until the gradient is known."""
         if self._recorded is not None and output.requires_grad:
             value = (output if self.site.side == "output" else source).detach()
             features = source.detach() if self.wants_features else None
@@ -186,7 +188,7 @@ class SensitivityObserver(nn.Module):
 
     @torch.no_grad()
     def take(self, value: Tensor, features: Tensor | None, gradient: Tensor) -> None:
-        """Count one value, the input if it is wanted, and the gradient at the output that belongs to them."""
+        """Add one value, its input features if they are needed, and the gradient at its output to the statistics."""
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if not torch.isfinite(gradient).all():
             return
@@ -215,7 +217,7 @@ class SensitivityObserver(nn.Module):
             self.positions = self.positions + positions if alike else None
 
     def _sample(self, value: Tensor, features: Tensor | None, gradient: Tensor, positions: Tensor) -> Sample | None:
-        """Statistics of some samples; None where no gradient has reached them."""
+        """Statistics of some samples; None if no gradient has reached them."""
         columns = output_columns(gradient, self.site)  # [G, O, n]
         samples = columns.shape[-1] // len(positions)
         weights = positions.repeat(samples)
@@ -236,7 +238,7 @@ class SensitivityObserver(nn.Module):
         rows = rows.reshape(-1, rows.shape[-1])
         per_chunk = max(CHUNK_ELEMENTS // rows.shape[1], 4 * rows.shape[1])
         chunks = (piece.mT.unsqueeze(0) for piece in torch.split(rows, per_chunk))
-        # Strides and borders part the pixels of the input from those of the output: then all count alike.
+        # With strides or borders, the input's pixels do not match the output's weights: then all have weight 1.
         return sum_moments(chunks, dtype, weights if len(weights) == len(rows) else None)
 
 
@@ -262,8 +264,8 @@ class WeightGradients:
 class InfluenceObserver(nn.Module):
     """Gathers the `WeightGradients` of a site.
 
-    No node calls it, since no value in the graph is what it observes: `gradients` passes it the gradient of each batch,
-    that of all uses of the weight together.
+    No node calls it, since it does not observe a value of the graph. `calibration.gradients` passes it the gradient of
+    each batch, summed over all uses of the weight.
 
     Args:
         site: the site.
@@ -276,7 +278,7 @@ class InfluenceObserver(nn.Module):
 
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
-        """Count the gradient of one batch, in the shape of the weight."""
+        """Add the gradient of one batch, in the shape of the weight."""
         if not torch.isfinite(gradient).all():
             return
         grouped = weight_matrix(gradient, self.site.groups, self.site.inputs_first)
@@ -292,6 +294,6 @@ _Observer = TypeVar("_Observer", bound=nn.Module)
 
 
 def observer_of(graph_module: nn.Module, path: str | None, kind: type[_Observer]) -> _Observer | None:
-    """The observer at a path, None where there is no path or what is there is of another kind."""
+    """The observer at a path; None if there is no path or the module there is of another kind."""
     found = None if path is None else graph_module.get_submodule(path)
     return found if isinstance(found, kind) else None

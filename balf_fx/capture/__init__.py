@@ -1,4 +1,4 @@
-"""A module becomes an `fx.GraphModule` in normal form, checked against the model and with its FLOPs counted.
+"""Captures a module as an `fx.GraphModule` in normal form, checks it against the model and counts its FLOPs.
 
 Uses `passes` (for normalisation), `calibration` and `graph`. Inputs keep the names of the arguments of `forward`.
 """

@@ -1,4 +1,4 @@
-"""How a model was called, as plain data: enough to call it again with values that do not matter."""
+"""The arguments of a model's call as plain data, enough to call it again with arbitrary values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from balf_fx.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model: its arguments by parameter name, how many of them positional, and what came out."""
+    """One call of a model: its arguments by parameter name, the number of positional ones, and the output."""
 
     supplied: Mapping[str, Any]
     defaults: Mapping[str, Any]
@@ -24,11 +24,11 @@ class Call:
     output: Any
 
     def value(self, name: str) -> Any:
-        """The argument as forward saw it."""
+        """The value of an argument in the call."""
         return self.supplied[name] if name in self.supplied else self.defaults[name]
 
     def description(self) -> dict[str, Any] | None:
-        """The arguments as `Origin` keeps them."""
+        """The arguments as stored in `graph.annotation.Origin`."""
         names = list(self.supplied)
         positional = describe(tuple(self.supplied[name] for name in names[: self.positional]))
         keywords = describe({name: self.supplied[name] for name in names[self.positional :]})
@@ -36,7 +36,7 @@ class Call:
 
 
 def record_call(model: nn.Module, batch: Any, forward: Forward) -> Call:
-    """Run one batch and note how `forward` called the model."""
+    """Run one batch and record how `forward` calls the model."""
     calls: list[Call] = []
     signature = inspect.signature(model.forward)
 
@@ -53,7 +53,7 @@ def record_call(model: nn.Module, batch: Any, forward: Forward) -> Call:
     finally:
         handle.remove()
     if not calls:
-        raise CalibrationError("forward(model, batch) did not call the model it was given")
+        raise CalibrationError("forward(model, batch) did not call the model")
     return calls[0]
 
 
@@ -61,7 +61,10 @@ Description = Mapping[str, Any]
 
 
 def describe(value: Any) -> Description | None:
-    """Shapes and dtypes of the tensors in nested dicts, lists and tuples, and plain values; None for anything else."""
+    """Describe nested dicts, lists and tuples by the shapes and dtypes of tensors and by plain values.
+
+    Returns None if the value contains anything else.
+    """
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if value is None or isinstance(value, bool | int | float | str):
@@ -76,7 +79,7 @@ def describe(value: Any) -> Description | None:
 
 
 def rebuild(description: Description, device: torch.device) -> Any:
-    """A value of that description; tensors hold ones, which are a token's number and leave a mask open."""
+    """A value with this description; tensors are filled with ones, which are valid token ids and mask nothing."""
     if "shape" in description:
         return torch.ones(description["shape"], dtype=getattr(torch, description["dtype"]), device=device)
     if "list" in description or "tuple" in description:

@@ -11,10 +11,10 @@ _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse models whose weights are not there, or no longer what they stand for.
+    """Check that all weights of a model are loaded, and are plain tensors.
 
     Raises:
-        ModelError: names the first module concerned.
+        ModelError: weights are missing, quantized or of another type; names the first such module.
     """
     for name, module in model.named_modules():
         label = f"{name or 'the model'} ({type(module).__name__})"
@@ -24,25 +24,25 @@ def check_weights(model: nn.Module) -> None:
             if nn.parameter.is_lazy(parameter):
                 raise ModelError(f"{label} is lazy and has no weights yet: run one batch through the model first")
             if parameter.device.type == "meta":
-                raise ModelError(f"{label} lies on the meta device: load its weights first")
+                raise ModelError(f"{label} is on the meta device: load its weights first")
             if type(parameter.data) is not Tensor and not is_quantized(parameter):
                 raise ModelError(
-                    f"{label} holds a {type(parameter.data).__name__} in place of a plain tensor: compress the model "
+                    f"{label} has a {type(parameter.data).__name__} in place of a plain tensor: compress the model "
                     "with plain weights first"
                 )
 
 
 def check_evaluation_mode(model: nn.Module) -> None:
-    """Refuse modules whose training mode changes what they compute.
+    """Check that no module is in training mode whose output depends on it.
 
     Raises:
-        TrainingModeError: names the first one.
+        TrainingModeError: one is; names the first.
     """
     for name, module in model.named_modules():
         if module.training and _training_matters(module):
             raise TrainingModeError(
-                f"{name or 'the model'} ({type(module).__name__}) is in training mode, where it computes something "
-                "else than in deployment: call model.eval() first"
+                f"{name or 'the model'} ({type(module).__name__}) is in training mode, in which its output differs "
+                "from that in deployment: call model.eval() first"
             )
 
 
@@ -57,14 +57,14 @@ def _training_matters(module: nn.Module) -> bool:
 
 
 def check_functional_training(graph_module: fx.GraphModule) -> None:
-    """Refuse calls that compute something else than in deployment.
+    """Check that no functional call, such as of dropout, runs in training mode.
 
     Raises:
-        TrainingModeError: names the first one.
+        TrainingModeError: one does; names the first.
     """
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and node.kwargs.get("training") is True:
             raise TrainingModeError(
-                f"{node.name} runs with training=True, where it computes something else than in deployment: "
+                f"{node.name} runs with training=True, with which its output differs from that in deployment: "
                 "call model.eval() first"
             )

@@ -1,4 +1,4 @@
-"""Make an exported graph run on the device of its inputs: torch.export records the device that it ran on."""
+"""Makes an exported graph run on the device of its inputs: torch.export records the device on which it ran."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 
 def follow_inputs(graph_module: fx.GraphModule) -> None:
-    """Read devices from the first tensor input, wherever the graph and those inside of it name that input's device."""
+    """Replace the recorded device of the first tensor input by its present one, in the graph and its subgraphs."""
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule) and _follow(module.graph):
             module.recompile()
@@ -34,7 +34,7 @@ def _follow(graph: fx.Graph) -> bool:
 
 
 def _first_tensor(graph: fx.Graph) -> fx.Node | None:
-    """The first input, or item of one, that torch.export knows to be a tensor."""
+    """The first input, or item of an input, that torch.export recorded as a tensor."""
     inputs = itertools.takewhile(lambda node: node.op == "placeholder" or node.target is operator.getitem, graph.nodes)
     return next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
 

@@ -1,8 +1,8 @@
-"""Capture by torch.export: every operation becomes an ATen operator, and weights are fetched by `get_attr`.
+"""Capture by torch.export: every operation becomes an ATen operator, and weights are read by `get_attr`.
 
-Sizes of inputs stay as they were in the example, but for the batch and, of whole numbers [batch, length], the length,
-where the model's code allows it. What export has found out about these is asserted in the graph, so that a call to
-which the graph does not apply fails instead of computing something else.
+Sizes of inputs are fixed to those of the example. Only the batch dimension and, for integer inputs [batch, length], the
+length may vary, if the model's code allows it. The ranges that export found for these are asserted in the graph, so
+that a call with other sizes fails and does not return a wrong result.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from balf_fx.errors import CaptureError
 
 
 def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> fx.GraphModule:
-    """Export a model with a dynamic batch dimension, and a dynamic length of what it reads as tokens.
+    """Export a model with a dynamic batch dimension, and a dynamic length of its token inputs.
 
-    The batch dimension is the first one of every tensor that is as long there as the first tensor is. A batch of one
-    is doubled, since export takes a dimension of one for a constant.
+    The batch dimension is dimension 0 of every tensor that has the same size there as the first tensor. A batch of one
+    is doubled, since export treats a dimension of one as a constant.
 
     Args:
-        model: the graph's parameters will be this model's own.
+        model: its parameters become those of the graph.
         args, kwargs: an example call.
-        names: of the positional arguments.
+        names: the names of the positional arguments.
 
     Raises:
         CaptureError: the model cannot be exported.
@@ -44,7 +44,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], nam
         with torch.enable_grad():  # without gradients some layers take fast paths that hide their operations
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
         exported = program.module()
-    # Export wraps what it meets in many classes, most of them private, and all of them mean the same here.
+    # Export raises errors of many classes, most of them private; all are treated in the same way here.
     except (*MODEL_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CaptureError(f"{type(model).__name__} cannot be exported: {user_line(error)}{reason}") from error
@@ -75,7 +75,7 @@ def _plain(
     class_name: str,
     ranges: dict[Any, Any],
 ) -> fx.GraphModule:
-    """A GraphModule that is called as the model is, without export's own calling convention and guards."""
+    """A GraphModule that is called like the model, without export's calling convention and guards."""
     graph = exported.graph
     for node in graph.find_nodes(op="call_module"):
         if str(node.target) == "_guards_fn":
@@ -96,7 +96,7 @@ def _plain(
 def _name_inputs(
     graph: fx.Graph, inputs: Mapping[str, Any], example: Mapping[str, Any], ranges: dict[Any, Any]
 ) -> None:
-    """One placeholder for each argument, under its name; those that held no tensor stay what they were."""
+    """Create one placeholder for each argument, with its name; arguments without tensors keep their values."""
     start = next(iter(graph.nodes))
     constants = {name for name, value in example.items() if not holds_tensor(value)}
     placeholders: dict[str, fx.Node] = {}
@@ -118,13 +118,13 @@ def _name_inputs(
 
 
 def _guard_shape(graph: fx.Graph, node: fx.Node, name: str, shape: Sequence[Any], ranges: dict[Any, Any]) -> None:
-    """Assert in the graph that an input has sizes to which it applies."""
+    """Assert in the graph that an input has sizes for which the graph is valid."""
     for dimension, size in enumerate(shape):
         low, high = _limits(size, ranges, is_batch=dimension == 0)
         if low == high:
             message = (
                 f"{name!r} had size {low} in dimension {dimension} when torch.export captured the graph and cannot "
-                "have another; capture='symbolic_trace' leaves sizes open where the model allows it"
+                "have another; capture='symbolic_trace' allows other sizes if the model does"
             )
             _assert_size(graph, node, dimension, operator.eq, low, message)
             continue
@@ -143,19 +143,19 @@ def _assert_size(graph: fx.Graph, node: fx.Node, dimension: int, compare: Any, l
 
 
 def _limits(size: Any, ranges: dict[Any, Any], is_batch: bool) -> tuple[int, int | None]:
-    """The sizes to which a graph applies; no upper one where there is no limit."""
+    """The least and the largest size for which a graph is valid; None for the largest if there is no limit."""
     known = size if isinstance(size, int) else size.node.maybe_as_int()
     found = None if known is not None else ranges.get(size.node.expr)
     if found is None or not (is_batch or _is_free(size, ranges)):
         only = size.node.hint if known is None else known
         return only, only
     low = int(found.lower)
-    # Export supposes at least two of all that varies; a batch of one computes the same, a length of one may not.
+    # Export assumes dynamic sizes of at least 2; the graph is also valid for a batch of one, not for a length of one.
     return 1 if is_batch and low == 2 else low, int(found.upper) if found.upper.is_Integer else None
 
 
 def _is_free(size: Any, ranges: dict[Any, Any]) -> bool:
-    """Whether the model's code has asked for no more of a size than its range says: for an even one, for instance."""
+    """Whether the model's code puts no condition on a size beyond its range, such as that it is even."""
     from torch.utils._sympy.value_ranges import bound_sympy  # only here: it imports sympy
 
     environment = size.node.shape_env
@@ -164,10 +164,10 @@ def _is_free(size: Any, ranges: dict[Any, Any]) -> bool:
 
 
 def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:
-    """Replace export's flat placeholders by `source`, or by items of it where it is a container.
+    """Replace export's flat placeholders by `source`, or by its items if it is a container.
 
     Returns:
-        The nodes that stand for the flat placeholders now.
+        The nodes that replace the flat placeholders.
     """
     if isinstance(value, fx.Node):
         source.meta = dict(value.meta)
@@ -185,7 +185,7 @@ def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:
 
 
 def _nested(graph: fx.Graph, value: Any) -> Any:
-    """An output that holds nodes; containers that FX does not know are built by a call of their class."""
+    """An output that contains nodes; containers that FX does not support are built by a call of their class."""
     if isinstance(value, fx.Node) or not isinstance(value, list | tuple | dict):
         return value
     if isinstance(value, dict):
@@ -199,5 +199,5 @@ def _nested(graph: fx.Graph, value: Any) -> Any:
 
 def _construct(graph: fx.Graph, container: type, **arguments: Any) -> fx.Node:
     node = graph.call_function(container, **arguments)
-    node.meta["is_wrapped"] = True  # FX must not look into it when it traces the code again, as unpickling does
+    node.meta["is_wrapped"] = True  # FX must not trace into it when it traces the code again, as unpickling does
     return node

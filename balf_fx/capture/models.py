@@ -12,10 +12,10 @@ from balf_fx.errors import ModelError
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that hooks compute and leave on a module, as `torch.nn.utils.weight_norm` does, as well.
+    """A deep copy, also of tensors that hooks compute and store on a module, as `torch.nn.utils.weight_norm` does.
 
     Raises:
-        ModelError: some other part of the model cannot be copied.
+        ModelError: another part of the model cannot be copied.
     """
     held = (value for module in model.modules() for value in vars(module).values())
     computed = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
@@ -26,6 +26,6 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
-    """Indices of the CUDA devices that the model lives on, whose random state is to be kept."""
+    """Indices of the CUDA devices that the model uses, whose random state must be restored."""
     tensors: Iterable[Tensor] = (*model.parameters(), *model.buffers())
     return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})

@@ -1,6 +1,6 @@
-"""Module -> `fx.GraphModule` in normal form: what the passes start from.
+"""Captures a module as an `fx.GraphModule` in normal form, from which the passes start.
 
-The graph is checked against the model on the example batch, and every node is annotated with the FLOPs it costs there.
+The graph is checked against the model on the example batch, and every node is annotated with its FLOPs on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from balf_fx.passes import DecomposeAttention, FoldConstants
 Method = Literal["auto", "symbolic_trace", "export"]
 
 
-_OPAQUE = (Reason.NOT_LINEAR, Reason.SUBCLASS, Reason.PARAMETRIZED, Reason.HOOKED)  # another capture may look inside
+_OPAQUE = (Reason.NOT_LINEAR, Reason.SUBCLASS, Reason.PARAMETRIZED, Reason.HOOKED)  # export may decompose these
 
 
 _EXPORTABLE = (Tensor, bool, int, float, str, type(None))
@@ -46,20 +46,20 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
     graph, guarded by an assertion.
 
     Args:
-        model: any module in evaluation mode; never touched.
-        example: one batch, see `batches`.
-        forward: `forward(model, batch)`, in place of the rules in `batches`.
-        method: "symbolic_trace", "export", or "auto": symbolic tracing first, torch.export where that fails or leaves
-            weights inside of calls that it cannot look into. An exported graph asserts the sizes that it is for.
+        model: any module in evaluation mode; it is not changed.
+        example: one batch, see `calibration.batches`.
+        forward: a function forward(model, batch), in place of the rules in `calibration.batches`.
+        method: "symbolic_trace", "export", or "auto": symbolic tracing first, then torch.export if that fails or leaves
+            weights inside calls that it cannot trace. An exported graph asserts the sizes for which it is valid.
 
     Raises:
-        ModelError: weights are missing, or modules quantized; torchao's quantized weights stay as they are.
+        ModelError: weights are missing or modules are quantized; torchao's quantized weights are allowed and kept.
         CalibrationError: the model cannot run the example.
         TrainingModeError: a layer such as BatchNorm or Dropout is in training mode.
-        CaptureError: the model cannot be captured, or its graph computes something else.
+        CaptureError: the model cannot be captured, or its graph has another output.
     """
     if method not in ("auto", "symbolic_trace", "export"):
-        raise OptionError(f"capture is 'auto', 'symbolic_trace' or 'export', not {method!r}")
+        raise OptionError(f"capture must be 'auto', 'symbolic_trace' or 'export', not {method!r}")
     check_weights(model)
     check_evaluation_mode(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
@@ -73,21 +73,21 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
             return _captured(model, call, "export")
         except CaptureError as not_exported:
             raise CaptureError(
-                f"{not_traced}\n{not_exported}\nUse torch.compile(model, backend='balf') for a model that runs only "
-                "piece by piece"
+                f"{not_traced}\n{not_exported}\nFor a model that cannot be captured as one graph, use "
+                "torch.compile(model, backend='balf')"
             ) from not_exported
     if not _has_opaque_weights(traced):
         return traced
     try:
         exported = _captured(model, call, "export")
     except CaptureError as error:
-        _LOGGER.info("weights stay inside of calls that tracing cannot look into: %s", error)
+        _LOGGER.info("some weights stay inside calls that cannot be traced: %s", error)
         return traced
     return max((traced, exported), key=_flops_in_sites)
 
 
 def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
-    """One way of capture, checked and profiled."""
+    """Capture by one method, checked and profiled."""
     subject = copy_model(model)
     if method == "symbolic_trace":
         constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
@@ -120,7 +120,7 @@ def _check_exportable(class_name: str, output: Any) -> None:
         if not isinstance(leaf, _EXPORTABLE):
             raise CaptureError(
                 f"{class_name} cannot be exported: an output is of type {type(leaf).__name__}, which torch.export does "
-                "not know. Have it return tensors: a language model, for instance, returns no cache with "
+                "not support. Return tensors only: a language model, for instance, returns no cache with "
                 "forward=lambda model, batch: model(**batch, use_cache=False)"
             )
 
@@ -133,7 +133,7 @@ def _profiled(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 def _has_opaque_weights(graph_module: fx.GraphModule) -> bool:
-    """Whether matrices hide inside of modules or functions that the graph calls as a whole."""
+    """Whether there are weight matrices inside modules or functions that the graph calls as a whole."""
     for node in graph_module.graph.nodes:
         mark = read_site(graph_module, node)
         if isinstance(mark, Refusal) and mark.reason in _OPAQUE and _is_opaque(graph_module, node):
@@ -161,7 +161,7 @@ def _flops_in_sites(graph_module: fx.GraphModule) -> int:
 
 
 def _restore_buffers(copied: nn.Module, model: nn.Module) -> None:
-    """Undo what a forward pass did to the buffers of a copy."""
+    """Restore the buffers of a copy after a forward pass."""
     originals = dict(model.named_buffers())
     with torch.no_grad():
         for name, buffer in copied.named_buffers():
@@ -170,12 +170,12 @@ def _restore_buffers(copied: nn.Module, model: nn.Module) -> None:
 
 
 def _check_same_output(expected: Any, actual: Any) -> None:
-    """The graph runs the model's own operations in order, so that only non-determinism may tell the two apart."""
+    """Raise if outputs differ: the graph runs the model's operations in order, so they may only differ by rounding."""
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=False)
     for want, got in ((a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
         if not (want.shape == got.shape and want.dtype == got.dtype and _close(want, got)):
             raise CaptureError(
-                "the captured graph computes something else than the model on the example batch: look for hooks on "
+                "the output of the captured graph differs from the model's on the example batch: look for hooks on "
                 "the model, for control flow that depends on its inputs, or for state that forward changes"
             )
 

@@ -1,4 +1,4 @@
-"""Capture by symbolic tracing: the forward runs once on proxies, and modules of torch.nn stay whole."""
+"""Capture by symbolic tracing: forward runs once on proxies, and modules of torch.nn are not traced into."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def trace(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
     """Trace a model symbolically.
 
     Args:
-        model: the graph's modules will be this model's own.
-        constants: arguments of forward that keep a value, guarded by an assertion in the graph.
+        model: its modules become those of the graph.
+        constants: arguments of forward with a fixed value, which is asserted in the graph.
 
     Raises:
-        CaptureError: names the line that cannot be traced.
+        CaptureError: the model cannot be traced; names the line.
     """
     tracer = _Tracer(constants)
     try:
         graph = tracer.trace(model)
     except MODEL_ERRORS as error:  # TraceError is a ValueError
         raise CaptureError(
-            f"{type(model).__name__} cannot be traced symbolically: {user_line(error)}{error}. Data-dependent control "
-            "flow must leave the traced module, for instance into a function wrapped with torch.fx.wrap"
+            f"{type(model).__name__} cannot be traced symbolically: {user_line(error)}{error}. Move data-dependent "
+            "control flow out of the traced module, for instance into a function wrapped with torch.fx.wrap"
         ) from error
     return fx.GraphModule(tracer.root, plain(graph), type(model).__name__)
 
 
 def plain(graph: fx.Graph) -> fx.Graph:
-    """A copy that can be pickled: it names no tracer, and no types that are only known by name."""
+    """A copy that can be pickled: without a tracer, and without type annotations that are strings."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
     for node in copied.nodes:
@@ -53,23 +53,23 @@ def plain(graph: fx.Graph) -> fx.Graph:
 
 
 def guard_constant(graph: fx.Graph, node: fx.Node, constant: Any) -> None:
-    """Assert in the graph that an argument is what it was at capture, where that can be compared."""
+    """Assert in the graph that an argument equals its value at capture, if the two can be compared."""
     if constant is None or isinstance(constant, bool | int | float | str):
-        same = graph.call_function(operator.eq, (node, constant))  # `is` would not survive the tracing of unpickling
+        same = graph.call_function(operator.eq, (node, constant))  # `is` would be lost when unpickling traces the code
         message = f"{node.target!r} was {constant!r} when the graph was captured and cannot be anything else"
         graph.call_function(torch._assert, (same, message))
 
 
 def user_line(error: BaseException) -> str:
     """The innermost line of the user's own code in a traceback, as "file:line: `source`: "."""
-    # Not extract_tb: it stumbles over frames without a line, as torch 2.8 leaves them.
+    # Not extract_tb: it fails on frames without a line, which torch 2.8 produces.
     places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if line]
     own = [place for place in places if not place[0].startswith((*_OWN_PATHS, "<"))]
     return f"{own[-1][0]}:{own[-1][1]}: `{linecache.getline(*own[-1]).strip()}`: " if own else ""
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing in which some arguments of forward keep a constant value."""
+    """Symbolic tracing with constant values for some arguments of forward."""
 
     def __init__(self, constants: Mapping[str, Any]) -> None:
         super().__init__()
@@ -87,6 +87,6 @@ class _Tracer(fx.Tracer):
             return argument
         if argument.node.target == name:
             guard_constant(self.graph, argument.node, self.constants[name])
-        else:  # *args or **kwargs that the example left empty: no such input
+        else:  # *args or **kwargs that are empty in the example: no input
             self.graph.erase_node(argument.node)
         return self.constants[name]

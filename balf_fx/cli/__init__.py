@@ -1,4 +1,4 @@
-"""The command `balf-fx`: what a user types, the models and data it names, and what is printed.
+"""The command `balf-fx`: its options, the models and data that they name, and the printed results.
 
 Uses `api` and everything below. Images are [samples, channels, height, width].
 """

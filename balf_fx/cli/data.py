@@ -1,4 +1,4 @@
-"""Where the command line gets data from: a folder of images, or an array in an .npz file."""
+"""Data for the command line: a folder of images, or an array in an .npz file."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a model's input; the defaults are those of most models for ImageNet.
+    """The preprocessing of images for a model; the defaults are those of most models for ImageNet.
 
     Attributes:
-        size: of the square that is cut out of the centre; None takes images as they are.
-        resize: what the shorter side is brought to before; None for `size`.
-        mean, std: of the channels, for values in [0, 1]: three for colour, one for grey.
-        interpolation: of the resizing, as pillow calls it in lower case.
+        size: the side of the square crop at the centre; None keeps images as they are.
+        resize: the size to which the shorter side is resized first; None for `size`.
+        mean, std: mean and standard deviation of the channels, for values in [0, 1]: three for colour, one for grey.
+        interpolation: the interpolation of the resizing, by pillow's name in lower case.
     """
 
     size: int | None = None
@@ -46,10 +46,12 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
-            raise OptionError(f"mean and std are three numbers each, or one for grey, not {self.mean} and {self.std}")
+            raise OptionError(
+                f"mean and std must be three numbers each, or one for grey, not {self.mean} and {self.std}"
+            )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """[channels, height, width]."""
+        """The image as [channels, height, width]."""
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         if self.size is not None:
             image = _centre(image, self.size, self.resize or self.size, self.interpolation)
@@ -68,27 +70,27 @@ class ImageFolder:
         return len(self.paths)
 
     def read(self, indices: Sequence[int], preprocessing: Preprocessing, progress: bool = False) -> Tensor:
-        """[samples, channels, height, width]."""
+        """The images as [samples, channels, height, width]."""
         bar = tqdm(indices, desc="reading images", unit="image", disable=not progress, leave=False)
         return _stack([preprocessing(_open(self.paths[index])) for index in bar])
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array of samples: images as bytes, [N, H, W], [N, H, W, C] or [N, C, H, W], or input as the model takes it."""
+    """An array of samples: images of type uint8, [N, H, W], [N, H, W, C] or [N, C, H, W], or inputs of the model."""
 
     values: NDArray[Any]
 
     @property
     def holds_images(self) -> bool:
-        """Whether there are pixels to prepare."""
+        """Whether the samples are images that need preprocessing."""
         return self.values.dtype == np.uint8 and self.values.ndim in (3, 4)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def read(self, indices: Sequence[int], preprocessing: Preprocessing, progress: bool = False) -> Tensor:
-        """[samples, ...], float32 or int64."""
+        """The samples as [samples, ...], float32 or int64."""
         chosen = self.values[list(indices)]
         if self.holds_images:
             if chosen.ndim == 4 and chosen.shape[-1] not in (1, 3):
@@ -105,27 +107,27 @@ Samples = ImageFolder | Array
 
 
 def open_samples(path: Path, name: str | None = None) -> Samples:
-    """What is there to read.
+    """Open the samples at a path.
 
     Args:
-        path: a folder, searched with all folders in it, or an .npz file.
-        name: of the array in the file; None for the only one.
+        path: a folder, searched recursively, or an .npz file.
+        name: the name of the array in the file; None for the only one.
 
     Raises:
-        CalibrationError: there is nothing, or nothing that can be read.
-        OptionError: the name is missing, or of no array.
+        CalibrationError: there are no samples, or they cannot be read.
+        OptionError: the name is missing, or there is no such array.
     """
     if path.is_dir():
         if name is not None:
             raise OptionError(f"{path} is a folder of images, and has no array {name!r}")
         found = tuple(sorted(each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES))
         if not found:
-            raise CalibrationError(f"there are no images in {path}: it may hold {', '.join(_SUFFIXES)}")
+            raise CalibrationError(f"there are no images in {path}: files may end in {', '.join(_SUFFIXES)}")
         return ImageFolder(found)
     values = _read_array(path, name)
     if values.ndim < 2 or len(values) == 0 or not np.issubdtype(values.dtype, np.number):
         raise CalibrationError(
-            f"calibration needs an array of numbers [samples, ...], not {values.dtype} {values.shape}"
+            f"calibration requires an array of numbers [samples, ...], not {values.dtype} {values.shape}"
         )
     return Array(values)
 
@@ -134,16 +136,16 @@ def read_labels(path: Path, name: str) -> Tensor:
     """The array of classes [N] in an .npz file, as int64.
 
     Raises:
-        OptionError: there is no such array, or it is not usable.
+        OptionError: there is no such array, or it cannot be used as labels.
     """
     values = _read_array(path, name)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-        raise OptionError(f"labels are whole numbers, one for each sample, not {values.dtype} {values.shape}")
+        raise OptionError(f"labels must be whole numbers, one for each sample, not {values.dtype} {values.shape}")
     return torch.from_numpy(values.astype(np.int64))
 
 
 def choose(available: int, count: int, seed: int) -> list[int]:
-    """The indices of so many samples, or of all that there are, at random, in the order in which they were drawn."""
+    """The indices of `count` random samples, or of all if there are fewer, in the order in which they are drawn."""
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     return [int(index) for index in order[:count]]
 
@@ -154,9 +156,9 @@ def _read_array(path: Path, name: str | None) -> NDArray[Any]:
     with np.load(path, allow_pickle=False) as arrays:
         names = list(arrays.files)
         if name is None and len(names) != 1:
-            raise OptionError(f"{path} holds {', '.join(names) or 'nothing'}: say with --array which it is to be")
+            raise OptionError(f"{path} contains {', '.join(names) or 'nothing'}: choose one with --array")
         if name is not None and name not in names:
-            raise OptionError(f"there is no array {name!r} in {path}; there are: {', '.join(names)}")
+            raise OptionError(f"there is no array {name!r} in {path}; the arrays are: {', '.join(names)}")
         try:
             return np.asarray(arrays[name or names[0]])
         except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -174,12 +176,12 @@ def _open(path: Path) -> Image.Image:
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
     if len({image.shape for image in images}) > 1:
-        raise CalibrationError("the images differ in size: say with --image-size what to bring them to")
+        raise CalibrationError("the images differ in size: pass --image-size to resize them")
     return torch.stack(list(images))
 
 
 def _centre(image: Image.Image, size: int, resize: int, interpolation: str) -> Image.Image:
-    """The shorter side at `resize`, and of that a square of `size` in the middle."""
+    """Resize the shorter side to `resize`, and crop a square of `size` at the centre."""
     scale = max(resize, size) / min(image.size)
     width, height = (max(int(side * scale), size) for side in image.size)
     image = image.resize((width, height), Image.Resampling[interpolation.upper()])

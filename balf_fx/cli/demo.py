@@ -1,4 +1,4 @@
-"""The whole job in a few seconds: train a small convolutional net on handwritten digits, compress it, measure both.
+"""A demo of a few seconds: train a small convolutional net on handwritten digits, compress it, and measure both.
 
 Needs scikit-learn for the images: `pip install "balf-fx[cli]"`.
 """
@@ -47,7 +47,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a model achieves and costs: top-1 in percent, FLOPs of one image, milliseconds for a batch."""
+    """Accuracy and cost of a model: top-1 in percent, FLOPs of one image, milliseconds for a batch."""
 
     top1: float
     flops: int
@@ -67,11 +67,11 @@ class Demo:
 
     @property
     def flops_kept(self) -> float:
-        """The share of FLOPs that compression left."""
+        """The share of FLOPs that compression keeps."""
         return self.compressed.flops / self.dense.flops
 
     def to_json(self) -> str:
-        """Everything as JSON."""
+        """The results as JSON."""
         return json.dumps({**asdict(self), "flops_kept": self.flops_kept}, indent=2)
 
     def __str__(self) -> str:
@@ -96,8 +96,9 @@ def run_demo(flops: float = 0.55, *, seed: int = 0, epochs: int = 5, progress: b
 
     Args:
         flops: the fraction of FLOPs to keep.
-        seed: of the split, the initial weights and the order of training; the caller's random state stays as it is.
-        epochs: of training.
+        seed: the seed of the split, the initial weights and the order of training; the caller's random state is
+            restored.
+        epochs: the number of training epochs.
         progress: show progress bars on stderr.
 
     Raises:
@@ -120,7 +121,7 @@ def run_demo(flops: float = 0.55, *, seed: int = 0, epochs: int = 5, progress: b
 
 
 def load_digits(seed: int = 0) -> Digits:
-    """Scikit-learn's 1,797 handwritten digits, shuffled and split.
+    """Load scikit-learn's 1,797 handwritten digits, shuffled and split.
 
     Raises:
         BalfError: scikit-learn is missing.
@@ -137,7 +138,7 @@ def load_digits(seed: int = 0) -> Digits:
 
 
 def digits_net() -> nn.Sequential:
-    """Convolutions with BatchNorm, some of them strided, and a linear head, untrained."""
+    """An untrained net of convolutions with BatchNorm, some of them strided, and a linear head."""
     blocks = (
         nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
         for inputs, outputs, stride in _WIDTHS
@@ -164,7 +165,7 @@ def train_net(digits: Digits, seed: int = 0, epochs: int = 5, progress: bool = F
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of right answers."""
+    """The share of correct predictions."""
     with torch.no_grad():
         return float((model(images).argmax(1) == labels).float().mean())
 
@@ -177,7 +178,7 @@ def count_flops(model: nn.Module, batch: Tensor) -> int:
 
 
 def latencies_ms(models: Sequence[nn.Module], batch: Tensor) -> list[float]:
-    """Median milliseconds of each model on the batch; the models take turns, so that noise affects them alike."""
+    """Median milliseconds of each model on the batch; the models alternate, so that noise affects them equally."""
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for _ in range(_LATENCY_ROUNDS):

@@ -45,7 +45,7 @@ def _shares(ctx: click.Context, param: click.Parameter, value: str) -> tuple[flo
 
 
 class _Commands(click.Group):
-    """Commands whose errors have a message and an exit code, and no traceback."""
+    """Commands that report errors by a message and an exit code, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -59,30 +59,30 @@ class _Commands(click.Group):
 def main() -> None:
     """Make trained PyTorch models smaller and faster without fine-tuning.
 
-    Exit codes: 0 done, 1 an error that says what to do, 2 wrong usage.
+    Exit codes: 0 for success, 1 for an error, whose message says what to do, 2 for wrong usage.
     """
 
 
 @main.command()
 @input_options
 @setting_options()
-@click.option("--output", "-o", type=OutputFile(".safetensors"), required=True, help="Where the result goes.")
-@click.option("--html", type=OutputFile(".html"), help="Write the report as a page, too.")
+@click.option("--output", "-o", type=OutputFile(".safetensors"), required=True, help="File of the result.")
+@click.option("--html", type=OutputFile(".html"), help="Also write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def compress(output: Path, html: Path | None, as_json: bool, **inputs: Any) -> None:
     """Compress a model, save it, and print what was done.
 
-    MODEL is torchvision:NAME, timm:NAME, hf:FOLDER_OR_NAME, or MODULE:FACTORY, a function of yours without arguments.
+    MODEL is torchvision:NAME, timm:NAME, hf:FOLDER_OR_NAME, or MODULE:FACTORY, your own function without arguments.
 
     \b
     balf-fx compress torchvision:resnet18 --pretrained --data images/ --flops 0.6 -o small.safetensors
     balf-fx compress mine:make_net --weights net.pt --data arrays.npz --array x --params 0.5 -o small.safetensors
     """
     if html is not None:
-        importlib.import_module("balf_fx.reporting.page")  # what is missing is better known before the work than after
+        importlib.import_module("balf_fx.reporting.page")  # fails before any work if a dependency is missing
     given, options = Inputs.split(inputs)
     try:
-        settings_from(options).allocate()  # so is a budget that is not one
+        settings_from(options).allocate()  # checks the budget before any work
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     model = given.load_model()
@@ -98,13 +98,13 @@ def compress(output: Path, html: Path | None, as_json: bool, **inputs: Any) -> N
 @main.command()
 @click.argument("file", type=_EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("--html", type=OutputFile(".html"), help="Write a page with the picture and the tables.")
-@click.option("--sweep", "curve", type=_EXISTING, help="What `sweep --json` printed, to be drawn in that page, too.")
-@click.option("--plot", type=_PICTURE, help="Write the picture alone, .png, .svg or .pdf.")
+@click.option("--html", type=OutputFile(".html"), help="Write an HTML page with the plot and the tables.")
+@click.option("--sweep", "curve", type=_EXISTING, help="Output of `sweep --json`, to add its plot to the HTML page.")
+@click.option("--plot", type=_PICTURE, help="Write only the plot, as .png, .svg or .pdf.")
 def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plot: Path | None) -> None:
-    """Print what was done to the model in FILE, which `compress` has saved; a plan as .json will do, too."""
+    """Print what was done to the model in FILE, which is a file written by `compress` or a plan as .json."""
     if curve is not None and html is None:
-        raise click.UsageError("--sweep is drawn in the page: pass --html, too")
+        raise click.UsageError("--sweep adds a plot to the HTML page: pass --html, too")
     found = report_of(file)
     if html is not None:
         _write_page(html, found, None if curve is None else Sweep.from_json(curve.read_bytes()))
@@ -120,14 +120,18 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
 @setting_options(skip=("flops", "params", "energy", "allocation"))
 @click.option("--budgets", callback=_shares, default=_BUDGETS, show_default=True, help="Fractions to keep.")
 @click.option("--measure", type=click.Choice(["flops", "params"]), default="flops", show_default=True)
-@click.option("--eval-data", type=click.Path(exists=True, path_type=Path), help="Default: what calibration leaves.")
-@click.option("--eval-array", metavar="NAME", help="Array in that .npz file; default: the only one.")
-@click.option("--eval-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="At most.")
-@click.option("--labels", metavar="NAME", help="Array of classes in the .npz file of what answers are compared on.")
-@click.option("--plot", type=_PICTURE, help="Draw the curve, .png, .svg or .pdf.")
+@click.option(
+    "--eval-data", type=click.Path(exists=True, path_type=Path), help="Evaluation data; default: the rest of --data."
+)
+@click.option("--eval-array", metavar="NAME", help="Array in the .npz file of --eval-data; default: the only one.")
+@click.option(
+    "--eval-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Most samples to evaluate on."
+)
+@click.option("--labels", metavar="NAME", help="Array of classes in the .npz file of the evaluation data.")
+@click.option("--plot", type=_PICTURE, help="Plot the curve, as .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def sweep(budgets: tuple[float, ...], measure: Any, plot: Path | None, as_json: bool, **inputs: Any) -> None:
-    """Compare the dense model's answers with those at several budgets, on data that calibration has not seen.
+    """Compare the dense model's predictions with those at several budgets, on data not used for calibration.
 
     MODEL is as in `compress`.
 
@@ -151,11 +155,11 @@ def sweep(budgets: tuple[float, ...], measure: Any, plot: Path | None, as_json: 
 
 @main.command()
 @click.option("--flops", type=SHARE, default=0.55, show_default=True, help="Fraction of FLOPs to keep.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of split and training.")
-@click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Epochs of training.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split and the training.")
+@click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Number of training epochs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def demo(flops: float, seed: int, epochs: int, as_json: bool) -> None:
-    """Train a small net on handwritten digits, compress it, and show what that cost and saved."""
+    """Train a small net on handwritten digits, compress it, and show its accuracy and cost before and after."""
     result = run_demo(flops, seed=seed, epochs=epochs, progress=not as_json)
     click.echo(result.to_json() if as_json else str(result))
 

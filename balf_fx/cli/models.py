@@ -1,4 +1,4 @@
-"""Where the command line gets models from: a library by the model's name, a folder, or a function of the user's."""
+"""Models for the command line: by name from a library, from a folder, or from a user's function."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ SPECIFICATION = "torchvision:NAME, timm:NAME, hf:FOLDER_OR_NAME or MODULE:FACTOR
 
 
 def load_model(specification: str, weights: Path | None = None, pretrained: bool = False) -> nn.Module:
-    """The model in evaluation mode.
+    """Load a model in evaluation mode.
 
     Args:
-        specification: "torchvision:resnet18", "timm:vit_tiny_patch16_224", "hf:" and what transformers'
-            `from_pretrained` takes, or "module:factory", a function without arguments in a module of the user's.
-        weights: a state dict, .safetensors or what `torch.save` wrote.
-        pretrained: let torchvision or timm download the weights that they have; transformers always does.
+        specification: "torchvision:resnet18", "timm:vit_tiny_patch16_224", "hf:" followed by an argument of
+            transformers' `from_pretrained`, or "module:factory", a function without arguments in the user's module.
+        weights: a state dict as .safetensors or written by `torch.save`.
+        pretrained: whether torchvision or timm download pretrained weights; transformers always does.
 
     Raises:
         OptionError: there is no such source or name.
-        ModelError: the model cannot be built, or the weights are not its own.
+        ModelError: the model cannot be built, or the weights do not fit it.
         MissingExtraError: the library is not installed.
     """
     source, separator, name = specification.partition(":")
     if not (source and separator and name):
-        raise OptionError(f"a model is given as {SPECIFICATION}, not {specification!r}")
+        raise OptionError(f"a model must be given as {SPECIFICATION}, not {specification!r}")
     if pretrained and weights is not None:
-        raise OptionError("weights come from a file or from the library: drop one of them")
+        raise OptionError("weights come either from a file or from the library: drop one of them")
     if source == "hf":
         model = _from_transformers(name, with_weights=weights is None)
     elif source in _LIBRARIES:
         model = _LIBRARIES[source](name, pretrained)
     elif pretrained:
-        raise OptionError(f"only torchvision and timm know weights for a name: let {specification} load its own")
+        raise OptionError(f"only torchvision and timm have pretrained weights: {specification} must load its own")
     else:
         model = _from_factory(source, name)
     if weights is not None:
@@ -53,12 +53,12 @@ def load_model(specification: str, weights: Path | None = None, pretrained: bool
 
 
 def needs_weights(specification: str) -> bool:
-    """Whether the source makes a model with random weights unless it is told otherwise."""
+    """Whether the source returns a model with random weights by default."""
     return specification.partition(":")[0] in _LIBRARIES
 
 
 def default_preprocessing(specification: str, model: nn.Module) -> Preprocessing:
-    """How the model's library prepares images for it; as for ImageNet, at the size they have, where none knows."""
+    """The preprocessing of the model's library; that of ImageNet without resizing if the library has none."""
     source, _, name = specification.partition(":")
     if source == "timm":
         return _timm_preprocessing(model)
@@ -98,7 +98,7 @@ _LIBRARIES: dict[str, Callable[[str, bool], nn.Module]] = {"torchvision": _from_
 
 
 def _from_transformers(name: str, with_weights: bool) -> nn.Module:
-    """The class that the configuration names, which has the head that the weights were trained with."""
+    """Load the class that the configuration names, whose head is the one that the weights were trained with."""
     transformers = _library("transformers", "llm")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -119,13 +119,13 @@ def _from_factory(module: str, name: str) -> nn.Module:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise OptionError(f"cannot import {module}:{name}: {error}. A model is given as {SPECIFICATION}") from error
+        raise OptionError(f"cannot import {module}:{name}: {error}. A model must be {SPECIFICATION}") from error
     try:
         model = found()
     except MODEL_ERRORS as error:
         raise ModelError(f"{module}:{name}() failed, {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{module}:{name}() returned {type(model).__name__}, no torch.nn.Module")
+        raise ModelError(f"{module}:{name}() returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
@@ -139,7 +139,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict, also one that a training script has stored under "state_dict" with other things."""
+    """Read a state dict, also one that a training script stored under "state_dict" among other entries."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -148,7 +148,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"cannot read weights from {path}: {error}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path} holds no state dict: save one with torch.save(model.state_dict(), path)")
+        raise ModelError(f"{path} contains no state dict: save one with torch.save(model.state_dict(), path)")
     return state
 
 

@@ -1,4 +1,4 @@
-"""The options by which commands are told of a model and of data, and what they mean."""
+"""The options of commands for the model and the data, and how both are loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from balf_fx.errors import OptionError
 
 
 def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    """Numbers between commas, as a tuple; a callback of click."""
+    """Parse numbers separated by commas as a tuple; a callback of click."""
     try:
         return None if value is None else tuple(float(number) for number in value.split(","))
     except ValueError:
@@ -29,7 +29,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 
 class OutputFile(click.Path):
-    """A file that can be written, so that nothing is computed in vain."""
+    """A file to write, checked before any work is done."""
 
     def __init__(self, *suffixes: str) -> None:
         super().__init__(dir_okay=False, writable=True, path_type=Path)
@@ -55,22 +55,22 @@ _COUNT = click.IntRange(min=1)
 
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
-    click.option("--weights", type=_EXISTING_FILE, help="State dict, .safetensors or what torch.save wrote."),
-    click.option("--pretrained", is_flag=True, help="Let torchvision or timm download their weights."),
-    click.option("--data", type=_EXISTING, required=True, help="Folder of images, or .npz file, to calibrate on."),
+    click.option("--weights", type=_EXISTING_FILE, help="State dict, as .safetensors or by torch.save."),
+    click.option("--pretrained", is_flag=True, help="Download the pretrained weights of torchvision or timm."),
+    click.option("--data", type=_EXISTING, required=True, help="Calibration data: folder of images, or .npz file."),
     click.option("--array", metavar="NAME", help="Array in the .npz file; default: the only one."),
-    click.option("--samples", type=_COUNT, default=512, show_default=True, help="So many of the data, at random."),
+    click.option("--samples", type=_COUNT, default=512, show_default=True, help="Number of random samples to use."),
     click.option("--batch-size", type=_COUNT, default=32, show_default=True),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples and the probes."),
-    click.option("--image-size", type=_COUNT, help="Default: the model's own."),
-    click.option("--mean", callback=numbers, help="Of the channels, 0.485,0.456,0.406; default: the model's own."),
-    click.option("--std", callback=numbers, help="Of the channels, 0.229,0.224,0.225; default: the model's own."),
-    click.option("--quiet", "-q", is_flag=True, help="No progress bars."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of the samples and the probes."),
+    click.option("--image-size", type=_COUNT, help="Size of the images; default: the model's."),
+    click.option("--mean", callback=numbers, help="Mean of channels, as 0.485,0.456,0.406; default: the model's."),
+    click.option("--std", callback=numbers, help="Deviation of channels, as 0.229,0.224,0.225; default: the model's."),
+    click.option("--quiet", "-q", is_flag=True, help="Show no progress bars."),
 )
 
 
 def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of the model, the data and what is common to all compression; `Inputs` takes them."""
+    """Add the options of the model and the data, which `Inputs` takes."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -78,7 +78,7 @@ def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a user said; names as in the options."""
+    """The values of the options for the model and the data, with the same names."""
 
     model: str
     data: Path
@@ -95,7 +95,7 @@ class Inputs:
 
     @classmethod
     def split(cls, given: dict[str, Any]) -> tuple[Inputs, dict[str, Any]]:
-        """The model and the data that a user named, and what else was said of compression."""
+        """Split a command's arguments into those for the model and the data, and those for compression."""
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())  # a factory or a loss may lie in the current folder, as for python -m
         own = {field.name: given.pop(field.name) for field in dataclasses.fields(cls)}
@@ -103,29 +103,29 @@ class Inputs:
         return found, {**settings_from_command(given), "seed": found.seed, "progress": not found.quiet}
 
     def load_model(self) -> nn.Module:
-        """The model; says so where its weights are random."""
+        """Load the model; prints a note if its weights are random."""
         model = load_model(self.model, self.weights, self.pretrained)
         if needs_weights(self.model) and self.weights is None and not self.pretrained:
             click.echo(f"{self.model} has random weights: pass --weights or --pretrained", err=True)
         return model
 
     def calibration(self, model: nn.Module) -> list[Tensor]:
-        """Batches to calibrate on."""
+        """The batches for calibration."""
         source = open_samples(self.data, self.array)
         return self._batches(model, source, choose(len(source), self.samples, self.seed))
 
     def evaluation(
         self, model: nn.Module, data: Path | None, array: str | None, labels: str | None, count: int
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Batches that calibration does not see, and their labels.
+        """Batches that are not used for calibration, and their labels.
 
         Args:
-            data, array: where they are; None for what calibration leaves of its own.
-            labels: the name of their array in the same file.
-            count: so many at most.
+            data, array: their path and the name of the array; None for the rest of the calibration data.
+            labels: the name of the array of labels in the same file.
+            count: the largest number of samples.
 
         Raises:
-            OptionError: nothing is left, or the labels are not as many as the samples.
+            OptionError: there are no samples left, or there are not as many labels as samples.
         """
         path = self.data if data is None else data
         source = open_samples(path, array if array is not None or data is not None else self.array)
@@ -133,7 +133,7 @@ class Inputs:
         indices = choose(len(source), taken + count, self.seed)[taken:]
         if not indices:
             raise OptionError(
-                f"all {len(source)} samples are to calibrate on: pass fewer --samples, or others as --eval-data"
+                f"all {len(source)} samples are used for calibration: pass fewer --samples, or others as --eval-data"
             )
         batches = self._batches(model, source, indices)
         if labels is None:
@@ -148,7 +148,7 @@ class Inputs:
         return list(torch.split(source.read(indices, preprocessing, not self.quiet), self.batch_size))
 
     def _preprocessing(self, model: nn.Module) -> Preprocessing:
-        """The model's own, with what the user wants otherwise."""
+        """The model's preprocessing, with the user's changes."""
         own = default_preprocessing(self.model, model)
         size, resize = own.size, own.resize
         if self.image_size is not None:

@@ -1,4 +1,4 @@
-"""Every option of `balf_fx.compile` as an option of a command."""
+"""All options of `balf_fx.compile` as options of a command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 """A fraction in (0, 1]."""
 
 _SPECIAL = {"progress": "--quiet", "seed": "--seed"}
-"""What `options.Inputs` says already, for data and compression alike."""
+"""Options that `cli.options.Inputs` has already, for both data and compression."""
 _TYPES: Mapping[str, Any] = {
     "flops": SHARE,
     "params": SHARE,
@@ -31,7 +31,7 @@ _PATTERNS = ("include", "exclude", "dense")
 
 
 def setting_options(skip: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of `balf_fx.compile` but for some; `settings_from_command` takes them."""
+    """Add the options of `balf_fx.compile` except for some; `settings_from_command` takes them."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, each in reversed(options_of().items()):
@@ -55,7 +55,7 @@ def _option(name: str, each: dataclasses.Field[Any]) -> Callable[..., Any]:
 
 
 def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a user wrote, as `balf_fx.compile` takes it; what was not written is left out."""
+    """Convert a command's options to those of `balf_fx.compile`; options that were not given are left out."""
     found: dict[str, Any] = {}
     for name, value in given.items():
         if value is None or value == ():
@@ -74,9 +74,9 @@ def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _function(written: str) -> Any:
-    """The function that MODULE:FUNCTION names."""
+    """Import the function named by MODULE:FUNCTION."""
     module, _, name = written.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise OptionError(f"there is no function {written!r}, which is written MODULE:FUNCTION: {error}") from error
+        raise OptionError(f"there is no function {written!r}; write it as MODULE:FUNCTION: {error}") from error

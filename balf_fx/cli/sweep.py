@@ -1,5 +1,4 @@
-"""What budgets cost in accuracy: one calibration, a model for each budget, and how far its answers are from the dense
-one's."""
+"""The accuracy at several budgets: one calibration, a model for each budget, and comparisons with the dense model."""
 
 from __future__ import annotations
 
@@ -23,10 +22,10 @@ from balf_fx.reporting.curve import Point, Sweep
 
 @dataclass(frozen=True)
 class SweepData:
-    """Batches to calibrate on and others to compare answers on, without a sample in common.
+    """Batches for calibration and others for evaluation, without common samples.
 
     Attributes:
-        labels: of all evaluation samples, as the model's top-1 answers have them.
+        labels: the labels of all evaluation samples, in the shape of the model's top-1 predictions.
     """
 
     calibration: Sequence[Any]
@@ -37,20 +36,20 @@ class SweepData:
 def run_sweep(
     model: nn.Module, data: SweepData, budgets: Sequence[float], measure: Measure = "flops", **options: Any
 ) -> Sweep:
-    """Compress to each budget and compare the answers.
+    """Compress to each budget and compare the predictions.
 
     Args:
         budgets: fractions of the measure to keep.
-        options: as in `balf_fx.compile`, but for the budget.
+        options: as in `balf_fx.compile`, without the budget.
 
     Raises:
         BudgetError: none of the budgets can be reached.
         CalibrationError: there are no batches, or the model cannot run them.
-        OptionError: there are not as many labels as answers.
+        OptionError: there are not as many labels as predictions.
     """
     calibration, evaluation = data.calibration, data.evaluation
     if not calibration or not evaluation:
-        raise CalibrationError("a sweep needs batches to calibrate on and others to compare the answers on")
+        raise CalibrationError("a sweep needs batches for calibration and others for evaluation")
     settings = settings_from(options)
     forward = forward_for(model)
     references = answers(model, evaluation, forward)
@@ -85,19 +84,19 @@ def run_sweep(
 
 
 def _for(stage: Stage, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a stage takes."""
+    """The options of a stage."""
     return {name: value for name, value in options.items() if name in options_of(stage)}
 
 
 class _Judge:
-    """Compares answers with the original's, and with labels."""
+    """Compares outputs with the original's, and with labels."""
 
     def __init__(self, batches: Sequence[Any], references: Sequence[Any], labels: Tensor | None) -> None:
         self.batches, self.references, self.labels = batches, references, labels
         self.wanted = self._classes(references)
         if labels is not None and (self.wanted is None or labels.shape != self.wanted.shape):
             shape = "none" if self.wanted is None else tuple(self.wanted.shape)
-            raise OptionError(f"labels have shape {tuple(labels.shape)}, and the model's top-1 answers {shape}")
+            raise OptionError(f"labels have shape {tuple(labels.shape)}, but the model's top-1 predictions {shape}")
 
     def __call__(self, given: Sequence[Any]) -> tuple[float, float | None, float | None]:
         """Divergence, agreement and accuracy."""
@@ -109,12 +108,12 @@ class _Judge:
         return mean, agreement, self.accuracy(given)
 
     def accuracy(self, given: Sequence[Any]) -> float | None:
-        """The share of right answers."""
+        """The share of correct predictions."""
         classes = self._classes(given)
         return None if classes is None or self.labels is None else _equal(classes, self.labels)
 
     def _classes(self, given: Sequence[Any]) -> Tensor | None:
-        """Top-1 answers of all batches; None where there are no logits."""
+        """Top-1 predictions of all batches; None if there are no logits."""
         logits = [find_logits(*each) for each in zip(given, self.batches, strict=True)]
         found = [each.argmax(-1).cpu() for each in logits if each is not None]
         return torch.cat(found) if len(found) == len(logits) else None

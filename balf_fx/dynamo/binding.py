@@ -1,4 +1,4 @@
-"""A graph that Dynamo captured, with the weights that it is called with, and what its calls were given."""
+"""A graph that Dynamo captured, together with the weights with which it is called."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from balf_fx.passes import DecomposeAttention, FoldConstants
 
 
 class Binding:
-    """A graph together with the weights that it is called with.
+    """A graph together with the weights with which it is called.
 
     Args:
         graph_module: as Dynamo captured it.
-        inputs: which inputs of the graph take weights.
-        names, weights: these weights.
+        inputs: the graph's inputs that take weights.
+        names, weights: the dotted names of these weights, and the weights.
 
     Attributes:
-        graph_module: holds the user's tensors, and later what takes their place.
+        graph_module: holds the user's tensors, and after the switch those that replace them.
         originals: the user's tensors, by dotted name.
         calls: how often it has run in calibration.
-        rewritten: whether the plan has been carried out on the graph.
-        compiled: what runs in its place then.
-        watch: over all parameters during calibration, later over what the compressed graph stands for.
+        rewritten: whether the graph was rewritten by the plan.
+        compiled: the compiled graph, which runs after the switch.
+        watch: watches all parameters during calibration, and later the user's tensors that the compressed graph no
+            longer reads.
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class Binding:
         self.watch = Watch({name: held for name, held in self.originals.items() if isinstance(held, nn.Parameter)})
 
     def part(self, calls: int, args: Sequence[Any], origin: Origin) -> Part:
-        """The graph for the engine: on tensors of its own that share the user's memory, with its costs on these inputs.
+        """The graph as a part: on aliases that share the user's memory, annotated with its costs on these inputs.
 
         Args:
             calls: how often one call of the model runs it.
-            args: of one call, without the weights; they may be written to.
+            args: the arguments of one call, without the weights; the graph may write to them.
         """
         graph_module = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
         graph_module.meta.update(self.graph_module.meta)
@@ -70,19 +71,19 @@ class Binding:
         graph_module.recompile()
         record_graph(graph_module, captured="dynamo", origin=origin)
         with compile_lock, torch.random.fork_rng(devices=cuda_devices(graph_module)):
-            profile(graph_module, args)  # the counter notes in a global of torch that it is at work, as Dynamo does
+            profile(graph_module, args)  # under Dynamo's lock: the counter sets the same global of torch
         return Part(graph_module, calls, self.originals, aliases)
 
     def finish(self, graph_module: fx.GraphModule, part: Part, watched: Mapping[str, Tensor]) -> None:
-        """Run a rewritten graph from now on, on the user's own tensors where these are left.
+        """Run a rewritten graph from now on, with the user's own tensors where they were not replaced.
 
         Args:
-            watched: what the graph stands for without reading it.
+            watched: the tensors on which the graph's new weights depend, but which it does not read.
         """
         for name, tensor in list(held_tensors(graph_module)):
             original = part.original(tensor)
             if original is tensor:
-                tensor.requires_grad_(False)  # it is called where nobody asks for gradients: its output has none
+                tensor.requires_grad_(False)  # compressed calls do not require gradients, so neither may the output
             owner, _, last = name.rpartition(".")
             setattr(graph_module.get_submodule(owner), last, original)
         graph_module.delete_all_unused_submodules()
@@ -95,7 +96,7 @@ def watched_by(part: Part, replaced: set[str]) -> dict[str, Tensor]:
     """The user's tensors that a normalised graph no longer reads once some layers are replaced.
 
     Args:
-        replaced: the names of these layers.
+        replaced: the names of the replaced layers.
     """
     found: dict[str, Tensor] = {}
     for name, (nodes, tensors) in layer_originals(part).items():
@@ -110,10 +111,10 @@ def _is_computed(node: fx.Node) -> bool:
 
 
 def _part_from(graph_module: fx.GraphModule) -> dict[int, tuple[Tensor, Tensor]]:
-    """Give a graph that fetches the user's tensors others of its own.
+    """Replace the user's tensors in a graph by aliases that share their memory.
 
     Returns:
-        `Part.aliases`: the tensors that stand for the user's, each with the user's own.
+        The `Part.aliases`.
     """
     own: dict[int, Tensor] = {}
     aliases: dict[int, tuple[Tensor, Tensor]] = {}
@@ -138,6 +139,6 @@ def _own(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Ordinary tensors, whatever mode the model was called in."""
+    """Compute with ordinary tensors without gradients, whatever mode the model was called in."""
     with torch.inference_mode(False), torch.no_grad():
         yield

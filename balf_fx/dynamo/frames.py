@@ -1,7 +1,7 @@
-"""All that balf_fx knows of TorchDynamo: graphs whose weights are inputs, and who asked for a compilation.
+"""Access to TorchDynamo: graphs whose weights are inputs, and the call of `torch.compile` that caused a compilation.
 
-Dynamo hands a backend a graph of functional calls that takes the model's parameters and buffers as inputs. `lift` turns
-these into attributes, the very same tensors, so that the graph is what the passes know from `torch.export`.
+Dynamo passes a backend a graph of functional calls that takes the model's parameters and buffers as inputs. `lift`
+turns these into attributes, the very same tensors, so that the graph has the form of one from `torch.export`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from balf_fx.graph.annotation import annotate
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "__closure__", "cell_contents", "__dict__", "_orig_mod")
 
 
-_ROOTS = ("self", "fn")  # the module in its own methods, and in the function that torch puts around its own modules
+_ROOTS = ("self", "fn")  # the module's name in its own methods, and in the function with which torch wraps its modules
 
 
 _WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the latter in torch 2.8
@@ -36,7 +36,7 @@ _INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use
 
 @dataclass(frozen=True)
 class WeightInput:
-    """An input of a graph that takes a parameter or buffer: its position, and the weight's dotted name."""
+    """An input of a graph that takes a parameter or buffer: its position, and the dotted name of the weight."""
 
     position: int
     name: str
@@ -44,12 +44,12 @@ class WeightInput:
 
 @dataclass(frozen=True)
 class Request:
-    """Who asked for the compilation that is going on.
+    """The origin of the current compilation.
 
     Attributes:
-        owner: the object that `torch.compile` made for one call of it, or None outside of Dynamo.
-        frame: the code of the Python frame that is compiled, the same for recompilations of it; Dynamo's own number
-            of it is another one where several threads compile it at once.
+        owner: the object that one call of `torch.compile` created, or None outside Dynamo.
+        frame: the code of the Python frame that is compiled, the same for all its recompilations. Dynamo's own number
+            of the frame differs between threads that compile it at once.
         module: the module whose method the frame runs, or None.
     """
 
@@ -59,10 +59,10 @@ class Request:
 
 
 def current_request() -> Request:
-    """The compilation that Dynamo is at, on this thread."""
+    """Dynamo's current compilation on this thread."""
     try:
         translator: Any = InstructionTranslator.current_tx()
-    except AttributeError:  # no frame has ever been translated on this thread
+    except AttributeError:  # no frame has been translated on this thread yet
         translator = None
     if translator is None:
         return Request(None, None, None)
@@ -72,7 +72,7 @@ def current_request() -> Request:
 
 
 def innermost_backend(backend: Any) -> Any:
-    """What was passed to Dynamo, without the wrappers that Dynamo puts around it."""
+    """The backend that was passed to Dynamo, without Dynamo's wrappers."""
     for name in _WRAPPED:
         if hasattr(backend, name):
             return innermost_backend(getattr(backend, name))
@@ -80,7 +80,7 @@ def innermost_backend(backend: Any) -> Any:
 
 
 def owner_of(compiled: Any) -> object | None:
-    """The object that `torch.compile` made for this compiled module or function; None where it is not compiled."""
+    """The object that `torch.compile` created for this compiled module or function; None if it is not compiled."""
     held = [getattr(compiled, "dynamo_ctx", None)]
     function = getattr(compiled, "_compiled_call_impl", None) or compiled  # module.compile() leaves a function there
     held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
@@ -92,8 +92,10 @@ def owner_of(compiled: Any) -> object | None:
 
 
 def weight_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[WeightInput, ...]:
-    """The inputs that take parameters, or buffers of modules; tensor subclasses, as quantization leaves them, do not
-    count."""
+    """The inputs that take parameters or buffers of modules.
+
+    Tensor subclasses, such as quantized weights, are left out.
+    """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     found = []
     for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
@@ -105,7 +107,7 @@ def weight_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -
 
 
 def _source_name(node: fx.Node) -> str:
-    """Where Dynamo found an input, as a Python expression; "" where it does not say."""
+    """The Python expression by which Dynamo found an input, or "" if Dynamo does not record it."""
     source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)  # a method until torch 2.9, a property since
@@ -120,7 +122,7 @@ def weight_name(source: str) -> str:
 
 
 def legal_path(path: str) -> str:
-    """The path in a GraphModule for what has this one in a model: some names are taken there."""
+    """The path in a GraphModule for this path in a model: GraphModule reserves some names."""
     first, dot, rest = path.partition(".")
     return f"{first}_{dot}{rest}" if first in _RESERVED else path
 
@@ -129,11 +131,12 @@ def lift(graph_module: fx.GraphModule, weights: Mapping[int, tuple[str, Tensor]]
     """A copy of the graph that holds its weights.
 
     Args:
-        graph_module: left as it is.
-        weights: by the position of the input that takes it, a weight's dotted name and the weight itself.
+        graph_module: is not changed.
+        weights: {position of the input: (dotted name, weight)}.
 
     Returns:
-        A graph that takes the remaining inputs, in their order. Nodes are annotated with the shapes that Dynamo saw.
+        A graph that takes the remaining inputs in their order. Nodes are annotated with the shapes that Dynamo
+        recorded.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
@@ -148,7 +151,7 @@ def lift(graph_module: fx.GraphModule, weights: Mapping[int, tuple[str, Tensor]]
             fetched.meta.update(placeholders[position].meta)
             lifted.graph.erase_node(placeholders[position])
     for node in lifted.graph.nodes:
-        node.meta.pop("grapharg", None)  # Dynamo's own, and it holds the inputs
+        node.meta.pop("grapharg", None)  # used by Dynamo only, and it keeps the inputs alive
         value = node.meta.get("example_value")
         annotate(node, shape=tuple(value.shape) if isinstance(value, Tensor) else None)
     lifted.graph.lint()
@@ -169,19 +172,19 @@ def _hold(module: nn.Module, path: str, weight: Tensor) -> None:
 
 
 def is_dynamic(graph_module: fx.GraphModule) -> bool:
-    """Whether an input of the graph has a size, or is a number, that Dynamo left open."""
+    """Whether an input of the graph has a symbolic size or is a symbolic number."""
     values = [node.meta.get("example_value") for node in graph_module.graph.find_nodes(op="placeholder")]
     sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else (value,))]
     return any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes)
 
 
 def is_training(graph_module: fx.GraphModule) -> bool:
-    """Whether a layer runs as in training: dropout, or BatchNorm with the statistics of the batch."""
+    """Whether a layer is in training mode: active dropout, or BatchNorm with the statistics of the batch."""
     return any(node.op == "call_function" and _trains(node) for node in graph_module.graph.nodes)
 
 
 def _trains(node: fx.Node) -> bool:
-    if node.target is nn.functional.instance_norm:  # without running statistics it does the same in both modes
+    if node.target is nn.functional.instance_norm:  # without running statistics, both modes compute the same
         bound = {**dict(zip(_INSTANCE_NORM, node.args, strict=False)), **node.kwargs}
         return bound.get("running_mean") is not None and bound.get("use_input_stats", True) is True
     position = _TRAINING.get(node.target)

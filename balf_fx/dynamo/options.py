@@ -21,21 +21,21 @@ from balf_fx.files.storage import read
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 _ELSEWHERE = {"capture": "Dynamo captures the graphs"}
-"""Options of `compile` that have no meaning here, and why."""
+"""Options of `compile` that the backend does not have, and why."""
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What a user can say: every option of `balf_fx.compile`, and what only a backend has.
+    """All options of `balf_fx.compile`, and those of the backend alone.
 
     Attributes:
-        settings: as in `balf_fx.compile`, where the whole model is all that Dynamo captured. `loss(output, inputs)`
-            takes what the graphs return and the arguments of the first one.
-        calibration_steps: how many calls of the model run uncompressed and are recorded.
-        inner: the backend that compiles the compressed graphs, by name or as a callable.
-        mode, inner_options: for the inner backend, as `torch.compile` takes them.
-        plan: from `balf_fx.backend.plan`, or the path of a file that `balf_fx.save` has written, in place of a budget
-            and of calibration.
+        settings: as in `balf_fx.compile`, where the whole model is everything that Dynamo captured.
+            `loss(output, inputs)` gets the output of the graphs and the arguments of the first one.
+        calibration_steps: the number of calls of the model that run uncompressed and are recorded.
+        inner: the backend that compiles the compressed graphs, as a name or a callable.
+        mode, inner_options: `mode` and `options` of `torch.compile` for the inner backend.
+        plan: the result of `balf_fx.backend.plan`, or the path of a file written by `balf_fx.save`, in place of a
+            budget and calibration.
     """
 
     settings: Settings
@@ -50,24 +50,24 @@ class BackendOptions:
         if self.plan is None:
             self.settings.allocate()  # checks the budget
         elif any(value is not None for value in budget):
-            raise OptionError("a plan leaves nothing to a budget: give one of them")
+            raise OptionError("a plan cannot be combined with a budget: give one of them")
         else:
             _ = self.stored
         steps = self.calibration_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise OptionError(f"calibration_steps is a whole number of calls, 1 or more, not {steps!r}")
+            raise OptionError(f"calibration_steps must be a whole number of calls, 1 or more, not {steps!r}")
         if self.mode is not None and self.inner_options is not None:
-            raise OptionError("give mode or inner_options: torch.compile takes one of them")
+            raise OptionError("give either mode or inner_options: torch.compile takes only one of them")
         _ = self.compiler
 
     @cached_property
     def stored(self) -> Stored | None:
-        """The plan, read from its file."""
+        """The plan, read from its file if it is a path."""
         if self.plan is None or isinstance(self.plan, Stored):
             return self.plan
         if isinstance(self.plan, str | os.PathLike):
             return read(self.plan)
-        raise OptionError(f"plan is what balf_fx.backend.plan returns, or a path, not {self.plan!r}")
+        raise OptionError(f"plan must be the result of balf_fx.backend.plan or a path, not {self.plan!r}")
 
     @cached_property
     def compiler(self) -> Compiler:
@@ -75,9 +75,9 @@ class BackendOptions:
         return _inner_compiler(self.inner, self.mode, self.inner_options)
 
     def compile(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Hand a graph to the inner backend while the model runs.
+        """Compile a graph with the inner backend while the model runs.
 
-        A graph with open sizes goes through torch.compile, which guards whatever the inner backend assumes of them.
+        A graph with symbolic sizes is compiled by torch.compile, which guards what the inner backend assumes of them.
         """
         if not is_dynamic(graph_module):
             return self.compiler(graph_module, list(inputs))
@@ -89,17 +89,17 @@ class BackendOptions:
 
 
 def parse_options(given: Mapping[str, Any]) -> BackendOptions:
-    """Check what the user wrote.
+    """Check the user's options.
 
     Raises:
-        OptionError: names what is wrong and lists the options that there are.
+        OptionError: an option is wrong; the message says how, and lists all options.
     """
     own = [field.name for field in dataclasses.fields(BackendOptions) if field.name != "settings"]
     shared = [name for name in options_of() if name not in _ELSEWHERE]
     try:
         for name in given:
             if name in _ELSEWHERE:
-                raise OptionError(f"{name!r} has no meaning here: {_ELSEWHERE[name]}")
+                raise OptionError(f"{name!r} is not an option here: {_ELSEWHERE[name]}")
             if name not in (*shared, *own):
                 raise OptionError(f"there is no option {name!r}")
         settings = Settings(**{name: value for name, value in given.items() if name in shared})
@@ -116,7 +116,7 @@ def _inner_compiler(inner: str | Compiler, mode: str | None, options: Mapping[st
     from torch._dynamo.exc import InvalidBackend
 
     if inner == "balf" or not (isinstance(inner, str) or callable(inner)):
-        raise OptionError(f"inner is the name of another backend or a callable, not {inner!r}")
+        raise OptionError(f"inner must be the name of another backend or a callable, not {inner!r}")
     if inner == "inductor":
         wrapped: Compiler = torch._TorchCompileInductorWrapper(mode, None if options is None else dict(options), None)
         return wrapped

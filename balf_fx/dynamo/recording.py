@@ -1,4 +1,4 @@
-"""What the calls of a model gave to its graphs, kept until one budget is spent on all of them."""
+"""Records the inputs of a model's graphs in each call, until all graphs are compressed under one budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from balf_fx.refit.offload import Shelved
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of a graph in the call that is going on."""
+    """One run of a graph in the current call."""
 
     binding: Binding
     args: tuple[Any, ...]
@@ -31,28 +31,28 @@ class Recording:
     """Traces of the calls so far.
 
     Args:
-        memory: bytes of inputs that are kept in memory; what is beyond waits in temporary files.
+        memory: bytes of inputs that are kept in memory; the rest are kept in temporary files.
     """
 
     def __init__(self, memory: int) -> None:
-        self._calls: Shelved = Shelved(memory)  # of traces whose parts are numbers in `bindings`
+        self._calls: Shelved = Shelved(memory)  # traces whose parts are indices into `bindings`
         self._running: list[_Run] = []
         self.bindings: list[Binding] = []
 
     def begin(self) -> None:
-        """The model is called anew."""
+        """Start to record a new call of the model."""
         if self._running:
             self._calls.append(self._trace())
         self._running = []
 
     def enter(self, binding: Binding, inputs: Sequence[Any]) -> _Run:
-        """Keep the inputs of a graph that is about to run: it may write to them."""
+        """Store copies of the inputs of a graph that is about to run, since it may write to them."""
         links = tuple(self._links(inputs))
         args = tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in inputs)
         return _Run(binding, args, links)
 
     def leave(self, run: _Run, output: Any) -> None:
-        """The graph has run."""
+        """Record the output of a graph that has run."""
         leaves = pytree.tree_leaves(output)
         run.outputs.extend(weakref.ref(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
         if run.binding not in self.bindings:
@@ -61,17 +61,17 @@ class Recording:
         self._running.append(run)
 
     def traces(self) -> Sequence[Trace]:
-        """All calls, the last one included."""
+        """The traces of all calls, including the current one."""
         self.begin()
         return self._calls
 
     def close(self) -> None:
-        """Forget everything."""
+        """Delete all recorded calls."""
         self._calls.close()
         self._running, self.bindings = [], []
 
     def _links(self, inputs: Sequence[Any]) -> Iterator[Link]:
-        """The inputs that earlier graphs of the call returned, the very same tensors."""
+        """Links for the inputs that are the very tensors that earlier graphs of the call returned."""
         known = {
             id(tensor): (step, output)
             for step, run in enumerate(self._running)
@@ -90,7 +90,7 @@ class Recording:
 def confirmed(
     graph_modules: Sequence[fx.GraphModule], traces: Sequence[Trace], memory: int
 ) -> Iterator[Sequence[Trace]]:
-    """The traces with those links alone that a run of them shows: a value that was written to on the way is not one."""
+    """The traces without the links that a run of them contradicts, as for a value that was changed in between."""
     if not any(step.links for trace in traces for step in trace):
         yield traces
         return
@@ -113,12 +113,12 @@ def _confirmed(graph_modules: Sequence[fx.GraphModule], trace: Trace) -> Trace:
 
 
 def cloned(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Values that may be written to."""
+    """Copies of the values, which may be written to."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Up to rounding: attention is decomposed in one of the two."""
+    """Whether two values are equal up to rounding: attention is decomposed in one of the two graphs."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.is_floating_point():

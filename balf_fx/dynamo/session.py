@@ -1,4 +1,4 @@
-"""What one call of `torch.compile(..., backend="balf")` knows: graphs, their inputs, and in the end a plan."""
+"""The state of one call of `torch.compile(..., backend="balf")`: its graphs, their recorded inputs, and the plan."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _LOGGER = logging.getLogger("balf_fx.backend")
 
 
 class Region:
-    """One graph that Dynamo captured: what the compiled code calls.
+    """One graph that Dynamo captured, as a callable for the compiled code.
 
-    It is called with the weights among its arguments; each set of weights has a binding of its own, since Dynamo runs
-    all layers of one class through the same graph where it can.
+    Its arguments include the weights. Each set of weights has a separate binding, since Dynamo may run all layers of
+    one class through the same graph.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Region:
 
 
 def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Takes some items out of a tuple, as fast as Python can."""
-    if len(positions) < 2:  # itemgetter would give a single item, and needs one at least
+    """Return a fast function that selects the items at these positions of a tuple."""
+    if len(positions) < 2:  # itemgetter would return a single item, and requires at least one
         return lambda values: tuple(values[position] for position in positions)
     return itemgetter(*positions)
 
 
 class Session:
-    """Records the first calls, switches once, and keeps the plan, for one call of `torch.compile`."""
+    """Records the first calls, compresses the graphs once, and stores the plan, for one call of `torch.compile`."""
 
     def __init__(self, options: BackendOptions, owner: object | None) -> None:
         self.options = options
@@ -98,7 +98,7 @@ class Session:
         self._watch = Watch({})
 
     def release(self) -> None:
-        """Let go of every tensor and graph; whatever is called after this calibrates anew."""
+        """Release every tensor and graph; later calls start a new calibration."""
         for region in self._regions:
             region.bindings.clear()  # in place: Dynamo copies a region's attributes to the function that it calls
         self._recording.close()
@@ -106,22 +106,23 @@ class Session:
 
     @property
     def plan(self) -> Stored:
-        """What was done, and the layers that were replaced.
+        """The plan, and the tensors of the layers that were replaced.
 
         Raises:
-            NotCalibratedError: it is still calibrating.
+            NotCalibratedError: the session is still calibrating.
         """
         if self._stored is None:
             raise NotCalibratedError(
                 f"{self._step} of {self.options.calibration_steps} calls of the model have been observed so far; the "
-                "one after the last is compressed"
+                "model is compressed in the call after the last of them"
             )
         return self._stored
 
-    # Taking in graphs, while Dynamo compiles. Dynamo's lock is held here, and `run` may ask for it with ours: no lock.
+    # Called while Dynamo compiles. Dynamo holds its lock here, and `run` may request it while holding the session's:
+    # taking the session's lock here could deadlock.
 
     def take(self, graph_module: fx.GraphModule, example_inputs: list[Any], request: Request) -> Callable[..., Any]:
-        """What stands in for one graph: a region, or the graph itself where it must not be compressed."""
+        """Return the callable for one graph: a region, or the graph itself if it must not be compressed."""
         needs_gradients = torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in example_inputs
         )
@@ -137,16 +138,16 @@ class Session:
     def _warn_uncompressed(self, reason: str) -> None:
         if not self._warned:
             _LOGGER.warning(
-                "%s: such calls run uncompressed and are not observed. Compression is for inference, after "
-                "model.eval() and under torch.no_grad() or torch.inference_mode()",
+                "%s: such calls run uncompressed and are not observed. Compression is for inference: call the model "
+                "after model.eval(), under torch.no_grad() or torch.inference_mode()",
                 reason,
             )
         self._warned = True
 
-    # Running them, until each is compiled.
+    # Runs of the graphs, until each is compiled.
 
     def run(self, region: Region, args: Sequence[Any], weights: Sequence[Tensor], inputs: Sequence[Any]) -> Any:
-        """Run a graph that is not compiled yet: as it is, and recorded; or, from the switch on, compiled now."""
+        """Run a graph that is not compiled yet: unchanged and recorded or, after the switch, compiled first."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
@@ -181,12 +182,12 @@ class Session:
         return region.bindings[key]
 
     def _take_names(self, module: nn.Module) -> None:
-        """Call weights what the module calls them: Dynamo may have found them in other places."""
+        """Use the module's names for its weights: Dynamo may have found them by other paths."""
         for name, weight in (*module.named_parameters(), *module.named_buffers()):
             self._name(legal_path(name), weight)
 
     def _name(self, proposed: str, weight: Tensor) -> str:
-        """The weight's name in all graphs; two modules may have the same name for different weights."""
+        """The weight's unique name in all graphs; two modules may use the same name for different weights."""
         if id(weight) not in self._names:
             owner, dot, last = proposed.rpartition(".")
             numbered = (f"{owner}_{number}{dot}{last}" for number in itertools.count(1))
@@ -196,7 +197,7 @@ class Session:
         return self._names[id(weight)]
 
     def _restart(self, changed: Sequence[str]) -> None:
-        """Forget what was recorded."""
+        """Delete the recorded calls and start calibration again."""
         _LOGGER.warning("%s changed: calibration starts again", ", ".join(changed))
         self._step, self._entered = 0, set()
         self._recording.close()
@@ -205,7 +206,7 @@ class Session:
             region.bindings.clear()
 
     def _calibrates(self, region: Region, binding: Binding) -> bool:
-        """Count a call of the model whenever a frame is entered again, and tell whether it is still to be observed."""
+        """Count a new call of the model if a frame is entered again, and return whether the call is calibration."""
         entered = (region.frame, *map(id, binding.originals.values()))
         if not self._entered or entered in self._entered:
             self._step, self._entered = self._step + 1, set()
@@ -226,15 +227,15 @@ class Session:
             ):
                 self._compress(self._recording.bindings, bar)
         except BalfError as error:
-            self._failure = error  # later calls would only find the same
+            self._failure = error  # later calls would fail in the same way
             raise
         finally:
             self._recording.close()
 
     def _compress(self, bindings: list[Binding], progress: Progress) -> None:
-        """Spend one budget on all graphs that were called, and keep the layers that take the place of others."""
+        """Compress all graphs that were called under one budget, and store the new layers."""
         settings, traces = self.settings, self._recording.traces()
-        # 1. The graphs become parts of one program, and the calls traces through it.
+        # 1. Make the graphs parts of one program, and the calls traces through it.
         first = {step.part: step.args for trace in reversed(traces) for step in reversed(trace)}
         calls = per_call([binding.calls for binding in bindings])
         origin = _origin(settings)
@@ -243,14 +244,14 @@ class Session:
         ]
         program = Program(tuple(parts), lambda _, batch: batch)
         with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
-            # 2. Observe, calibrate and convert, as for a model that is captured in one piece.
+            # 2. Observe, calibrate and convert, as for a model that is captured as a whole.
             compress.observe(program, settings, {settings.chosen_factors})
             unchanged = sum(not sites(graph_module) for graph_module in program.graph_modules)
             calibration = Calibration(
                 batches, run_trace, _on_inputs(settings.loss), settings.memory_bytes, settings.seed
             )
             compressed, plan = compress.run(program, settings, calibration, lenient=True, progress=progress)
-        # 3. Each graph runs on what has replaced its layers; what these stand for is watched from now on.
+        # 3. Run each graph with its new layers, and watch the tensors that these replace.
         replaced = {layer.name for layer in plan.layers}
         tensors: dict[str, Tensor] = {}
         watched: dict[str, Tensor] = {}
@@ -266,7 +267,7 @@ class Session:
         ranks = ", ".join(f"{name}: {'dense' if rank is None else rank}" for name, rank in plan.ranks.items())
         _LOGGER.info("call %d is the first compressed one (graphs: %d); ranks: {%s}", self._step, graphs, ranks)
         if unchanged:
-            _LOGGER.info("%d of %d graphs hold no layers to compress, and run as they are", unchanged, graphs)
+            _LOGGER.info("%d of %d graphs have no layers to compress and run unchanged", unchanged, graphs)
         if plan.widths:
             sizes = ", ".join(f"{width.key}: {width.features} -> {width.size}" for width in plan.widths)
             _LOGGER.info("widths: {%s}", sizes)
@@ -284,7 +285,7 @@ class Session:
     # After the switch.
 
     def _rewrite(self, binding: Binding, inputs: Sequence[Any]) -> None:
-        """Carry the plan out on a graph that calibration has not met: another shape, or a part that came late."""
+        """Rewrite a graph that did not run in calibration by the plan: for another shape, or a part compiled later."""
         stale = self._watch.changed()
         if stale:
             raise WeightsChangedError(_changed_message(stale))
@@ -296,7 +297,7 @@ class Session:
             FindWidths()(graph_module)
         unseen = [site.name for site in sites(graph_module) if site.name not in found.plan.ranks]
         if unseen:
-            _LOGGER.info("%s: dense, since calibration has not seen them", ", ".join(unseen))
+            _LOGGER.info("%s stay dense: they were not part of calibration", ", ".join(unseen))
         plan = applicable(found.plan, graph_module)
         self._check_weights(graph_module, plan)
         replaced = {layer.name for layer in plan.layers}
@@ -309,10 +310,10 @@ class Session:
         binding.finish(graph_module, part, watched)
 
     def _check_weights(self, graph_module: fx.GraphModule, plan: Plan) -> None:
-        """Refuse a plan that was made for other weights.
+        """Check that a plan was made for these weights.
 
         Raises:
-            OptionError: names the first layer concerned.
+            OptionError: it was made for other weights; names the first layer that differs.
         """
         layers = layers_of(graph_module)
         for layer in plan.layers:
@@ -328,7 +329,7 @@ def _origin(settings: Settings) -> Origin:
 
 
 def _on_inputs(loss: Loss | None) -> Loss | None:
-    """The user's loss, called on the arguments of the model's first graph in place of a trace."""
+    """The user's loss, called with the arguments of the model's first graph in place of a trace."""
     if loss is None:
         return None
 
@@ -353,7 +354,7 @@ def _inside(path: str, name: str) -> bool:
 
 def _changed_message(names: Sequence[str]) -> str:
     return (
-        f"{', '.join(names)} changed after the switch, and the compressed graphs still compute with what was there: "
+        f"{', '.join(names)} changed after the switch, and the compressed graphs still use the old values: "
         "call torch.compiler.reset() to calibrate again with the new weights"
     )
 

@@ -11,9 +11,10 @@ _version = attrgetter("_version")
 
 
 class Watch:
-    """Tells whether tensors still are what they were, by address and version counter.
+    """Tells whether tensors have changed, by address and version counter.
 
-    Not seen are writes through `tensor.data` and, in place, to inference tensors: neither counts as a new version.
+    Writes through `tensor.data` and in-place writes to inference tensors are not detected, since neither changes the
+    version counter.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -26,11 +27,11 @@ class Watch:
         return list(map(Tensor.data_ptr, self._tensors)), list(map(_version, self._counting))
 
     def unchanged(self) -> bool:
-        """Whether nothing has written to a tensor or moved it; cheap, since every call asks it."""
+        """Whether no tensor was written to or moved; cheap, since it runs in every call."""
         return self._now() == self._seen
 
     def changed(self) -> list[str]:
-        """Names of the tensors that are not what they were."""
+        """Names of the tensors that have changed."""
         addresses, versions = self._now()
         moved = {id(t) for t, now, then in zip(self._tensors, addresses, self._seen[0], strict=True) if now != then}
         written = {id(t) for t, now, then in zip(self._counting, versions, self._seen[1], strict=True) if now != then}

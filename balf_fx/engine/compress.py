@@ -1,6 +1,6 @@
 """The compiler: one budget over all parts of a program, in numbered steps.
 
-The steps are the passes in the order of `balf_fx.passes`; what is here says on what they run, part after part.
+The steps are the passes in the order of `balf_fx.passes`, run on one part after another.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def run(
     """Calibrate an observed program and convert it.
 
     Args:
-        stream: batches that are calibrated on as they come, where nothing reads them again.
-        lenient: as in `calibrate`; sites that nothing finite has reached stay dense.
+        stream: batches to calibrate on, read once, where nothing needs them later.
+        lenient: as in `calibrate`; sites that no finite value has reached stay dense.
     """
     work = work_of(program, settings, calibration.batches)
     shares = [work.calibrating, work.scoring + work.trying + work.solving]
@@ -68,7 +68,7 @@ def run(
 
 
 def _leave_unseen(program: Program) -> None:
-    """Sites that no finite value has reached stay dense."""
+    """Leave sites dense that no finite value has reached."""
     for graph_module in program.graph_modules:
         for site, nodes in sites(graph_module).items():
             path = annotation(nodes[0]).observer
@@ -80,16 +80,16 @@ def _leave_unseen(program: Program) -> None:
 
 
 def observe(program: Program, settings: Settings, factors: Collection[Factors]) -> None:
-    """Bring all parts into the form that is scored, and put observers beside their sites.
+    """Normalise all parts, find their sites and widths, and insert observers.
 
     Args:
-        factors: what is to be made of the statistics, one or several.
+        factors: the kinds of factors that the statistics must allow.
 
     Raises:
-        NoSiteError: nothing can be factorized, and `strict` does not let the program stay as it is.
+        NoSiteError: nothing can be factorized, and `strict` is true.
         UnknownSiteError: a pattern matches no layer.
     """
-    # FoldBatchNorm, Annotate; then the sites that several parts have in common.
+    # FoldBatchNorm, Annotate; then join the sites that several parts have in common.
     for graph_module in program.graph_modules:
         normalise(graph_module, graph_record(graph_module).origin, partial=program.is_traced)
     _check_sites(program, settings, required=settings.strict or not program.is_traced)
@@ -103,14 +103,14 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
 
 
 def _check_sites(program: Program, settings: Settings, required: bool) -> None:
-    """Refuse a program without sites where they are required, and patterns that match no layer in any of its parts."""
+    """Raise for a program without sites if they are required, and for patterns that match no layer in any part."""
     marks = [annotation(node) for graph_module in program.graph_modules for node in graph_module.graph.nodes]
     if program.is_traced:
         names = [name for graph_module in program.graph_modules for name in layers_of(graph_module)]
         Annotate(settings.include, settings.exclude, settings.dense).check(names)
     if required and not any(mark.site for mark in marks):
         refusals = [mark.refusal for mark in marks if mark.refusal is not None]
-        listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it has no parameters in use"
+        listed = "; ".join(f"{refusal.name}: {refusal}" for refusal in refusals) or "it uses no parameters"
         raise NoSiteError(f"nothing in the model can be factorized ({listed})")
 
 
@@ -121,15 +121,15 @@ def calibrate(
     lenient: bool = False,
     progress: Progress = SILENT,
 ) -> list[int]:
-    """Run batches through an observed program, with gradients where it observes these.
+    """Run batches through an observed program, with gradients if it has observers of gradients.
 
     Args:
-        batches: taken one at a time, in place of the calibration's own.
-        lenient: a batch with NaN or infinity at a site is left out, and a program through which no gradients flow is
-            run without.
+        batches: read one at a time, in place of the calibration's own.
+        lenient: skip batches with NaN or infinity at a site, and run without gradients if none flow through the
+            program.
 
     Returns:
-        The numbers of the batches that count.
+        The indices of the batches that were used.
 
     Raises:
         CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
@@ -148,12 +148,12 @@ def calibrate(
         except NonFiniteError as error:
             if not lenient:
                 raise
-            _LOGGER.warning("%s: this call does not count", error)
+            _LOGGER.warning("%s: this call is not used for calibration", error)
             continue
         except CalibrationError as error:
             if not (lenient and gradients):
                 raise
-            _LOGGER.warning("no gradients, so that factors minimise the plain output error: %s", error)
+            _LOGGER.warning("there are no gradients, so factors minimise the plain output error: %s", error)
             gradients = False
             run_batch(module, batch, calibration.forward, index)
         counted.append(index)
@@ -163,17 +163,17 @@ def calibrate(
 def convert(
     program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT
 ) -> tuple[Program, Plan]:
-    """Spend the budget on a calibrated program, which stays as it is.
+    """Compress a calibrated program to the budget; the program itself is unchanged.
 
     Args:
-        calibration: its batches are those to measure allocations and to refit layers on; none: neither.
+        calibration: its batches are used to measure allocations and to refit layers; without batches, neither is done.
 
     Returns:
-        The rewritten parts, and what was done.
+        The rewritten parts, and the plan that was carried out.
 
     Raises:
-        NotCalibratedError: there are no observers, or they have seen nothing.
-        BudgetError: the budget cannot be reached; names the smallest that can.
+        NotCalibratedError: there are no observers, or they have observed no batch.
+        BudgetError: the budget cannot be reached; the message names the smallest one that can.
     """
     if not (program.is_traced or any(hasattr(graph_module, OBSERVERS) for graph_module in program.graph_modules)):
         raise NotCalibratedError(
@@ -187,9 +187,9 @@ def convert(
     work = work_of(program, settings, calibration.batches)
     shares = [work.scoring, work.trying, work.solving]
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
-    # 1. Score, ScoreWidths: what each rank and each size loses.
+    # 1. Score, ScoreWidths: the loss of each rank and each size.
     score(program, settings, scoring)
-    # 2. Allocate: one budget over all parts; or Follow: what a plan says.
+    # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals())
     if isinstance(allocate, Allocate) and measures:
         trial = plan_trial(program, calibration, mode is not None)
@@ -197,7 +197,7 @@ def convert(
     else:
         allocation = allocate.solve(problem)
     compressed = settled(program, problem, drawn(problem, allocation))
-    # 3. Refine or Refit: the layers' values. Narrow, Factorize: the graphs.
+    # 3. Refine or Refit: solve for the layers' weights. Narrow, Factorize: rewrite the graphs.
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
             Refine(progress=solving)(graph_module)
@@ -221,7 +221,7 @@ def score(program: Program, settings: Settings, progress: Progress = SILENT) -> 
 
 
 def in_pieces(program: Program, calibration: Calibration) -> Calibration:
-    """The same with large batches cut, so that what is alive in one layer of two models fits into memory."""
+    """Split large batches so that the values of one layer of both models fit into memory."""
     pieces = [
         piece
         for index, batch in enumerate(calibration.batches)

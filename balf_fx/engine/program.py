@@ -1,7 +1,7 @@
-"""Programs: captured graphs that one budget is spent on, and how a batch runs through them.
+"""Programs: captured graphs that share one budget, and how a batch runs through them.
 
-`compile` has one part, the whole model. `torch.compile(backend="balf")` has as many as Dynamo captured; a call of the
-model is then a *trace*, the steps in which it ran them.
+In `compile`, a program has one part, the whole model. In `torch.compile(backend="balf")`, it has one part for each
+graph that Dynamo captured; a call of the model is then a *trace*, the sequence of steps that ran these parts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Link(NamedTuple):
     """An argument that an earlier step returned.
 
     Attributes:
-        leaf: which of the step's arguments, flattened.
-        step, output: the earlier step of the trace, and which of its outputs, flattened.
+        leaf: the index of the argument among the step's flattened arguments.
+        step, output: the index of the earlier step in the trace, and of the value among its flattened outputs.
     """
 
     leaf: int
@@ -43,9 +43,9 @@ class Step(NamedTuple):
     """One run of a part.
 
     Attributes:
-        part: which one.
-        args: the arguments as the original model gave them.
-        links: those that other parts had returned.
+        part: the index of the part.
+        args: the arguments in the original model.
+        links: the arguments that earlier steps returned.
     """
 
     part: int
@@ -62,11 +62,11 @@ class Part:
     """A captured graph.
 
     Attributes:
-        graph_module: mutated by the passes; the model's own tensors stay as they are.
-        calls: how often one call of the model runs it.
-        originals: the user's tensors by dotted path, where these say which weights are the same in several parts.
-        aliases: the tensors that stand for the user's in the graph, each with the user's own, by the id of the former;
-            they are kept so that no tensor that takes their place has the same id.
+        graph_module: modified by the passes; the model's own tensors are unchanged.
+        calls: how often one call of the model runs the part.
+        originals: the user's tensors by dotted path, where several parts may share weights.
+        aliases: {id of alias: (alias, user's tensor)} for tensors of the graph that replace the user's. The aliases
+            are kept alive so that no new tensor has the same id.
     """
 
     graph_module: fx.GraphModule
@@ -75,18 +75,18 @@ class Part:
     aliases: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def original(self, tensor: Tensor) -> Tensor:
-        """The user's tensor for which one stands, or the tensor itself."""
+        """The user's tensor of an alias, or the tensor itself."""
         _, original = self.aliases.get(id(tensor), (tensor, tensor))
         return original
 
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that one budget is spent on.
+    """The parts that share one budget.
 
     Attributes:
         parts: in the order in which they first run.
-        steps: a batch as a trace; nothing is run.
+        steps: function of the first graph and a batch that returns the batch's trace without running it.
     """
 
     parts: tuple[Part, ...]
@@ -103,25 +103,25 @@ class Program:
 
     @property
     def is_traced(self) -> bool:
-        """Whether the parts are pieces of a model that may have weights in common."""
+        """Whether the parts are graphs of one model that may share weights."""
         return self.parts[0].originals is not None
 
     def with_graphs(self, graph_modules: Sequence[fx.GraphModule]) -> Program:
-        """The same program of other graphs."""
+        """The same program with other graphs."""
         pairs = zip(self.parts, graph_modules, strict=True)
         return replace(self, parts=tuple(replace(part, graph_module=graph) for part, graph in pairs))
 
     def copy(self) -> Program:
-        """Graphs of its own, on the same tensors and observers: what a pass replaces in one is not replaced here."""
+        """A copy with separate graphs on the same tensors and observers: passes on one do not affect the other."""
         return self.with_graphs([copy_graph(graph_module) for graph_module in self.graph_modules])
 
     @cached_property
     def module(self) -> nn.Module:
-        """What `Calibration.forward` runs a batch through."""
+        """The module through which `Calibration.forward` runs a batch."""
         return self.graph_modules[0] if len(self.parts) == 1 else nn.ModuleList(self.graph_modules)
 
     def totals(self) -> Totals:
-        """What the whole model costs in one call."""
+        """The cost of one call of the whole model."""
         if not self.is_traced:
             record, now = graph_record(self.graph_modules[0]), count_parameters(self.graph_modules[0])
             return Totals(record.flops or 0, record.params or now, now)
@@ -136,7 +136,7 @@ class Program:
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph and of the modules that it calls, on the same tensors and with the same observers."""
+    """Copy the graph and the modules that it calls; tensors and observers are shared with the original."""
     tensors = (*graph_module.parameters(), *graph_module.buffers())
     observers = [module for module in graph_module.modules() if getattr(module, "_is_impure", False)]
     kept: dict[int, Any] = {id(value): value for value in (*tensors, *observers)}
@@ -144,10 +144,10 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def run_trace(program: nn.Module, trace: Trace) -> Any:
-    """Run the steps of a call, each on what the steps before it return now.
+    """Run the steps of a call, each on the values that the earlier steps return now.
 
     Returns:
-        What no other step reads: as it is where it is one value, else all of them.
+        The outputs of the steps that no other step reads: the value itself if there is one, else a list.
     """
     graphs = graphs_of(program)
     returned: list[list[Any]] = []
@@ -160,10 +160,10 @@ def run_trace(program: nn.Module, trace: Trace) -> Any:
 
 
 def linked(step: Step, returned: Sequence[Sequence[Any] | None]) -> tuple[Any, ...]:
-    """A step's arguments, with what earlier steps have returned in place of what the original model gave.
+    """A step's arguments, with the outputs of earlier steps in place of the original model's values.
 
     Args:
-        returned: by step, the flattened outputs; None where they are not known.
+        returned: the flattened outputs of each step; None where they are not known.
     """
     if not step.links:
         return step.args
@@ -178,7 +178,7 @@ def linked(step: Step, returned: Sequence[Sequence[Any] | None]) -> tuple[Any, .
 
 @dataclass(frozen=True)
 class Key:
-    """What makes two uses of a weight, in whatever graphs, one site: the same tensors, used in the same way.
+    """Identifies a site across graphs: uses of the same tensors in the same way have equal keys.
 
     Attributes:
         tensors: ids of weight, bias and the BatchNorms folded into them.
@@ -192,7 +192,7 @@ class Key:
 
 
 def site_originals(part: Part, site: Site, node: fx.Node) -> dict[str, Tensor]:
-    """The user's tensors that a layer stands for, by name: its own, and those that were folded into it."""
+    """The user's tensors that determine a layer, by name: its own, and those that were folded into it."""
     originals = part.originals or {}
     found = {name: originals.get(name) for name in (site.weight, site.bias) if name is not None}
     for source in node.all_input_nodes:
@@ -204,15 +204,15 @@ def site_originals(part: Part, site: Site, node: fx.Node) -> dict[str, Tensor]:
 
 
 def layer_originals(part: Part) -> dict[str, tuple[list[fx.Node], dict[str, Tensor]]]:
-    """Every layer of a part by name: its nodes, and the user's tensors that it stands for."""
+    """Every layer of a part by name: its nodes, and the user's tensors that determine it."""
     layers = layers_of(part.graph_module)
     return {name: (nodes, site_originals(part, site, nodes[0])) for name, (site, nodes) in layers.items()}
 
 
 def join(parts: Sequence[Part]) -> set[str]:
-    """Make sites that use the same weights in the same way one site of one name, and mark what parts share.
+    """Give sites that use the same weights in the same way one name, and mark the tensors that parts share.
 
-    A weight that another part uses in another way stays there: what takes its place here is stored beside it.
+    A weight that another part uses in another way is kept, and the factors are stored next to it.
 
     Returns:
         The names of the sites that several parts use.
@@ -248,7 +248,7 @@ def join(parts: Sequence[Part]) -> set[str]:
 
 
 def _mark_shared(part: Part, shared: set[int]) -> None:
-    """Mark the nodes that read tensors which other parts read as well."""
+    """Mark the nodes that read tensors which other parts also read."""
     own = {path for path, tensor in (part.originals or {}).items() if id(tensor) in shared}
     for node in part.graph_module.graph.nodes:
         if node.op == "get_attr":
@@ -271,7 +271,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def share_observers(parts: Sequence[Part], names: set[str]) -> None:
-    """Let one observer see a site in all parts that use it."""
+    """Use one observer for a site in all parts that use it."""
     first: dict[tuple[str, str], nn.Module] = {}
     for part in parts:
         for site, nodes in sites(part.graph_module).items():
@@ -286,13 +286,13 @@ def share_observers(parts: Sequence[Part], names: set[str]) -> None:
 
 
 def per_call(calls: Sequence[int]) -> list[int]:
-    """How often one call of the model runs each part, from how often all of calibration has."""
+    """How often one call of the model runs each part, from the counts of the whole calibration."""
     unit = math.gcd(*calls) or 1
     return [count // unit for count in calls]
 
 
 def _count_by_name(held: Sequence[Mapping[str, Tensor]]) -> int:
-    """Parameters in all parts together, each once."""
+    """The number of parameters in all parts together, each counted once."""
     sizes = {
         name: tensor.numel() for names in held for name, tensor in names.items() if isinstance(tensor, nn.Parameter)
     }

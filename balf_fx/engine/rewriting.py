@@ -1,4 +1,4 @@
-"""Carry an allocation out on a graph; do the same again to another graph of the model, from a plan and its tensors."""
+"""Rewrite a graph by its allocation, or another graph of the model by a plan and its tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Carry an allocation out."""
+    """Rewrite a graph by the allocation that is recorded in it."""
     if hasattr(graph_module, OBSERVERS):
         remove_observers(graph_module)
     if sites(graph_module):
@@ -48,10 +48,10 @@ def rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def finish(graph_module: fx.GraphModule, done: Plan) -> fx.GraphModule:
-    """Leave a plain module with its plan: as plain data, so that a copy loads where balf_fx is not installed."""
+    """Return a plain module that stores its plan as plain data, so that a copy loads where balf_fx is not installed."""
     follow_inputs(graph_module)
     for node in graph_module.graph.nodes:
-        for key in (META_KEY, *VALUE_META):  # narrower layers return other shapes than capture wrote down
+        for key in (META_KEY, *VALUE_META):  # narrower layers return other shapes than capture recorded
             node.meta.pop(key, None)
     graph_module.meta[META_KEY] = graph_module.__dict__[PLAN_ATTRIBUTE] = done.to_dict()
     graph_module.graph.lint()
@@ -63,7 +63,7 @@ def normalise(graph_module: fx.GraphModule, origin: Origin, partial: bool = Fals
     """Fold BatchNorm and find the sites.
 
     Args:
-        partial: the graph is a part of a model, so that a pattern may match nothing in it.
+        partial: whether the graph is a part of a model, so that a pattern may match nothing in it.
     """
     if origin.fold_batchnorm:
         FoldBatchNorm(origin.include, origin.exclude)(graph_module)
@@ -71,7 +71,7 @@ def normalise(graph_module: fx.GraphModule, origin: Origin, partial: bool = Fals
 
 
 def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> list[str]:
-    """Give a normalised graph the form that a plan says, with layers of no particular value.
+    """Rewrite a normalised graph by a plan, with layers whose weights are arbitrary.
 
     Returns:
         The names of the layers that were replaced.
@@ -100,10 +100,10 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> list[str]:
 
 
 def applicable(plan: Plan, graph_module: fx.GraphModule) -> Plan:
-    """What a plan says of a normalised graph that may hold other parts of the model than those it was made for.
+    """The part of a plan that applies to a normalised graph, which may hold other layers than the plan was made for.
 
-    A width is narrowed where the graph has all of its layers around it; a layer that a plan narrows is replaced only
-    where each of its widths is. What is left out is said in the log, and stays dense.
+    A width is narrowed if the graph has all of its layers. A layer that the plan narrows is replaced only if each of
+    its widths is narrowed. Layers that are left out stay dense and are listed in the log.
     """
     names = set(layers_of(graph_module))
     widths = {width.key: set(width.layer_names) for width in graph_record(graph_module).widths}
@@ -123,7 +123,7 @@ def applicable(plan: Plan, graph_module: fx.GraphModule) -> Plan:
 
 
 def _dense_where_unknown(graph_module: fx.GraphModule, plan: Plan, torn: Collection[str]) -> None:
-    """Take the mark of a site from what the plan does not know, or cannot do here."""
+    """Remove the site marks of layers that are not in the plan, or that cannot be narrowed here."""
     known = {choice.site.name for choice in plan.allocation.choices} - set(torn)
     for site, nodes in sites(graph_module).items():
         if site.name not in known:
@@ -132,7 +132,7 @@ def _dense_where_unknown(graph_module: fx.GraphModule, plan: Plan, torn: Collect
 
 
 def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
-    """A curve that narrows a width to these features, or to any; what it says of values does not matter."""
+    """A curve that narrows a width to these features, or to any; its values are arbitrary."""
     identity = torch.eye(width.features, dtype=torch.float64)
     nothing = (0.0,) * (width.features + 1)
     if width.kind != "channels":
@@ -144,7 +144,7 @@ def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
 
 
 def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[Solution, ...]:
-    """Solutions of the form that a layer was given, all zero."""
+    """Solutions of the shape that a layer has in the plan, all zero."""
     ranks = layer.rank if isinstance(layer.rank, tuple) else (layer.rank,)
     groups, outputs = (1, site.out_features // len(ranks)) if len(ranks) > 1 else (site.groups, site.out_features)
     zeros = partial(torch.zeros, device=get_tensor(graph_module, site.weight).device)
@@ -157,21 +157,24 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None = None) -> None:
-    """Give a module the tensors of another one; each keeps its dtype, unless it is to be like another tensor.
+    """Set a module's tensors by name.
+
+    Args:
+        like: a tensor whose dtype and device the new tensors get; None keeps their own.
 
     Raises:
-        PlanError: the module holds others.
+        PlanError: the module's tensors have other names or shapes.
     """
     held = dict(held_tensors(module))
     missing, left = sorted(set(held) - set(tensors)), sorted(set(tensors) - set(held))
     if missing or left:
         names = ", ".join([*missing, *left][:5])
-        raise PlanError(f"the model is of another architecture, or was built by another version: {names} in one only")
-    given: dict[int, Tensor] = {}  # what several names share stays shared
+        raise PlanError(f"the model has another architecture, or was built by another version: {names} in one only")
+    given: dict[int, Tensor] = {}  # tensors that several names share remain shared
     for name, tensor in held.items():
         value = tensors[name]
         if value.shape != tensor.shape:
-            raise PlanError(f"{name} is of shape {tuple(tensor.shape)} in this model, {tuple(value.shape)} in the file")
+            raise PlanError(f"{name} has shape {tuple(tensor.shape)} in this model, {tuple(value.shape)} in the file")
         if id(tensor) not in given:
             value = value.to(tensor.device, value.dtype if like is None else like.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -181,7 +184,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
 
 
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a module holds, by dotted path; of a graph, constants too."""
+    """All tensors of a module by dotted path, including the constants of a graph."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
     if isinstance(module, fx.GraphModule):

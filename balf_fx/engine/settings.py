@@ -1,7 +1,7 @@
-"""Every option that a user has, in one place.
+"""All user options in one place.
 
 `compile`, `prepare`, `convert`, the backend of torch.compile and the command line take the fields of `Settings` by
-name, with these defaults and these words. An option that is added here is there at every door.
+name, with these defaults and these descriptions. An option that is added here is available in all of them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from balf_fx.passes.score import Factors, Score
 from balf_fx.progress import SILENT, Progress
 
 Effort = Literal["fast", "balanced", "best"]
-"""What compression spends on accuracy."""
+"""The effort, and so the time, that compression spends on accuracy."""
 
 Stage = Literal["prepare", "calibrate", "convert"]
-"""What an option is for: capture and observers, running the batches, or everything after that."""
+"""The stage that an option affects: capture and observers, running the batches, or everything after that."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _WRAPPER = textwrap.TextWrapper(120, initial_indent=" " * 8, subsequent_indent=" " * 12)
@@ -40,9 +40,9 @@ def option(default: Any, text: str, *stages: Stage, values: Collection[Any] = ()
     """A field of `Settings`.
 
     Args:
-        text: what it means, for docstrings and the command line.
-        stages: what it is for.
-        values: those that it can have; none: it is checked elsewhere.
+        text: its description, for docstrings and the command line.
+        stages: the stages that it affects.
+        values: the allowed values; empty if they are checked elsewhere.
     """
     metadata = {"text": text, "stages": stages, "values": tuple(values)}
     return field(default=default, metadata=metadata)
@@ -50,7 +50,7 @@ def option(default: Any, text: str, *stages: Stage, values: Collection[Any] = ()
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user asks for; the text of each field says what it means."""
+    """The options of one compression; the text of each field describes it."""
 
     flops: float | None = option(
         None,
@@ -63,116 +63,120 @@ class Settings:
     )
     effort: Effort = option(
         "best",
-        '"fast": factors by the output error, one-shot. "balanced": factors and widths by the output error to which '
-        'the model\'s answer is sensitive, and the allocation that changes the answer least on some batches. "best": '
-        "a refit of every layer as well. They take about 2, 7 and 22 times as long as the batches through the model; "
-        "the latter two keep all batches",
+        '"fast" chooses factors by the output error of each layer. "balanced" weights that error by the sensitivity '
+        "of the model's output, reduces widths too, and takes the allocation that changes the model's output least on "
+        'some of the batches. "best" also refits every layer. They take about 2, 7 and 22 times as long as one run of '
+        'the batches through the model; "balanced" and "best" keep all batches in memory or in temporary files',
         "prepare",
         "convert",
         values=get_args(Effort),
     )
     factors: Factors | None = option(
         None,
-        'None for what the effort means; "activations" for the least output error over the calibration data; '
-        '"sensitivity" for the least output error weighted by the gradients of a label-free loss '
-        '(`calibration.gradients`); "air" for an output error in which every weight counts by its influence on the '
-        'loss (`passes.Refine`); "svd" for the weights alone',
+        'what the factors minimise: "activations", the output error over the calibration data; "sensitivity", the '
+        'output error weighted by the gradients of a loss without labels (`calibration.gradients`); "air", the output '
+        'error with each weight weighted by its influence on the loss (`passes.Refine`); "svd", the error of the '
+        "weights. By default, effort decides",
         "prepare",
         "convert",
         values=(None, *get_args(Factors)),
     )
     widths: bool = option(
         True,
-        "let hidden features, and those of attention heads, become fewer where that is better than lower ranks; with "
-        'factors="sensitivity" and allocation="budget"',
+        "allow fewer hidden features and fewer features of attention heads where that is better than lower ranks; "
+        'with factors="sensitivity" and allocation="budget"',
         "prepare",
         "convert",
         values=(True, False),
     )
     allocation: Method | Mapping[str, Rank] | Plan = option(
         "budget",
-        'how the budget is spread over the sites: "budget" (least total loss of energy), "uniform" (the same share of '
-        "each site's cost) or \"energy\" (the same share of each site's energy); or, without a budget, explicit "
-        "{site: rank}, or the Plan of a model of the same architecture: its ranks and widths, not its values",
+        'how the budget is distributed over the sites: "budget" (least total loss), "uniform" (the same share of each '
+        "site's cost) or \"energy\" (the same share of each site's energy). Or, without a budget, explicit ranks as "
+        "{site: rank}, or the Plan of a model of the same architecture, whose ranks and widths are used",
         "convert",
     )
     energy: float | None = option(
         None, 'with allocation="energy", the share of energy to keep in each site, in place of a budget', "convert"
     )
-    centred: bool = option(True, "move the mean of what is dropped into the bias", "convert", values=(True, False))
+    centred: bool = option(
+        True, "add the mean of the dropped part of each output to the bias", "convert", values=(True, False)
+    )
     split: bool = option(
         True,
-        "let the parts of fused projections, as of query, key and value, have factors of their own where that loses "
+        "allow separate factors for the parts of a fused projection, such as query, key and value, where that loses "
         'less at the same budget; not with factors="air"',
         "convert",
         values=(True, False),
     )
     fold_batchnorm: bool = option(
-        True, "fold BatchNorm into the layer before it first", "prepare", values=(True, False)
+        True, "first fold each BatchNorm into the layer before it", "prepare", values=(True, False)
     )
     include: Sequence[str] | None = option(
         None, "glob patterns of the layers that may change; the others keep their weights bit for bit", "prepare"
     )
     exclude: Sequence[str] = option(
         (),
-        "glob patterns of layers that keep their weights bit for bit: no lower rank, no fewer features, no refit, no "
-        "BatchNorm folded into them",
+        "glob patterns of layers that keep their weights bit for bit: they keep their rank and features, are not "
+        "refitted, and no BatchNorm is folded into them",
         "prepare",
     )
     dense: Sequence[str] = option(
-        (), "glob patterns of layers that keep their full rank, but may be refitted and become narrower", "prepare"
+        (), "glob patterns of layers that keep their full rank, but may be refitted and made narrower", "prepare"
     )
     strict: bool = option(
         True,
-        "a budget below what is reachable is an error; False takes the closest reachable model instead",
+        "raise an error if the budget cannot be reached; False takes the closest reachable model instead",
         "convert",
         values=(True, False),
     )
     capture: CaptureMethod = option(
         "auto",
-        '"symbolic_trace", "export", or "auto", which tries them in this order (`capture.normal_form`)',
+        'how the graph is captured: "symbolic_trace", "export", or "auto", which tries them in this order '
+        "(`capture.normal_form`)",
         "prepare",
         values=get_args(CaptureMethod),
     )
     refit: bool | RefitMode | None = option(
         None,
-        'None for what the effort means, with factors="sensitivity"; else whether to solve every layer again, on the '
-        'input that it gets in the compressed model (`passes.Refit`): True or "full" for all of it; "up" for the left '
-        'factors and biases, which is several times faster and recovers less; not with factors="air"',
+        "whether to solve every layer again for the input that it has in the compressed model (`passes.Refit`): True "
+        'or "full" solves for the whole layer, "up" for left factors and biases only, which is several times faster '
+        'and recovers less. By default, effort decides, with factors="sensitivity" only. Not with factors="air"',
         "convert",
         values=(None, True, False, *get_args(RefitMode)),
     )
     loss: Loss | None = option(
         None,
-        'with factors="sensitivity" or "air", loss(output, batch): a scalar that is to stay small, in place of the '
-        "label-free one",
+        'with factors="sensitivity" or "air", a function loss(output, batch) that returns a scalar to keep small, in '
+        "place of the loss without labels",
         "calibrate",
         "convert",
     )
     memory: int | str = option(
         MEMORY,
-        'bytes that intermediate values may take, 2147483648 or "2G". A batch that needs more runs in pieces, if the '
-        "model treats its samples one by one; beyond it, values wait in temporary files (in TMPDIR)",
+        'bytes of memory for intermediate values, such as 2147483648 or "2G". A batch that needs more is run in pieces '
+        "if the model computes each sample independently of the others; values beyond the limit are kept in temporary "
+        "files (in TMPDIR)",
         "calibrate",
         "convert",
     )
-    seed: int = option(0, "of the random probes", "calibrate")
+    seed: int = option(0, "the seed of the random probes", "calibrate")
     progress: bool = option(True, "show a progress bar on stderr", "calibrate", "convert", values=(True, False))
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             values, given = each.metadata["values"], getattr(self, each.name)
             if values and not any(given is value or (isinstance(given, str) and given == value) for value in values):
-                raise OptionError(f"{each.name} is {', '.join(map(repr, values))}, not {given!r}")
+                raise OptionError(f"{each.name} must be one of {', '.join(map(repr, values))}, not {given!r}")
         for name in ("include", "exclude", "dense"):
             _check_patterns(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise OptionError(f"seed is a whole number, not {self.seed!r}")
+            raise OptionError(f"seed must be a whole number, not {self.seed!r}")
         if self.loss is not None and not callable(self.loss):
-            raise OptionError(f"loss is a function of the output and the batch, not {self.loss!r}")
+            raise OptionError(f"loss must be a function of the output and the batch, not {self.loss!r}")
         _ = self.memory_bytes
         if self.refit and self.chosen_factors == "air":
-            raise OptionError("refit would undo what factors='air' is for: drop one of them")
+            raise OptionError("a refit would replace the factors of factors='air': drop one of them")
 
     @property
     def chosen_factors(self) -> Factors:
@@ -183,14 +187,14 @@ class Settings:
 
     @property
     def refit_mode(self) -> RefitMode | None:
-        """How layers are solved again; None for not at all."""
+        """How layers are solved again; None if they are not."""
         if self.refit is None:
             return "full" if self.effort == "best" and self.chosen_factors == "sensitivity" else None
         return "full" if self.refit is True else self.refit or None
 
     @property
     def keeps_batches(self) -> bool:
-        """Whether something is measured or solved on the batches after calibration."""
+        """Whether the batches are needed after calibration, for measuring or solving."""
         return self.refit_mode is not None or self.chosen_factors == "sensitivity"
 
     @property
@@ -198,30 +202,30 @@ class Settings:
         """`memory` as a number.
 
         Raises:
-            OptionError: it is not a number of bytes.
+            OptionError: `memory` is not a number of bytes.
         """
         if isinstance(self.memory, int) and not isinstance(self.memory, bool) and self.memory >= 0:
             return self.memory
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(self.memory).lower())
         if not isinstance(self.memory, str) or found is None:
-            raise OptionError(f"memory is a number of bytes, 2147483648 or '2G', not {self.memory!r}")
+            raise OptionError(f"memory must be a number of bytes, such as 2147483648 or '2G', not {self.memory!r}")
         return int(float(found[1]) * _UNITS[found[2]])
 
     def score(self, progress: Progress = SILENT) -> Score:
-        """The pass that these settings mean."""
+        """Return the scoring pass for these settings."""
         return Score(self.chosen_factors, self.centred, self.split, progress=progress)
 
     def allocate(self) -> Allocate | Follow:
-        """The pass that these settings mean.
+        """Return the allocating pass for these settings.
 
         Raises:
-            OptionError: there is no budget, or too much of one.
+            OptionError: there is no budget, or more than one.
         """
         budget = {"flops": self.flops, "params": self.params, "energy": self.energy}
         if isinstance(self.allocation, Plan):
             given = [name for name, value in budget.items() if value is not None]
             if given:
-                raise OptionError(f"a plan leaves nothing to a budget: drop {', '.join(given)}")
+                raise OptionError(f"a plan cannot be combined with a budget: drop {', '.join(given)}")
             return Follow(self.allocation)
         sensitive = self.chosen_factors == "sensitivity"
         return allocate_for(self.allocation, **budget, strict=self.strict, sensitive=sensitive)
@@ -232,23 +236,24 @@ def _check_patterns(name: str, patterns: Any) -> None:
         return
     listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
     if not listed or not all(isinstance(pattern, str) for pattern in patterns):
-        raise OptionError(f"{name} is a list of patterns, ['head', 'blocks.*'], not {patterns!r}")
+        raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")
 
 
 def options_of(*stages: Stage) -> dict[str, dataclasses.Field[Any]]:
-    """The options for some of the stages, by name; no stage: all."""
+    """The options of some of the stages by name; all options if no stage is given."""
     found = dataclasses.fields(Settings)
     return {each.name: each for each in found if not stages or set(stages) & set(each.metadata["stages"])}
 
 
 def settings_from(given: Mapping[str, Any], *stages: Stage) -> Settings:
-    """The settings that a user wrote.
+    """Return the settings for a user's options.
 
     Args:
-        stages: for which options are taken; none: all.
+        stages: the stages whose options are allowed; all if none is given.
 
     Raises:
-        OptionError: an option does not exist, belongs elsewhere, or has no meaning; lists those that there are.
+        OptionError: an option does not exist, belongs to another stage, or has a wrong value; an unknown name lists
+            the options.
     """
     names = options_of(*stages)
     unknown = sorted(set(given) - set(names))
@@ -259,11 +264,11 @@ def settings_from(given: Mapping[str, Any], *stages: Stage) -> Settings:
 
 
 def takes_settings(*stages: Stage, **defaults: Any) -> Callable[[_F], _F]:
-    """Show the options in place of a function's `**options`: in its signature, and where its docstring has {options}.
+    """Show the options in place of a function's `**options`: in its signature, and for {options} in its docstring.
 
     Args:
         stages: as in `settings_from`.
-        defaults: of options whose default is another one here.
+        defaults: options whose default differs for this function, with that default.
     """
 
     def decorate(function: _F) -> _F:

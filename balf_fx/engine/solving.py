@@ -1,4 +1,4 @@
-"""Carry an allocation out on all parts of a program: factors, refitted part after part, in rewritten graphs."""
+"""Apply an allocation to all parts of a program: solve for the factors, refit them, and rewrite the graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from balf_fx.refit.offload import Shelved
 
 
 def settled(program: Program, problem: Problem, allocation: Allocation) -> Program:
-    """A copy of the program whose graphs know what was allocated to them."""
+    """A copy of the program whose graphs record their allocations."""
     copied = program.copy()
     settle(copied.counted, problem, allocation)
     return copied
@@ -30,12 +30,12 @@ def settled(program: Program, problem: Problem, allocation: Allocation) -> Progr
 def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration, progress: Progress = SILENT) -> None:
     """Solve and rewrite each part, in the order in which they run.
 
-    A part is refitted on what the parts before it hand over now that they are compressed, where the traces tell; on
-    what the original's handed over elsewhere.
+    A part is refitted on the outputs of the compressed parts before it where the traces link them to its inputs, and
+    on the original's values elsewhere.
 
     Args:
-        mode: of the refit; None for none.
-        calibration: with batches, where there is a refit.
+        mode: the mode of the refit; None for no refit.
+        calibration: has batches if there is a refit.
     """
     if mode is None:
         for graph_module in program.graph_modules:
@@ -56,7 +56,7 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
 
 
 def _share_layers(program: Program) -> None:
-    """Let parts that use the same layer hold one copy of what has taken its place."""
+    """Let parts that use the same layer share one copy of its replacement."""
     held: dict[str, nn.Module] = {}
     for graph_module in program.graph_modules:
         for layer in graph_record(graph_module).replaced:
@@ -69,13 +69,13 @@ def _work(graph_module: fx.GraphModule) -> int:
 
 
 class _Relay:
-    """What the compressed parts hand to those that come after them."""
+    """Passes the outputs of compressed parts on to the parts that run after them."""
 
     def __init__(self, program: Program, calibration: Calibration) -> None:
         self._program = program
         self._batches = calibration.batches
         self._shapes = [_without_values(trace) for trace in program.traces(self._batches)]
-        self._places: dict[tuple[int, int], int] = {}  # of a step's outputs, by batch and step
+        self._places: dict[tuple[int, int], int] = {}  # index in `_outputs` by (batch, step)
         self._outputs = Shelved(calibration.memory)
 
     def __enter__(self) -> _Relay:
@@ -85,15 +85,15 @@ class _Relay:
         self._outputs.close()
 
     def inputs(self, part: int) -> Sequence[Mapping[str, Any]]:
-        """Of each run of a part, the original's values of its placeholders by name."""
+        """The original's values of a part's placeholders by name, for each run."""
         return _Inputs(self._program, self._batches, self._runs(part), part)
 
     def handed(self, part: int) -> Sequence[Mapping[str, Any]]:
-        """Of each run of a part, the values that differ since compressed parts hand them over."""
+        """The values by name, for each run of a part, that compressed parts compute in place of the original."""
         return [dict(self._handed(part, batch, step)) for batch, step in self._runs(part)]
 
     def run(self, part: int) -> None:
-        """Run a part that has been rewritten, if a later one reads what it returns and that has changed."""
+        """Run a rewritten part if a later one reads its outputs and they have changed."""
         changed = bool(graph_record(self._program.graph_modules[part]).replaced)
         readers = {
             (batch, link.step)
@@ -134,7 +134,7 @@ class _Relay:
 
 
 class _Inputs(Sequence[Mapping[str, Any]]):
-    """The inputs of a part's runs, taken from the batches one at a time."""
+    """The inputs of a part's runs, read from the batches one at a time."""
 
     def __init__(self, program: Program, batches: Sequence[Any], runs: Sequence[tuple[int, int]], part: int) -> None:
         self._program, self._batches, self._runs = program, batches, runs
@@ -154,5 +154,5 @@ def _placeholders(graph_module: fx.GraphModule) -> list[str]:
 
 
 def _without_values(trace: Trace) -> list[Step]:
-    """What ran and what read what, without the tensors."""
+    """The parts and links of a trace without its tensors."""
     return [Step(step.part, (), step.links) for step in trace]

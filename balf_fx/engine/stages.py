@@ -1,6 +1,6 @@
 """How long each stage of compression takes relative to the others, for the shares of the progress bar.
 
-The unit is one floating-point operation of a matrix product. Factors are of measurements on one core: eigenvectors of
+The unit is one floating-point operation of a matrix product. The factors were measured on one core: eigenvectors of
 an m x m matrix take as long as about 200 m^3 such operations, and calibration with gradients as long as six forward
 passes.
 """
@@ -20,13 +20,13 @@ from balf_fx.passes.allocate import Allocate
 _EIGENVECTORS = 200.0
 _GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes
 _REFIT = {"full": 10.0, "up": 3.0}  # forward passes
-_CHOLESKY = 7.0 / 3.0  # a factor for each strength of the ridge, and one for all samples
+_CHOLESKY = 7.0 / 3.0  # one factorization for each strength of the ridge, and one for all samples
 _TRIALS, _TRIAL_SAMPLES = 6, 256
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations in each stage."""
+    """The number of operations in each stage."""
 
     calibrating: float
     scoring: float
@@ -35,10 +35,10 @@ class Work:
 
 
 def work_of(program: Program, settings: Settings, batches: Sequence[Any]) -> Work:
-    """The work that compression is going to take.
+    """Estimate the work of each stage.
 
     Args:
-        batches: to calibrate on; as far as they are known.
+        batches: the calibration batches, as far as they are known.
     """
     totals = program.totals()
     samples = sum(max(sample_count(batch), 1) for batch in batches) or 1
@@ -64,7 +64,7 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any]) -> Wor
 
 
 def _example_samples(program: Program) -> int:
-    """In the batch on which FLOPs were counted."""
+    """The number of samples in the batch on which FLOPs were counted."""
     placeholders = (
         annotation(node).shape
         for graph_module in program.graph_modules

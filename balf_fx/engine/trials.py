@@ -1,8 +1,8 @@
-"""Which allocation to take: the one whose model answers most like the original on some of the calibration samples.
+"""Choose the allocation whose model's output is closest to the original's on some of the calibration samples.
 
-What a layer loses says little about what the model loses, and less about what a refit leaves of that: so a few
-allocations are carried out and measured. Where there is going to be a refit they are refitted quickly on some samples,
-"up", and measured on others; this orders them as a full refit on all samples does.
+The losses of the layers predict the loss of the model poorly, and its loss after a refit even less. So a few
+allocations are carried out and measured. If there will be a refit, each is refitted quickly ("up") on some samples and
+measured on others; this ranks allocations as a full refit on all samples does.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from balf_fx.passes.observe import remove_observers
 from balf_fx.progress import SILENT, Progress
 
 _LOGGER = logging.getLogger(__name__)
-_IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers do better where much goes, one where little does
-_CAUTIONS = (3.0, 9.0)  # beside 1: a refit mends low ranks better than features that are gone
+_IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers are better at low budgets, 1 at high budgets
+_CAUTIONS = (3.0, 9.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
 _SAMPLES = 128
 
 
@@ -35,9 +35,9 @@ class Trial:
     """How allocations are measured.
 
     Attributes:
-        fit: batches on which an allocation is refitted before it is measured; none: it is measured as it is.
+        fit: batches on which an allocation is refitted before it is measured; empty for no refit.
         judge: batches on which it is measured.
-        references: the original's answers to these.
+        references: the original's outputs for `judge`.
     """
 
     fit: Calibration
@@ -45,7 +45,7 @@ class Trial:
     references: Sequence[Any]
 
     def measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
-        """How far the answers are from the original's; the program stays as it is."""
+        """The distance of the outputs from the original's; the program is unchanged."""
         tried = settled(program, problem, allocation)
         carry_out(tried, "up" if self.fit.batches else None, self.fit)
         judge = self.judge
@@ -53,11 +53,11 @@ class Trial:
 
 
 def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial:
-    """Choose the samples to measure by, and run the original on them.
+    """Choose the samples for the measurement, and run the original on them.
 
     Args:
-        calibration: with one batch at least.
-        refit: whether the chosen allocation is going to be refitted.
+        calibration: has at least one batch.
+        refit: whether the chosen allocation will be refitted.
     """
     batches = calibration.batches
     original = program.copy()
@@ -67,7 +67,7 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial
     fit, judge = _few(batches, refit)
     try:
         references = answers(original.module, judge, calibration.forward)
-    except CalibrationError:  # the model may want batches of the size that it was captured with
+    except CalibrationError:  # the model may only run on batches of the size that it was captured with
         half = len(batches) // 2
         fit, judge = (list(batches[:half]) if refit else []), list(batches[half:] if refit else batches)
         references = answers(original.module, judge, calibration.forward)
@@ -78,7 +78,7 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial
 def allocate_faithfully(
     program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
 ) -> Allocation:
-    """The best of some allocations: first over `importance`, then over `caution`."""
+    """Choose the best of a few allocations: first over `importance`, then over `caution`."""
     measured: dict[Any, float] = {}
 
     def attempt(option: Allocate) -> _Attempt:
@@ -104,12 +104,12 @@ class _Attempt:
     allocation: Allocation
 
     def of(self) -> float:
-        """What is to be least."""
+        """The quantity to minimise."""
         return self.lost
 
 
 def _few(batches: Sequence[Any], refit: bool) -> tuple[list[Any], list[Any]]:
-    """A few samples to refit on, and others to measure by."""
+    """A few samples for the refit, and others for the measurement."""
     total = sum(map(_count, batches))
     if not refit or total < 2:
         return [], _samples(batches, 0, min(_SAMPLES, total))
@@ -122,7 +122,7 @@ def _count(batch: Any) -> int:
 
 
 def _samples(batches: Sequence[Any], start: int, stop: int) -> list[Any]:
-    """The batches, or parts of them, that hold some of all samples; what cannot be counted is one sample."""
+    """The samples with numbers start .. stop - 1, in batches; a batch that cannot be counted is one sample."""
     found = []
     seen = 0
     for batch in batches:

@@ -1,4 +1,4 @@
-"""A compressed model from its plan and its tensors: the graph is made anew, so that a file need hold no code."""
+"""Rebuilds a compressed model from its plan and its tensors: the graph is captured again, so files contain no code."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from balf_fx.passes import FindWidths
 
 @dataclass(frozen=True)
 class Stored:
-    """What is left of a compressed model without its code.
+    """A compressed model without its code.
 
     Attributes:
-        plan: what was done.
-        tensors: by dotted path: of a whole graph, everything that it holds; of what the backend has compiled, the
-            layers that were replaced.
+        plan: the plan of the compression.
+        tensors: tensors by dotted path: all tensors of a graph or, for a model that the backend compiled, those of the
+            replaced layers.
     """
 
     plan: Plan
@@ -34,15 +34,15 @@ class Stored:
 
     @property
     def ranks(self) -> dict[str, Rank]:
-        """{site: rank}, None for dense, as `allocation` takes it."""
+        """{site: rank}, None for dense, as in the option `allocation`."""
         return self.plan.ranks
 
 
 def stored(graph_module: fx.GraphModule) -> Stored:
-    """The plan of a compressed graph, and all tensors that it holds.
+    """The plan of a compressed graph, and all its tensors.
 
     Raises:
-        PassError: the module carries no plan.
+        PassError: the module has no plan.
     """
     return Stored(Plan.of(graph_module), dict(held_tensors(graph_module)))
 
@@ -50,16 +50,16 @@ def stored(graph_module: fx.GraphModule) -> Stored:
 def restore(
     found: Stored, model: nn.Module, example: Any | None = None, forward: Forward | None = None
 ) -> fx.GraphModule:
-    """The compressed model.
+    """Rebuild a compressed model.
 
     Args:
-        model: of the architecture that was compressed, with any weights; it is not touched. The result lies on its
-            device.
-        example: one batch; None to call the model as it was called then, on tensors of the same shapes.
-        forward: as in `balf_fx.compile`, with an example.
+        model: a model of the architecture that was compressed, with any weights; it is not changed. The result is on
+            its device.
+        example: one batch; None to use the recorded arguments, with tensors of the same shapes.
+        forward: as in `balf_fx.compile`, if there is an example.
 
     Raises:
-        PlanError: the model is of another architecture, or was captured in pieces.
+        PlanError: the model has another architecture, or was captured as several graphs.
     """
     with torch.inference_mode(False), torch.no_grad():
         graph_module = _captured_again(found.plan, model, example, forward)
@@ -72,17 +72,17 @@ def restore(
 
 
 def _captured_again(planned: Plan, model: nn.Module, example: Any | None, forward: Forward | None) -> fx.GraphModule:
-    """The graph as it was captured then."""
+    """Capture the graph in the same way as before."""
     origin, captured = planned.origin, planned.captured
     methods: dict[str, Method] = {"symbolic_trace": "symbolic_trace", "export": "export"}
     if captured not in methods:
         raise PlanError(
-            f"the graph was captured by {captured}, and cannot be made again here"
+            f"the graph was captured by {captured}, and cannot be rebuilt here"
             + ("; pass options={'plan': ...} to torch.compile" if captured == "dynamo" else "")
         )
     if example is None:
         if origin.arguments is None:
-            raise PlanError("the plan does not tell how the model is called: pass example=, one batch")
+            raise PlanError("the plan does not record the arguments of the model: pass example=, one batch")
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         positional = rebuild(origin.arguments["positional"], device)
         keywords = rebuild(origin.arguments["keywords"], device)
@@ -90,4 +90,4 @@ def _captured_again(planned: Plan, model: nn.Module, example: Any | None, forwar
     try:
         return capture(model, example, forward, methods[captured])
     except CalibrationError as error:
-        raise PlanError(f"the model cannot be called as the one that the plan was made for: {error}") from error
+        raise PlanError(f"the model cannot be called like the one for which the plan was made: {error}") from error

@@ -1,7 +1,7 @@
-"""Compressed models in files: tensors as safetensors, and beside them, in the same file, the plan as JSON.
+"""Compressed models in files: tensors as safetensors, and the plan as JSON in the same file.
 
-Nothing is pickled and no code is run when a file is read: the graph is made again from the model's own code
-(`restore`). A file is written under another name first, and then takes the place of the old one in one step.
+Nothing is pickled, and no code from a file is run: the graph is rebuilt from the model's own code (`files.restore`). A
+file is first written under another name and then replaces the old one in one step.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PLAN, _CHECKSUM = "balf_fx.plan", "balf_fx.sha256"
 
 
 def write(found: Stored, path: str | os.PathLike[str]) -> None:
-    """Write a compressed model to a file; what was there is replaced once all is written.
+    """Write a compressed model to a file; an existing file is replaced once everything is written.
 
     Raises:
-        FileError: it holds what safetensors cannot, quantized weights for instance.
+        FileError: a tensor cannot be stored by safetensors, such as a quantized weight.
     """
     tensors = {name: _plain(name, value) for name, value in found.tensors.items()}
     text = found.plan.to_json(indent=None)
@@ -42,7 +42,7 @@ def write(found: Stored, path: str | os.PathLike[str]) -> None:
         written.touch()
         mode = written.stat().st_mode
         save_file(tensors, written, metadata)
-        written.chmod(mode)  # as of any new file, where safetensors lets nobody else read it
+        written.chmod(mode)  # the mode of new files; safetensors writes files that only their owner can read
         with written.open("rb") as file:
             os.fsync(file.fileno())
         written.replace(path)
@@ -54,18 +54,19 @@ def load(
     """Read a compressed model from a file.
 
     Args:
-        path: of what `save` has written.
-        model: of the architecture that was compressed, in evaluation mode, with any weights: it is not touched. What is
-            returned lies on its device.
-        example: one batch, if the model cannot be called on ones in the shapes of the first calibration batch.
-        forward: `forward(model, batch)`, where the example needs it.
+        path: a file written by `save`.
+        model: a model of the architecture that was compressed, in evaluation mode, with any weights. It is not changed,
+            and the result is on its device.
+        example: one batch, if the model cannot be called with tensors of ones in the shapes of the first calibration
+            batch.
+        forward: a function forward(model, batch), if the example needs one.
 
     Returns:
-        What `compile` had returned, bit for bit.
+        The model that was saved, bit for bit.
 
     Raises:
-        FileError: the file is truncated, was changed, or is none of balf_fx.
-        PlanError: it was written by a later version, or for another architecture.
+        FileError: the file is truncated, was changed, or was not written by balf_fx.
+        PlanError: the file was written by a later version, or for another architecture.
     """
     return restore(read(path), model, example, forward)
 
@@ -75,13 +76,13 @@ def read(path: str | os.PathLike[str]) -> Stored:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise FileError(f"{path} is truncated or no safetensors file: {error}") from error
+        raise FileError(f"{path} is truncated or not a safetensors file: {error}") from error
     if _PLAN not in metadata or _CHECKSUM not in metadata:
-        raise FileError(f"{path} holds tensors but no plan: was it written by balf_fx.save?")
+        raise FileError(f"{path} contains tensors but no plan: was it written by balf_fx.save?")
     if _checksum(metadata[_PLAN], tensors) != metadata[_CHECKSUM]:
-        raise FileError(f"{path} was changed since it was written: its checksum does not match")
+        raise FileError(f"{path} has been changed since it was written: its checksum does not match")
     return Stored(Plan.from_json(metadata[_PLAN]), tensors)
 
 
@@ -95,10 +96,10 @@ def read_plan(path: Path) -> Plan:
 
 
 def _plain(name: str, value: Tensor) -> Tensor:
-    """A tensor as safetensors takes it: contiguous, in memory of its own, on the CPU."""
+    """A tensor as safetensors needs it: contiguous, on the CPU, and sharing no memory."""
     if type(value.data) is not Tensor or value.layout is not torch.strided or value.is_quantized:
         kind = type(value.data).__name__ if type(value.data) is not Tensor else value.layout
-        raise FileError(f"{name} is a {kind}, no plain tensor: save the model before it is quantized")
+        raise FileError(f"{name} is a {kind}, not a plain tensor: save the model before it is quantized")
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 

@@ -11,7 +11,7 @@ from balf_fx.graph.site import Site
 
 @dataclass(frozen=True)
 class Choice:
-    """What the allocator decided for a site."""
+    """The candidate chosen for a site."""
 
     site: Site
     chosen: Candidate
@@ -26,12 +26,12 @@ class Allocation:
 
     Attributes:
         method: "budget", "uniform", "energy" or "ranks".
-        measure, target: the currency and the fraction asked for; target is None where no budget was given.
+        measure, target: what the budget limits, and the fraction to keep; target is None if no budget was given.
         choices: one for each site, in graph order.
-        primal: the objective reached, the sum over sites of normalised distortion.
-        bound: no allocation within the budget has a smaller objective (None where nothing was optimised).
-        sizes: of widths, by `Width.key`; those that are not listed keep all features.
-        saved_elsewhere: FLOPs and parameters that the sizes save outside of sites.
+        primal: the value of the objective, the sum over sites of normalised distortion.
+        bound: a lower bound on the objective of all allocations within the budget; None if nothing was optimised.
+        sizes: the sizes of widths by `Width.key`; those that are not listed keep all features.
+        saved_elsewhere: FLOPs and parameters that the sizes save outside the sites.
     """
 
     method: str
@@ -45,5 +45,5 @@ class Allocation:
 
     @property
     def gap(self) -> float | None:
-        """primal - bound: at most this much could be gained by a better allocation."""
+        """primal - bound: the most by which a better allocation could reduce the objective."""
         return None if self.bound is None else max(self.primal - self.bound, 0.0)

@@ -1,4 +1,4 @@
-"""The records that passes leave on a graph, and the one typed accessor of `node.meta`."""
+"""The records that passes store on a graph, and the typed access to `node.meta`."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ META_KEY = "balf"
 
 
 VALUE_META = ("val", "example_value", "tensor_meta")
-"""Keys of `node.meta` that describe the node's own value: a node that returns another must not inherit them."""
+"""Keys of `node.meta` that describe the node's value: a node that returns another value must not inherit them."""
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """Everything balf_fx knows of one node, filled in by the passes in turn.
+    """The record of one node, filled in by the passes in turn.
 
     Attributes:
-        flops: counted on the example batch (`costs.profile`).
-        shape: of the node's output on the example batch.
-        number: the node's output on the example batch, where it is a whole number: a size that is an argument, say.
-        computed_from: the tensors of which a parameter is made, by FoldConstants on the node that fetches it.
-        folded: the BatchNorms that the node has taken in, in their order, by FoldBatchNorm.
-        shared: another graph of the program reads the node's weights too: their shapes and values stay as they are,
-            unless they are replaced by the same factors in both.
-        site, refusal: by Annotate; at most one of them.
-        observer: path of the observer whose statistics serve the site, by InsertObservers.
+        flops: FLOPs counted on the example batch (`graph.flops.profile`).
+        shape: the shape of the node's output on the example batch.
+        number: the node's output on the example batch if it is a whole number, for example a size.
+        computed_from: the tensors from which a parameter was computed; set by FoldConstants on the node that reads it.
+        folded: the BatchNorms that were folded into the node, in their order; set by FoldBatchNorm.
+        shared: whether another graph of the program reads the node's weights too. Their shapes and values do not
+            change then, unless both graphs replace them by the same factors.
+        site, refusal: set by Annotate; at most one of them.
+        observer: path of the observer of the site's statistics; set by InsertObservers.
         sensitivity: path of the observer of its gradients, if there is one.
         influence: path of the observer of its weight's gradients, if there is one.
-        curve, scored_with: by Score; scored_with tells a fresh score from a stale one.
-        choice: by Allocate.
-        refit: by Refine or Refit, what takes the place of the one-shot factors or of a dense layer's weight.
+        curve, scored_with: set by Score; scored_with identifies the statistics and options of the score.
+        choice: set by Allocate.
+        refit: set by Refine or Refit; replaces the one-shot factors or the weight of a dense layer.
     """
 
     flops: int | None = None
@@ -64,12 +64,12 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Origin:
-    """How a graph was made of a model, so that it can be made again.
+    """How a graph was captured and normalised, so that this can be repeated.
 
     Attributes:
-        arguments: of the example call, by `example.describe`: {"positional": ..., "keywords": ...}; None where they
-            hold something that has no description.
-        fold_batchnorm, include, exclude, dense: as `balf_fx.compile` takes them.
+        arguments: descriptions of the example call's arguments by `capture.arguments.describe`, as
+            {"positional": ..., "keywords": ...}; None if one of them cannot be described.
+        fold_batchnorm, include, exclude, dense: as in `balf_fx.compile`.
     """
 
     arguments: Mapping[str, Any] | None = None
@@ -81,13 +81,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A layer that has given way to others.
+    """A layer that was replaced.
 
     Attributes:
         name: dotted path, before and after.
-        rank: None where it is one layer still, refitted or narrower.
-        biased: for each part, one where there are none, whether it has a bias.
-        fingerprint: of the layer that it was.
+        rank: the rank of its factors; None for a single layer that was refitted or narrowed.
+        biased: whether it has a bias, for each part; one item for a layer without parts.
+        fingerprint: the fingerprint of the original layer.
     """
 
     name: str
@@ -98,18 +98,18 @@ class Replaced:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """What balf_fx knows of a whole graph.
+    """The record of a whole graph.
 
     Attributes:
-        flops, params: of the model as the user gave it, before any pass; None where nobody counted.
-        captured: how the graph came about, "symbolic_trace" or "export".
-        origin: by `prepare`.
-        allocation, refusals: by Allocate, kept for the report.
-        params_after: parameters of the compressed graph, by Allocate.
-        widths: by FindWidths.
-        width_curves: by ScoreWidths, one for each width; None where nothing is known of it.
-        widths_scored_with: by ScoreWidths, tells fresh curves from stale ones.
-        replaced: by Factorize.
+        flops, params: the cost of the user's model, before any pass; None if not counted.
+        captured: how the graph was captured: "symbolic_trace", "export" or "dynamo".
+        origin: set by `prepare`.
+        allocation, refusals: set by Allocate, for the report.
+        params_after: parameters of the compressed graph; set by Allocate.
+        widths: set by FindWidths.
+        width_curves: one for each width, None if there are no statistics; set by ScoreWidths.
+        widths_scored_with: identifies the statistics and options of the curves; set by ScoreWidths.
+        replaced: set by Factorize.
     """
 
     flops: int | None = None
@@ -126,7 +126,7 @@ class GraphRecord:
 
 
 def annotation(node: fx.Node) -> Annotation:
-    """The node's annotation, an empty one where no pass has been."""
+    """The node's annotation; an empty one if no pass has set it."""
     found = node.meta.get(META_KEY)
     return found if isinstance(found, Annotation) else Annotation()
 
@@ -137,7 +137,7 @@ def annotate(node: fx.Node, **changes: Any) -> None:
 
 
 def graph_record(graph_module: fx.GraphModule) -> GraphRecord:
-    """The graph's record, an empty one where no pass has been."""
+    """The graph's record; an empty one if no pass has set it."""
     found = graph_module.meta.get(META_KEY)
     return found if isinstance(found, GraphRecord) else GraphRecord()
 
@@ -148,7 +148,7 @@ def record_graph(graph_module: fx.GraphModule, **changes: Any) -> None:
 
 
 def sites(graph_module: fx.GraphModule) -> dict[Site, list[fx.Node]]:
-    """All sites in graph order, each with the nodes that apply it: several where a weight is shared."""
+    """All sites in graph order, each with the nodes that apply it; several if a weight is shared."""
     found: dict[Site, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         site = annotation(node).site

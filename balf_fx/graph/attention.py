@@ -1,8 +1,8 @@
-"""The arithmetic of multi-head attention, of its kernels and of encoder layers, on tensors or on proxies for them.
+"""The arithmetic of multi-head attention, of its fused kernels and of encoder layers, on tensors or proxies.
 
-Shapes. "..." stands for the batch dimension of batched inputs and for nothing otherwise; T is the length of the query
-and S that of the key, E the embedding, H the heads and d = E / H. A graph may be traced without example inputs, so that
-everything here holds for batched and unbatched inputs alike, for masks of either type and for any T, S and batch.
+Shapes. "..." is the batch dimension of batched inputs, and is empty otherwise. T is the length of the query, S the
+length of the key, E the embedding size, H the number of heads and d = E / H. A graph may be traced without example
+inputs, so everything here works for batched and unbatched inputs, for masks of either type and for any T, S and batch.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ KERNELS: dict[Any, tuple[str, ...]] = {
         *("weight1", "bias1", "weight2", "bias2", "mask", "mask_type"),
     ),
 }
-"""The arguments of the kernels that take the place of modules without gradients, in their order."""
+"""The argument names, in order, of the fused kernels that PyTorch runs in place of modules without gradients."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What nn.MultiheadAttention does between its projections; tensors may be proxies.
+    """The computation of nn.MultiheadAttention between its projections; tensors may be proxies.
 
     Attributes:
-        batch_first: queries, keys and values are [..., T or S, E], else [T or S, ..., E].
-        bias_k, bias_v: [1, 1, E], appended to the sequences of keys and values, as is a row of zeros if asked for.
-        key_padding_mask: [..., S], boolean, True where a key is hidden, or added to the scores.
-        attn_mask: [T, S] or [product of "..." and H, T, S], likewise.
-        is_causal: mask with a lower triangle; only without other masks and weights.
-        weights: also return the attention weights, averaged over the heads or not.
+        batch_first: whether queries, keys and values are [..., T or S, E] rather than [T or S, ..., E].
+        bias_k, bias_v: [1, 1, E], appended to the sequences of keys and values; `add_zero_attn` appends a row of zeros.
+        key_padding_mask: [..., S], boolean with True where a key is masked, or a float that is added to the scores.
+        attn_mask: [T, S] or [product of "..." and H, T, S], boolean or float in the same way.
+        is_causal: whether to mask with a lower triangle; only without other masks and weights.
+        weights: whether to return the attention weights too, averaged over the heads or not.
     """
 
     num_heads: int
@@ -86,16 +86,16 @@ def attend(q: Any, k: Any, v: Any, how: Attention) -> tuple[Any, Any]:
 
 
 def _additive(mask: Any, dtype: Any, added: int) -> Any:
-    """The mask as what to add to the scores, nothing for keys that were added; its type is known only at run time."""
+    """The mask as a tensor to add to the scores, zero for appended keys; its type is only known at run time."""
     mask = mask.to(dtype).masked_fill(mask.to(torch.bool) & (mask.dtype == torch.bool), -torch.inf)
     return F.pad(mask, (0, added)) if added else mask
 
 
 def encoder_layer(arguments: Mapping[str, Any]) -> Any:
-    """What nn.TransformerEncoderLayer computes in evaluation mode.
+    """The output of nn.TransformerEncoderLayer in evaluation mode.
 
     Args:
-        arguments: of `torch._transformer_encoder_layer_fwd`, by their names in `KERNELS`.
+        arguments: the arguments of `torch._transformer_encoder_layer_fwd`, by their names in `KERNELS`.
     """
     activation = F.gelu if arguments["gelu"] else F.relu
 
@@ -118,7 +118,7 @@ def encoder_layer(arguments: Mapping[str, Any]) -> Any:
 def self_attention(
     x: Any, arguments: Mapping[str, Any], weights: bool = False, average: bool = True
 ) -> tuple[Any, Any]:
-    """What `torch._native_multi_head_attention` computes of one input without masks.
+    """The output of `torch._native_multi_head_attention` for one input without masks.
 
     Args:
         x: [..., T, E].

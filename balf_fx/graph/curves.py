@@ -1,4 +1,4 @@
-"""What each rank of a site keeps and costs. Shapes are those of `graph.site`."""
+"""The error and the cost of each rank of a site. Shapes are those of `graph.site`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PartRanks = tuple[int | None, ...]
 
 
 Rank = int | PartRanks | None
-"""One rank for all of a site, or one for each of its parts; None is dense."""
+"""One rank for the whole site, or one for each of its parts; None means dense."""
 
 
 Measure = Literal["flops", "params"]
@@ -19,15 +19,15 @@ Measure = Literal["flops", "params"]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What each rank of a site keeps, and the map that keeps it.
+    """The energy that each rank of a site keeps, and the maps of its factors.
 
-    The spectrum of a site's parts has the parts in place of the groups, with O outputs each.
+    In the spectrum of a site's parts, the parts replace the groups, with O outputs each.
 
     Attributes:
-        energies: [G, m] float64, descending: mean squared output error avoided by each component.
-        left: [G, O, m] float64; rank-r factors are A = left[..., :r] and B = right[..., :r, :] W.
-        mean: [G, O] float64, the mean of W x over positions, for the bias correction; None where not centred.
-        right: [G, m, O] float64, a left inverse of `left`; None for its transpose, where columns are orthonormal.
+        energies: [G, m] float64, descending: the mean squared output error that each component avoids.
+        left: L [G, O, m] float64; rank-r factors are A = left[..., :r] and B = right[..., :r, :] W.
+        mean: [G, O] float64, the mean of W x over positions, for the correction of the bias; None if not centred.
+        right: R [G, m, O] float64, a left inverse of `left`; None for its transpose, if its columns are orthonormal.
     """
 
     energies: torch.Tensor
@@ -49,7 +49,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice for a site; `distortion` is mean squared output error."""
+    """One choice for a site; `distortion` is its mean squared output error."""
 
     rank: Rank
     flops: int
@@ -65,13 +65,13 @@ class RankCurve:
     """Distortion and cost of a site as a function of rank.
 
     Attributes:
-        candidates: ranks 1 .. break-even ascending, then ranks of the parts that beat them, ascending, then dense.
-        energy: mean squared output of the site (centred or not, as asked), which normalises its distortions.
-        output_elements: of all uses of the site together, on which FLOPs depend.
-        spectrum: what the factors are made of.
-        loss: what the loss rises by, to second order, where the site's output is replaced by its mean; None where no
-            gradient is known.
-        parts: the spectrum of the site's parts, where these may have factors of their own.
+        candidates: ranks 1 .. break-even ascending, then better ranks of the parts, ascending in cost, then dense.
+        energy: the mean squared output of the site, centred or not, by which its distortions are normalised.
+        output_elements: the number of output elements of all uses of the site, on which FLOPs depend.
+        spectrum: the spectrum from which the factors are computed.
+        loss: the increase of the loss, to second order, when the site's output is replaced by its mean; None if there
+            are no gradients.
+        parts: the spectrum of the site's parts, if these may have separate factors.
     """
 
     candidates: tuple[Candidate, ...]
@@ -86,17 +86,17 @@ class RankCurve:
         return self.candidates[-1]
 
     def normalised(self, distortion: float) -> float:
-        """`distortion` as a share of the site's energy; a site of no energy has nothing to lose."""
+        """`distortion` as a share of the site's energy; 0 for a site without energy."""
         return distortion / self.energy if self.energy > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a site, or a part of it, computes in the compressed model: left right x + bias.
+    """The weights of a site, or of a part of it, in the compressed model, which computes left right x + bias.
 
     Attributes:
-        left: [G, O, r], None where it stays dense.
-        right: [G, r, D], or [G, O, D] of a dense layer.
+        left: [G, O, r]; None for a dense layer.
+        right: [G, r, D], or [G, O, D] for a dense layer.
         bias: [G, O] or None.
     """
 
@@ -107,11 +107,11 @@ class Solution:
 
 @dataclass(frozen=True)
 class EnergyCurve:
-    """The share of a site's energy that ranks keep, at a few of them, for pictures.
+    """The share of a site's energy that a few of its ranks keep, for plots.
 
     Attributes:
-        ranks: ascending, from 0 to the full rank min(O, D); closer to each other where they are small.
-        kept: for each of them, in [0, 1], to five digits.
+        ranks: ascending, from 0 to the full rank min(O, D), with smaller steps between small ranks.
+        kept: the share for each of them, in [0, 1], to five digits.
     """
 
     ranks: tuple[int, ...]

@@ -10,7 +10,7 @@ from balf_fx.graph.site import Site
 
 
 def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) -> None:
-    """Give a layer that has none a bias: as its module's, or as a new parameter that the call fetches."""
+    """Add a bias to a layer without one: in its module, or as a new parameter that the call reads."""
     if node.op == "call_module":
         graph_module.get_submodule(str(node.target)).register_parameter("bias", bias)
         return
@@ -31,7 +31,7 @@ def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) ->
 
 
 def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Erase a node that nobody reads, and with it what only made a constant for it, and that constant."""
+    """Erase a node without readers, the nodes that only computed a constant for it, and that constant."""
     constants = constant_nodes(graph_module)
     pending = {node: None}
     while pending:
@@ -61,12 +61,12 @@ MODULE_STACK = "nn_module_stack"
 
 
 def module_stack(graph_module: fx.GraphModule, path: str, node: fx.Node, replaced: str) -> dict[str, tuple[str, type]]:
-    """The stack of a call that stands in for a node.
+    """The module stack of a call that replaces a node.
 
     Args:
-        path: of the module that is called, at `replaced` or inside of it.
-        node: the modules around it stay around the call.
-        replaced: path of the module, or parameter, that the node stood for.
+        path: path of the module that is called, at `replaced` or inside it.
+        node: the node that is replaced; the modules around it are those around the call.
+        replaced: path of the module or parameter that the node used.
     """
     stack = {key: entry for key, entry in (node.meta.get(MODULE_STACK) or {}).items() if entry[0] != replaced}
     inside = path.removeprefix(replaced).split(".")

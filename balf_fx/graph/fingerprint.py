@@ -1,4 +1,4 @@
-"""By what to tell one layer's weights from another's."""
+"""Fingerprints that distinguish the weights of layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A few sums over a weight and a bias."""
+    """A few sums over a layer's weight and bias."""
 
     shape: tuple[int, ...]
     sums: tuple[float, ...]
@@ -27,7 +27,7 @@ class Fingerprint:
         return cls(tuple(weight.shape), tuple(sums))
 
     def matches(self, other: Fingerprint) -> bool:
-        """Whether both are of the same layer, up to the rounding of its weights when BatchNorm is folded."""
+        """Whether both belong to the same layer, up to the rounding of its weights when BatchNorm is folded."""
         close = len(self.sums) == len(other.sums) and all(
             math.isclose(a, b, rel_tol=1e-5) for a, b in zip(self.sums, other.sums, strict=True)
         )

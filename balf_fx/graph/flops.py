@@ -1,4 +1,4 @@
-"""What a graph costs, counted as `torch.utils.flop_counter` counts it."""
+"""The FLOPs of a graph, counted as `torch.utils.flop_counter` counts them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Profiler(fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if isinstance(n.target, torch._ops.HigherOrderOperator):  # the counter cannot look into these with gradients
+        if isinstance(n.target, torch._ops.HigherOrderOperator):  # the counter cannot count inside these with gradients
             args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         return tuple(map(_mutable, args)), {key: _mutable(value) for key, value in kwargs.items()}
 
@@ -40,13 +40,13 @@ class _Profiler(fx.Interpreter):
 
 
 class _NoModules(contextlib.nullcontext[None]):
-    """In place of the counter's tracker of modules, whose global hooks Dynamo would meet in other threads."""
+    """Replaces the counter's tracker of modules, whose global hooks would affect Dynamo in other threads."""
 
     parents = frozenset({"Global"})
 
 
 def _mutable(value: Any) -> Any:
-    """Lists and dicts as generated code passes them, for FX's immutable ones: some functions change their arguments."""
+    """Convert FX's immutable lists and dicts to ordinary ones, since some functions change their arguments."""
     if isinstance(value, list):
         return [_mutable(item) for item in value]
     if isinstance(value, dict):
@@ -55,7 +55,7 @@ def _mutable(value: Any) -> Any:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter. Some versions leave out the attention kernel of CPUs, which counts here as all others do."""
+    """torch's counter, with the attention kernel of CPUs, which some versions of torch leave out."""
     # only here: it imports triton where that is installed
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
@@ -67,7 +67,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Run the graph once on `inputs`, one for each placeholder; record its FLOPs and annotate every node with its own.
+    """Run the graph once on `inputs`, one for each placeholder, and record the FLOPs of the graph and of every node.
 
     Returns:
         The graph's output.
@@ -81,6 +81,6 @@ def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
 
 
 def use(nodes: Iterable[fx.Node]) -> tuple[int, int]:
-    """FLOPs and output elements of all uses of a site together, as `profile` recorded them."""
+    """FLOPs and number of output elements over all uses of a site, as recorded by `profile`."""
     marks = [annotation(node) for node in nodes]
     return sum(mark.flops or 0 for mark in marks), sum(math.prod(mark.shape or (0,)) for mark in marks)

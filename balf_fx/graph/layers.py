@@ -1,4 +1,4 @@
-"""Reading a node as y = W x + b, whatever kind of graph it stands in.
+"""Reads a node as y = W x + b, for all kinds of graphs.
 
 Symbolic tracing yields `call_module`, functional calls yield `call_function` with weights from `get_attr`, and
 `torch.export` yields ATen operators. All of them become one `Site`, or a `Refusal` with the reason.
@@ -106,14 +106,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class _Constant:
-    """A parameter as a node sees it: its dotted path, and whether it is transposed on the way."""
+    """A parameter that a node reads: its dotted path, and whether it is transposed before."""
 
     path: str
     transposed: bool
 
 
 def read_site(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
-    """The node's site, or why it is none; None where it has no parameters."""
+    """The node's site, or the reason why it is not one; None if the node has no parameters."""
     layer = read_layer(graph_module, node)
     if not isinstance(layer, Site):
         return layer
@@ -129,7 +129,7 @@ def read_site(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | N
 
 
 def read_layer(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
-    """As `read_site`, but also for layers that are not sites because no rank saves anything."""
+    """Like `read_site`, but also returns layers that are not sites because no rank saves anything."""
     if node.op == "call_module":
         return _read_module(graph_module, node)
     if node.op in ("call_function", "call_method"):
@@ -138,9 +138,9 @@ def read_layer(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | 
 
 
 def layers_of(graph_module: fx.GraphModule) -> dict[str, tuple[Site, list[fx.Node]]]:
-    """Every layer by its name, sites and others, with the nodes that apply it."""
+    """Every layer by its name, whether a site or not, with the nodes that apply it."""
     found = {site.name: (site, nodes) for site, nodes in sites(graph_module).items()}
-    for node in graph_module.graph.nodes:  # no rank would help these, but they may have been refitted or narrowed
+    for node in graph_module.graph.nodes:  # layers that are not sites may have been refitted or narrowed
         site = read_layer(graph_module, node)
         if annotation(node).site is None and isinstance(site, Site):
             found[site.name] = (site, [node])
@@ -218,20 +218,20 @@ def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | 
 
 
 def argument_position(node: fx.Node, name: str) -> int:
-    """Where a functional layer takes an argument, among its positional ones."""
+    """The position of a functional layer's argument among its positional ones."""
     return _CALLS[node.target][1].index(name)
 
 
 def layer_parameters(node: fx.Node) -> dict[str, fx.Node]:
-    """The nodes that a functional layer, or a product, takes as "weight" and "bias"."""
+    """The nodes of the arguments "weight" and "bias" of a functional layer or a product."""
     bound = _bind(node) if node.op in ("call_function", "call_method") else {}
     return {role: value for role in _WEIGHTS if isinstance(value := bound.get(role), fx.Node)}
 
 
 def read_parts(node: fx.Node, features: int) -> int:
-    """Into how many equal pieces the graph takes a linear layer's output apart, 2 or 3, else 1.
+    """The number of equal pieces into which the graph splits a linear layer's output, 2 or 3, else 1.
 
-    That is by chunking or splitting the last dimension, or by reshaping it to [pieces, heads, features of a head].
+    It may chunk or split the last dimension, or reshape it to [pieces, heads, features of a head].
     """
     found = {_pieces(user, features) for user in node.users if not reads_metadata(user)}
     return found.pop() if len(found) == 1 else 1
@@ -249,8 +249,11 @@ def _pieces(user: fx.Node, features: int) -> int:
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments under our names, with the call's `kind`, whether its weight is stored `inputs_first`, and
-    whether it is a `product` of any two values rather than a layer; empty where the call is not a linear map."""
+    """A call's arguments under common names; empty if the call is not a linear map.
+
+    Also holds the call's `kind`, whether its weight is stored `inputs_first`, and whether it is a `product` of any two
+    values rather than a layer.
+    """
     if node.op == "call_module":
         return {"input": node.kwargs.get("input")}
     if node.target in _EINSUMS:
@@ -264,7 +267,7 @@ def _bind(node: fx.Node) -> dict[str, Any]:
 
 
 def _bind_einsum(node: fx.Node) -> dict[str, Any]:
-    """`...i,oi->...o` and its mirror images: a linear layer written as an einsum."""
+    """The arguments of a linear layer written as an einsum, `...i,oi->...o` and its transposed forms."""
     equation, *operands = node.args
     operands = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
     sides = str(equation).replace(" ", "").split("->")
@@ -280,7 +283,7 @@ def _bind_einsum(node: fx.Node) -> dict[str, Any]:
 
 
 def _constant(graph_module: fx.GraphModule, value: Any) -> _Constant | None:
-    """The parameter behind a node, seen through transpositions."""
+    """The parameter that a node reads, directly or through transpositions."""
     transposed = False
     while isinstance(value, fx.Node) and is_transposition(value):
         value, transposed = value.args[0], not transposed
@@ -299,7 +302,7 @@ def _layer(
     conv: ConvGeometry | None = None,
     inputs_first: bool = False,
 ) -> Site | Refusal:
-    """Reads a layer whose weight and bias lie at these paths."""
+    """Read a layer whose weight and bias are at these paths."""
     weight_path, bias_path = paths
     weight: Tensor = get_tensor(graph_module, weight_path)
     name = name or _site_path(graph_module, weight_path)
@@ -313,8 +316,8 @@ def _layer(
 
 
 def _site_path(graph_module: fx.GraphModule, weight_path: str) -> str:
-    """Where the factors of a functional site go: in place of the module that holds nothing but its weight and bias,
-    else in place of the weight itself."""
+    """The path for the factors of a functional site: that of the module if it only holds the weight and the bias, else
+    that of the weight."""
     owner_path, _, name = weight_path.rpartition(".")
     if not owner_path or name != "weight":
         return weight_path
@@ -342,7 +345,7 @@ def _geometry(kernel: tuple[int, ...], kind: Kind, settings: dict[str, Any]) -> 
 
 
 def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(before, after) per dimension; 'same' puts the odd one after, as nn.Conv does."""
+    """(before, after) per dimension; with 'same', an odd total has the extra one after, as in nn.Conv."""
     if padding == "valid":
         return tuple((0, 0) for _ in kernel)
     if padding == "same":

@@ -1,4 +1,4 @@
-"""What a call does, whichever kind of graph it stands in."""
+"""Classifies the operations of calls, for all kinds of graphs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def operation(node: fx.Node) -> str:
-    """The name of what a call does, the same for a function, a method and an operator, in place or not."""
+    """The name of a call's operation, the same for a function, a method and an operator, in place or not."""
     if node.op == "call_method":
         return str(node.target).rstrip("_")
     if node.op != "call_function":
@@ -54,14 +54,14 @@ def is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def reads_metadata(node: fx.Node) -> bool:
-    """Whether a node looks at no more than the shape and the type of a value."""
+    """Whether a node only reads the shape or the type of a value."""
     if node.op == "call_method":
         return node.target in ("size", "dim")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def is_transposition(node: fx.Node) -> bool:
-    """Whether a node does nothing but transpose a matrix."""
+    """Whether a node only transposes a matrix."""
     if node.op not in ("call_function", "call_method"):
         return False
     return node.target in _TRANSPOSES or (node.target is getattr and node.args[1] in ("T", "mT"))

@@ -1,4 +1,4 @@
-"""Parameters of a graph: where they are, who reads them, and their matrices."""
+"""Parameters of a graph: their paths, their readers, and their matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def get_tensor(module: nn.Module, path: str) -> Any:
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
-    """Whether a weight is one of torchao's tensors, which look like floating-point ones and are not."""
+    """Whether a weight is a quantized tensor of torchao, which has a floating-point dtype."""
     return type(tensor.data).__module__.partition(".")[0] == "torchao"
 
 
@@ -32,12 +32,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module, shared ones once."""
+    """The number of parameters of a module; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend on nothing but the module's own tensors: `get_attr` and what is computed from it."""
+    """The nodes that depend only on the module's own tensors: `get_attr` nodes and those computed from them."""
     found: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
         computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
@@ -47,7 +47,7 @@ def constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
 
 
 def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
-    """The nodes that read each parameter, by identity, seen through nodes that only transpose it."""
+    """The nodes that read each parameter, by its id, directly or through nodes that only transpose it."""
     users: dict[int, set[fx.Node]] = defaultdict(set)
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
@@ -59,10 +59,10 @@ def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
 
 
 def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]], node: fx.Node, site: Site) -> bool:
-    """Whether nothing but this layer reads its weight or its bias, in this graph or in another one of the program.
+    """Whether only this layer reads its weight and its bias, in all graphs of the program.
 
     Args:
-        users: from `parameter_users`.
+        users: the result of `parameter_users`.
     """
     paths = [path for path in (site.weight, site.bias) if path is not None]
     alone = all(users[id(get_tensor(graph_module, path))] == {node} for path in paths)
@@ -70,7 +70,7 @@ def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]],
 
 
 def readers(source: fx.Node) -> set[fx.Node]:
-    """The nodes that read a value, seen through nodes that only transpose it."""
+    """The nodes that read a value, directly or through nodes that only transpose it."""
     found: set[fx.Node] = set()
     for user in source.users:
         found |= readers(user) if is_transposition(user) else {user}

@@ -1,4 +1,4 @@
-"""What was done to a model, as plain data: enough to do it again to a model of the same architecture."""
+"""Plans: the compression of a model as plain data, which can be applied to a model of the same architecture."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.version import __version__
 
 FORMAT = 2
-"""Raised when older versions could not read what is written."""
+"""The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
-"""Where a finished GraphModule carries its plan beside `meta`: copies keep only `meta`, pickles only attributes."""
+"""The attribute of a finished GraphModule that holds its plan, like `meta`: copies keep `meta`, pickles attributes."""
 
 
 @dataclass(frozen=True)
 class PlannedWidth:
-    """Features that have become fewer.
+    """A width that was narrowed.
 
     Attributes:
         name, kind: as in `graph.widths.Width`.
         layers: the names of the layers on both sides.
-        features, size: of each head, before and after.
-        heads: how many; 1 of channels.
-        energy_kept: the share of what losing all features would cost.
-        kept: which features stay, of channels; None where they are combinations of those before.
+        features, size: the number of features of each head, before and after.
+        heads: the number of heads; 1 for channels.
+        energy_kept: the share of the loss of removing all features that is avoided.
+        kept: the features that are kept, for channels; None if the new features are combinations of the old ones.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PlannedWidth:
 
     @property
     def key(self) -> str:
-        """As `graph.widths.Width.key`."""
+        """The key of the width, as in `graph.widths.Width.key`."""
         return f"{self.kind} {self.name}"
 
 
@@ -59,14 +59,14 @@ class Plan:
 
     Attributes:
         allocation: the solution of the budget.
-        flops, params: of the whole model before; flops is None where nobody counted.
-        params_after: of the whole model.
-        captured: how the graph came about: "symbolic_trace", "export" or "dynamo".
+        flops, params: the cost of the whole original model; flops is None if not counted.
+        params_after: the parameters of the whole compressed model.
+        captured: how the graph was captured: "symbolic_trace", "export" or "dynamo".
         refusals: layers that are not sites, with their FLOPs.
-        origin: how the graph was made.
-        layers: those that were replaced, with fingerprints of the original weights.
-        widths: those that have become smaller.
-        versions: of balf_fx and torch.
+        origin: how the graph was captured and normalised.
+        layers: the layers that were replaced, with fingerprints of the original weights.
+        widths: the widths that were narrowed.
+        versions: the versions of balf_fx and torch.
     """
 
     allocation: Allocation
@@ -82,14 +82,13 @@ class Plan:
 
     @classmethod
     def of(cls, compressed: fx.GraphModule) -> Plan:
-        """The plan that a graph carries.
+        """The plan of a graph.
 
         Args:
-            compressed: what `compile`, `convert` or `load` returned, or a graph that has been through
-                `passes.Allocate`.
+            compressed: the result of `compile`, `convert` or `load`, or a graph after `passes.Allocate`.
 
         Raises:
-            PassError: the module carries no plan.
+            PassError: the module has no plan.
         """
         meta = compressed.meta if isinstance(compressed, fx.GraphModule) else {}
         found = meta.get(META_KEY, getattr(compressed, PLAN_ATTRIBUTE, None))
@@ -97,16 +96,16 @@ class Plan:
             return plan_of_records([found], found.allocation)
         if isinstance(found, Mapping):
             return cls.from_dict(found)
-        raise PassError("there is no plan and nothing to report: pass what balf_fx.compile, convert or load returned")
+        raise PassError("there is no plan and nothing to report: pass the result of balf_fx.compile, convert or load")
 
     @property
     def ranks(self) -> dict[str, Rank]:
-        """{site: rank}, None for dense, as `allocation` takes it."""
+        """{site: rank}, None for dense, as in the option `allocation`."""
         return {choice.site.name: choice.chosen.rank for choice in self.allocation.choices}
 
     @property
     def flops_after(self) -> int | None:
-        """Of the whole model."""
+        """FLOPs of the whole compressed model."""
         if self.flops is None:
             return None
         saved = sum(choice.dense.flops - choice.chosen.flops for choice in self.allocation.choices)
@@ -125,7 +124,7 @@ class Plan:
         return self.params_after / self.params if self.params else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data that JSON can hold."""
+        """The plan as plain data for JSON."""
         data = {"format": FORMAT, **asdict(self)}
         for refusal, _ in data["refusals"]:
             refusal["reason"] = refusal["reason"].value
@@ -139,14 +138,14 @@ class Plan:
         """The inverse of `to_dict`.
 
         Raises:
-            PlanError: this is not a plan, or is one of another version.
+            PlanError: the data is not a plan, or a plan of another version.
         """
         if not isinstance(data, Mapping) or "format" not in data:
             raise PlanError("this is not a plan of balf_fx: it has no format")
         if data["format"] != FORMAT:
             raise PlanError(
-                f"the plan has format {data['format']!r}, and this version of balf_fx reads format {FORMAT}: use the "
-                f"versions that it was written with, {data.get('versions')}"
+                f"the plan has format {data['format']!r}, but this version of balf_fx reads format {FORMAT}: use the "
+                f"versions with which it was written, {data.get('versions')}"
             )
         try:
             return _plan(data)
@@ -167,7 +166,7 @@ class Plan:
         return cls.from_dict(data)
 
     def only(self, layers: set[str], widths: set[str]) -> Plan:
-        """What the plan says of some layers, by name, and of some widths, by key."""
+        """The plan for only some layers, by name, and some widths, by key."""
         choices = tuple(choice for choice in self.allocation.choices if choice.site.name in layers)
         sizes = {key: size for key, size in self.allocation.sizes.items() if key in widths}
         return replace(
@@ -179,7 +178,7 @@ class Plan:
 
 
 def plan_of_records(records: list[GraphRecord], allocation: Allocation) -> Plan:
-    """The plan of graphs that share one allocation; the first record speaks for the whole model."""
+    """The plan of graphs that share one allocation; the first record gives the totals of the whole model."""
     first = records[0]
     widths = {width.key: width for record in records for width in _planned_widths(record, allocation)}
     layers = {layer.name: layer for record in records for layer in record.replaced}
@@ -197,7 +196,7 @@ def plan_of_records(records: list[GraphRecord], allocation: Allocation) -> Plan:
 
 
 def _planned_widths(record: GraphRecord, allocation: Allocation) -> Iterator[PlannedWidth]:
-    """The widths of a graph that become smaller."""
+    """The widths of a graph that are narrowed."""
     for width, curve in zip(record.widths, record.width_curves, strict=False):
         size = allocation.sizes.get(width.key, width.features)
         if curve is not None and size < width.features:
@@ -218,7 +217,7 @@ def _versions() -> dict[str, str]:
     return {"balf-fx": __version__, "torch": str(torch.__version__)}
 
 
-# Plain data back into records: JSON knows lists only.
+# Conversion of plain data back into records, since JSON has no tuples.
 
 
 def _plan(data: Mapping[str, Any]) -> Plan:

@@ -48,7 +48,7 @@ class Refusal:
         name: dotted path of the module or parameter.
         kind: the module's class or the function's name.
         reason: one of `Reason`.
-        detail: a further word for the reader, or "".
+        detail: an additional explanation, or "".
     """
 
     name: str
@@ -62,7 +62,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How a convolution lays its kernel on the input; one entry per spatial dimension.
+    """The geometry of a convolution, with one entry per spatial dimension.
 
     `padding` is resolved to (before, after) pairs; `padding_mode` is nn.Conv's own; `output_padding` is None unless the
     convolution is transposed.
@@ -83,19 +83,20 @@ class ConvGeometry:
 
 @dataclass(frozen=True)
 class Site:
-    """A node whose weight a product of two thin layers can stand in for.
+    """A node whose weight can be replaced by a product of two thin layers.
 
     Attributes:
         name: dotted path; the two factors become `name.0` (D -> r) and `name.1` (r -> O).
         weight, bias: dotted paths of the parameters; bias may be None.
         groups, out_features, in_features: G, O and D (per group, see the module's docstring).
         conv: the geometry of a convolution, None for a linear layer.
-        inputs_first: the weight is stored [D, O], as in x @ W, or [C_in, C_out / G, *kernel], as in transposed
-            convolutions, for which D = C_in / G * prod(kernel_size) all the same.
-        keeps_weight: something else, a tied embedding say, needs the weight too: the factors come on top of it.
-        parts: the graph takes the outputs apart into this many equal pieces, as with a fused query-key-value
-            projection: each may have factors of its own.
-        keeps_rank: the user wants its full rank; it may still be refitted and become narrower.
+        inputs_first: whether the weight is stored as [D, O], as in x @ W, or as [C_in, C_out / G, *kernel], as in
+            transposed convolutions, for which D = C_in / G * prod(kernel_size) too.
+        keeps_weight: whether something else needs the weight too, such as a tied embedding: the factors are stored in
+            addition to it.
+        parts: the number of equal pieces into which the graph splits the output, as that of a fused query-key-value
+            projection; each may have separate factors.
+        keeps_rank: whether the user wants its full rank; it may still be refitted and narrowed.
     """
 
     name: str
@@ -113,14 +114,14 @@ class Site:
 
     @property
     def transposed(self) -> bool:
-        """Whether this is a transposed convolution, in which patches are of the output, not of the input."""
+        """Whether this is a transposed convolution, whose patches are patches of the output, not of the input."""
         return self.conv is not None and self.conv.output_padding is not None
 
     @property
     def side(self) -> Side:
-        """Where statistics cost least: min(O, D)^2 per position.
+        """The side on which statistics cost less, min(O, D)^2 per position.
 
-        On a tie the input wins where it needs no patches, since sites that read the same value share one observer.
+        If O = D, it is the input if that needs no patches, since sites that read the same value share one observer.
         """
         if self.transposed:
             return "output"
@@ -130,12 +131,12 @@ class Site:
 
     @property
     def taps(self) -> int:
-        """How many pixels a patch has; 1 for a linear layer."""
+        """The number of pixels in a patch; 1 for a linear layer."""
         return 1 if self.conv is None else math.prod(self.conv.kernel_size)
 
     @property
     def break_even(self) -> int:
-        """The largest rank r with r (O + D) < O D, 0 where there is none or none is wanted."""
+        """The largest rank r with r (O + D) < O D; 0 if there is none or the user wants full rank."""
         if self.keeps_rank:
             return 0
         return (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
@@ -151,7 +152,7 @@ class Site:
 
     @property
     def shape_in_words(self) -> str:
-        """For messages: "O x D x G"."""
+        """The shape as "O x D x G", for messages."""
         return " x ".join(map(str, self.shape))
 
 
@@ -169,19 +170,19 @@ class Norm:
     eps: float
 
     def scale(self, dtype: torch.dtype) -> torch.Tensor:
-        """[C], what it multiplies its input by."""
+        """The factor of its input, [C]."""
         scale = (self.variance.to(dtype) + self.eps).rsqrt()
         return scale if self.weight is None else scale * self.weight.detach().to(dtype)
 
     def affine(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two of [C]: what it multiplies its input by, and what it adds then."""
+        """Scale and shift, each [C], with y = scale * x + shift."""
         scale = self.scale(dtype)
         shift = -self.mean.to(dtype) * scale
         return scale, shift if self.bias is None else shift + self.bias.detach().to(dtype)
 
 
 def exclusion(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
-    """Why the user's glob patterns leave a layer out; "" where they do not."""
+    """The reason why the user's glob patterns exclude a layer; "" if they do not."""
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "matches exclude"
     if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):

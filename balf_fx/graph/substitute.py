@@ -1,4 +1,4 @@
-"""The modules that take the place of one layer, and the edit of a graph that puts them there."""
+"""The modules that replace one layer, and the edit of a graph that inserts them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ _CONVS = {
 
 @dataclass(frozen=True)
 class Substitute:
-    """Stock modules in place of a layer, or of its parts where these have ranks of their own.
+    """Stock modules that replace a layer, or its parts if these have separate ranks.
 
     Attributes:
-        module: what lies at the layer's path. A single layer where nothing is factorized; an nn.Sequential of `first`
-            and the second layer; of parts an nn.ModuleList of `first` and an nn.ModuleList of the second layers.
-        first: maps D inputs to the ranks of all parts together; None where nothing is factorized.
-        second: of each part, the layer from its rank, or from D inputs, to its outputs.
-        ranks: of each part; None where it is dense and reads what the layer read.
+        module: the module at the layer's path: a single layer if nothing is factorized; else an nn.Sequential of
+            `first` and the second layer or, for parts, an nn.ModuleList of `first` and an nn.ModuleList of the second
+            layers.
+        first: the layer from D inputs to the ranks of all parts together; None if nothing is factorized.
+        second: the layer of each part from its rank, or from D inputs, to its outputs.
+        ranks: the rank of each part; None if it is dense and reads the layer's input.
     """
 
     module: nn.Module
@@ -45,7 +46,7 @@ class Substitute:
 
     @property
     def biased(self) -> tuple[bool, ...]:
-        """Of each part, whether it has a bias."""
+        """Whether each part has a bias."""
         return tuple(layer.bias is not None for layer in self.second)
 
     @property
@@ -54,7 +55,7 @@ class Substitute:
         return [rank for rank in self.ranks if rank is not None]
 
     def insert_calls(self, graph: fx.Graph, path: str, source: fx.Node) -> fx.Node:
-        """Call the modules where the graph is edited; returns the node of the layer's output."""
+        """Insert calls of the modules at the graph's insertion point; returns the node of the layer's output."""
         if self.first is None:
             return graph.call_module(path, (source,))
         thin = graph.call_module(f"{path}.0", (source,))
@@ -67,11 +68,11 @@ class Substitute:
         return graph.call_function(torch.cat, (parts, -1))
 
     def run(self, value: Tensor) -> Tensor:
-        """What the calls compute."""
+        """The output of the modules."""
         return self.run_second(self.run_first(value))
 
     def run_first(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Of each part, the output of its first factor, or of the part itself where it is dense."""
+        """The output of each part's first factor, or of the part itself if it is dense."""
         if self.first is None:
             return (self.second[0](value),)
         thin = self.first(value)
@@ -82,7 +83,7 @@ class Substitute:
         return tuple(layer(value) if rank is None else next(pieces) for layer, rank in layers)
 
     def run_second(self, values: Sequence[Tensor]) -> Tensor:
-        """The output of the whole, from what `run_first` returns."""
+        """The output of the whole layer, from the values of `run_first`."""
         layers = zip(self.second, values, self.ranks, strict=True)
         outputs = [value if rank is None else layer(value) for layer, value, rank in layers]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -120,7 +121,7 @@ def _pair(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Sub
 
 
 def _parts(site: Site, original: Tensor, solution: Sequence[Solution]) -> Substitute:
-    """Of a linear site: the first layer, which factorized parts share, and one layer for each part."""
+    """The modules of a linear site with parts: a first layer, shared by the factorized parts, and one for each part."""
     layers = []
     for part in solution:
         weight = part.right if part.left is None else part.left
@@ -150,7 +151,7 @@ def _empty_linear(inputs: int, outputs: int, bias: bool, original: Tensor) -> nn
 
 
 def _empty_modules(site: Site, original: Tensor, rank: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-    """The modules with parameters of the right shape, dtype and device, but of no particular value."""
+    """The modules with parameters of the right shape, dtype and device, but arbitrary values."""
     make: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
     options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
     outputs, thin = site.out_features * site.groups, rank * site.groups
@@ -174,13 +175,13 @@ def _empty_modules(site: Site, original: Tensor, rank: int, bias: bool) -> tuple
 
 
 def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:
-    """nn.Conv's own spelling: one amount per dimension, or 'same' where the two sides differ."""
+    """The padding as an argument of nn.Conv: one number per dimension, or 'same' if the two sides differ."""
     even = all(before == after for before, after in conv.padding)
     return tuple(before for before, _ in conv.padding) if even else "same"
 
 
 def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> None:
-    """Store a [G, a, b] or [G, O] result in the shape of the module's parameter and the likeness of the original."""
+    """Store a [G, a, b] or [G, O] result as a module's parameter, with the properties of the original one."""
     tensor = value.reshape(module.get_parameter(name).shape).to(original.dtype)
     layouts = [torch.contiguous_format]
     for layout in (torch.channels_last, torch.channels_last_3d):
@@ -192,12 +193,12 @@ def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> No
 
 
 def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: Substitute) -> None:
-    """Put the modules where the site's module or weight was, and calls of them where each of its nodes was.
+    """Replace the site's module or weight by the modules, and each of its nodes by calls of them.
 
     The caller lints and recompiles the graph.
     """
     graph = graph_module.graph
-    if site.keeps_weight and site.bias is not None:  # the weight's module may stay, without a bias that nobody reads
+    if site.keeps_weight and site.bias is not None:  # the weight's module may stay, but its bias is no longer read
         owner, _, name = site.bias.rpartition(".")
         graph_module.get_submodule(owner)._parameters.pop(name, None)
     owner, _, name = site.name.rpartition(".")

@@ -1,11 +1,12 @@
-"""Widths: features inside a model that fewer features can stand in for.
+"""Widths: features inside a model that can be replaced by fewer features.
 
-A *width* is what lies between layers: the hidden features of a feed-forward block or of a bottleneck, the channels of
-an attention head in which queries meet keys, or in which values are averaged. Unlike a rank, which has to fall below
-O D / (O + D) before it saves anything, every feature less saves its share of the layers on both sides.
+A *width* is a set of features between layers: the hidden features of a feed-forward block or of a bottleneck, the
+features of an attention head over which queries and keys are multiplied, or those of its values. A rank only saves
+something below O D / (O + D), but each removed feature saves its share of the layers on both sides.
 
-Shapes: a width has `heads` heads of `features` features, which keep r each. Where `repeat` > 1, that many heads of the
-reader (queries, or attention outputs) share one head of the writer (keys and values), as in grouped-query attention.
+Shapes: a width has `heads` heads of `features` features, of which each keeps r. Where `repeat` > 1, that many heads of
+the reader (queries, or attention outputs) share one head of the writer (keys and values), as in grouped-query
+attention.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class Operand:
     """How a product reads heads of features.
 
     Attributes:
-        position: among the product's arguments.
-        scale: what they are multiplied by on the way.
-        transposed: features come before positions.
-        copies: each head is repeated this many times.
+        position: the position among the product's arguments.
+        scale: the factor by which the features are multiplied before.
+        transposed: whether features come before positions.
+        copies: the number of times that each head is repeated.
     """
 
     position: int
@@ -39,25 +40,27 @@ class Operand:
 
 @dataclass(frozen=True)
 class Width:
-    """Features that may become fewer. Nodes go by their names, so that copies of a graph may share the record.
+    """Features whose number may be reduced. Nodes are stored by name, so that copies of a graph may share the record.
 
-    * "channels": producers write the features, elementwise operations and depthwise convolutions may work on them, and
-      consumers read them. A choice of them stays, from which least squares predicts the others for the consumers.
-    * "queries": two producers, of queries and of keys, meet in a product that sums over the features of each head;
-      there are no consumers. Any basis of the features will do.
-    * "values": one producer, one consumer, and between them an average over positions. Any basis will do.
+    * "channels": producers output the features, elementwise operations and depthwise convolutions may process them, and
+      consumers read them. A subset of the features is kept, from which the consumers predict the others by least
+      squares.
+    * "queries": two producers, of queries and of keys, are multiplied in a product that sums over the features of each
+      head; there are no consumers. The basis of the features is arbitrary.
+    * "values": one producer, one consumer, and an average over positions between them. The basis is arbitrary.
 
     Attributes:
-        name: after the layer that reads the features, or that writes the queries; unique among widths of one kind.
-        producers: the nodes of the layers that write the features.
-        rows: for each producer its rows that write them, head by head, heads * features (queries: * repeat) of them.
-        consumers: the nodes of the layers that read them, in the order of columns that the producers' rows have.
+        name: the name of the layer that reads the features, or that outputs the queries; unique among widths of one
+            kind.
+        producers: the nodes of the layers that output the features.
+        rows: the rows of each producer that output them, head by head: heads * features, for queries also * repeat.
+        consumers: the nodes of the layers that read them; their columns have the order of the producers' rows.
         between: nodes whose parameters or constants have one entry for each feature.
-        product: of heads: the node that sums over the features or averages them.
-        operands: of heads: how the product reads each producer.
-        sequence_first: of heads: positions lead in the producers' outputs, in place of the batch.
-        layer_names: `Site.name` of the producers and then of the consumers, each once, by `passes.FindWidths`. Other
-            graphs of the same model may call their nodes otherwise, but not their layers.
+        product: for heads, the node that sums over the features or averages them.
+        operands: for heads, how the product reads each producer.
+        sequence_first: for heads, whether positions come first in the producers' outputs, before the batch.
+        layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In
+            other graphs of the same model, nodes may have other names, but layers may not.
     """
 
     kind: WidthKind
@@ -76,7 +79,7 @@ class Width:
 
     @property
     def key(self) -> str:
-        """What identifies the width in all graphs of the same model."""
+        """Identifies the width in all graphs of the same model."""
         return f"{self.kind} {self.name}"
 
     @property
@@ -87,12 +90,12 @@ class Width:
 
 @dataclass(frozen=True)
 class WidthMaps:
-    """The maps of one width at one size: features h give way to R h, and are read as L R h.
+    """The maps of one width at one size: features h are replaced by R h, and read as L R h.
 
     Attributes:
         left, right: L [heads, features, r] and R [heads, r, features].
-        kept: [r], the features that R chooses, of channels; None where R does not choose.
-        mean: [heads * repeat * features], E[h] as the reader sees it: what L R h lacks of it moves into its bias.
+        kept: [r], the features that R selects, for channels; None if R does not select features.
+        mean: [heads * repeat * features], E[h] at the reader, to whose bias W (I - L R) E[h] is added.
     """
 
     left: Tensor
@@ -103,15 +106,15 @@ class WidthMaps:
 
 @dataclass(frozen=True)
 class WidthCurve:
-    """What each size of a width loses.
+    """The error of each size of a width.
 
     Attributes:
-        distortion: at sizes 0 .. features, in the metric of the layers that read it (`passes.ScoreWidths`).
-        loss: what the loss rises by, to second order, where no feature is left.
-        order: [features], of channels, the last to go first.
-        covariances: of channels, [features, features] float64 for each reader.
-        left, right: [heads, features, features], of heads: at size r, left[..., :r] and right[:, :r].
-        means: for each reader, as in `WidthMaps`.
+        distortion: the error at sizes 0 .. features, in the metric of the layers that read it (`passes.ScoreWidths`).
+        loss: the increase of the loss, to second order, when all features are removed.
+        order: [features], for channels, the last one removed first.
+        covariances: for channels, [features, features] float64 for each reader.
+        left, right: for heads, [heads, features, features]; at size r, left[..., :r] and right[:, :r].
+        means: the mean for each reader, as in `WidthMaps`.
     """
 
     distortion: tuple[float, ...]
@@ -123,11 +126,11 @@ class WidthCurve:
     means: tuple[Tensor, ...] = ()
 
     def normalised(self, distortion: float) -> float:
-        """`distortion` as a share of what losing all features would do."""
+        """`distortion` as a share of the distortion without any features."""
         return distortion / self.distortion[0] if self.distortion[0] > 0 else 0.0
 
     def kept(self, size: int) -> Tensor | None:
-        """[size], which features stay, of channels; None of heads, which get a new basis."""
+        """[size], the features that are kept, for channels; None for heads, which get a new basis."""
         return None if self.order is None else self.order[:size].sort().values
 
     def maps(self, size: int, reader: int = 0) -> WidthMaps:

@@ -1,4 +1,4 @@
-"""What a site costs as a function of its rank."""
+"""The cost of a site as a function of its rank."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from balf_fx.graph.curves import Candidate, EnergyCurve, PartRanks, Rank, RankCu
 from balf_fx.graph.site import Site
 from balf_fx.ranks.spectra import tail_energies
 
-_POINTS = 64  # of an energy curve: more than a picture shows, few enough to be kept with the model
+_POINTS = 64  # points of an energy curve: enough for a plot, few enough to store with the model
 
 
 def rank_params(site: Site, rank: Rank, bias: bool) -> int:
-    """Parameters of a site at a rank; with `bias` a site that has none gains one for what is not dense."""
+    """Parameters of a site at a rank; with `bias`, a site without a bias gets one for its parts that are not dense."""
     outputs, inputs = site.out_features, site.in_features
     total, parts, dense = _spread(rank)
     weights = total * (outputs // parts + inputs) + dense * (outputs // parts * inputs)
@@ -30,11 +30,11 @@ def rank_params(site: Site, rank: Rank, bias: bool) -> int:
 def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -> int:
     """FLOPs of a site at a rank.
 
-    The first factor is the layer itself with r outputs per group in place of O; the second takes r multiply-adds for
-    each element of the output, or of that part of the output to which the rank belongs.
+    The first factor is the layer itself with r outputs per group in place of O. The second needs r multiply-adds for
+    each element of the output, or of the part of the output to which the rank belongs.
 
     Args:
-        dense_flops, output_elements: of all uses of the site together.
+        dense_flops, output_elements: sums over all uses of the site.
     """
     if dense_flops == 0:
         return 0
@@ -45,7 +45,7 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
 
 
 def _spread(rank: Rank) -> tuple[int, int, int]:
-    """The outputs of the first factor per group, how many parts there are, and how many of them stay dense."""
+    """The first factor's outputs per group, the number of parts, and the number of parts that stay dense."""
     ranks = rank if isinstance(rank, tuple) else (rank,)
     return sum(r or 0 for r in ranks), len(ranks), ranks.count(None)
 
@@ -53,10 +53,10 @@ def _spread(rank: Rank) -> tuple[int, int, int]:
 def rank_curve(
     site: Site, spectrum: Spectrum, dense_flops: int, output_elements: int, parts: Spectrum | None = None
 ) -> RankCurve:
-    """Every choice there is for a site: ranks 1 .. break-even, ranks of its parts, then dense at distortion 0.
+    """All candidates of a site: ranks 1 .. break-even, ranks of its parts, then dense with distortion 0.
 
     Args:
-        parts: the spectrum of the site's parts, if these may have factors of their own.
+        parts: the spectrum of the site's parts, if these may have separate factors.
     """
     tail = tail_energies(spectrum)
     bias = site.bias is not None or spectrum.mean is not None
@@ -65,7 +65,7 @@ def rank_curve(
         flops = rank_flops(site, rank, dense_flops, output_elements)
         return Candidate(rank, flops, rank_params(site, rank, bias), distortion)
 
-    # Break-even is below min(O, D): the tail reaches that far.
+    # Break-even is below min(O, D), so the tail has an entry for every rank.
     joint = [candidate(rank, tail[rank]) for rank in range(1, site.break_even + 1)]
     split = [] if parts is None else [candidate(*choice) for choice in _parts_choices(site, parts, tail)]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
@@ -73,7 +73,7 @@ def rank_curve(
 
 
 def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:
-    """What ranks of the site as a whole keep, up to the full rank; a site of no energy keeps all of it."""
+    """The share of energy kept by ranks of the whole site, up to full rank; 1 for a site without energy."""
     tail = tail_energies(curve.spectrum)
     steps = min(_POINTS - 1, site.full_rank)
     ranks = sorted({max(i, round(site.full_rank * (i / steps) ** 2)) for i in range(steps + 1)})
@@ -81,22 +81,22 @@ def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:
 
 
 def largest_part_rank(site: Site) -> int:
-    """The largest rank of a part: at its D inputs the part had better stay dense."""
+    """The largest rank of a part; below D, since at rank D a dense part is cheaper."""
     return min(site.out_features // site.parts, site.in_features - 1)
 
 
 def parts_candidate(site: Site, parts: Spectrum, ranks: PartRanks, dense_flops: int, output_elements: int) -> Candidate:
-    """The choice of one rank, or None for dense, for each part of a site."""
+    """The candidate with one rank, or None for dense, for each part of a site."""
     lost = [float(row[rank:].sum()) for row, rank in zip(parts.energies, ranks, strict=True) if rank is not None]
     flops = rank_flops(site, ranks, dense_flops, output_elements)
     return Candidate(ranks, flops, rank_params(site, ranks, site.bias is not None or parts.mean is not None), sum(lost))
 
 
 def _parts_choices(site: Site, parts: Spectrum, tail: Sequence[float]) -> Iterator[tuple[PartRanks, float]]:
-    """Ranks of the parts, ascending in cost, that lose less than whatever costs no more, with what they lose.
+    """Yield ranks of the parts with their distortion, ascending in cost, each better than all that cost no more.
 
-    Any of the parts may stay dense. A component costs the same in each of the others, so that there the largest
-    energies are the best choice; each keeps one component at least.
+    Any of the parts may stay dense. A component costs the same in each of the other parts, so the components with the
+    largest energies are the best choice there. Each of these parts keeps at least one component.
     """
     outputs, inputs, largest = site.out_features // site.parts, site.in_features, largest_part_rank(site)
     price = outputs + inputs

@@ -1,15 +1,17 @@
-"""Low-rank factors that spare the weights that matter most: pure tensor functions (AIR, arXiv 2606.19993).
+"""Low-rank factors with an error weighted by the influence of each weight (AIR, arXiv 2606.19993).
 
-Whitening by the Cholesky factor L of E[x x^T] turns the output error of a low-rank A B into the plain error of P Q as
-an approximation of M = W L, with A = P and B = Q L^-1: E|(W - A B) x|^2 = |M - P Q|^2. AIR weighs that error element
-by element with 1 + delta * influence, where the influence of a weight is |dLoss/dW * W|, or the diagonal Fisher
-information (dLoss/dW)^2. L is lower-triangular: column j of M is made of the columns of W from j on, of its own first
-of all. So the elements of M stay aligned with those of W, as with an eigenvector root they would not.
+Let L be the Cholesky factor of E[x x^T], L L^T = E[x x^T]. The output error of a low-rank A B is then the plain error
+of P Q as an approximation of M = W L, with A = P and B = Q L^-1: E|(W - A B) x|^2 = |M - P Q|^2. AIR multiplies the
+squared error of each element by w = 1 + delta * influence, where the influence of a weight is |dLoss/dW * W| or the
+diagonal Fisher information (dLoss/dW)^2. L is lower-triangular, so column j of M combines the columns of W from j on,
+mainly column j itself. The elements of M therefore stay aligned with those of W, which an eigenvector root of
+E[x x^T] would not ensure.
 
-The weighted problem has no closed form. From the truncated SVD of M, which is the optimum without weights, a sweep over
-the components solves for the right and then the left factor of a few of them at a time. Given one factor, each row or
-column of the other is an exact weighted least squares, so that the weighted error never rises. The published sweep
-takes one component at a time; a block of them descends further and reads the weights less often.
+The weighted problem has no closed form. The truncated SVD of M is the optimum without weights, and the start of the
+sweeps. A sweep over the components solves for the right and then the left factor of a few of them at a time. Given one
+factor, each row or column of the other is the solution of an exact weighted least-squares problem, so the weighted
+error never increases. The published sweep solves for one component at a time; blocks reach a lower error and read the
+weights less often.
 
 Shapes: weights, influences and M are [G, O, D], the factors P [G, O, r] and Q [G, r, D]. Results have the dtype and the
 device of the input.
@@ -27,25 +29,25 @@ from balf_fx.calibration.observers import WeightGradients
 Signal = Literal["weight_gradient", "fisher"]
 
 
-_SLICE_ELEMENTS = 1 << 17  # what an update works on stays in the cache
+_SLICE_ELEMENTS = 1 << 17  # small enough that the operands of an update stay in the cache
 
 
 def influence(seen: WeightGradients, weight: Tensor, signal: Signal) -> Tensor:
-    """How much the loss minds each weight, in any unit.
+    """The influence of each weight on the loss, [G, O, D], in any unit.
 
     Args:
         seen: [G, O, D], the gradients of all calibration batches.
         weight: W [G, O, D].
-        signal: "weight_gradient" for |dLoss/dW * W|, "fisher" for (dLoss/dW)^2, on average over the batches.
+        signal: "weight_gradient" for |dLoss/dW * W|, "fisher" for (dLoss/dW)^2, averaged over the batches.
     """
     return weight.abs() * seen.absolute if signal == "weight_gradient" else seen.squares.to(weight.dtype)
 
 
 def error_weights(influence: Tensor, delta: float, limit: float) -> Tensor:
-    """1 + delta * influence, with the influence scaled to a mean of 1 in each matrix and cut off at `limit` then.
+    """1 + delta * influence, with the influence scaled to a mean of 1 in each matrix and then clipped at `limit`.
 
     Args:
-        influence: [G, O, D]; where all of a matrix is zero, its weights are 1.
+        influence: [G, O, D]; a matrix of zeros has weights of 1.
     """
     mean = influence.mean((-2, -1), keepdim=True)
     scaled = influence / torch.where(mean > 0, mean, 1.0)
@@ -53,12 +55,12 @@ def error_weights(influence: Tensor, delta: float, limit: float) -> Tensor:
 
 
 def cholesky_root(moment: Tensor, damping: float) -> Tensor:
-    """The lower-triangular L with L L^T = E[x x^T], damped so that it has an inverse.
+    """The lower-triangular L with L L^T = E[x x^T], damped so that it is invertible.
 
     Args:
-        moment: [G, D, D], singular or not.
-        damping: what is added to each eigenvalue, as a share of their mean; ten times as much wherever rounding leaves
-            the sum indefinite, as often as it takes.
+        moment: E[x x^T] [G, D, D], which may be singular.
+        damping: the value added to each eigenvalue, as a share of their mean. It is multiplied by ten as often as
+            needed where rounding leaves the matrix indefinite.
     """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     unit = torch.where(mean > 0, mean, 1.0)
@@ -73,17 +75,17 @@ def cholesky_root(moment: Tensor, damping: float) -> Tensor:
 
 
 def sweep(target: Tensor, weights: Tensor, left: Tensor, right: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Refine P and Q once, the last components first, for less of the weighted error sum w (M - P Q)^2.
+    """Refine P and Q once, the last components first, to reduce the weighted error sum w (M - P Q)^2.
 
-    The weighted residual Z = w * (M - P Q) is all that is kept of M: a factor's change dQ solves, column by column,
-    (P^T diag(w) P) dq = P^T z. All of these systems come out of one product of w with the pairwise products of the
-    block's components, so that a block reads w and Z a few times in all.
+    Only the weighted residual Z = w * (M - P Q) is stored. The change dQ of a factor solves the normal equations
+    (P^T diag(w) P) dq = P^T z for each column. The matrices of all these systems are one product of w with the
+    pairwise products of the block's components, so a block reads w and Z only a few times.
 
     Args:
         target: M [G, O, D].
         weights: w [G, O, D], positive.
         left, right: P [G, O, r] and Q [G, r, D].
-        block: how many components are solved for together; 1 is the sweep as published.
+        block: the number of components solved for together; 1 is the sweep as published.
 
     Returns:
         P, with columns of length 1, and Q.
@@ -114,7 +116,7 @@ def _normalise(factor: Tensor, other: Tensor, dim: int) -> None:
 
 
 def _least_squares(fixed: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
-    """The change of the free factor that leaves the least weighted error.
+    """The change of the free factor that minimises the weighted error.
 
     Args:
         fixed: the other factor of the block, [G, b, n], each component of length 1.
@@ -129,7 +131,7 @@ def _least_squares(fixed: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
     gram = products.new_empty(*products.shape[:-1], size, size)
     gram[..., rows, columns] = products
     gram[..., columns, rows] = products
-    # A ridge shortens the step, and the error falls with any: components that coincide or vanish need no case.
+    # A ridge only shortens the step, and the error still decreases: equal or zero components need no special case.
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal += 10 * size * torch.finfo(gram.dtype).eps * diagonal.amax(-1, keepdim=True)
     root, failed = torch.linalg.cholesky_ex(gram)
@@ -138,7 +140,7 @@ def _least_squares(fixed: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
 
 
 def _explain(residual: Tensor, weights: Tensor, left: Tensor, right: Tensor) -> None:
-    """Take w * (P Q) out of the weighted residual, in place."""
+    """Subtract w * (P Q) from the weighted residual, in place."""
     rows = max(_SLICE_ELEMENTS // residual.shape[-1], 1)
     slices = (torch.split(value, rows, -2) for value in (residual, weights, left))
     for own, weight, factor in zip(*slices, strict=True):
@@ -153,12 +155,12 @@ def refined_factors(
     Args:
         weight: W [G, O, D].
         root: L [G, D, D], from `cholesky_root`.
-        weights: of the errors, [G, O, D].
-        left: U [G, O, r], the leading left singular vectors of W L, with which the first sweep starts.
-        dtype: of the sweeps.
+        weights: w [G, O, D], from `error_weights`.
+        left: U [G, O, r], the leading left singular vectors of W L, from which the first sweep starts.
+        dtype: the dtype of the sweeps.
     """
     target = weight @ root
-    scale = target.square().mean((-2, -1), keepdim=True).sqrt()  # squares of what is left stay within range
+    scale = target.square().mean((-2, -1), keepdim=True).sqrt()  # so that squares of the residual stay in range
     target = target / torch.where(scale > 0, scale, 1.0)
     p, q, target, weights = (value.to(dtype) for value in (left, left.mT @ target, target, weights))
     for _ in range(sweeps):

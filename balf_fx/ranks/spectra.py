@@ -1,17 +1,24 @@
-"""Pure tensor functions: statistics and a weight in, spectrum and factors out.
+"""Pure tensor functions that compute spectra and factors from statistics and a weight.
 
-Shapes (see `sites`): a weight is [G, O, D], covariances are [G, O, O] of the output W x or [G, D, D] of the input x,
-energies [G, m] with m = min(O, D) or O. Everything is float64 on the device of its input.
+Shapes (see `graph.site`): a weight is [G, O, D], covariances are [G, O, O] of the output W x or [G, D, D] of the input
+x, energies are [G, m] with m = min(O, D) or O. Everything is float64 on the device of its input.
 
-The one-shot optimum. Let C = Cov(W x) with eigenvectors U. The best rank-r affine map in E|y - y'|^2 is
-W' = U_r U_r^T W with b' = b + (I - U_r U_r^T) E[W x], and its error is the sum of the dropped eigenvalues. It spans the
-same subspace with the same error as whitening x, truncating the SVD and unwhitening (BALF, arXiv 2509.25136), but
-nothing is inverted, so singular statistics are no special case.
+The one-shot optimum. Let y = W x + b, and let U_r be the leading r eigenvectors of C = Cov(W x). The rank-r affine map
+y' = W' x + b' that minimises E|y - y'|^2 is
 
-Sensitivity. Where the loss has the gradient g at the output, E|S (y - y')|^2 with S S = E[g g^T] weighs errors by how
-sensitive the loss is to them. The optimum truncates the PCA of S W x: W' = S^-1 U_r U_r^T S W (two-sided factors). S is
-damped, so that it has an inverse, and scaled to a mean square of 1, so that energies compare with those of the plain
-optimum.
+    W' = U_r U_r^T W,    b' = b + (I - U_r U_r^T) E[W x],
+
+and its error is the sum of the dropped eigenvalues of C. Whitening x, truncating the SVD and unwhitening (BALF, arXiv
+2509.25136) gives the same subspace and the same error, but needs an inverse. Here nothing is inverted, so singular
+statistics need no special case.
+
+Sensitivity. Let g be the gradient of the loss at the output and S S = E[g g^T]. Then E|S (y - y')|^2 weights errors by
+the sensitivity of the loss to them. With U_r the leading eigenvectors of S C S, the optimum is
+
+    W' = S^-1 U_r U_r^T S W.
+
+S is damped, so that it is invertible, and scaled to a mean square of 1, so that energies are comparable with those of
+the plain optimum.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from balf_fx.ranks.hulls import lower_hull, segments
 
 
 def in_parts(value: Tensor, parts: int) -> Tensor:
-    """[G, O, ...] cut along O into [G * parts, O / parts, ...]."""
+    """[G, O, ...] split along O into [G * parts, O / parts, ...]."""
     return value.reshape(value.shape[0] * parts, value.shape[1] // parts, *value.shape[2:])
 
 
@@ -36,7 +43,7 @@ def diagonal_blocks(matrix: Tensor, parts: int) -> Tensor:
 
 
 def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [..., m] descending and clamped at zero, eigenvectors [..., m, m] as columns in that order."""
+    """Eigenvalues [..., m], descending and clamped at zero, and eigenvectors [..., m, m] as columns in that order."""
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
@@ -45,9 +52,9 @@ def damped_roots(gradient: Tensor, damping: float, unit: Tensor | None = None) -
     """The square root S of a second moment of gradients, and its inverse.
 
     Args:
-        gradient: [G, m, m]; where its unit is zero, S is the identity.
+        gradient: E[g g^T] [G, m, m]; where its unit is zero, S is the identity.
         damping: the share of the unit that is added to each eigenvalue.
-        unit: [G, 1], what counts as 1; None for the mean eigenvalue, which gives S S a trace of m.
+        unit: [G, 1], the eigenvalue that is scaled to 1; None for the mean eigenvalue, so that S S has trace m.
 
     Returns:
         S and S^-1, [G, m, m].
@@ -67,14 +74,15 @@ def damped(gradient: Tensor, damping: float, unit: Tensor) -> Tensor:
 
 
 def held_out_errors(spectrum: Spectrum, covariance: Tensor, mean: Tensor | None, metric: Tensor) -> Tensor:
-    """What each rank loses on other samples than those that the spectrum was made from, [G, m + 1].
+    """The error of each rank on other samples than those of the spectrum, [G, m + 1].
 
-    E tr M (y - L_r R_r y)(y - L_r R_r y)^T around the spectrum's own mean, for every r at once: its three terms are
-    running sums.
+    The error is E tr M (y - L_r R_r y)(y - L_r R_r y)^T around the spectrum's own mean. It is computed for all r at
+    once, since its three terms are cumulative sums.
 
     Args:
-        covariance, mean: of y on the other samples, [G, m, m] and [G, m]; uncentred where the spectrum has no mean.
-        metric: M [G, m, m], what errors cost there.
+        covariance, mean: the moments of y on the other samples, [G, m, m] and [G, m]; the covariance is uncentred if
+            the spectrum has no mean.
+        metric: M [G, m, m], the metric of errors on the other samples.
     """
     left, right = spectrum.maps(spectrum.energies.shape[-1])
     if mean is not None and spectrum.mean is not None:
@@ -88,7 +96,7 @@ def held_out_errors(spectrum: Spectrum, covariance: Tensor, mean: Tensor | None,
 
 
 def convex_energies(errors: Tensor) -> Tensor:
-    """Energies [G, m], descending, whose tails are the largest convex function below the errors [G, m + 1]."""
+    """Descending energies [G, m] whose tail sums are the largest convex function below the errors [G, m + 1]."""
     energies = torch.zeros_like(errors[..., 1:])
     ranks = range(errors.shape[-1])
     for own, row in zip(energies, errors.tolist(), strict=True):
@@ -105,8 +113,8 @@ def spectrum_from_output(
 
     Args:
         covariance: [G, O, O], centred or not.
-        mean: [G, O], E[W x], for the bias correction; None leaves the bias alone.
-        roots: S and S^-1, [G, O, O], which weigh errors by the sensitivity of the loss; None for plain squared errors.
+        mean: E[W x] [G, O], for the correction of the bias; None leaves the bias unchanged.
+        roots: S and S^-1 [G, O, O], which weight errors by the sensitivity of the loss; None for plain squared errors.
     """
     if roots is None:
         energies, left = _descending_eigh(covariance)
@@ -121,13 +129,13 @@ def spectrum_from_input(
 ) -> Spectrum:
     """The same optimum from the second moment of x, cheaper where D < O.
 
-    With the thin W = Q R the output moves in the m-dimensional range of Q, m = min(O, D), and |W x| = |R x|, so the
-    eigenvectors of R Cov(x) R^T [G, m, m], mapped through Q, are those of Cov(W x).
+    With the thin QR decomposition W = Q R, the output W x lies in the m-dimensional range of Q, m = min(O, D), and
+    |W x| = |R x|. So if V are the eigenvectors of R Cov(x) R^T [G, m, m], Q V are those of Cov(W x).
 
     Args:
-        weight: [G, O, D].
-        covariance: [G, D, D], centred or not; one for all groups of the weight where G is 1.
-        mean: [G, D], E[x], likewise, for the bias correction; None leaves the bias alone.
+        weight: W [G, O, D].
+        covariance: [G, D, D], centred or not; or [1, D, D] for all groups of the weight.
+        mean: E[x] [G, D] or [1, D], for the correction of the bias; None leaves the bias unchanged.
         roots: S and S^-1 [G, m, m] of the gradient Q^T g in the range of Q.
     """
     basis, reduced = torch.linalg.qr(weight)
@@ -144,7 +152,7 @@ def spectrum_from_weight(weight: Tensor) -> Spectrum:
 
 
 def tail_energies(spectrum: Spectrum) -> list[float]:
-    """Distortion at ranks 0, 1, .., m: what the dropped components of all groups add up to."""
+    """Distortion at ranks 0, 1, .., m: the sum of the dropped energies over all groups."""
     dropped = spectrum.energies.sum(0).flip(0).cumsum(0).flip(0)
     return [*dropped.tolist(), 0.0]
 
@@ -158,7 +166,7 @@ def factors(weight: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tens
 def corrected_bias(bias: Tensor | None, spectrum: Spectrum, rank: int) -> Tensor | None:
     """b + (I - L R) E[W x] with W' = L R W, float64 [G, O].
 
-    What the dropped components contribute on average moves into the bias.
+    The mean contribution of the dropped components is added to the bias.
 
     Args:
         bias: [G, O] float64 or None.

@@ -1,8 +1,8 @@
-"""The original and the compressed model side by side: every node is run for all batches before the next one.
+"""Runs the original and the compressed model side by side: each node for all batches before the next node.
 
-Where the two do not differ there is one value for both. A value is freed when its last reader has run, so that a walk
-costs about two forward passes, and what is alive at once is what one layer of each batch is. Beyond a number of bytes
-these values wait in files, and those of one batch at a time are mapped into memory (`offload`).
+Where the two models do not differ, they share one value. A value is freed when its last reader has run. A walk
+therefore takes about as long as two forward passes, and only the values of one layer are alive for all batches. Beyond
+a limit in bytes these values are kept in files and mapped into memory one batch at a time (`refit.offload`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Batch:
     """The values of one batch that are alive, by node.
 
     Attributes:
-        index: of the batch among all.
-        original: of the original model.
-        compressed: of the compressed model, where these differ.
+        index: the index of the batch.
+        original: values of the original model.
+        compressed: values of the compressed model, where these differ.
     """
 
     def __init__(self, index: int, shelf: Shelf) -> None:
@@ -49,18 +49,18 @@ class Batch:
         return self.compressed[node] if node in self.compressed else self.original[node]
 
     def free(self, nodes: Iterable[fx.Node]) -> None:
-        """Forget some values."""
+        """Free the values of some nodes."""
         for node in nodes:
             self.original.pop(node, None)
             self.compressed.pop(node, None)
 
     def load(self) -> None:
-        """Have the values at hand."""
+        """Load the values into memory."""
         if self._shelf.used:
             self.original, self.compressed = self._shelf.load((self.original, self.compressed))
 
     def leave(self, room: int) -> int:
-        """Park the values if they have been parked before or need more bytes than there are; returns these bytes."""
+        """Move the values to files if they were there before or exceed `room`; returns the bytes left in memory."""
         nbytes = self._shelf.nbytes((self.original, self.compressed))
         if not self._shelf.used and nbytes <= room:
             return nbytes
@@ -72,10 +72,10 @@ class Lockstep:
     """Runs the nodes of a graph.
 
     Args:
-        inputs: of each batch, the values of the graph's placeholders by name; an item is only read when one of its
+        inputs: the values of the graph's placeholders by name, for each batch; an item is only read when one of its
             values is needed.
-        handed: likewise, the values that the compressed model has in place of some of these; empty where there are
-            none.
+        handed: the values that the compressed model has in place of some of `inputs`, for each batch; empty if there
+            are none.
         memory: bytes of values that may be in memory, apart from those of the batch that is being run.
 
     Attributes:
@@ -101,7 +101,7 @@ class Lockstep:
         self._handed_names = {name for values in handed for name in values}
 
     def is_handed(self, node: fx.Node) -> bool:
-        """Whether a node is a placeholder with a value of its own in the compressed model."""
+        """Whether a node is a placeholder whose value differs in the compressed model."""
         return node.op == "placeholder" and node.target in self._handed_names
 
     def run(
@@ -114,10 +114,10 @@ class Lockstep:
         """Run the nodes in their order.
 
         Args:
-            layers: those that the compressed model may replace.
-            replace: called with each of the layers when the original model has run it, for all batches; stores the
-                compressed model's values, unless they stay the same.
-            track: returns the nodes one by one, and may show how far the walk has come.
+            layers: the nodes that the compressed model may replace.
+            replace: called with each of the layers once the original model has run it for all batches; it stores the
+                compressed model's values, unless they are the same.
+            track: yields the nodes one by one, and may show the progress.
         """
         last_reads = _last_reads(nodes)
         with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
@@ -132,7 +132,7 @@ class Lockstep:
                     batch.original[node] = self._original(node, batch)
                     if moves:
                         batch.compressed[node] = self._compressed(node, batch)
-                    if node not in layers:  # at once, so that the next batch's values can take the place of this one's
+                    if node not in layers:  # at once, so that the next batch's values can reuse the memory
                         batch.free(last_reads[node])
                 if moves:
                     self.moved.add(node)
@@ -142,7 +142,7 @@ class Lockstep:
                         batch.free(last_reads[node])
 
     def batches(self) -> Iterator[Batch]:
-        """One batch after the other; no value of a batch may be kept when the next one comes."""
+        """Yield one batch after the other; the caller may keep no value of a batch beyond its turn."""
         total = sum(self._nbytes)
         for index, batch in enumerate(self._batches):
             batch.load()
@@ -152,33 +152,33 @@ class Lockstep:
             total += self._nbytes[index]
 
     def store(self, node: fx.Node, value: Callable[[Batch], Any]) -> None:
-        """Give the compressed model a value of its own."""
+        """Store a node's value for the compressed model."""
         for batch in self.batches():
             batch.compressed[node] = value(batch)
         self.moved.add(node)
 
     def _pinned(self) -> set[int]:
-        """The storages that stay in memory in any case: the caller's and the model's."""
+        """The storages that stay in memory in any case: those of the caller and of the model."""
         tensors = [*resident(self.inputs), *resident(self.handed)]
         tensors += [*self.graph_module.parameters(), *self.graph_module.buffers()]
         plain = [tensor for tensor in tensors if tensor.layout is torch.strided and not is_quantized(tensor)]
         return {tensor.untyped_storage().data_ptr() for tensor in plain}
 
     def _separate(self, node: fx.Node) -> None:
-        """See to it that a node of one model does not change the other's values in place."""
+        """Copy values so that a node of one model does not change the other's values in place."""
         if not self.moved.isdisjoint(node.all_input_nodes) and changes_in_place(self.graph_module, node):
             for source in node.all_input_nodes:
                 if source not in self.moved:
                     self.store(source, partial(_cloned, source))
 
     def _original(self, node: fx.Node, batch: Batch) -> Any:
-        """What a node returns in the original model."""
+        """The value of a node in the original model."""
         if node.op == "placeholder":
             return self.inputs[batch.index][str(node.target)]
         return self._call(node, batch.before)
 
     def _compressed(self, node: fx.Node, batch: Batch) -> Any:
-        """What a node returns in the compressed model, or what this is handed in its place."""
+        """The value of a node in the compressed model, or the one handed to it in its place."""
         if node.op == "placeholder":
             values, name = self.handed[batch.index], str(node.target)
             return values[name] if name in values else _cloned(node, batch)
@@ -194,7 +194,7 @@ def _cloned(node: fx.Node, batch: Batch) -> Any:
 
 
 def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """The nodes whose values nobody reads after a node, by that node."""
+    """For each node, the nodes whose values it is the last to read."""
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         last[node] = node

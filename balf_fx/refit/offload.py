@@ -1,4 +1,4 @@
-"""Tensors that wait in files until they are needed again."""
+"""Keeps tensors in files until they are needed again."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class _Parked:
 
 
 class Shelf:
-    """Takes the tensors of nested values to files and back: what shares a storage still does so afterwards.
+    """Moves the tensors of nested values to files and back; tensors that share a storage still share it afterwards.
 
     Args:
-        folder: where the files are.
-        pinned: the addresses of storages that stay where they are.
+        folder: the folder of the files.
+        pinned: the addresses of storages that stay in memory.
     """
 
     def __init__(self, folder: Path, pinned: Set[int]) -> None:
         self._folder = folder
         self._pinned = pinned
         self._paths: set[Path] = set()
-        self._mapped: dict[int, tuple[Path, Tensor]] = {}  # by address, which no other storage takes meanwhile
+        self._mapped: dict[int, tuple[Path, Tensor]] = {}  # by address, which is unique while the storage is alive
 
     @property
     def used(self) -> bool:
@@ -53,12 +53,12 @@ class Shelf:
         return bool(self._paths)
 
     def nbytes(self, values: Any) -> int:
-        """How much memory `park` would free."""
+        """The bytes of memory that `park` would free."""
         leaves = [leaf for leaf in pytree.tree_leaves(values) if self._takes(leaf)]
         return sum({leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves}.values())
 
     def park(self, values: Any) -> Any:
-        """The values with tensors left to files; what was mapped from one is there already."""
+        """The values with their tensors moved to files; tensors that were mapped from a file are already in it."""
         written: dict[int, Path] = {}
 
         def parked(tensor: Tensor) -> Tensor | _Parked:
@@ -77,7 +77,7 @@ class Shelf:
         return result
 
     def load(self, values: Any) -> Any:
-        """The values with tensors that are mapped from their files: only what is read comes into memory."""
+        """The values with tensors mapped from their files, so that only the parts that are read use memory."""
         result, bases = _load(values, shared=True)
         self._keep(set(bases))
         on_cpu = {path: base for path, base in bases.items() if base.device.type == "cpu"}
@@ -97,11 +97,11 @@ class Shelf:
 
 
 class Shelved(Sequence[Any]):
-    """Nested values, those beyond a number of bytes in temporary files.
+    """A sequence of nested values that keeps those beyond a limit in bytes in temporary files.
 
-    A value that fits into memory is kept as it was appended. Of any other the tensors are copied to files at once, and
-    each access maps these files anew: changes in place do not reach them. Tensors of one value that share a storage
-    still do so. The files are removed by `close`, at the end of a `with` block, or with the sequence itself.
+    A value that fits into memory is kept as it was appended. The tensors of other values are copied to files at once,
+    and each access maps these files again: changes in place do not reach them. Tensors of one value that share a
+    storage still share it. The files are removed by `close`, at the end of a `with` block, or with the sequence itself.
 
     Args:
         memory: bytes of tensors that may stay in memory.
@@ -141,7 +141,7 @@ class Shelved(Sequence[Any]):
         self._values.append(value)
 
     def close(self) -> None:
-        """Let go of all values and remove the files."""
+        """Release all values and remove the files."""
         self._values.clear()
         self._remove()
 
@@ -150,7 +150,7 @@ class Shelved(Sequence[Any]):
         return [leaf for leaf in pytree.tree_leaves(self._values) if isinstance(leaf, Tensor)]
 
     def _copy(self, value: Any, spans: Mapping[int, slice]) -> Any:
-        """The value with tensors in files; of each storage only the bytes of its span are written."""
+        """The value with its tensors in files; only the bytes in the span of each storage are written."""
         written: dict[int, Path] = {}
 
         def parked(tensor: Tensor) -> Tensor | _Parked:
@@ -167,25 +167,26 @@ class Shelved(Sequence[Any]):
 
 
 def resident(values: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """The tensors that a sequence itself holds in memory, so that nobody else can free them.
+    """The tensors that a list, tuple or `Shelved` keeps in memory, so that freeing other references has no effect.
 
-    Items of a sequence of another type than these may be made anew at each access.
+    Sequences of other types may create their items at each access, and count as empty.
     """
     if isinstance(values, Shelved):
         return values.resident()
-    held = [dict(value) for value in values] if isinstance(values, list | tuple) else []  # pytree looks into dict alone
+    # Of mappings, pytree only traverses dict.
+    held = [dict(value) for value in values] if isinstance(values, list | tuple) else []
     return [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)]
 
 
 def _is_plain(leaf: Any) -> bool:
-    """Whether a leaf is a tensor that is nothing but a view of the bytes of its storage."""
+    """Whether a leaf is an ordinary tensor, fully described by the bytes of its storage."""
     if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_quantized:
         return False
     return not (leaf.is_conj() or leaf.is_neg() or leaf.numel() == 0)
 
 
 def _spans(value: Any) -> dict[int, slice]:
-    """By the address of each storage, the bytes of it that the tensors of a value cover."""
+    """The bytes of each storage that the tensors of a value cover, by the address of the storage."""
     found: dict[int, slice] = {}
     for tensor in pytree.tree_leaves(value):
         if not _is_plain(tensor):
@@ -204,7 +205,7 @@ def _load(values: Any, shared: bool) -> tuple[Any, dict[Path, Tensor]]:
     """Nested values with tensors mapped from their files, and the bytes of each file by its path.
 
     Args:
-        shared: whether changes in place are to reach the file.
+        shared: whether changes in place are written to the file.
     """
     bases: dict[Path, Tensor] = {}
 
@@ -219,7 +220,7 @@ def _load(values: Any, shared: bool) -> tuple[Any, dict[Path, Tensor]]:
 
 
 def _write(folder: Path, storage: torch.UntypedStorage, span: slice) -> Path:
-    """A new file that holds some bytes of a storage."""
+    """Write some bytes of a storage to a new file, and return its path."""
     path = folder / str(next(_NUMBERS))
     own = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[span]
     _map_file(path, len(own), shared=True).copy_(own)
@@ -227,5 +228,5 @@ def _write(folder: Path, storage: torch.UntypedStorage, span: slice) -> Path:
 
 
 def _map_file(path: Path, size: int, shared: bool) -> Tensor:
-    """[size] bytes that are those of a file."""
+    """Map a file as a tensor of [size] bytes."""
     return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)

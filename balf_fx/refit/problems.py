@@ -1,4 +1,4 @@
-"""What is solved at a layer: all of it or its left factor by regression, or its bias alone."""
+"""The problems solved at a layer: regression for all of it or for its left factor, or its bias alone."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from balf_fx.refit.targets import Target
 from balf_fx.refit.windows import Visit, Window, visits
 
 Columns = Callable[[Batch, Window], Tensor]
-"""Of a window of a batch, [G, D, n] or [G, O, n]."""
+"""A function that reads a window of a batch as [G, D, n] or [G, O, n]."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A map from some columns of the compressed model to a layer's outputs.
+    """The regression of a layer's target outputs on values of the compressed model.
 
     Attributes:
-        target: what the outputs should be.
-        importance: [P], what each position of a sample counts (`windows.visits`).
-        columns: [G, D, n], the layer's input or something made of it.
-        outputs: takes [G, O, n] out of values like the layer's output.
-        toward: [G, O, D], the map that the ridge draws to.
+        target: the target outputs.
+        importance: [P], the weight of each position of a sample (`refit.windows.visits`).
+        columns: reads [G, D, n], the layer's input or a function of it.
+        outputs: extracts [G, O, n] from values of the shape of the layer's output.
+        toward: [G, O, D], the map toward which the ridge shrinks.
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
     """
@@ -42,7 +42,7 @@ class Problem:
     spectra: Sequence[Spectrum | None]
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
-        """The solution of least error on what was held out; a dense layer without a bias is not given one."""
+        """The solution with the least error on the held-out share; a dense layer without a bias gets none."""
         train, held_out = self._sums(walk, None, (None, None))
         solution = self._best(train, held_out)
         if self.target.limits is None:
@@ -58,11 +58,11 @@ class Problem:
     def _sums(
         self, walk: Lockstep, earlier: Sequence[Solution] | None, known: tuple[Inputs | None, Inputs | None]
     ) -> tuple[Joint, Joint]:
-        """The sums of the training share and of the held-out share of all batches.
+        """The sums over the training share and over the held-out share of all batches.
 
         Args:
-            earlier: a first solution, where not all of the output is seen.
-            known: the sums over the columns, where these have been taken.
+            earlier: a first solution, which decides what errors count beyond the limits of the target; or None.
+            known: the sums over the columns of both shares, if they are already known.
         """
         groups, outputs, inputs = self.toward.shape
         shape = (groups if len(self.prior) == 1 else 1, inputs)
@@ -78,12 +78,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class BiasProblem:
-    """The bias of a layer, or part, whose weight stays as it is.
+    """The bias of a layer, or of a part, whose weight does not change.
 
     Attributes:
-        target, importance, outputs: as those of a `Problem`.
-        present: [G, O, n], what it outputs with the bias that it has.
-        bias: [G, O], this bias.
+        target, importance, outputs: as in `Problem`.
+        present: reads [G, O, n], its outputs with the present bias.
+        bias: [G, O], the present bias.
         spectrum: the metric, None for the plain squared error.
     """
 
@@ -95,14 +95,14 @@ class BiasProblem:
     spectrum: Spectrum | None
 
     def solve(self, walk: Lockstep) -> Tensor:
-        """The bias of least error, or the present one where another does not lower the error on what was held out."""
+        """The bias with the least error, or the present one if that has no larger error on the held-out share."""
         shift = best_shift(*self._residuals(walk, None), self.spectrum)
         if self.target.limits is not None:
             shift = best_shift(*self._residuals(walk, shift), self.spectrum)
         return self.bias + shift
 
     def _residuals(self, walk: Lockstep, earlier: Tensor | None) -> tuple[Residual, Residual]:
-        """What the training share and the held-out share lack; `earlier` is a first shift of the bias [G, O]."""
+        """The residuals of the training and of the held-out share; `earlier` is a first shift of the bias [G, O]."""
         nothing = Residual(0.0, torch.zeros_like(self.bias))
         shares = [nothing, nothing]
         for visit in visits(walk, self.target.node, self.target.site, (self.bias.shape[-1], 0), self.importance):

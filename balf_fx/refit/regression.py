@@ -1,10 +1,12 @@
-"""Least squares for a layer whose input is no longer what it was: y from x', with a prior map, at full or reduced rank.
+"""Least squares for a layer whose input has changed: y from x', with a prior map, at full or reduced rank.
 
 Shapes: x' is [G, D] and y [G, O] at each position; maps are [G, O, D]. Everything is float64.
 
-Ridge: M minimises E|y - M x' - b|^2 + c |M - M0|^2, c a multiple of the mean variance of x'. The best map of rank r in
-E|R (y - M x' - b)|^2 is L U_r U_r^T R M with U the eigenvectors of R M (Cov(x') + c I) M^T R^T (reduced-rank
-regression, Izenman 1975), where R and L are the spectrum's right and left maps.
+Ridge. M minimises E|y - M x' - b|^2 + c |M - M0|^2, where M0 is the prior map and c a multiple of the mean variance of
+x'. Centred, M = (Cov(y, x') + c M0) (Cov(x') + c I)^-1.
+
+Reduced rank. The best map of rank r in E|R (y - M x' - b)|^2 is L U_r U_r^T R M. Here U are the eigenvectors of
+R M (Cov(x') + c I) M^T R^T, and R and L are the spectrum's right and left maps (reduced-rank regression, Izenman 1975).
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from balf_fx.graph.curves import Solution, Spectrum
 
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge
-_BLOCK = 48  # columns of x x^T that are done at a time, or a multiple of it
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # c of the ridge, in units of the mean variance of x'
+_BLOCK = 48  # columns of x x^T that are computed at a time, or a multiple of it
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,16 @@ class Inputs:
 
     @cached_property
     def uncentred(self) -> Inputs:
-        """As if the mean were zero; made once, so that its factors are taken once."""
+        """The sums as if the mean were zero; cached, so that their Cholesky factors are computed only once."""
         return Inputs(self.count, torch.zeros_like(self.x), self.xx)
 
     def ridge(self, strength: float) -> Tensor:
-        """[G, 1, 1], what a ridge adds to the diagonal of the covariance."""
+        """[G, 1, 1], the value that a ridge adds to the diagonal of the covariance."""
         mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return strength * mean + torch.finfo(mean.dtype).tiny
 
     def factor(self, strength: float) -> Tensor | None:
-        """The Cholesky factor of the covariance with a ridge, taken once; None where it is not positive definite."""
+        """The Cholesky factor of the covariance with a ridge, cached; None if it is not positive definite."""
         if strength not in self._factors:
             damped = self.covariance.clone()
             damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
@@ -73,7 +75,7 @@ class Joint:
     """Weighted sums over positions of x', y and their products.
 
     Attributes:
-        inputs: those of x' alone; one group may serve all of y's.
+        inputs: the sums of x' alone; one group of x' may be shared by all groups of y.
         y, yx: [G, O] and [G, O, D].
     """
 
@@ -93,7 +95,7 @@ class Joint:
         return self.y / self.count
 
     def uncentred(self) -> Joint:
-        """As if both means were zero: a regression on this has no bias."""
+        """The sums as if both means were zero: a regression on them has no bias."""
         return Joint(self.inputs.uncentred, torch.zeros_like(self.y), self.yx)
 
     def cross(self) -> Tensor:
@@ -102,11 +104,11 @@ class Joint:
 
 
 class JointSums:
-    """Adds up a `Joint` chunk by chunk: products in the chunks' own precision, totals in float64.
+    """Accumulates a `Joint` chunk by chunk: products in the precision of the chunks, totals in float64.
 
     Args:
-        x, y: (G, D) and (G, O); x may have one group for all of y's.
-        known: the sums over the same x, which need not be taken again.
+        x, y: (G, D) and (G, O); one group of x may be shared by all groups of y.
+        known: the sums over the same x, if they are already known.
     """
 
     def __init__(
@@ -118,11 +120,11 @@ class JointSums:
         self._known, self._shape = known, (*y, size)
         self._count = 0.0
         self._y = zeros(groups, rows)
-        # with x: of x, of y and of 1, one below the other; where x is known only of y
+        # products of x, y and 1 with x, stacked in this order; only of y if the sums over x are known
         self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
-        """Count some positions.
+        """Add some positions.
 
         Args:
             x, y: [G, D, n] and [G, O, n].
@@ -141,12 +143,12 @@ class JointSums:
             rows *= weights.sqrt()
         self._y += (rows[:, size:-1] @ rows[:, -1:].mT).squeeze(-1)
         width = max(size // 16 // _BLOCK, 1) * _BLOCK
-        for start in range(0, size, width):  # nothing is needed of x x^T above the diagonal
+        for start in range(0, size, width):  # x x^T is symmetric: only its lower triangle is computed
             block = slice(start, min(start + width, size))
             self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
 
     def joint(self) -> Joint:
-        """What has been added up."""
+        """The sums so far."""
         inputs, yx = self._known, self._products
         if inputs is None:
             lower, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
@@ -155,14 +157,14 @@ class JointSums:
 
 
 def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
-    """Sums of one chunk, as `JointSums.add` takes it."""
+    """The sums of one chunk; arguments as in `JointSums.add`."""
     sums = JointSums((len(x), x.shape[1]), (len(y), y.shape[1]), x.device)
     sums.add(x, y, weights)
     return sums.joint()
 
 
 def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """The map [G, O, D], and its product [G, O, D] with the covariance and the ridge on it."""
+    """The ridge solution M [G, O, D], and its product M (Cov(x') + c I) [G, O, D]."""
     factor = seen.inputs.factor(strength) if prior.shape[-1] else None
     added = seen.inputs.ridge(strength) if prior.shape[-1] else 0.0
     if factor is None:
@@ -172,7 +174,7 @@ def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
 
 
 def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from what `ridge` returns."""
+    """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from the results of `ridge`."""
     left, right = spectrum.maps(spectrum.energies.shape[-1])
     seen = right @ full
     _, vectors = torch.linalg.eigh(right @ product @ seen.mT)
@@ -181,13 +183,13 @@ def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int) -> tu
 
 
 def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
-    """E (y - A B x' - b)^T M (y - A B x' - b) up to what no solution changes, of all groups.
+    """E (y - A B x' - b)^T M (y - A B x' - b) over all groups, up to a constant that is the same for all solutions.
 
     Args:
         metric: M [G, O, O], symmetric; None for the identity.
     """
     left, count = solution.left, seen.count
-    if left is None:  # the map itself is A, and B the identity
+    if left is None:  # the map itself is A, and B is the identity
         left, products, cross, mean = solution.right, seen.inputs.xx, seen.yx, seen.inputs.mean.unsqueeze(-1)
     else:
         right = solution.right
@@ -208,16 +210,16 @@ def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
 def best(
     train: Joint, held_out: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None]
 ) -> tuple[Solution, ...]:
-    """The solution of least error on what was held out, solved again on all; the prior if that has no more error.
+    """The solution with the least held-out error, solved again on all samples; the prior if its error is no larger.
 
     Args:
-        toward: [G, O, D], the map that the ridge draws to.
-        prior: the solution so far, one for each part of the outputs; what has a left factor is solved at its rank.
+        toward: [G, O, D], the map toward which the ridge shrinks.
+        prior: the solution so far, one for each part of the outputs; parts with a left factor are solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
     """
     metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
     strength = 1.0
-    if held_out.count:  # of fewer than four samples there is none
+    if held_out.count:  # nothing is held out of fewer than four samples
         options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
         errors = [total_error(held_out, option, metrics) for option in (prior, *options)]
         least = min(range(len(errors)), key=errors.__getitem__)
@@ -231,7 +233,7 @@ def best(
 
 @dataclass(frozen=True)
 class Residual:
-    """Weighted sums over positions of what a layer's output lacks.
+    """Weighted sums over positions of the residual of a layer's output.
 
     Attributes:
         count: the sum of weights.
@@ -243,7 +245,7 @@ class Residual:
 
     @classmethod
     def of(cls, values: Tensor, weights: Tensor | None) -> Residual:
-        """Of some positions: values [G, O, n], and weights [n], None for 1 each."""
+        """The sums over some positions: values [G, O, n], weights [n] or None for 1 each."""
         if weights is None:
             return cls(values.shape[-1], values.sum(-1, dtype=torch.float64))
         weights = weights.to(torch.float64)
@@ -257,13 +259,13 @@ class Residual:
         return self.total / self.count
 
     def rise(self, shift: Tensor, metric: Tensor | None) -> float:
-        """By how much E (r - s)^T M (r - s) exceeds E r^T M r for a shift s [G, O]."""
+        """The difference between E (r - s)^T M (r - s) and E r^T M r for a shift s [G, O]."""
         weighted = shift if metric is None else (metric @ shift.unsqueeze(-1)).squeeze(-1)
         return float((weighted * (shift - 2 * self.mean)).sum())
 
 
 def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -> Tensor:
-    """What to add to a bias [G, O]: the mean residual, or zero where the training share's does not lower the error.
+    """The shift of a bias [G, O]: the mean residual, or zero if that of the training share raises the held-out error.
 
     Args:
         spectrum: the metric; None for the plain squared error.
@@ -277,7 +279,7 @@ def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -
 def solutions(
     seen: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
 ) -> tuple[Solution, ...]:
-    """The regression at one strength of the ridge, part by part; arguments as in `best`."""
+    """The regression with one strength of the ridge, part by part; arguments as in `best`."""
     full, product = ridge(seen, toward, strength)
     groups = len(full) // len(prior)
     found = []
@@ -295,13 +297,13 @@ def solutions(
 
 
 def metric_of(spectrum: Spectrum) -> Tensor:
-    """M = R^T R [G, O, O], in which the spectrum's maps are the best."""
+    """M = R^T R [G, O, O], the metric for which the spectrum's maps are optimal."""
     _, right = spectrum.maps(spectrum.energies.shape[-1])
     return right.mT @ right
 
 
 def total_error(seen: Joint, solution: Sequence[Solution], metrics: Sequence[Tensor | None]) -> float:
-    """The `error` of all parts, where there are several of one group."""
+    """The sum of the `error` of all parts; several parts belong to one group."""
     total = 0.0
     for index, (part, metric) in enumerate(zip(solution, metrics, strict=True)):
         own = slice(None) if len(solution) == 1 else slice(index, index + 1)
@@ -310,7 +312,7 @@ def total_error(seen: Joint, solution: Sequence[Solution], metrics: Sequence[Ten
 
 
 def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:
-    """What a solution outputs, [G, O, n], in the precision of its input [G, D, n]."""
+    """The output of a solution, [G, O, n], in the precision of its input [G, D, n]."""
     found = []
     for part in solution:
         y = part.right.to(x.dtype) @ x

@@ -1,4 +1,4 @@
-"""What a layer should output, given the errors made before it and the limits that follow it."""
+"""The target output of a layer, given the errors made before it and the limits that follow it."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _ADDITIONS = (
 
 @dataclass(frozen=True)
 class Target:
-    """What a layer should output in the compressed model.
+    """The target output of a layer in the compressed model.
 
-    Where the output is added to another value, the error of that value counts as the layer's own. Where what follows
-    only sees it between limits, so does the regression.
+    Where the output is added to another value, the error of that value is added to the target. Where the following
+    operation clips the output to limits, differences beyond the limits do not count as errors.
 
     Attributes:
         node: the layer.
-        site: how it is applied.
-        addition: the value that its output is added to; None where there is none.
-        limits: between which its output, or the sum, is seen; None where all of it is.
+        site: its weight and geometry.
+        addition: the value to which its output is added; None if there is none.
+        limits: the limits to which its output, or the sum, is clipped; None if it is not clipped.
     """
 
     node: fx.Node
@@ -52,18 +52,18 @@ class Target:
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Target:
-        """The target of a layer, from what the graph does with its output."""
+        """The target of a layer, from the readers of its output in the graph."""
         return cls(node, site, addition_of(graph_module, node), limits_of(graph_module, node))
 
     def outputs(
         self, batch: Batch, window: Window, cut: Callable[[Tensor], Tensor], predicted: Tensor | None
     ) -> Tensor:
-        """What the layer should output in a window, [G, O, n].
+        """The target output in a window, [G, O, n].
 
         Args:
-            cut: takes [G, O, n] out of a value like the layer's output.
-            predicted: [G, O, n], what an earlier solution outputs, which decides what an error is beyond the limits;
-                None to see all of the output.
+            cut: extracts [G, O, n] from a value of the shape of the layer's output.
+            predicted: [G, O, n], the output of an earlier solution, from which the target is made beyond the limits;
+                None to ignore the limits.
         """
         wanted = window.of(by_sample(batch.original[self.node], self.site))
         other = self._other(batch)
@@ -74,7 +74,7 @@ class Target:
         return self._seen(cut(wanted + before), None if predicted is None else predicted + added) - added
 
     def _other(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """The value that the output is added to, in the original and in the compressed model."""
+        """The value to which the output is added, in the original and in the compressed model."""
         other = None if self.addition is None else batch.original.get(self.addition)
         if self.addition is None or not isinstance(other, Tensor) or other.shape != batch.original[self.node].shape:
             return None
@@ -85,14 +85,14 @@ class Target:
 
 
 def within_limits(target: Tensor, predicted: Tensor, limits: tuple[float, float]) -> Tensor:
-    """The target where it is within limits; elsewhere what was predicted, but no nearer than the limit.
+    """The target where it is within the limits; below them min(predicted, low), above them max(predicted, high).
 
     Args:
-        target, predicted: of one shape.
-        limits: the lower one and the upper one, which may be infinite.
+        target, predicted: tensors of the same shape.
+        limits: low and high, which may be infinite.
     """
     low, high = limits
-    # several times as fast as where()
+    # several times faster than where()
     seen = torch.maximum(F.threshold(target, low, -math.inf), predicted.clamp_max(low))
     if high == math.inf:
         return seen
@@ -105,7 +105,7 @@ def observes(node: fx.Node) -> bool:
 
 
 def _readers(graph_module: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The nodes that read a node's values, each with what it reads: the node, or a node that passes its values on."""
+    """The nodes that read a node's values, each with the node it reads: the node itself or one that forwards it."""
     found = []
     for user in node.users:
         if is_identity(graph_module, user):
@@ -116,7 +116,7 @@ def _readers(graph_module: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node,
 
 
 def addition_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The value to which the node's output is added, where that is all that becomes of it."""
+    """The value to which the node's output is added, or None if the output is used in any other way."""
     readers = _readers(graph_module, node)
     if len(readers) != 1:
         return None
@@ -128,7 +128,7 @@ def addition_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def limits_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """Between what limits the output, or its sum with another value, is seen by all that reads it."""
+    """The limits to which all readers clip the output, or its sum with another value; None if there are none."""
     readers = _readers(graph_module, node)
     if addition_of(graph_module, node) is not None:
         readers = _readers(graph_module, readers[0][0])
@@ -137,7 +137,7 @@ def limits_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float
 
 
 def _clips(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """The limits of ReLU and its like."""
+    """The limits of ReLU, ReLU6 and similar functions."""
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         if type(module) in (nn.Hardtanh, nn.ReLU6):

@@ -1,4 +1,4 @@
-"""Which positions of a batch a regression reads, and which are held out."""
+"""The positions of a batch that a regression reads, and those that are held out."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from balf_fx.calibration.moments import by_sample
 from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch, Lockstep
 
-_HELD_OUT = 4  # one sample of so many
-_ENOUGH = 600  # positions per column; beyond these, a convolution's pixels tell little that their neighbours do not
-_FEWEST = 32  # columns that are reckoned with at least
-_CHUNK_ELEMENTS = 1 << 19  # a chunk's columns stay in the cache
-_CHUNK_POSITIONS = 2048  # but so many that adding up products costs little beside taking them
+_HELD_OUT = 4  # one sample in four
+_ENOUGH = 600  # positions per column; more pixels of a convolution add little, since neighbours are similar
+_FEWEST = 32  # the least number of columns for which positions are counted
+_CHUNK_ELEMENTS = 1 << 19  # small enough that a chunk's columns stay in the cache
+_CHUNK_POSITIONS = 2048  # enough that adding up products costs little compared to computing them
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which positions of a batch are read.
+    """The positions of a batch that are read.
 
     Attributes:
-        samples: of these.
-        pixels: along each axis of a convolution's output; empty for all positions.
+        samples: the samples that are read.
+        pixels: the pixels that are read, along each axis of a convolution's output; empty for all positions.
     """
 
     samples: slice
     pixels: tuple[slice, ...] = ()
 
     def of(self, value: Tensor) -> Tensor:
-        """These positions of a value like the layer's output, samples first."""
+        """These positions of a value with the shape of the layer's output, samples first."""
         return value[(self.samples, slice(None), *self.pixels)] if self.pixels else value[self.samples]
 
     def repeat(self, weights: Tensor) -> Tensor:
-        """The weights [n] of the positions, from those of one sample's positions, [*sizes]."""
+        """The weights [n] of all positions, from the weights [*sizes] of one sample's positions."""
         return weights[self.pixels].flatten().repeat(self.samples.stop - self.samples.start)
 
 
@@ -46,8 +46,8 @@ class Visit:
     """A window of a batch that is in memory.
 
     Attributes:
-        share: 0 of the training share, 1 of the held-out share.
-        weights: [n], of the window's positions, 1 on average over a sample; None for 1 each.
+        share: 0 for the training share, 1 for the held-out share.
+        weights: [n], the weights of the window's positions, 1 on average over a sample; None for 1 each.
     """
 
     batch: Batch
@@ -59,15 +59,15 @@ class Visit:
 def visits(
     walk: Lockstep, node: fx.Node, site: Site, shape: tuple[int, int], importance: Tensor | None
 ) -> Iterator[Visit]:
-    """Read all samples, and of these as many positions as a regression needs.
+    """Read all samples, and as many of their positions as a regression needs.
 
     Args:
-        shape: of the map that is solved for, outputs O and inputs D.
-        importance: [P], what each position of a sample counts, in any unit; None for all alike, as where batches have
-            another number of positions.
+        shape: the outputs O and inputs D of the map that is solved for.
+        importance: [P], the weight of each position of a sample, in any unit; None for equal weights, as in batches
+            with another number of positions.
     """
     outputs, inputs = shape
-    seen = turn = 0  # windows take turns, so that between them they see all pixels
+    seen = turn = 0  # the grid is shifted each turn, so that together the windows read all pixels
     for batch in walk.batches():
         original = by_sample(batch.original[node], site)
         sizes = tuple(original.shape[2:] if site.conv is not None else original.shape[1:2])
@@ -82,7 +82,7 @@ def visits(
 
 
 def position_weights(importance: Tensor, sizes: tuple[int, ...]) -> Tensor | None:
-    """[*sizes], 1 on average, from [P]; None where a sample has another number of positions."""
+    """The weights as [*sizes], 1 on average, from [P]; None if a sample has another number of positions."""
     if len(importance) != math.prod(sizes):
         return None
     mean = importance.mean().clamp_min(torch.finfo(importance.dtype).tiny)
@@ -90,12 +90,12 @@ def position_weights(importance: Tensor, sizes: tuple[int, ...]) -> Tensor | Non
 
 
 def chunks(seen: int, samples: int, positions: int, features: int) -> Iterator[tuple[int, slice]]:
-    """Cut a batch's samples into its training share, 0, and its held-out share, 1, and these into chunks.
+    """Split a batch's samples into the training share, 0, and the held-out share, 1, and these into chunks.
 
     Args:
-        seen: samples of the batches before, so that of small batches a quarter is held out as well.
-        positions: of each sample.
-        features: in each position.
+        seen: the number of samples in the batches before, so that a quarter is held out even of small batches.
+        positions: the number of positions in each sample.
+        features: the number of features at each position.
     """
     cut = samples - ((seen + samples) // _HELD_OUT - seen // _HELD_OUT)
     size = max(_CHUNK_ELEMENTS // max(features * positions, 1), _CHUNK_POSITIONS // max(positions, 1), 1)
@@ -105,13 +105,13 @@ def chunks(seen: int, samples: int, positions: int, features: int) -> Iterator[t
 
 
 def pixel_step(samples: int, sizes: tuple[int, ...], inputs: int) -> int:
-    """Every how many pixels along each axis to read one, to have enough positions for each column."""
+    """The step of the pixel grid along each axis that leaves enough positions for each column."""
     spare = samples * math.prod(sizes) / (_ENOUGH * max(inputs, _FEWEST))
     return max(int(spare ** (1 / len(sizes))), 1)
 
 
 def pixel_grid(sizes: tuple[int, ...], step: int, turn: int) -> tuple[slice, ...]:
-    """One of the grids of that step, another one each turn; empty for all pixels."""
+    """A grid of pixels with this step, with another offset each turn; empty for all pixels."""
     if step == 1:
         return ()
     return tuple(slice(turn // step**axis % min(step, size), None, step) for axis, size in enumerate(sizes))

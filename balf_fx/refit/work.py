@@ -1,6 +1,6 @@
-"""How much work each node of a refit is, so that its progress is shown in proportion to time.
+"""Estimates the work at each node of a refit, so that progress is shown in proportion to time.
 
-All numbers are floating-point operations, rough estimates that only have to compare well with each other.
+All numbers are rough estimates in floating-point operations; only their ratios matter.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _FACTORS = 7  # Cholesky factors: six of the training share and one of all sampl
 _DOUBLE = 2  # operations of single precision in the time of one of double precision
 
 Shape = tuple[int, int, int]
-"""Of the map that is solved for: groups G, outputs O and columns D."""
+"""The shape of the map that is solved for: groups G, outputs O and columns D."""
 
 
 def node_work(nodes: Sequence[fx.Node], layers: Mapping[fx.Node, tuple[Site, Shape]], samples: int) -> list[float]:
-    """The work of each node: the two models' forward passes, and the regression of those layers that are solved.
+    """The work at each node: the forward passes of both models, and the regression where a layer is solved.
 
     Args:
-        layers: these layers, each with the map that is solved for.
-        samples: of all batches.
+        layers: the layers that are solved, each with the shape of the map that is solved for.
+        samples: the number of samples in all batches.
     """
     shapes = [shape for node in nodes if node.op == "placeholder" and (shape := annotation(node).shape)]
     calls = samples / max((shape[0] for shape in shapes), default=1)
@@ -47,7 +47,7 @@ def _layer(node: fx.Node, site: Site, shape: Shape, samples: int) -> float:
 
 
 def regression_work(shape: Shape, positions: int) -> float:
-    """Of the sums over positions, and of the linear algebra on them, D^3 / 3 for each Cholesky factor."""
+    """The work of the sums over positions and of the linear algebra on them, D^3 / 3 for each Cholesky factor."""
     groups, outputs, inputs = shape
     sums = positions * (inputs**2 + 4 * inputs * outputs + _ELEMENT * (inputs + outputs))
     solving = _FACTORS * _DOUBLE * inputs**2 * (inputs / 3 + 4 * outputs)

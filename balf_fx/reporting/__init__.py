@@ -1,4 +1,4 @@
-"""Views of a plan and of a sweep over budgets: tables, pictures and a page. Nothing below imports it.
+"""Views of a plan and of a sweep over budgets: tables, plots and an HTML page. No folder below imports it.
 
-Uses `graph`. Shares are fractions in [0, 1], costs whole numbers.
+Uses `graph`. Shares are fractions in [0, 1], costs are whole numbers.
 """

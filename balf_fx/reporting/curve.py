@@ -17,12 +17,12 @@ class Point:
     """One compressed model.
 
     Attributes:
-        budget: as asked for.
-        flops_kept, params_kept: what came of it, of the whole model.
-        divergence: of its answers from the original's: Kullback-Leibler, in nats, of classes or tokens; of anything
-            else the squared error relative to the mean square.
-        agreement: the share of its top-1 answers that are the original's; None where it does not classify.
-        accuracy: the share of right top-1 answers; None without labels.
+        budget: the requested budget.
+        flops_kept, params_kept: the shares of the whole model's FLOPs and parameters that are kept.
+        divergence: the divergence of its outputs from the original's: Kullback-Leibler, in nats, for classes or tokens;
+            for other outputs the squared error relative to the mean square.
+        agreement: the share of top-1 predictions that equal the original's; None if the model is not a classifier.
+        accuracy: the share of correct top-1 predictions; None without labels.
     """
 
     budget: float
@@ -38,12 +38,12 @@ class Sweep:
     """The curve.
 
     Attributes:
-        measure: what the budgets are of.
-        samples: on which the answers were compared.
-        accuracy: of the original; None without labels.
-        points: for the budgets that can be reached, in their order.
+        measure: what the budgets limit, "flops" or "params".
+        samples: the number of samples on which outputs were compared.
+        accuracy: the accuracy of the original; None without labels.
+        points: the points for the budgets that can be reached, in their order.
         out_of_reach: the other budgets.
-        minimum: the smallest budget that can be reached, where one could not.
+        minimum: the smallest budget that can be reached; None if all of them can.
     """
 
     measure: Measure
@@ -55,7 +55,7 @@ class Sweep:
     minimum: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data that JSON can hold."""
+        """The curve as plain data for JSON."""
         return asdict(self)
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -66,7 +66,7 @@ class Sweep:
         """The inverse of `to_json`.
 
         Raises:
-            FileError: this is not a sweep.
+            FileError: the text is not a sweep.
         """
         try:
             data = json.loads(text)
@@ -76,7 +76,7 @@ class Sweep:
             raise FileError(f"this is not a sweep as JSON: {type(error).__name__} {error}") from error
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A table: headers, the original where its accuracy is known, and the points."""
+        """A table: headers, the original if its accuracy is known, and the points."""
         headers = (self.measure, "FLOPs kept", "params kept", "same top-1", "divergence", "accuracy")
         found: list[tuple[str, ...]] = [headers]
         if self.accuracy is not None:
@@ -88,7 +88,7 @@ class Sweep:
 
     @property
     def note(self) -> str:
-        """On what it was measured, and which budgets were out of reach."""
+        """The number of samples, the effort, and the budgets that are out of reach."""
         note = f"on {self.samples:,} samples, effort {self.effort!r}"
         if not self.out_of_reach:
             return note

@@ -1,4 +1,4 @@
-"""A report as one HTML file that loads nothing else: totals, the pictures of `plots`, and the tables."""
+"""A report as one self-contained HTML file: totals, the plots of `reporting.plots`, and the tables."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ _TEMPLATE = """\
 
 
 _Total = tuple[str, str, str]
-"""What, how much, and a further word."""
+"""A label, its value, and an additional explanation."""
 
 
 _Table = tuple[str, str, list[tuple[str, bool]], list[list[str]]]
-"""Heading, a note, headers with whether the column holds numbers, and rows."""
+"""A heading, a note, headers (each with whether its column is numeric), and rows."""
 
 
 def render(report: Report, sweep: Sweep | None = None) -> str:
-    """The page as text, with the curve over budgets where there is one."""
+    """The page as text, with the curve over budgets if there is one."""
     drawn = [("sites", "Picture", "Rank, cost and energy of each site", plot_report(report))]
     tables = [_sites(report), _widths(report), _refused(report)]
     if sweep is not None:
@@ -120,7 +120,7 @@ def _sites(report: Report) -> _Table:
         ]
         for row in report.sites
     ]
-    note = "Layers that a product of two thin layers can stand in for. The energy is that of the layer's output."
+    note = "Layers that can be replaced by a product of two thin layers. The energy is that of the layer's output."
     return "Sites", note, [*headers, ("energy kept", True)], rows
 
 
@@ -137,7 +137,7 @@ def _widths(report: Report) -> _Table:
     ]
     return (
         "Widths",
-        "Features between layers that have become fewer; those of attention are of each head.",
+        "Features between layers whose number was reduced; for attention, the features of each head.",
         headers,
         rows,
     )
@@ -146,7 +146,7 @@ def _widths(report: Report) -> _Table:
 def _refused(report: Report) -> _Table:
     headers = [("layer", False), ("kind", False), ("reason", False), ("FLOPs", True)]
     rows = [[row.name, row.kind, row.reason, *_numbers(row.flops)] for row in report.refused]
-    return "Not a site", "Layers with parameters that no rank can shrink, or that were to stay.", headers, rows
+    return "Not a site", "Layers with parameters that no rank makes smaller, or that were excluded.", headers, rows
 
 
 def _numbers(*values: int | None) -> list[str]:

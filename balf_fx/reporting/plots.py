@@ -1,7 +1,7 @@
-"""Pictures of a report, drawn with matplotlib's object-oriented interface: no window and no global state.
+"""Plots of a report, drawn with matplotlib's object-oriented interface: no window and no global state.
 
-One line for each site, so that what is drawn side by side belongs together; the height grows with the sites. Colours
-are of the palette of Okabe and Ito, which every kind of colour vision tells apart.
+Each site has one line across all axes, and the height grows with the number of sites. Colours are from the palette of
+Okabe and Ito, which is also distinguishable with colour vision deficiencies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ try:
     from matplotlib.textpath import text_to_path
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 except ImportError as error:
-    raise MissingExtraError('pictures need matplotlib: pip install "balf-fx[plot]"') from error
+    raise MissingExtraError('plots need matplotlib: pip install "balf-fx[plot]"') from error
 
 
 BLUE, ORANGE = "#0072B2", "#E69F00"
@@ -38,14 +38,14 @@ BLUE, ORANGE = "#0072B2", "#E69F00"
 GREY, PALE = "#B5B5B5", "#E4E4E4"
 
 
-# Inches. Axes are placed by hand: a line is as high among 5 as among 150, which no automatic layout knows.
+# Inches. Axes are placed explicitly, so that a line has the same height among 5 lines as among 150.
 _COLUMN, _GAP = 3.4, 0.3
 
 
 _LINE = 0.27
 
 
-_HEAD, _ABOVE, _TICKS, _BELOW = 0.75, 0.35, 0.2, 0.55  # title and legend; what axes need over and under them
+_HEAD, _ABOVE, _TICKS, _BELOW = 0.75, 0.35, 0.2, 0.55  # title and legend; the space above and below axes
 
 
 _NAME_LENGTH, _NAME_SIZE = 46, 8
@@ -54,11 +54,11 @@ _NAME_LENGTH, _NAME_SIZE = 46, 8
 _MEASURES = {"flops": "FLOPs", "params": "parameters"}
 
 
-_BAR = 0.72  # of a line
+_BAR = 0.72  # height of a bar, as a share of a line
 
 
 def plot_report(report: Report) -> Figure:
-    """Rank, FLOPs (parameters where FLOPs are not known) and energy of each site, and under them each width."""
+    """Plot rank, FLOPs (parameters if FLOPs were not counted) and energy of each site, and below them each width."""
     sites, widths = report.sites, report.widths
     upper, lower = max(len(sites), 1) * _LINE, len(widths) * _LINE
     above_upper, above_lower = (_ABOVE + (_TICKS if _has_ticks_above(len(rows)) else 0.0) for rows in (sites, widths))
@@ -87,7 +87,7 @@ def plot_report(report: Report) -> Figure:
 
 
 def draw_ranks(axes: Axes, sites: Sequence[SiteRow]) -> None:
-    """The rank of each site as a share of its full rank."""
+    """Draw the rank of each site as a share of its full rank."""
     _lines(axes, [row.name for row in sites])
     shares = [100 * row.rank_share for row in sites]
     colours = [to_rgba(_colour(row), 0.35 if row.rank is None else 1.0) for row in sites]
@@ -100,7 +100,7 @@ def draw_ranks(axes: Axes, sites: Sequence[SiteRow]) -> None:
 
 
 def draw_costs(axes: Axes, report: Report) -> None:
-    """FLOPs of each site before and after; parameters where nobody counted FLOPs."""
+    """Draw the FLOPs of each site before and after; parameters if FLOPs were not counted."""
     counted = report.flops_before is not None
     pairs = [
         (row.flops_before, row.flops_after) if counted else (row.params_before, row.params_after)
@@ -119,7 +119,7 @@ def draw_costs(axes: Axes, report: Report) -> None:
 
 
 def draw_energies(axes: Axes, sites: Sequence[SiteRow]) -> None:
-    """The energy that ranks keep, from none at the bottom of a line to all at its top, and where it was cut."""
+    """Draw the energy that ranks keep, from none at the bottom of a line to all at its top, and the chosen rank."""
     _lines(axes, [row.name for row in sites])
     for line, row in enumerate(sites):
         bottom, cut = line + _BAR / 2, 100 * row.rank_share
@@ -143,7 +143,7 @@ def draw_energies(axes: Axes, sites: Sequence[SiteRow]) -> None:
 
 
 def draw_widths(axes: Axes, widths: Sequence[WidthRow]) -> None:
-    """The features that each width keeps."""
+    """Draw the share of features that each width keeps."""
     _lines(axes, [_width_name(row) for row in widths])
     axes.barh(range(len(widths)), [100] * len(widths), _BAR, color=PALE)
     kept = [100 * row.features_after / row.features_before for row in widths]
@@ -157,7 +157,7 @@ def draw_widths(axes: Axes, widths: Sequence[WidthRow]) -> None:
 
 
 def draw_width_energies(axes: Axes, widths: Sequence[WidthRow]) -> None:
-    """The share of what losing all features would cost that is not lost."""
+    """Draw the energy that each width keeps: the share of the loss of removing all features that is avoided."""
     _lines(axes, [_width_name(row) for row in widths])
     kept = [100 * row.energy_kept for row in widths]
     axes.hlines(range(len(widths)), 0, kept, color=PALE, linewidth=1.5)
@@ -170,7 +170,7 @@ def draw_width_energies(axes: Axes, widths: Sequence[WidthRow]) -> None:
 
 
 def plot_sweep(sweep: Sweep) -> Figure:
-    """Accuracy and agreement on top, divergence below, against the share of the measure that is kept."""
+    """Plot accuracy and agreement on top, divergence below, against the share of the measure that is kept."""
     figure = Figure(figsize=(8.0, 6.0), layout="constrained")
     shares, divergences = figure.subplots(2, sharex=True, height_ratios=(1.6, 1.0))
     points = sorted(sweep.points, key=lambda point: point.budget)
@@ -222,10 +222,10 @@ def plot_sweep(sweep: Sweep) -> Figure:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The picture as an <svg> element: text stays text, and the same picture is the same characters every time.
+    """The figure as an <svg> element with text as text; the result is reproducible.
 
     Args:
-        name: what its ids start with, so that several pictures can be in one page.
+        name: the prefix of its ids, so that several figures can be in one page.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "balf_fx", "svg.fonttype": "none"}):  # savefig has no such options
@@ -236,7 +236,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def _lines(axes: Axes, names: Sequence[str]) -> None:
-    """One line for each name, the first on top."""
+    """Set up one line for each name, the first on top."""
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     elided = [_elide(name, _NAME_LENGTH) for name in names]
     axes.set_yticks(range(len(names)), elided, fontsize=_NAME_SIZE, parse_math=False)
@@ -250,7 +250,7 @@ def _lines(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _wide(name: str) -> float:
-    """What a name takes beside its line."""
+    """The width of a name next to its line, in inches."""
     font = FontProperties(size=_NAME_SIZE)
     points = text_to_path.get_text_width_height_descent(_elide(name, _NAME_LENGTH), font, False)[0]
     return 1.06 * float(points) / 72  # on a screen letters are rounded to pixels
@@ -285,7 +285,7 @@ def _label(axes: Axes, x: float, line: int, text: str) -> None:
 
 
 def _percent(axes: Axes, end: float) -> None:
-    """Ticks to 100 %, and room for labels beyond it."""
+    """Set ticks up to 100 %, with space for labels beyond it."""
     axes.set_xlim(0, end)
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.xaxis.set_major_formatter(PercentFormatter())
@@ -302,17 +302,17 @@ def _width_name(row: WidthRow) -> str:
 
 
 def _change(before: int, after: int) -> str:
-    """By how much a cost has changed; nothing where it has not."""
+    """The change of a cost as text; empty if it has not changed."""
     return "" if after == before else f"{after / before - 1:+.0%}".replace("-", "\N{MINUS SIGN}")
 
 
 def _share(share: float) -> str:
-    """A percentage that says 100 only of all."""
+    """A percentage that is only rounded to 100 if it is exactly 100."""
     return f"{min(100 * share, 99.9 if share < 1 else 100):.1f}%"
 
 
 def _elide(text: str, length: int) -> str:
-    """At most this many characters, without some after the first quarter: the end of a name tells more."""
+    """Shorten a text to this many characters after its first quarter, since the end of a name tells more."""
     if len(text) <= length:
         return text
     head = length // 4

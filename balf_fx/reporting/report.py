@@ -1,4 +1,4 @@
-"""What was done to a model, site by site and width by width: as tables for people and as plain data for programs."""
+"""The compression of a model, site by site and width by width, as readable tables and as plain data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class SiteRow:
     """One site.
 
     Attributes:
-        out_features, in_features, groups: O, D and G as they were; `flops_after` and `params_after` are at the sizes
-            of the widths that it touches.
-        rank: None means no factors, a tuple one rank for each of the site's parts.
-        energy_kept: the share of the output's energy on the calibration data; what a width loses is in its own row.
+        out_features, in_features, groups: the original O, D and G; `flops_after` and `params_after` are for the
+            reduced sizes of the widths on both sides.
+        rank: None if there are no factors, a tuple for one rank per part.
+        energy_kept: the share of the output's energy on the calibration data that the rank keeps; losses of widths are
+            in their own rows.
         distortion: the mean squared output error, summed over the site's outputs.
-        spectrum: what other ranks would have kept; None in reports of older models.
+        spectrum: the energy that other ranks keep; None in reports of older models.
     """
 
     name: str
@@ -42,30 +43,30 @@ class SiteRow:
 
     @property
     def shape(self) -> str:
-        """For a table: "O x D x groups"."""
+        """The shape as "O x D x groups", for a table."""
         return f"{self.out_features} x {self.in_features} x {self.groups}"
 
     @property
     def rank_share(self) -> float:
-        """The rank as a share of the full rank min(O, D), over all parts; 1 where it stays dense."""
+        """The rank as a share of the full rank min(O, D), over all parts; 1 if it is dense."""
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         full = min(self.out_features // len(ranks), self.in_features)
         return sum(full if rank is None else rank for rank in ranks) / (len(ranks) * full)
 
     @property
     def rank_in_words(self) -> str:
-        """For a table or a label: "16", "16+dense+8" of parts, "dense" or "narrower"."""
+        """The rank for a table or a label: "16", "16+dense+8" for parts, "dense" or "narrower"."""
         return "narrower" if self.is_only_narrower else _rank_in_words(self.rank)
 
     @property
     def is_only_narrower(self) -> bool:
-        """Whether it has no factors and is smaller all the same, since its widths are."""
+        """Whether it has no factors, but is smaller because its widths are."""
         cheaper = self.flops_after < self.flops_before or self.params_after < self.params_before
         return self.rank is None and cheaper
 
     @property
     def factor_layers(self) -> tuple[str, ...]:
-        """The names of the layers that the site became: `name.0`, which is thin, and `name.1`, or one for each part."""
+        """The names of the layers that replaced the site: `name.0`, and `name.1` or one layer for each part."""
         if self.rank is None:
             return ()
         if isinstance(self.rank, tuple):
@@ -76,14 +77,14 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class WidthRow:
-    """Features between layers that have become fewer.
+    """One width that was narrowed.
 
     Attributes:
-        name: of the width, after the layer that reads it, or that writes the queries.
-        kind: "channels", "queries" or "values", as in `widths.Width`.
-        features_before, features_after: of each head.
-        heads: how many; 1 of channels.
-        energy_kept: the share of what losing all features would cost.
+        name: the name of the layer that reads the width, or that outputs the queries.
+        kind: "channels", "queries" or "values", as in `graph.widths.Width`.
+        features_before, features_after: the number of features of each head.
+        heads: the number of heads; 1 for channels.
+        energy_kept: the share of the loss of removing all features that is avoided.
     """
 
     name: str
@@ -110,14 +111,14 @@ class Report:
 
     Attributes:
         method, measure, target: how the budget was given; target is None for explicit ranks and energy thresholds.
-        flops_before, flops_after: of the whole model on the example batch; None where they were never counted.
-        captured: how the graph came about: "symbolic_trace", "export" or "dynamo".
-        flops_in_sites: the share of the original FLOPs that lies in sites.
-        flops_refused: the share in layers that are not sites, by reason; the rest is not parametric.
-        primal, bound, gap: the allocator's objective, what no allocation can undercut, and their difference.
-        widths: those that have become smaller.
-        flops_saved_elsewhere, params_saved_elsewhere: what they save outside of sites, as in a depthwise
-            convolution or a product of attention.
+        flops_before, flops_after: FLOPs of the whole model on the example batch; None if they were not counted.
+        captured: how the graph was captured: "symbolic_trace", "export" or "dynamo".
+        flops_in_sites: the share of the original FLOPs in sites.
+        flops_refused: the share in layers that are not sites, by reason; the rest is in operations without parameters.
+        primal, bound, gap: the value of the objective, a lower bound on it for all allocations, and their difference.
+        widths: the widths that were narrowed.
+        flops_saved_elsewhere, params_saved_elsewhere: what the widths save outside the sites, as in a depthwise
+            convolution or an attention product.
     """
 
     sites: tuple[SiteRow, ...]
@@ -141,7 +142,7 @@ class Report:
 
     @classmethod
     def of(cls, plan: Plan) -> Report:
-        """The view of a plan."""
+        """The report of a plan."""
         allocation, total = plan.allocation, plan.flops or 1
         refused: dict[str, float] = {}
         for refusal, flops in plan.refusals:
@@ -184,11 +185,11 @@ class Report:
 
     @property
     def factor_layers(self) -> tuple[str, ...]:
-        """The names of the layers that factorized sites became, as `get_submodule` takes them."""
+        """The names of the layers that replaced factorized sites, for `get_submodule`."""
         return tuple(name for row in self.sites for name in row.factor_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data that JSON can hold."""
+        """The report as plain data for JSON."""
         rows = [{**asdict(row), "shape": row.shape} for row in self.sites]
         return {**asdict(self), "sites": rows, "flops_kept": self.flops_kept, "params_kept": self.params_kept}
 
@@ -234,7 +235,7 @@ class Report:
             before = sum(row.heads * row.features_before for row in self.widths)
             after = sum(row.heads * row.features_after for row in self.widths)
             elsewhere = self.flops_saved_elsewhere
-            saved = f", which save {elsewhere:,} FLOPs outside of sites as well" if elsewhere else ""
+            saved = f", which also save {elsewhere:,} FLOPs outside the sites" if elsewhere else ""
             lines.append(f"widths  {len(self.widths)} narrower, {before:,} -> {after:,} features{saved}")
         asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"
         bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"

@@ -1,4 +1,4 @@
-"""Features that may become fewer: how they are found, in which order they go, and what that means for layers.
+"""Widths, the features that may be reduced: how they are found and ordered, and how layers are narrowed.
 
 Uses `ranks`, `calibration` and `graph`. A map of one width is [heads, features, r] or [heads, r, features].
 """

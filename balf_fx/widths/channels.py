@@ -1,4 +1,4 @@
-"""Channels: features that layers hand to each other through operations that treat each of them alone."""
+"""Channels: features that pass from layer to layer through operations that treat each feature separately."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Width
 
-_LEAST = 8  # features below which nothing is worth its trouble
+_LEAST = 8  # the least number of features that is worth reducing
 
 
-_MOST_LAYERS = 4  # of a gated block with squeeze-and-excitation; a residual stream has many more
+_MOST_LAYERS = 4  # as in a gated block with squeeze-and-excitation; a residual stream has many more
 
 
 _MODULES = (
@@ -46,7 +46,7 @@ _POOL_NAMES = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_
 
 @dataclass
 class _Cone:
-    """All nodes whose values carry the features, with the axis on which they lie."""
+    """All nodes whose values contain the features, each with the axis of the features."""
 
     axes: dict[fx.Node, int] = field(default_factory=dict)
     producers: list[fx.Node] = field(default_factory=list)
@@ -55,7 +55,7 @@ class _Cone:
 
 
 class _UnsupportedError(Exception):
-    """Something in the cone mixes the features, or needs all of them."""
+    """An operation in the cone mixes the features, or needs all of them."""
 
 
 def find_channels(graph_module: fx.GraphModule) -> Iterator[Width]:
@@ -100,11 +100,11 @@ class _Finder:
         self.users = parameter_users(graph_module)
 
     def inputs(self, site: Site) -> int:
-        """How many input features a layer of one group has: channels, of a convolution."""
+        """The number of input features of a layer with one group: the channels for a convolution."""
         return site.in_features // site.taps
 
     def is_layer(self, node: fx.Node, site: Site) -> bool:
-        """Whether a layer's rows and columns may go: nothing else needs its weight."""
+        """Whether rows and columns of a layer may be removed: nothing else reads its weight."""
         mark = annotation(node)
         if mark.refusal is not None and mark.refusal.reason is not Reason.TOO_SMALL:
             return False
@@ -112,7 +112,7 @@ class _Finder:
         return plain and self._owns(node, site)
 
     def grow(self, source: fx.Node, axis: int, features: int) -> _Cone:
-        """Everything that the features at one value are tied to."""
+        """All nodes and layers that depend on the number of features at one value."""
         cone = _Cone()
         pending = [(source, axis)]
         while pending:
@@ -132,7 +132,7 @@ class _Finder:
         return cone
 
     def _sources(self, node: fx.Node, axis: int, features: int, cone: _Cone) -> list[tuple[fx.Node, int]]:
-        """The values from which a node takes the features; a layer makes them."""
+        """The values from which a node gets the features; none for a layer, which computes them."""
         layer = read_layer(self.graph_module, node)
         shape = annotation(node).shape or ()
         if isinstance(layer, Site):
@@ -193,7 +193,7 @@ class _Finder:
         return owns_weight(self.graph_module, self.users, node, layer)
 
     def _passes_on(self, node: fx.Node, axis: int) -> bool:
-        """Whether a node treats each feature alone."""
+        """Whether a node treats each feature separately."""
         flattens = axis == 1 and self._is_flatten(node)
         return flattens or self._is_elementwise(node) or self._is_pool(node, axis) or _is_pad(node, axis)
 
@@ -213,7 +213,7 @@ class _Finder:
         return operation(node) in _POOL_NAMES
 
     def _is_flatten(self, node: fx.Node) -> bool:
-        """Flattening what comes after the features, which must be of size 1: the shapes tell."""
+        """Whether a node flattens all axes from axis 1 on; the shape shows whether those after axis 1 have size 1."""
         if node.op == "call_module":
             module = self.graph_module.get_submodule(str(node.target))
             return isinstance(module, nn.Flatten) and module.start_dim == 1
@@ -221,17 +221,17 @@ class _Finder:
         return operation(node) == "flatten" and start == 1
 
     def _source_axis(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
-        """Where on a source the features of a node lie; None where the source does not reach that far."""
+        """The axis of a node's features on one of its sources; None if the source is broadcast along them."""
         shape, own = annotation(node).shape, annotation(source).shape
         if shape is None or own is None:
             return None
         if not self._is_elementwise(node):
-            return axis  # pools and flattening work on what comes after the features
+            return axis  # pools and flattening only affect the axes after the features
         from_right = axis - len(shape)
         return len(own) + from_right if len(own) >= -from_right else None
 
     def _user_axis(self, node: fx.Node, user: fx.Node, axis: int) -> int | None:
-        """Where on a user's value the features of a node lie; None where the user mixes them."""
+        """The axis of a node's features on the value of a user; None if the user mixes them."""
         shape, own = annotation(user).shape, annotation(node).shape
         if shape is None or own is None or not self._passes_on(user, axis):
             return None
@@ -239,7 +239,7 @@ class _Finder:
 
 
 def _is_excluded(node: fx.Node) -> bool:
-    """Whether the user wants the layer to stay as it is."""
+    """Whether the user excluded the layer."""
     refusal = annotation(node).refusal
     return refusal is not None and refusal.reason is Reason.EXCLUDED
 
@@ -257,7 +257,7 @@ def _is_pad(node: fx.Node, axis: int) -> bool:
 
 
 def _is_harmless(user: fx.Node, axis: int) -> bool:
-    """Whether what reads a value's shape or type does not learn how many features there are."""
+    """Whether a reader of a value's shape or type does not depend on the number of features."""
     if user.target is getattr and user.args[1] in ("ndim", "dtype", "device"):
         return True
     if user.op == "call_method" and user.target == "dim":

@@ -1,4 +1,4 @@
-"""Which features to give up first: elimination in a metric (Hassibi & Stork 1993)."""
+"""The order in which to remove features: optimal elimination in a metric (Hassibi & Stork 1993)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from torch import Tensor
 _DELAYED = 64  # removals that are applied together
 
 
-_DENSE = 0.75  # the share of features left at which the others are dropped
+_DENSE = 0.75  # once at most this share of the rows remains, the matrices are copied without the removed ones
 
 
-_NOTHING = 1e-30  # a variance that may be divided by, but is none
+_NOTHING = 1e-30  # the least variance, so that a division is defined
 
 
 def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) -> Tensor:
-    """A covariance [F, F] that has an inverse: plus a share of the mean eigenvalue and of the largest.
+    """The covariance [F, F] plus shares of its mean and its largest eigenvalue, so that it is invertible.
 
-    Features that follow from each other, or never vary, are then no special case, nor is what sums in float32 leave.
+    Linearly dependent or constant features, and rounding errors of sums in float32, then need no special case.
+
+    Args:
+        share: the share of the mean eigenvalue.
+        noise: the share of the largest eigenvalue.
     """
     symmetric: Tensor = (covariance + covariance.mT) / 2
     vector = symmetric.sum(-1, keepdim=True)
-    for _ in range(8):  # the power method, to the order of magnitude
+    for _ in range(8):  # the power method; the order of magnitude suffices
         vector = symmetric @ (vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
     floor = share * symmetric.diagonal().mean() + noise * vector.norm()
     symmetric.diagonal().add_(floor.clamp_min(_NOTHING))
@@ -34,17 +38,18 @@ def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) ->
 def prediction_errors(
     covariance: Tensor, moment: Tensor, metric: Tensor, order: Tensor, sizes: Sequence[int]
 ) -> list[float]:
-    """What predicting all features from the first ones costs on other samples than those it was learned from.
+    """The errors, on held-out samples, of predicting all features h from those that are kept.
 
-    Block by block of features, all others are predicted from it: what is left of them has a Schur complement of C as
-    its covariance, and on the other samples the moment of h_R - T h_K, with T = C[R, K] C[K, K]^-1.
+    The kept features K predict the removed ones R by T h_K with T = C[R, K] C[K, K]^-1. The error is tr A[R, R] E with
+    E the second moment of h_R - T h_K on the held-out samples. K grows block by block, and the residual's covariance
+    on the fitting samples is the Schur complement of C[K, K].
 
     Args:
-        covariance: C [F, F] of the samples that the prediction is learned from, `conditioned`.
-        moment: [F, F], of the others, around the first samples' mean.
-        metric: A [F, F], what errors in the features cost the others.
-        order: [F], the first features to keep first.
-        sizes: how many are kept, ascending, below F.
+        covariance: C [F, F] of the fitting samples, `conditioned`.
+        moment: [F, F], the second moment of the held-out samples around the mean of the fitting samples.
+        metric: A [F, F], the metric of errors in the features on the held-out samples.
+        order: [F], the features in the order in which they are kept.
+        sizes: the numbers of features kept, ascending, below F.
     """
     order = order.to(covariance.device)
     covariance, moment, metric = (value[order][:, order] for value in (covariance, moment, metric))
@@ -63,19 +68,21 @@ def prediction_errors(
 
 
 def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
-    """Features in the order in which to give them up, each the one whose loss costs least given those gone before.
+    """Order the features greedily: each step removes the one whose removal increases the error least.
 
-    Feature j costs |w_j|^2_A / (C^-1)_jj: what the readers' error grows by when the others take over as well as they
-    can (Hassibi & Stork 1993, for a whole column in a metric). What several readers lose adds up.
+    If feature j is removed and the remaining features predict it by least squares, the error in the metric A increases
+    by A_jj Var(h_j | others) = A_jj / (C^-1)_jj (Hassibi & Stork 1993, for a whole column in a metric). C is that of
+    the remaining features. A includes the effect of h_j on the features removed before, which are predicted from it.
+    The errors of several readers are added.
 
     Args:
-        covariances: for each reader, C [F, F] float64 of the features as it sees them, `conditioned`.
-        metrics: for each reader, A [F, F], what errors in the features cost it.
+        covariances: C [F, F] float64 of the features at each reader, `conditioned`.
+        metrics: A [F, F], the metric of errors in the features at each reader.
 
     Returns:
-        order [F], the last to go first, and the error at sizes 0 .. F.
+        order [F], the last one removed first, and the error at sizes 0 .. F.
     """
-    # What costs little may cost so little that its square is no number: all is done in units of the mean.
+    # Squares of very small costs could underflow, so everything is computed in units of the mean.
     units = [covariance.diagonal().mean() for covariance in covariances]
     scaled = [unit * metric for unit, metric in zip(units, metrics, strict=True)]
     whole = torch.stack([metric.diagonal().mean() for metric in scaled]).max().clamp_min(_NOTHING)
@@ -87,20 +94,20 @@ def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple
 
 
 def _inverse(covariance: Tensor) -> Tensor:
-    """Of a positive definite matrix; NaN of any other."""
+    """The inverse of a positive definite matrix; NaN for any other matrix."""
     root, failed = torch.linalg.cholesky_ex(covariance)
     inverse: Tensor = torch.cholesky_inverse(root).masked_fill_(failed > 0, torch.nan)
     return inverse
 
 
 class _Elimination:
-    """Each reader's inverse covariance M and metric A, as they are once the features gone so far are predicted.
+    """Each reader's inverse covariance M and metric A, after the features removed so far are predicted by the others.
 
-    Each removal changes both by a few vectors. They are held back and applied together, as LAPACK's blocked
-    factorisations do: M - U^T U and A - P^T Q - Q^T P. Rows and columns of features that are gone stay where they are,
+    Each removal updates both matrices by a few vectors. As in LAPACK's blocked factorisations, the updates are
+    collected and applied together: M - U^T U and A - P^T Q - Q^T P. Rows and columns of removed features stay in place
     and are not read, until there are enough of them to be worth a copy.
 
-    Shapes: of R readers, M and A are [R, F, F], and U, P and Q hold vectors [R, F] in their rows.
+    Shapes: for R readers, M and A are [R, F, F], and the rows of U, P and Q are vectors [R, F].
     """
 
     def __init__(self, inverse: Tensor, metric: Tensor) -> None:
@@ -117,7 +124,7 @@ class _Elimination:
         self.held = 0
 
     def remove_cheapest(self) -> tuple[int, float]:
-        """A feature, and what its removal costs."""
+        """Remove the cheapest feature; returns its index and the increase of the error."""
         if self.held == _DELAYED:
             self._apply()
         numbers = torch.finfo(self.inverse.dtype)
@@ -138,7 +145,7 @@ class _Elimination:
         return int(self.features[index]), float(costs[index])
 
     def _apply(self) -> None:
-        """Carry out what was held back, and drop the features that are gone if they are many."""
+        """Apply the collected updates, and copy the matrices without the removed features if these are many."""
         self.inverse.baddbmm_(self.u.mT, self.u, alpha=-1)
         self.metric.baddbmm_(torch.cat([self.p, self.q], 1).mT, torch.cat([self.q, self.p], 1), alpha=-1)
         alive = torch.nonzero(~self.gone).flatten()

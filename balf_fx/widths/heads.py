@@ -1,8 +1,8 @@
-"""Heads: features of attention that any other basis would serve as well.
+"""Heads: features of attention, whose basis may be changed without changing the output.
 
-Queries and keys meet in a product that sums over the features of each head; values are averaged over positions, and
-the output projection reads them. Which rows of which layers these features are is found by sending the *numbers* of
-features through whatever reshapes, permutes and splits the model does: nothing is assumed about how it is written.
+The product of queries and keys sums over the features of each head. Values are averaged over positions, and the output
+projection reads them. To find the rows of the layers that compute these features, the *indices* of the features are
+passed through the model's own reshapes, permutations and splits, so nothing is assumed about how it is written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _LEAST = 8
 
 @dataclass(frozen=True)
 class _Operand:
-    """What a product reads of a layer: rows [heads, features] of it, moved and scaled."""
+    """The part of a layer that a product reads: its rows [heads, features], moved and scaled."""
 
     rows: Tensor
     scale: float
@@ -59,12 +59,12 @@ class _Operand:
 
 
 def is_attention(product: fx.Node) -> bool:
-    """Whether a node is both products of attention in one."""
+    """Whether a node computes both products of attention."""
     return product.target in _ATTENTIONS
 
 
 def has_level_heads(product: fx.Node) -> bool:
-    """Whether queries and values are of one size in attention that is one node: only then its kernels are fast."""
+    """Whether queries and values must have the same size: attention in one node only has fast kernels then."""
     if not is_attention(product) or len(product.args) < 3:
         return False
     shapes = [annotation(source).shape for source in (product.args[0], product.args[2]) if isinstance(source, fx.Node)]
@@ -74,8 +74,8 @@ def has_level_heads(product: fx.Node) -> bool:
 def find_heads(graph_module: fx.GraphModule) -> Iterator[Width]:
     """The widths of kinds "queries" and "values" in an annotated and profiled graph.
 
-    A layer that writes several of queries, keys and values is narrowed as a whole or not at all: each of its rows must
-    belong to one of them.
+    A layer that computes several of queries, keys and values is narrowed as a whole or not at all, so each of its rows
+    must belong to one of them.
     """
     reader = _Reader(graph_module)
     writers = {node: reader.operands(node) for node in graph_module.graph.nodes if reader.is_writer(node)}
@@ -86,7 +86,7 @@ def find_heads(graph_module: fx.GraphModule) -> Iterator[Width]:
     }
     products = dict.fromkeys(product for product, _ in by_operand)
     found = [width for product in products for width in reader.widths(product, by_operand)]
-    while True:  # a width falls, and with it those that share a layer that it alone had covered
+    while True:  # dropping a width may leave rows of a layer uncovered, so that other widths must be dropped too
         covered: dict[str, int] = {}
         for width in found:
             for name, rows in zip(width.producers, width.rows, strict=True):
@@ -110,14 +110,14 @@ class _Reader:
         return 0 if site is None else site.out_features
 
     def is_writer(self, node: fx.Node) -> bool:
-        """A linear layer whose weight is its own."""
+        """Whether a node is a linear layer whose weight nothing else reads."""
         site = annotation(node).site
         if site is None or site.conv is not None or site.keeps_weight:
             return False
         return owns_weight(self.graph_module, self.users, node, site)
 
     def operands(self, writer: fx.Node) -> dict[tuple[fx.Node, int], _Operand] | None:
-        """Where a layer's output goes, if that is into products alone."""
+        """The operands of products that read a layer's output; None if anything else reads it."""
         shape = annotation(writer).shape
         if shape is None or len(shape) < 3:
             return None
@@ -137,7 +137,7 @@ class _Reader:
         return found
 
     def _follow(self, start: fx.Node, value: Tensor) -> list[tuple[fx.Node, fx.Node, Tensor, float]] | None:
-        """Where a value arrives after moves alone: (reader, what it reads, the value as moved, its scale)."""
+        """The readers of a value behind moves and scalings: (reader, the node it reads, the moved value, its scale)."""
         values: dict[fx.Node, Any] = {start: value}
         scales = {start: 1.0}
         arrived = []
@@ -161,7 +161,7 @@ class _Reader:
         return arrived
 
     def _scale(self, node: fx.Node) -> float | None:
-        """By what a node scales, where it does no more than to move or to scale; else None."""
+        """The factor by which a node scales, if it only moves or scales values; else None."""
         if node.op == "call_module":
             return 1.0 if type(self.graph_module.get_submodule(str(node.target))) in _IDENTITIES else None
         name = operation(node)
@@ -170,7 +170,7 @@ class _Reader:
         return 1.0 if name in _MOVES else None
 
     def _move(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """What a move makes of the numbers; None where its shape cannot be told."""
+        """The indices as a node moves them; None if their new shape is unknown."""
         if node.op == "call_module" or operation(node) in _SCALINGS or operation(node) == "dropout":
             return values[node.all_input_nodes[0]]
         for source in node.all_input_nodes:
@@ -186,7 +186,7 @@ class _Reader:
             return None
 
     def _number(self, node: fx.Node) -> Any:
-        """A size, or what is computed from sizes, as it was on the example batch."""
+        """The value of a size, or of a number computed from sizes, on the example batch."""
         if annotation(node).number is not None:
             return annotation(node).number
         if reads_metadata(node):
@@ -214,7 +214,7 @@ class _Reader:
     def widths(
         self, product: fx.Node, by_operand: dict[tuple[fx.Node, int], tuple[fx.Node, _Operand]]
     ) -> Iterator[Width]:
-        """The widths that meet in one product."""
+        """The widths at one product."""
         found = {position: by_operand.get((product, position)) for position in range(3)}
         attention = is_attention(product)
         if found[0] is not None and found[1] is not None:
@@ -280,7 +280,7 @@ class _Reader:
 
 
 def _read_rows(numbers: Tensor, moved: Tensor, scale: float) -> _Operand | None:
-    """Which rows an operand [..., heads, positions, features] holds, if it is laid out as expected."""
+    """The rows in an operand [..., heads, positions, features]; None if its layout is not supported."""
     for transposed in (False, True):
         operand = moved.mT if transposed else moved
         if operand.dim() < 4:
@@ -296,7 +296,7 @@ def _read_rows(numbers: Tensor, moved: Tensor, scale: float) -> _Operand | None:
 
 
 def _unique_heads(rows: Tensor) -> Tensor | None:
-    """Heads without the copies of each that follow it; None where they are in another order."""
+    """The rows of distinct heads, where copies of a head follow it directly; None for any other order."""
     count = len(torch.unique(rows, dim=0))
     unique = rows[:: len(rows) // count] if len(rows) % count == 0 else rows
     same = torch.equal(unique.repeat_interleave(len(rows) // len(unique), 0), rows)

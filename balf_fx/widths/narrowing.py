@@ -1,4 +1,4 @@
-"""What the sizes of widths mean for each layer: which features it reads, and which it still has to write."""
+"""The effect of the sizes of widths on each layer: the features that it reads, and those that it still outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from balf_fx.graph.widths import Width, WidthMaps
 
 @dataclass(frozen=True)
 class Narrowed:
-    """Rows of a layer, and the fewer ones to which they give way.
+    """Rows of a layer, and the maps that reduce them.
 
     Attributes:
-        rows: [heads, features].
-        maps: [heads, r, features], what multiplies the rows of each head.
-        kept: [r], which features the maps choose; None where they combine features.
+        rows: [heads, features], indices of rows.
+        maps: [heads, r, features], by which the rows of each head are multiplied.
+        kept: [r], the features that the maps select; None if they combine features.
     """
 
     rows: Tensor
@@ -30,7 +30,7 @@ class Narrowed:
     kept: Tensor | None = None
 
     def of(self, value: Tensor) -> Tensor:
-        """What is left of these rows of a value [O, ...]: [heads * r, ...]."""
+        """These rows of a value [O, ...], reduced: [heads * r, ...]."""
         rows = value[self.rows if self.kept is None else self.rows[:, self.kept]]
         if self.kept is None:
             rows = torch.einsum("hrf,hf...->hr...", self.maps.to(value), rows)
@@ -43,10 +43,10 @@ class Cut:
 
     Attributes:
         read: the maps of the width that it reads.
-        repeat: how many heads of the input share one of these maps.
-        written: for each width that it writes.
-        projected: with the maps P = L R [heads, features, features], where the layer writes a combination of features
-            but keeps its size for the time being (`Refit`).
+        repeat: the number of input heads that share one of these maps.
+        written: the rows and maps of each width that it outputs.
+        projected: the same with the maps P = L R [heads, features, features], by which `passes.Refit` projects outputs
+            onto the kept features while the layer still has its old size.
     """
 
     read: WidthMaps | None = None
@@ -56,11 +56,11 @@ class Cut:
 
     @property
     def changes(self) -> bool:
-        """Whether the layer computes something else before its rows are taken away."""
+        """Whether the layer's output changes even before its rows are removed."""
         return self.read is not None or bool(self.projected)
 
     def read_features(self, value: Tensor, axis: int) -> Tensor:
-        """R h on an axis of a value."""
+        """R h, for features h on an axis of a value."""
         if self.read is None:
             return value
         if self.read.kept is not None:
@@ -71,21 +71,21 @@ class Cut:
         return torch.einsum("...hf,hrf->...hr", heads, right).flatten(-2).movedim(-1, axis)
 
     def inputs(self, site: Site) -> Site:
-        """The site as it reads."""
+        """The site with its reduced inputs."""
         if self.read is None:
             return site
         heads, _, size = self.read.left.shape
         return dataclasses.replace(site, in_features=heads * self.repeat * size * site.taps)
 
     def outputs(self, site: Site) -> Site:
-        """The site as it writes."""
+        """The site with its reduced outputs."""
         fewer = sum(len(own.rows) * (own.maps.shape[2] - own.maps.shape[1]) for own in self.written)
         if site.groups > 1:  # a depthwise convolution: a group is a feature
             return dataclasses.replace(site, groups=site.groups - fewer)
         return dataclasses.replace(site, out_features=site.out_features - fewer, parts=1 if fewer else site.parts)
 
     def narrow_inputs(self, solution: Solution, site: Site) -> Solution:
-        """What the layer computes from R h in place of h."""
+        """The layer's solution for the input R h in place of h."""
         if self.read is None:
             return solution
         left = _over_heads(self.read.left, self.repeat)
@@ -99,7 +99,7 @@ class Cut:
         return Solution(solution.left, right, lost if solution.bias is None else solution.bias + lost)
 
     def narrow_outputs(self, solution: Solution) -> Solution:
-        """What is left of the layer once its widths have shrunk: rows in their order, then rows of heads."""
+        """The layer's solution with reduced outputs: the kept rows in their order, then the rows of heads."""
         if not self.written:
             return solution
         bias = None if solution.bias is None else self._written_rows(solution.bias)
@@ -108,13 +108,13 @@ class Cut:
         return Solution(self._written_rows(solution.left), solution.right, bias)
 
     def _written_rows(self, value: Tensor) -> Tensor:
-        """What is left of [1, O, ...], or of a depthwise convolution's [G, 1, ...]."""
+        """The kept rows of [1, O, ...], or of a depthwise convolution's [G, 1, ...]."""
         if len(value) > 1:
             return torch.cat([own.of(value) for own in self.written])
         return torch.cat([own.of(value[0]) for own in self.written]).unsqueeze(0)
 
     def project(self, solution: Solution) -> Solution:
-        """The layer at its old size, but with what it writes in the smaller space."""
+        """The layer's solution at its old size, with outputs projected onto the smaller space."""
         if not self.projected or solution.left is not None:
             return solution
         right = solution.right.clone()
@@ -128,13 +128,13 @@ class Cut:
 
 
 def _over_heads(maps: Tensor, repeat: int) -> Tensor:
-    """[heads, a, b] as one block-diagonal matrix, each head as often as it is read."""
+    """[heads, a, b] as one block-diagonal matrix, with each head repeated `repeat` times."""
     blocks: Tensor = torch.block_diag(*maps.repeat_interleave(repeat, 0))  # type: ignore[no-untyped-call]
     return blocks
 
 
 def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
-    """The cut of every layer, by its node, that an allocation narrows on one side or both."""
+    """The cut of every layer that the allocation narrows on one side or both, by the name of its node."""
     record = graph_record(graph_module)
     if record.allocation is None:
         return {}
@@ -166,7 +166,7 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
 
 
 def _unchanged(width: Width) -> WidthMaps:
-    """Of a width that keeps its features, although others of its layers do not."""
+    """The maps of a width that keeps all its features, for a layer whose other widths are narrowed."""
     identity = torch.eye(width.features, dtype=torch.float64).expand(width.heads, -1, -1)
     return WidthMaps(identity, identity, None, None)
 

@@ -121,9 +121,9 @@ def test_other_arrays_are_taken_as_they_are(tmp_path, given, wanted):
 def test_arrays_go_by_their_names(tmp_path):
     path = save(tmp_path / "two.npz", x=np.zeros((2, 3)), y=np.ones((2, 3)))
     assert open_samples(path, "y").values.sum() == 6
-    with pytest.raises(OptionError, match="holds x, y: say with --array"):
+    with pytest.raises(OptionError, match="contains x, y: choose one with --array"):
         open_samples(path)
-    with pytest.raises(OptionError, match="there are: x, y"):
+    with pytest.raises(OptionError, match="the arrays are: x, y"):
         open_samples(path, "z")
 
 

@@ -217,7 +217,7 @@ def test_the_page_takes_a_sweep(work):
 
 def test_report_on_something_else_is_a_clean_error(work):
     (work / "other.safetensors").write_text("nothing of the kind")
-    assert_clean_failure(invoke("report", "other.safetensors"), 1, "no safetensors file")
+    assert_clean_failure(invoke("report", "other.safetensors"), 1, "not a safetensors file")
     assert_clean_failure(invoke("report", "missing.safetensors"), 2, "does not exist")
 
 
@@ -245,7 +245,7 @@ def test_sweep_takes_other_data_to_compare_on(work):
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert (data["measure"], data["samples"], data["accuracy"]) == ("params", 30, None)
-    assert_clean_failure(invoke(*command), 1, "say with --array")
+    assert_clean_failure(invoke(*command), 1, "choose one with --array")
     assert_clean_failure(invoke(*command, "--eval-array", "x", "--labels", "y"), 1, "59 labels for 60 samples")
 
 

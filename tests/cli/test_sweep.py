@@ -71,7 +71,7 @@ def test_models_without_classes_have_a_divergence_alone(batches):
     found = sweep(model, batches, [0.5], effort="fast")
     assert found.points[0].agreement is None
     assert 0 < found.points[0].divergence < 1
-    with pytest.raises(OptionError, match="top-1 answers none"):
+    with pytest.raises(OptionError, match="top-1 predictions none"):
         sweep(model, batches, [0.5], effort="fast", labels=torch.zeros(90, dtype=torch.int64))
 
 
@@ -93,7 +93,7 @@ def test_budgets_out_of_reach_are_set_apart(classifier, batches):
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_both_kinds_of_batches_are_needed(classifier, batches, missing):
-    with pytest.raises(CalibrationError, match="others to compare"):
+    with pytest.raises(CalibrationError, match="others for evaluation"):
         sweep(classifier, [() if index == missing else each for index, each in enumerate(batches)], [0.6])
 
 

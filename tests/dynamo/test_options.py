@@ -24,8 +24,8 @@ from balf_fx.errors import OptionError, UnknownSiteError
         ({"flops": 0.5, "mode": "reduce-overhead", "inner_options": {}}, "one of them"),
         ({"flops": 0.5, "factors": "magic"}, "factors"),
         ({"flops": 0.5, "capture": "export"}, "Dynamo captures the graphs"),
-        ({"flops": 0.5, "factors": "air", "refit": True}, "refit would undo"),
-        ({"plan": 3}, "plan is"),
+        ({"flops": 0.5, "factors": "air", "refit": True}, "a refit would replace"),
+        ({"plan": 3}, "plan must be"),
     ],
 )
 def test_wrong_options_fail_at_compile_time(conv_net, images, given, message):

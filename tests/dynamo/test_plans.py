@@ -106,7 +106,7 @@ def test_other_weights_are_refused(conv_net, images, path, effort):
 def test_a_plan_leaves_nothing_to_a_budget(conv_net, images):
     small = calibrated(conv_net, images)
     run(small, images[0])
-    with pytest.raises(OptionError, match="nothing to a budget"):
+    with pytest.raises(OptionError, match="cannot be combined with a budget"):
         BackendOptions(Settings(flops=0.5), plan=backend.plan(small))
 
 

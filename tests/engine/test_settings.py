@@ -92,7 +92,7 @@ def test_the_backend_takes_every_option_but_for_the_capture():
         if name != "capture":
             options = {name: value} if name == "params" else {"flops": 0.5, name: value}
             assert getattr(parse_options(options).settings, name) == value
-    with pytest.raises(OptionError, match="'capture' has no meaning here: Dynamo captures the graphs"):
+    with pytest.raises(OptionError, match="'capture' is not an option here: Dynamo captures the graphs"):
         parse_options({"flops": 0.5, "capture": "export"})
 
 
@@ -182,21 +182,21 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
     ("wrong", "message"),
     [
         ({"widths": "no"}, "widths is True, False, not 'no'"),
-        ({"widths": 1}, "widths is True, False, not 1"),
-        ({"seed": "a"}, "seed is a whole number, not 'a'"),
-        ({"seed": True}, "seed is a whole number, not True"),
-        ({"memory": -1}, "memory is a number of bytes, 2147483648 or '2G', not -1"),
-        ({"memory": "lots"}, "memory is a number of bytes, 2147483648 or '2G', not 'lots'"),
-        ({"memory": True}, "memory is a number of bytes, 2147483648 or '2G', not True"),
-        ({"exclude": "head"}, r"exclude is a list of patterns, \['head', 'blocks.\*'\], not 'head'"),
-        ({"dense": "head"}, r"dense is a list of patterns, \['head', 'blocks.\*'\], not 'head'"),
-        ({"include": [1]}, r"include is a list of patterns, \['head', 'blocks.\*'\], not \[1\]"),
-        ({"loss": 3}, "loss is a function of the output and the batch, not 3"),
-        ({"effort": "slow"}, "effort is 'fast', 'balanced', 'best', not 'slow'"),
-        ({"refit": "yes"}, "refit is None, True, False, 'full', 'up', not 'yes'"),
-        ({"factors": "cp"}, "factors is None, 'sensitivity', 'activations', 'air', 'svd', not 'cp'"),
-        ({"capture": "dynamo"}, "capture is 'auto', 'symbolic_trace', 'export', not 'dynamo'"),
-        ({"progress": "loud"}, "progress is True, False, not 'loud'"),
+        ({"widths": 1}, "widths must be one of True, False, not 1"),
+        ({"seed": "a"}, "seed must be a whole number, not 'a'"),
+        ({"seed": True}, "seed must be a whole number, not True"),
+        ({"memory": -1}, "memory must be a number of bytes, such as 2147483648 or '2G', not -1"),
+        ({"memory": "lots"}, "memory must be a number of bytes, such as 2147483648 or '2G', not 'lots'"),
+        ({"memory": True}, "memory must be a number of bytes, such as 2147483648 or '2G', not True"),
+        ({"exclude": "head"}, r"exclude must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
+        ({"dense": "head"}, r"dense must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
+        ({"include": [1]}, r"include must be a list of patterns, such as \['head', 'blocks.\*'\], not \[1\]"),
+        ({"loss": 3}, "loss must be a function of the output and the batch, not 3"),
+        ({"effort": "slow"}, "effort must be one of 'fast', 'balanced', 'best', not 'slow'"),
+        ({"refit": "yes"}, "refit must be one of None, True, False, 'full', 'up', not 'yes'"),
+        ({"factors": "cp"}, "factors must be one of None, 'sensitivity', 'activations', 'air', 'svd', not 'cp'"),
+        ({"capture": "dynamo"}, "capture must be one of 'auto', 'symbolic_trace', 'export', not 'dynamo'"),
+        ({"progress": "loud"}, "progress must be one of True, False, not 'loud'"),
     ],
     ids=str,
 )

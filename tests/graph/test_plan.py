@@ -70,9 +70,9 @@ def test_a_plan_that_does_not_fit_is_refused(small, bottleneck, conv_net, images
     plan = Plan.of(small)
     with pytest.raises(PlanError, match="another model"):
         balf_fx.compile(conv_net, images, allocation=plan, progress=False)
-    with pytest.raises(PlanError, match=r"of which no statistics are known here.*factors='sensitivity'"):
+    with pytest.raises(PlanError, match=r"for which there are no statistics here.*factors='sensitivity'"):
         balf_fx.compile(bottleneck, images, allocation=plan, effort="fast", progress=False)
-    with pytest.raises(OptionError, match="nothing to a budget: drop flops"):
+    with pytest.raises(OptionError, match="cannot be combined with a budget: drop flops"):
         balf_fx.compile(bottleneck, images, allocation=plan, flops=0.5, progress=False)
 
 

@@ -118,8 +118,8 @@ def test_a_budget_below_reach_names_the_reachable_minimum(scored):
         ({"flops": float("nan")}, r"fraction in \(0, 1\]"),
         ({"flops": "0.5"}, r"fraction in \(0, 1\]"),
         ({"flops": True}, r"fraction in \(0, 1\]"),
-        ({"flops": 0.5, "method": "best"}, "allocation is 'budget', 'uniform', 'energy' or a mapping"),
-        ({"energy": 0.5}, "needs allocation='energy'"),
+        ({"flops": 0.5, "method": "best"}, "allocation must be 'budget', 'uniform', 'energy' or a mapping"),
+        ({"energy": 0.5}, "requires allocation='energy'"),
         ({"method": "energy"}, "energy=0.95.*got none"),
         ({"method": "energy", "energy": 0.5, "flops": 0.5}, "exactly one"),
         ({"flops": 0.5, "ranks": {}}, "drop flops"),
@@ -132,12 +132,12 @@ def test_options_that_mean_nothing_are_refused_at_once(options, message):
 
 @pytest.mark.parametrize("rank", [0, 16, -1, 2.0, True])
 def test_a_rank_outside_of_what_saves_is_refused(scored, rank):
-    with pytest.raises(OptionError, match=r"rank of '0' is a whole number from 1 to 14"):
+    with pytest.raises(OptionError, match=r"rank of '0' must be a whole number from 1 to 14"):
         allocate(scored, ranks={"0": rank})
 
 
 def test_an_unknown_site_is_refused(scored):
-    with pytest.raises(UnknownSiteError, match="no site is called 9; sites are: 0, 2, 4"):
+    with pytest.raises(UnknownSiteError, match="there is no site named 9; the sites are: 0, 2, 4"):
         allocate(scored, ranks={"9": 1})
 
 
@@ -146,7 +146,7 @@ def test_what_an_earlier_pass_leaves_is_required():
     with pytest.raises(PassError, match="run Score first"):
         Allocate(params=0.5)(graph_module)
     Score(factors="svd")(graph_module)
-    with pytest.raises(PassError, match="nobody counted the graph's FLOPs"):
+    with pytest.raises(PassError, match="the graph's FLOPs were not counted"):
         Allocate(flops=0.5)(graph_module)
     assert allocate(graph_module, params=0.8).choices[0].chosen.rank == 3
 

@@ -147,7 +147,7 @@ def test_patterns_choose_sites():
 
 @pytest.mark.parametrize("options", [{"include": ["nope*"]}, {"exclude": ["block.9"]}])
 def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_sites(options):
-    with pytest.raises(UnknownSiteError, match=r"matches no site; sites are: stem, block\.0"):
+    with pytest.raises(UnknownSiteError, match=r"matches no site; the sites are: stem, block\.0"):
         marks(ConvNet(), **options)
     assert issubclass(UnknownSiteError, BalfError)
 

@@ -110,7 +110,9 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
     model, batches = Residual().double().eval(), list(torch.randn(3, 8, 3, 8, 8, dtype=torch.float64))
     prepared = calibrated(model, batches, sensitivity=factors == "sensitivity")
     options = {"flops": 0.5, "factors": factors, "batches": batches, "refit": mode, "progress": False}
-    monkeypatch.setattr("balf_fx.engine.compress.pieces_for_walk", lambda prepared, batch, *_: [batch])  # tests/calibration/test_pieces.py
+    monkeypatch.setattr(
+        "balf_fx.engine.compress.pieces_for_walk", lambda prepared, batch, *_: [batch]
+    )  # tests/calibration/test_pieces.py
     expected = balf_fx.convert(prepared, **options).state_dict()
     for memory in (0, 100_000):
         found = balf_fx.convert(prepared, memory=memory, **options).state_dict()
@@ -371,7 +373,7 @@ def test_a_placeholder_that_one_batch_is_not_handed_has_its_own_value_there():
 
 
 def test_what_is_handed_goes_batch_by_batch():
-    with pytest.raises(OptionError, match="handed has 1 batches, inputs 2"):
+    with pytest.raises(OptionError, match="handed has 1 batches, inputs has 2"):
         Refit([{}, {}], handed=[{}])
 
 

@@ -101,7 +101,7 @@ def test_only_widths_that_have_shrunk_are_listed():
     report = Report.of(plan_of_records([record], allocation))
     assert report.widths == (WidthRow("attention", "queries", 16, 12, 4, 0.75),)
     assert (report.flops_after, report.params_saved_elsewhere) == (80, 3)
-    assert "widths  1 narrower, 64 -> 48 features, which save 20 FLOPs outside of sites as well" in str(report)
+    assert "widths  1 narrower, 64 -> 48 features, which also save 20 FLOPs outside the sites" in str(report)
 
 
 def test_the_table_shows_what_was_done(compressed):
@@ -122,7 +122,7 @@ def test_widths_have_a_table_of_their_own(bottleneck, images):
     small = balf_fx.compile(bottleneck, images, flops=0.5, progress=False)
     report = balf_fx.report(small)
     before, table = str(dataclasses.replace(report, widths=())), str(report)
-    for piece in ("features before", "heads", "1 narrower, 64 -> ", "FLOPs outside of sites"):
+    for piece in ("features before", "heads", "1 narrower, 64 -> ", "FLOPs outside the sites"):
         assert piece in table
         assert piece not in before
     assert ["narrower" in line for line in table.splitlines() if line.startswith("expand")] == [
