@@ -33,9 +33,8 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.calibration.batches import MEMORY, forward_for, placeholder_values
+from balf_fx.calibration.batches import forward_for, placeholder_values
 from balf_fx.engine.rewriting import rewrite
-from balf_fx.engine.trials import allocate_faithfully, plan_trial
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.curves import RankCurve
 from balf_fx.passes import Allocate, Refit, Score, ScoreWidths
@@ -110,15 +109,15 @@ class Bench:
 
     def row(self, weighting: str, measure: Measure, budget: float, refit: bool) -> Row:
         """Compress under a weighting, and judge."""
-        allocate = Allocate(**{measure: budget}, strict=False)
+        batches = self.task.calibration
         if weighting == CHOSEN:
-            trial = plan_trial(self._scored, self.task.calibration, self._forward, refit, MEMORY, None)
-            allocated = allocate_faithfully(self._scored, allocate, trial)
+            asked = {measure: budget, "strict": False, "refit": refit, "progress": False}
+            model = balf_fx.convert(self._scored, batches=batches, **asked)
         else:
-            allocated = self._allocated(dataclasses.replace(allocate, **WEIGHTINGS[weighting]))
-        if refit:
-            Refit([placeholder_values(allocated, batch, self._forward) for batch in self.task.calibration])(allocated)
-        model = rewrite(allocated)
+            allocated = self._allocated(Allocate(**{measure: budget}, strict=False, **WEIGHTINGS[weighting]))
+            if refit:
+                Refit([placeholder_values(allocated, batch, self._forward) for batch in batches])(allocated)
+            model = rewrite(allocated)
         kept = count_flops(model, self.task.calibration[0]) / self._flops
         figures = self.judge.figures(model)
         kl_calibration = self._divergence(model, self.task.calibration)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.api import Effort
+from balf_fx.engine.settings import Effort
 
 Recipe = Callable[[nn.Module, Sequence[Tensor]], nn.Module]
 """Quantizes a copy of a model; may look at calibration batches."""

@@ -35,9 +35,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.api import Effort
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver
+from balf_fx.engine.settings import Effort
 from balf_fx.graph.site import Site
 from balf_fx.ranks.spectra import factors, spectrum_from_input
 
