@@ -129,7 +129,7 @@ def test_arrays_go_by_their_names(tmp_path):
 
 def test_what_is_no_data_is_an_error(tmp_path):
     (tmp_path / "text.npz").write_text("nothing of the kind")
-    with pytest.raises(CalibrationError, match=r"no \.npz file"):
+    with pytest.raises(CalibrationError, match=r"neither an \.npz file nor a folder"):
         open_samples(tmp_path / "text.npz")
     with pytest.raises(CalibrationError, match="cannot read"):  # it would have to be unpickled
         open_samples(save(tmp_path / "objects.npz", x=np.array([{}, {}], dtype=object)))
