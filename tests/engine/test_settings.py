@@ -181,7 +181,7 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"widths": "no"}, "widths is True, False, not 'no'"),
+        ({"widths": "no"}, "widths must be one of True, False, not 'no'"),
         ({"widths": 1}, "widths must be one of True, False, not 1"),
         ({"seed": "a"}, "seed must be a whole number, not 'a'"),
         ({"seed": True}, "seed must be a whole number, not True"),
