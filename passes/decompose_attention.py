@@ -18,9 +18,9 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from balf_fx.graph.annotation import META_KEY, VALUE_META, annotation
+from balf_fx.graph.annotation import annotation, carried_meta
 from balf_fx.graph.attention import KERNELS, Attention, attend, encoder_layer, query_key_value, self_attention
-from balf_fx.graph.parameters import get_tensor, is_hooked
+from balf_fx.graph.parameters import get_tensor, is_hooked, put
 from balf_fx.passes.base import Pass
 
 _INPUTS = ("query", "key", "value")
@@ -45,9 +45,6 @@ _FLAGS = (
 
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-
-
-_DROPPED_META = (*VALUE_META, META_KEY)  # these describe the tuple, which no new node returns
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def _replace_module(graph_module: fx.GraphModule, module: nn.MultiheadAttention,
     fused = packed and all(_is_self_attention(_module_arguments(module, node)) for node in nodes)
     container = _container(module, fused)
     for path in {str(node.target) for node in nodes}:
-        _put(graph_module, path, container)
+        put(graph_module, path, container)
     for node in nodes:
         with _in_place_of(node) as tracer:
             arguments = _proxies(tracer, _module_arguments(module, node))
@@ -269,13 +266,6 @@ def _container(module: Any, fused: bool) -> nn.Module:
     return container.train(module.training)
 
 
-def _put(graph_module: fx.GraphModule, path: str, container: nn.Module) -> None:
-    """Replace the module or the parameter at a path."""
-    owner, _, name = path.rpartition(".")
-    delattr(graph_module.get_submodule(owner), name)
-    setattr(graph_module.get_submodule(owner), name, container)
-
-
 def _linear_module(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = weight
@@ -303,7 +293,7 @@ def _thirds(graph_module: fx.GraphModule, packed: Any, uses: Counter[int]) -> Se
             container = nn.Module()
             for name, part in zip(_PARTS, _cut(parameter), strict=True):
                 container.register_parameter(name, part)
-            _put(graph_module, path, container)
+            put(graph_module, path, container)
             parts = [node.graph.get_attr(f"{path}.{part}") for part in _PARTS]
     return query_key_value(packed, 0) if parts is None else [packed.tracer.proxy(part) for part in parts]
 
@@ -329,7 +319,7 @@ def _in_place_of(node: fx.Node) -> Iterator[GraphAppendingTracer]:
         yield GraphAppendingTracer(node.graph)
     new = previous.next
     while new is not node:
-        new.meta = {key: value for key, value in node.meta.items() if key not in _DROPPED_META}
+        new.meta = carried_meta(node)
         new = new.next
 
 

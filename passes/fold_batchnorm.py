@@ -15,7 +15,7 @@ from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.edits import erase_unused, set_bias
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.operators import reads_metadata
-from balf_fx.graph.parameters import get_tensor, is_hooked, parameter_users
+from balf_fx.graph.parameters import get_tensor, is_hooked, locate, parameter_users
 from balf_fx.graph.site import Norm, Site, exclusion
 from balf_fx.passes.base import Pass
 
@@ -132,5 +132,5 @@ def _per_output(scale: Tensor, layer: Site, weight: Tensor) -> Tensor:
 
 
 def _set_parameter(graph_module: fx.GraphModule, path: str, value: nn.Parameter) -> None:
-    owner, _, name = path.rpartition(".")
-    graph_module.get_submodule(owner).register_parameter(name, value)
+    owner, name = locate(graph_module, path)
+    owner.register_parameter(name, value)

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.graph.annotation import META_KEY, VALUE_META, graph_record
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.annotation import carried_meta, graph_record
+from balf_fx.graph.parameters import get_tensor, locate
 from balf_fx.graph.widths import Operand, Width
 from balf_fx.passes.base import Pass
 from balf_fx.widths.heads import has_level_heads, is_attention
@@ -59,8 +59,7 @@ def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, 
     value: Tensor = get_tensor(graph_module, path)
     axis = list(value.shape).index(features)
     thin = narrowed.of(value.detach().movedim(axis, 0)).movedim(0, axis).contiguous()
-    owner, _, name = path.rpartition(".")
-    module = graph_module.get_submodule(owner)
+    module, name = locate(graph_module, path)
     if name in module._parameters:
         module.register_parameter(name, nn.Parameter(thin, requires_grad=value.requires_grad))
     elif name in module._buffers:
@@ -126,13 +125,8 @@ def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node
     with graph.inserting_after(view):
         flat = graph.call_method("flatten", (view, -2))
     for node in (view, flat):
-        node.meta = _carried_meta(product)
+        node.meta = carried_meta(product)
     _replace_argument(reader, 0, flat)
-
-
-def _carried_meta(node: fx.Node) -> dict[str, Any]:
-    """The node's meta without what describes its value, for a new node that returns another value."""
-    return {key: value for key, value in node.meta.items() if key not in (META_KEY, *VALUE_META)}
 
 
 def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None:
@@ -145,5 +139,5 @@ def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None
         index: Any = (..., slice(None, values))
         with graph.inserting_after(product):
             kept = graph.call_function(operator.getitem, (product, index))
-        kept.meta = _carried_meta(product)
+        kept.meta = carried_meta(product)
         product.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)

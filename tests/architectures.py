@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.graph.annotation import graph_record, record_graph
-from balf_fx.graph.flops import flop_counter
+from balf_fx.graph.flops import count_flops as count_flops
 from balf_fx.graph.widths import Width
 from balf_fx.passes import Allocate, Factorize, Narrow, Score, ScoreWidths
 from balf_fx.passes.observe import remove_observers
@@ -297,12 +297,6 @@ def rewritten(
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module.requires_grad_(False)
-
-
-def count_flops(model: nn.Module, x: torch.Tensor) -> int:
-    with torch.no_grad(), flop_counter() as counter:
-        model(x)
-    return counter.get_total_flops()
 
 
 def count_params(model: nn.Module) -> int:

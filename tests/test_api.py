@@ -18,17 +18,11 @@ from balf_fx.errors import (
     OptionError,
     TrainingModeError,
 )
-from balf_fx.graph.flops import flop_counter
+from balf_fx.graph.flops import count_flops
 
 
 def compress(model: nn.Module, batches, **options) -> fx.GraphModule:
     return balf_fx.compile(model, batches, progress=False, **({"flops": 0.6} | options))
-
-
-def count_flops(module: nn.Module, x: torch.Tensor) -> int:
-    with torch.no_grad(), flop_counter() as counter:
-        module(x)
-    return counter.get_total_flops()
 
 
 def snapshot(model: nn.Module):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from balf_fx.api import compile
 from balf_fx.errors import BalfError
-from balf_fx.graph.flops import flop_counter
+from balf_fx.graph.flops import count_flops
 from balf_fx.graph.parameters import count_parameters
 
 _TRAIN, _CALIBRATION = 1200, 256
@@ -168,13 +168,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """The share of correct predictions."""
     with torch.no_grad():
         return float((model(images).argmax(1) == labels).float().mean())
-
-
-def count_flops(model: nn.Module, batch: Tensor) -> int:
-    """FLOPs of one call, as torch counts them."""
-    with torch.no_grad(), flop_counter() as counter:
-        model(batch)
-    return int(counter.get_total_flops())
 
 
 def latencies_ms(models: Sequence[nn.Module], batch: Tensor) -> list[float]:

@@ -58,7 +58,7 @@ def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a command's options to those of `balf_fx.compile`; options that were not given are left out."""
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None or value == ():
+        if value is None or value == () or (name == "factors" and value == "none"):
             continue
         if name == "loss":
             found[name] = _function(value)

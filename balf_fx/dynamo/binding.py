@@ -18,7 +18,7 @@ from balf_fx.engine.program import Part, layer_originals
 from balf_fx.engine.rewriting import held_tensors
 from balf_fx.graph.annotation import Origin, annotation, record_graph
 from balf_fx.graph.flops import profile
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.parameters import get_tensor, put
 from balf_fx.passes import DecomposeAttention, FoldConstants
 
 
@@ -84,8 +84,7 @@ class Binding:
             original = part.original(tensor)
             if original is tensor:
                 tensor.requires_grad_(False)  # compressed calls do not require gradients, so neither may the output
-            owner, _, last = name.rpartition(".")
-            setattr(graph_module.get_submodule(owner), last, original)
+            put(graph_module, name, original)
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()
@@ -125,8 +124,7 @@ def _part_from(graph_module: fx.GraphModule) -> dict[int, tuple[Tensor, Tensor]]
         if id(tensor) not in own:
             own[id(tensor)] = _own(tensor)
             aliases[id(own[id(tensor)])] = own[id(tensor)], tensor
-        owner, _, name = path.rpartition(".")
-        setattr(graph_module.get_submodule(owner), name, own[id(tensor)])
+        put(graph_module, path, own[id(tensor)])
     return aliases
 
 

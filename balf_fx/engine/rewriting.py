@@ -24,7 +24,7 @@ from balf_fx.graph.annotation import (
 )
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.layers import layers_of
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.parameters import get_tensor, put
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import build, replace_site
@@ -179,8 +179,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
             value = value.to(tensor.device, value.dtype if like is None else like.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
             given[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
-        owner, _, last = name.rpartition(".")
-        setattr(module.get_submodule(owner), last, given[id(tensor)])
+        put(module, name, given[id(tensor)])
 
 
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -136,6 +136,16 @@ def annotate(node: fx.Node, **changes: Any) -> None:
     node.meta[META_KEY] = dataclasses.replace(annotation(node), **changes)
 
 
+def carried_meta(node: fx.Node, same_value: bool = False) -> dict[str, Any]:
+    """The meta that a node hands to one that replaces it, without our own key.
+
+    Args:
+        same_value: the new node returns the same kind of value; otherwise what describes the value is dropped.
+    """
+    dropped = (META_KEY,) if same_value else (META_KEY, *VALUE_META)
+    return {key: value for key, value in node.meta.items() if key not in dropped}
+
+
 def graph_record(graph_module: fx.GraphModule) -> GraphRecord:
     """The graph's record; an empty one if no pass has set it."""
     found = graph_module.meta.get(META_KEY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from balf_fx.graph.layers import argument_position, read_layer
-from balf_fx.graph.parameters import constant_nodes
+from balf_fx.graph.parameters import constant_nodes, locate
 from balf_fx.graph.site import Site
 
 
@@ -41,8 +41,7 @@ def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
         pending |= {source: None for source in node.all_input_nodes if source in constants}
         graph_module.graph.erase_node(node)
         if node.op == "get_attr" and not any(_fetches(other, str(node.target)) for other in graph_module.graph.nodes):
-            owner, _, name = str(node.target).rpartition(".")
-            module = graph_module.get_submodule(owner)
+            module, name = locate(graph_module, str(node.target))
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.graph.annotation import annotate, annotation, record_graph
@@ -64,6 +64,13 @@ def flop_counter() -> FlopCounterMode:
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={} if kernel in flop_registry else {kernel: count})
+
+
+def count_flops(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of one call of a model without gradients."""
+    with torch.no_grad(), flop_counter() as counter:
+        model(*args, **kwargs)
+    return int(counter.get_total_flops())
 
 
 def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:

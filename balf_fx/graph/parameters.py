@@ -14,10 +14,23 @@ from balf_fx.graph.operators import is_transposition
 from balf_fx.graph.site import Site
 
 
+def locate(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds what lies at a dotted path, and its name there."""
+    owner, _, name = path.rpartition(".")
+    return module.get_submodule(owner), name
+
+
 def get_tensor(module: nn.Module, path: str) -> Any:
     """The attribute at a dotted path, usually a parameter."""
-    owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
+    return getattr(*locate(module, path))
+
+
+def put(module: nn.Module, path: str, value: nn.Module | Tensor) -> None:
+    """Set the attribute at a dotted path; a module may replace a parameter, or the reverse."""
+    owner, name = locate(module, path)
+    if hasattr(owner, name) and isinstance(getattr(owner, name), nn.Module) != isinstance(value, nn.Module):
+        delattr(owner, name)
+    setattr(owner, name, value)
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:

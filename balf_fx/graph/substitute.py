@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
-from balf_fx.graph.annotation import META_KEY, VALUE_META
+from balf_fx.graph.annotation import carried_meta
 from balf_fx.graph.curves import PartRanks, Solution
 from balf_fx.graph.edits import MODULE_STACK, erase_unused, module_stack
 from balf_fx.graph.layers import site_input
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.parameters import get_tensor, locate, put
 from balf_fx.graph.site import ConvGeometry, Site
 
 _CONVS = {
@@ -199,19 +199,16 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
     """
     graph = graph_module.graph
     if site.keeps_weight and site.bias is not None:  # the weight's module may stay, but its bias is no longer read
-        owner, _, name = site.bias.rpartition(".")
-        graph_module.get_submodule(owner)._parameters.pop(name, None)
-    owner, _, name = site.name.rpartition(".")
-    graph_module.get_submodule(owner)._parameters.pop(name, None)
-    setattr(graph_module.get_submodule(owner), name, substitute.module)
+        owner, name = locate(graph_module, site.bias)
+        owner._parameters.pop(name, None)
+    put(graph_module, site.name, substitute.module)
     for node in nodes:
         before = node.prev
         with graph.inserting_before(node):
             wide = substitute.insert_calls(graph, site.name, site_input(node))
         new = before.next
         while new is not node:
-            dropped = (META_KEY,) if new is wide else (META_KEY, *VALUE_META)
-            new.meta = {key: value for key, value in node.meta.items() if key not in dropped}
+            new.meta = carried_meta(node, same_value=new is wide)
             if new.op == "call_module":
                 new.meta[MODULE_STACK] = module_stack(graph_module, str(new.target), node, site.name)
             new = new.next

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import balf_fx
-from balf_fx.cli.demo import count_flops
 from balf_fx.errors import PassError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import GraphRecord
+from balf_fx.graph.flops import count_flops
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import Plan, plan_of_records
 from balf_fx.graph.widths import Width, WidthCurve
