@@ -125,7 +125,7 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
 )
 @click.option("--eval-array", metavar="NAME", help="Array in the .npz file of --eval-data; default: the only one.")
 @click.option(
-    "--eval-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Most samples to evaluate on."
+    "--eval-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Largest number of samples."
 )
 @click.option("--labels", metavar="NAME", help="Array of classes in the .npz file of the evaluation data.")
 @click.option("--plot", type=_PICTURE, help="Plot the curve, as .png, .svg or .pdf.")
