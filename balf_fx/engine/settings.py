@@ -258,8 +258,14 @@ def settings_from(given: Mapping[str, Any], *stages: Stage) -> Settings:
     names = options_of(*stages)
     unknown = sorted(set(given) - set(names))
     if unknown:
-        listed = ", ".join(names)
-        raise OptionError(f"there is no option {', '.join(map(repr, unknown))} here; the options are: {listed}")
+        everywhere = options_of()
+        elsewhere = sorted(
+            {stage for name in unknown if name in everywhere for stage in everywhere[name].metadata["stages"]}
+        )
+        hint = f" (pass it to balf_fx.{' or balf_fx.'.join(elsewhere)})" if elsewhere else ""
+        raise OptionError(
+            f"there is no option {', '.join(map(repr, unknown))} here{hint}; the options are: {', '.join(names)}"
+        )
     return Settings(**given)
 
 
