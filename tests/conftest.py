@@ -13,6 +13,11 @@ from small_models import ConvNet, randomise_batchnorm
 from torch import nn
 
 
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of each would wait for those of others
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
