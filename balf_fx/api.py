@@ -230,14 +230,7 @@ def _prepared(
 ) -> fx.GraphModule:
     """The captured graph with observers."""
     graph_module = capture(model, example, forward, settings.capture)
-    origin = dataclasses.replace(
-        graph_record(graph_module).origin,
-        fold_batchnorm=settings.fold_batchnorm,
-        include=None if settings.include is None else tuple(settings.include),
-        exclude=tuple(settings.exclude),
-        dense=tuple(settings.dense),
-    )
-    record_graph(graph_module, origin=origin)
+    record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
     compress.observe(_program(graph_module, forward), settings, factors)
     return graph_module
 

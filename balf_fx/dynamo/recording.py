@@ -48,8 +48,7 @@ class Recording:
     def enter(self, binding: Binding, inputs: Sequence[Any]) -> _Run:
         """Store copies of the inputs of a graph that is about to run, since it may write to them."""
         links = tuple(self._links(inputs))
-        args = tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in inputs)
-        return _Run(binding, args, links)
+        return _Run(binding, cloned(inputs), links)
 
     def leave(self, run: _Run, output: Any) -> None:
         """Record the output of a graph that has run."""

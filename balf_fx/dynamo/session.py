@@ -22,10 +22,9 @@ from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
 from balf_fx.engine.program import Program, Trace, per_call, run_trace
 from balf_fx.engine.rewriting import applicable, fill, normalise, rewrite_as
-from balf_fx.engine.settings import Settings
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.files.restore import Stored
-from balf_fx.graph.annotation import Origin, sites
+from balf_fx.graph.annotation import sites
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.plan import Plan
@@ -238,7 +237,7 @@ class Session:
         # 1. Make the graphs parts of one program, and the calls traces through it.
         first = {step.part: step.args for trace in reversed(traces) for step in reversed(trace)}
         calls = per_call([binding.calls for binding in bindings])
-        origin = _origin(settings)
+        origin = settings.origin(None)
         parts = [
             bound.part(n, cloned(first[i]), origin) for i, (bound, n) in enumerate(zip(bindings, calls, strict=True))
         ]
@@ -302,7 +301,8 @@ class Session:
         self._check_weights(graph_module, plan)
         replaced = {layer.name for layer in plan.layers}
         watched = watched_by(part, replaced)
-        weights = {name: get_tensor(graph_module, layers_of(graph_module)[name][0].weight) for name in replaced}
+        layers = layers_of(graph_module)
+        weights = {name: get_tensor(graph_module, layers[name][0].weight) for name in replaced}
         rewrite_as(graph_module, plan)
         for name, weight in weights.items():
             own = {path.removeprefix(f"{name}."): value for path, value in found.tensors.items() if _inside(path, name)}
@@ -321,11 +321,6 @@ class Session:
                 raise OptionError(
                     f"the plan was made for other weights than those of site {layer.name!r}: calibrate again"
                 )
-
-
-def _origin(settings: Settings) -> Origin:
-    include = None if settings.include is None else tuple(settings.include)
-    return Origin(None, settings.fold_batchnorm, include, tuple(settings.exclude), tuple(settings.dense))
 
 
 def _on_inputs(loss: Loss | None) -> Loss | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -130,9 +130,9 @@ class Program:
         now = _count_by_name([dict(graph_module.named_parameters()) for graph_module in self.graph_modules])
         return Totals(flops, params, now)
 
-    def traces(self, batches: Sequence[Any]) -> Iterator[Trace]:
-        """The batches as traces."""
-        return (self.steps(self.graph_modules[0], batch) for batch in batches)
+    def trace(self, batch: Any) -> Trace:
+        """A batch as a trace; nothing is run."""
+        return self.steps(self.graph_modules[0], batch)
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:

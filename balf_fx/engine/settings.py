@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 from balf_fx.calibration.batches import MEMORY, Loss
 from balf_fx.capture.normal_form import Method as CaptureMethod
 from balf_fx.errors import OptionError
+from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Rank
 from balf_fx.graph.plan import Plan
 from balf_fx.passes.allocate import Allocate, Method, allocate_for
@@ -229,6 +230,15 @@ class Settings:
             return Follow(self.allocation)
         sensitive = self.chosen_factors == "sensitivity"
         return allocate_for(self.allocation, **budget, strict=self.strict, sensitive=sensitive)
+
+    def origin(self, arguments: Mapping[str, Any] | None) -> Origin:
+        """How these settings make a graph of a model.
+
+        Args:
+            arguments: the description of the example call, or None.
+        """
+        include = None if self.include is None else tuple(self.include)
+        return Origin(arguments, self.fold_batchnorm, include, tuple(self.exclude), tuple(self.dense))
 
 
 def _check_patterns(name: str, patterns: Any) -> None:

@@ -74,7 +74,7 @@ class _Relay:
     def __init__(self, program: Program, calibration: Calibration) -> None:
         self._program = program
         self._batches = calibration.batches
-        self._shapes = [_without_values(trace) for trace in program.traces(self._batches)]
+        self._shapes = [_without_values(trace) for trace in map(program.trace, self._batches)]
         self._places: dict[tuple[int, int], int] = {}  # index in `_outputs` by (batch, step)
         self._outputs = Shelved(calibration.memory)
 
@@ -105,7 +105,7 @@ class _Relay:
         for batch, step in sorted(readers):
             if not (changed or any((batch, link.step) in self._places for link in self._shapes[batch][step].links)):
                 continue
-            trace = self._trace(batch)
+            trace = self._program.trace(self._batches[batch])
             args = linked(trace[step], [self._known(batch, earlier) for earlier in range(step)])
             self._places[batch, step] = len(self._outputs)
             self._outputs.append(pytree.tree_leaves(self._program.graph_modules[part](*args)))
@@ -117,9 +117,6 @@ class _Relay:
             for index, step in enumerate(shape)
             if step.part == part
         ]
-
-    def _trace(self, batch: int) -> Trace:
-        return self._program.steps(self._program.graph_modules[0], self._batches[batch])
 
     def _known(self, batch: int, step: int) -> list[Any] | None:
         place = self._places.get((batch, step))
@@ -145,7 +142,7 @@ class _Inputs(Sequence[Mapping[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         batch, step = self._runs[index]
-        trace = self._program.steps(self._program.graph_modules[0], self._batches[batch])
+        trace = self._program.trace(self._batches[batch])
         return dict(zip(self._names, trace[step].args, strict=True))
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from balf_fx.budget.problem import Problem
@@ -92,9 +93,9 @@ def allocate_faithfully(
     cautions = _CAUTIONS if problem.clusters else ()
     first, second = progress.spans([len(_IMPORTANCES), len(cautions)])
     tried = (attempt(dataclasses.replace(allocate, importance=power)) for power in first.track(_IMPORTANCES))
-    best = min(tried, key=_Attempt.of)
+    best = min(tried, key=attrgetter("lost"))
     cautious = (attempt(dataclasses.replace(best.option, caution=caution)) for caution in second.track(cautions))
-    return min((best, *cautious), key=_Attempt.of).allocation
+    return min((best, *cautious), key=attrgetter("lost")).allocation
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,6 @@ class _Attempt:
     lost: float
     option: Allocate
     allocation: Allocation
-
-    def of(self) -> float:
-        """The quantity to minimise."""
-        return self.lost
 
 
 def _few(batches: Sequence[Any], refit: bool) -> tuple[list[Any], list[Any]]:
