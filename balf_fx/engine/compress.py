@@ -180,8 +180,7 @@ def convert(
             "this is not a prepared graph: call balf_fx.prepare first and run a few batches through it"
         )
     allocate, mode = settings.allocate(), settings.refit_mode
-    chooses = isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
-    measures = chooses and settings.chosen_factors == "sensitivity" and len(calibration.batches) > 0
+    measures = settings.measures and len(calibration.batches) > 0
     if measures or mode is not None:
         calibration = in_pieces(program, calibration)
     work = work_of(program, settings, calibration.batches)

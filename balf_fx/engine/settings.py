@@ -199,6 +199,13 @@ class Settings:
         return self.refit_mode is not None or self.chosen_factors == "sensitivity"
 
     @property
+    def measures(self) -> bool:
+        """Whether a few allocations are measured on batches, where there are any."""
+        allocate = self.allocate()
+        chooses = isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
+        return chooses and self.chosen_factors == "sensitivity"
+
+    @property
     def memory_bytes(self) -> int:
         """`memory` as a number.
 

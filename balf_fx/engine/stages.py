@@ -15,7 +15,6 @@ from balf_fx.calibration.batches import sample_count
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.graph.annotation import annotation, graph_record, sites
-from balf_fx.passes.allocate import Allocate
 
 _EIGENVECTORS = 200.0
 _GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes
@@ -52,13 +51,11 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any]) -> Wor
         for width in graph_record(graph_module).widths:
             cubes += float(width.features) ** 3
     mode = settings.refit_mode
-    allocate = settings.allocate()
-    measures = gradients and isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
     tried = min(1.0, _TRIAL_SAMPLES / max(samples, 1)) * forward
     return Work(
         calibrating=(_GRADIENTS if gradients else _OBSERVED) * forward,
         scoring=_EIGENVECTORS * cubes,
-        trying=_TRIALS * tried * (1.0 if mode is None else 1.0 + _REFIT["up"]) if measures else 0.0,
+        trying=_TRIALS * tried * (1.0 if mode is None else 1.0 + _REFIT["up"]) if settings.measures else 0.0,
         solving=0.0 if mode is None else _REFIT[mode] * forward + (cholesky if mode == "full" else 0.0),
     )
 
