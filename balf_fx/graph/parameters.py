@@ -13,7 +13,6 @@ from balf_fx.graph.annotation import annotation
 from balf_fx.graph.operators import is_transposition
 from balf_fx.graph.site import Site
 
-
 _LAYERS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
