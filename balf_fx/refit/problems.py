@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,18 +41,13 @@ class Problem:
     spectra: Sequence[Spectrum | None]
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
-        """The solution with the least error on the held-out share; a dense layer without a bias gets none."""
+        """The solution with the least error on the held-out share; a part without a bias gets none."""
         train, held_out = self._sums(walk, None, (None, None))
-        solution = self._best(train, held_out)
+        solution = best(train, held_out, self.toward, self.prior, self.spectra)
         if self.target.limits is None:
             return solution
-        return self._best(*self._sums(walk, solution, (train.inputs, held_out.inputs)))
-
-    def _best(self, train: Joint, held_out: Joint) -> tuple[Solution, ...]:
-        if any(part.left is not None or part.bias is not None for part in self.prior):
-            return best(train, held_out, self.toward, self.prior, self.spectra)
-        solution = best(train.uncentred(), held_out.uncentred(), self.toward, self.prior, self.spectra)
-        return tuple(dataclasses.replace(part, bias=None) for part in solution)
+        train, held_out = self._sums(walk, solution, (train.inputs, held_out.inputs))
+        return best(train, held_out, self.toward, self.prior, self.spectra)
 
     def _sums(
         self, walk: Lockstep, earlier: Sequence[Solution] | None, known: tuple[Inputs | None, Inputs | None]

@@ -387,3 +387,24 @@ def test_a_bias_that_is_added_apart_stays(capture):
     assert torch.equal(small.get_parameter("proj.bias"), model.proj.bias)
     assert balf_fx.report(small).params_after == sum(parameter.numel() for parameter in small.parameters())
     torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_what_is_stored_in_a_layer_stays_there(effort):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(24, 32)
+            self.layer.register_buffer("scale", torch.rand(32))
+            self.layer.down, self.layer.matrix = nn.Linear(32, 32), nn.Parameter(torch.randn(40, 32))
+
+        def forward(self, x):
+            return F.linear(self.layer.down(self.layer(x) * self.layer.scale).relu(), self.layer.matrix)
+
+    model, x = Net().eval(), torch.randn(64, 24)
+    compressed = balf_fx.compile(model, x, params=0.5, effort=effort, progress=False, capture="symbolic_trace")
+    report = balf_fx.report(compressed)
+    assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
+    assert {"layer", "layer.down", "layer.matrix"} == {row.name for row in report.sites}
+    assert set(compressed.layer.scale.tolist()) <= set(model.layer.scale.tolist())
+    assert compressed(x).shape == model(x).shape
