@@ -19,7 +19,7 @@ A value that depends on the inputs of several of them has the positions of the f
 returns, and its values have the decoder's positions.
 """
 
-_DYNAMO = re.compile(r"l_(?:kwargs_)?(\w+?)_?")  # how Dynamo names the input for an argument
+_DYNAMO = re.compile(r"[lL]_(?:kwargs_)?(\w+?)_?")  # how Dynamo names the input for an argument
 
 
 def argument_name(node: fx.Node) -> str:
