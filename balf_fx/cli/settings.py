@@ -76,8 +76,6 @@ def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = plan(value)
         elif name == "refit" and value == "none":
             found[name] = False
-        elif name == "memory" and value.isdigit():
-            found[name] = int(value)
         else:
             found[name] = value
     return found
