@@ -61,7 +61,7 @@ def fold_parametrizations(model: nn.Module) -> None:
 
 
 def _fold(module: nn.Module, parametrizations: nn.ModuleDict, limit: int) -> None:
-    """Store the values of a module's parametrized tensors, unless they are random or have more elements than `limit`."""
+    """Store the values of a module's parametrized tensors, unless one is random or all have over `limit` elements."""
     try:
         with torch.no_grad(), Deterministic():  # type: ignore[no-untyped-call]
             values = {name: getattr(module, name).clone() for name in parametrizations}

@@ -113,7 +113,8 @@ def _order(value: Tensor) -> list[int]:
 
     safetensors stores contiguous tensors, but kernels for another order in memory may round in another way.
     """
-    return sorted(range(value.dim()), key=lambda dimension: -value.stride(dimension))
+    strides = value.stride()
+    return sorted(range(value.dim()), key=lambda dimension: -strides[dimension])
 
 
 def _in_order(value: Tensor, order: list[int]) -> Tensor:
