@@ -80,6 +80,8 @@ def _plain(
     for node in graph.find_nodes(op="call_module"):
         if str(node.target) == "_guards_fn":
             graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # so that the result may be cast, and its values may become narrower
     info: Any = graph._codegen.pytree_info  # type: ignore[attr-defined]
     flat = graph.find_nodes(op="placeholder")
     args, kwargs = pytree.tree_unflatten(flat, info.in_spec)
