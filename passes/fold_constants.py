@@ -15,7 +15,7 @@ from balf_fx.graph.annotation import annotate
 from balf_fx.graph.edits import erase_unused
 from balf_fx.graph.layers import layer_parameters
 from balf_fx.graph.operators import changes_in_place, is_transposition
-from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized
+from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized, locate
 from balf_fx.passes.base import Pass
 
 
@@ -26,7 +26,7 @@ class FoldConstants(Pass):
     Standardised and parametrized weights, concatenated biases and the like are constant in deployment. A value is
     folded if it depends on parameters and buffers only, on at least one parameter and on no quantized one, is not
     random, is not changed in place, and takes no more memory than the tensors from which it is computed. The new
-    parameter is stored in the layer that holds the first of the old ones.
+    parameter is stored in the layer that holds the first of the old ones, or beside that layer if the graph calls it.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -60,7 +60,7 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
         return False
     if not value.is_floating_point() or value.numel() > sum(tensor.numel() for tensor in tensors):
         return False
-    owner_path = _layer_path(str(sources[first].target))
+    owner_path = _owner(graph_module, _layer_path(str(sources[first].target)))
     with graph_module.graph.inserting_before(node):
         fetched = graph_module.graph.create_node("get_attr", "")  # named below, once the old names are free
     node.replace_all_uses_with(fetched)
@@ -74,6 +74,24 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
     annotate(fetched, computed_from=tuple(tensors))
     fetched.target = f"{owner_path}.{name}" if owner_path else name
     return True
+
+
+def _owner(graph_module: fx.GraphModule, path: str) -> str:
+    """The path of the module that holds a folded parameter of the layer at this path.
+
+    A module that is called as a whole may be replaced as a whole, so the parameter is stored beside it.
+    """
+    modules = [str(node.target) for node in graph_module.graph.find_nodes(op="call_module")]
+    called = next((each for each in modules if f"{path}.".startswith(f"{each}.")), None)
+    if called is None:
+        return path
+    parent, name = locate(graph_module, f"{called}_folded")
+    while hasattr(parent, name) and type(getattr(parent, name)) is not nn.Module:
+        name += "_"
+    if not hasattr(parent, name):
+        parent.add_module(name, nn.Module())
+    above = called.rpartition(".")[0]
+    return f"{above}.{name}" if above else name
 
 
 def _changed(graph_module: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:

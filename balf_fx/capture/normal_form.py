@@ -21,6 +21,7 @@ from balf_fx.capture.models import copy_model, cuda_devices
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
+from balf_fx.graph.edits import drop_dead_code
 from balf_fx.graph.flops import profile
 from balf_fx.graph.layers import read_site
 from balf_fx.graph.parameters import count_parameters, get_tensor
@@ -104,6 +105,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         graph_module.eval()
     DecomposeAttention()(graph_module)
     FoldConstants()(graph_module)
+    drop_dead_code(graph_module)
     inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
         output = _profiled(graph_module, inputs)

@@ -201,6 +201,8 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
     if site.keeps_weight and site.bias is not None:  # the weight's module may stay, but its bias is no longer read
         owner, name = locate(graph_module, site.bias)
         owner._parameters.pop(name, None)
+    owner, name = locate(graph_module, site.name)
+    replaced = getattr(owner, name, None)
     put(graph_module, site.name, substitute.module)
     for node in nodes:
         before = node.prev
@@ -217,3 +219,19 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
         graph.erase_node(node)
         for source in sources:
             erase_unused(graph_module, source)
+    if isinstance(replaced, nn.Module):
+        _keep_what_is_read(graph, site.name, replaced, substitute.module)
+
+
+def _keep_what_is_read(graph: fx.Graph, path: str, old: nn.Module, new: nn.Module) -> None:
+    """Move to a layer's replacement what other nodes read: tensors and modules that are stored in the layer."""
+    for node in graph.nodes:
+        if node.op not in ("get_attr", "call_module") or not str(node.target).startswith(f"{path}."):
+            continue
+        name = str(node.target).removeprefix(f"{path}.").partition(".")[0]
+        if not hasattr(new, name):
+            value = getattr(old, name)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                new.register_buffer(name, value)
+            else:
+                setattr(new, name, value)
