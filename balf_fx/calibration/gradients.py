@@ -147,7 +147,9 @@ def probe(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
         direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
         return (logits * direction).sum()
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    terms = [(leaf * _normal(leaf, generator)).sum() / _scale(leaf) for leaf in leaves]
+    drawn = [(_accurate(leaf), _normal(leaf, generator), _scale(leaf)) for leaf in leaves]
+    # An output of zeros, as of a black image in a net without biases, has no scale: it has no gradient.
+    terms = [(leaf * (_accurate(random) / scale)).sum() for leaf, random, scale in drawn if scale > 0]
     return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
 
 
@@ -156,7 +158,12 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
 
 
+def _accurate(value: Tensor) -> Tensor:
+    """The value in float32, unless it is in float64."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 def _scale(leaf: Tensor) -> Tensor:
-    """The square root of the sum of squares of a sample's outputs, averaged over samples."""
-    per_sample = leaf.detach().float().square().sum() / max(leaf.shape[0] if leaf.dim() else 1, 1)
-    return per_sample.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    """The square root of the sum of squares of a sample's outputs, averaged over samples, float64."""
+    samples = max(leaf.shape[0] if leaf.dim() else 1, 1)
+    return leaf.detach().to(torch.float64).square().sum().div(samples).sqrt()

@@ -192,6 +192,8 @@ class SensitivityObserver(nn.Module):
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if not torch.isfinite(gradient).all():
             return
+        if gradient.numel() and not 1e-12 < float(gradient.abs().max()) < 1e12:  # squares may leave float32's range
+            gradient = gradient.to(torch.float64)
         gradient, value = by_sample(gradient, self.site), by_sample(value, self.site)
         features = None if features is None else by_sample(features, self.site)
         samples = len(gradient)
