@@ -333,3 +333,21 @@ def test_an_observer_is_found_by_its_path_and_kind():
     assert observer_of(graph_module, path, CovarianceObserver) is graph_module.get_submodule(path)
     assert observer_of(graph_module, path, SensitivityObserver) is None
     assert observer_of(graph_module, None, CovarianceObserver) is None
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_of_gradients_stay_in_range(scale):
+    site = Site("layer", "linear", "layer.weight", None, 1, 3, 8)
+    value, gradient = torch.randn(6, 3), torch.randn(6, 3)
+    plain, scaled = (SensitivityObserver(site, None, copies=False) for _ in range(2))
+    recorded = Recorded(value, value, None, None)
+    plain.take(recorded, gradient.double())
+    scaled.take(recorded, gradient * scale)
+    unit = scaled.sample.gradients.total / plain.sample.gradients.total
+    assert unit == pytest.approx(scale**2, rel=1e-5)
+    torch.testing.assert_close(
+        scaled.sample.gradients.scatter / unit, plain.sample.gradients.scatter, rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        scaled.sample.moments.scatter / scaled.sample.moments.count, plain.sample.moments.covariance()
+    )
