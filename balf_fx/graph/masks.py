@@ -26,7 +26,7 @@ _DYNAMO = re.compile(r"[lL]_(?:kwargs_)?(\w+?)_?")  # how Dynamo names the input
 def argument_name(node: fx.Node) -> str:
     """The name of the model's argument that a placeholder takes."""
     found = _DYNAMO.fullmatch(str(node.target))
-    return str(node.target) if found is None else found[1]
+    return annotation(node).argument or (str(node.target) if found is None else found[1])
 
 
 def mask_inputs(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
