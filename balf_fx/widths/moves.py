@@ -106,7 +106,8 @@ class Moves:
             dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             return torch.Size(shape) if dim is None else shape[dim]
         owner = str(getattr(node.target, "__module__", None)).lstrip("_")
-        if node.op != "call_function" or owner not in ("operator", "builtins", "math"):
+        computed = owner in ("operator", "builtins", "math") or node.target is torch.Size
+        if node.op != "call_function" or not computed:
             return None
         numbers = {source: self.number(source) for source in node.all_input_nodes}
         if any(number is None for number in numbers.values()):
