@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.answers import find_logits
-from balf_fx.calibration.batches import MEMORY, Forward, Loss, graphs_of, pieces_for_gradients, run_batch
+from balf_fx.calibration.batches import MEMORY, Forward, Loss, describe, graphs_of, pieces_for_gradients, run_batch
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
-from balf_fx.errors import CalibrationError, ModelError
+from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
 from balf_fx.graph.parameters import get_tensor, is_quantized
 
 
@@ -93,7 +93,9 @@ def _observe_gradients(
             output = run_batch(prepared, batch, forward, index, gradients=True)
             scalar = probe(output, batch, generator) if loss is None else loss(output, batch)
             if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {scalar!r}")
+                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
+            if loss is not None and not torch.isfinite(scalar).all():
+                raise NonFiniteError(f"loss(output, batch) is {float(scalar)} for calibration batch {index}")
             wanted = [*_outputs(records), *_weights(prepared)]
             if not wanted or not scalar.requires_grad:
                 return False

@@ -6,17 +6,19 @@ The graph is checked against the model on the example batch, and every node is a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for, holds_tensor
+from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for
 from balf_fx.capture.arguments import Call, record_call
 from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
 from balf_fx.capture.exporting import export
+from balf_fx.capture.functional import make_functional
 from balf_fx.capture.models import copy_model, cuda_devices
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
@@ -90,23 +92,24 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     """Capture by one method, checked and profiled."""
     subject = copy_model(model)
     if method == "symbolic_trace":
-        constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
-        graph_module = trace(subject, {**constants, **call.defaults})
+        graph_module = trace(subject, call.constants, call.unrolled)
     else:
         _check_exportable(type(model).__name__, call.output)
-        names = list(call.supplied)[: call.positional]
-        keywords = {name: value for name, value in call.supplied.items() if name not in names}
-        graph_module = export(subject, [call.supplied[name] for name in names], keywords, names)
+        graph_module = export(subject, call.by_position, call.by_keyword)
     _restore_buffers(graph_module, model)
     if any(module.training for module in model.modules()):
         check_functional_training(graph_module)
     if not model.training:
         graph_module.eval()
-    DecomposeAttention()(graph_module)
-    FoldConstants()(graph_module)
     inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        output = _profiled(graph_module, inputs)
+        with _runs_the_example():
+            make_functional(graph_module, inputs)
+        _restore_buffers(graph_module, model)
+        DecomposeAttention()(graph_module)
+        FoldConstants()(graph_module)
+        with _runs_the_example():
+            output = profile(graph_module, inputs)
     _restore_buffers(graph_module, model)
     _check_same_output(call.output, output)
     graph_module.graph.lint()
@@ -125,10 +128,13 @@ def _check_exportable(class_name: str, output: Any) -> None:
             )
 
 
-def _profiled(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+@contextmanager
+def _runs_the_example() -> Iterator[None]:
     try:
-        return profile(graph_module, inputs)
+        yield
     except MODEL_ERRORS as error:
+        if isinstance(error, CaptureError):
+            raise
         raise CaptureError(f"the captured graph cannot run the example batch: {error}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from balf_fx.budget.problem import drawn, pose
-from balf_fx.calibration.batches import Calibration, pieces_for_walk, run_batch
+from balf_fx.calibration.batches import Calibration, is_empty, ordinary, pieces_for_walk, run_batch
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
     OBSERVERS,
@@ -124,7 +124,7 @@ def calibrate(
     """Run batches through an observed program, with gradients if it has observers of gradients.
 
     Args:
-        batches: read one at a time, in place of the calibration's own.
+        batches: read one at a time, in place of the calibration's own; those without samples are skipped.
         lenient: skip batches with NaN or infinity at a site, and run without gradients if none flow through the
             program.
 
@@ -137,7 +137,10 @@ def calibrate(
     module, counted = program.module, []
     generator = torch.Generator().manual_seed(calibration.seed)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
-    for index, batch in enumerate(progress.track(batches)):
+    for index, given in enumerate(progress.track(batches)):
+        batch = ordinary(given)
+        if is_empty(batch):
+            continue
         try:
             if gradients:
                 observe_gradients(

@@ -18,6 +18,13 @@ _IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dro
 _IDENTITY_CALLS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 
 
+AUGMENTED = {
+    getattr(operator, f"i{name}"): getattr(operator, name if name not in ("and", "or") else f"{name}_")
+    for name in ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+}
+"""Augmented assignments, each with the operator that returns a new value."""
+
+
 def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node may change the values that it reads."""
     if node.op == "call_module":
@@ -29,8 +36,14 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = str(getattr(node.target, "__name__", ""))
-    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+    augmented = node.target in AUGMENTED or node.target is operator.setitem
     return augmented or name.endswith("_") or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+
+
+def is_opaque_call(node: fx.Node) -> bool:
+    """Whether a node calls a function that is not one of torch or Python, and may do anything."""
+    owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return node.op == "call_function" and owner not in ("torch", "_operator", "builtins", "math")
 
 
 def operation(node: fx.Node) -> str:
