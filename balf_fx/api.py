@@ -23,7 +23,8 @@ from balf_fx.calibration.batches import (
     placeholder_values,
 )
 from balf_fx.calibration.observers import SensitivityObserver
-from balf_fx.capture.models import cuda_devices
+from balf_fx.capture.checks import check_values
+from balf_fx.capture.models import cuda_devices, plain_model
 from balf_fx.capture.normal_form import capture
 from balf_fx.engine import compress
 from balf_fx.engine.program import Part, Program, Step, Trace
@@ -47,8 +48,8 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     """Make a trained model smaller and faster without fine-tuning.
 
     Args:
-        model: any module in evaluation mode. It is not changed: parameters, buffers, modes and random state stay the
-            same, bit for bit.
+        model: any module in evaluation mode, also inside `torch.compile` or `DataParallel`. It is not changed:
+            parameters, buffers, modes and random state stay the same, bit for bit.
         calib_batches: batches without labels, a few hundred samples in all: a tensor, a mapping of keyword arguments,
             or any iterable of tensors, tuples of positional arguments or mappings, including DataLoaders and one-shot
             generators. Labels in `(images, labels)` are recognised as `calibration.batches` describes. The first
@@ -65,6 +66,8 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     """
     settings = settings_from(options)
     settings.allocate()  # checks the budget before any work is done
+    model = plain_model(model)
+    check_values(model)
     forward = forward or forward_for(model)
     with ExitStack() as closing:
         for context in (torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_devices(model))):
@@ -121,6 +124,8 @@ def prepare(
         )
     settings = settings_from(options, "prepare")
     wanted |= {"sensitivity"} if sensitivity else set()
+    model = plain_model(model)
+    check_values(model)
     with torch.inference_mode(False), torch.no_grad():
         return _prepared(model, example, forward or forward_for(model), settings, wanted)
 

@@ -19,9 +19,9 @@ def find_logits(output: Any, batch: Any) -> Tensor | None:
     [samples, length, classes] for integer inputs [samples, length].
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
+    if isinstance(named, Tensor) and named.is_floating_point():
         return named
-    if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[-1] < 2:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2 or output.shape[-1] < 2:
         return None
     tokens = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
     language = output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
@@ -58,10 +58,16 @@ def differ(reference: Any, output: Any, batch: Any) -> Tensor:
     if wanted is not None and logits is not None:
         target, given = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
         return (target.exp() * (target - given)).sum(-1).mean()
-    pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(output), strict=True)
+    pairs = zip(real_leaves(reference), real_leaves(output), strict=True)
     terms = [
         (a.float() - b.float()).square().sum() / a.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         for a, b in pairs
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
+        if a.is_floating_point()
     ]
     return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def real_leaves(output: Any) -> list[Tensor]:
+    """The tensors of an output; complex ones as real [..., 2]."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.answers import find_logits
+from balf_fx.calibration.answers import find_logits, real_leaves
 from balf_fx.calibration.batches import MEMORY, Forward, Loss, describe, graphs_of, pieces_for_gradients, run_batch
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
@@ -148,7 +147,7 @@ def probe(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
         v = _normal(logits, generator)
         direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
         return (logits * direction).sum()
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [leaf for leaf in real_leaves(output) if leaf.requires_grad]
     terms = [(leaf * _normal(leaf, generator)).sum() / _scale(leaf) for leaf in leaves]
     return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
 

@@ -19,7 +19,7 @@ from balf_fx.capture.arguments import Call, record_call
 from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
 from balf_fx.capture.exporting import export
 from balf_fx.capture.functional import make_functional
-from balf_fx.capture.models import copy_model, cuda_devices
+from balf_fx.capture.models import copy_model, cuda_devices, plain_model
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
@@ -55,13 +55,15 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
             weights inside calls that it cannot trace. An exported graph asserts the sizes for which it is valid.
 
     Raises:
-        ModelError: weights are missing or modules are quantized; torchao's quantized weights are allowed and kept.
+        ModelError: it is no module, weights are missing or modules are quantized; torchao's quantized weights are
+            allowed and kept.
         CalibrationError: the model cannot run the example.
         TrainingModeError: a layer such as BatchNorm or Dropout is in training mode.
         CaptureError: the model cannot be captured, or its graph has another output.
     """
     if method not in ("auto", "symbolic_trace", "export"):
         raise OptionError(f"capture must be 'auto', 'symbolic_trace' or 'export', not {method!r}")
+    model = plain_model(model)
     check_weights(model)
     check_evaluation_mode(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
@@ -187,6 +189,8 @@ def _check_same_output(expected: Any, actual: Any) -> None:
 
 
 def _close(want: Tensor, got: Tensor) -> bool:
+    if want.is_complex():
+        want, got = torch.view_as_real(want), torch.view_as_real(got)
     if not want.is_floating_point():
         return torch.equal(want, got)
     tolerance = torch.finfo(want.dtype).eps ** 0.5

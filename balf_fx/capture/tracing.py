@@ -38,6 +38,7 @@ def trace(model: nn.Module, constants: Mapping[str, Any], unrolled: Mapping[str,
     """
     tracer = _Tracer(constants, unrolled)
     before = _state(model)
+    _take_replaced_forward(model)
     try:
         graph = tracer.trace(model)
     except MODEL_ERRORS as error:  # TraceError is a ValueError
@@ -51,6 +52,20 @@ def trace(model: nn.Module, constants: Mapping[str, Any], unrolled: Mapping[str,
         )
     rename_illegal(model, graph)
     return fx.GraphModule(model, plain(graph), type(model).__name__)
+
+
+def _take_replaced_forward(model: nn.Module) -> None:
+    """Let the class have a forward that was replaced on the instance, since FX traces that of the class."""
+    replaced = vars(model).get("forward")
+    if replaced is None:
+        return
+    if getattr(replaced, "__self__", None) is not model:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced symbolically: its forward was replaced on the instance by "
+            "something else than a method. Replace it by types.MethodType(function, model), or define it in a class"
+        )
+    model.__class__ = type(type(model).__name__, (type(model),), {"forward": replaced.__func__})
+    del model.forward
 
 
 def _state(model: nn.Module) -> list[tuple[str, int, int]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.calibration.batches import Calibration, Loss, is_empty
+from balf_fx.capture.checks import check_values
 from balf_fx.capture.names import legal_path
 from balf_fx.dynamo.binding import Binding, computing, watched_by
 from balf_fx.dynamo.frames import Request, WeightInput, is_training, weight_inputs
@@ -243,6 +244,8 @@ class Session:
         origin = settings.origin(None)
         parts = [bound.part(n, first[i], origin) for i, (bound, n) in enumerate(zip(bindings, calls, strict=True))]
         program = Program(tuple(parts), lambda _, batch: batch)
+        for graph_module in program.graph_modules:
+            check_values(graph_module)
         with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
             # 2. Observe, calibrate and convert, as for a model that is captured as a whole.
             compress.observe(program, settings, {settings.chosen_factors})
