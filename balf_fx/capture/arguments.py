@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import Forward, holds_tensor, run_batch
+from balf_fx.capture.contexts import Autocast
 from balf_fx.errors import CalibrationError, CaptureError
 
 
@@ -28,6 +29,7 @@ class Call:
         positional: how many are given by position.
         unrolled: for each starred parameter of `forward`, the names of its items.
         output: what the model returned.
+        autocast: the contexts of autocast in which it was called.
     """
 
     supplied: Mapping[str, Any]
@@ -35,6 +37,7 @@ class Call:
     positional: int
     unrolled: Mapping[str, tuple[str, ...]]
     output: Any
+    autocast: tuple[Autocast, ...] = ()
 
     def value(self, name: str) -> Any:
         """The value of an argument in the call."""
@@ -71,9 +74,11 @@ def record_call(model: nn.Module, batch: Any, forward: Forward) -> Call:
     """
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Any] = []
+    around: list[tuple[Autocast, ...]] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given.append(copied((args, kwargs)))
+        around.append(tuple(_autocasts(model)))
         return copied((args, kwargs))  # the model may write to them
 
     def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -87,7 +92,15 @@ def record_call(model: nn.Module, batch: Any, forward: Forward) -> Call:
             handle.remove()
     if not outputs:
         raise CalibrationError("forward(model, batch) did not call the model")
-    return _call(inspect.signature(model.forward), *given[0], outputs[0])
+    call = _call(inspect.signature(model.forward), *given[0], outputs[0])
+    return replace(call, autocast=around[0])
+
+
+def _autocasts(model: nn.Module) -> Iterator[Autocast]:
+    """The contexts of autocast for the devices of a model that are active now."""
+    for device in sorted({parameter.device.type for parameter in model.parameters()} - {"meta"}):
+        if torch.is_autocast_enabled(device):
+            yield device, torch.get_autocast_dtype(device), True, torch.is_autocast_cache_enabled()
 
 
 def _call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:

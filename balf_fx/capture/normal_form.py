@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for
 from balf_fx.capture.arguments import Call, record_call
 from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
+from balf_fx.capture.contexts import cast_explicitly, check_transforms, inline_contexts
 from balf_fx.capture.exporting import export
 from balf_fx.capture.functional import make_functional
 from balf_fx.capture.models import copy_model, cuda_devices, plain_model
@@ -105,8 +106,11 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         graph_module.eval()
     inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
+        inline_contexts(graph_module)
+        check_transforms(graph_module)
         with _runs_the_example():
             make_functional(graph_module, inputs)
+            cast_explicitly(graph_module, inputs, call.autocast)
         _restore_buffers(graph_module, model)
         DecomposeAttention()(graph_module)
         FoldConstants()(graph_module)

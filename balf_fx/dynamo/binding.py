@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import compile_lock
 
+from balf_fx.capture.contexts import cast_explicitly, inline_contexts
 from balf_fx.capture.functional import make_functional
 from balf_fx.capture.models import cuda_devices
 from balf_fx.dynamo.frames import WeightInput, lift
@@ -68,8 +69,10 @@ class Binding:
         graph_module = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
         graph_module.meta.update(self.graph_module.meta)
         aliases = _part_from(graph_module)
+        inline_contexts(graph_module)
         with compile_lock, torch.random.fork_rng(devices=cuda_devices(graph_module)):
             make_functional(graph_module, args)
+            cast_explicitly(graph_module, args)
         DecomposeAttention(copy_weights=False)(graph_module)
         FoldConstants()(graph_module)
         graph_module.recompile()
