@@ -35,7 +35,8 @@ def _follow(graph: fx.Graph) -> bool:
 
 def _first_tensor(graph: fx.Graph) -> fx.Node | None:
     """The first input, or item of an input, that torch.export recorded as a tensor."""
-    inputs = itertools.takewhile(lambda node: node.op == "placeholder" or node.target is operator.getitem, graph.nodes)
+    nodes = (node for node in graph.nodes if node.op != "get_attr")
+    inputs = itertools.takewhile(lambda node: node.op == "placeholder" or node.target is operator.getitem, nodes)
     return next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
 
 

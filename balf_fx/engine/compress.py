@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from balf_fx.budget.problem import drawn, pose
-from balf_fx.calibration.batches import Calibration, Piece, pieces_for_gradients, pieces_for_walk, run_batch
+from balf_fx.calibration.batches import (
+    Calibration,
+    Piece,
+    is_empty,
+    ordinary,
+    pieces_for_gradients,
+    pieces_for_walk,
+    run_batch,
+)
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
     OBSERVERS,
@@ -131,7 +139,7 @@ def calibrate(
     each piece.
 
     Args:
-        batches: read one at a time, in place of the calibration's own.
+        batches: read one at a time, in place of the calibration's own; those without samples are skipped.
         lenient: skip batches with NaN or infinity at a site, and run without gradients if none flow through the
             program.
 
@@ -145,7 +153,10 @@ def calibrate(
     module, counted = program.module, []
     generator = torch.Generator().manual_seed(calibration.seed)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
-    for index, batch in enumerate(progress.track(batches)):
+    for index, made in enumerate(progress.track(batches)):
+        batch = ordinary(made)
+        if is_empty(batch):
+            continue
         given = calibration.given(index, batch)
         try:
             if gradients:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx, nn
 
 from balf_fx.graph.layers import argument_position, read_layer
-from balf_fx.graph.operators import changes_in_place
+from balf_fx.graph.operators import changes_in_place, is_opaque_call
 from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
 from balf_fx.graph.site import Site
 
@@ -77,13 +75,7 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return any(map(is_hooked, graph_module.get_submodule(str(node.target)).modules()))
     if node.op == "call_method":
         return str(node.target).endswith("_") or not hasattr(torch.Tensor, str(node.target))
-    return node.op == "call_function" and not _is_known(node.target)
-
-
-def _is_known(function: Any) -> bool:
-    """Whether a function is one of torch's or Python's own."""
-    owner = str(getattr(function, "__module__", None) or "torch").partition(".")[0]
-    return isinstance(function, torch._ops.OpOverload) or owner in ("torch", "_operator", "builtins", "math")
+    return is_opaque_call(node)
 
 
 def _fetches(node: fx.Node, path: str) -> bool:

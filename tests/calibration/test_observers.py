@@ -11,7 +11,7 @@ from torch import fx, nn
 import balf_fx
 from balf_fx.calibration import moments as moments_module
 from balf_fx.calibration.moments import Moments, input_columns, input_patches, output_columns
-from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
+from balf_fx.calibration.observers import CovarianceObserver, Recorded, SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
 from balf_fx.graph.annotation import annotation, sites
