@@ -66,7 +66,8 @@ class Problem:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             predicted = None if earlier is None else apply(earlier, x)
             y = self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
-            shares[visit.share].add(x, y.to(x.dtype), None if visit.weights is None else visit.weights.to(x.dtype))
+            weights = None if visit.weights is None else visit.weights.to(x.dtype)
+            shares[visit.share].add(visit.keep(x), visit.keep(y).to(x.dtype), weights)
         return shares[0].joint(), shares[1].joint()
 
 
@@ -100,7 +101,7 @@ class BiasProblem:
         nothing = Residual(0.0, torch.zeros_like(self.bias))
         shares = [nothing, nothing]
         for visit in visits(walk, self.target.node, self.target.site, (self.bias.shape[-1], 0), self.importance):
-            shares[visit.share] += Residual.of(self._residual(visit, earlier), visit.weights)
+            shares[visit.share] += Residual.of(visit.keep(self._residual(visit, earlier)), visit.weights)
         return shares[0], shares[1]
 
     def _residual(self, visit: Visit, earlier: Tensor | None) -> Tensor:
