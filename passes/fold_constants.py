@@ -54,9 +54,9 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
     if first is None or any(map(is_quantized, tensors)):
         return False
     try:
-        with torch.no_grad(), _Deterministic():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), Deterministic():  # type: ignore[no-untyped-call]
             value = _evaluate(graph_module, node, {})
-    except _NotConstantError:
+    except NotConstantError:
         return False
     if not value.is_floating_point() or value.numel() > sum(tensor.numel() for tensor in tensors):
         return False
@@ -127,16 +127,16 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return list(dict.fromkeys(found))
 
 
-class _NotConstantError(Exception):
+class NotConstantError(Exception):
     """An operation is random or changes a tensor in place."""
 
 
-class _Deterministic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Deterministic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses operations that draw random numbers or change their arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
-            raise _NotConstantError
+            raise NotConstantError
         return func(*args, **(kwargs or {}))
 
 

@@ -236,7 +236,10 @@ class SensitivityObserver(nn.Module):
     @torch.no_grad()
     def take(self, recorded: Recorded, gradient: Tensor) -> None:
         """Add the values of one call and the gradient at its output to the statistics."""
-        seen = self._seen(recorded, gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if gradient.numel() and not 1e-12 < float(gradient.abs().max()) < 1e12:  # squares may leave float32's range
+            gradient = gradient.to(torch.float64)
+        seen = self._seen(recorded, gradient)
         if not len(seen.gradient) or not torch.isfinite(seen.gradient).all():
             return
         samples = len(seen.gradient)

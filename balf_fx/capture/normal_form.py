@@ -17,7 +17,7 @@ from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for, hold
 from balf_fx.capture.arguments import Call, record_call
 from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
 from balf_fx.capture.exporting import export
-from balf_fx.capture.models import copy_model, cuda_devices
+from balf_fx.capture.models import copy_model, cuda_devices, fold_parametrizations
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
@@ -90,6 +90,8 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
 def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     """Capture by one method, checked and profiled."""
     subject = copy_model(model)
+    with torch.no_grad():
+        fold_parametrizations(subject)
     if method == "symbolic_trace":
         constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
         graph_module = trace(subject, {**constants, **call.defaults})

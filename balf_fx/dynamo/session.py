@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from balf_fx.calibration.batches import Calibration, Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.dynamo.binding import Binding, computing, watched_by
-from balf_fx.dynamo.frames import Request, WeightInput, is_training, legal_path, weight_inputs
+from balf_fx.dynamo.frames import Request, WeightInput, is_training, legal_path, name_arguments, weight_inputs
 from balf_fx.dynamo.options import BackendOptions
 from balf_fx.dynamo.recording import Recording, cloned, confirmed
 from balf_fx.dynamo.watch import Watch
@@ -129,6 +129,7 @@ class Session:
         if needs_gradients or is_training(graph_module):
             self._warn_uncompressed("gradients are required" if needs_gradients else "the model is in training mode")
             return self.options.compiler(graph_module, example_inputs)
+        name_arguments(graph_module, request.arguments)
         region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request)
         if request.module is not None and not self._regions:  # the model, or the first part of it that is compiled
             weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False

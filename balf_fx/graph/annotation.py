@@ -32,6 +32,7 @@ class Annotation:
         flops: FLOPs counted on the example batch (`graph.flops.profile`).
         shape: the shape of the node's output on the example batch.
         number: the node's output on the example batch if it is a whole number, for example a size.
+        argument: the name of the model's argument that an input takes, where the input's own name does not tell it.
         computed_from: the tensors from which a parameter was computed; set by FoldConstants on the node that reads it.
         folded: the BatchNorms that were folded into the node, in their order; set by FoldBatchNorm.
         shared: whether another graph of the program reads the node's weights too. Their shapes and values do not
@@ -48,6 +49,7 @@ class Annotation:
     flops: int | None = None
     shape: tuple[int, ...] | None = None
     number: int | None = None
+    argument: str | None = None
     computed_from: tuple[torch.Tensor, ...] = ()
     folded: tuple[Norm, ...] = ()
     shared: bool = False

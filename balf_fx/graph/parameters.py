@@ -49,6 +49,15 @@ def is_hooked(module: nn.Module) -> bool:
     return any(hooks)
 
 
+def computed_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Detached copies, by id, of what hooks have computed with gradients and stored on modules.
+
+    As the memo of `copy.deepcopy`, which refuses to copy such tensors.
+    """
+    held = (value for each in module.modules() for value in vars(each).values())
+    return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+
+
 def count_parameters(module: nn.Module) -> int:
     """The number of parameters of a module; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())

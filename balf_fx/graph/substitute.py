@@ -183,13 +183,16 @@ def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:
 def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> None:
     """Store a [G, a, b] or [G, O] result as a module's parameter, with the properties of the original one."""
     tensor = value.reshape(module.get_parameter(name).shape).to(original.dtype)
-    layouts = [torch.contiguous_format]
-    for layout in (torch.channels_last, torch.channels_last_3d):
-        fits = original.dim() == (4 if layout is torch.channels_last else 5) == tensor.dim()
-        if fits and original.is_contiguous(memory_format=layout) and not original.is_contiguous():
-            layouts.append(layout)
-    tensor = tensor.clone(memory_format=layouts[-1])
+    tensor = tensor.clone(memory_format=_memory_format(original, tensor.dim()))
     module.register_parameter(name, nn.Parameter(tensor, requires_grad=original.requires_grad))
+
+
+def _memory_format(original: Tensor, dimensions: int) -> torch.memory_format:
+    """The memory format of a kernel, also of one whose size is 1, for a new one with this number of dimensions."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dimensions)
+    if layout is None or original.dim() != dimensions or not original.is_contiguous(memory_format=layout):
+        return torch.contiguous_format
+    return layout if original.stride(1) < original.stride(-1) else torch.contiguous_format
 
 
 def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: Substitute) -> None:
