@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.calibration.experts import ExpertObserver, ExpertSensitivityObserver
 from balf_fx.calibration.gradients import check_gradients
 from balf_fx.calibration.observers import (
     OBSERVERS,
@@ -19,6 +20,7 @@ from balf_fx.calibration.observers import (
 )
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
+from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import site_input
 from balf_fx.graph.operators import changes_in_place
 from balf_fx.graph.parameters import grouped_weight
@@ -67,7 +69,7 @@ class InsertObservers(Pass):
             new = key not in shared
             if new:
                 shared[key] = f"{OBSERVERS}.{len(shared)}"
-                graph_module.add_submodule(shared[key], CovarianceObserver(site, self.skip_non_finite, side))
+                graph_module.add_submodule(shared[key], _observer(site, nodes[0], self.skip_non_finite, side))
             for node in nodes:
                 if new:
                     _observe(graph_module.graph, node, side, shared[key])
@@ -102,10 +104,23 @@ class RemoveObservers(Pass):
             raise PassError("RemoveObservers left an observer in the graph")
 
 
+def _observer(site: Site, node: fx.Node, skip_non_finite: bool, side: Side) -> CovarianceObserver:
+    product = read_experts(node)
+    if product is None:
+        return CovarianceObserver(site, skip_non_finite, side)
+    return ExpertObserver(site, product.rows, skip_non_finite, side)
+
+
+def _assignment(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The node that assigns rows to experts, if there is one."""
+    product = read_experts(node)
+    return () if product is None or product.assignment is None else (product.assignment,)
+
+
 def _observe(graph: fx.Graph, node: fx.Node, side: Side, observer: str) -> None:
-    output = side == "output"
+    output, assignment = side == "output", _assignment(node)
     with graph.inserting_after(node) if output else graph.inserting_before(node):
-        graph.call_module(observer, (node if output else site_input(node),))
+        graph.call_module(observer, (node if output else site_input(node), *assignment))
 
 
 def _observe_gradients(
@@ -114,10 +129,15 @@ def _observe_gradients(
     values = [value for node in nodes for value in (node, site_input(node))]
     copies = any(changes_in_place(graph_module, reader) for value in values for reader in value.users)
     basis = _range_basis(graph_module, site)
-    graph_module.add_submodule(observer, SensitivityObserver(site, basis, copies, features))
+    product = read_experts(nodes[0])
+    if product is None:
+        module = SensitivityObserver(site, basis, copies, features)
+    else:
+        module = ExpertSensitivityObserver(site, product.rows, basis, copies)
+    graph_module.add_submodule(observer, module)
     for node in nodes:
         with graph_module.graph.inserting_after(node):
-            graph_module.graph.call_module(observer, (site_input(node), node))
+            graph_module.graph.call_module(observer, (site_input(node), node, *_assignment(node)))
         annotate(node, sensitivity=observer)
 
 
@@ -149,6 +169,9 @@ def _sharing_key(graph_module: fx.GraphModule, nodes: list[fx.Node], site: Site,
     value = site_input(nodes[0])
     if any(changes_in_place(graph_module, user) for user in value.users):
         return (site,)
+    product = read_experts(nodes[0])
+    if product is not None:
+        return (value, product.assignment, product.rows)
     pixels = site.conv if site.conv is not None and not _reads_every_pixel_once(site) else None
     return (value, site.groups, site.in_features, pixels, site.conv is None)
 

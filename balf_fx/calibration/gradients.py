@@ -22,7 +22,15 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.answers import find_logits
-from balf_fx.calibration.batches import MEMORY, Forward, Loss, graphs_of, pieces_for_gradients, run_batch
+from balf_fx.calibration.batches import (
+    MEMORY,
+    Forward,
+    Loss,
+    graphs_of,
+    pieces_for_gradients,
+    run_batch,
+    sample_count,
+)
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.errors import CalibrationError, ModelError
 from balf_fx.graph.parameters import get_tensor, is_quantized
@@ -88,7 +96,7 @@ def _observe_gradients(
 ) -> bool:
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
     with ExitStack() as stack:
-        records = [(observer, stack.enter_context(observer.recording())) for observer in observers]
+        records = [(observer, stack.enter_context(observer.recording(sample_count(batch)))) for observer in observers]
         with _differentiable(prepared), torch.enable_grad():
             output = run_batch(prepared, batch, forward, index, gradients=True)
             scalar = probe(output, batch, generator) if loss is None else loss(output, batch)

@@ -22,7 +22,7 @@ from balf_fx.calibration.moments import (
     with_batch,
 )
 from balf_fx.errors import NonFiniteError
-from balf_fx.graph.parameters import weight_matrix
+from balf_fx.graph.parameters import site_matrix
 from balf_fx.graph.site import Side, Site
 
 _LOGGER = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class CovarianceObserver(nn.Module):
         self.moments: Moments | None = None
 
     def extra_repr(self) -> str:
-        return f"{self.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
+        count = 0.0 if self.moments is None else self.moments.count
+        return f"{self.side} of {self.site.name}, {float(torch.as_tensor(count).sum()):g} positions"
 
     def reset(self) -> None:
         """Delete all statistics."""
@@ -58,9 +59,9 @@ class CovarianceObserver(nn.Module):
     @torch.no_grad()
     def forward(self, value: Tensor) -> None:
         with torch.autocast(value.device.type, enabled=False):
-            seen = batch_moments(value, self.site, self.side, torch.promote_types(value.dtype, torch.float32))
+            seen = self._moments(value, torch.promote_types(value.dtype, torch.float32))
             if seen is not None and not in_range(seen):  # squares overflow or underflow long before the values do
-                seen = batch_moments(value, self.site, self.side, torch.float64)
+                seen = self._moments(value, torch.float64)
         if seen is None:
             return
         if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
@@ -77,6 +78,9 @@ class CovarianceObserver(nn.Module):
             )
         self.moments = seen if self.moments is None else self.moments.merge(seen)
 
+    def _moments(self, value: Tensor, dtype: torch.dtype) -> Moments | None:
+        return batch_moments(value, self.site, self.side, dtype)
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -90,7 +94,7 @@ class Gradients:
         parts: [parts, O / parts, O / parts], the same for the parts of g, for sites that have parts.
     """
 
-    samples: int
+    samples: float
     total: float
     scatter: Tensor
     parts: Tensor | None
@@ -131,7 +135,7 @@ class Sample:
 
 
 Recorded = tuple[Tensor, Tensor, Tensor | None]
-"""A site's output, the value on the site's side, and the input if its features are needed."""
+"""A site's output, the value on the site's side, and the input if its features are needed, or what assigns rows."""
 
 
 class SensitivityObserver(nn.Module):
@@ -162,16 +166,21 @@ class SensitivityObserver(nn.Module):
         self.basis = basis
         self.wants_features = features
         self._recorded: list[Recorded] | None = None
+        self.batch_samples = 0
         self.halves: list[Sample | None] = [None, None]
         self.sample: Sample | None = None
         self.positions: Tensor | None = None
         self.calls = 0
 
     @contextmanager
-    def recording(self) -> Iterator[Sequence[Recorded]]:
-        """Record the values of each call during the context; calls outside it record nothing."""
+    def recording(self, samples: int = 0) -> Iterator[Sequence[Recorded]]:
+        """Record the values of each call during the context; calls outside it record nothing.
+
+        Args:
+            samples: the number of samples in the batch; 0 if it is not known.
+        """
         recorded: list[Recorded] = []
-        self._recorded = recorded
+        self._recorded, self.batch_samples = recorded, samples
         try:
             yield recorded
         finally:
@@ -190,7 +199,7 @@ class SensitivityObserver(nn.Module):
     def take(self, value: Tensor, features: Tensor | None, gradient: Tensor) -> None:
         """Add one value, its input features if they are needed, and the gradient at its output to the statistics."""
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if not torch.isfinite(gradient).all():
+        if gradient.numel() == 0 or not torch.isfinite(gradient).all():
             return
         gradient, value = by_sample(gradient, self.site), by_sample(value, self.site)
         features = None if features is None else by_sample(features, self.site)
@@ -281,7 +290,7 @@ class InfluenceObserver(nn.Module):
         """Add the gradient of one batch, in the shape of the weight."""
         if not torch.isfinite(gradient).all():
             return
-        grouped = weight_matrix(gradient, self.site.groups, self.site.inputs_first)
+        grouped = site_matrix(gradient, self.site)
         seen = WeightGradients(grouped.abs().float(), grouped.square().float())
         self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
 

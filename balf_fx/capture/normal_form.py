@@ -17,7 +17,7 @@ from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for, hold
 from balf_fx.capture.arguments import Call, record_call
 from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
 from balf_fx.capture.exporting import export
-from balf_fx.capture.models import copy_model, cuda_devices
+from balf_fx.capture.models import copy_model, cuda_devices, without_expert_loops
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
@@ -94,6 +94,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         graph_module = trace(subject, {**constants, **call.defaults})
     else:
         _check_exportable(type(model).__name__, call.output)
+        without_expert_loops(subject)
         names = list(call.supplied)[: call.positional]
         keywords = {name: value for name, value in call.supplied.items() if name not in names}
         graph_module = export(subject, [call.supplied[name] for name in names], keywords, names)
