@@ -146,3 +146,29 @@ class Mixture(nn.Module):
         hidden = torch.relu(F.grouped_mm(x[order // 2], self.up.transpose(1, 2), offs=ends))
         y = F.grouped_mm(hidden, self.down.transpose(1, 2), offs=ends)
         return torch.zeros_like(y).index_copy(0, order, y).reshape(-1, 2, x.shape[-1])
+
+
+class Loop(nn.Module):
+    """Experts that are layers of their own: all run on every row or, with `chosen`, each on the rows that choose it."""
+
+    def __init__(self, chosen, experts=4, features=24):
+        super().__init__()
+        self.chosen = chosen
+        self.stem = nn.Linear(16, features)
+        self.router = nn.Linear(features, experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(features, 48), nn.ReLU(), nn.Linear(48, features)) for _ in range(experts)
+        )
+        self.head = nn.Linear(features, 10)
+
+    def forward(self, x):
+        h = self.stem(x).flatten(0, 1)
+        scores = self.router(h).softmax(-1)
+        if not self.chosen:
+            return self.head(sum(expert(h) * scores[:, i : i + 1] for i, expert in enumerate(self.experts)))
+        best, chosen = scores.topk(2, -1)
+        y = torch.zeros_like(h)
+        for index, expert in enumerate(self.experts):
+            rows, place = torch.where(chosen == index)
+            y = y.index_add(0, rows, expert(h[rows]) * best[rows, place].unsqueeze(-1))
+        return self.head(h + y)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from expert_models import Mixture
+from expert_models import Loop, Mixture
 from torch.nn import functional as F
 
 import balf_fx
@@ -169,3 +169,28 @@ def test_the_backend_compresses_experts(batches, grouped):
         torch.testing.assert_close(compiled(batches[0]), offline(batches[0]))
         assert compiled(batches[0][:4]).shape == (4, 10)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_experts_in_a_loop_are_layers_on_their_own_rows(batches, effort):
+    torch.manual_seed(0)
+    model = without_last(Loop(chosen=True).eval())
+    small = balf_fx.compile(model, batches, params=0.6, effort=effort, progress=False)
+    report = balf_fx.report(small)
+    assert report.params_after == parameters(small) <= 0.6 * parameters(model)
+    reasons = {row.name: row.reason for row in report.refused}
+    assert reasons["router"] == Reason.ROUTER.value
+    assert {name for name, reason in reasons.items() if reason == Reason.UNSEEN.value} == {"experts.3.0", "experts.3.2"}
+    for layer in (0, 2):
+        assert torch.equal(small.get_submodule(f"experts.3.{layer}").weight, model.experts[3][layer].weight)
+    assert torch.isfinite(small(batches[0])).all()
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_a_dense_mixture_is_a_sum_of_layers(batches, effort):
+    torch.manual_seed(0)
+    model = Loop(chosen=False).eval()
+    small = balf_fx.compile(model, batches, flops=0.6, effort=effort, progress=False)
+    report = balf_fx.report(small)
+    assert report.flops_after == count_flops(small, batches[0]) <= 0.6 * count_flops(model, batches[0])
+    assert "router" in {row.name for row in report.sites}  # gradients know what it does
