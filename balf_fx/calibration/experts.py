@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from balf_fx.calibration.moments import CHUNK_ELEMENTS, Moments, sum_moments
-from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver
+from balf_fx.calibration.observers import CovarianceObserver, Gradients, Recorded, Sample, SensitivityObserver
 from balf_fx.graph.expert_rows import ExpertRows
 from balf_fx.graph.site import Side, Site
 
@@ -62,13 +62,13 @@ class ExpertObserver(CovarianceObserver):
         self.rows = rows
         self._assignment: Tensor | None = None
 
-    def forward(self, value: Tensor, assignment: Tensor | None = None) -> None:
+    def forward(self, value: Tensor, assignment: Tensor | None = None) -> None:  # type: ignore[override]
         """Observe a value, given the ids or ends that assign its rows."""
         self._assignment = assignment
         super().forward(value)
         self._assignment = None
 
-    def _moments(self, value: Tensor, dtype: torch.dtype) -> Moments | None:
+    def _moments(self, value: Tensor, dtype: torch.dtype, weights: Tensor | None) -> Moments | None:  # noqa: ARG002
         return expert_moments(self.rows.split(value, self.side, self._assignment), dtype)
 
 
@@ -87,20 +87,23 @@ class ExpertSensitivityObserver(SensitivityObserver):
         super().__init__(site, basis, copies)
         self.rows = rows
 
-    def forward(self, source: Tensor, output: Tensor, assignment: Tensor | None = None) -> None:
+    def forward(  # type: ignore[override]
+        self, source: Tensor, output: Tensor, assignment: Tensor | None = None
+    ) -> None:
         """Record the output, the value on the site's side and the assignment until the gradient is known."""
         if self._recorded is not None and output.requires_grad:
             value = (output if self.site.side == "output" else source).detach()
-            self._recorded.append((output, value.clone() if self.copies else value, assignment))
+            self._recorded.append(Recorded(output, value.clone() if self.copies else value, assignment, None))
 
     @torch.no_grad()
-    def take(self, value: Tensor, features: Tensor | None, gradient: Tensor) -> None:
-        """Add one value and the gradient at its output; `features` is the assignment."""
+    def take(self, recorded: Recorded, gradient: Tensor) -> None:
+        """Add the values of one call and the gradient at its output to the statistics."""
+        assignment = recorded.features
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if gradient.numel() == 0 or not torch.isfinite(gradient).all():
             return
-        values = self.rows.split(value, self.site.side, features)
-        gradients = self.rows.split(gradient, "output", features)
+        values = self.rows.split(recorded.value, self.site.side, assignment)
+        gradients = self.rows.split(gradient, "output", assignment)
         samples = self.batch_samples or sum(map(len, gradients))
         cuts = [(len(own) + self.calls % 2) // 2 for own in gradients]  # odd rows go to either half in turn
         for half, own in enumerate((_parts(cuts, first=True), _parts(cuts, first=False))):

@@ -17,10 +17,11 @@ from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for, hold
 from balf_fx.capture.arguments import Call, record_call
 from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
 from balf_fx.capture.exporting import export
-from balf_fx.capture.models import copy_model, cuda_devices, without_expert_loops
+from balf_fx.capture.models import copy_model, cuda_devices, fold_parametrizations, without_expert_loops
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
+from balf_fx.graph.edits import drop_dead_code
 from balf_fx.graph.flops import profile
 from balf_fx.graph.layers import read_site
 from balf_fx.graph.parameters import count_parameters, get_tensor
@@ -89,6 +90,8 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
 def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     """Capture by one method, checked and profiled."""
     subject = copy_model(model)
+    with torch.no_grad():
+        fold_parametrizations(subject)
     if method == "symbolic_trace":
         constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
         graph_module = trace(subject, {**constants, **call.defaults})
@@ -105,6 +108,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         graph_module.eval()
     DecomposeAttention()(graph_module)
     FoldConstants()(graph_module)
+    drop_dead_code(graph_module)
     inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
         output = _profiled(graph_module, inputs)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.calibration.batches import Calibration, Loss
+from balf_fx.calibration.weights import WeightsOf
 from balf_fx.dynamo.binding import Binding, computing, watched_by
-from balf_fx.dynamo.frames import Request, WeightInput, is_training, legal_path, weight_inputs
+from balf_fx.dynamo.frames import Request, WeightInput, is_training, legal_path, name_arguments, weight_inputs
 from balf_fx.dynamo.options import BackendOptions
 from balf_fx.dynamo.recording import Recording, cloned, confirmed
 from balf_fx.dynamo.watch import Watch
@@ -128,6 +129,7 @@ class Session:
         if needs_gradients or is_training(graph_module):
             self._warn_uncompressed("gradients are required" if needs_gradients else "the model is in training mode")
             return self.options.compiler(graph_module, example_inputs)
+        name_arguments(graph_module, request.arguments)
         region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request)
         if request.module is not None and not self._regions:  # the model, or the first part of it that is compiled
             weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
@@ -247,7 +249,12 @@ class Session:
             compress.observe(program, settings, {settings.chosen_factors})
             unchanged = sum(not sites(graph_module) for graph_module in program.graph_modules)
             calibration = Calibration(
-                batches, run_trace, _on_inputs(settings.loss), settings.memory_bytes, settings.seed
+                batches,
+                run_trace,
+                _on_inputs(settings.loss),
+                settings.memory_bytes,
+                settings.seed,
+                None if settings.weights is None else _weights_of_inputs(settings.weights),
             )
             compressed, plan = compress.run(program, settings, calibration, lenient=True, progress=progress)
         # 3. Run each graph with its new layers, and watch the tensors that these replace.
@@ -329,10 +336,24 @@ def _on_inputs(loss: Loss | None) -> Loss | None:
         return None
 
     def on_inputs(output: Any, trace: Trace) -> Tensor:
-        args = trace[0].args
-        return loss(output, args[0] if len(args) == 1 else args)
+        return loss(output, _first_inputs(trace))
 
     return on_inputs
+
+
+def _weights_of_inputs(weights: WeightsOf) -> WeightsOf:
+    """The user's weights, called with the arguments of the model's first graph in place of a trace."""
+
+    def of_inputs(trace: Trace) -> Tensor:
+        return weights(_first_inputs(trace))
+
+    return of_inputs
+
+
+def _first_inputs(trace: Trace) -> Any:
+    """The arguments of the first graph; the argument itself if there is one."""
+    args = trace[0].args
+    return args[0] if len(args) == 1 else args
 
 
 def _tensors_of(graph_module: fx.GraphModule, replaced: set[str]) -> dict[str, Tensor]:

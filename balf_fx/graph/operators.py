@@ -12,6 +12,13 @@ aten = torch.ops.aten
 _TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
 
 
+_AUGMENTED = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+    operator.setitem,
+)
+
+
 _IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -29,8 +36,12 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = str(getattr(node.target, "__name__", ""))
-    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
-    return augmented or name.endswith("_") or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+    return (
+        node.target in _AUGMENTED
+        or name.endswith("_")
+        or bool(node.kwargs.get("inplace", False))
+        or "out" in node.kwargs
+    )
 
 
 def operation(node: fx.Node) -> str:

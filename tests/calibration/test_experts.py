@@ -49,8 +49,7 @@ def test_gradients_weight_each_experts_rows(selected):
     output = torch.randn(ROWS, 1, OUTPUTS).double().requires_grad_()
     with observer.recording(samples=8) as recorded:
         observer(x.unsqueeze(1), output, ids)
-    (_, value, assignment) = recorded[0]
-    observer.take(value, assignment, gradient)
+    observer.take(recorded[0], gradient)
     sample = observer.sample
     g, seen = gradient.squeeze(1), (x if site.side == "input" else output.detach().squeeze(1))
     torch.testing.assert_close(sample.gradients.total, float(g.square().sum()))

@@ -216,3 +216,18 @@ def test_a_batch_beyond_the_memory_runs_in_pieces(conv_net, images):
         torch.testing.assert_close(
             pieces.get_submodule(path).moments.covariance(), whole.get_submodule(path).moments.covariance()
         )
+
+
+def test_an_output_of_zeros_has_no_gradient_and_any_other_scale_the_same():
+    generator = torch.Generator()
+    value = torch.randn(4, 3, 5)
+    assert not probe([torch.zeros(4, 3, requires_grad=True)], None, generator).requires_grad
+    found = []
+    for scale in (1e-30, 1.0, 1e30):
+        output, zeros = (value * scale).requires_grad_(), torch.zeros(4, requires_grad=True)
+        scalar = probe({"image": output, "zeros": zeros}, None, generator.manual_seed(0))
+        gradient, nothing = torch.autograd.grad(scalar, [output, zeros], allow_unused=True)
+        assert nothing is None
+        found.append(gradient.double() * scale)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=0)

@@ -1,0 +1,77 @@
+"""Copies of models, with the values of weights that torch.nn.utils computes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import balf_fx
+
+MODELS = {
+    "weight_norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 32)), nn.ReLU(), nn.Linear(32, 16)),
+    "spectral_norm of a critic": lambda: nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(32, 1))
+    ),
+    "orthogonal": lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(16, 3)), nn.Linear(3, 32)),
+    "weight and bias": lambda: nn.Sequential(
+        parametrizations.weight_norm(parametrizations.weight_norm(nn.Linear(16, 32)), "bias", dim=None),
+        nn.Linear(32, 16),
+    ),
+    "older weight_norm of no site": lambda: nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(16, 1)), nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 16)
+    ),
+    "older spectral_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(16, 32)), nn.Linear(32, 1)),
+}
+
+
+class LowRank(nn.Module):
+    """A parametrization whose value is larger than what it is computed from."""
+
+    def __init__(self):
+        super().__init__()
+        self.right = nn.Parameter(torch.randn(2, 16))
+
+    def forward(self, left):
+        return left @ self.right
+
+
+class Noise(nn.Module):
+    def forward(self, weight):
+        return weight + torch.rand(())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("name", MODELS)
+def test_computed_weights_become_plain_ones(name, effort, tmp_path):
+    model, batch = MODELS[name]().eval(), torch.randn(64, 16)
+    before, answer = copy.deepcopy(model.state_dict()), model(batch)
+    compressed = balf_fx.compile(model, batch, flops=0.9, effort=effort, progress=False)
+    assert {n.rpartition(".")[2] for n in compressed.state_dict()} == {"weight", "bias"}
+    assert not any(map(parametrize.is_parametrized, compressed.modules()))
+    assert balf_fx.report(compressed).params_after == sum(p.numel() for p in compressed.parameters())
+    torch.save(compressed, tmp_path / "pickled.pt")
+    balf_fx.save(compressed, tmp_path / "saved.safetensors")
+    loaded = balf_fx.load(tmp_path / "saved.safetensors", MODELS[name]().eval())
+    for other in (pickle.loads(pickle.dumps(compressed)), copy.deepcopy(compressed), loaded):
+        assert torch.equal(other(batch), compressed(batch))
+    compressed.load_state_dict(compressed.state_dict())
+    whole = balf_fx.compile(model, batch, flops=1.0, progress=False)
+    torch.testing.assert_close(whole(batch), answer)
+    assert torch.equal(model(batch), answer)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_value_that_would_be_larger_or_random_stays_computed():
+    layer, noisy = nn.Linear(16, 16), nn.Linear(16, 16)
+    layer.weight = nn.Parameter(torch.randn(16, 2))
+    parametrize.register_parametrization(layer, "weight", LowRank(), unsafe=True)
+    parametrize.register_parametrization(noisy, "bias", Noise())
+    model, batch = nn.Sequential(nn.Linear(16, 16), layer).eval(), torch.randn(32, 16)
+    compressed = balf_fx.compile(model, batch, flops=0.9, capture="symbolic_trace", progress=False)
+    assert parametrize.is_parametrized(compressed.get_submodule("1"))
+    prepared = balf_fx.prepare(nn.Sequential(nn.Linear(16, 16), noisy).eval(), batch, capture="symbolic_trace")
+    assert parametrize.is_parametrized(prepared.get_submodule("1"))
