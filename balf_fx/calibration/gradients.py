@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
-from balf_fx.calibration.batches import Calibration, describe, graphs_of, run_batch
+from balf_fx.calibration.batches import Calibration, describe, graphs_of, run_batch, sample_count
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.calibration.weights import Weights, counted
 from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
@@ -52,7 +52,7 @@ def observe_gradients(
     loss = calibration.loss
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
     with ExitStack() as stack:
-        records = [(observer, stack.enter_context(observer.recording())) for observer in observers]
+        records = [(observer, stack.enter_context(observer.recording(sample_count(batch)))) for observer in observers]
         with _differentiable(prepared), torch.enable_grad():
             output = run_batch(prepared, batch, calibration.forward, index, gradients=True)
             scalar = probe(output, batch, generator, weights) if loss is None else loss(output, batch)

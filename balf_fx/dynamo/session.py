@@ -24,7 +24,7 @@ from balf_fx.dynamo.recording import Recording, confirmed
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
 from balf_fx.engine.program import Program, Trace, per_call, run_trace
-from balf_fx.engine.rewriting import applicable, fill, normalise, rewrite_as
+from balf_fx.engine.rewriting import applicable, fill, held_tensors, normalise, rewrite_as
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.files.restore import Stored
 from balf_fx.graph.annotation import sites
@@ -363,9 +363,7 @@ def _first_inputs(trace: Trace) -> Any:
 def _tensors_of(graph_module: fx.GraphModule, replaced: set[str]) -> dict[str, Tensor]:
     """The tensors of the layers that were replaced, by dotted path."""
     held = dict(graph_module.named_modules())
-    return {
-        f"{name}.{path}": value for name in replaced if name in held for path, value in held[name].named_parameters()
-    }
+    return {f"{name}.{path}": value for name in replaced if name in held for path, value in held_tensors(held[name])}
 
 
 def _inside(path: str, name: str) -> bool:

@@ -103,7 +103,7 @@ class _Finder:
     def is_writer(self, node: fx.Node) -> bool:
         """Whether a node is a linear layer whose weight nothing else reads."""
         site = annotation(node).site
-        if site is None or site.conv is not None or site.keeps_weight:
+        if site is None or site.conv is not None or site.keeps_weight or site.has_experts:
             return False
         return owns_weight(self.graph_module, self.users, node, site)
 
