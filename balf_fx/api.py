@@ -274,4 +274,4 @@ def _kept(given: Any, batches: Iterable[Any], settings: Settings, closing: ExitS
 
 
 def _calibration(batches: Sequence[Any], forward: Forward, settings: Settings) -> Calibration:
-    return Calibration(batches, forward, settings.loss, settings.memory_bytes, settings.seed)
+    return Calibration(batches, forward, settings.loss, settings.memory_bytes, settings.seed, settings.weights)

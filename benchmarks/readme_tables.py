@@ -161,14 +161,30 @@ def allocation() -> str:
 
 
 def quantization() -> str:
-    """Sizes and figures of dense and compressed models in each format."""
+    """Sizes and figures of dense and compressed models in each format, and what the format alone costs."""
     lines = []
     for model in _read("quantization")["models"]:
-        metric = "perplexity" if model["model"] == "stories" else "top1"
         for row in model["results"]:
-            figure = f"{row[metric]:.2f}{' %' if metric == 'top1' else ''}"
-            lines.append((model["title"], row["variant"], row["quantization"], f"{row['bytes'] / 1e3:,.0f}", figure))
-    return markdown(lines, ("model", "", "quantization", "KB on disk", "top-1 or perplexity"))
+            (plain,) = _select(model["results"], variant=row["variant"], quantization="none")
+            rise = "" if row is plain else f"{row['perplexity'] / plain['perplexity'] - 1:+.1%}"
+            figures = (f"{row['bytes'] / 1e3:,.0f}", f"{row['top1']:.2f}", f"{row['perplexity']:.3f}", rise)
+            lines.append((model["title"], row["variant"], row["quantization"], *figures))
+    headers = ("model", "", "quantization", "KB on disk", "top-1, %", "perplexity", "rise by quantization")
+    return markdown(lines, headers)
+
+
+def representative() -> str:
+    """Top-1 on classes that calibration has seen, and on others, for each kind of calibration data and each effort."""
+    lines = [
+        (
+            row["calibration"] or "dense",
+            row["effort"] if row["calibration"] else "",
+            f"{row['seen']:.2f}",
+            f"{row['others']:.2f}",
+        )
+        for row in _read("representative")["results"]
+    ]
+    return markdown(lines, ("calibrated on", "effort", "top-1, first five classes", "top-1, other five"))
 
 
 def residual() -> str:
@@ -238,6 +254,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "stories": lambda: accuracy("stories", 160, digits=1),
     "samples": samples,
     "published": published,
+    "representative": representative,
     "costs": costs,
     "allocation": allocation,
     "quantization": quantization,

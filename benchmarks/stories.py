@@ -69,16 +69,17 @@ class Block(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width] -> the same."""
-        x = x + self._attend(self.attn_norm(x))
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """[B, T, width] -> the same; `seen` [B, 1, T, T] says which keys a query sees, None for all up to its own."""
+        x = x + self._attend(self.attn_norm(x), seen)
         y = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
 
-    def _attend(self, y: Tensor) -> Tensor:
+    def _attend(self, y: Tensor, seen: Tensor | None) -> Tensor:
         query, key, value = (layer(y).unflatten(-1, (-1, self.channels)).transpose(1, 2) for layer in self._projections)
         key, value = (part.repeat_interleave(self.shared_by, dim=1) for part in (self.rotation(key), value))
-        attended = F.scaled_dot_product_attention(self.rotation(query), key, value, is_causal=True)
+        query = self.rotation(query)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None)
         return self.wo(attended.transpose(1, 2).flatten(-2))
 
     @property
@@ -89,17 +90,29 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Llama 2 at the size of stories260K; the head is tied to the embedding."""
 
+    causal: Tensor
+
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("causal", torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), persistent=False)
         self.tok = nn.Embedding(512, 64)
         self.blocks = nn.Sequential(*(Block(64, hidden=172, heads=8, kv_heads=4) for _ in range(5)))
         self.norm = nn.RMSNorm(64, eps=1e-5)
         self.head = nn.Linear(64, 512, bias=False)
         self.head.weight = self.tok.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, 512]."""
-        return self.head(self.norm(self.blocks(self.tok(tokens))))
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T] -> [B, T, 512]; the mask [B, T] is 0 for padding, which no token sees but itself."""
+        seen = None if attention_mask is None else self._seen(attention_mask)
+        x = self.tok(tokens)
+        for block in self.blocks:
+            x = block(x, seen)
+        return self.head(self.norm(x))
+
+    def _seen(self, mask: Tensor) -> Tensor:
+        causal = self.causal.narrow(0, 0, mask.shape[1]).narrow(1, 0, mask.shape[1])
+        own = causal & causal.mT  # a row of padding alone has no softmax
+        return own | (causal & (mask > 0)[:, None, None, :])
 
 
 class Tokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -13,10 +13,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.graph.annotation import annotation, record_graph
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.site import Site
-from balf_fx.graph.widths import Width, joint_widths
+from balf_fx.graph.widths import Reader, Width, joint_widths
 from balf_fx.passes.base import Pass
-from balf_fx.widths.channels import find_channels
+from balf_fx.widths.channels import feature_axis_of, find_channels
 from balf_fx.widths.heads import find_heads
+from balf_fx.widths.moves import Moves
 
 _JOINED = 2  # the most widths that share layers and are chosen together: every pair of their sizes is compared
 
@@ -26,7 +27,8 @@ class FindWidths(Pass):
     """Record the widths of an annotated and profiled graph (`widths.channels`, `widths.heads`).
 
     A layer may lie between two widths, like the middle one of a bottleneck. In longer chains, the widths that affect
-    the most FLOPs are taken.
+    the most FLOPs are taken. The other rows of a layer that only partly belongs to widths, such as queries and keys
+    behind a rotary embedding, stay as they are; if they cannot be separated from those of its widths, it has no widths.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -34,9 +36,69 @@ class FindWidths(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = [*find_channels(graph_module), *find_heads(graph_module)]
-        named = list(_named(graph_module, found))
-        record_graph(graph_module, widths=tuple(_most_valuable(graph_module, named)))
+        while True:
+            chosen = _most_valuable(graph_module, found)
+            rests = _find_rests(graph_module, chosen)
+            torn = {name for name, readers in rests.items() if readers is None}
+            if not torn:
+                break
+            found = [width for width in found if torn.isdisjoint(width.producers)]
+        named = tuple(_named(graph_module, chosen))
+        record_graph(graph_module, widths=named, rests={name: readers for name, readers in rests.items() if readers})
         return PassResult(graph_module, False)
+
+
+def _find_rests(graph_module: fx.GraphModule, widths: Sequence[Width]) -> dict[str, tuple[Reader, ...] | None]:
+    """The readers of the rows of each layer that belong to no width; None if they cannot be separated."""
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    moves = Moves(graph_module)
+    found: dict[str, tuple[Reader, ...] | None] = {}
+    for name in dict.fromkeys(name for width in widths for name in width.producers):
+        layer = read_layer(graph_module, nodes[name])
+        own = [width for width in widths if name in width.producers]
+        covered = [row for width in own for row in _rows_of(width, name)]
+        if len(covered) > len(set(covered)) or not isinstance(layer, Site):
+            found[name] = None
+        elif len(covered) < layer.out_features * layer.groups:
+            found[name] = _rest(moves, nodes, name, own, covered)
+    return found
+
+
+def _rest(
+    moves: Moves, nodes: Mapping[str, fx.Node], name: str, widths: Sequence[Width], covered: Sequence[int]
+) -> tuple[Reader, ...] | None:
+    """The readers of a layer's other rows, which must each be read by some node, and not in two different ways."""
+    layer = nodes[name]
+    starts = {}
+    if len(annotation(layer).shape or ()) > 2:
+        starts[layer] = feature_axis_of(layer)
+    known = set()
+    for width in widths:
+        pairs = zip(width.producers, width.operands, strict=False)
+        heads = [nodes[operand.source or name] for producer, operand in pairs if producer == name]
+        starts |= {node: len(annotation(node).shape or ()) - 1 for node in heads}
+        starts |= {nodes[reader.source]: reader.axis for reader in width.readers}
+        known |= {nodes[reader.node] for reader in width.readers}
+        known |= {nodes[width.product]} if width.product is not None else set()
+    found: list[Reader] = []
+    for node, axis in starts.items():
+        rests = moves.rests(node, axis, covered, known | set(starts))
+        if rests is None:
+            return None
+        found += rests[0]
+    rows = [row for part in dict.fromkeys(reader.rows for reader in found) for row in part]
+    whole = len(covered) + len(rows) == annotation_rows(layer)
+    return tuple(found) if whole and len(set(rows)) == len(rows) else None
+
+
+def annotation_rows(layer: fx.Node) -> int:
+    """The number of a layer's output features."""
+    return (annotation(layer).shape or ())[feature_axis_of(layer)]
+
+
+def _rows_of(width: Width, name: str) -> list[int]:
+    """All rows of a layer that belong to a width."""
+    return [row for producer, rows in zip(width.producers, width.rows, strict=True) for row in rows if producer == name]
 
 
 def _named(graph_module: fx.GraphModule, found: Sequence[Width]) -> Iterator[Width]:

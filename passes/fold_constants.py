@@ -16,7 +16,7 @@ from balf_fx.graph.edits import erase_unused
 from balf_fx.graph.effects import effects
 from balf_fx.graph.layers import layer_parameters
 from balf_fx.graph.operators import changes_in_place, is_transposition
-from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized
+from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized, locate
 from balf_fx.passes.base import Pass
 
 
@@ -27,7 +27,7 @@ class FoldConstants(Pass):
     Standardised and parametrized weights, concatenated biases and the like are constant in deployment. A value is
     folded if it depends on parameters and buffers only, on at least one parameter and on no quantized one, is not
     random, is not changed in place, and takes no more memory than the tensors from which it is computed. The new
-    parameter is stored in the layer that holds the first of the old ones.
+    parameter is stored in the layer that holds the first of the old ones, or beside that layer if the graph calls it.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -55,13 +55,13 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
     if first is None or any(map(is_quantized, tensors)):
         return False
     try:
-        with torch.no_grad(), _Deterministic():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), Deterministic():  # type: ignore[no-untyped-call]
             value = _evaluate(graph_module, node, {})
-    except _NotConstantError:
+    except NotConstantError:
         return False
     if not value.is_floating_point() or value.numel() > sum(tensor.numel() for tensor in tensors):
         return False
-    owner_path = _layer_path(str(sources[first].target))
+    owner_path = _owner(graph_module, _layer_path(str(sources[first].target)))
     with graph_module.graph.inserting_before(node):
         fetched = graph_module.graph.create_node("get_attr", "")  # named below, once the old names are free
     node.replace_all_uses_with(fetched)
@@ -75,6 +75,24 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
     annotate(fetched, computed_from=tuple(tensors))
     fetched.target = f"{owner_path}.{name}" if owner_path else name
     return True
+
+
+def _owner(graph_module: fx.GraphModule, path: str) -> str:
+    """The path of the module that holds a folded parameter of the layer at this path.
+
+    A module that is called as a whole may be replaced as a whole, so the parameter is stored beside it.
+    """
+    modules = [str(node.target) for node in graph_module.graph.find_nodes(op="call_module")]
+    called = next((each for each in modules if f"{path}.".startswith(f"{each}.")), None)
+    if called is None:
+        return path
+    parent, name = locate(graph_module, f"{called}_folded")
+    while hasattr(parent, name) and type(getattr(parent, name)) is not nn.Module:
+        name += "_"
+    if not hasattr(parent, name):
+        parent.add_module(name, nn.Module())
+    above = called.rpartition(".")[0]
+    return f"{above}.{name}" if above else name
 
 
 def _changed(graph_module: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
@@ -111,16 +129,16 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return list(dict.fromkeys(found))
 
 
-class _NotConstantError(Exception):
+class NotConstantError(Exception):
     """An operation is random or changes a tensor in place."""
 
 
-class _Deterministic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Deterministic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses operations that draw random numbers or change their arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
-            raise _NotConstantError
+            raise NotConstantError
         return func(*args, **(kwargs or {}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,53 +12,73 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.graph.annotation import carried_meta, graph_record
+from balf_fx.graph.annotation import GraphRecord, annotation, carried_meta, graph_record
+from balf_fx.graph.layers import site_input
 from balf_fx.graph.parameters import get_tensor, locate
-from balf_fx.graph.widths import Operand, Width
+from balf_fx.graph.widths import Operand, Reader, Width
 from balf_fx.passes.base import Pass
 from balf_fx.widths.heads import has_level_heads, is_attention
+from balf_fx.widths.moves import rebuild, redirect, resize
 from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
 
 
 @dataclass(frozen=True)
 class Narrow(Pass):
-    """Apply the allocation's sizes to what is not a layer: constants between layers, and attention.
+    """Apply the allocation's sizes to what is not a layer: constants between layers, reshapes, and attention.
 
-    Constants along the features lose the entries of the removed features. Attention products read their heads from new
-    views of the narrower layers' outputs, and output projections read a new view of the products' outputs. `Factorize`
-    replaces the layers themselves and must run next: between the two passes the graph cannot run.
+    Constants along the features lose the entries of the removed features. A layer of which only some outputs are
+    narrowed, or several separately, returns these parts one after another; what read them in the old layer reads them
+    from a split of the new one. Attention products read their heads from new views of the narrower layers' outputs, and
+    output projections read a new view of the products' outputs. `Factorize` replaces the layers themselves and must run
+    next: between the two passes the graph cannot run.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         record = graph_record(graph_module)
         cuts = find_cuts(graph_module)
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        for width in record.widths:
-            for name in width.between:
-                if nodes[name].op == "get_attr" and name in cuts:
-                    _slice_constant(graph_module, nodes[name], width.features, cuts[name].written[0])
         sizes = {} if record.allocation is None else record.allocation.sizes
-        heads = [(width, nodes[width.product]) for width in record.widths if width.product is not None]
-        shrunk = [(width, product) for width, product in heads if sizes.get(width.key, width.features) < width.features]
-        level = [product for product in dict.fromkeys(product for _, product in shrunk) if has_level_heads(product)]
-        for name in dict.fromkeys(name for width, _ in heads for name in width.producers):
-            if name in cuts and cuts[name].written:
-                _rewire_producer(nodes[name], heads, cuts[name])
-        for width, product in shrunk:
+        shrunk = [width for width in record.widths if sizes.get(width.key, width.features) < width.features]
+        for width in record.widths:
+            for name in {*width.between, *width.fused} & set(cuts):
+                if nodes[name].op == "get_attr":
+                    _slice_constant(graph_module, nodes[name], cuts[name].written)
+        _resize(record, nodes, cuts, {width.key: sizes[width.key] for width in shrunk})
+        attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
+        level = [product for product in dict.fromkeys(product for _, product in attentions) if has_level_heads(product)]
+        for name, cut in cuts.items():
+            if cut.written:
+                _rewire_outputs(record, nodes, name, cut)
+        for width, product in attentions:
             _rewire_product(nodes, width, product)
         for product in level:
-            own = [width for width, other in shrunk if other is product]
+            own = [width for width, other in attentions if other is product]
             left = {width.kind: sizes[width.key] for width in own}
             full = own[0].features
             _level(graph_module.graph, product, left.get("queries", full), left.get("values", full))
         return PassResult(graph_module, bool(cuts))
 
 
-def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, narrowed: Narrowed) -> None:
+def _resize(
+    record: GraphRecord, nodes: Mapping[str, fx.Node], cuts: Mapping[str, Cut], sizes: Mapping[str, int]
+) -> None:
+    """Let nodes that read shapes see those of the original model, and reshapes return fewer features."""
+    changed = [width for width in record.widths if any(name in cuts for name in width.layers)]
+    for size in {size.node: size for width in changed for size in width.sizes}.values():
+        redirect(nodes[size.node], nodes[size.source], size)
+    for view, width in {view: own for own in changed for view in own.views}.items():
+        if view.layer in cuts:
+            resize(nodes[view.node], view.axis, sum(own.total for own in cuts[view.layer].written))
+        elif width.key in sizes and not view.layer:
+            resize(nodes[view.node], view.axis, sizes[width.key])
+
+
+def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, written: Sequence[Narrowed]) -> None:
     path = str(node.target)
     value: Tensor = get_tensor(graph_module, path)
-    axis = list(value.shape).index(features)
-    thin = narrowed.of(value.detach().movedim(axis, 0)).movedim(0, axis).contiguous()
+    axis = list(value.shape).index(sum(own.rows.numel() for own in written))
+    moved = value.detach().movedim(axis, 0)
+    thin = torch.cat([own.of(moved) for own in written]).movedim(0, axis).contiguous()
     module, name = locate(graph_module, path)
     if name in module._parameters:
         module.register_parameter(name, nn.Parameter(thin, requires_grad=value.requires_grad))
@@ -68,45 +88,88 @@ def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, features: int, 
         setattr(module, name, thin)
 
 
-def _rewire_producer(layer: fx.Node, widths: Sequence[tuple[Width, fx.Node]], cut: Cut) -> None:
-    """Let products read their heads from a layer that returns them one after another, in the order of `Cut.written`."""
-    graph = layer.graph
-    reads = [
-        (width, operand, product)
-        for width, product in widths
-        for name, operand in zip(width.producers, width.operands, strict=True)
-        if name == layer.name
-    ]
-    heads = [(len(own.rows), own.maps.shape[1]) for own in cut.written]
-    anchor = layer.next
-    with graph.inserting_before(anchor):
-        pieces: list[fx.Node] = [layer]
-        if len(heads) > 1:
-            split = graph.call_function(torch.split, (layer, [count * size for count, size in heads], -1))
-            pieces = [graph.call_function(operator.getitem, (split, i)) for i in range(len(heads))]
-        for (width, operand, product), piece, (count, size) in zip(reads, pieces, heads, strict=True):
-            view = _heads(graph, piece, count, size, operand, width.sequence_first)
-            _replace_argument(product, operand.position, view)
+@dataclass
+class _Parts:
+    """The parts of a narrowed layer's output, from which they are split where they are read.
+
+    Attributes:
+        places: the index of the part with these rows.
+        splits: the parts by the name of the value that is split.
+    """
+
+    cut: Cut
+    places: Mapping[tuple[int, ...], int]
+    splits: dict[str, list[fx.Node]] = field(default_factory=dict)
+
+    def read(self, source: fx.Node, axis: int, rows: tuple[int, ...]) -> tuple[fx.Node, Narrowed]:
+        """The node of one part of a value."""
+        if source.name not in self.splits:
+            graph, sizes = source.graph, [own.total for own in self.cut.written]
+            pieces = [source]
+            if len(sizes) > 1:
+                with graph.inserting_before(source.next):
+                    split = graph.call_function(torch.split, (source, sizes, axis))
+                    pieces = [graph.call_function(operator.getitem, (split, i)) for i in range(len(sizes))]
+            self.splits[source.name] = pieces
+        index = self.places[rows]
+        return self.splits[source.name][index], self.cut.written[index]
+
+
+def _rewire_outputs(record: GraphRecord, nodes: Mapping[str, fx.Node], name: str, cut: Cut) -> None:
+    """Let the readers of a layer's parts read these from its new output."""
+    parts = _Parts(cut, {tuple(own.rows.flatten().tolist()): i for i, own in enumerate(cut.written)})
+    readers: dict[str, Reader] = {reader.node: reader for reader in record.rests.get(name, ())}
+    for width in record.widths:
+        own_rows = [rows for producer, rows in zip(width.producers, width.rows, strict=True) if producer == name]
+        readers |= {reader.node: reader for reader in width.readers if reader.rows in own_rows}
+        if width.product is None:
+            continue
+        for producer, rows, operand in zip(width.producers, width.rows, width.operands, strict=True):
+            if producer == name:
+                source, product = nodes[operand.source or name], nodes[width.product]
+                piece, part = parts.read(source, len(annotation(source).shape or ()) - 1, rows)
+                with product.graph.inserting_before(product):
+                    view = _heads(product.graph, piece, part, operand, width.sequence_first)
+                _replace_argument(product, operand.position, view)
+    for reader in readers.values():
+        node = nodes[reader.node]
+        if reader.source not in parts.splits and node._erased:
+            continue
+        piece, part = parts.read(nodes[reader.source], reader.axis, reader.rows)
+        sizes = reader.sizes if len(reader.sizes) > 1 else (part.total,)
+        with node.graph.inserting_before(node):
+            new = rebuild(node.graph, piece, reader.axis, sizes, reader.axes)
+        node.replace_all_uses_with(new)
+        _erase_unused(node)
 
 
 def _replace_argument(node: fx.Node, position: int, value: fx.Node) -> None:
     """Let a node read another value, and erase the nodes that only computed the old one."""
-    pending = [node.args[position]]
+    old = node.args[position]
     node.update_arg(position, value)
+    _erase_unused(old)
+
+
+def _erase_unused(*values: Any) -> None:
+    """Erase values without readers, and those that only computed them."""
+    pending = list(values)
     while pending:
         old = pending.pop()
-        if isinstance(old, fx.Node) and not old.users and old.op in ("call_function", "call_method", "call_module"):
+        erasable = isinstance(old, fx.Node) and old.op in ("call_function", "call_method", "call_module")
+        if erasable and not old._erased and not old.users:
             pending += old.all_input_nodes
-            node.graph.erase_node(old)
+            old.graph.erase_node(old)
 
 
-def _heads(graph: fx.Graph, value: fx.Node, count: int, size: int, operand: Operand, sequence_first: bool) -> fx.Node:
-    """View a layer's output as [..., heads, positions, features], transposed where the product reads it so."""
-    view = graph.call_method("unflatten", (value, -1, (count, size)))
+def _heads(graph: fx.Graph, piece: fx.Node, part: Narrowed, operand: Operand, sequence_first: bool) -> fx.Node:
+    """View a part of a layer's output as [..., heads, positions, features], as the product reads it."""
+    view = graph.call_method("unflatten", (piece, -1, (len(part.rows), part.size)))
     moved: tuple[Any, ...] = ("movedim", 0, -2) if sequence_first else ("transpose", -3, -2)
     view = graph.call_method(moved[0], (view, *moved[1:]))
     if operand.copies > 1:
         view = graph.call_method("repeat_interleave", (view, operand.copies, -3))
+    if operand.merged:
+        view = graph.call_method("flatten", (view, 0, 1))
     if operand.scale != 1.0:
         view = graph.call_function(operator.mul, (view, operand.scale))
     return graph.call_method("transpose", (view, -2, -1)) if operand.transposed else view
@@ -118,15 +181,19 @@ def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node
         if is_attention(product) and product.kwargs.get("scale") is None:
             product.kwargs = {**product.kwargs, "scale": width.features**-0.5}
         return
-    reader = nodes[width.consumers[0]]
-    with graph.inserting_after(product):
-        moved: tuple[Any, ...] = ("movedim", -2, 0) if width.sequence_first else ("transpose", -3, -2)
-        view = graph.call_method(moved[0], (product, *moved[1:]))
-    with graph.inserting_after(view):
-        flat = graph.call_method("flatten", (view, -2))
-    for node in (view, flat):
-        node.meta = carried_meta(product)
-    _replace_argument(reader, 0, flat)
+    reader, view = nodes[width.consumers[0]], product
+    old = site_input(reader)
+    moved: tuple[Any, ...] = ("movedim", -2, 0) if width.sequence_first else ("transpose", -3, -2)
+    steps: list[tuple[Any, ...]] = [moved, ("flatten", -2)]
+    if width.operands[0].merged:
+        steps.insert(0, ("unflatten", 0, (-1, width.heads * width.repeat)))
+    if len(annotation(old).shape or ()) == 2:  # the reader does not see the positions of a sample
+        steps.append(("flatten", 0, -2))
+    with graph.inserting_before(product.next):
+        for name, *arguments in steps:
+            view = graph.call_method(name, (view, *arguments))
+            view.meta = carried_meta(product)
+    _replace_argument(reader, reader.args.index(old), view)
 
 
 def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,11 @@ from balf_fx.calibration.observers import (
     SensitivityObserver,
     observer_of,
 )
+from balf_fx.calibration.weights import PositionWeights
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.layers import site_input
+from balf_fx.graph.masks import mask_inputs, mask_names
 from balf_fx.graph.operators import changes_in_place
 from balf_fx.graph.parameters import grouped_weight
 from balf_fx.graph.site import Side, Site
@@ -32,6 +34,8 @@ class InsertObservers(Pass):
 
     Sites that read the same value with the same geometry share one observer, unless something may change that value
     in place. A site with several uses has one observer for all of them.
+
+    Observers get the weights of the call's positions, so that padding does not count (`calibration.weights`).
 
     Attributes:
         sensitivity: also observe the gradients at every site's output, in runs with gradients
@@ -60,6 +64,7 @@ class InsertObservers(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
+        weights = _insert_weights(graph_module, [node for nodes in found.values() for node in nodes])
         shared: dict[tuple[object, ...], str] = {}
         for site, nodes in found.items():
             side: Side = "input" if self.influence and not site.transposed else site.side
@@ -70,13 +75,13 @@ class InsertObservers(Pass):
                 graph_module.add_submodule(shared[key], CovarianceObserver(site, self.skip_non_finite, side))
             for node in nodes:
                 if new:
-                    _observe(graph_module.graph, node, side, shared[key])
+                    _observe(graph_module.graph, node, side, shared[key], weights.get(node, ()))
                 annotate(node, observer=shared[key])
         readers = {name for width in graph_record(graph_module).widths for name in width.consumers}
         for number, (site, nodes) in enumerate(found.items(), len(shared)):
             if self.sensitivity:
                 features = any(node.name in readers for node in nodes)
-                _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}", features)
+                _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}", features, weights)
             if self.influence and not site.transposed:
                 _observe_weight(graph_module, site, nodes, f"{OBSERVERS}.{len(found) + number}")
         return PassResult(graph_module, True)
@@ -102,14 +107,35 @@ class RemoveObservers(Pass):
             raise PassError("RemoveObservers left an observer in the graph")
 
 
-def _observe(graph: fx.Graph, node: fx.Node, side: Side, observer: str) -> None:
+def _insert_weights(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Call `PositionWeights` for each mask whose positions some sites have, and return the call for each of the sites.
+
+    Sites whose values depend on no input have none.
+    """
+    names, masks = mask_names(graph_module), mask_inputs(graph_module)
+    start = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
+    calls: dict[str, fx.Node] = {}
+    for name in dict.fromkeys(names[node] for node in nodes if node in names):
+        path = f"{OBSERVERS}.{name}"
+        graph_module.add_submodule(path, PositionWeights(name))
+        with graph_module.graph.inserting_before(start):
+            calls[name] = graph_module.graph.call_module(path, (masks[name],) if name in masks else ())
+    return {node: (calls[names[node]],) for node in nodes if node in names}
+
+
+def _observe(graph: fx.Graph, node: fx.Node, side: Side, observer: str, weights: tuple[fx.Node, ...]) -> None:
     output = side == "output"
     with graph.inserting_after(node) if output else graph.inserting_before(node):
-        graph.call_module(observer, (node if output else site_input(node),))
+        graph.call_module(observer, (node if output else site_input(node), *weights))
 
 
 def _observe_gradients(
-    graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node], observer: str, features: bool
+    graph_module: fx.GraphModule,
+    site: Site,
+    nodes: list[fx.Node],
+    observer: str,
+    features: bool,
+    weights: Mapping[fx.Node, tuple[fx.Node, ...]],
 ) -> None:
     values = [value for node in nodes for value in (node, site_input(node))]
     copies = any(changes_in_place(graph_module, reader) for value in values for reader in value.users)
@@ -117,7 +143,7 @@ def _observe_gradients(
     graph_module.add_submodule(observer, SensitivityObserver(site, basis, copies, features))
     for node in nodes:
         with graph_module.graph.inserting_after(node):
-            graph_module.graph.call_module(observer, (site_input(node), node))
+            graph_module.graph.call_module(observer, (site_input(node), node, *weights.get(node, ())))
         annotate(node, sensitivity=observer)
 
 
@@ -137,7 +163,7 @@ def _range_basis(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
 
 def remove_observers(graph_module: fx.GraphModule) -> None:
     """Remove all observers from a graph; the caller recompiles it."""
-    for node in graph_module.graph.find_nodes(op="call_module"):
+    for node in reversed(graph_module.graph.find_nodes(op="call_module")):  # readers first
         if str(node.target).startswith(f"{OBSERVERS}."):
             graph_module.graph.erase_node(node)
     graph_module.delete_submodule(OBSERVERS)

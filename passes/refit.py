@@ -13,7 +13,7 @@ and the layer is solved again. Finally, positions are weighted by the squared gr
 The strength of the regularisation is chosen on a held-out quarter of all samples: the ridge with the least error there
 is taken, or the layer as it was if that is better. Every pixel of a convolution's output is used until there are some
 hundred positions per unknown. Beyond that, a grid of pixels is read, with another offset in every chunk
-(`refit.windows`).
+(`refit.windows`). Positions without weight, such as padding, are left out.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
+from balf_fx.calibration.weights import Weights, read_masks
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import Rank, Solution, Spectrum
 from balf_fx.graph.layers import read_layer, site_input
+from balf_fx.graph.masks import mask_inputs
 from balf_fx.graph.parameters import grouped_weight, owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.substitute import Substitute, build
@@ -64,6 +66,8 @@ class Refit(Pass):
         handed: where the graph is a part of a larger program, the values for each batch with which the compressed
             program replaces some of `inputs`, so that the error made in earlier parts is corrected too. Empty if there
             are none.
+        weights: the weights of positions by name of a mask, for each batch (`calibration.weights`). Without them, the
+            masks among `inputs` say which positions count.
         progress: shows the progress over the nodes.
     """
 
@@ -71,6 +75,7 @@ class Refit(Pass):
     mode: RefitMode = "full"
     memory: int = MEMORY
     handed: Sequence[Mapping[str, Any]] = ()
+    weights: Sequence[Mapping[str, Weights]] = ()
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,12 +83,17 @@ class Refit(Pass):
             raise OptionError(f"mode must be one of {', '.join(map(repr, get_args(RefitMode)))}, not {self.mode!r}")
         if len(self.handed) not in (0, len(self.inputs)):
             raise OptionError(f"handed has {len(self.handed)} batches, inputs has {len(self.inputs)}")
+        if len(self.weights) not in (0, len(self.inputs)):
+            raise OptionError(f"weights has {len(self.weights)} batches, inputs has {len(self.inputs)}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not observes(node)]
         layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_excluded(node)}
         with torch.no_grad():
-            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory)
+            weights = self.weights
+            if not len(weights) and mask_inputs(graph_module):
+                weights = [read_masks(graph_module, values) for values in self.inputs]
+            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights)
             solver = _Solver(walk, self.mode)
             samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
             work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))

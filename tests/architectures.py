@@ -273,11 +273,13 @@ def widths(model: nn.Module, x: torch.Tensor, capture: str = "auto") -> dict[str
     return {width.name: width for width in graph_record(prepared).widths}
 
 
-def scored(model: nn.Module, batches: list[torch.Tensor], capture: str = "auto") -> fx.GraphModule:
+def scored(
+    model: nn.Module, batches: list[torch.Tensor], capture: str = "auto", centred: bool = True
+) -> fx.GraphModule:
     """A calibrated graph with scores for its ranks and widths."""
     prepared = balf_fx.prepare(model, batches[0], factors="sensitivity", capture=capture)
     balf_fx.calibrate(prepared, batches, progress=False)
-    Score("sensitivity")(prepared)
+    Score("sensitivity", centred)(prepared)
     ScoreWidths()(prepared)
     return prepared
 

@@ -18,7 +18,7 @@ from operator import getitem
 from typing import TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from balf_fx.budget.members import Member, Share
 from balf_fx.graph.annotation import annotation, graph_record
@@ -289,7 +289,8 @@ def _cluster(
 
 def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:
     if node.op == "get_attr":
-        return Share(0, get_tensor(graph_module, str(node.target)).numel(), ((index, 1.0),))
+        tensor = get_tensor(graph_module, str(node.target))
+        return Share(0, tensor.numel() if isinstance(tensor, nn.Parameter) else 0, ((index, 1.0),))
     layer = read_layer(graph_module, node)
     params = rank_params(layer, None, False) if isinstance(layer, Site) else 0
     return Share(annotation(node).flops or 0, params, ((index, 1.0),))

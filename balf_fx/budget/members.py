@@ -83,7 +83,8 @@ class Member:
         ranks = choose(curve.candidates[: min(site.break_even, self.site.break_even)])
         # Both costs are linear in the rank.
         per_rank = rank_flops(site, 1, flops, elements)
-        first, second = (rank_params(site, rank, curve.spectrum.mean is not None) for rank in (1, 2))
+        gains = biased or curve.spectrum.mean is not None
+        first, second = (rank_params(site, rank, gains) for rank in (1, 2))
         return [
             *(
                 Candidate(rank, rank * per_rank, first + (rank - 1) * (second - first), candidate.distortion)

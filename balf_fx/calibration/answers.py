@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import Forward, Loss, run_batch
+from balf_fx.calibration.batches import Calibration, Forward, run_batch
+from balf_fx.calibration.weights import Weights, counted
 
 
 def find_logits(output: Any, batch: Any) -> Tensor | None:
@@ -33,8 +34,27 @@ def answers(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[
     return [run_batch(model, batch, forward, index) for index, batch in enumerate(batches)]
 
 
+def element_weights(leaves: Sequence[Tensor], weights: Weights | None) -> list[Tensor | None]:
+    """The weights of the elements of each output that is not logits, flattened; None for 1 each.
+
+    An output of two dimensions is [N, features] beside others, even if there are as many features as positions.
+    """
+    if weights is None:
+        return [None] * len(leaves)
+    alone = all(leaf.dim() <= 2 for leaf in leaves)
+    return [weights.of(leaf) if leaf.dim() != 2 or alone else _row_weights(leaf, weights) for leaf in leaves]
+
+
+def _row_weights(leaf: Tensor, weights: Weights) -> Tensor | None:
+    rows = weights.of(leaf, rows=True)
+    return None if rows is None else rows.repeat_interleave(leaf.shape[-1])
+
+
 def divergence(
-    model: nn.Module, batches: Sequence[Any], references: Sequence[Any], forward: Forward, loss: Loss | None = None
+    model: nn.Module,
+    calibration: Calibration,
+    references: Sequence[Any],
+    weigh: Callable[[int], Weights | None] = lambda _: None,
 ) -> float:
     """The mean loss of a model's outputs over batches; infinite if it is NaN.
 
@@ -42,29 +62,49 @@ def divergence(
     the squared error relative to the mean square for other outputs.
 
     Args:
+        calibration: the batches.
         references: the original model's `answers`.
+        weigh: the weights of the outputs for the batch of an index.
     """
-    total = 0.0
-    for index, (batch, reference) in enumerate(zip(batches, references, strict=True)):
-        output = run_batch(model, batch, forward, index)
-        total += float(differ(reference, output, batch) if loss is None else loss(output, batch))
-    mean = total / max(len(batches), 1)
+    total = count = 0.0
+    for index, (batch, reference) in enumerate(zip(calibration.batches, references, strict=True)):
+        output = run_batch(model, batch, calibration.forward, index)
+        if calibration.loss is None:
+            lost, share = differ(reference, output, batch, weigh(index))
+        else:
+            lost, share = calibration.loss(output, batch), 1.0
+        total, count = total + share * float(lost), count + share
+    mean = total / (count or 1.0)
     return mean if mean == mean else torch.inf
 
 
-def differ(reference: Any, output: Any, batch: Any) -> Tensor:
-    """The loss of one batch's output, a scalar; see `divergence`."""
+def differ(reference: Any, output: Any, batch: Any, weights: Weights | None = None) -> tuple[Tensor, float]:
+    """The loss of one batch's output, a scalar, and its weight in the mean over batches; see `divergence`.
+
+    The weight is the number of rows that count for logits, else 1, or 0 if nothing counts.
+    """
     wanted, logits = find_logits(reference, batch), find_logits(output, batch)
     if wanted is not None and logits is not None:
+        own = None if weights is None else weights.of(logits, rows=True)
+        (wanted, logits), own = counted((wanted, logits), own, rows=True)
         target, given = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
-        return (target.exp() * (target - given)).sum(-1).mean()
-    pairs = zip(real_leaves(reference), real_leaves(output), strict=True)
-    terms = [
-        (a.float() - b.float()).square().sum() / a.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        for a, b in pairs
-        if a.is_floating_point()
-    ]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+        rows = (target.exp() * (target - given)).sum(-1)
+        share = float(rows.numel() if own is None else own.sum())
+        rows = rows if own is None else rows * own.to(rows)
+        return rows.sum() / (share or 1.0), share
+    pairs = [(a, b) for a, b in zip(real_leaves(reference), real_leaves(output), strict=True) if a.is_floating_point()]
+    terms, share = [], 0.0
+    for pair, own in zip(pairs, element_weights([a for a, _ in pairs], weights), strict=True):
+        (a, b), own = counted(pair, own)
+        error, size = ((value if own is None else value * own.to(value)).sum() for value in _squares(a, b))
+        terms.append(error / size.clamp_min(torch.finfo(torch.float32).tiny))
+        share = max(share, float(a.numel() > 0))
+    return (torch.stack(terms).sum() if terms else torch.zeros(())), share
+
+
+def _squares(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared errors, and the squares that they are relative to."""
+    return (wanted.float() - given.float()).square(), wanted.float().square()
 
 
 def real_leaves(output: Any) -> list[Tensor]:

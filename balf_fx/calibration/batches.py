@@ -5,6 +5,8 @@
   dropped if `forward` has no parameter for them, or if they are one-dimensional integer tensors that it does not
   require. In a mapping, `label` and `labels` are dropped if `forward` has no such parameter.
 * Anything else needs a function `forward(model, batch)` from the caller.
+* Padding. Positions that an argument `attention_mask` [N, L] leaves out do not count, nor do those to which the user's
+  function `weights(batch)` gives no weight (`calibration.weights`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.observers import CovarianceObserver
+from balf_fx.calibration.weights import WeightsOf
 from balf_fx.errors import BalfError, CalibrationError
 from balf_fx.graph.annotation import annotation
 
@@ -57,6 +60,8 @@ class Calibration:
         loss: the user's loss, in place of the one without labels.
         memory: bytes that intermediate values may take.
         seed: the seed of the random probes.
+        weigh: the user's weights of a batch's positions; None if masks alone decide.
+        weights: what `weigh` returns for each of the batches; empty where it has not been called.
     """
 
     batches: Sequence[Any]
@@ -64,12 +69,47 @@ class Calibration:
     loss: Loss | None = None
     memory: int = MEMORY
     seed: int = 0
+    weigh: WeightsOf | None = None
+    weights: Sequence[Tensor] = ()
 
     def only(self, indices: Sequence[int]) -> Calibration:
         """The same with some of the batches."""
         if len(indices) == len(self.batches):
             return self
-        return replace(self, batches=_Some(self.batches, indices))
+        weights = _Some(self.weights, indices) if len(self.weights) else ()
+        return replace(self, batches=_Some(self.batches, indices), weights=weights)
+
+    def given(self, index: int, batch: Any) -> Tensor | None:
+        """The user's weights of the batch of an index.
+
+        Raises:
+            CalibrationError: they are not weights of this batch.
+        """
+        if len(self.weights):
+            return self.weights[index]
+        return None if self.weigh is None else checked_weights(self.weigh(batch), batch, index)
+
+
+def checked_weights(weights: Any, batch: Any, index: int) -> Tensor:
+    """The user's weights of a batch.
+
+    Raises:
+        CalibrationError: they are not a tensor [N, ...] of finite numbers of at least 0, some above 0 for each sample.
+    """
+    start = f"weights(batch) must return a tensor [N] or [N, L] of weights of at least 0; for batch {index}, which is "
+    start += f"{describe(batch)}, it returned "
+    if not isinstance(weights, Tensor) or weights.is_complex() or not weights.dim() or not weights.numel():
+        raise CalibrationError(f"{start}{describe(weights)}")
+    samples = sample_count(batch)
+    if samples and len(weights) != samples:
+        raise CalibrationError(f"{start}{describe(weights)}, but the batch has {samples} samples")
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
+        raise CalibrationError(f"{start}weights that are negative, NaN or infinite")
+    empty = (weights.reshape(len(weights), -1) > 0).any(1).logical_not() if weights.dim() > 1 else ~(weights > 0).any(0)
+    if bool(empty.any()):
+        where = f"for sample {int(empty.nonzero()[0])}" if weights.dim() > 1 else "at all"
+        raise CalibrationError(f"{start}no weight above 0 {where}: leave out what is padding alone")
+    return weights.detach()
 
 
 class _Some(Sequence[Any]):
@@ -251,6 +291,15 @@ class _Recorded(BaseException):
 
 
 class _Recorder(nn.Module):
+    """Stands for a module whose attributes it has, and records how it is called."""
+
+    def __init__(self, subject: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_subject", subject)  # no submodule, whose parameters would be this one's
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_subject"], name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.call = (args, kwargs)
         raise _Recorded
@@ -262,7 +311,7 @@ def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forwar
     Raises:
         CalibrationError: `forward` does not call the model.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(graph_module)
     try:
         forward(recorder, batch)
     except _Recorded:
@@ -278,32 +327,37 @@ def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forwar
 _ALIVE = 8  # values that a walk over two models keeps at once: a residual stream, a layer's input and output, copies
 
 
-def pieces_for_gradients(prepared: nn.Module, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
-    """The batch, or pieces of it for which the values of all layers fit into `memory` bytes."""
-    return _pieces(prepared, batch, forward, index, sum(_value_sizes(prepared)) / max(memory, 1))
+Piece = tuple[Any, Tensor | None]
+"""A batch, or some samples of one, with the user's weights of its positions."""
 
 
-def pieces_for_walk(prepared: nn.Module, batch: Any, forward: Forward, index: int, memory: int) -> Iterator[Any]:
-    """The batch, or pieces of it for which the values alive at one layer of two models fit into `memory` bytes."""
-    return _pieces(prepared, batch, forward, index, _ALIVE * max(_value_sizes(prepared), default=0.0) / max(memory, 1))
+def pieces_for_gradients(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
+    """A batch, or pieces of it for which the values of all layers fit into memory."""
+    return _pieces(prepared, piece, calibration, index, sum(_value_sizes(prepared)))
 
 
-def _pieces(prepared: nn.Module, batch: Any, forward: Forward, index: int, share: float) -> Iterator[Any]:
-    """The batch, or the fewest pieces of similar size that each fit into memory.
+def pieces_for_walk(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
+    """A batch, or pieces of it for which the values alive at one layer of two models fit into memory."""
+    return _pieces(prepared, piece, calibration, index, _ALIVE * max(_value_sizes(prepared), default=0.0))
+
+
+def _pieces(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, nbytes: float) -> Iterator[Piece]:
+    """A batch, or the fewest pieces of similar size that each fit into memory.
 
     A batch is only split if the model computes each sample independently of the others.
 
     Args:
-        share: the share of the memory that one sample takes.
+        nbytes: the memory that one sample takes.
     """
+    batch, weights = piece
     samples = sample_count(batch)
-    count = min(math.ceil(samples * share), samples)
-    if count <= 1 or not _one_by_one(prepared, batch, forward, index):
-        yield batch
+    count = min(math.ceil(samples * nbytes / max(calibration.memory, 1)), samples)
+    if count <= 1 or not _one_by_one(prepared, batch, calibration.forward, index):
+        yield piece
         return
-    cuts = [samples * piece // count for piece in range(count + 1)]
+    cuts = [samples * part // count for part in range(count + 1)]
     for start, stop in itertools.pairwise(cuts):
-        yield some_samples(batch, start, stop)
+        yield some_samples(batch, start, stop), None if weights is None else weights[start:stop]
 
 
 def graphs_of(program: nn.Module) -> list[fx.GraphModule]:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from balf_fx.calibration.answers import find_logits, real_leaves
-from balf_fx.calibration.batches import MEMORY, Forward, Loss, describe, graphs_of, pieces_for_gradients, run_batch
+from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
+from balf_fx.calibration.batches import Calibration, describe, graphs_of, run_batch
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
+from balf_fx.calibration.weights import Weights, counted
 from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
 from balf_fx.graph.parameters import get_tensor, is_quantized
 
@@ -30,20 +31,17 @@ from balf_fx.graph.parameters import get_tensor, is_quantized
 def observe_gradients(
     prepared: nn.Module,
     batch: Any,
-    forward: Forward,
+    calibration: Calibration,
     index: int,
     generator: torch.Generator,
-    loss: Loss | None = None,
-    memory: int = MEMORY,
+    weights: Weights | None = None,
 ) -> bool:
     """Run one batch through a prepared graph and observe the gradients of the loss at its sites and their weights.
 
-    Gradients need the values of all layers at once. A batch that needs more than `memory` is run in pieces, if the
-    model computes each sample independently of the others. Loss and weights of positions are then those of each piece.
-
     Args:
+        index: the index of the batch, for messages.
         generator: a CPU generator that draws the probe.
-        memory: bytes that the values of all layers may take.
+        weights: the weights of the outputs; None if all positions count.
 
     Returns:
         Whether a gradient has reached any site or weight.
@@ -51,9 +49,25 @@ def observe_gradients(
     Raises:
         CalibrationError: the model cannot run the batch, or the user's loss is not a scalar.
     """
-    pieces = pieces_for_gradients(prepared, batch, forward, index, memory)
-    found = [_observe_gradients(prepared, piece, forward, index, generator, loss) for piece in pieces]
-    return any(found)
+    loss = calibration.loss
+    observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
+    with ExitStack() as stack:
+        records = [(observer, stack.enter_context(observer.recording())) for observer in observers]
+        with _differentiable(prepared), torch.enable_grad():
+            output = run_batch(prepared, batch, calibration.forward, index, gradients=True)
+            scalar = probe(output, batch, generator, weights) if loss is None else loss(output, batch)
+            if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
+            if loss is not None and not torch.isfinite(scalar).all():
+                raise NonFiniteError(f"loss(output, batch) is {float(scalar)} for calibration batch {index}")
+            wanted = [*_outputs(records), *_weights(prepared)]
+            if not wanted or not scalar.requires_grad:
+                return False
+            gradients = torch.autograd.grad(scalar, [tensor for tensor, _ in wanted], allow_unused=True)
+        for (_, take), gradient in zip(wanted, gradients, strict=True):
+            if gradient is not None:
+                take(gradient)
+        return any(gradient is not None for gradient in gradients)
 
 
 def check_gradients(graph_module: fx.GraphModule) -> None:
@@ -82,29 +96,6 @@ def _passes_gradients(weight: Tensor) -> bool:
         return F.linear(value, weight).requires_grad
 
 
-def _observe_gradients(
-    prepared: nn.Module, batch: Any, forward: Forward, index: int, generator: torch.Generator, loss: Loss | None
-) -> bool:
-    observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
-    with ExitStack() as stack:
-        records = [(observer, stack.enter_context(observer.recording())) for observer in observers]
-        with _differentiable(prepared), torch.enable_grad():
-            output = run_batch(prepared, batch, forward, index, gradients=True)
-            scalar = probe(output, batch, generator) if loss is None else loss(output, batch)
-            if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
-            if loss is not None and not torch.isfinite(scalar).all():
-                raise NonFiniteError(f"loss(output, batch) is {float(scalar)} for calibration batch {index}")
-            wanted = [*_outputs(records), *_weights(prepared)]
-            if not wanted or not scalar.requires_grad:
-                return False
-            gradients = torch.autograd.grad(scalar, [tensor for tensor, _ in wanted], allow_unused=True)
-        for (_, take), gradient in zip(wanted, gradients, strict=True):
-            if gradient is not None:
-                take(gradient)
-        return any(gradient is not None for gradient in gradients)
-
-
 Wanted = tuple[Tensor, Callable[[Tensor], None]]
 """A tensor, and the function that receives its gradient."""
 
@@ -112,8 +103,8 @@ Wanted = tuple[Tensor, Callable[[Tensor], None]]
 def _outputs(records: Iterable[tuple[SensitivityObserver, Sequence[Recorded]]]) -> Iterator[Wanted]:
     """The outputs of the sites in the batch that has just run."""
     for observer, recorded in records:
-        for output, value, features in recorded:
-            yield output, partial(observer.take, value, features)
+        for values in recorded:
+            yield values.output, partial(observer.take, values)
 
 
 def _weights(prepared: nn.Module) -> Iterator[Wanted]:
@@ -139,16 +130,27 @@ def _differentiable(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def probe(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
-    """A scalar whose gradient at the output is L v, for a random v (see the module's docstring)."""
+def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights | None = None) -> Tensor:
+    """A scalar whose gradient at the output is L v, for a random v (see the module's docstring).
+
+    Args:
+        weights: the weights of the output's positions, by which the loss is weighted; None if all count. Random
+            numbers are only drawn for positions that count, so that padding does not change them.
+    """
     logits = find_logits(output, batch)
     if logits is not None and logits.requires_grad:
-        p = logits.detach().softmax(-1)
-        v = _normal(logits, generator)
+        (rows,), scale = counted((logits,), None if weights is None else weights.of(logits, rows=True), rows=True)
+        p = rows.detach().softmax(-1)
+        v = _normal(rows, generator)
         direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
-        return (logits * direction).sum()
+        return (rows * (direction if scale is None else direction * scale.sqrt().to(p).unsqueeze(-1))).sum()
     leaves = [leaf for leaf in real_leaves(output) if leaf.requires_grad]
-    terms = [(leaf * _normal(leaf, generator)).sum() / _scale(leaf) for leaf in leaves]
+    terms = []
+    for leaf, own in zip(leaves, element_weights(leaves, weights), strict=True):
+        (values,), scale = counted((leaf,), own)
+        probed = values * _normal(values, generator)
+        probed = probed if scale is None else probed * scale.sqrt().to(probed)
+        terms.append(probed.sum() / _scale(leaf, own))
     return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
 
 
@@ -157,7 +159,15 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
 
 
-def _scale(leaf: Tensor) -> Tensor:
-    """The square root of the sum of squares of a sample's outputs, averaged over samples."""
-    per_sample = leaf.detach().float().square().sum() / max(leaf.shape[0] if leaf.dim() else 1, 1)
-    return per_sample.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+def _scale(leaf: Tensor, weights: Tensor | None) -> Tensor:
+    """The square root of the sum of squares of a sample's outputs, averaged over samples.
+
+    Args:
+        weights: those of the leaf's elements, flattened; None for 1 each.
+    """
+    squares, samples = leaf.detach().float(), leaf.shape[0] if leaf.dim() else 1
+    if weights is not None:
+        samples = int((weights.reshape(samples, -1) > 0).any(1).sum())
+        (squares,), weights = counted((squares,), weights)
+    squares = squares.square() if weights is None else squares.square() * weights.to(squares)
+    return (squares.sum() / max(samples, 1)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)

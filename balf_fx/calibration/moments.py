@@ -67,6 +67,17 @@ def by_sample(value: Tensor, site: Site) -> Tensor:
     return value.reshape(leading[0], math.prod(leading[1:]), value.shape[-1])
 
 
+def leading_sizes(value: Tensor, site: Site, side: Side) -> tuple[int, ...]:
+    """The dimensions of a site's positions, samples first, from its input or output.
+
+    A convolution's positions are those of its output, for both.
+    """
+    if site.conv is None:
+        return tuple(value.shape[:-1])
+    samples, _, *sizes = with_batch(value, site.conv).shape
+    return (samples, *(sizes if side == "output" else site.conv.output_sizes(sizes)))
+
+
 def output_columns(value: Tensor, site: Site) -> Tensor:
     """A site's output as [G, O, n]."""
     if site.conv is None:
@@ -99,7 +110,8 @@ def batch_moments(
     """Moments of one value on a side of a site; None if it is empty.
 
     Args:
-        weights: [n], the weights of all positions in their order; None for 1 each.
+        weights: [n], the weights of all positions in their order; None for 1 each. What lies at positions without
+            weight is not read.
     """
     return sum_moments(_position_chunks(value, site, side), dtype, weights)
 
@@ -109,17 +121,19 @@ def sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor | 
     shift, total, scatter = None, None, None
     count, seen = 0.0, 0
     for chunk in chunks:
+        own = None if weights is None else weights[seen : seen + chunk.shape[-1]].to(chunk.device)
+        seen += chunk.shape[-1]
+        if own is not None and not (own > 0).all():
+            chunk, own = chunk[..., own > 0], own[own > 0]  # not times 0, since padding may be NaN
+            if not len(own):
+                continue
         chunk = chunk.to(dtype)
         if shift is None:
             shift = chunk.mean(-1)
         centred = chunk - shift.unsqueeze(-1)
-        weighted = centred
-        if weights is not None:
-            own = weights[seen : seen + chunk.shape[-1]].to(dtype)
-            weighted = centred * own
+        weighted = centred if own is None else centred * own.to(dtype)
         products, sums = weighted @ centred.mT, weighted.sum(-1)
-        seen += chunk.shape[-1]
-        count += chunk.shape[-1] if weights is None else float(own.sum(dtype=torch.float64))
+        count += chunk.shape[-1] if own is None else float(own.sum(dtype=torch.float64))
         if total is None or scatter is None:
             total, scatter = sums.to(torch.float64), products.to(torch.float64)
         else:

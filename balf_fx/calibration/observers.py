@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from balf_fx.calibration.moments import (
     batch_moments,
     by_sample,
     in_range,
+    leading_sizes,
     output_columns,
     sum_moments,
     with_batch,
 )
+from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
 from balf_fx.graph.parameters import weight_matrix
 from balf_fx.graph.site import Side, Site
@@ -56,11 +58,12 @@ class CovarianceObserver(nn.Module):
         self.moments = None
 
     @torch.no_grad()
-    def forward(self, value: Tensor) -> None:
+    def forward(self, value: Tensor, weights: Weights | None = None) -> None:
+        own = None if weights is None else weights.at(leading_sizes(value, self.site, self.side))
         with torch.autocast(value.device.type, enabled=False):
-            seen = batch_moments(value, self.site, self.side, torch.promote_types(value.dtype, torch.float32))
+            seen = batch_moments(value, self.site, self.side, torch.promote_types(value.dtype, torch.float32), own)
             if seen is not None and not in_range(seen):  # squares overflow or underflow long before the values do
-                seen = batch_moments(value, self.site, self.side, torch.float64)
+                seen = batch_moments(value, self.site, self.side, torch.float64, own)
         if seen is None:
             return
         if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
@@ -80,10 +83,10 @@ class CovarianceObserver(nn.Module):
 
 @dataclass(frozen=True)
 class Gradients:
-    """Second moments of the gradient g at a site's output, summed over positions and samples.
+    """Second moments of the gradient g at a site's output, summed over the positions and samples that count.
 
     Attributes:
-        samples: the number of samples.
+        samples: the number of samples that count.
         total: the sum of |g|^2.
         scatter: [G, m, m], the sum of h h^T, where h = g on the output side and h = Q^T g, W = Q R, on the input side;
             m = min(O, D).
@@ -110,7 +113,8 @@ class Sample:
 
     Attributes:
         gradients: the gradients at the output.
-        moments: the moments on the site's side, with positions weighted by their squared gradients.
+        moments: the moments on the site's side, with positions weighted by their squared gradients, times the weights
+            of the call's positions (`calibration.weights`).
         features: the moments of the input's features, for a convolution those of pixels, not of patches; None if they
             are not needed.
     """
@@ -130,16 +134,53 @@ class Sample:
         return self
 
 
-Recorded = tuple[Tensor, Tensor, Tensor | None]
-"""A site's output, the value on the site's side, and the input if its features are needed."""
+class Recorded(NamedTuple):
+    """The values of one call of a site.
+
+    Attributes:
+        output: the site's output.
+        value: the value on the site's side.
+        features: the input if its features are needed.
+        weights: the weights of the call's positions.
+    """
+
+    output: Tensor
+    value: Tensor
+    features: Tensor | None
+    weights: Weights | None
+
+
+class _Seen(NamedTuple):
+    """The values of one call and the gradient at its output, samples first.
+
+    Attributes:
+        value, features, gradient: [N, P, F] or [N, F, *size].
+        counted, features_counted: [N, P], the weights of the positions of the output and of the input's features; None
+            for 1 each.
+    """
+
+    value: Tensor
+    features: Tensor | None
+    gradient: Tensor
+    counted: Tensor | None
+    features_counted: Tensor | None
+
+    def only(self, samples: Any) -> _Seen:
+        """Some of the samples."""
+        return _Seen(*(None if each is None else each[samples] for each in self))  # type: ignore[arg-type]
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether all have as many samples."""
+        return len({len(each) for each in self if each is not None}) == 1
 
 
 class SensitivityObserver(nn.Module):
     """Gathers the sensitivity of the loss to output errors of a site.
 
-    A position's weight is its squared gradient, averaged over the samples of the batch. Some positions matter more
-    than others, like the class token in the last block of a vision transformer, and the average reduces the noise of
-    single gradients.
+    A position's weight is its squared gradient, averaged over those samples of the batch for which it counts. Some
+    positions matter more than others, like the class token in the last block of a vision transformer, and the average
+    reduces the noise of single gradients.
 
     Samples go to the two `halves` alternately, so that a choice based on one half can be evaluated on the other.
 
@@ -148,9 +189,6 @@ class SensitivityObserver(nn.Module):
         basis: Q [G, O, m] on the input side, None on the output side.
         copies: whether to copy values, since something may change them in place.
         features: whether to gather the moments of the input's features too, for `passes.ScoreWidths`.
-
-    Attributes:
-        positions: [P], the sum over batches of the positions' weights; None once batches differ in their positions.
     """
 
     _is_impure = True  # tells FX that dead-code elimination must keep the call
@@ -164,8 +202,17 @@ class SensitivityObserver(nn.Module):
         self._recorded: list[Recorded] | None = None
         self.halves: list[Sample | None] = [None, None]
         self.sample: Sample | None = None
-        self.positions: Tensor | None = None
         self.calls = 0
+        self._squares: tuple[Tensor, Tensor] | None = None
+        self._alike = True
+
+    @property
+    def positions(self) -> Tensor | None:
+        """[P], the weights of positions, averaged over all samples; None if batches differ in their positions."""
+        if self._squares is None or not self._alike:
+            return None
+        total, count = self._squares
+        return total / count.clamp_min(1)
 
     @contextmanager
     def recording(self) -> Iterator[Sequence[Recorded]]:
@@ -177,69 +224,109 @@ class SensitivityObserver(nn.Module):
         finally:
             self._recorded = None
 
-    def forward(self, source: Tensor, output: Tensor) -> None:
+    def forward(self, source: Tensor, output: Tensor, weights: Weights | None = None) -> None:
         """Record the output and the value on the site's side until the gradient is known."""
         if self._recorded is not None and output.requires_grad:
             value = (output if self.site.side == "output" else source).detach()
             features = source.detach() if self.wants_features else None
             if self.copies:
                 value, features = value.clone(), None if features is None else features.clone()
-            self._recorded.append((output, value, features))
+            self._recorded.append(Recorded(output, value, features, weights))
 
     @torch.no_grad()
-    def take(self, value: Tensor, features: Tensor | None, gradient: Tensor) -> None:
-        """Add one value, its input features if they are needed, and the gradient at its output to the statistics."""
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if not torch.isfinite(gradient).all():
+    def take(self, recorded: Recorded, gradient: Tensor) -> None:
+        """Add the values of one call and the gradient at its output to the statistics."""
+        seen = self._seen(recorded, gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+        if not len(seen.gradient) or not torch.isfinite(seen.gradient).all():
             return
-        gradient, value = by_sample(gradient, self.site), by_sample(value, self.site)
-        features = None if features is None else by_sample(features, self.site)
-        samples = len(gradient)
-        positions = output_columns(gradient, self.site).square().sum((0, 1)).reshape(samples, -1).mean(0)
-        parts = [(value, features, gradient)]
-        if samples > 1 and len(value) == samples and (features is None or len(features) == samples):
-            halves = (slice(0, None, 2), slice(1, None, 2))
-            parts = [(value[own], None if features is None else features[own], gradient[own]) for own in halves]
-        counted = False
+        samples = len(seen.gradient)
+        squares = output_columns(seen.gradient, self.site).square().sum((0, 1)).reshape(samples, -1)
+        count = squares.new_full(squares.shape[1:], samples)
+        if seen.counted is not None:
+            count = (seen.counted > 0).sum(0).to(count)
+        positions = squares.sum(0) / count.clamp_min(1)
+        parts = [seen]
+        if samples > 1 and seen.by_sample:
+            parts = [seen.only(slice(0, None, 2)), seen.only(slice(1, None, 2))]
+        used = False
         for part in parts:
-            seen = self._sample(*part, positions)
-            if seen is not None:
+            sample = self._sample(part, positions)
+            if sample is not None:
                 half = self.calls % 2
                 before = self.halves[half]
-                self.halves[half] = seen if before is None else before.merge(seen)
-                self.sample = seen if self.sample is None else self.sample.merge(seen)
-                counted = True
+                self.halves[half] = sample if before is None else before.merge(sample)
+                self.sample = sample if self.sample is None else self.sample.merge(sample)
+                used = True
             self.calls += 1
-        if counted and self.positions is None and self.calls == len(parts):
-            self.positions = positions
-        elif counted and self.positions is not None:
-            alike = len(positions) == len(self.positions)
-            self.positions = self.positions + positions if alike else None
+        if used:
+            self._count(squares.sum(0), count)
 
-    def _sample(self, value: Tensor, features: Tensor | None, gradient: Tensor, positions: Tensor) -> Sample | None:
+    def _count(self, squares: Tensor, count: Tensor) -> None:
+        """Add the sums over samples of squared gradients at each position, and how many samples these are."""
+        if self._squares is not None:
+            self._alike &= len(squares) == len(self._squares[0])
+            if self._alike:
+                squares, count = squares + self._squares[0], count + self._squares[1]
+        self._squares = squares, count
+
+    def _seen(self, recorded: Recorded, gradient: Tensor) -> _Seen:
+        """The samples that count, with a gradient of 0 at positions that do not."""
+        site, weights = self.site, recorded.weights
+        counted = None if weights is None else weights.at(leading_sizes(recorded.output, site, "output"))
+        gradient, value = by_sample(gradient, site), by_sample(recorded.value, site)
+        features, features_counted = None, None
+        if recorded.features is not None:
+            features = by_sample(recorded.features, site)
+            if weights is not None:  # a convolution's input may have other pixels than its output
+                features_counted = weights.at(leading_sizes(recorded.features, site, "output"))
+                features_counted = _by(features_counted, len(features), gradient.device)
+        counted = _by(counted, len(gradient), gradient.device)
+        seen = _Seen(value, features, gradient, counted, features_counted)
+        if counted is None:
+            return seen
+        ignored = counted.reshape(len(gradient), *_position_sizes(gradient, site)) == 0
+        gradient = gradient.masked_fill(ignored.unsqueeze(-1 if site.conv is None else 1), 0.0)
+        seen, present = seen._replace(gradient=gradient), (counted > 0).any(1)
+        return seen.only(present) if seen.by_sample and not present.all() else seen
+
+    def _sample(self, seen: _Seen, positions: Tensor) -> Sample | None:
         """Statistics of some samples; None if no gradient has reached them."""
-        columns = output_columns(gradient, self.site)  # [G, O, n]
+        columns = output_columns(seen.gradient, self.site)  # [G, O, n]
         samples = columns.shape[-1] // len(positions)
         weights = positions.repeat(samples)
+        if seen.counted is not None:
+            weights = weights * seen.counted.flatten().to(weights)
         inner = columns if self.basis is None else self.basis.to(columns).mT @ columns
         parts = None
         if self.site.parts > 1:
             pieces = columns.reshape(self.site.parts, -1, columns.shape[-1])
             parts = (pieces @ pieces.mT).to(torch.float64)
         total = float(columns.square().sum(dtype=torch.float64))
-        moments = batch_moments(value, self.site, self.site.side, columns.dtype, weights)
+        moments = batch_moments(seen.value, self.site, self.site.side, columns.dtype, weights)
         if moments is None:
             return None
-        seen = None if features is None else self._features(features, columns.dtype, weights)
-        return Sample(Gradients(samples, total, (inner @ inner.mT).to(torch.float64), parts), moments, seen)
+        features = None if seen.features is None else self._features(seen, columns.dtype, weights)
+        return Sample(Gradients(samples, total, (inner @ inner.mT).to(torch.float64), parts), moments, features)
 
-    def _features(self, value: Tensor, dtype: torch.dtype, weights: Tensor) -> Moments | None:
+    def _features(self, seen: _Seen, dtype: torch.dtype, weights: Tensor) -> Moments | None:
+        value: Any = seen.features
         rows = value if self.site.conv is None else with_batch(value, self.site.conv).movedim(1, -1)
         rows = rows.reshape(-1, rows.shape[-1])
         per_chunk = max(CHUNK_ELEMENTS // rows.shape[1], 4 * rows.shape[1])
         chunks = (piece.mT.unsqueeze(0) for piece in torch.split(rows, per_chunk))
-        # With strides or borders, the input's pixels do not match the output's weights: then all have weight 1.
-        return sum_moments(chunks, dtype, weights if len(weights) == len(rows) else None)
+        # With strides or borders, the input's pixels do not match the output's weights: then gradients do not count.
+        own = None if seen.features_counted is None else seen.features_counted.flatten()
+        return sum_moments(chunks, dtype, weights if len(weights) == len(rows) else own)
+
+
+def _by(counted: Tensor | None, samples: int, device: torch.device) -> Tensor | None:
+    """Weights [n] as [N, P]."""
+    return None if counted is None else counted.to(device).reshape(samples, -1)
+
+
+def _position_sizes(value: Tensor, site: Site) -> tuple[int, ...]:
+    """The dimensions of the positions of a sample, from a value of `by_sample`."""
+    return tuple(value.shape[1:2] if site.conv is None else value.shape[2:])
 
 
 @dataclass(frozen=True)

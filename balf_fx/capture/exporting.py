@@ -102,9 +102,11 @@ def _plain(
 ) -> fx.GraphModule:
     """A GraphModule that is called like the model, without export's calling convention and guards."""
     graph = exported.graph
-    for node in graph.find_nodes(op="call_module"):
-        if str(node.target) == "_guards_fn":
-            graph.erase_node(node)
+    guards = [node for node in graph.find_nodes(op="call_module") if str(node.target) == "_guards_fn"]
+    # These assert dtypes and devices of intermediate values, which change where the result is cast or moved.
+    guards += graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)
+    for node in guards:
+        graph.erase_node(node)
     info: Any = graph._codegen.pytree_info  # type: ignore[attr-defined]
     flat = graph.find_nodes(op="placeholder")
     args, kwargs = pytree.tree_unflatten(flat, info.in_spec)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from balf_fx.calibration.batches import MODEL_ERRORS
 from balf_fx.errors import ModelError
+from balf_fx.graph.parameters import computed_tensors, is_quantized
+from balf_fx.passes.fold_constants import Deterministic, NotConstantError
 
 
 def plain_model(model: Any) -> nn.Module:
@@ -56,12 +62,58 @@ def copy_model(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: another part of the model cannot be copied.
     """
-    held = (value for module in model.modules() for value in vars(module).values())
-    computed = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
     try:
-        return copy.deepcopy(model, computed)
+        return copy.deepcopy(model, computed_tensors(model))
     except MODEL_ERRORS as error:
         raise ModelError(f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}") from error
+
+
+def fold_parametrizations(model: nn.Module) -> None:
+    """Replace weights that `torch.nn.utils` computes on each access or call by their values.
+
+    These are parametrizations, and the hooks of the older weight_norm and spectral_norm. They stay where a value takes
+    more memory than the tensors from which it is computed, is random, or depends on tensors that other modules hold.
+
+    Args:
+        model: a copy, in evaluation mode.
+    """
+    modules = list(model.modules())
+    holders = Counter(id(tensor) for module in modules for tensor in module._parameters.values())
+    for module in modules:
+        if any(each.training for each in module.modules()):
+            continue
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, WeightNorm | SpectralNorm):
+                hook.remove(module)
+                del module._forward_pre_hooks[key]
+        for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):  # they rename what is now folded
+            for key, hook in list(hooks.items()):
+                if str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.nn.utils."):
+                    del hooks[key]
+        if is_parametrized(module):
+            lists: Any = module.parametrizations
+            tensors = [tensor for each in lists.values() for tensor in (*each.parameters(), *each.buffers())]
+            if all(holders[id(tensor)] <= 1 and not is_quantized(tensor) for tensor in tensors):
+                _fold(module, lists, sum(tensor.numel() for tensor in tensors))
+
+
+def _fold(module: nn.Module, parametrizations: nn.ModuleDict, limit: int) -> None:
+    """Store the values of a module's parametrized tensors, unless one is random or all have over `limit` elements."""
+    try:
+        with torch.no_grad(), Deterministic():  # type: ignore[no-untyped-call]
+            values = {name: getattr(module, name).clone() for name in parametrizations}
+    except NotConstantError:
+        return
+    if sum(value.numel() for value in values.values()) > limit:
+        return
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]  # not remove_parametrizations: the user's model has the same class
+    for name, value in values.items():
+        sources = list(parametrizations[name].parameters())
+        if sources:
+            setattr(module, name, nn.Parameter(value, any(source.requires_grad for source in sources)))
+        else:
+            module.register_buffer(name, value)
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -20,10 +20,11 @@ from balf_fx.capture.checks import check_evaluation_mode, check_functional_train
 from balf_fx.capture.contexts import cast_explicitly, check_transforms, inline_contexts
 from balf_fx.capture.exporting import export
 from balf_fx.capture.functional import make_functional
-from balf_fx.capture.models import copy_model, cuda_devices, plain_model
+from balf_fx.capture.models import copy_model, cuda_devices, fold_parametrizations, plain_model
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
+from balf_fx.graph.edits import drop_dead_code
 from balf_fx.graph.flops import profile
 from balf_fx.graph.layers import read_site
 from balf_fx.graph.parameters import count_parameters, get_tensor
@@ -94,6 +95,8 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
 def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     """Capture by one method, checked and profiled."""
     subject = copy_model(model)
+    with torch.no_grad():
+        fold_parametrizations(subject)
     if method == "symbolic_trace":
         graph_module = trace(subject, call.constants, call.unrolled)
     else:
@@ -114,6 +117,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         _restore_buffers(graph_module, model)
         DecomposeAttention()(graph_module)
         FoldConstants()(graph_module)
+        drop_dead_code(graph_module)
         with _runs_the_example():
             output = profile(graph_module, inputs)
     _restore_buffers(graph_module, model)

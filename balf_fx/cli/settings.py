@@ -26,7 +26,11 @@ _TYPES: Mapping[str, Any] = {
     "allocation": str,
     "memory": str,
     "loss": str,
+    "weights": str,
 }
+_FUNCTIONS = ("loss", "weights")
+_NAMES = {"weights": "position-weights"}
+"""The options whose word is not their name: --weights takes the file of the model's weights."""
 _PATTERNS = ("include", "exclude", "dense")
 
 
@@ -43,31 +47,35 @@ def setting_options(skip: Collection[str] = ()) -> Callable[[Callable[..., Any]]
 
 
 def _option(name: str, each: dataclasses.Field[Any]) -> Callable[..., Any]:
-    dashed, text = name.replace("_", "-"), f"{each.metadata['text'][0].upper()}{each.metadata['text'][1:]}."
+    dashed, text = (
+        _NAMES.get(name, name.replace("_", "-")),
+        f"{each.metadata['text'][0].upper()}{each.metadata['text'][1:]}.",
+    )
     values = each.metadata["values"]
     if set(values) == {True, False}:
         return click.option(f"--{dashed}/--no-{dashed}", name, default=each.default, show_default=True, help=text)
     if name in _PATTERNS:
         return click.option(f"--{dashed}", name, metavar="GLOB", multiple=True, help=f"{text} Repeatable.")
     kind = _TYPES.get(name) or click.Choice([value or "none" for value in values if isinstance(value, str | None)])
-    metavar = "MODULE:FUNCTION" if name == "loss" else None
-    return click.option(f"--{dashed}", name, type=kind, metavar=metavar, default=None, help=text)
+    metavar = "MODULE:FUNCTION" if name in _FUNCTIONS else None
+    own = dashed.replace("-", "_")
+    return click.option(f"--{dashed}", own, type=kind, metavar=metavar, default=None, help=text)
 
 
 def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a command's options to those of `balf_fx.compile`; options that were not given are left out."""
     found: dict[str, Any] = {}
-    for name, value in given.items():
+    names = {word.replace("-", "_"): name for name, word in _NAMES.items()}
+    for own, value in given.items():
+        name = names.get(own, own)
         if value is None or value == () or (name == "factors" and value == "none"):
             continue
-        if name == "loss":
+        if name in _FUNCTIONS:
             found[name] = _function(value)
         elif name == "allocation" and Path(value).suffix in (".json", ".safetensors"):
             found[name] = plan(value)
         elif name == "refit" and value == "none":
             found[name] = False
-        elif name == "memory" and value.isdigit():
-            found[name] = int(value)
         else:
             found[name] = value
     return found

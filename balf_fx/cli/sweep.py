@@ -100,7 +100,7 @@ class _Judge:
 
     def __call__(self, given: Sequence[Any]) -> tuple[float, float | None, float | None]:
         """Divergence, agreement and accuracy."""
-        lost = [float(differ(*each)) for each in zip(self.references, given, self.batches, strict=True)]
+        lost = [float(differ(*each)[0]) for each in zip(self.references, given, self.batches, strict=True)]
         counts = [max(sample_count(batch), 1) for batch in self.batches]
         classes = self._classes(given)
         agreement = None if classes is None or self.wanted is None else _equal(classes, self.wanted)

@@ -19,6 +19,7 @@ from balf_fx.dynamo.watch import Watch
 from balf_fx.engine.program import Part, layer_originals
 from balf_fx.engine.rewriting import held_tensors
 from balf_fx.graph.annotation import Origin, annotation, record_graph
+from balf_fx.graph.edits import drop_dead_code
 from balf_fx.graph.effects import release_effects
 from balf_fx.graph.flops import profile
 from balf_fx.graph.parameters import get_tensor, put
@@ -75,7 +76,7 @@ class Binding:
             cast_explicitly(graph_module, args)
         DecomposeAttention(copy_weights=False)(graph_module)
         FoldConstants()(graph_module)
-        graph_module.recompile()
+        drop_dead_code(graph_module)
         record_graph(graph_module, captured="dynamo", origin=origin)
         with compile_lock, torch.random.fork_rng(devices=cuda_devices(graph_module)):
             profile(graph_module, args)  # under Dynamo's lock: the counter sets the same global of torch

@@ -30,7 +30,8 @@ class BackendOptions:
 
     Attributes:
         settings: as in `balf_fx.compile`, where the whole model is everything that Dynamo captured.
-            `loss(output, inputs)` gets the output of the graphs and the arguments of the first one.
+            `loss(output, inputs)` gets the output of the graphs and the arguments of the first one, and
+            `weights(inputs)` gets these arguments.
         calibration_steps: the number of calls of the model that run uncompressed and are recorded.
         inner: the backend that compiles the compressed graphs, as a name or a callable.
         mode, inner_options: `mode` and `options` of `torch.compile` for the inner backend.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.calibration.batches import Calibration, Loss, is_empty
+from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.checks import check_values
 from balf_fx.capture.names import legal_path
 from balf_fx.dynamo.binding import Binding, computing, watched_by
@@ -251,7 +252,12 @@ class Session:
             compress.observe(program, settings, {settings.chosen_factors})
             unchanged = sum(not sites(graph_module) for graph_module in program.graph_modules)
             calibration = Calibration(
-                batches, run_trace, _on_inputs(settings.loss), settings.memory_bytes, settings.seed
+                batches,
+                run_trace,
+                _on_inputs(settings.loss),
+                settings.memory_bytes,
+                settings.seed,
+                None if settings.weights is None else _weights_of_inputs(settings.weights),
             )
             compressed, plan = compress.run(program, settings, calibration, lenient=True, progress=progress)
         # 3. Run each graph with its new layers, and watch the tensors that these replace.
@@ -333,10 +339,24 @@ def _on_inputs(loss: Loss | None) -> Loss | None:
         return None
 
     def on_inputs(output: Any, trace: Trace) -> Tensor:
-        args = trace[0].args
-        return loss(output, args[0] if len(args) == 1 else args)
+        return loss(output, _first_inputs(trace))
 
     return on_inputs
+
+
+def _weights_of_inputs(weights: WeightsOf) -> WeightsOf:
+    """The user's weights, called with the arguments of the model's first graph in place of a trace."""
+
+    def of_inputs(trace: Trace) -> Tensor:
+        return weights(_first_inputs(trace))
+
+    return of_inputs
+
+
+def _first_inputs(trace: Trace) -> Any:
+    """The arguments of the first graph; the argument itself if there is one."""
+    args = trace[0].args
+    return args[0] if len(args) == 1 else args
 
 
 def _tensors_of(graph_module: fx.GraphModule, replaced: set[str]) -> dict[str, Tensor]:

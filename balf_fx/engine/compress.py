@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from balf_fx.budget.problem import drawn, pose
-from balf_fx.calibration.batches import Calibration, is_empty, ordinary, pieces_for_walk, run_batch
+from balf_fx.calibration.batches import (
+    Calibration,
+    Piece,
+    is_empty,
+    ordinary,
+    pieces_for_gradients,
+    pieces_for_walk,
+    run_batch,
+)
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
     OBSERVERS,
@@ -22,12 +30,14 @@ from balf_fx.calibration.observers import (
     SensitivityObserver,
     observer_of,
 )
+from balf_fx.calibration.weights import weighing
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.rewriting import normalise
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.stages import work_of
 from balf_fx.engine.trials import allocate_faithfully, plan_trial
+from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.layers import layers_of
@@ -36,6 +46,7 @@ from balf_fx.graph.site import Reason, Refusal
 from balf_fx.passes import Allocate, Annotate, FindWidths, InsertObservers, Refine, ScoreWidths
 from balf_fx.passes.score import Factors
 from balf_fx.progress import SILENT, Progress
+from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -123,6 +134,10 @@ def calibrate(
 ) -> list[int]:
     """Run batches through an observed program, with gradients if it has observers of gradients.
 
+    Gradients need the values of all layers at once. A batch that needs more than the memory is run in pieces, if the
+    model computes each sample independently of the others. Loss and squared gradients of positions are then those of
+    each piece.
+
     Args:
         batches: read one at a time, in place of the calibration's own; those without samples are skipped.
         lenient: skip batches with NaN or infinity at a site, and run without gradients if none flow through the
@@ -132,22 +147,23 @@ def calibrate(
         The indices of the batches that were used.
 
     Raises:
-        CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
+        CalibrationError: a batch cannot be run, or holds NaN or infinity at a site; or the user's weights are no
+            weights of its positions.
     """
     module, counted = program.module, []
     generator = torch.Generator().manual_seed(calibration.seed)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
-    for index, given in enumerate(progress.track(batches)):
-        batch = ordinary(given)
+    for index, found in enumerate(progress.track(batches)):
+        batch = ordinary(found)
         if is_empty(batch):
             continue
+        given = calibration.given(index, batch)
         try:
             if gradients:
-                observe_gradients(
-                    module, batch, calibration.forward, index, generator, calibration.loss, calibration.memory
-                )
+                for piece in pieces_for_gradients(module, (batch, given), calibration, index):
+                    _run(program, piece, calibration, index, generator)
             else:
-                run_batch(module, batch, calibration.forward, index)
+                _run(program, (batch, given), calibration, index, None)
         except NonFiniteError as error:
             if not lenient:
                 raise
@@ -158,9 +174,31 @@ def calibrate(
                 raise
             _LOGGER.warning("there are no gradients, so factors minimise the plain output error: %s", error)
             gradients = False
-            run_batch(module, batch, calibration.forward, index)
+            _run(program, (batch, given), calibration, index, None)
         counted.append(index)
     return counted
+
+
+def _run(
+    program: Program, piece: Piece, calibration: Calibration, index: int, generator: torch.Generator | None
+) -> None:
+    """Run a batch, or a piece of it, through an observed program.
+
+    Args:
+        generator: draws the probe; None for no gradients.
+    """
+    batch, given = piece
+    weights = call_weights(program, batch, given)
+    with weighing(program.graph_modules, weights):
+        if generator is not None:
+            observe_gradients(program.module, batch, calibration, index, generator, weights.outputs)
+        else:
+            run_batch(program.module, batch, calibration.forward, index)
+    if given is not None and not weights.fits:
+        raise CalibrationError(
+            f"weights(batch) returned {list(given.shape)} for batch {index}, but no layer has these positions: return "
+            "[N], one weight for each sample, or [N, L], one for each position"
+        )
 
 
 def convert(
@@ -227,6 +265,10 @@ def in_pieces(program: Program, calibration: Calibration) -> Calibration:
     pieces = [
         piece
         for index, batch in enumerate(calibration.batches)
-        for piece in pieces_for_walk(program.module, batch, calibration.forward, index, calibration.memory)
+        for piece in pieces_for_walk(program.module, (batch, calibration.given(index, batch)), calibration, index)
     ]
-    return dataclasses.replace(calibration, batches=pieces)
+    weights = Shelved(calibration.memory)
+    for _, given in pieces:
+        if given is not None:
+            weights.append(given)
+    return dataclasses.replace(calibration, batches=[batch for batch, _ in pieces], weights=weights)

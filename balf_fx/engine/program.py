@@ -20,7 +20,7 @@ from balf_fx.budget.problem import Totals
 from balf_fx.calibration.batches import graphs_of
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
 from balf_fx.graph.layers import layers_of
-from balf_fx.graph.parameters import count_parameters, readers
+from balf_fx.graph.parameters import computed_tensors, count_parameters, readers
 from balf_fx.graph.site import ConvGeometry, Site
 
 _NORM_TENSORS = ("mean", "variance", "weight", "bias")
@@ -140,7 +140,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     tensors = (*graph_module.parameters(), *graph_module.buffers())
     observers = [module for module in graph_module.modules() if getattr(module, "_is_impure", False)]
     kept: dict[int, Any] = {id(value): value for value in (*tensors, *observers)}
-    return copy.deepcopy(graph_module, kept)
+    return copy.deepcopy(graph_module, {**kept, **computed_tensors(graph_module)})
 
 
 def run_trace(program: nn.Module, trace: Trace) -> Any:

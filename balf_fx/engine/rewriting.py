@@ -74,11 +74,8 @@ def normalise(graph_module: fx.GraphModule, origin: Origin, partial: bool = Fals
     Annotate(origin.include, origin.exclude, origin.dense, partial)(graph_module)
 
 
-def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> list[str]:
+def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     """Rewrite a normalised graph by a plan, with layers whose weights are arbitrary.
-
-    Returns:
-        The names of the layers that were replaced.
 
     Raises:
         PlanError: the plan was made for another model.
@@ -100,7 +97,6 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> list[str]:
         replace_site(graph_module, nodes, site, build(graph_module, thin, _blank(graph_module, thin, layer)))
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    return [layer.name for layer in plan.layers]
 
 
 def applicable(plan: Plan, graph_module: fx.GraphModule) -> Plan:

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from balf_fx.calibration.batches import MEMORY, Loss
+from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
@@ -66,7 +67,7 @@ class Settings:
         "best",
         '"fast" chooses factors by the output error of each layer. "balanced" weights that error by the sensitivity '
         "of the model's output, reduces widths too, and takes the allocation that changes the model's output least on "
-        'some of the batches. "best" also refits every layer. They take about 2, 7 and 22 times as long as one run of '
+        'some of the batches. "best" also refits every layer. They take about 2, 7 and 19 times as long as one run of '
         'the batches through the model; "balanced" and "best" keep all batches in memory or in temporary files',
         "prepare",
         "convert",
@@ -153,6 +154,14 @@ class Settings:
         "calibrate",
         "convert",
     )
+    weights: WeightsOf | None = option(
+        None,
+        "a function weights(batch) that returns how much each position of a batch counts, as a tensor of numbers of at "
+        "least 0: [N] for N samples, or [N, L] for their positions, such as tokens (`calibration.weights`). By "
+        "default, positions that an argument attention_mask [N, L] leaves out do not count, and all others do",
+        "calibrate",
+        "convert",
+    )
     memory: int | str = option(
         MEMORY,
         'bytes of memory for intermediate values, such as 2147483648 or "2G". A batch that needs more is run in pieces '
@@ -177,6 +186,8 @@ class Settings:
             raise OptionError(f"loss must be a function of the output and the batch, not {self.loss!r}")
         if isinstance(self.allocation, Mapping) and not all(isinstance(name, str) for name in self.allocation):
             raise OptionError(f"allocation must map names of layers to ranks, not {self.allocation!r}")
+        if self.weights is not None and not callable(self.weights):
+            raise OptionError(f"weights must be a function of the batch, not {self.weights!r}")
         _ = self.memory_bytes
         if self.refit and self.chosen_factors == "air":
             raise OptionError("a refit would replace the factors of factors='air': drop one of them")

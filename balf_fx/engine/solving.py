@@ -10,8 +10,10 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.budget.problem import Problem, settle
 from balf_fx.calibration.batches import Calibration
+from balf_fx.calibration.weights import Weights
 from balf_fx.engine.program import Program, Step, Trace, linked
 from balf_fx.engine.rewriting import rewrite
+from balf_fx.engine.weighing import call_weights
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import graph_record, sites
 from balf_fx.passes import Refit
@@ -43,12 +45,12 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
         _share_layers(program)
         return
     with _Relay(program, calibration) as relay:
-        weights = [float(_work(graph_module)) for graph_module in program.graph_modules]
-        for index, span in enumerate(progress.spans(weights)):
+        work = [float(_work(graph_module)) for graph_module in program.graph_modules]
+        for index, span in enumerate(progress.spans(work)):
             graph_module = program.graph_modules[index]
             if sites(graph_module):
-                inputs, handed = relay.inputs(index), relay.handed(index)
-                Refit(inputs, mode, calibration.memory, handed=handed, progress=span)(graph_module)
+                inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
+                Refit(inputs, mode, calibration.memory, handed, weights, progress=span)(graph_module)
             rewrite(graph_module)
             relay.run(index)
             span.done()
@@ -73,6 +75,7 @@ class _Relay:
 
     def __init__(self, program: Program, calibration: Calibration) -> None:
         self._program = program
+        self._calibration = calibration
         self._batches = calibration.batches
         self._shapes = [_without_values(trace) for trace in map(program.trace, self._batches)]
         self._places: dict[tuple[int, int], int] = {}  # index in `_outputs` by (batch, step)
@@ -91,6 +94,10 @@ class _Relay:
     def handed(self, part: int) -> Sequence[Mapping[str, Any]]:
         """The values by name, for each run of a part, that compressed parts compute in place of the original."""
         return [dict(self._handed(part, batch, step)) for batch, step in self._runs(part)]
+
+    def weights(self, part: int) -> Sequence[Mapping[str, Weights]]:
+        """The weights of a part's positions by name of a mask, for each run."""
+        return _RunWeights(self._program, self._calibration, self._runs(part), part)
 
     def run(self, part: int) -> None:
         """Run a rewritten part if a later one reads its outputs and they have changed."""
@@ -144,6 +151,21 @@ class _Inputs(Sequence[Mapping[str, Any]]):
         batch, step = self._runs[index]
         trace = self._program.trace(self._batches[batch])
         return dict(zip(self._names, trace[step].args, strict=True))
+
+
+class _RunWeights(Sequence[Mapping[str, Weights]]):
+    """The weights of a part's runs, made from one batch at a time."""
+
+    def __init__(self, program: Program, calibration: Calibration, runs: Sequence[tuple[int, int]], part: int) -> None:
+        self._program, self._calibration, self._runs, self._part = program, calibration, runs, part
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, _ = self._runs[index]
+        values = self._calibration.batches[batch]
+        return call_weights(self._program, values, self._calibration.given(batch, values)).parts[self._part]
 
 
 def _placeholders(graph_module: fx.GraphModule) -> list[str]:

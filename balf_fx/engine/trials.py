@@ -17,8 +17,10 @@ from typing import Any
 from balf_fx.budget.problem import Problem
 from balf_fx.calibration.answers import answers, divergence
 from balf_fx.calibration.batches import Calibration, sample_count, some_samples
+from balf_fx.calibration.weights import Weights
 from balf_fx.engine.program import Program
 from balf_fx.engine.solving import carry_out, settled
+from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.passes.allocate import IMPORTANCE, Allocate
@@ -49,8 +51,12 @@ class Trial:
         """The distance of the outputs from the original's; the program is unchanged."""
         tried = settled(program, problem, allocation)
         carry_out(tried, "up" if self.fit.batches else None, self.fit)
-        judge = self.judge
-        return divergence(tried.module, judge.batches, self.references, judge.forward, judge.loss)
+
+        def weigh(index: int) -> Weights | None:
+            batch = self.judge.batches[index]
+            return call_weights(program, batch, self.judge.given(index, batch)).outputs
+
+        return divergence(tried.module, self.judge, self.references, weigh)
 
 
 def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial:
@@ -60,20 +66,19 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial
         calibration: has at least one batch.
         refit: whether the chosen allocation will be refitted.
     """
-    batches = calibration.batches
     original = program.copy()
     for graph_module in original.graph_modules:
         remove_observers(graph_module)
         graph_module.recompile()
-    fit, judge = _few(batches, refit)
+    fit, judge = _few(calibration, refit)
     try:
-        references = answers(original.module, judge, calibration.forward)
+        references = answers(original.module, judge.batches, calibration.forward)
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
-        half = len(batches) // 2
-        fit, judge = (list(batches[:half]) if refit else []), list(batches[half:] if refit else batches)
-        references = answers(original.module, judge, calibration.forward)
-    replace = dataclasses.replace
-    return Trial(replace(calibration, batches=fit), replace(calibration, batches=judge), references)
+        count = len(calibration.batches)
+        half = count // 2 if refit else 0
+        fit, judge = calibration.only(range(half)), calibration.only(range(half, count))
+        references = answers(original.module, judge.batches, calibration.forward)
+    return Trial(fit, judge, references)
 
 
 def allocate_faithfully(
@@ -105,27 +110,30 @@ class _Attempt:
     allocation: Allocation
 
 
-def _few(batches: Sequence[Any], refit: bool) -> tuple[list[Any], list[Any]]:
+def _few(calibration: Calibration, refit: bool) -> tuple[Calibration, Calibration]:
     """A few samples for the refit, and others for the measurement."""
-    total = sum(map(_count, batches))
+    total = sum(map(_count, calibration.batches))
     if not refit or total < 2:
-        return [], _samples(batches, 0, min(_SAMPLES, total))
+        return _samples(calibration, 0, 0), _samples(calibration, 0, min(_SAMPLES, total))
     size = min(_SAMPLES, total // 2)
-    return _samples(batches, 0, size), _samples(batches, size, 2 * size)
+    return _samples(calibration, 0, size), _samples(calibration, size, 2 * size)
 
 
 def _count(batch: Any) -> int:
     return max(sample_count(batch), 1)
 
 
-def _samples(batches: Sequence[Any], start: int, stop: int) -> list[Any]:
+def _samples(calibration: Calibration, start: int, stop: int) -> Calibration:
     """The samples with numbers start .. stop - 1, in batches; a batch that cannot be counted is one sample."""
-    found = []
+    batches, weights = [], []
     seen = 0
-    for batch in batches:
+    for index, batch in enumerate(calibration.batches):
         count = _count(batch)
         first, last = max(start - seen, 0), min(stop - seen, count)
         if first < last:
-            found.append(batch if last - first == count else some_samples(batch, first, last))
+            given, whole = calibration.given(index, batch), last - first == count
+            batches.append(batch if whole else some_samples(batch, first, last))
+            if given is not None:
+                weights.append(given if whole else given[first:last])
         seen += count
-    return found
+    return dataclasses.replace(calibration, batches=batches, weights=weights)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -24,7 +26,7 @@ from balf_fx.errors import FileError
 from balf_fx.files.restore import Stored, restore
 from balf_fx.graph.plan import Plan
 
-_PLAN, _CHECKSUM = "balf_fx.plan", "balf_fx.sha256"
+_PLAN, _ORDERS, _CHECKSUM = "balf_fx.plan", "balf_fx.orders", "balf_fx.sha256"
 
 
 def write(found: Stored, path: str | os.PathLike[str]) -> None:
@@ -35,7 +37,8 @@ def write(found: Stored, path: str | os.PathLike[str]) -> None:
     """
     tensors = {name: _plain(name, value) for name, value in found.tensors.items()}
     text = found.plan.to_json(indent=None)
-    metadata = {_PLAN: text, _CHECKSUM: _checksum(text, tensors)}
+    orders = {name: order for name, value in found.tensors.items() if (order := _order(value)) != sorted(order)}
+    metadata = {_PLAN: text, _ORDERS: json.dumps(orders), _CHECKSUM: _checksum(text, tensors)}
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=".balf_fx-", dir=path.parent) as folder:
         written = Path(folder) / path.name
@@ -83,6 +86,8 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise FileError(f"{path} contains tensors but no plan: was it written by balf_fx.save?")
     if _checksum(metadata[_PLAN], tensors) != metadata[_CHECKSUM]:
         raise FileError(f"{path} has been changed since it was written: its checksum does not match")
+    orders = json.loads(metadata.get(_ORDERS, "{}"))
+    tensors.update({name: _in_order(tensors[name], order) for name, order in orders.items()})
     return Stored(Plan.from_json(metadata[_PLAN]), tensors)
 
 
@@ -101,6 +106,21 @@ def _plain(name: str, value: Tensor) -> Tensor:
         kind = type(value.data).__name__ if type(value.data) is not Tensor else value.layout
         raise FileError(f"{name} is a {kind}, not a plain tensor: save the model before it is quantized")
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _order(value: Tensor) -> list[int]:
+    """The dimensions of a tensor as they lie in memory, the outermost first: [0, 2, 3, 1] for channels_last.
+
+    safetensors stores contiguous tensors, but kernels for another order in memory may round in another way.
+    """
+    strides = value.stride()
+    return sorted(range(value.dim()), key=lambda dimension: -strides[dimension])
+
+
+def _in_order(value: Tensor, order: list[int]) -> Tensor:
+    """The same tensor with its dimensions in this order in memory."""
+    strides = [math.prod(value.shape[inner] for inner in order[order.index(dim) + 1 :]) for dim in range(value.dim())]
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.curves import Rank, RankCurve, Solution
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.site import Norm, Refusal, Site
-from balf_fx.graph.widths import Width, WidthCurve
+from balf_fx.graph.widths import Reader, Width, WidthCurve
 
 META_KEY = "balf"
 """The only key that balf_fx writes, in `node.meta` (an `Annotation`) and in `GraphModule.meta` (a `GraphRecord`)."""
@@ -107,6 +107,7 @@ class GraphRecord:
         allocation, refusals: set by Allocate, for the report.
         params_after: parameters of the compressed graph; set by Allocate.
         widths: set by FindWidths.
+        rests: for each layer that only partly belongs to widths, the readers of its other rows; set by FindWidths.
         width_curves: one for each width, None if there are no statistics; set by ScoreWidths.
         widths_scored_with: identifies the statistics and options of the curves; set by ScoreWidths.
         replaced: set by Factorize.
@@ -120,6 +121,7 @@ class GraphRecord:
     allocation: Allocation | None = None
     refusals: tuple[tuple[Refusal, int | None], ...] = ()
     widths: tuple[Width, ...] = ()
+    rests: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
     width_curves: tuple[WidthCurve | None, ...] = ()
     widths_scored_with: tuple[Any, ...] = ()
     replaced: tuple[Replaced, ...] = ()

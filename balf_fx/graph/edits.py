@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from balf_fx.graph.layers import argument_position, read_layer
-from balf_fx.graph.parameters import constant_nodes, locate
+from balf_fx.graph.operators import changes_in_place, is_opaque_call
+from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
 from balf_fx.graph.site import Site
 
 
@@ -41,9 +43,39 @@ def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
         pending |= {source: None for source in node.all_input_nodes if source in constants}
         graph_module.graph.erase_node(node)
         if node.op == "get_attr" and not any(_fetches(other, str(node.target)) for other in graph_module.graph.nodes):
-            module, name = locate(graph_module, str(node.target))
-            module._parameters.pop(name, None)
-            module._buffers.pop(name, None)
+            _delete_tensor(graph_module, str(node.target))
+
+
+def _delete_tensor(graph_module: fx.GraphModule, path: str) -> None:
+    module, name = locate(graph_module, path)
+    module._parameters.pop(name, None)
+    module._buffers.pop(name, None)
+
+
+def drop_dead_code(graph_module: fx.GraphModule) -> None:
+    """Erase the nodes whose values nothing reads, and the modules and tensors that no node reads."""
+    graph_module.graph.eliminate_dead_code(lambda node: _has_effects(graph_module, node))
+    graph_module.delete_all_unused_submodules()
+    nodes = list(graph_module.graph.nodes)
+    held = (*graph_module.named_parameters(remove_duplicate=False), *graph_module.named_buffers(remove_duplicate=False))
+    for path, _ in held:
+        if not any(_fetches(node, path) for node in nodes):
+            _delete_tensor(graph_module, path)
+    graph_module.recompile()
+
+
+def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may do more than return a value: assert, draw random numbers, or change a value.
+
+    Functions outside of torch, methods that tensors do not have, and hooks may do anything.
+    """
+    if node.is_impure() or changes_in_place(graph_module, node):
+        return True
+    if node.op == "call_module":
+        return any(map(is_hooked, graph_module.get_submodule(str(node.target)).modules()))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") or not hasattr(torch.Tensor, str(node.target))
+    return is_opaque_call(node)
 
 
 def _fetches(node: fx.Node, path: str) -> bool:

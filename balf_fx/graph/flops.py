@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,16 +54,41 @@ def _mutable(value: Any) -> Any:
     return value
 
 
+_GROUPED = (
+    *("aten::_grouped_mm", "aten::_scaled_grouped_mm", "aten::_scaled_grouped_mm_v2"),
+    "transformers::grouped_mm_fallback",
+)
+
+
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, with the attention kernel of CPUs, which some versions of torch leave out."""
+    """torch's counter, with operators that it leaves out: the attention kernel of CPUs and grouped products."""
     # only here: it imports triton where that is installed
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
     def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={} if kernel in flop_registry else {kernel: count})
+    added: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count}
+    added |= dict.fromkeys(_operators(_GROUPED), grouped_flops)
+    missing = {operator: formula for operator, formula in added.items() if operator not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=missing)
+
+
+def _operators(names: Iterable[str]) -> Iterator[Any]:
+    """The operators with these names that are registered here."""
+    for name in names:
+        namespace, _, own = name.partition("::")
+        if hasattr(getattr(torch.ops, namespace), own):
+            yield getattr(getattr(torch.ops, namespace), own)
+
+
+def grouped_flops(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of a grouped product from the shapes of its operands, each [rows, columns] with or without groups before.
+
+    Every row, column or summand of a matrix without groups belongs to one group: it costs as much as in one product.
+    """
+    groups = first[0] if len(first) == len(second) == 3 else 1
+    return 2 * groups * first[-2] * first[-1] * second[-1]
 
 
 def count_flops(model: nn.Module, *args: Any, **kwargs: Any) -> int:

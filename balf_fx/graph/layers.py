@@ -305,7 +305,7 @@ def _layer(
     """Read a layer whose weight and bias are at these paths."""
     weight_path, bias_path = paths
     weight: Tensor = get_tensor(graph_module, weight_path)
-    name = name or _site_path(graph_module, weight_path)
+    name = name or _site_path(graph_module, weight_path, bias_path)
     if is_quantized(weight):
         return Refusal(name, kind, Reason.QUANTIZED, type(weight.data).__name__)
     if inputs_first:
@@ -315,15 +315,15 @@ def _layer(
     return Site(name, kind, weight_path, bias_path, groups, outputs, inputs, conv, inputs_first)
 
 
-def _site_path(graph_module: fx.GraphModule, weight_path: str) -> str:
-    """The path for the factors of a functional site: that of the module if it only holds the weight and the bias, else
-    that of the weight."""
+def _site_path(graph_module: fx.GraphModule, weight_path: str, bias_path: str | None) -> str:
+    """The path for the factors of a functional site: that of the module if it only holds the weight and the bias that
+    the site reads, else that of the weight."""
     owner_path, _, name = weight_path.rpartition(".")
     if not owner_path or name != "weight":
         return weight_path
     owner = graph_module.get_submodule(owner_path)
     held = {*dict(owner.named_parameters()), *dict(owner.named_buffers())}
-    return owner_path if held <= set(_WEIGHTS) else weight_path
+    return owner_path if {f"{owner_path}.{tensor}" for tensor in held} <= {weight_path, bias_path} else weight_path
 
 
 def _geometry(kernel: tuple[int, ...], kind: Kind, settings: dict[str, Any]) -> ConvGeometry:

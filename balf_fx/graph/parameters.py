@@ -13,6 +13,11 @@ from balf_fx.graph.annotation import annotation
 from balf_fx.graph.operators import is_transposition
 from balf_fx.graph.site import Site
 
+_LAYERS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
 
 def locate(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds what lies at a dotted path, and its name there."""
@@ -44,6 +49,15 @@ def is_hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)  # replaced on the instance
 
 
+def computed_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Detached copies, by id, of what hooks have computed with gradients and stored on modules.
+
+    As the memo of `copy.deepcopy`, which refuses to copy such tensors.
+    """
+    held = (value for each in module.modules() for value in vars(each).values())
+    return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+
+
 def count_parameters(module: nn.Module) -> int:
     """The number of parameters of a module; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -64,8 +78,10 @@ def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:
     users: dict[int, set[fx.Node]] = defaultdict(set)
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            for parameter in graph_module.get_submodule(node.target).parameters():
-                users[id(parameter)].add(node)
+            module = graph_module.get_submodule(node.target)
+            for name, parameter in module.named_parameters():
+                if type(module) not in _LAYERS or name in ("weight", "bias"):  # not what is only stored in a layer
+                    users[id(parameter)].add(node)
         elif node.op == "get_attr":
             users[id(get_tensor(graph_module, node.target))] |= readers(node)
     return users

@@ -80,6 +80,14 @@ class ConvGeometry:
         """Whether a patch is a single input pixel."""
         return math.prod(self.kernel_size) == 1
 
+    def output_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the output of a convolution that is not transposed, for these sizes of the input."""
+        axes = zip(sizes, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return tuple(
+            (size + sum(padding) - (kernel - 1) * dilation - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in axes
+        )
+
 
 @dataclass(frozen=True)
 class Site:

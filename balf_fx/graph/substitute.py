@@ -183,13 +183,16 @@ def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:
 def _assign(module: nn.Module, name: str, value: Tensor, original: Tensor) -> None:
     """Store a [G, a, b] or [G, O] result as a module's parameter, with the properties of the original one."""
     tensor = value.reshape(module.get_parameter(name).shape).to(original.dtype)
-    layouts = [torch.contiguous_format]
-    for layout in (torch.channels_last, torch.channels_last_3d):
-        fits = original.dim() == (4 if layout is torch.channels_last else 5) == tensor.dim()
-        if fits and original.is_contiguous(memory_format=layout) and not original.is_contiguous():
-            layouts.append(layout)
-    tensor = tensor.clone(memory_format=layouts[-1])
+    tensor = tensor.clone(memory_format=_memory_format(original, tensor.dim()))
     module.register_parameter(name, nn.Parameter(tensor, requires_grad=original.requires_grad))
+
+
+def _memory_format(original: Tensor, dimensions: int) -> torch.memory_format:
+    """The memory format of a kernel, also of one whose size is 1, for a new one with this number of dimensions."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dimensions)
+    if layout is None or original.dim() != dimensions or not original.is_contiguous(memory_format=layout):
+        return torch.contiguous_format
+    return layout if original.stride(1) < original.stride(-1) else torch.contiguous_format
 
 
 def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: Substitute) -> None:
@@ -201,6 +204,8 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
     if site.keeps_weight and site.bias is not None:  # the weight's module may stay, but its bias is no longer read
         owner, name = locate(graph_module, site.bias)
         owner._parameters.pop(name, None)
+    owner, name = locate(graph_module, site.name)
+    replaced = getattr(owner, name, None)
     put(graph_module, site.name, substitute.module)
     for node in nodes:
         before = node.prev
@@ -217,3 +222,19 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
         graph.erase_node(node)
         for source in sources:
             erase_unused(graph_module, source)
+    if isinstance(replaced, nn.Module):
+        _keep_what_is_read(graph, site.name, replaced, substitute.module)
+
+
+def _keep_what_is_read(graph: fx.Graph, path: str, old: nn.Module, new: nn.Module) -> None:
+    """Move to a layer's replacement what other nodes read: tensors and modules that are stored in the layer."""
+    for node in graph.nodes:
+        if node.op not in ("get_attr", "call_module") or not str(node.target).startswith(f"{path}."):
+            continue
+        name = str(node.target).removeprefix(f"{path}.").partition(".")[0]
+        if not hasattr(new, name):
+            value = getattr(old, name)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                new.register_buffer(name, value)
+            else:
+                setattr(new, name, value)

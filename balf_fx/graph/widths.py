@@ -30,12 +30,62 @@ class Operand:
         scale: the factor by which the features are multiplied before.
         transposed: whether features come before positions.
         copies: the number of times that each head is repeated.
+        merged: whether the batch and the heads are one axis.
+        source: the reshape of the producer's output from whose last axis the features are read; "" if that is the
+            output itself.
     """
 
     position: int
     scale: float = 1.0
     transposed: bool = False
     copies: int = 1
+    merged: bool = False
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A node that reads some rows of a value, the output features of a layer on one of its axes.
+
+    The node's value is source[rows].unflatten(axis, sizes).permute(axes), with rows on the source's axis.
+    """
+
+    source: str
+    axis: int
+    node: str
+    rows: tuple[int, ...]
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A node that reads the shape or the type of a value that becomes narrower, or that nothing else needs any more.
+
+    Attributes:
+        source: the node from which it can be read.
+        axes: for each axis of the value, the same axis of the source, or None if its size is a constant.
+        shape: the shape of the value, of which only the constants are used.
+    """
+
+    node: str
+    source: str
+    axes: tuple[int | None, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A reshape that is given the number of features.
+
+    Attributes:
+        axis: the axis of the features in its result.
+        layer: the layer all of whose output features it holds; "" if it holds the features of the width.
+    """
+
+    node: str
+    axis: int
+    layer: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,10 +102,16 @@ class Width:
     Attributes:
         name: the name of the layer that reads the features, or that outputs the queries; unique among widths of one
             kind.
-        producers: the nodes of the layers that output the features.
+        producers: the nodes of the layers that output the features; one that outputs several values for each feature,
+            such as a gate and what it scales, is listed for each of them.
         rows: the rows of each producer that output them, head by head: heads * features, for queries also * repeat.
         consumers: the nodes of the layers that read them; their columns have the order of the producers' rows.
         between: nodes whose parameters or constants have one entry for each feature.
+        fused: the same with one entry for each row of `fused_layer`, before its several values are separated.
+        fused_layer: the producer for `fused`.
+        readers: for channels, the nodes that separate the values of such producers.
+        views: reshapes that are given the number of features.
+        sizes: nodes that read shapes on which the number of features has an effect.
         product: for heads, the node that sums over the features or averages them.
         operands: for heads, how the product reads each producer.
         sequence_first: for heads, whether positions come first in the producers' outputs, before the batch.
@@ -72,6 +128,11 @@ class Width:
     repeat: int = 1
     rows: tuple[tuple[int, ...], ...] = ()
     between: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
+    fused_layer: str = ""
+    readers: tuple[Reader, ...] = ()
+    views: tuple[View, ...] = ()
+    sizes: tuple[Size, ...] = ()
     product: str | None = None
     operands: tuple[Operand, ...] = ()
     sequence_first: bool = False

@@ -20,6 +20,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MEMORY
+from balf_fx.calibration.weights import Weights
+from balf_fx.graph.masks import mask_names
 from balf_fx.graph.operators import changes_in_place
 from balf_fx.graph.parameters import is_quantized
 from balf_fx.refit.offload import Shelf, resident
@@ -77,6 +79,7 @@ class Lockstep:
         handed: the values that the compressed model has in place of some of `inputs`, for each batch; empty if there
             are none.
         memory: bytes of values that may be in memory, apart from those of the batch that is being run.
+        weights: {name of a mask: the weights of values with its positions} for each batch; empty if all count.
 
     Attributes:
         inputs, handed: as above.
@@ -89,12 +92,15 @@ class Lockstep:
         inputs: Sequence[Mapping[str, Any]],
         handed: Sequence[Mapping[str, Any]] = (),
         memory: int = MEMORY,
+        weights: Sequence[Mapping[str, Weights]] = (),
     ) -> None:
         self.graph_module = graph_module
         self.moved: set[fx.Node] = set()
         self.inputs = inputs
         self.handed = handed
         self._memory = memory
+        self._weights = weights
+        self._mask_names = mask_names(graph_module) if len(weights) else {}
         self._interpreter = fx.Interpreter(graph_module)
         self._batches: list[Batch] = []
         self._nbytes: list[int] = []
@@ -103,6 +109,11 @@ class Lockstep:
     def is_handed(self, node: fx.Node) -> bool:
         """Whether a node is a placeholder whose value differs in the compressed model."""
         return node.op == "placeholder" and node.target in self._handed_names
+
+    def weights(self, node: fx.Node, batch: Batch) -> Weights | None:
+        """The weights of the positions of a node's value; None if all count."""
+        name = self._mask_names.get(node)
+        return None if name is None else self._weights[batch.index].get(name)
 
     def run(
         self,

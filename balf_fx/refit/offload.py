@@ -110,8 +110,7 @@ class Shelved(Sequence[Any]):
     def __init__(self, memory: int) -> None:
         self._room = memory
         self._values: list[Any] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="balf_fx-"))
-        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder: Path | None = None
 
     def __enter__(self) -> Shelved:
         return self
@@ -143,11 +142,20 @@ class Shelved(Sequence[Any]):
     def close(self) -> None:
         """Release all values and remove the files."""
         self._values.clear()
-        self._remove()
+        if self._folder is not None:
+            self._remove()
+            self._folder = None
 
     def resident(self) -> list[Tensor]:
         """The tensors that are in memory."""
         return [leaf for leaf in pytree.tree_leaves(self._values) if isinstance(leaf, Tensor)]
+
+    def _files(self) -> Path:
+        """The folder of the files, made when the first value does not fit."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="balf_fx-"))
+            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
 
     def _copy(self, value: Any, spans: Mapping[int, slice]) -> Any:
         """The value with its tensors in files; only the bytes in the span of each storage are written."""
@@ -159,7 +167,7 @@ class Shelved(Sequence[Any]):
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
             if address not in written:
-                written[address] = _write(self._folder, storage, spans[address])
+                written[address] = _write(self._files(), storage, spans[address])
             offset = int(tensor.storage_offset()) - spans[address].start // tensor.element_size()
             return _Parked(written[address], tensor.dtype, tensor.device, tensor.shape, tensor.stride(), offset)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,18 +41,13 @@ class Problem:
     spectra: Sequence[Spectrum | None]
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
-        """The solution with the least error on the held-out share; a dense layer without a bias gets none."""
+        """The solution with the least error on the held-out share; a part without a bias gets none."""
         train, held_out = self._sums(walk, None, (None, None))
-        solution = self._best(train, held_out)
+        solution = best(train, held_out, self.toward, self.prior, self.spectra)
         if self.target.limits is None:
             return solution
-        return self._best(*self._sums(walk, solution, (train.inputs, held_out.inputs)))
-
-    def _best(self, train: Joint, held_out: Joint) -> tuple[Solution, ...]:
-        if any(part.left is not None or part.bias is not None for part in self.prior):
-            return best(train, held_out, self.toward, self.prior, self.spectra)
-        solution = best(train.uncentred(), held_out.uncentred(), self.toward, self.prior, self.spectra)
-        return tuple(dataclasses.replace(part, bias=None) for part in solution)
+        train, held_out = self._sums(walk, solution, (train.inputs, held_out.inputs))
+        return best(train, held_out, self.toward, self.prior, self.spectra)
 
     def _sums(
         self, walk: Lockstep, earlier: Sequence[Solution] | None, known: tuple[Inputs | None, Inputs | None]
@@ -72,7 +66,8 @@ class Problem:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             predicted = None if earlier is None else apply(earlier, x)
             y = self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
-            shares[visit.share].add(x, y.to(x.dtype), None if visit.weights is None else visit.weights.to(x.dtype))
+            weights = None if visit.weights is None else visit.weights.to(x.dtype)
+            shares[visit.share].add(visit.keep(x), visit.keep(y).to(x.dtype), weights)
         return shares[0].joint(), shares[1].joint()
 
 
@@ -106,7 +101,7 @@ class BiasProblem:
         nothing = Residual(0.0, torch.zeros_like(self.bias))
         shares = [nothing, nothing]
         for visit in visits(walk, self.target.node, self.target.site, (self.bias.shape[-1], 0), self.importance):
-            shares[visit.share] += Residual.of(self._residual(visit, earlier), visit.weights)
+            shares[visit.share] += Residual.of(visit.keep(self._residual(visit, earlier)), visit.weights)
         return shares[0], shares[1]
 
     def _residual(self, visit: Visit, earlier: Tensor | None) -> Tensor:

@@ -279,19 +279,29 @@ def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -
 def solutions(
     seen: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
 ) -> tuple[Solution, ...]:
-    """The regression with one strength of the ridge, part by part; arguments as in `best`."""
-    full, product = ridge(seen, toward, strength)
-    groups = len(full) // len(prior)
+    """The regression with one strength of the ridge, part by part; arguments as in `best`.
+
+    A part whose prior has no bias gets none, since its cost was counted without one: its regression is uncentred.
+    """
+    groups = len(toward) // len(prior)
+    fits: dict[bool, tuple[Joint, Tensor, Tensor]] = {}
     found = []
     for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
+        biased = part.bias is not None
+        if biased not in fits:
+            sums = seen if biased else seen.uncentred()
+            fits[biased] = sums, *ridge(sums, toward, strength)
+        sums, full, product = fits[biased]
         own = slice(index * groups, (index + 1) * groups)
-        mean = seen.inputs.mean if len(seen.inputs.mean) == 1 else seen.inputs.mean[own]
         if part.left is None or spectrum is None:
             left, right = None, full[own]
         else:
             left, right = truncate(full[own], product[own], spectrum, part.left.shape[-1])
-        fitted = right if left is None else left @ right
-        bias = seen.mean_y[own] - (fitted @ mean.unsqueeze(-1)).squeeze(-1)
+        bias = None
+        if biased:
+            mean = sums.inputs.mean if len(sums.inputs.mean) == 1 else sums.inputs.mean[own]
+            fitted = right if left is None else left @ right
+            bias = sums.mean_y[own] - (fitted @ mean.unsqueeze(-1)).squeeze(-1)
         found.append(Solution(left, right, bias))
     return tuple(found)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from balf_fx.calibration.moments import by_sample
+from balf_fx.calibration.moments import by_sample, leading_sizes
 from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch, Lockstep
 
@@ -25,20 +25,35 @@ class Window:
     """The positions of a batch that are read.
 
     Attributes:
-        samples: the samples that are read.
+        samples: the samples that are read, as a slice or their numbers [n].
         pixels: the pixels that are read, along each axis of a convolution's output; empty for all positions.
     """
 
-    samples: slice
+    samples: slice | Tensor
     pixels: tuple[slice, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return len(self.samples) if isinstance(self.samples, Tensor) else self.samples.stop - self.samples.start
 
     def of(self, value: Tensor) -> Tensor:
         """These positions of a value with the shape of the layer's output, samples first."""
-        return value[(self.samples, slice(None), *self.pixels)] if self.pixels else value[self.samples]
+        value = value[self.samples]
+        return value[(slice(None), slice(None), *self.pixels)] if self.pixels else value
 
-    def repeat(self, weights: Tensor) -> Tensor:
-        """The weights [n] of all positions, from the weights [*sizes] of one sample's positions."""
-        return weights[self.pixels].flatten().repeat(self.samples.stop - self.samples.start)
+    def weights(self, importance: Tensor | None, counted: Tensor | None) -> Tensor | None:
+        """The weights [n] of these positions; None if each is 1.
+
+        Args:
+            importance: [*sizes], the weights of the positions of any sample.
+            counted: [N, *sizes], the weights of the positions of each sample.
+        """
+        own = None if counted is None else counted[self.samples][(slice(None), *self.pixels)].flatten()
+        if importance is None:
+            return own
+        repeated = importance[self.pixels].flatten().repeat(self.count)
+        return repeated if own is None else repeated * own.to(repeated)
 
 
 @dataclass(frozen=True)
@@ -47,13 +62,19 @@ class Visit:
 
     Attributes:
         share: 0 for the training share, 1 for the held-out share.
-        weights: [n], the weights of the window's positions, 1 on average over a sample; None for 1 each.
+        weights: [m], the weights of the m positions of the window that count; None for 1 each.
+        kept: [n], which of the window's n positions these are; None for all.
     """
 
     batch: Batch
     window: Window
     share: int
     weights: Tensor | None
+    kept: Tensor | None = None
+
+    def keep(self, values: Tensor) -> Tensor:
+        """Values at the window's positions, [G, F, n], at those that count."""
+        return values if self.kept is None else values[..., self.kept]
 
 
 def visits(
@@ -71,14 +92,36 @@ def visits(
     for batch in walk.batches():
         original = by_sample(batch.original[node], site)
         sizes = tuple(original.shape[2:] if site.conv is not None else original.shape[1:2])
-        step = pixel_step(len(walk.inputs) * len(original), sizes, inputs) if site.conv is not None else 1
+        counted = _counted(walk, node, site, batch, (len(original), *sizes))
+        numbers = _present(counted)
+        samples = len(original) if numbers is None else len(numbers)
+        step = pixel_step(len(walk.inputs) * samples, sizes, inputs) if site.conv is not None else 1
         positions = math.prod(-(-size // step) for size in sizes)
         weights = None if importance is None else position_weights(importance, sizes)
-        for share, samples in chunks(seen, len(original), positions, max(inputs, outputs)):
-            window = Window(samples, pixel_grid(sizes, step, turn))
-            yield Visit(batch, window, share, None if weights is None else window.repeat(weights))
+        for share, span in chunks(seen, samples, positions, max(inputs, outputs)):
+            window = Window(span if numbers is None else numbers[span], pixel_grid(sizes, step, turn))
+            own, kept = window.weights(weights, counted), None
+            if counted is not None and own is not None:
+                kept = own > 0
+                own = own[kept]
+            yield Visit(batch, window, share, own, kept)
             turn += 1
-        seen += len(original)
+        seen += samples
+
+
+def _counted(walk: Lockstep, node: fx.Node, site: Site, batch: Batch, shape: Sequence[int]) -> Tensor | None:
+    """The weights of the positions of each sample, [N, *sizes]; None if each is 1."""
+    weights, value = walk.weights(node, batch), batch.original[node]
+    found = None if weights is None else weights.at(leading_sizes(value, site, "output"))
+    return None if found is None else found.to(value.device).reshape(*shape)
+
+
+def _present(counted: Tensor | None) -> Tensor | None:
+    """The numbers of the samples of which a position counts; None for all."""
+    if counted is None:
+        return None
+    present = (counted.flatten(1) > 0).any(1)
+    return None if bool(present.all()) else present.nonzero().squeeze(1)
 
 
 def position_weights(importance: Tensor, sizes: tuple[int, ...]) -> Tensor | None:

@@ -1,21 +1,26 @@
-"""Channels: features that pass from layer to layer through operations that treat each feature separately."""
+"""Channels: features that pass from layer to layer through operations that treat each feature separately.
+
+A *space* is a set of values that hold the same features, each on an axis of its own. A layer may output several values
+for each feature, such as a gate and what it scales: its output is another space, of which nodes of the first one read
+parts (`widths.moves`).
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
-from torch.nn import functional as F
+import torch
+from torch import fx
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import read_layer, site_input
-from balf_fx.graph.operators import operation, reads_metadata
 from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
-from balf_fx.graph.widths import Width
+from balf_fx.graph.widths import Reader, Size, View, Width
+from balf_fx.widths.elementwise import is_elementwise, is_glu, passes_on
+from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, read_layout, reads_size
 
 _LEAST = 8  # the least number of features that is worth reducing
 
@@ -23,39 +28,40 @@ _LEAST = 8  # the least number of features that is worth reducing
 _MOST_LAYERS = 4  # as in a gated block with squeeze-and-excitation; a residual stream has many more
 
 
-_MODULES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softsign),
-)
+@dataclass(frozen=True)
+class _Selection:
+    """A node that reads some rows of a wider value, one row for each of its features; for GLU, two.
 
+    Attributes:
+        source, axis: the wider value, and the axis of its rows.
+        readers: how each part is read; empty for GLU, which halves the axis whatever its size.
+    """
 
-_ELEMENTWISE_NAMES = (
-    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "sigmoid"),
-    *("tanh", "hardtanh", "hardsigmoid", "hardswish", "softsign", "dropout", "clamp", "exp", "abs", "sqrt", "rsqrt"),
-    *("square", "neg", "erf", "contiguous", "clone", "float", "to", "type_as", "detach", "pow"),
-    *("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "true_divide"),
-)
-
-
-_POOL_MODULES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool1d)
-
-
-_POOL_NAMES = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "_adaptive_avg_pool2d")
+    node: fx.Node
+    source: fx.Node
+    axis: int
+    rows: tuple[tuple[int, ...], ...]
+    reader: Reader | None = None
 
 
 @dataclass
-class _Cone:
-    """All nodes whose values contain the features, each with the axis of the features."""
+class _Space:
+    """All values that hold the features, each with their axis."""
 
     axes: dict[fx.Node, int] = field(default_factory=dict)
     producers: list[fx.Node] = field(default_factory=list)
     consumers: list[fx.Node] = field(default_factory=list)
     between: list[fx.Node] = field(default_factory=list)
+    shaped: list[fx.Node] = field(default_factory=list)
+    selections: list[_Selection] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
+
+    def views(self, layer: str = "") -> list[View]:
+        return [View(node.name, self.axes[node], layer) for node in self.shaped]
 
 
 class _UnsupportedError(Exception):
-    """An operation in the cone mixes the features, or needs all of them."""
+    """An operation in the space mixes the features, or needs all of them."""
 
 
 def find_channels(graph_module: fx.GraphModule) -> Iterator[Width]:
@@ -72,22 +78,47 @@ def find_channels(graph_module: fx.GraphModule) -> Iterator[Width]:
             continue
         features = finder.inputs(site)
         try:
-            cone = finder.grow(source, _feature_axis(site, shape), features)
+            space = finder.grow(source, _feature_axis(site, shape), features)
+            wide = finder.grow_wide(space)
         except _UnsupportedError:
             continue
-        seen.update(cone.axes)
-        consumers = sorted(cone.consumers, key=lambda n: -(annotation(n).flops or 0))
-        site_of = [annotation(consumer).site for consumer in consumers]
-        if features >= _LEAST and cone.producers and site_of[0] is not None:
-            yield Width(
-                "channels",
-                site_of[0].name,
-                features,
-                producers=tuple(producer.name for producer in cone.producers),
-                consumers=tuple(consumer.name for consumer in consumers),
-                rows=tuple(tuple(range(features)) for _ in cone.producers),
-                between=tuple(node.name for node in cone.between),
-            )
+        seen.update(space.axes)
+        width = _width(space, wide, features)
+        if width is not None:
+            yield width
+
+
+def _width(space: _Space, wide: Sequence[_Space], features: int) -> Width | None:
+    """The width of a space, if it lies between layers that may change."""
+    consumers = sorted(space.consumers, key=lambda n: -(annotation(n).flops or 0))
+    written = [(producer, tuple(range(features))) for producer in space.producers]
+    for each in wide:
+        parts = sorted(dict.fromkeys(rows for own in space.selections for rows in own.rows if own.source in each.axes))
+        written += [(producer, rows) for producer in each.producers for rows in parts]
+    layers = {producer for producer, _ in written}
+    site = annotation(consumers[0]).site if consumers else None
+    if features < _LEAST or not layers or site is None or len(layers) + len(consumers) > _MOST_LAYERS:
+        return None
+    return Width(
+        "channels",
+        site.name,
+        features,
+        producers=tuple(producer.name for producer, _ in written),
+        consumers=tuple(consumer.name for consumer in consumers),
+        rows=tuple(rows for _, rows in written),
+        between=tuple(node.name for node in space.between),
+        fused=tuple(node.name for each in wide for node in each.between),
+        fused_layer=next((each.producers[0].name for each in wide if each.between), ""),
+        readers=tuple(own.reader for own in space.selections if own.reader is not None),
+        sizes=tuple(size for each in (space, *wide) for size in each.sizes),
+        views=(*space.views(), *(view for each in wide for view in each.views(each.producers[0].name))),
+    )
+
+
+def feature_axis_of(layer: fx.Node) -> int:
+    """The axis of the output features of a site."""
+    site, shape = annotation(layer).site, annotation(layer).shape or ()
+    return len(shape) - 1 if site is None else _feature_axis(site, shape)
 
 
 def _feature_axis(site: Site, shape: tuple[int, ...]) -> int:
@@ -98,6 +129,7 @@ class _Finder:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         self.users = parameter_users(graph_module)
+        self.moves = Moves(graph_module)
 
     def inputs(self, site: Site) -> int:
         """The number of input features of a layer with one group: the channels for a convolution."""
@@ -111,40 +143,85 @@ class _Finder:
         plain = site.groups == 1 and not site.keeps_weight and not site.transposed
         return plain and self._owns(node, site)
 
-    def grow(self, source: fx.Node, axis: int, features: int) -> _Cone:
-        """All nodes and layers that depend on the number of features at one value."""
-        cone = _Cone()
+    def grow(self, source: fx.Node, axis: int, features: int, parts: frozenset[fx.Node] = frozenset()) -> _Space:
+        """All values and layers that depend on the number of features at one value.
+
+        Args:
+            parts: for a wide space, the nodes that may read parts of it; other moves must be separate from these.
+        """
+        space = _Space()
         pending = [(source, axis)]
         while pending:
             node, axis = pending.pop()
-            if node in cone.axes:
-                if cone.axes[node] != axis:
+            if node in space.axes:
+                if space.axes[node] != axis:
                     raise _UnsupportedError
                 continue
             shape = annotation(node).shape
             if shape is None or not -1 < axis < len(shape) or shape[axis] != features:
                 raise _UnsupportedError
-            cone.axes[node] = axis
-            pending += self._sources(node, axis, features, cone)
-            pending += self._users(node, axis, features, cone)
-            if len(cone.producers) + len(cone.consumers) > _MOST_LAYERS:
+            space.axes[node] = axis
+            if self.moves.is_move(node) and is_shaped(node):
+                space.shaped.append(node)
+            pending += self._sources(node, axis, features, space)
+            pending += self._users(node, axis, space, parts)
+            if len(space.producers) + len(space.consumers) > _MOST_LAYERS:
                 raise _UnsupportedError
-        return cone
+        return space
 
-    def _sources(self, node: fx.Node, axis: int, features: int, cone: _Cone) -> list[tuple[fx.Node, int]]:
+    def grow_wide(self, space: _Space) -> list[_Space]:
+        """The spaces of which nodes of this one read parts."""
+        wide: list[_Space] = []
+        nodes = frozenset(own.node for own in space.selections)
+        for own in space.selections:
+            if any(own.source in each.axes for each in wide):
+                continue
+            shape = annotation(own.source).shape or ()
+            each = self.grow(own.source, own.axis, shape[own.axis], nodes)
+            parts = {rows for other in space.selections if other.source in each.axes for rows in other.rows}
+            covered = [row for rows in parts for row in rows]
+            if each.consumers or each.selections or not each.producers or len(covered) != len(set(covered)):
+                raise _UnsupportedError
+            halves = any(other.reader is None for other in space.selections if other.source in each.axes)
+            whole = len(covered) == shape[own.axis]
+            plain = len(each.producers) == 1 and not each.between
+            if not (whole or (plain and not halves)) or (halves and len(parts) != 2):
+                raise _UnsupportedError
+            known = {*each.axes, *nodes}
+            rests = [self.moves.rests(node, own_axis, covered, known) for node, own_axis in each.axes.items()]
+            for found in rests:
+                if found is None:
+                    raise _UnsupportedError
+                each.sizes += found[1]
+            wide.append(each)
+        return wide
+
+    def _sources(self, node: fx.Node, axis: int, features: int, space: _Space) -> list[tuple[fx.Node, int]]:
         """The values from which a node gets the features; none for a layer, which computes them."""
         layer = read_layer(self.graph_module, node)
         shape = annotation(node).shape or ()
         if isinstance(layer, Site):
             if _is_depthwise(layer, features) and self._owns(node, layer) and not _is_excluded(node):
-                cone.between.append(node)
+                space.between.append(node)
                 return [(site_input(node), axis)]
             if self.is_layer(node, layer) and axis == _feature_axis(layer, shape) and layer.out_features == features:
-                cone.producers.append(node)
+                space.producers.append(node)
                 return []
             raise _UnsupportedError
-        if not self._passes_on(node, axis):
-            raise _UnsupportedError
+        if is_glu(self.graph_module, node, axis):
+            half = tuple(range(features))
+            source = node.all_input_nodes[0]
+            rows = (half, tuple(row + features for row in half))
+            space.selections.append(_Selection(node, source, axis, rows))
+            return []
+        if passes_on(self.graph_module, node, axis):
+            return self._operands(node, axis, features, space)
+        if self.moves.is_move(node):
+            return self._moved_from(node, axis, space)
+        raise _UnsupportedError
+
+    def _operands(self, node: fx.Node, axis: int, features: int, space: _Space) -> list[tuple[fx.Node, int]]:
+        """The sources of an elementwise operation, without those that are the same for all features."""
         found: list[tuple[fx.Node, int]] = []
         for source in node.all_input_nodes:
             own = self._source_axis(node, source, axis)
@@ -155,87 +232,114 @@ class _Finder:
                 shared = len(source.users) > 1 or annotation(source).shared
                 if shared or size.count(features) != 1 or size[own] != features:
                     raise _UnsupportedError
-                cone.between.append(source)
+                space.between.append(source)
             else:
                 found.append((source, own))
         if not found:
             raise _UnsupportedError
         return found
 
-    def _users(self, node: fx.Node, axis: int, features: int, cone: _Cone) -> list[tuple[fx.Node, int]]:
+    def _moved_from(self, node: fx.Node, axis: int, space: _Space) -> list[tuple[fx.Node, int]]:
+        """The value whose features a move returns: its source, or none if it reads a part of a wider value."""
+        source: Any = node.args[0] if node.args else None
+        shape = annotation(source).shape if isinstance(source, fx.Node) else None
+        for own in range(len(shape or ())):
+            if self.moves.keeps(node, source, own) == axis:
+                return [(source, own)]
+        chain = self.moves.chain(node)
+        for own in range(len(annotation(chain[0]).shape or ())):
+            selection = self._selection(chain, own, axis)
+            if selection is not None:
+                space.selections.append(selection)
+                return []
+        raise _UnsupportedError
+
+    def _selection(self, chain: Sequence[fx.Node], own: int, axis: int) -> _Selection | None:
+        """How the last node of a chain reads rows of an axis of the last value on it that holds all of them."""
+        labels = self.moves.along(chain[0], own)
+        values = None if labels is None else self.moves.run_chain(chain, labels)
+        if labels is None or values is None:
+            return None
+        part, source = feature_axis(values[chain[-1]]), chain[0]
+        if part is None or part[0] != axis or len(part[1]) == labels.shape[own]:
+            return None
+        for following in chain[1:-1]:
+            kept = self.moves.keeps(following, source, own)
+            if kept is None:
+                break
+            source, own = following, kept
+        shape = annotation(source).shape or ()
+        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape)
+        moved = self.moves.run_chain(chain[chain.index(source) :], numbers)
+        layout = None if moved is None else read_layout(moved[chain[-1]], shape, own)
+        if layout is None or len(layout.sizes) != 1:
+            return None
+        reader = Reader(source.name, own, chain[-1].name, layout.rows, layout.sizes, layout.axes)
+        return _Selection(chain[-1], source, own, (layout.rows,), reader)
+
+    def _users(self, node: fx.Node, axis: int, space: _Space, parts: frozenset[fx.Node]) -> list[tuple[fx.Node, int]]:
         found = []
         for user in node.users:
-            if reads_metadata(user):
-                if not _is_harmless(user, axis):
-                    raise _UnsupportedError
+            if user in parts or is_harmless(user, axis):
+                continue
+            if reads_size(user):
+                space.sizes.append(_own_size(user, node, axis))
                 continue
             layer = read_layer(self.graph_module, user)
             if isinstance(layer, Site):
-                shape = annotation(node).shape or ()
-                if site_input(user) is not node:
-                    raise _UnsupportedError
-                if _is_depthwise(layer, features):
-                    found.append((user, axis))
-                elif annotation(user).site is not None and self.is_layer(user, layer):
-                    if axis != _feature_axis(layer, shape) or self.inputs(layer) != features:
-                        raise _UnsupportedError
-                    cone.consumers.append(user)
-                else:
-                    raise _UnsupportedError
+                found += self._read_by(user, layer, node, axis, space)
                 continue
             own = self._user_axis(node, user, axis)
-            if own is None:
+            if own is not None:
+                found.append((user, own))
+            elif not parts or not self.moves.is_move(user):  # what moves of a wide space read is checked later
                 raise _UnsupportedError
-            found.append((user, own))
         return found
+
+    def _read_by(
+        self, user: fx.Node, layer: Site, node: fx.Node, axis: int, space: _Space
+    ) -> list[tuple[fx.Node, int]]:
+        """What a layer makes of the features: nothing if it mixes them, its output if it is a depthwise convolution."""
+        shape = annotation(node).shape or ()
+        if site_input(user) is not node:
+            raise _UnsupportedError
+        if _is_depthwise(layer, shape[axis]):
+            return [(user, axis)]
+        whole = axis == _feature_axis(layer, shape) and self.inputs(layer) == shape[axis]
+        if annotation(user).site is None or not self.is_layer(user, layer) or not whole:
+            raise _UnsupportedError
+        space.consumers.append(user)
+        return []
 
     def _owns(self, node: fx.Node, layer: Site) -> bool:
         return owns_weight(self.graph_module, self.users, node, layer)
-
-    def _passes_on(self, node: fx.Node, axis: int) -> bool:
-        """Whether a node treats each feature separately."""
-        flattens = axis == 1 and self._is_flatten(node)
-        return flattens or self._is_elementwise(node) or self._is_pool(node, axis) or _is_pad(node, axis)
-
-    def _is_elementwise(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return type(self.graph_module.get_submodule(str(node.target))) in _MODULES
-        return operation(node) in _ELEMENTWISE_NAMES and "out" not in node.kwargs
-
-    def _is_pool(self, node: fx.Node, axis: int) -> bool:
-        if node.op == "call_module":
-            return type(self.graph_module.get_submodule(str(node.target))) in _POOL_MODULES
-        if operation(node) == "mean":
-            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-            listed = dims if isinstance(dims, list | tuple) else [dims]
-            rank = len(annotation(node.all_input_nodes[0]).shape or ())
-            return all(isinstance(d, int) and d % rank > axis for d in listed) and rank > 0
-        return operation(node) in _POOL_NAMES
-
-    def _is_flatten(self, node: fx.Node) -> bool:
-        """Whether a node flattens all axes from axis 1 on; the shape shows whether those after axis 1 have size 1."""
-        if node.op == "call_module":
-            module = self.graph_module.get_submodule(str(node.target))
-            return isinstance(module, nn.Flatten) and module.start_dim == 1
-        start: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-        return operation(node) == "flatten" and start == 1
 
     def _source_axis(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
         """The axis of a node's features on one of its sources; None if the source is broadcast along them."""
         shape, own = annotation(node).shape, annotation(source).shape
         if shape is None or own is None:
             return None
-        if not self._is_elementwise(node):
-            return axis  # pools and flattening only affect the axes after the features
+        if not is_elementwise(self.graph_module, node):
+            return axis  # pools only affect the axes after the features
         from_right = axis - len(shape)
         return len(own) + from_right if len(own) >= -from_right else None
 
     def _user_axis(self, node: fx.Node, user: fx.Node, axis: int) -> int | None:
         """The axis of a node's features on the value of a user; None if the user mixes them."""
         shape, own = annotation(user).shape, annotation(node).shape
-        if shape is None or own is None or not self._passes_on(user, axis):
+        if shape is None or own is None:
             return None
-        return len(shape) - (len(own) - axis) if self._is_elementwise(user) else axis
+        if passes_on(self.graph_module, user, axis):
+            return len(shape) - (len(own) - axis) if is_elementwise(self.graph_module, user) else axis
+        return self.moves.keeps(user, node, axis)
+
+
+def _own_size(user: fx.Node, node: fx.Node, axis: int) -> Size:
+    """A node that reads the shape of a value, in which the number of features is that of the original model."""
+    shape = annotation(node).shape
+    if shape is None or any(reader.op == "output" for reader in user.users):
+        raise _UnsupportedError
+    return Size(user.name, node.name, tuple(None if i == axis else i for i in range(len(shape))), shape)
 
 
 def _is_excluded(node: fx.Node) -> bool:
@@ -246,24 +350,3 @@ def _is_excluded(node: fx.Node) -> bool:
 
 def _is_depthwise(layer: Site, features: int) -> bool:
     return layer.conv is not None and layer.groups == features and layer.out_features == 1 and not layer.inputs_first
-
-
-def _is_pad(node: fx.Node, axis: int) -> bool:
-    if node.target is not F.pad:
-        return False
-    amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
-    rank = len(annotation(node).shape or ())
-    return isinstance(amounts, list | tuple) and len(amounts) // 2 < rank - axis
-
-
-def _is_harmless(user: fx.Node, axis: int) -> bool:
-    """Whether a reader of a value's shape or type does not depend on the number of features."""
-    if user.target is getattr and user.args[1] in ("ndim", "dtype", "device"):
-        return True
-    if user.op == "call_method" and user.target == "dim":
-        return True
-    if user.op == "call_method" and len(user.args) > 1:
-        rank = len(annotation(user.all_input_nodes[0]).shape or ())
-        return isinstance(user.args[1], int) and rank > 0 and user.args[1] % rank != axis
-    items = [reader.args[1] if reader.target is operator.getitem else None for reader in user.users]
-    return all(isinstance(item, int) and item >= 0 and item != axis for item in items)

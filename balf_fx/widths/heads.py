@@ -2,7 +2,7 @@
 
 The product of queries and keys sums over the features of each head. Values are averaged over positions, and the output
 projection reads them. To find the rows of the layers that compute these features, the *indices* of the features are
-passed through the model's own reshapes, permutations and splits, so nothing is assumed about how it is written.
+passed through the model's own reshapes, permutations and splits (`widths.moves`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import site_input
-from balf_fx.graph.operators import operation, reads_metadata
+from balf_fx.graph.operators import operation
 from balf_fx.graph.parameters import owns_weight, parameter_users
-from balf_fx.graph.widths import Operand, Width
+from balf_fx.graph.widths import Operand, Size, View, Width
+from balf_fx.widths.moves import Moves, is_harmless, is_shaped, read_size
 
 aten = torch.ops.aten
 
@@ -32,17 +32,10 @@ _ATTENTIONS = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, aten.matmul.default, aten.bmm.default, "matmul", "bmm")
 
 
-_MOVES = (
-    *("reshape", "view", "flatten", "unflatten", "permute", "transpose", "movedim", "swapaxes", "contiguous", "clone"),
-    *("unbind", "chunk", "split", "split_with_sizes", "tensor_split", "select", "getitem", "squeeze", "unsqueeze"),
-    *("expand", "repeat_interleave", "dropout"),
-)
+_SUMS = (torch.baddbmm, aten.baddbmm.default, "baddbmm")  # a product that is added to the first argument
 
 
 _SCALINGS = ("mul", "div", "truediv", "imul", "itruediv")
-
-
-_IDENTITIES = (nn.Identity, nn.Dropout)
 
 
 _LEAST = 8
@@ -50,12 +43,19 @@ _LEAST = 8
 
 @dataclass(frozen=True)
 class _Operand:
-    """The part of a layer that a product reads: its rows [heads, features], moved and scaled."""
+    """The part of a layer that a product reads: its rows [heads, features], moved and scaled.
+
+    Attributes:
+        merged: whether the batch and the heads are one axis.
+        source: the value that holds the whole output of the layer.
+    """
 
     rows: Tensor
     scale: float
     transposed: bool
     sequence_first: bool
+    merged: bool
+    source: fx.Node
 
 
 def is_attention(product: fx.Node) -> bool:
@@ -72,42 +72,24 @@ def has_level_heads(product: fx.Node) -> bool:
 
 
 def find_heads(graph_module: fx.GraphModule) -> Iterator[Width]:
-    """The widths of kinds "queries" and "values" in an annotated and profiled graph.
-
-    A layer that computes several of queries, keys and values is narrowed as a whole or not at all, so each of its rows
-    must belong to one of them.
-    """
-    reader = _Reader(graph_module)
-    writers = {node: reader.operands(node) for node in graph_module.graph.nodes if reader.is_writer(node)}
+    """The widths of kinds "queries" and "values" in an annotated and profiled graph."""
+    finder = _Finder(graph_module)
     by_operand = {
-        (product, position): (writer, operand)
-        for writer, found in writers.items()
-        for (product, position), operand in (found or {}).items()
+        place: (node, operand)
+        for node in graph_module.graph.nodes
+        if finder.is_writer(node)
+        for place, operand in finder.operands(node).items()
     }
-    products = dict.fromkeys(product for product, _ in by_operand)
-    found = [width for product in products for width in reader.widths(product, by_operand)]
-    while True:  # dropping a width may leave rows of a layer uncovered, so that other widths must be dropped too
-        covered: dict[str, int] = {}
-        for width in found:
-            for name, rows in zip(width.producers, width.rows, strict=True):
-                covered[name] = covered.get(name, 0) + len(set(rows))
-        sound = [w for w in found if all(covered[name] == reader.outputs(name) for name in w.producers)]
-        if len(sound) == len(found):
-            break
-        found = sound
-    yield from found
+    for product in dict.fromkeys(product for product, _ in by_operand):
+        yield from finder.widths(product, by_operand)
 
 
-class _Reader:
+class _Finder:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         self.users = parameter_users(graph_module)
-        self.interpreter = fx.Interpreter(graph_module)
-        self.nodes = {node.name: node for node in graph_module.graph.nodes}
-
-    def outputs(self, name: str) -> int:
-        site = annotation(self.nodes[name]).site
-        return 0 if site is None else site.out_features
+        self.moves = Moves(graph_module)
+        self.sizes: dict[fx.Node, list[Size]] = {}  # the readers of shapes behind a value
 
     def is_writer(self, node: fx.Node) -> bool:
         """Whether a node is a linear layer whose weight nothing else reads."""
@@ -116,111 +98,82 @@ class _Reader:
             return False
         return owns_weight(self.graph_module, self.users, node, site)
 
-    def operands(self, writer: fx.Node) -> dict[tuple[fx.Node, int], _Operand] | None:
-        """The operands of products that read a layer's output; None if anything else reads it."""
-        shape = annotation(writer).shape
-        if shape is None or len(shape) < 3:
-            return None
-        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
-        arrived = self._follow(writer, numbers)
-        if arrived is None:
-            return None
-        found = {}
-        for user, source, numbers_there, scale in arrived:
-            if not (is_attention(user) or user.target in _PRODUCTS):
-                return None
-            for position in [i for i, value in enumerate(user.args) if value is source]:
-                operand = _read_rows(numbers, numbers_there, scale)
-                if operand is None:
-                    return None
-                found[user, position] = operand
-        return found
+    def operands(self, writer: fx.Node) -> dict[tuple[fx.Node, int], _Operand]:
+        """The operands of products that read a part of a layer's output which nothing else reads."""
+        found: dict[tuple[fx.Node, int], _Operand] = {}
+        others: list[Tensor] = []  # rows that are read in other ways, or twice
+        for root in self.roots(writer):
+            shape = annotation(root).shape or ()
+            numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
+            for user, source, moved, scale in self._follow(root, numbers):
+                places = [] if user is None else [i for i in _slots(user) if user.args[i] is source]
+                operand = _read_rows(numbers, moved, scale, root) if len(places) == 1 else None
+                if user is not None and operand is not None:
+                    found[user, places[0]] = operand
+                    others.append(torch.unique(operand.rows))
+                else:
+                    others += [torch.unique(moved % shape[-1]).to(torch.int64)] * 2
+        reads = torch.cat(others).bincount() if others else torch.zeros(0)
+        return {place: operand for place, operand in found.items() if (reads[operand.rows.flatten()] == 1).all()}
 
-    def _follow(self, start: fx.Node, value: Tensor) -> list[tuple[fx.Node, fx.Node, Tensor, float]] | None:
-        """The readers of a value behind moves and scalings: (reader, the node it reads, the moved value, its scale)."""
+    def roots(self, writer: fx.Node) -> list[fx.Node]:
+        """A layer whose output has at least three axes, or the reshapes that give it these."""
+        rank = len(annotation(writer).shape or ())
+        if rank > 2:
+            return [writer]
+        roots = [user for user in writer.users if not is_harmless(user, rank - 1)]
+        ranks = [len(annotation(user).shape or ()) for user in roots]
+        kept = [self.moves.keeps(user, writer, rank - 1) if is_shaped(user) else None for user in roots]
+        return roots if min(ranks, default=0) > 2 and kept == [own - 1 for own in ranks] else []
+
+    def _follow(self, start: fx.Node, value: Tensor) -> list[tuple[fx.Node | None, fx.Node, Tensor, float]]:
+        """The readers of a value behind moves and scalings: (reader, the node it reads, the moved value, its scale).
+
+        The reader is None where the value cannot be followed further.
+        """
         values: dict[fx.Node, Any] = {start: value}
         scales = {start: 1.0}
-        arrived = []
+        arrived: list[tuple[fx.Node | None, fx.Node, Tensor, float]] = []
+        sizes = self.sizes[start] = []
         pending = [start]
         while pending:
             node = pending.pop()
+            held = values[node]
             for user in node.users:
-                if reads_metadata(user):
+                if node is start and is_harmless(user, value.dim() - 1):
+                    continue
+                size = read_size(user, start, held, value.shape, value.dim() - 1)
+                if size is not None:
+                    sizes.append(size)
                     continue
                 scale = self._scale(user)
-                if scale is None:
-                    if not isinstance(values[node], Tensor):
-                        return None
-                    arrived.append((user, node, values[node], scales[node]))
+                moved = None
+                if scale is not None:
+                    moved = held if operation(user) in _SCALINGS else self.moves.run(user, values)
+                if scale is None or moved is None:
+                    reader = user if scale is None else None
+                    pieces = [held] if isinstance(held, Tensor) else [each for each in held if each.numel() > 0]
+                    arrived += [(reader if held is each else None, node, each, scales[node]) for each in pieces]
                     continue
-                moved = self._move(user, values)
-                if moved is None:
-                    return None
                 values[user], scales[user] = moved, scales[node] * scale
                 pending.append(user)
         return arrived
 
     def _scale(self, node: fx.Node) -> float | None:
         """The factor by which a node scales, if it only moves or scales values; else None."""
-        if node.op == "call_module":
-            return 1.0 if type(self.graph_module.get_submodule(str(node.target))) in _IDENTITIES else None
-        name = operation(node)
-        if name in _SCALINGS and len(node.args) == 2 and isinstance(node.args[1], int | float):
-            return 1 / node.args[1] if "div" in name else float(node.args[1])
-        return 1.0 if name in _MOVES else None
-
-    def _move(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """The indices as a node moves them; None if their new shape is unknown."""
-        if node.op == "call_module" or operation(node) in _SCALINGS or operation(node) == "dropout":
-            return values[node.all_input_nodes[0]]
-        for source in node.all_input_nodes:
-            if source not in values:
-                number = self._number(source)
-                if number is None:
-                    return None
-                values[source] = number
-        args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source])
-        try:
-            return getattr(self.interpreter, node.op)(node.target, tuple(args), dict(kwargs))
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return None
-
-    def _number(self, node: fx.Node) -> Any:
-        """The value of a size, or of a number computed from sizes, on the example batch."""
-        if annotation(node).number is not None:
-            return annotation(node).number
-        if reads_metadata(node):
-            shape = annotation(node.all_input_nodes[0]).shape
-            if shape is None:
-                return None
-            if node.target == "size":
-                dim: Any = node.args[1] if len(node.args) > 1 else None
-                return torch.Size(shape) if dim is None else shape[dim]
-            return torch.Size(shape) if node.target is getattr and node.args[1] == "shape" else None
-        if node.target is aten.sym_size.int:
-            shape = annotation(node.all_input_nodes[0]).shape
-            axis: Any = node.args[1]
-            return None if shape is None else shape[axis]
-        owner = str(getattr(node.target, "__module__", None)).lstrip("_")
-        if node.op != "call_function" or owner not in ("operator", "builtins", "math"):
-            return None
-        numbers = {source: self._number(source) for source in node.all_input_nodes}
-        if any(number is None for number in numbers.values()):
-            return None
-        args, kwargs = map_arg((node.args, node.kwargs), lambda source: numbers[source])
-        function: Any = node.target
-        return function(*args, **kwargs)
+        if operation(node) in _SCALINGS and len(node.args) == 2 and isinstance(node.args[1], int | float):
+            return 1 / node.args[1] if "div" in operation(node) else float(node.args[1])
+        return 1.0 if self.moves.is_move(node) else None
 
     def widths(
         self, product: fx.Node, by_operand: dict[tuple[fx.Node, int], tuple[fx.Node, _Operand]]
     ) -> Iterator[Width]:
         """The widths at one product."""
-        found = {position: by_operand.get((product, position)) for position in range(3)}
-        attention = is_attention(product)
-        if found[0] is not None and found[1] is not None:
-            yield from self._queries(product, found[0], found[1])
-        values = found[2] if attention else (found[1] if found[0] is None else None)
-        if values is not None:
+        query, key, *others = [by_operand.get((product, position)) for position in _slots(product)]
+        if query is not None and key is not None:
+            yield from self._queries(product, query, key)
+        values = others[0] if others else (key if query is None else None)
+        if values is not None and product.target not in _SUMS:
             yield from self._values(product, *values)
 
     def _queries(
@@ -229,9 +182,12 @@ class _Reader:
         (q_writer, q), (k_writer, k) = query, key
         unique = _unique_heads(k.rows)
         features = q.rows.shape[1]
-        alike = q.sequence_first == k.sequence_first and features == k.rows.shape[1] and not q.transposed
-        if unique is None or not alike or features < _LEAST or len(q.rows) % len(unique):
+        alike = (q.sequence_first, q.merged) == (k.sequence_first, k.merged) and not q.transposed
+        if unique is None or not alike or features != k.rows.shape[1] or features < _LEAST:
             return
+        if len(q.rows) % len(unique) or len(torch.unique(q.rows)) != q.rows.numel():
+            return
+        first, second = _slots(product)[:2]
         yield Width(
             "queries",
             f"{_site_name(q_writer)}:queries",
@@ -240,29 +196,32 @@ class _Reader:
             heads=len(unique),
             repeat=len(q.rows) // len(unique),
             rows=(_flat(q.rows), _flat(unique)),
+            views=(*_views(q_writer, q), *_views(k_writer, k)),
+            sizes=(*self.sizes[q.source], *self.sizes[k.source]),
             product=product.name,
-            operands=(Operand(0, q.scale), Operand(1, k.scale, k.transposed, len(k.rows) // len(unique))),
+            operands=(_operand(first, q_writer, q, q.rows), _operand(second, k_writer, k, unique)),
             sequence_first=q.sequence_first,
         )
 
     def _values(self, product: fx.Node, writer: fx.Node, v: _Operand) -> Iterator[Width]:
-        shape = annotation(product).shape
-        if shape is None or len(shape) < 3 or v.rows.shape[1] < _LEAST:
+        shape, unique = annotation(product).shape, _unique_heads(v.rows)
+        if shape is None or len(shape) < 3 or v.rows.shape[1] < _LEAST or unique is None or v.transposed:
             return
+        if v.merged:
+            shape = (shape[0] // len(v.rows), len(v.rows), *shape[1:])
         heads, features = shape[-3], shape[-1]
         numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
-        arrived = self._follow(product, numbers)
-        if arrived is None or len(arrived) != 1 or features != v.rows.shape[1]:
+        arrived = self._follow(product, numbers.flatten(0, 1) if v.merged else numbers)
+        if len(arrived) != 1 or features != v.rows.shape[1] or heads % len(unique):
             return
         reader, source, moved, scale = arrived[0]
-        site = annotation(reader).site
-        if site is None or not self.is_writer(reader) or site_input(reader) is not source or scale != 1.0:
+        site = None if reader is None else annotation(reader).site
+        if reader is None or site is None or not self.is_writer(reader) or site_input(reader) is not source:
             return
-        merged = numbers.movedim(-2, 0) if v.sequence_first else numbers.transpose(-3, -2)
-        if moved.shape != merged.flatten(-2).shape or not torch.equal(moved, merged.flatten(-2)):
-            return
-        unique = _unique_heads(v.rows)
-        if unique is None or heads % len(unique) or v.transposed:
+        merged = (numbers.movedim(-2, 0) if v.sequence_first else numbers.transpose(-3, -2)).flatten(-2)
+        flat = moved.dim() == 2 and merged.dim() > 2
+        expected = merged.flatten(0, -2) if flat else merged
+        if scale != 1.0 or moved.shape != expected.shape or not torch.equal(moved, expected):
             return
         yield Width(
             "values",
@@ -273,26 +232,59 @@ class _Reader:
             heads=len(unique),
             repeat=heads // len(unique),
             rows=(_flat(unique),),
+            views=_views(writer, v),
+            sizes=(*self.sizes[v.source], *self.sizes[product]),
             product=product.name,
-            operands=(Operand(2 if is_attention(product) else 1, v.scale, False, len(v.rows) // len(unique)),),
+            operands=(_operand(2 if is_attention(product) else 1, writer, v, unique),),
             sequence_first=v.sequence_first,
         )
 
 
-def _read_rows(numbers: Tensor, moved: Tensor, scale: float) -> _Operand | None:
-    """The rows in an operand [..., heads, positions, features]; None if its layout is not supported."""
+def _slots(product: fx.Node) -> tuple[int, ...]:
+    """The positions of the arguments that a product multiplies; () if a node is no product."""
+    slots: tuple[int, ...] = ()
+    if is_attention(product):
+        slots = (0, 1, 2)
+    elif product.target in _PRODUCTS:
+        slots = (0, 1)
+    elif product.target in _SUMS:
+        slots = (1, 2)
+    return slots if len(product.args) > max(slots, default=0) else ()
+
+
+def _read_rows(numbers: Tensor, moved: Tensor, scale: float, source: fx.Node) -> _Operand | None:
+    """The rows in an operand [..., heads, positions, features]; None if its layout is not supported, or ambiguous."""
+    found = []
+    merged = moved.dim() == 3 and numbers.dim() == 3
     for transposed in (False, True):
         operand = moved.mT if transposed else moved
-        if operand.dim() < 4:
-            return None
-        first = operand[(0,) * (operand.dim() - 3)][:, 0]
-        rows = (first % numbers.shape[-1]).to(torch.int64)  # [heads, features]
-        picked = numbers[..., rows.flatten()].reshape(*numbers.shape[:-1], *rows.shape)
         for sequence_first in (False, True):
+            batch = numbers.shape[1 if sequence_first else 0]
+            if merged and len(operand) % batch:
+                continue
+            heads = operand.reshape(batch, -1, *operand.shape[1:]) if merged else operand
+            if heads.dim() != numbers.dim() + 1 or heads.dim() < 4 or heads.numel() == 0:
+                continue
+            first = heads[(0,) * (heads.dim() - 3)][:, 0]
+            rows = (first % numbers.shape[-1]).to(torch.int64)  # [heads, features]
+            picked = numbers[..., rows.flatten()].reshape(*numbers.shape[:-1], *rows.shape)
             expected = picked.movedim(0, -2) if sequence_first else picked.transpose(-3, -2)
-            if expected.shape == operand.shape and torch.equal(expected, operand):
-                return _Operand(rows, scale, transposed, sequence_first)
-    return None
+            if expected.shape == heads.shape and torch.equal(expected, heads):
+                found.append(_Operand(rows, scale, transposed, sequence_first, merged, source))
+    return found[0] if len(found) == 1 else None
+
+
+def _operand(position: int, writer: fx.Node, read: _Operand, unique: Tensor) -> Operand:
+    copies = len(read.rows) // len(unique)
+    source = "" if read.source is writer else read.source.name
+    return Operand(position, read.scale, read.transposed, copies, read.merged, source)
+
+
+def _views(writer: fx.Node, read: _Operand) -> tuple[View, ...]:
+    """The reshape from which an operand is read, if it is not the layer itself."""
+    if read.source is writer:
+        return ()
+    return (View(read.source.name, len(annotation(read.source).shape or ()) - 1, writer.name),)
 
 
 def _unique_heads(rows: Tensor) -> Tensor | None:
@@ -300,7 +292,7 @@ def _unique_heads(rows: Tensor) -> Tensor | None:
     count = len(torch.unique(rows, dim=0))
     unique = rows[:: len(rows) // count] if len(rows) % count == 0 else rows
     same = torch.equal(unique.repeat_interleave(len(rows) // len(unique), 0), rows)
-    return unique if same else None
+    return unique if same and len(torch.unique(unique)) == unique.numel() else None
 
 
 def _flat(rows: Tensor) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from balf_fx.graph.annotation import graph_record
+from balf_fx.graph.annotation import GraphRecord, graph_record
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.site import Site
-from balf_fx.graph.widths import Width, WidthMaps
+from balf_fx.graph.widths import WidthCurve, WidthMaps
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,30 @@ class Narrowed:
 
     Attributes:
         rows: [heads, features], indices of rows.
-        maps: [heads, r, features], by which the rows of each head are multiplied.
+        maps: [heads, r, features], by which the rows of each head are multiplied; None if they stay as they are.
         kept: [r], the features that the maps select; None if they combine features.
     """
 
     rows: Tensor
-    maps: Tensor
+    maps: Tensor | None = None
     kept: Tensor | None = None
 
     def of(self, value: Tensor) -> Tensor:
         """These rows of a value [O, ...], reduced: [heads * r, ...]."""
         rows = value[self.rows if self.kept is None else self.rows[:, self.kept]]
-        if self.kept is None:
+        if self.kept is None and self.maps is not None:
             rows = torch.einsum("hrf,hf...->hr...", self.maps.to(value), rows)
         return rows.flatten(0, 1)
+
+    @property
+    def size(self) -> int:
+        """r, the number of features of each head after the reduction."""
+        return self.rows.shape[1] if self.maps is None else self.maps.shape[1]
+
+    @property
+    def total(self) -> int:
+        """The number of rows after the reduction."""
+        return len(self.rows) * self.size
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class Cut:
     Attributes:
         read: the maps of the width that it reads.
         repeat: the number of input heads that share one of these maps.
-        written: the rows and maps of each width that it outputs.
+        written: the rows and maps of each width that it outputs, and then its other rows: the parts of its output, in
+            their new order.
         projected: the same with the maps P = L R [heads, features, features], by which `passes.Refit` projects outputs
             onto the kept features while the layer still has its old size.
     """
@@ -79,7 +90,7 @@ class Cut:
 
     def outputs(self, site: Site) -> Site:
         """The site with its reduced outputs."""
-        fewer = sum(len(own.rows) * (own.maps.shape[2] - own.maps.shape[1]) for own in self.written)
+        fewer = sum(own.rows.numel() - own.total for own in self.written)
         if site.groups > 1:  # a depthwise convolution: a group is a feature
             return dataclasses.replace(site, groups=site.groups - fewer)
         return dataclasses.replace(site, out_features=site.out_features - fewer, parts=1 if fewer else site.parts)
@@ -138,46 +149,47 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
     record = graph_record(graph_module)
     if record.allocation is None:
         return {}
-    found: dict[str, Cut] = {}
-    narrowed = {
-        name
-        for width in record.widths
-        if record.allocation.sizes.get(width.key, width.features) < width.features
-        for name in (*width.layers, *width.between)
-    }
-    for width, curve in zip(record.widths, record.width_curves, strict=False):
-        size = record.allocation.sizes.get(width.key, width.features)
+    sizes = {width.key: record.allocation.sizes.get(width.key, width.features) for width in record.widths}
+    curves = dict(zip((width.key for width in record.widths), record.width_curves, strict=False))
+    shrunk = [width for width in record.widths if sizes[width.key] < width.features and curves.get(width.key)]
+    narrowed = dict.fromkeys(name for width in shrunk for name in width.producers)
+    found: dict[str, Cut] = {name: _written(record, name, sizes, curves) for name in narrowed}
+    for width in shrunk:
+        curve, size = curves[width.key], sizes[width.key]
         if curve is None:
             continue
-        shrinks = size < width.features
         for reader, name in enumerate(width.consumers):
-            if shrinks:
-                maps = curve.maps(size, reader)
-                found[name] = dataclasses.replace(found.get(name, Cut()), read=maps, repeat=width.repeat)
-        maps = curve.maps(size) if shrinks else _unchanged(width)
-        for position, name in enumerate(width.producers):
-            if name in narrowed and (shrinks or width.kind != "channels"):
-                _write(found, name, width, position, maps, shrinks)
+            maps = curve.maps(size, reader)
+            found[name] = dataclasses.replace(found.get(name, Cut()), read=maps, repeat=width.repeat)
+        maps = curve.maps(size)
         for name in width.between:
-            if shrinks:
-                rows = torch.arange(width.features).unsqueeze(0)
-                found[name] = Cut(written=(Narrowed(rows, maps.right, maps.kept),))
+            rows = torch.arange(width.features).unsqueeze(0)
+            found[name] = Cut(written=(Narrowed(rows, maps.right, maps.kept),))
+        for name in width.fused:
+            found[name] = Cut(written=found[width.fused_layer].written)
     return found
 
 
-def _unchanged(width: Width) -> WidthMaps:
-    """The maps of a width that keeps all its features, for a layer whose other widths are narrowed."""
-    identity = torch.eye(width.features, dtype=torch.float64).expand(width.heads, -1, -1)
-    return WidthMaps(identity, identity, None, None)
-
-
-def _write(found: dict[str, Cut], name: str, width: Width, position: int, maps: WidthMaps, shrinks: bool) -> None:
-    cut = found.get(name, Cut())
-    repeat = width.repeat if width.kind == "queries" and position == 0 else 1
-    rows = torch.tensor(width.rows[position]).reshape(width.heads * repeat, width.features)
-    keys = width.kind == "queries" and position == 1
-    map_ = (maps.left.mT if keys else maps.right).repeat_interleave(repeat, 0)
-    projected = cut.projected
-    if shrinks and width.kind == "queries" and position == 0:
-        projected = (*projected, Narrowed(rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
-    found[name] = dataclasses.replace(cut, written=(*cut.written, Narrowed(rows, map_, maps.kept)), projected=projected)
+def _written(record: GraphRecord, name: str, sizes: Mapping[str, int], curves: Mapping[str, WidthCurve | None]) -> Cut:
+    """The parts of a layer's output, some of them narrowed."""
+    written: list[Narrowed] = []
+    projected: list[Narrowed] = []
+    for width in record.widths:
+        curve, size = curves.get(width.key), sizes[width.key]
+        maps = curve.maps(size) if curve is not None and size < width.features else None
+        for position, producer in enumerate(width.producers):
+            if producer != name:
+                continue
+            queries = width.kind == "queries" and position == 0
+            repeat = width.repeat if queries else 1
+            rows = torch.tensor(width.rows[position]).reshape(width.heads * repeat, width.features)
+            if maps is None:
+                written.append(Narrowed(rows))
+                continue
+            map_ = maps.left.mT if width.kind == "queries" and position == 1 else maps.right
+            written.append(Narrowed(rows, map_.repeat_interleave(repeat, 0), maps.kept))
+            if queries:
+                projected.append(Narrowed(rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
+    rests = dict.fromkeys(reader.rows for reader in record.rests.get(name, ()))
+    written += [Narrowed(torch.tensor(rows).unsqueeze(0)) for rows in rests]
+    return Cut(written=tuple(written), projected=tuple(projected))

@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
+import math
 
+import architectures
 import pytest
 import torch
 from architectures import EVERYTHING, count_flops, count_params, make, rewritten, scored
@@ -24,10 +26,12 @@ def carried_out(prepared, cluster, option):
     return rewritten(prepared, sizes, ranks)
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
-def test_options_are_efficient_and_their_costs_are_real(name):
+@pytest.mark.parametrize(
+    ("name", "centred"), [*((name, True) for name in EVERYTHING), ("gated mlp", False), ("transformer", False)]
+)
+def test_options_are_efficient_and_their_costs_are_real(name, centred):
     model, batches = make(name)
-    prepared = scored(model, batches)
+    prepared = scored(model, batches, centred=centred)
     x = batches[0][:8]
     base = rewritten(prepared, {})
     share = len(x) / len(batches[0])
@@ -161,10 +165,11 @@ def test_what_has_not_been_scored_is_in_no_cluster():
     assert find_clusters(prepared) == []
 
 
-def test_sizes_suit_the_hardware():
-    torch.manual_seed(0)
-    model, batches = make("transformer")
-    prepared = scored(model, batches)
-    for cluster in find_clusters(prepared):
-        for option in options_of(prepared, cluster, "flops"):
-            assert all(1 <= s <= w.features for s, w in zip(option.sizes, cluster.widths, strict=True))
+@pytest.mark.parametrize(("hidden", "step"), [(256, 8), (272, 8), (128, 4), (132, 4), (100, 1)])
+def test_sizes_suit_the_hardware(hidden, step):
+    prepared = scored(architectures.Mlp(hidden=hidden).eval(), [torch.randn(64, 12)])
+    (cluster,) = find_clusters(prepared)
+    sizes = {option.sizes[0] for option in options_of(prepared, cluster, "flops")}
+    assert len(sizes) > 4
+    assert max(sizes) == hidden
+    assert math.gcd(*(sizes - {hidden})) == step

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from balf_fx.calibration.answers import answers, divergence
-from balf_fx.calibration.batches import forward_for
+from balf_fx.calibration.batches import Calibration, forward_for
 
 
 class Outputs(nn.Module):
@@ -28,7 +28,7 @@ FORMS = {
 def measured(model, other, batches, loss=None):
     forward = forward_for(model)
     with torch.no_grad():
-        return divergence(other, batches, answers(model, batches, forward), forward, loss)
+        return divergence(other, Calibration(batches, forward, loss), answers(model, batches, forward))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import balf_fx
-from balf_fx.calibration.batches import forward_for, pieces_for_gradients, pieces_for_walk
+from balf_fx.calibration.batches import Calibration, forward_for, pieces_for_gradients, pieces_for_walk
 
 BATCH = 24
 VALUE = 4 * 16 * 12 * 12  # bytes of the largest value of one sample
@@ -34,7 +34,8 @@ def batch():
 
 def cut(pieces, model, batch, memory):
     prepared = balf_fx.prepare(model, batch[:4], sensitivity=True, widths=False)
-    return list(pieces(prepared, batch, forward_for(model), 0, memory))
+    calibration = Calibration([], forward_for(model), memory=memory)
+    return [piece for piece, _ in pieces(prepared, (batch, None), calibration, 0)]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,10 @@ def test_pieces_for_gradients_leave_no_trace_of_the_samples_that_are_tried(model
     prepared = balf_fx.prepare(model, batch[:4], sensitivity=True)
     before = {name: module.moments for name, module in prepared.named_modules() if hasattr(module, "moments")}
     assert before
-    assert len(list(pieces_for_gradients(prepared, batch, forward_for(model), 0, 1))) == BATCH
+    assert (
+        len(list(pieces_for_gradients(prepared, (batch, None), Calibration([], forward_for(model), memory=1), 0)))
+        == BATCH
+    )
     assert before == {name: module.moments for name, module in prepared.named_modules() if hasattr(module, "moments")}
 
 

@@ -23,6 +23,10 @@ def loss(output, batch):
     return output.square().mean()
 
 
+def weights(batch):
+    return torch.ones(len(batch))
+
+
 OTHERS = {
     "params": 0.5,
     "effort": "balanced",
@@ -39,6 +43,7 @@ OTHERS = {
     "capture": "export",
     "refit": "up",
     "loss": loss,
+    "weights": weights,
     "memory": "2G",
     "seed": 3,
     "progress": False,
@@ -104,12 +109,19 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     from balf_fx.cli import main
 
     listed = {command: CliRunner().invoke(main.main, [command, "--help"]).output for command in ("compress", "sweep")}
-    words = {name: f"--{name.replace('_', '-')}" for name in FIELDS} | {"progress": "--quiet"}
+    words = {name: f"--{name.replace('_', '-')}" for name in FIELDS} | {
+        "progress": "--quiet",
+        "weights": "--position-weights",
+    }
     budget = {"flops", "params", "energy", "allocation"}
     assert [name for name, word in words.items() if f"{word} " not in listed["compress"].replace("/", " ")] == []
     assert {name for name, word in words.items() if f"{word} " not in listed["sweep"].replace("/", " ")} == budget
 
     given = {}
+
+    def functions():
+        module = sys.modules.pop("balf_fx_settings")
+        return {"loss": module.loss, "weights": module.weights}
 
     def stop(model, data, *args, **options):
         given.update(options)
@@ -122,19 +134,21 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     np.savez("data.npz", x=np.zeros((600, 8), dtype="float32"))
     (tmp_path / "balf_fx_settings.py").write_text(
         "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(8, 8))\ndef loss(output, batch): return 0\n"
+        "def weights(batch): return 1\n"
     )
     common = ["--effort", "balanced", "--factors", "svd", "--no-widths", "--no-centred", "--no-split", "--no-strict"]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
+    common += ["--position-weights", "balf_fx_settings:weights"]
     start = ["balf_fx_settings:net", "--data", "data.npz", "--seed", "3", *common]
     own = ["--params", "0.5", "--allocation", "uniform", "-o", "small.safetensors"]
     assert "stop" in CliRunner().invoke(main.main, ["compress", *start, *own]).output
     wanted = {**OTHERS, "include": ("0", "2"), "exclude": ("1",), "dense": ("2",)}
-    wanted["loss"] = sys.modules.pop("balf_fx_settings").loss
+    wanted |= functions()
     assert given == wanted
     given.clear()
     assert "stop" in CliRunner().invoke(main.main, ["sweep", *start]).output
-    wanted["loss"] = sys.modules.pop("balf_fx_settings").loss
+    wanted |= functions()
     assert given == {name: value for name, value in wanted.items() if name not in budget}
 
 
@@ -192,6 +206,7 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
         ({"dense": "head"}, r"dense must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
         ({"include": [1]}, r"include must be a list of patterns, such as \['head', 'blocks.\*'\], not \[1\]"),
         ({"loss": 3}, "loss must be a function of the output and the batch, not 3"),
+        ({"weights": torch.ones(4)}, "weights must be a function of the batch, not tensor"),
         ({"effort": "slow"}, "effort must be one of 'fast', 'balanced', 'best', not 'slow'"),
         ({"refit": "yes"}, "refit must be one of None, True, False, 'full', 'up', not 'yes'"),
         ({"factors": "cp"}, "factors must be one of None, 'sensitivity', 'activations', 'air', 'svd', not 'cp'"),

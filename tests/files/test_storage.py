@@ -214,3 +214,24 @@ def test_the_plan_can_be_read_without_the_model(small, path, tmp_path):
     written = tmp_path / "plan.json"
     written.write_text(Plan.of(small).to_json())
     assert balf_fx.plan(written) == balf_fx.plan(str(path)) == Plan.of(small)
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_the_order_of_tensors_in_memory_is_kept(dimensions, effort, path):
+    conv, layout = {2: (nn.Conv2d, torch.channels_last), 3: (nn.Conv3d, torch.channels_last_3d)}[dimensions]
+    model = nn.Sequential(conv(4, 16, 3), nn.ReLU(), conv(16, 16, 1), nn.ReLU(), conv(16, 8, 3)).eval()
+    batch = torch.randn(2, 4, *(7,) * dimensions)
+    plain = balf_fx.compile(model, batch, flops=0.6, effort=effort, progress=False)
+    model = model.to(memory_format=layout)
+    small = balf_fx.compile(model, batch, flops=0.6, effort=effort, progress=False)
+    balf_fx.save(small, path)
+    loaded = balf_fx.load(path, fresh(model).to(memory_format=torch.contiguous_format))
+    for kernel, other in zip(small.parameters(), plain.parameters(), strict=True):
+        if kernel.dim() > 2:
+            assert kernel.stride(1) == 1
+            assert other.is_contiguous()
+            assert other.stride(-1) == 1
+    for copied in (loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert [p.stride() for p in copied.parameters()] == [p.stride() for p in small.parameters()]
+        assert torch.equal(copied(batch), small(batch))

@@ -366,3 +366,45 @@ def test_ranks_of_parts_that_make_no_sense_are_errors(ranks):
     plain = prepared(nn.Sequential(nn.Linear(8, 8)), torch.randn(6, 8, dtype=torch.float64))
     with pytest.raises(OptionError, match="'0' has no parts"):
         balf_fx.convert(plain, allocation={"0": (1, 2)}, progress=False)
+
+
+class BiasApart(nn.Module):
+    """The module holds a bias that something other than the layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(12, 8)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.proj.weight.t() + self.proj.bias)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_a_bias_that_is_added_apart_stays(capture):
+    model, x = BiasApart().double().eval(), torch.randn(32, 12).double()
+    model.proj.weight.data = torch.randn(8, 3).double() @ torch.randn(3, 12).double()
+    small = balf_fx.compile(model, x, allocation={"proj.weight": 3}, effort="fast", capture=capture, progress=False)
+    assert torch.equal(small.get_parameter("proj.bias"), model.proj.bias)
+    assert balf_fx.report(small).params_after == sum(parameter.numel() for parameter in small.parameters())
+    torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_what_is_stored_in_a_layer_stays_there(effort):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(24, 32)
+            self.layer.register_buffer("scale", torch.rand(32))
+            self.layer.down, self.layer.matrix = nn.Linear(32, 32), nn.Parameter(torch.randn(40, 32))
+
+        def forward(self, x):
+            return F.linear(self.layer.down(self.layer(x) * self.layer.scale).relu(), self.layer.matrix)
+
+    model, x = Net().eval(), torch.randn(64, 24)
+    compressed = balf_fx.compile(model, x, params=0.5, effort=effort, progress=False, capture="symbolic_trace")
+    report = balf_fx.report(compressed)
+    assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
+    assert {"layer", "layer.down", "layer.matrix"} == {row.name for row in report.sites}
+    assert set(compressed.layer.scale.tolist()) <= set(model.layer.scale.tolist())
+    assert compressed(x).shape == model(x).shape

@@ -143,3 +143,29 @@ def test_activations_that_change_in_place_do_not_prevent_folding(capture):
     compiled = folded(model, x, capture=capture)
     assert balf_fx.report(compiled).flops_in_sites == 1.0
     torch.testing.assert_close(compiled(x), model(x))
+
+
+class Beside(nn.Module):
+    """Calls a layer, and reads its weight in another way too."""
+
+    def __init__(self, compute) -> None:
+        super().__init__()
+        self.compute, self.layer = compute, nn.Linear(32, 32)
+
+    def forward(self, x):
+        return F.linear(self.layer(x).relu(), self.compute(self.layer.weight))
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("compute", [lambda w: w[:16], lambda w: w * 0.5], ids=["some rows", "scaled"])
+def test_a_computed_weight_is_stored_beside_a_layer_that_is_called(compute, capture, effort):
+    model, x = Beside(compute).eval(), torch.randn(64, 32)
+    compressed = balf_fx.compile(model, x, flops=0.5, effort=effort, capture=capture, progress=False)
+    report = balf_fx.report(compressed)
+    assert {row.name for row in report.sites} == (
+        {"layer", "layer_folded"} if capture == "symbolic_trace" else {"layer.weight", "layer.weight_folded"}
+    )
+    assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
+    whole = balf_fx.compile(model, x, flops=1.0, effort=effort, capture=capture, progress=False)
+    torch.testing.assert_close(whole(x), model(x))

@@ -90,7 +90,7 @@ def test_no_activation_outlives_its_last_user(monkeypatch):
     alive: list[list[bool]] = []
     seen: list[weakref.ref[torch.Tensor]] = []
 
-    def watch(self, value):
+    def watch(self, value, *_):
         alive.append([reference() is not None for reference in seen])
         seen.append(weakref.ref(value))
 

@@ -111,7 +111,7 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
     prepared = calibrated(model, batches, sensitivity=factors == "sensitivity")
     options = {"flops": 0.5, "factors": factors, "batches": batches, "refit": mode, "progress": False}
     monkeypatch.setattr(
-        "balf_fx.engine.compress.pieces_for_walk", lambda prepared, batch, *_: [batch]
+        "balf_fx.engine.compress.pieces_for_walk", lambda prepared, piece, *_: [piece]
     )  # tests/calibration/test_pieces.py
     expected = balf_fx.convert(prepared, **options).state_dict()
     for memory in (0, 100_000):

@@ -116,3 +116,12 @@ def test_what_shares_a_storage_changes_together_until_it_is_read_again(folder):
         found["base"].add_(1)
         assert found["row"].tolist() == [1] * 6
         assert shelved[0]["row"].tolist() == [0] * 6
+
+
+def test_no_folder_is_made_where_everything_fits(folder):
+    with Shelved(100) as kept:
+        kept.append([torch.zeros(3)])
+        assert not list(folder.iterdir())
+        kept.append([torch.zeros(40)])
+        assert len(files(folder)) == 1
+    assert not list(folder.iterdir())

@@ -283,3 +283,18 @@ def test_a_bias_without_samples_stays():
     assert torch.equal(best_shift(nothing, nothing, None), nothing.total)
     seen = Residual.of(random(0, 1, 3, 8), None)
     torch.testing.assert_close(best_shift(seen, nothing, None), seen.mean)
+
+
+def test_a_part_without_a_bias_is_solved_without_one():
+    x, y, weights = problem(3, outputs=6)
+    first, second = y.chunk(2, 1)
+    seen = joint(x, torch.cat([first, second]), weights)
+    toward, nothing = torch.zeros(2, 3, 3, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    prior = (Solution(None, toward[:1], nothing), Solution(None, toward[1:], None))
+    biased, plain = solutions(seen, toward, prior, (None, None), 0.0)
+    root = weights.sqrt()
+    ones = torch.ones(1, x.shape[-1], dtype=torch.float64)
+    expected = torch.linalg.lstsq((torch.cat([x[0], ones]) * root).mT, (first[0] * root).mT).solution.mT
+    torch.testing.assert_close(torch.cat([biased.right[0], biased.bias.mT], 1), expected)
+    torch.testing.assert_close(plain.right[0], torch.linalg.lstsq((x[0] * root).mT, (second[0] * root).mT).solution.mT)
+    assert plain.bias is None

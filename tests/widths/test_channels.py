@@ -1,11 +1,13 @@
 import pytest
 import torch
-from architectures import CHANNELS, ROWS, Convs, Mlp, Transformer, make, widths
+from architectures import CHANNELS, ROWS, Convs, Mlp, Transformer, make, rewritten, widths
+from families import make_redundant
 from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.graph.annotation import graph_record
+from balf_fx.passes import Score
 
 IMAGE, ROW = torch.randn(4, 3, 7, 7), torch.randn(4, *ROWS)
 FOUND = {  # producers, consumers and what lies between, of each width
@@ -87,10 +89,8 @@ MIXING = {
     "roll": Whole(lambda x: x.roll(1, -1)),
     "slice and join": Whole(lambda x: torch.cat([x[:, 16:], x[:, :16]], -1)),
     "cumsum": Whole(lambda x: x.cumsum(-1)),
-    "reshape with sizes": Whole(lambda x: x.reshape(x.shape[0], 32)),
+    "reshape that mixes": Whole(lambda x: x.reshape(x.shape[0], 2, 16).flatten(1).reshape(-1, 16, 2).mT.flatten(1)),
     "glu": Whole(lambda x: torch.cat([F.glu(x), F.glu(x)], -1)),
-    "its size": Whole(lambda x: x * x.size(-1)),
-    "its shape": Whole(lambda x: x + x.shape[1]),
     "product of features": Whole(lambda x: (x.unsqueeze(-1) @ x.unsqueeze(-2)).sum(-1)),
 }
 
@@ -100,9 +100,29 @@ def test_what_mixes_features_or_counts_them(name):
     assert channels(Mlp(MIXING[name]), ROW) == {}
 
 
-@pytest.mark.parametrize("function", [lambda x: x * x.size(0), lambda x: x + x.shape[0], lambda x: x * x.dim()])
-def test_other_sizes_do_no_harm(function):
-    assert list(channels(Mlp(Whole(function)), ROW)) == ["down"]
+SIZES = {
+    "size": lambda x: x * x.size(-1),
+    "shape": lambda x: x + x.shape[1],
+    "another size": lambda x: x * x.size(0),
+    "another item": lambda x: x + x.shape[0],
+    "rank": lambda x: x * x.dim(),
+    "reshape": lambda x: x.reshape(x.shape[0], 32),
+    "view": lambda x: x.view(-1, x.size(-1)),
+    "view of a shape": lambda x: x.view(x.shape),
+    "sum of shapes": lambda x: x.view(x.size()[:-1] + (32,)),  # noqa: RUF005
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_stay_those_of_the_model(name):
+    """Shapes may be read: they are those of the original model wherever a reshape does not need the new ones."""
+    model = Mlp(Whole(SIZES[name])).double().eval().requires_grad_(False)
+    prepared = balf_fx.prepare(model, ROW.double(), factors="sensitivity", capture="symbolic_trace")
+    sizes = make_redundant(prepared)
+    Score("svd")(prepared)
+    whole, narrow = rewritten(prepared, {}), rewritten(prepared, sizes)
+    assert narrow.get_submodule("up").out_features == 16
+    torch.testing.assert_close(narrow(ROW[:3].double()), whole(ROW[:3].double()))
 
 
 def test_batch_statistics_of_a_feature_are_not_across_features():

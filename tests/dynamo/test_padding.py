@@ -1,0 +1,85 @@
+"""Padding does not count in calls that the backend records, and all parts of a call share its mask."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import balf_fx
+from balf_fx.errors import CalibrationError
+
+WIDTH, LENGTH, PADDED, CALLS = 8, 5, 8, 2
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Model(nn.Module):
+    """Mixes tokens that are no padding; the second part sees no mask, the head reads one value a sample."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.tokens, self.first, self.second = nn.Embedding(24, WIDTH), Part(), Part()
+        self.mix, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 24)
+        self.breaks = breaks
+
+    def forward(self, input_ids, attention_mask):
+        x = self.first(self.tokens(input_ids))
+        counted = attention_mask[..., None].to(x.dtype)
+        x = x + self.mix((x * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.head(self.second(x))
+
+
+def padded(ids, side):
+    room = (0, PADDED - LENGTH) if side == "right" else (PADDED - LENGTH, 0)
+    return F.pad(ids, room), F.pad(torch.ones_like(ids), room)
+
+
+@pytest.fixture
+def calls():
+    return [torch.randint(1, 24, (12, LENGTH)) for _ in range(CALLS)]
+
+
+def plan_of(model, batches, **options):
+    torch.compiler.reset()
+    options = {"params": 0.7, "calibration_steps": CALLS, "inner": "eager", "progress": False, **options}
+    small = torch.compile(model, backend="balf", options=options)
+    with torch.no_grad():
+        for batch in (*batches, batches[0]):
+            small(*batch)
+    return balf_fx.backend.plan(small)
+
+
+def assert_same(actual, expected):
+    assert actual.plan.ranks == expected.plan.ranks
+    torch.testing.assert_close(dict(actual.tensors), dict(expected.tensors), rtol=1e-7, atol=1e-9)
+
+
+def the_mask(inputs):
+    return next(each for each in inputs if each.max() == 1)
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "in parts"])
+@pytest.mark.parametrize(("effort", "side"), [("fast", "left"), ("best", "right")])
+def test_padding_changes_nothing(calls, effort, breaks, side):
+    torch.manual_seed(0)
+    model = Model(breaks).double().eval()
+    plain = plan_of(model, [(ids, torch.ones_like(ids)) for ids in calls], effort=effort)
+    assert_same(plan_of(model, [padded(ids, side) for ids in calls], effort=effort), plain)
+
+
+def test_a_users_weights_are_those_of_the_first_graphs_inputs(calls):
+    torch.manual_seed(0)
+    model, batches = Model(True).double().eval(), [padded(ids, "left") for ids in calls]
+    given = plan_of(model, batches, effort="fast", weights=the_mask)
+    assert_same(given, plan_of(model, batches, effort="fast"))
+    with pytest.raises(CalibrationError, match="must return a tensor"):
+        plan_of(model, batches, effort="best", weights=lambda _: None)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from balf_fx.graph.annotation import annotation, graph_record
+from balf_fx.graph.flops import count_flops, grouped_flops, profile
+
+ROWS, IN, OUT, EXPERTS = 12, 16, 8, 3
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, IN, OUT))
+
+    def forward(self, x, ends):
+        return F.grouped_mm(x, self.weight, offs=ends)
+
+
+class Loop(nn.Module):
+    """Experts that each run on their own tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(IN, OUT, bias=False) for _ in range(EXPERTS))
+
+    def forward(self, x, chosen):
+        output = x.new_zeros(x.shape[0], OUT)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().flatten()
+            output = output.index_add(0, rows, expert(x[rows]))
+        return output
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_a_grouped_product_costs_its_rows():
+    model, args = Grouped(), (torch.randn(ROWS, IN), torch.tensor([5, 5, ROWS], dtype=torch.int32))
+    assert count_flops(model, *args) == 2 * ROWS * IN * OUT
+    traced = fx.symbolic_trace(model)
+    profile(traced, args)
+    assert (
+        graph_record(traced).flops == sum(annotation(node).flops for node in traced.graph.nodes) == 2 * ROWS * IN * OUT
+    )
+
+
+def test_the_grouped_product_of_transformers_costs_its_rows():
+    pytest.importorskip("transformers.integrations.moe")
+    product = torch.ops.transformers.grouped_mm_fallback
+    ends = torch.tensor([5, 5, ROWS], dtype=torch.int32)
+
+    class Product(nn.Module):
+        def forward(self, x, weight):
+            return product(x, weight, ends)
+
+    assert count_flops(Product(), torch.randn(ROWS, IN), torch.randn(EXPERTS, IN, OUT)) == 2 * ROWS * IN * OUT
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((ROWS, IN), (EXPERTS, IN, OUT), 2 * ROWS * IN * OUT),
+        ((EXPERTS, ROWS, IN), (EXPERTS, IN, OUT), 2 * EXPERTS * ROWS * IN * OUT),
+        ((EXPERTS, ROWS, IN), (IN, OUT), 2 * ROWS * IN * OUT),
+        ((ROWS, IN), (IN, OUT), 2 * ROWS * IN * OUT),
+    ],
+    ids=["rows in groups", "batched", "columns in groups", "summands in groups"],
+)
+def test_every_form_of_a_grouped_product_costs_as_much_as_its_parts(first, second, expected):
+    assert grouped_flops(first, second) == expected
+
+
+def test_a_loop_over_experts_costs_the_tokens_that_each_sees():
+    x, chosen = torch.randn(ROWS, IN), torch.tensor([0] * 5 + [2] * 7)
+    model = Loop()
+    assert count_flops(model, x, chosen) == 2 * ROWS * IN * OUT
+    graph_module = fx.symbolic_trace(model)
+    profile(graph_module, (x, chosen))
+    calls = graph_module.graph.find_nodes(op="call_module")
+    assert [annotation(node).flops for node in calls] == [2 * 5 * IN * OUT, 0, 2 * 7 * IN * OUT]
