@@ -20,7 +20,21 @@ _IDENTITY_CALLS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_drop
 
 AUGMENTED = {
     getattr(operator, f"i{name}"): getattr(operator, name if name not in ("and", "or") else f"{name}_")
-    for name in ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+    for name in (
+        "add",
+        "and",
+        "floordiv",
+        "lshift",
+        "matmul",
+        "mod",
+        "mul",
+        "or",
+        "pow",
+        "rshift",
+        "sub",
+        "truediv",
+        "xor",
+    )
 }
 """Augmented assignments, each with the operator that returns a new value."""
 
@@ -43,7 +57,8 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def is_opaque_call(node: fx.Node) -> bool:
     """Whether a node calls a function that is not one of torch or Python, and may do anything."""
     owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-    return node.op == "call_function" and owner not in ("torch", "_operator", "builtins", "math")
+    known = isinstance(node.target, torch._ops.OpOverload) or owner in ("torch", "_operator", "builtins", "math")
+    return node.op == "call_function" and not known
 
 
 def operation(node: fx.Node) -> str:
