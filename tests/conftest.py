@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -11,6 +13,21 @@ import pytest
 import torch
 from small_models import ConvNet, randomise_batchnorm
 from torch import nn
+
+RANDOM_MODELS = 64
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--models", type=int, help="How many new random models to draw, in place of the fixed ones.")
+    parser.addoption("--first", type=int, help="The seed of the first of them; by default, another one each time.")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model_seed" in metafunc.fixturenames:
+        count, first = metafunc.config.getoption("--models"), metafunc.config.getoption("--first")
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(time.time()))  # the same in all workers
+        start = 0 if count is None else zlib.crc32(run.encode()) if first is None else first
+        metafunc.parametrize("model_seed", range(start, start + (count or RANDOM_MODELS)))
 
 
 def pytest_configure() -> None:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.calibration.weights import WeightsOf
-from balf_fx.errors import CalibrationError
+from balf_fx.errors import BalfError, CalibrationError
 from balf_fx.graph.annotation import annotation
 
 MODEL_ERRORS = (
@@ -134,16 +134,36 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def iterate(batches: Any) -> Iterator[Any]:
     """Batches one by one: a single tensor or mapping is one batch, everything else is iterated once.
 
+    Batches without samples are left out, and tensors made in inference mode are copied.
+
     Raises:
         CalibrationError: `batches` is neither a batch nor an iterable of batches.
     """
     if isinstance(batches, Tensor | Mapping):
-        return iter([batches])
-    if not isinstance(batches, Iterable):
+        batches = [batches]
+    if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
         raise CalibrationError(
             f"calibration batches must be a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
         )
-    return iter(batches)
+    return (ordinary(batch) for batch in batches if not is_empty(batch))
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether a batch has no samples."""
+    counts = [leaf.shape[0] for leaf in _tensors(batch) if leaf.dim() > 0]
+    return counts[:1] == [0] and set(counts) <= {0, 1}
+
+
+def ordinary(values: Any) -> Any:
+    """Nested values with an ordinary tensor for each that was made in inference mode and cannot require gradients."""
+    if not any(leaf.is_inference() for leaf in _tensors(values)):
+        return values
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.clone() if leaf.is_inference() else leaf, values)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
+    return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def forward_for(model: nn.Module) -> Forward:
@@ -196,17 +216,26 @@ def holds_tensor(value: Any) -> bool:
 
 
 def sample_count(batch: Any) -> int:
-    """The leading dimension that all tensors of a batch share; 0 if they differ."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
-    return counts.pop() if len(counts) == 1 else 0
+    """The number of samples: the leading dimension that all tensors share; 0 if they differ.
+
+    Tensors without dimensions or with one row, such as positions [1, L], hold for every sample.
+    """
+    leaves = [leaf for leaf in _tensors(batch) if leaf.dim() > 0]
+    rows = {leaf.shape[0] for leaf in leaves if leaf.dim() > 1} or {leaf.shape[0] for leaf in leaves}
+    counts = rows - {1} or rows
+    alike = len(counts) == 1 and all(leaf.shape[0] in (1, *counts) for leaf in leaves)
+    return counts.pop() if alike else 0
 
 
 def some_samples(batch: Any, start: int, stop: int) -> Any:
     """A batch of the samples start .. stop - 1."""
+    count = sample_count(batch)
     batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.dim() > 0 and tensor.shape[0] == count else tensor
+
+    return pytree.tree_map_only(Tensor, cut, batch)
 
 
 def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradients: bool = False) -> Any:
@@ -215,17 +244,27 @@ def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradi
     Raises:
         CalibrationError: the model cannot run it; the model's own error is the cause.
     """
+    hook = module.register_forward_pre_hook(_with_ordinary_inputs, with_kwargs=True)
     try:
         with torch.set_grad_enabled(gradients):
             return forward(module, batch)
     except MODEL_ERRORS as error:
-        if isinstance(error, CalibrationError):
+        if isinstance(error, BalfError):
             raise
         raise CalibrationError(
             f"the model cannot run calibration batch {index}, which is {describe(batch)}: {error}. A batch must be a "
             "tensor, a tuple of positional arguments or a mapping of keyword arguments. To call the model in another "
             "way, pass forward=lambda model, batch: ..."
         ) from error
+    finally:
+        hook.remove()
+
+
+def _with_ordinary_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return ordinary((args, kwargs))
+
+
+_LONG = 8  # how many items of a batch an error message describes
 
 
 def describe(batch: Any) -> str:
@@ -233,10 +272,18 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
     if isinstance(batch, Mapping):
-        return "a mapping of " + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items())
+        items = [f"{key}: {describe(value)}" for key, value in itertools.islice(batch.items(), _LONG)]
+        return "a mapping of " + _and_more(items, len(batch))
     if isinstance(batch, tuple | list):
-        return f"a {type(batch).__name__} of ({', '.join(describe(value) for value in batch)})"
+        items = [describe(value) for value in batch[:_LONG]]
+        if len(batch) > 1 and len({type(value) for value in batch}) == 1 and not isinstance(batch[0], Tensor):
+            return f"a {type(batch).__name__} of {len(batch)} times {items[0]}"
+        return f"a {type(batch).__name__} of ({_and_more(items, len(batch))})"
     return f"a {type(batch).__name__}"
+
+
+def _and_more(items: Sequence[str], count: int) -> str:
+    return ", ".join(items) + (f" and {count - len(items)} more" if count > len(items) else "")
 
 
 class _Recorded(BaseException):
@@ -271,6 +318,7 @@ def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forwar
         args, kwargs = recorder.call
     else:
         raise CalibrationError("forward(model, batch) did not call the model")
+    args, kwargs = ordinary((args, kwargs))
     bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)

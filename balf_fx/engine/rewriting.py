@@ -22,9 +22,11 @@ from balf_fx.graph.annotation import (
     record_graph,
     sites,
 )
-from balf_fx.graph.curves import Solution
+from balf_fx.graph.curves import Kept, Solution
+from balf_fx.graph.effects import release_effects
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import get_tensor, put
+from balf_fx.graph.pickling import keep_reads_of_buffers
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import build, replace_site
@@ -50,6 +52,8 @@ def rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
 def finish(graph_module: fx.GraphModule, done: Plan) -> fx.GraphModule:
     """Return a plain module that stores its plan as plain data, so that a copy loads where balf_fx is not installed."""
     follow_inputs(graph_module)
+    release_effects(graph_module)
+    keep_reads_of_buffers(graph_module)
     for node in graph_module.graph.nodes:
         for key in (META_KEY, *VALUE_META):  # narrower layers return other shapes than capture recorded
             node.meta.pop(key, None)
@@ -148,7 +152,8 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
     for rank, biased in zip(ranks, layer.biased, strict=True):
         left = None if rank is None else zeros(groups, outputs, rank)
         right = zeros(groups, outputs if rank is None else rank, site.in_features)
-        found.append(Solution(left, right, zeros(groups, outputs) if biased else None))
+        whole = Kept(layer.kept, zeros(len(layer.kept), outputs, site.in_features)) if layer.kept else None
+        found.append(Solution(left, right, zeros(groups, outputs) if biased else None, whole))
     return tuple(found)
 
 
@@ -172,7 +177,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
         if value.shape != tensor.shape:
             raise PlanError(f"{name} has shape {tuple(tensor.shape)} in this model, {tuple(value.shape)} in the file")
         if id(tensor) not in given:
-            value = value.to(tensor.device, value.dtype if like is None else like.dtype)
+            value = value.to(
+                tensor.device, like.dtype if like is not None and value.is_floating_point() else value.dtype
+            )
             is_parameter = isinstance(tensor, nn.Parameter)
             given[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
         put(module, name, given[id(tensor)])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import fx, nn
 
 from balf_fx.graph.layers import argument_position, read_layer
-from balf_fx.graph.operators import changes_in_place
+from balf_fx.graph.operators import changes_in_place, is_opaque_call
 from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
 from balf_fx.graph.site import Site
 
@@ -34,9 +34,13 @@ def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) ->
         node.update_kwarg("bias", fetched)
 
 
-def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Erase a node without readers, the nodes that only computed a constant for it, and that constant."""
-    constants = constant_nodes(graph_module)
+def erase_unused(graph_module: fx.GraphModule, node: fx.Node, links: Collection[fx.Node] = ()) -> None:
+    """Erase a node without readers, the nodes that only computed a constant for it, and that constant.
+
+    Args:
+        links: other nodes that are erased if nothing else reads them.
+    """
+    constants = {*constant_nodes(graph_module), *links}
     pending = {node: None}
     while pending:
         node, _ = pending.popitem()
@@ -77,13 +81,7 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return any(map(is_hooked, graph_module.get_submodule(str(node.target)).modules()))
     if node.op == "call_method":
         return str(node.target).endswith("_") or not hasattr(torch.Tensor, str(node.target))
-    return node.op == "call_function" and not _is_known(node.target)
-
-
-def _is_known(function: Any) -> bool:
-    """Whether a function is one of torch's or Python's own."""
-    owner = str(getattr(function, "__module__", None) or "torch").partition(".")[0]
-    return isinstance(function, torch._ops.OpOverload) or owner in ("torch", "_operator", "builtins", "math")
+    return is_opaque_call(node)
 
 
 def _fetches(node: fx.Node, path: str) -> bool:

@@ -11,7 +11,7 @@ from torch import fx, nn
 import balf_fx
 from balf_fx.calibration import moments as moments_module
 from balf_fx.calibration.moments import Moments, input_columns, input_patches, output_columns
-from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
+from balf_fx.calibration.observers import CovarianceObserver, Recorded, SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
 from balf_fx.graph.annotation import annotation, sites
@@ -367,3 +367,21 @@ def test_an_observer_is_found_by_its_path_and_kind():
     assert observer_of(graph_module, path, CovarianceObserver) is graph_module.get_submodule(path)
     assert observer_of(graph_module, path, SensitivityObserver) is None
     assert observer_of(graph_module, None, CovarianceObserver) is None
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_of_gradients_stay_in_range(scale):
+    site = Site("layer", "linear", "layer.weight", None, 1, 3, 8)
+    value, gradient = torch.randn(6, 3), torch.randn(6, 3)
+    plain, scaled = (SensitivityObserver(site, None, copies=False) for _ in range(2))
+    recorded = Recorded(value, value, None, None)
+    plain.take(recorded, gradient.double())
+    scaled.take(recorded, gradient * scale)
+    unit = scaled.sample.gradients.total / plain.sample.gradients.total
+    assert unit == pytest.approx(scale**2, rel=1e-5)
+    torch.testing.assert_close(
+        scaled.sample.gradients.scatter / unit, plain.sample.gradients.scatter, rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        scaled.sample.moments.scatter / scaled.sample.moments.count, plain.sample.moments.covariance()
+    )

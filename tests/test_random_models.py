@@ -1,0 +1,160 @@
+"""Random models, and what must hold for every model.
+
+Some seeds are fixed. `python -m pytest tests/test_random_models.py --models 1500` draws new ones for about an hour, and
+`--models 1 --first SEED` repeats one.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from random_models import RandomModel, random_model
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+import balf_fx
+from balf_fx.backend import balf
+from balf_fx.errors import CaptureError, NoSiteError
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1}
+
+
+def draw(seed: int) -> tuple[RandomModel, list[Any], dict[str, Any]]:
+    """A model, calibration batches and options of `balf_fx.compile`."""
+    rng = Random(seed)
+    model = random_model(seed)
+    dtype = rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
+    model = model.to(dtype)
+    batches = list(model.batches(rng.choice(([8, 8], [6, 8, 3], [16])), dtype))
+    options: dict[str, Any] = {
+        rng.choice(("flops", "params")): rng.choice((0.4, 0.6, 0.8, 0.95)),
+        "effort": rng.choice(("fast", "balanced", "best", "best")),
+        "capture": rng.choice(("symbolic_trace", "symbolic_trace", "export", "auto")),
+        "strict": False,
+        "progress": False,
+    }
+    if rng.random() < 0.3:
+        extra = ({"centred": False}, {"widths": False}, {"fold_batchnorm": False}, {"split": False}, {"memory": 0})
+        options |= rng.choice((*extra, {"seed": 7}, {"dense": ["steps.0*"], "effort": "best"}))
+    elif rng.random() < 0.1:
+        options |= rng.choice(({"factors": "air", "effort": "fast"}, {"factors": "svd", "effort": "fast"}))
+    return model, batches, options
+
+
+def flops_of(model: nn.Module, batch: torch.Tensor) -> int:
+    """Of one call, as torch counts them; fused attention, which it does not know everywhere, as its products."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch.clone())
+    return counter.get_total_flops()
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    with torch.no_grad():
+        return model(batch.clone())
+
+
+def assert_same(found: Any, expected: Any, tolerance: float = 0.0) -> None:
+    """Equal structures, shapes and dtypes; values up to a share of the largest."""
+    leaves, spec = pytree.tree_flatten(found)
+    others, other_spec = pytree.tree_flatten(expected)
+    assert spec == other_spec
+    for leaf, other in zip(leaves, others, strict=True):
+        assert leaf.dtype == other.dtype
+        assert leaf.shape == other.shape
+        scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+        torch.testing.assert_close(leaf, other, rtol=0.0, atol=tolerance * scale)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_random_models(model_seed, tmp_path):
+    model, batches, options = draw(model_seed)
+    given, kept, expected = copy.deepcopy(batches), state(model), call(model, batches[0])
+    try:
+        small = balf_fx.compile(model, batches, **options)
+    except (NoSiteError, CaptureError) as error:
+        if isinstance(error, CaptureError) and options["capture"] == "auto":
+            raise
+        small = None
+    assert_same(state(model), kept)
+    assert_same(call(model, batches[0]), expected)
+    assert_same(batches, given)
+    if small is None:
+        return
+    check_costs(model, small, batches[0], options)
+    check_outputs(model, small, batches)
+    check_copies(model, small, batches[0], tmp_path)
+    again = balf_fx.compile(model, batches, **options)
+    assert_same(state(again), state(small))
+    if options.get("factors") != "air":
+        check_exact(model, batches, options)
+    if model_seed % 4 == 0:
+        check_backend(model, batches, options)
+
+
+def check_costs(model: RandomModel, small: nn.Module, batch: torch.Tensor, options: dict[str, Any]) -> None:
+    """The report says what is counted, and the budget holds or is as near as can be reached."""
+    report, live = balf_fx.report(small), model.live()
+    before, after = flops_of(live, batch), flops_of(small, batch)
+    assert report.flops_after == after
+    assert report.flops_before == before
+    params = sum(parameter.numel() for parameter in small.parameters())
+    assert report.params_after == params
+    assert report.params_before == sum(parameter.numel() for parameter in live.parameters())
+    share = after / before if "flops" in options else params / report.params_before
+    budget = options.get("flops") or options.get("params")
+    if share > budget:
+        with pytest.raises(balf_fx.BalfError) as raised:
+            balf_fx.compile(model, [batch], **{**options, "strict": True})
+        assert getattr(raised.value, "minimum", 1.0) > budget - 1e-9
+
+
+def check_outputs(model: nn.Module, small: nn.Module, batches: list[torch.Tensor]) -> None:
+    """Structure, shapes and dtypes are the model's, for other numbers of samples, too."""
+    for size in (1, 5, len(batches[0])):
+        batch = batches[0][:1].repeat(size, *[1] * (batches[0].dim() - 1))
+        found, wanted = call(small, batch), call(model, batch)
+        assert pytree.tree_structure(found) == pytree.tree_structure(wanted)
+        for leaf, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
+            assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
+            assert torch.isfinite(leaf).all() or not torch.isfinite(other).all()
+
+
+def check_copies(model: RandomModel, small: nn.Module, batch: torch.Tensor, folder: Path) -> None:
+    """Copies, pickles and files compute the same, bit for bit."""
+    expected = call(small, batch)
+    assert_same(call(copy.deepcopy(small), batch), expected)
+    assert_same(call(pickle.loads(pickle.dumps(small)), batch), expected)
+    balf_fx.save(small, folder / "small.safetensors")
+    assert_same(call(balf_fx.load(folder / "small.safetensors", model), batch), expected)
+
+
+def check_exact(model: RandomModel, batches: list[torch.Tensor], options: dict[str, Any]) -> None:
+    """With the whole budget, the result computes what the model does."""
+    whole = {name: 1.0 if name in ("flops", "params") else value for name, value in options.items()}
+    exact = balf_fx.compile(model, batches, **whole)
+    assert_same(call(exact, batches[0]), call(model, batches[0]), TOLERANCE[batches[0].dtype])
+
+
+def check_backend(model: RandomModel, batches: list[torch.Tensor], options: dict[str, Any]) -> None:
+    """Calibration calls return what the model does, and the compressed model has its structure."""
+    torch.compiler.reset()
+    chosen = {name: value for name, value in options.items() if name not in ("capture", "progress")}
+    small = torch.compile(model, backend=balf, options={**chosen, "calibration_steps": len(batches), "inner": "eager"})
+    kept, expected = state(model), [call(model, batch) for batch in batches]
+    assert_same([call(small, batch) for batch in batches], expected)
+    found = call(small, batches[0])
+    assert pytree.tree_structure(found) == pytree.tree_structure(expected[0])
+    for leaf, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected[0]), strict=True):
+        assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
+    assert_same(state(model), kept)
