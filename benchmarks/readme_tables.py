@@ -160,6 +160,16 @@ def allocation() -> str:
     return markdown(lines, ("top-1, %", *(f"{budget:g}{', refit' if refit else ''}" for budget, refit in columns)))
 
 
+def padding() -> str:
+    """What is lost with padding on either side, left out or counted."""
+    rows = _read("padding")["results"]
+    lines = [
+        (side, *(_figure(rows, "nats_lost", 3, side=side, counts=counts) for counts in (False, True)))
+        for side in ("none", "right", "left")
+    ]
+    return markdown(lines, ("padding", "left out: nats lost", "counted: nats lost"))
+
+
 def quantization() -> str:
     """Sizes and figures of dense and compressed models in each format, and what the format alone costs."""
     lines = []
@@ -253,6 +263,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "mobilenetv2": lambda: accuracy("mobilenetv2", 512, digits=1),
     "stories": lambda: accuracy("stories", 160, digits=1),
     "samples": samples,
+    "padding": padding,
     "published": published,
     "representative": representative,
     "costs": costs,

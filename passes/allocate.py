@@ -355,7 +355,9 @@ def _explicit_candidate(site: Site, curve: RankCurve, rank: Rank) -> Candidate:
             f"the rank of {site.name!r} must be a whole number from 1 to {site.break_even}, above which the dense "
             f"layer is cheaper, or None for dense; not {rank!r}"
         )
-    return curve.candidates[rank - 1]
+    if rank % site.rank_step:
+        raise OptionError(f"the rank of {site.name!r} must be a multiple of {site.rank_step}, not {rank}")
+    return curve.candidates[rank // site.rank_step - 1]
 
 
 def _explicit_parts(site: Site, curve: RankCurve, ranks: PartRanks) -> Candidate:

@@ -13,8 +13,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError, UnknownSiteError
 from balf_fx.graph.annotation import annotate, sites
+from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import read_layer, read_parts, read_site
 from balf_fx.graph.parameters import get_tensor, parameter_users
+from balf_fx.graph.routers import routers
 from balf_fx.graph.site import Reason, Refusal, Site, exclusion
 from balf_fx.passes.base import Pass
 
@@ -50,8 +52,11 @@ class Annotate(Pass):
         if not self.partial:
             self.check(list(layers.values()))
         _find_parts(marks)
+        choosing = routers(graph_module, layers)
         for node, mark in marks.items():
             chosen = self._selected(mark, layers[node]) if node in layers and mark is not None else mark
+            if isinstance(chosen, Site) and node in choosing:
+                chosen = Refusal(chosen.name, chosen.kind, Reason.ROUTER)
             site = chosen if isinstance(chosen, Site) else None
             annotate(node, site=site, refusal=chosen if isinstance(chosen, Refusal) else None)
         return PassResult(graph_module, False)
@@ -102,7 +107,7 @@ def _join_shared(graph_module: fx.GraphModule, marks: Marks) -> None:
         found = [mark for node in nodes if isinstance(mark := marks[node], Site)]
         first = found[0]
         elsewhere = users[weight] - set(nodes)
-        alike = len({_way_of_use(graph_module, site) for site in found}) == 1
+        alike = len({_way_of_use(graph_module, *use) for use in zip(found, nodes, strict=True)}) == 1
         bias = None if first.bias is None else get_tensor(graph_module, first.bias)
         if not alike or (bias is not None and users[id(bias)] - set(nodes)):
             for node, site in zip(nodes, found, strict=True):
@@ -119,7 +124,7 @@ def _find_parts(marks: Marks) -> None:
     """Record the number of parts into which each linear site's output is split, where all its uses agree."""
     uses: dict[Site, list[fx.Node]] = defaultdict(list)
     for node, mark in marks.items():
-        if isinstance(mark, Site) and mark.conv is None:
+        if isinstance(mark, Site) and mark.kind == "linear":
             uses[mark].append(node)
     for site, nodes in uses.items():
         parts = {read_parts(node, site.out_features) for node in nodes}
@@ -127,9 +132,11 @@ def _find_parts(marks: Marks) -> None:
             marks.update(dict.fromkeys(nodes, dataclasses.replace(site, parts=parts.pop())))
 
 
-def _way_of_use(graph_module: fx.GraphModule, site: Site) -> tuple[object, ...]:
+def _way_of_use(graph_module: fx.GraphModule, site: Site, node: fx.Node) -> tuple[object, ...]:
     bias = None if site.bias is None else id(get_tensor(graph_module, site.bias))
-    return (site.kind, bias, site.groups, site.conv, site.inputs_first)
+    product = read_experts(node)
+    rows = None if product is None else product.rows
+    return (site.kind, bias, site.groups, site.conv, site.inputs_first, rows)
 
 
 def _holds_what_others_fetch(graph_module: fx.GraphModule, site: Site, nodes: list[fx.Node]) -> bool:

@@ -10,6 +10,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import Replaced, annotation, graph_record, record_graph
 from balf_fx.graph.curves import PartRanks, Rank, RankCurve, Solution, Spectrum
+from balf_fx.graph.expert_factors import ExpertFactors, keeping
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight
@@ -54,7 +55,8 @@ class Factorize(Pass):
             if cut is not None:
                 solution, thin = (cut.narrow_outputs(solution[0]),), cut.outputs(cut.inputs(site))
             substitute = build(graph_module, thin, solution)
-            replaced.append(Replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site)))
+            kept = () if solution[0].kept is None else solution[0].kept.experts
+            replaced.append(Replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site), kept))
             replace_site(graph_module, nodes, site, substitute)
         graph_module.delete_all_unused_submodules()
         record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, *replaced))
@@ -79,7 +81,9 @@ def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | 
     return solution if cut is None or len(solution) > 1 else (cut.narrow_inputs(solution[0], site),)
 
 
-def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> Substitute:
+def factor_modules(
+    graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks
+) -> Substitute | ExpertFactors:
     """The modules that replace a site, with the one-shot optimum as their weights."""
     return build(graph_module, site, one_shot(graph_module, site, curve, rank))
 
@@ -89,7 +93,7 @@ def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: R
     weight = grouped_weight(graph_module, site)
     bias = grouped_bias(graph_module, site)
     if not isinstance(rank, tuple):
-        return (_one_shot(weight, bias, curve.spectrum, rank),)
+        return (keeping(_one_shot(weight, bias, curve.spectrum, rank), weight, curve.kept),)
     if curve.parts is None:
         raise PassError(f"Factorize: the parts of site {site.name!r} were not scored")
     weights = in_parts(weight, site.parts).unsqueeze(1)

@@ -90,7 +90,7 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, No
 def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -> Site | None:
     """The layer before a BatchNorm, or None if folding would change something else."""
     layer = read_layer(graph_module, source)
-    if not isinstance(layer, Site) or sum(not reads_metadata(user) for user in source.users) != 1:
+    if not isinstance(layer, Site) or layer.has_experts or sum(not reads_metadata(user) for user in source.users) != 1:
         return None
     dimensions = 2 if layer.conv is None else len(layer.conv.kernel_size) + 2
     shape = annotation(source).shape

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from balf_fx.graph.annotation import annotate
 from balf_fx.graph.edits import erase_unused
 from balf_fx.graph.effects import effects
+from balf_fx.graph.experts import product_weights
 from balf_fx.graph.layers import layer_parameters
 from balf_fx.graph.operators import changes_in_place, is_transposition
 from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized, locate
@@ -33,12 +34,31 @@ class FoldConstants(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         constants = constant_nodes(graph_module)
         constants -= _changed(graph_module, constants)
-        operands = [value for node in graph_module.graph.nodes for value in layer_parameters(node).items()]
-        folded = False
+        folded, products = False, set()
+        for node in graph_module.graph.nodes:
+            for weight in product_weights(node):
+                folded |= _is_constant(weight, constants) and _fold(
+                    graph_module, "weight", weight, constants, dimensions=3
+                )
+            if any(_is_stack(graph_module, weight) for weight in product_weights(node)):
+                products.add(node)  # what transposes or selects these matrices stays
+        layers = (node for node in graph_module.graph.nodes if node not in products)
+        operands = [value for node in layers for value in layer_parameters(node).items()]
         for role, node in dict.fromkeys((role, _behind_transpositions(value)) for role, value in operands):
-            if node.op != "get_attr" and constants.issuperset(_expression(node)):
+            if _is_constant(node, constants):
                 folded |= _fold(graph_module, role, node, constants)
         return PassResult(graph_module, folded)
+
+
+def _is_constant(node: fx.Node, constants: set[fx.Node]) -> bool:
+    """Whether a node computes its value from constants only."""
+    return node.op != "get_attr" and constants.issuperset(_expression(node))
+
+
+def _is_stack(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node reads a stack of matrices."""
+    value = get_tensor(graph_module, str(node.target)) if node.op == "get_attr" else None
+    return isinstance(value, Tensor) and value.dim() == 3
 
 
 def _behind_transpositions(node: fx.Node) -> fx.Node:
@@ -48,7 +68,9 @@ def _behind_transpositions(node: fx.Node) -> fx.Node:
     return node
 
 
-def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set[fx.Node]) -> bool:
+def _fold(
+    graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set[fx.Node], dimensions: int | None = None
+) -> bool:
     sources = _sources(node)
     tensors = [get_tensor(graph_module, str(source.target)) for source in sources]
     first = next((i for i, tensor in enumerate(tensors) if isinstance(tensor, nn.Parameter)), None)
@@ -58,6 +80,8 @@ def _fold(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set
         with torch.no_grad(), Deterministic():  # type: ignore[no-untyped-call]
             value = _evaluate(graph_module, node, {})
     except NotConstantError:
+        return False
+    if dimensions not in (None, value.dim()):
         return False
     if not value.is_floating_point() or value.numel() > sum(tensor.numel() for tensor in tensors):
         return False

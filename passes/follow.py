@@ -104,6 +104,6 @@ def _check_rank(site: Site, rank: Rank) -> None:
     ranks, parts = (rank, site.parts) if isinstance(rank, tuple) else ((rank,), 1)
     limit = min(site.out_features // parts, site.in_features)
     numbers = [each for each in ranks if each is not None]
-    whole = all(isinstance(each, int) and 1 <= each <= limit for each in numbers)
+    whole = all(isinstance(each, int) and 1 <= each <= limit and each % site.rank_step == 0 for each in numbers)
     if not numbers or len(ranks) != parts or not whole:
         raise PlanError(f"the plan has rank {rank} for {site.name!r}, which is {site.shape_in_words}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.calibration.experts import ExpertObserver, ExpertSensitivityObserver
 from balf_fx.calibration.gradients import check_gradients
 from balf_fx.calibration.observers import (
     OBSERVERS,
@@ -20,6 +21,7 @@ from balf_fx.calibration.observers import (
 from balf_fx.calibration.weights import PositionWeights
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
+from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import site_input
 from balf_fx.graph.masks import mask_inputs, mask_names
 from balf_fx.graph.operators import changes_in_place
@@ -72,7 +74,7 @@ class InsertObservers(Pass):
             new = key not in shared
             if new:
                 shared[key] = f"{OBSERVERS}.{len(shared)}"
-                graph_module.add_submodule(shared[key], CovarianceObserver(site, self.skip_non_finite, side))
+                graph_module.add_submodule(shared[key], _observer(site, nodes[0], self.skip_non_finite, side))
             for node in nodes:
                 if new:
                     _observe(graph_module.graph, node, side, shared[key], weights.get(node, ()))
@@ -107,20 +109,31 @@ class RemoveObservers(Pass):
             raise PassError("RemoveObservers left an observer in the graph")
 
 
+def _observer(site: Site, node: fx.Node, skip_non_finite: bool, side: Side) -> CovarianceObserver:
+    product = read_experts(node)
+    if product is None:
+        return CovarianceObserver(site, skip_non_finite, side)
+    return ExpertObserver(site, product.rows, skip_non_finite, side)
+
+
 def _insert_weights(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """Call `PositionWeights` for each mask whose positions some sites have, and return the call for each of the sites.
 
-    Sites whose values depend on no input have none.
+    Sites whose values depend on no input have none. Rows of experts have other positions: what assigns them to experts
+    is returned in place of weights.
     """
     names, masks = mask_names(graph_module), mask_inputs(graph_module)
     start = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
+    products = {node: product for node in nodes if (product := read_experts(node)) is not None}
     calls: dict[str, fx.Node] = {}
-    for name in dict.fromkeys(names[node] for node in nodes if node in names):
+    for name in dict.fromkeys(names[node] for node in nodes if node in names and node not in products):
         path = f"{OBSERVERS}.{name}"
         graph_module.add_submodule(path, PositionWeights(name))
         with graph_module.graph.inserting_before(start):
             calls[name] = graph_module.graph.call_module(path, (masks[name],) if name in masks else ())
-    return {node: (calls[names[node]],) for node in nodes if node in names}
+    found = {node: (calls[names[node]],) for node in nodes if node in names and node not in products}
+    assigned = {node: product.assignment for node, product in products.items()}
+    return {**found, **{node: (each,) for node, each in assigned.items() if each is not None}}
 
 
 def _observe(graph: fx.Graph, node: fx.Node, side: Side, observer: str, weights: tuple[fx.Node, ...]) -> None:
@@ -140,7 +153,12 @@ def _observe_gradients(
     values = [value for node in nodes for value in (node, site_input(node))]
     copies = any(changes_in_place(graph_module, reader) for value in values for reader in value.users)
     basis = _range_basis(graph_module, site)
-    graph_module.add_submodule(observer, SensitivityObserver(site, basis, copies, features))
+    product = read_experts(nodes[0])
+    if product is None:
+        module = SensitivityObserver(site, basis, copies, features)
+    else:
+        module = ExpertSensitivityObserver(site, product.rows, basis, copies)
+    graph_module.add_submodule(observer, module)
     for node in nodes:
         with graph_module.graph.inserting_after(node):
             graph_module.graph.call_module(observer, (site_input(node), node, *weights.get(node, ())))
@@ -175,6 +193,9 @@ def _sharing_key(graph_module: fx.GraphModule, nodes: list[fx.Node], site: Site,
     value = site_input(nodes[0])
     if any(changes_in_place(graph_module, user) for user in value.users):
         return (site,)
+    product = read_experts(nodes[0])
+    if product is not None:
+        return (value, product.assignment, product.rows)
     pixels = site.conv if site.conv is not None and not _reads_every_pixel_once(site) else None
     return (value, site.groups, site.in_features, pixels, site.conv is None)
 

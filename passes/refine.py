@@ -15,6 +15,7 @@ from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver,
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import Annotation, annotate, annotation
 from balf_fx.graph.curves import Solution, Spectrum
+from balf_fx.graph.expert_factors import keeping
 from balf_fx.graph.parameters import grouped_bias, grouped_weight
 from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
@@ -87,6 +88,7 @@ class Refine(Pass):
                 _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
             else:
                 solution = self.solve(graph_module, site, mark.curve.spectrum, rank, *observed)
+                solution = keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
                 for node in nodes:
                     annotate(node, refit=(solution,))
         return PassResult(graph_module, False)

@@ -35,16 +35,19 @@ from balf_fx.calibration.weights import Weights, read_masks
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import Rank, Solution, Spectrum
+from balf_fx.graph.expert_factors import build_experts
+from balf_fx.graph.experts import leads_to_experts, read_experts
 from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.masks import mask_inputs
-from balf_fx.graph.parameters import grouped_weight, owns_weight, parameter_users
+from balf_fx.graph.parameters import get_tensor, grouped_weight, owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned
 from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.spectra import in_parts
-from balf_fx.refit.lockstep import Batch, Lockstep
+from balf_fx.refit.experts import refit_experts
+from balf_fx.refit.lockstep import Batch, Lockstep, sources_of
 from balf_fx.refit.problems import BiasProblem, Problem
 from balf_fx.refit.targets import Target, observes
 from balf_fx.refit.windows import Window
@@ -87,7 +90,9 @@ class Refit(Pass):
             raise OptionError(f"weights has {len(self.weights)} batches, inputs has {len(self.inputs)}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        nodes = [node for node in graph_module.graph.nodes if node.op != "output" and not observes(node)]
+        unread = (node for node in graph_module.graph.nodes if node.op == "output" or leads_to_experts(node))
+        skipped = {*unread, *filter(observes, graph_module.graph.nodes)}
+        nodes = [node for node in graph_module.graph.nodes if node not in skipped]
         layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_excluded(node)}
         with torch.no_grad():
             weights = self.weights
@@ -123,7 +128,7 @@ class _Solver:
                 if site_input(node) in moved and self._refittable(node, site, rank):
                     found[node] = site, _shape(cut.inputs(site), rank, self.mode)
                 changes = rank is not None or cut.changes
-            if changes or not moved.isdisjoint(node.all_input_nodes):
+            if changes or not moved.isdisjoint(sources_of(node)):
                 moved.add(node)
         return found
 
@@ -132,12 +137,29 @@ class _Solver:
         site, rank = _site(self.graph_module, node), _rank(node)
         cut = self.cuts.get(node.name, Cut())
         moved = site_input(node) in self.walk.moved
-        if moved and self._refittable(node, site, rank):
+        if site.has_experts:
+            self._replace_experts(node, site, moved)
+        elif moved and self._refittable(node, site, rank):
             (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))
             self.walk.store(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
+
+    def _replace_experts(self, node: fx.Node, site: Site, moved: bool) -> None:
+        """Solve for the factors of experts; those that stay dense run on the compressed model's values."""
+        product, curve = read_experts(node), annotation(node).curve
+        if _rank(node) is None or product is None or curve is None:
+            if not self.walk.moved.isdisjoint(sources_of(node)):
+                self.walk.store(node, partial(self.walk.compressed, node))
+            return
+        (solution,) = self._prior(node, site, Cut())
+        if moved and self._refittable(node, site, _rank(node)):
+            weight = grouped_weight(self.graph_module, site)
+            solution = refit_experts(self.walk, product, weight, solution, curve.spectrum, self.mode == "full")
+            annotate(node, refit=(solution,))
+        factors = build_experts(get_tensor(self.graph_module, site.weight), site, solution)
+        self.walk.store(node, lambda batch: factors.run(node, batch.current))
 
     def _refittable(self, node: fx.Node, site: Site, rank: Rank) -> bool:
         """Whether the regression is defined for the layer, and nothing else reads the weight that it changes."""
@@ -147,7 +169,8 @@ class _Solver:
     def _build(self, site: Site, cut: Cut, solution: tuple[Solution, ...]) -> Substitute:
         """The module of a solution for the walk, in which every layer still outputs all of its features."""
         solution = solution if len(solution) > 1 else (cut.project(solution[0]),)
-        return build(self.graph_module, cut.inputs(site), solution)
+        built: Substitute = build(self.graph_module, cut.inputs(site), solution)  # type: ignore[assignment]
+        return built
 
     def _prior(self, node: fx.Node, site: Site, cut: Cut) -> tuple[Solution, ...]:
         """The one-shot solution, or the unchanged layer where it is dense."""

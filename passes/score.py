@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, get_args
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver, observer_of
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import RankCurve, Spectrum
+from balf_fx.graph.experts import read_experts
 from balf_fx.graph.flops import use
 from balf_fx.graph.parameters import grouped_bias, grouped_weight
 from balf_fx.graph.site import Side, Site
@@ -32,6 +34,7 @@ from balf_fx.ranks.spectra import (
     diagonal_blocks,
     held_out_errors,
     in_parts,
+    shared_energies,
     spectrum_from_input,
     spectrum_from_output,
     spectrum_from_weight,
@@ -53,12 +56,14 @@ class Observed:
         gradients: gradients at the site's output; None for the plain output error.
         halves: statistics of each half of the samples. The spectrum of one half is evaluated on the other, so that the
             energies are the error that a rank saves on samples that were not used to choose it.
+        kept: the FLOPs of each expert that keeps its matrix, since it has seen too few positions.
     """
 
     moments: Moments | None
     side: Side
     gradients: Gradients | None = None
     halves: tuple[Sample, ...] = ()
+    kept: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,9 @@ class Score(Pass):
         Args:
             cost: FLOPs and number of output elements, summed over all uses of the site.
         """
-        gradients = seen.gradients
+        gradients, centred = seen.gradients, self.centred and not site.has_experts
         roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
-        spectrum = _spectrum(graph_module, site, seen, self.centred, 1, roots)
+        spectrum = _spectrum(graph_module, site, seen, centred, 1, roots)
         parts = None
         if self.split and site.parts > 1 and not site.keeps_rank and self.factors != "air":
             roots = None if gradients is None else self._parts_roots(graph_module, site, gradients)
@@ -132,7 +137,10 @@ class Score(Pass):
             spectrum = dataclasses.replace(spectrum, energies=judge(1))
             if parts is not None and gradients.parts is not None:
                 parts = dataclasses.replace(parts, energies=judge(site.parts))
-        curve = rank_curve(site, spectrum, *cost, parts)
+        if site.has_experts and seen.moments is not None:
+            energies = shared_energies(spectrum.energies, seen.moments.count, list(seen.kept))
+            spectrum = dataclasses.replace(spectrum, energies=energies)
+        curve = rank_curve(site, spectrum, *cost, parts, seen.kept)
         if gradients is None:
             return curve
         # S is scaled to a mean square of 1: each energy is what it would be for gradients with a mean square of 1.
@@ -144,9 +152,12 @@ class Score(Pass):
         if self.factors == "svd":
             return Observed(None, site.side)
         moments, side = self._observed(graph_module, node, site)
+        kept = _kept(node, site, moments)
         sample, halves = self._sensitivity(graph_module, node) if self.factors == "sensitivity" else (None, ())
         return (
-            Observed(moments, side) if sample is None else Observed(sample.moments, site.side, sample.gradients, halves)
+            Observed(moments, side, kept=kept)
+            if sample is None
+            else Observed(sample.moments, site.side, sample.gradients, halves, kept)
         )
 
     def _parts_roots(
@@ -165,10 +176,13 @@ class Score(Pass):
         self, site: Site, weight: Tensor, bias: Tensor | None, halves: Sequence[Sample], unit: Tensor, parts: int
     ) -> Tensor:
         """The energies of each half's spectrum on the other half of the samples, averaged."""
-        seen = [_coordinates(site, weight, bias, half, self.centred, parts) for half in halves]
+        centred = self.centred and not site.has_experts
+        seen = [_coordinates(site, weight, bias, half, centred, parts) for half in halves]
         # Second moments of gradients are sums over samples, and the unit is that of both halves together.
         total = sum(half.gradients.samples for half in halves)
         units = [unit * (half.gradients.samples / total) for half in halves]
+        if site.has_experts:  # each with another number of positions in either half
+            units = [half.gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) for half in halves]
         errors = []
         for (own, own_unit), (other, other_unit) in itertools.permutations(zip(seen, units, strict=True)):
             spectrum = spectrum_from_output(*own[:2], damped_roots(own[2], self.damping, own_unit))
@@ -194,6 +208,16 @@ class Score(Pass):
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
         return observer.moments, observer.side
+
+
+def _kept(node: fx.Node, site: Site, moments: Moments) -> Mapping[int, int]:
+    """The FLOPs of each expert that keeps its matrix."""
+    if not isinstance(moments.count, Tensor):
+        return {}
+    product = read_experts(node)
+    loads = product.loads if product is not None and product.loads else (0,) * site.groups
+    per_row = (annotation(node).flops or 0) // max(sum(loads), 1)
+    return {expert: per_row * loads[expert] for expert in too_few(site, moments.count)}
 
 
 def _spectrum(

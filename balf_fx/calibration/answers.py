@@ -58,8 +58,8 @@ def divergence(
 ) -> float:
     """The mean loss of a model's outputs over batches; infinite if it is NaN.
 
-    The loss is the user's, if given. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row, and
-    the squared error relative to the mean square for other outputs.
+    The loss is the user's, if given. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row of all
+    batches, and the squared error relative to the mean square for other outputs. Padding does not count in either.
 
     Args:
         calibration: the batches.

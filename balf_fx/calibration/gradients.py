@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
-from balf_fx.calibration.batches import Calibration, describe, graphs_of, run_batch
+from balf_fx.calibration.batches import Calibration, describe, graphs_of, run_batch, sample_count
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.calibration.weights import Weights, counted
 from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
@@ -52,7 +52,7 @@ def observe_gradients(
     loss = calibration.loss
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
     with ExitStack() as stack:
-        records = [(observer, stack.enter_context(observer.recording())) for observer in observers]
+        records = [(observer, stack.enter_context(observer.recording(sample_count(batch)))) for observer in observers]
         with _differentiable(prepared), torch.enable_grad():
             output = run_batch(prepared, batch, calibration.forward, index, gradients=True)
             scalar = probe(output, batch, generator, weights) if loss is None else loss(output, batch)
@@ -147,10 +147,11 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
     leaves = [leaf for leaf in real_leaves(output) if leaf.requires_grad]
     terms = []
     for leaf, own in zip(leaves, element_weights(leaves, weights), strict=True):
-        (values,), scale = counted((leaf,), own)
-        probed = values * _normal(values, generator)
-        probed = probed if scale is None else probed * scale.sqrt().to(probed)
-        terms.append(probed.sum() / _scale(leaf, own))
+        (values,), counts = counted((leaf,), own)
+        random, scale = _accurate(_normal(values, generator)), _scale(leaf, own)
+        random = random if counts is None else random * counts.sqrt().to(random)
+        if scale > 0:  # an output of zeros, as of a black image in a net without biases, has no gradient
+            terms.append((values * (random / scale)).sum())
     return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
 
 
@@ -159,15 +160,20 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
 
 
+def _accurate(value: Tensor) -> Tensor:
+    """The value in float32, unless it is in float64."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 def _scale(leaf: Tensor, weights: Tensor | None) -> Tensor:
-    """The square root of the sum of squares of a sample's outputs, averaged over samples.
+    """The square root of the sum of squares of a sample's outputs, averaged over samples, float64.
 
     Args:
         weights: those of the leaf's elements, flattened; None for 1 each.
     """
-    squares, samples = leaf.detach().float(), leaf.shape[0] if leaf.dim() else 1
+    squares, samples = leaf.detach().to(torch.float64), max(leaf.shape[0] if leaf.dim() else 1, 1)
     if weights is not None:
-        samples = int((weights.reshape(samples, -1) > 0).any(1).sum())
+        samples = max(int((weights.reshape(samples, -1) > 0).any(1).sum()), 1)
         (squares,), weights = counted((squares,), weights)
     squares = squares.square() if weights is None else squares.square() * weights.to(squares)
-    return (squares.sum() / max(samples, 1)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return squares.sum().div(samples).sqrt()

@@ -25,21 +25,22 @@ class Moments:
     """Count, mean and scatter of vectors of length F in each of G groups.
 
     Attributes:
-        count: the number of positions, or the sum of their weights.
+        count: the number of positions, or the sum of their weights; [G] float64 where groups have different positions.
         mean: [G, F] float64.
         scatter: [G, F, F] float64, the sum of (v - mean)(v - mean)^T over positions.
     """
 
-    count: float
+    count: float | Tensor
     mean: Tensor
     scatter: Tensor
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both samples together (Chan, Golub & LeVeque 1979)."""
         count = self.count + other.count
+        share = other.count / _positive(count)
         delta = other.mean - self.mean
-        between = delta.unsqueeze(-1) * delta.unsqueeze(-2) * (self.count * other.count / count)
-        return Moments(count, self.mean + delta * (other.count / count), self.scatter + other.scatter + between)
+        between = delta.unsqueeze(-1) * delta.unsqueeze(-2) * _columns(self.count * share, 2)
+        return Moments(count, self.mean + delta * _columns(share, 1), self.scatter + other.scatter + between)
 
     def affine(self, scale: Tensor, shift: Tensor) -> Moments:
         """Moments of `scale * v + shift`, both [G, F]."""
@@ -48,7 +49,7 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """[G, F, F], the mean of (v - mean)(v - mean)^T."""
-        return self.scatter / self.count
+        return self.scatter / _columns(_positive(self.count), 2)
 
     def second_moment(self, offset: Tensor | None = None) -> Tensor:
         """[G, F, F], the mean of (v - offset)(v - offset)^T, with `offset` [G, F] (zero if None)."""
@@ -57,6 +58,16 @@ class Moments:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Moments:
         return self  # immutable and large
+
+
+def _positive(count: float | Tensor) -> float | Tensor:
+    """The count to divide by; a group without positions has sums of zero."""
+    return torch.where(count > 0, count, 1.0) if isinstance(count, Tensor) else count
+
+
+def _columns(count: float | Tensor, dimensions: int) -> float | Tensor:
+    """A count [G] with more dimensions of size 1."""
+    return count.reshape(-1, *[1] * dimensions) if isinstance(count, Tensor) else count
 
 
 def by_sample(value: Tensor, site: Site) -> Tensor:

@@ -24,7 +24,7 @@ from balf_fx.calibration.moments import (
 )
 from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
-from balf_fx.graph.parameters import weight_matrix
+from balf_fx.graph.parameters import site_matrix
 from balf_fx.graph.site import Side, Site
 
 _LOGGER = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class CovarianceObserver(nn.Module):
         self.moments: Moments | None = None
 
     def extra_repr(self) -> str:
-        return f"{self.side} of {self.site.name}, {0 if self.moments is None else self.moments.count} positions"
+        count = 0.0 if self.moments is None else self.moments.count
+        return f"{self.side} of {self.site.name}, {float(torch.as_tensor(count).sum()):g} positions"
 
     def reset(self) -> None:
         """Delete all statistics."""
@@ -61,9 +62,9 @@ class CovarianceObserver(nn.Module):
     def forward(self, value: Tensor, weights: Weights | None = None) -> None:
         own = None if weights is None else weights.at(leading_sizes(value, self.site, self.side))
         with torch.autocast(value.device.type, enabled=False):
-            seen = batch_moments(value, self.site, self.side, torch.promote_types(value.dtype, torch.float32), own)
+            seen = self._moments(value, torch.promote_types(value.dtype, torch.float32), own)
             if seen is not None and not in_range(seen):  # squares overflow or underflow long before the values do
-                seen = batch_moments(value, self.site, self.side, torch.float64, own)
+                seen = self._moments(value, torch.float64, own)
         if seen is None:
             return
         if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
@@ -80,6 +81,9 @@ class CovarianceObserver(nn.Module):
             )
         self.moments = seen if self.moments is None else self.moments.merge(seen)
 
+    def _moments(self, value: Tensor, dtype: torch.dtype, weights: Tensor | None) -> Moments | None:
+        return batch_moments(value, self.site, self.side, dtype, weights)
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -93,7 +97,7 @@ class Gradients:
         parts: [parts, O / parts, O / parts], the same for the parts of g, for sites that have parts.
     """
 
-    samples: int
+    samples: float
     total: float
     scatter: Tensor
     parts: Tensor | None
@@ -140,7 +144,7 @@ class Recorded(NamedTuple):
     Attributes:
         output: the site's output.
         value: the value on the site's side.
-        features: the input if its features are needed.
+        features: the input if its features are needed; for experts, what assigns rows to them.
         weights: the weights of the call's positions.
     """
 
@@ -200,6 +204,7 @@ class SensitivityObserver(nn.Module):
         self.basis = basis
         self.wants_features = features
         self._recorded: list[Recorded] | None = None
+        self.batch_samples = 0
         self.halves: list[Sample | None] = [None, None]
         self.sample: Sample | None = None
         self.calls = 0
@@ -215,10 +220,14 @@ class SensitivityObserver(nn.Module):
         return total / count.clamp_min(1)
 
     @contextmanager
-    def recording(self) -> Iterator[Sequence[Recorded]]:
-        """Record the values of each call during the context; calls outside it record nothing."""
+    def recording(self, samples: int = 0) -> Iterator[Sequence[Recorded]]:
+        """Record the values of each call during the context; calls outside it record nothing.
+
+        Args:
+            samples: the number of samples in the batch; 0 if it is not known.
+        """
         recorded: list[Recorded] = []
-        self._recorded = recorded
+        self._recorded, self.batch_samples = recorded, samples
         try:
             yield recorded
         finally:
@@ -236,7 +245,10 @@ class SensitivityObserver(nn.Module):
     @torch.no_grad()
     def take(self, recorded: Recorded, gradient: Tensor) -> None:
         """Add the values of one call and the gradient at its output to the statistics."""
-        seen = self._seen(recorded, gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if gradient.numel() and not 1e-12 < float(gradient.abs().max()) < 1e12:  # squares may leave float32's range
+            gradient = gradient.to(torch.float64)
+        seen = self._seen(recorded, gradient)
         if not len(seen.gradient) or not torch.isfinite(seen.gradient).all():
             return
         samples = len(seen.gradient)
@@ -368,7 +380,7 @@ class InfluenceObserver(nn.Module):
         """Add the gradient of one batch, in the shape of the weight."""
         if not torch.isfinite(gradient).all():
             return
-        grouped = weight_matrix(gradient, self.site.groups, self.site.inputs_first)
+        grouped = site_matrix(gradient, self.site)
         seen = WeightGradients(grouped.abs().float(), grouped.square().float())
         self.gradients = seen if self.gradients is None else self.gradients.merge(seen)
 

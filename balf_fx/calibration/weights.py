@@ -4,9 +4,14 @@ Weights are tensors [N, ...] of numbers of at least 0: [N, L] for the tokens of 
 come from the user, or from a mask [N, L] among the model's arguments, in which 0 is padding. Masks of other shapes,
 such as the additive ones of [N, 1, L, L], are not read.
 
+Values that depend on an input whose name begins with "decoder_" have the mask `decoder_attention_mask`, those that
+depend on inputs of "encoder_" alone `encoder_attention_mask`, and the others `attention_mask`. Values that depend on no
+input with its positions, as in a vision tower, have none. Parts of a model that read no mask have that of another part
+(`engine.weighing`).
+
 Weights apply to every value that has their positions: [N, L, ...], or flattened, [N L, ...]. In a value of N samples
-with other positions, such as what a pooling layer returns, all positions of a sample have the largest weight of the
-sample. All positions of other values count.
+with other positions, such as what a pooling layer or a strided convolution returns, all positions of a sample have the
+largest weight of the sample. All positions of other values count.
 """
 
 from __future__ import annotations

@@ -120,3 +120,15 @@ def cuda_devices(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that the model uses, whose random state must be restored."""
     tensors: Iterable[Tensor] = (*model.parameters(), *model.buffers())
     return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
+
+
+def without_expert_loops(model: nn.Module) -> None:
+    """Let the experts of a model of transformers run in one grouped product, in place of a loop that depends on data.
+
+    Args:
+        model: a copy, whose configuration is changed.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) == "eager":
+            config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]

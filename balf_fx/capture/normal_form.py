@@ -20,7 +20,13 @@ from balf_fx.capture.checks import check_evaluation_mode, check_functional_train
 from balf_fx.capture.contexts import cast_explicitly, check_transforms, inline_contexts
 from balf_fx.capture.exporting import export
 from balf_fx.capture.functional import make_functional
-from balf_fx.capture.models import copy_model, cuda_devices, fold_parametrizations, plain_model
+from balf_fx.capture.models import (
+    copy_model,
+    cuda_devices,
+    fold_parametrizations,
+    plain_model,
+    without_expert_loops,
+)
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
@@ -101,6 +107,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         graph_module = trace(subject, call.constants, call.unrolled)
     else:
         _check_exportable(type(model).__name__, call.output)
+        without_expert_loops(subject)
         graph_module = export(subject, call.by_position, call.by_keyword)
     _restore_buffers(graph_module, model)
     if any(module.training for module in model.modules()):

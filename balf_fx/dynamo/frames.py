@@ -6,6 +6,7 @@ turns these into attributes, the very same tensors, so that the graph has the fo
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _REGISTRIES = ("_modules", "_parameters", "_buffers", "__closure__", "cell_conte
 
 
 _ROOTS = ("self", "fn")  # the module's name in its own methods, and in the function with which torch wraps its modules
+
+
+_POSITIONAL = re.compile(r"L\['args'\]\[(\d+)\]")  # the source of a positional argument of a wrapper
 
 
 _WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the latter in torch 2.8
@@ -49,11 +53,14 @@ class Request:
         frame: the code of the Python frame that is compiled, the same for all its recompilations. Dynamo's own number
             of the frame differs between threads that compile it at once.
         module: the module whose method the frame runs, or None.
+        arguments: the names of the positional arguments that the frame, a wrapper of a module's `forward`, passes on as
+            `*args`; empty for other frames.
     """
 
     owner: object | None
     frame: CodeType | None
     module: nn.Module | None
+    arguments: tuple[str, ...] = ()
 
 
 def current_request() -> Request:
@@ -64,9 +71,28 @@ def current_request() -> Request:
         translator = None
     if translator is None:
         return Request(None, None, None)
-    roots = (translator.f_locals.get(name) for name in _ROOTS)
+    given = translator.f_locals.get("args")
+    args = given if isinstance(given, tuple) else ()
+    roots = (*(translator.f_locals.get(name) for name in _ROOTS), *args[:1])
     module = next((root for root in roots if isinstance(root, nn.Module)), None)
-    return Request(innermost_backend(translator.output.compiler_fn), translator.f_code, module)
+    owner = innermost_backend(translator.output.compiler_fn)
+    return Request(owner, translator.f_code, module, _arguments(module, args) if args else ())
+
+
+def _arguments(module: nn.Module | None, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names of the arguments `*args` of a method's wrapper, among which the module itself may be the first."""
+    if module is None:
+        return ()
+    names = tuple(inspect.signature(module.forward).parameters)
+    return ("self", *names) if args[0] is module else names
+
+
+def name_arguments(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Record the names of the arguments that the inputs take which Dynamo knows by their position."""
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        found = _POSITIONAL.fullmatch(_source_name(node))
+        if found is not None and int(found[1]) < len(names):
+            annotate(node, argument=names[int(found[1])])
 
 
 def innermost_backend(backend: Any) -> Any:

@@ -18,13 +18,13 @@ from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.checks import check_values
 from balf_fx.capture.names import legal_path
 from balf_fx.dynamo.binding import Binding, computing, watched_by
-from balf_fx.dynamo.frames import Request, WeightInput, is_training, weight_inputs
+from balf_fx.dynamo.frames import Request, WeightInput, is_training, name_arguments, weight_inputs
 from balf_fx.dynamo.options import BackendOptions
 from balf_fx.dynamo.recording import Recording, confirmed
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
 from balf_fx.engine.program import Program, Trace, per_call, run_trace
-from balf_fx.engine.rewriting import applicable, fill, normalise, rewrite_as
+from balf_fx.engine.rewriting import applicable, fill, held_tensors, normalise, rewrite_as
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.files.restore import Stored
 from balf_fx.graph.annotation import sites
@@ -131,6 +131,7 @@ class Session:
         if needs_gradients or is_training(graph_module):
             self._warn_uncompressed("gradients are required" if needs_gradients else "the model is in training mode")
             return self.options.compiler(graph_module, example_inputs)
+        name_arguments(graph_module, request.arguments)
         region = Region(self, graph_module, weight_inputs(graph_module, example_inputs), request)
         if request.module is not None and not self._regions:  # the model, or the first part of it that is compiled
             weakref.finalize(request.module, _release, weakref.ref(self)).atexit = False
@@ -362,9 +363,7 @@ def _first_inputs(trace: Trace) -> Any:
 def _tensors_of(graph_module: fx.GraphModule, replaced: set[str]) -> dict[str, Tensor]:
     """The tensors of the layers that were replaced, by dotted path."""
     held = dict(graph_module.named_modules())
-    return {
-        f"{name}.{path}": value for name in replaced if name in held for path, value in held[name].named_parameters()
-    }
+    return {f"{name}.{path}": value for name in replaced if name in held for path, value in held_tensors(held[name])}
 
 
 def _inside(path: str, name: str) -> bool:

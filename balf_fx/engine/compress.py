@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from balf_fx.budget.problem import drawn, pose
 from balf_fx.calibration.batches import (
@@ -22,6 +23,7 @@ from balf_fx.calibration.batches import (
     pieces_for_walk,
     run_batch,
 )
+from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
     OBSERVERS,
@@ -40,6 +42,7 @@ from balf_fx.engine.trials import allocate_faithfully, plan_trial
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
+from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.plan import Plan, plan_of_records
 from balf_fx.graph.site import Reason, Refusal
@@ -64,7 +67,7 @@ def run(
 
     Args:
         stream: batches to calibrate on, read once, where nothing needs them later.
-        lenient: as in `calibrate`; sites that no finite value has reached stay dense.
+        lenient: as in `calibrate`.
     """
     work = work_of(program, settings, calibration.batches)
     shares = [work.calibrating, work.scoring + work.trying + work.solving]
@@ -73,21 +76,38 @@ def run(
         batches = calibration.batches if stream is None else stream
         counted = calibrate(program, batches, calibration, lenient, calibrating)
         calibration = calibration.only(counted) if lenient else calibration
-        if lenient:
-            _leave_unseen(program)
     return convert(program, settings, calibration, converting)
 
 
-def _leave_unseen(program: Program) -> None:
-    """Leave sites dense that no finite value has reached."""
-    for graph_module in program.graph_modules:
+def _seen_only(program: Program) -> Program:
+    """The program without the sites that no finite value has reached, if there are others; these stay dense."""
+    found = [_unseen(graph_module) for graph_module in program.graph_modules]
+    if not any(found) or all(len(own) == len(sites(g)) for own, g in zip(found, program.graph_modules, strict=True)):
+        return program
+    copied = program.copy()
+    for graph_module, refusals in zip(copied.graph_modules, found, strict=True):
         for site, nodes in sites(graph_module).items():
-            path = annotation(nodes[0]).observer
-            observer = observer_of(graph_module, path, CovarianceObserver)
-            if observer is None or observer.moments is None:
-                _LOGGER.warning("site %s stays dense: no finite value has reached it", site.name)
+            if site.name in refusals:
+                refusal = refusals[site.name]
+                _LOGGER.warning("site %s stays dense: %s", site.name, refusal)
                 for node in nodes:
-                    annotate(node, site=None, refusal=Refusal(site.name, site.kind, Reason.UNSEEN))
+                    annotate(node, site=None, refusal=refusal)
+    return copied
+
+
+def _unseen(graph_module: fx.GraphModule) -> dict[str, Refusal]:
+    """The refusals of the sites that too few values have reached, by name."""
+    found = {}
+    for site, nodes in sites(graph_module).items():
+        observer = observer_of(graph_module, annotation(nodes[0]).observer, CovarianceObserver)
+        refusal = Refusal(site.name, site.kind, Reason.UNSEEN)
+        if observer is None or observer.moments is None:
+            found[site.name] = refusal
+        elif isinstance(observer.moments.count, Tensor):
+            few, product = too_few(site, observer.moments.count), read_experts(nodes[0])
+            if len(few) == site.groups or (few and not (product is not None and product.rows.splits)):
+                found[site.name] = dataclasses.replace(refusal, detail=f"too few for {len(few)} of its experts")
+    return found
 
 
 def observe(program: Program, settings: Settings, factors: Collection[Factors]) -> None:
@@ -153,8 +173,8 @@ def calibrate(
     module, counted = program.module, []
     generator = torch.Generator().manual_seed(calibration.seed)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
-    for index, found in enumerate(progress.track(batches)):
-        batch = ordinary(found)
+    for index, made in enumerate(progress.track(batches)):
+        batch = ordinary(made)
         if is_empty(batch):
             continue
         given = calibration.given(index, batch)
@@ -221,6 +241,7 @@ def convert(
             "this is not a prepared graph: call balf_fx.prepare first and run a few batches through it"
         )
     allocate, mode = settings.allocate(), settings.refit_mode
+    program = program if settings.chosen_factors == "svd" else _seen_only(program)
     measures = settings.measures and len(calibration.batches) > 0
     if measures or mode is not None:
         calibration = in_pieces(program, calibration)

@@ -22,7 +22,7 @@ from balf_fx.graph.annotation import (
     record_graph,
     sites,
 )
-from balf_fx.graph.curves import Solution
+from balf_fx.graph.curves import Kept, Solution
 from balf_fx.graph.effects import release_effects
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import get_tensor, put
@@ -152,7 +152,8 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
     for rank, biased in zip(ranks, layer.biased, strict=True):
         left = None if rank is None else zeros(groups, outputs, rank)
         right = zeros(groups, outputs if rank is None else rank, site.in_features)
-        found.append(Solution(left, right, zeros(groups, outputs) if biased else None))
+        whole = Kept(layer.kept, zeros(len(layer.kept), outputs, site.in_features)) if layer.kept else None
+        found.append(Solution(left, right, zeros(groups, outputs) if biased else None, whole))
     return tuple(found)
 
 
@@ -176,7 +177,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
         if value.shape != tensor.shape:
             raise PlanError(f"{name} has shape {tuple(tensor.shape)} in this model, {tuple(value.shape)} in the file")
         if id(tensor) not in given:
-            value = value.to(tensor.device, value.dtype if like is None else like.dtype)
+            value = value.to(
+                tensor.device, like.dtype if like is not None and value.is_floating_point() else value.dtype
+            )
             is_parameter = isinstance(tensor, nn.Parameter)
             given[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
         put(module, name, given[id(tensor)])

@@ -32,6 +32,8 @@ class Annotation:
         flops: FLOPs counted on the example batch (`graph.flops.profile`).
         shape: the shape of the node's output on the example batch.
         number: the node's output on the example batch if it is a whole number, for example a size.
+        loads: the number of rows of each expert on the example batch, where they are assigned to experts.
+        argument: the name of the model's argument that an input takes, where the input's own name does not tell it.
         computed_from: the tensors from which a parameter was computed; set by FoldConstants on the node that reads it.
         folded: the BatchNorms that were folded into the node, in their order; set by FoldBatchNorm.
         shared: whether another graph of the program reads the node's weights too. Their shapes and values do not
@@ -48,6 +50,8 @@ class Annotation:
     flops: int | None = None
     shape: tuple[int, ...] | None = None
     number: int | None = None
+    loads: tuple[int, ...] = ()
+    argument: str | None = None
     computed_from: tuple[torch.Tensor, ...] = ()
     folded: tuple[Norm, ...] = ()
     shared: bool = False
@@ -88,12 +92,14 @@ class Replaced:
         rank: the rank of its factors; None for a single layer that was refitted or narrowed.
         biased: whether it has a bias, for each part; one item for a layer without parts.
         fingerprint: the fingerprint of the original layer.
+        kept: the experts that keep their matrices.
     """
 
     name: str
     rank: Rank
     biased: tuple[bool, ...]
     fingerprint: Fingerprint
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class RankCurve:
         loss: the increase of the loss, to second order, when the site's output is replaced by its mean; None if there
             are no gradients.
         parts: the spectrum of the site's parts, if these may have separate factors.
+        kept: the experts that keep their matrices, since they have seen too few positions.
     """
 
     candidates: tuple[Candidate, ...]
@@ -80,6 +81,7 @@ class RankCurve:
     spectrum: Spectrum
     parts: Spectrum | None = None
     loss: float | None = None
+    kept: tuple[int, ...] = ()
 
     @property
     def dense(self) -> Candidate:
@@ -91,6 +93,14 @@ class RankCurve:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The matrices of experts that keep them, W [K, O, D]."""
+
+    experts: tuple[int, ...]
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Solution:
     """The weights of a site, or of a part of it, in the compressed model, which computes left right x + bias.
 
@@ -98,11 +108,13 @@ class Solution:
         left: [G, O, r]; None for a dense layer.
         right: [G, r, D], or [G, O, D] for a dense layer.
         bias: [G, O] or None.
+        kept: the experts that keep their matrices; their factors are zero.
     """
 
     left: torch.Tensor | None
     right: torch.Tensor
     bias: torch.Tensor | None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)

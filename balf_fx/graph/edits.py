@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx, nn
 
@@ -32,9 +34,13 @@ def set_bias(graph_module: fx.GraphModule, node: fx.Node, bias: nn.Parameter) ->
         node.update_kwarg("bias", fetched)
 
 
-def erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Erase a node without readers, the nodes that only computed a constant for it, and that constant."""
-    constants = constant_nodes(graph_module)
+def erase_unused(graph_module: fx.GraphModule, node: fx.Node, links: Collection[fx.Node] = ()) -> None:
+    """Erase a node without readers, the nodes that only computed a constant for it, and that constant.
+
+    Args:
+        links: other nodes that are erased if nothing else reads them.
+    """
+    constants = {*constant_nodes(graph_module), *links}
     pending = {node: None}
     while pending:
         node, _ = pending.popitem()

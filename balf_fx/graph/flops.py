@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.graph.annotation import annotate, annotation, record_graph
+from balf_fx.graph.experts import read_assignment
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +37,9 @@ class _Profiler(fx.Interpreter):
         shape = tuple(result.shape) if isinstance(result, torch.Tensor) else None
         number = result if isinstance(result, int) else None
         annotate(n, flops=self.counter.get_total_flops() - before, shape=shape, number=number)
+        assigned = read_assignment(n)
+        if assigned is not None:
+            annotate(n, loads=assigned.loads(self.env[assigned.node], result.shape[0]))
         return result
 
 

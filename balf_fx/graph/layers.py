@@ -6,6 +6,7 @@ Symbolic tracing yields `call_module`, functional calls yield `call_function` wi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from balf_fx.graph.annotation import annotation, sites
+from balf_fx.graph.experts import ExpertProduct, leads_to_experts, read_experts
 from balf_fx.graph.operators import is_transposition, reads_metadata
 from balf_fx.graph.parameters import get_tensor, is_hooked, is_quantized
 from balf_fx.graph.site import ConvGeometry, Kind, Reason, Refusal, Site
@@ -95,6 +97,9 @@ _SPLITS: tuple[Any, ...] = (
 )
 
 
+_GROUPED_ALIGNMENT = 16  # bytes
+
+
 _PARTS = (2, 3)
 
 
@@ -149,6 +154,9 @@ def layers_of(graph_module: fx.GraphModule) -> dict[str, tuple[Site, list[fx.Nod
 
 def site_input(node: fx.Node) -> fx.Node:
     """The node whose value a site reads."""
+    product = read_experts(node)
+    if product is not None:
+        return product.input
     value = node.args[0] if node.op == "call_module" and node.args else _bind(node).get("input")
     if not isinstance(value, fx.Node):
         raise TypeError(f"the input of {node.name} is not a node but {value!r}")
@@ -185,7 +193,24 @@ def _read_module(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal 
     return _layer(graph_module, name, kind, (f"{name}.weight", bias), module.groups, conv, inputs_first=transposed)
 
 
+def _read_experts(graph_module: fx.GraphModule, product: ExpertProduct) -> Site | Refusal:
+    path = str(product.source.target)
+    weight: Tensor = get_tensor(graph_module, path)
+    name = _site_path(graph_module, path, None)
+    if is_quantized(weight):
+        return Refusal(name, "experts", Reason.QUANTIZED, type(weight.data).__name__)
+    outputs, inputs = weight.shape[1:] if not product.inputs_first else (weight.shape[2], weight.shape[1])
+    step = max(_GROUPED_ALIGNMENT // weight.element_size(), 1) if product.rows.by == "ends" else 1
+    site = Site(name, "experts", path, None, len(weight), outputs, inputs, inputs_first=product.inputs_first)
+    return dataclasses.replace(site, rank_step=step)
+
+
 def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
+    product = read_experts(node)
+    if product is not None and isinstance(get_tensor(graph_module, str(product.source.target)), nn.Parameter):
+        return _read_experts(graph_module, product)
+    if leads_to_experts(node):
+        return None
     held = [constant.path for source in node.all_input_nodes if (constant := _constant(graph_module, source))]
     function = str(getattr(node.target, "__name__", node.target))
     arguments = _bind(node)

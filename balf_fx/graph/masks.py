@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from torch import fx
@@ -25,7 +26,7 @@ _DYNAMO = re.compile(r"[lL]_(?:kwargs_)?(\w+?)_?")  # how Dynamo names the input
 def argument_name(node: fx.Node) -> str:
     """The name of the model's argument that a placeholder takes."""
     found = _DYNAMO.fullmatch(str(node.target))
-    return str(node.target) if found is None else found[1]
+    return annotation(node).argument or (str(node.target) if found is None else found[1])
 
 
 def mask_inputs(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
@@ -39,8 +40,7 @@ def mask_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
 
     The graph need not have an input for this mask: it may be given otherwise, or read by an earlier part of the model.
     """
-    mask = mask_inputs(graph_module).get("attention_mask")
-    positions = None if mask is None else annotation(mask).shape
+    positions = _positions(graph_module)
     found: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
@@ -54,19 +54,24 @@ def mask_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
 
 def main_mask(graph_module: fx.GraphModule) -> str:
     """The name of the mask whose positions the outputs of a graph have."""
-    names = {mask_names(graph_module)[node] for node in graph_module.graph.find_nodes(op="placeholder")}
+    positions = _positions(graph_module)
+    names = {_input_mask(node, positions) for node in graph_module.graph.find_nodes(op="placeholder")}
     return next((name for name in MASKS if name in names), OTHER)
 
 
-def _input_mask(node: fx.Node, positions: tuple[int, ...] | None) -> str:
-    """The mask whose positions an input has.
+def _positions(graph_module: fx.GraphModule) -> tuple[int, ...] | None:
+    """[N, L], the shape of `attention_mask` on the example batch; None if the graph does not read it."""
+    mask = mask_inputs(graph_module).get("attention_mask")
+    return None if mask is None else annotation(mask).shape
 
-    Args:
-        positions: [N, L], the shape of `attention_mask` on the example batch; None if the graph does not read it.
-    """
+
+def _input_mask(node: fx.Node, positions: tuple[int, ...] | None) -> str:
+    """The mask whose positions an input has: by its name, and by its shape if that of the mask is known."""
     name, shape = argument_name(node), annotation(node).shape
     for mask in MASKS:
         if mask != "attention_mask" and name.startswith(mask.removesuffix("attention_mask")):
             return mask
-    fits = positions is None or shape is None or shape[: len(positions)] == positions
+    if positions is None or shape is None:
+        return "attention_mask"
+    fits = shape[:2] in (positions, positions[::-1]) or shape[:1] == (math.prod(positions),)
     return "attention_mask" if fits else OTHER

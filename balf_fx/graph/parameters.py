@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.graph.annotation import annotation
+from balf_fx.graph.experts import leads_to_experts
 from balf_fx.graph.operators import is_transposition
 from balf_fx.graph.site import Site
 
@@ -99,10 +100,11 @@ def owns_weight(graph_module: fx.GraphModule, users: Mapping[int, set[fx.Node]],
 
 
 def readers(source: fx.Node) -> set[fx.Node]:
-    """The nodes that read a value, directly or through nodes that only transpose it."""
+    """The nodes that read a value, directly or through nodes that only transpose it or select experts in it."""
     found: set[fx.Node] = set()
     for user in source.users:
-        found |= readers(user) if is_transposition(user) else {user}
+        passes_on = is_transposition(user) or leads_to_experts(user)
+        found |= (readers(user) if passes_on else set()) or {user}
     return found
 
 
@@ -118,7 +120,15 @@ def weight_matrix(weight: Tensor, groups: int, inputs_first: bool = False) -> Te
 
 def grouped_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
     """The site's weight as float64 [G, O, D]."""
-    return weight_matrix(get_tensor(graph_module, site.weight), site.groups, site.inputs_first)
+    return site_matrix(get_tensor(graph_module, site.weight), site)
+
+
+def site_matrix(weight: Tensor, site: Site) -> Tensor:
+    """A tensor in the shape of the site's weight as float64 [G, O, D]."""
+    if site.has_experts:
+        weight = weight.detach().to(torch.float64)
+        return weight.mT if site.inputs_first else weight
+    return weight_matrix(weight, site.groups, site.inputs_first)
 
 
 def grouped_bias(graph_module: fx.GraphModule, site: Site) -> Tensor | None:

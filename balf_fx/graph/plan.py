@@ -274,7 +274,8 @@ def _geometry(data: Mapping[str, Any]) -> ConvGeometry:
 def _layer(data: Mapping[str, Any]) -> Replaced:
     found = data["fingerprint"]
     fingerprint = Fingerprint(tuple(found["shape"]), tuple(found["sums"]))
-    return Replaced(str(data["name"]), _rank(data["rank"]), tuple(map(bool, data["biased"])), fingerprint)
+    kept = tuple(map(int, data.get("kept", ())))
+    return Replaced(str(data["name"]), _rank(data["rank"]), tuple(map(bool, data["biased"])), fingerprint, kept)
 
 
 def _width(data: Mapping[str, Any]) -> PlannedWidth:

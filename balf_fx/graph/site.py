@@ -2,7 +2,8 @@
 
 Shapes. A site computes, in each of its G groups, y = W x + b with W of shape [O, D]: O outputs and D inputs per
 group. For a convolution x is the patch under the kernel, D = C_in / G * prod(kernel_size), and every output pixel
-is one *position*; for a linear layer a position is one index of the leading dimensions.
+is one *position*; for a linear layer a position is one index of the leading dimensions. In a layer of experts each
+expert is a group with positions of its own (`graph.experts`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import torch
 Side = Literal["output", "input"]
 
 
-Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+Conv = Literal["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+
+
+Kind = Literal["linear", "experts", Conv]
 
 
 class Reason(str, Enum):
@@ -37,6 +41,7 @@ class Reason(str, Enum):
     SINGLE_INPUT = "one input value per group"
     TOO_SMALL = "no rank is cheaper than the dense layer"
     EXCLUDED = "excluded by the user"
+    ROUTER = "its output chooses experts, of which gradients know nothing"
     UNSEEN = "no finite calibration value has reached it"
 
 
@@ -105,6 +110,7 @@ class Site:
         parts: the number of equal pieces into which the graph splits the output, as that of a fused query-key-value
             projection; each may have separate factors.
         keeps_rank: whether the user wants its full rank; it may still be refitted and narrowed.
+        rank_step: ranks are multiples of it, since kernels of grouped products need rows of whole 16 bytes.
     """
 
     name: str
@@ -119,6 +125,7 @@ class Site:
     keeps_weight: bool = False
     parts: int = 1
     keeps_rank: bool = False
+    rank_step: int = 1
 
     @property
     def transposed(self) -> bool:
@@ -147,7 +154,13 @@ class Site:
         """The largest rank r with r (O + D) < O D; 0 if there is none or the user wants full rank."""
         if self.keeps_rank:
             return 0
-        return (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
+        largest = (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
+        return largest // self.rank_step * self.rank_step
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its groups are experts, which have different positions."""
+        return self.kind == "experts"
 
     @property
     def full_rank(self) -> int:

@@ -15,6 +15,8 @@ from torch.nn.utils import skip_init
 from balf_fx.graph.annotation import carried_meta
 from balf_fx.graph.curves import PartRanks, Solution
 from balf_fx.graph.edits import MODULE_STACK, erase_unused, module_stack
+from balf_fx.graph.expert_factors import ExpertFactors, build_experts
+from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import site_input
 from balf_fx.graph.parameters import get_tensor, locate, put
 from balf_fx.graph.site import ConvGeometry, Site
@@ -54,8 +56,9 @@ class Substitute:
         """The ranks of the parts that are factorized."""
         return [rank for rank in self.ranks if rank is not None]
 
-    def insert_calls(self, graph: fx.Graph, path: str, source: fx.Node) -> fx.Node:
+    def insert_calls(self, graph: fx.Graph, path: str, node: fx.Node) -> fx.Node:
         """Insert calls of the modules at the graph's insertion point; returns the node of the layer's output."""
+        source = site_input(node)
         if self.first is None:
             return graph.call_module(path, (source,))
         thin = graph.call_module(f"{path}.0", (source,))
@@ -89,9 +92,11 @@ class Substitute:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> Substitute:
+def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> Substitute | ExpertFactors:
     """The modules that compute a solution of a site, with one item or one for each part."""
     original: Tensor = get_tensor(graph_module, site.weight)
+    if site.has_experts:
+        return build_experts(original, site, solution[0])
     if len(solution) > 1:
         built = _parts(site, original, solution)
     elif solution[0].left is None:
@@ -195,7 +200,9 @@ def _memory_format(original: Tensor, dimensions: int) -> torch.memory_format:
     return layout if original.stride(1) < original.stride(-1) else torch.contiguous_format
 
 
-def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: Substitute) -> None:
+def replace_site(
+    graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: Substitute | ExpertFactors
+) -> None:
     """Replace the site's module or weight by the modules, and each of its nodes by calls of them.
 
     The caller lints and recompiles the graph.
@@ -210,7 +217,7 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
     for node in nodes:
         before = node.prev
         with graph.inserting_before(node):
-            wide = substitute.insert_calls(graph, site.name, site_input(node))
+            wide = substitute.insert_calls(graph, site.name, node)
         new = before.next
         while new is not node:
             new.meta = carried_meta(node, same_value=new is wide)
@@ -218,10 +225,12 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
                 new.meta[MODULE_STACK] = module_stack(graph_module, str(new.target), node, site.name)
             new = new.next
         node.replace_all_uses_with(wide)
+        product = read_experts(node)
         sources = [source for source in node.all_input_nodes if source is not site_input(node)]
+        links = () if product is None else product.links
         graph.erase_node(node)
         for source in sources:
-            erase_unused(graph_module, source)
+            erase_unused(graph_module, source, links)
     if isinstance(replaced, nn.Module):
         _keep_what_is_read(graph, site.name, replaced, substitute.module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,25 +51,32 @@ def _spread(rank: Rank) -> tuple[int, int, int]:
 
 
 def rank_curve(
-    site: Site, spectrum: Spectrum, dense_flops: int, output_elements: int, parts: Spectrum | None = None
+    site: Site,
+    spectrum: Spectrum,
+    dense_flops: int,
+    output_elements: int,
+    parts: Spectrum | None = None,
+    kept: Mapping[int, int] | None = None,
 ) -> RankCurve:
     """All candidates of a site: ranks 1 .. break-even, ranks of its parts, then dense with distortion 0.
 
     Args:
         parts: the spectrum of the site's parts, if these may have separate factors.
+        kept: the FLOPs of each expert that keeps its matrix; None if none does.
     """
     tail = tail_energies(spectrum)
     bias = site.bias is not None or spectrum.mean is not None
+    whole = len(kept or ()) * site.out_features * site.in_features
 
     def candidate(rank: Rank, distortion: float) -> Candidate:
-        flops = rank_flops(site, rank, dense_flops, output_elements)
-        return Candidate(rank, flops, rank_params(site, rank, bias), distortion)
+        flops = rank_flops(site, rank, dense_flops, output_elements) + sum(kept.values() if kept else ())
+        return Candidate(rank, flops, rank_params(site, rank, bias) + whole, distortion)
 
     # Break-even is below min(O, D), so the tail has an entry for every rank.
-    joint = [candidate(rank, tail[rank]) for rank in range(1, site.break_even + 1)]
+    joint = [candidate(rank, tail[rank]) for rank in range(site.rank_step, site.break_even + 1, site.rank_step)]
     split = [] if parts is None else [candidate(*choice) for choice in _parts_choices(site, parts, tail)]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
-    return RankCurve((*joint, *split, dense), tail[0], output_elements, spectrum, parts)
+    return RankCurve((*joint, *split, dense), tail[0], output_elements, spectrum, parts, kept=tuple(kept or ()))
 
 
 def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:

@@ -23,6 +23,8 @@ the plain optimum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -155,6 +157,19 @@ def tail_energies(spectrum: Spectrum) -> list[float]:
     """Distortion at ranks 0, 1, .., m: the sum of the dropped energies over all groups."""
     dropped = spectrum.energies.sum(0).flip(0).cumsum(0).flip(0)
     return [*dropped.tolist(), 0.0]
+
+
+def shared_energies(energies: Tensor, count: float | Tensor, kept: Sequence[int]) -> Tensor:
+    """The energies of groups with different positions, [G, m], as means over the positions of all groups.
+
+    Args:
+        count: the number of positions of each group, [G].
+        kept: groups without an error, since they keep their matrices.
+    """
+    counts = torch.as_tensor(count, dtype=energies.dtype, device=energies.device).expand(len(energies))
+    shared = energies * (counts / counts.sum()).unsqueeze(-1)
+    shared[list(kept)] = 0
+    return shared
 
 
 def factors(weight: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:

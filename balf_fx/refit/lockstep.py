@@ -21,9 +21,11 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MEMORY
 from balf_fx.calibration.weights import Weights
+from balf_fx.graph.experts import leads_to_experts
 from balf_fx.graph.masks import mask_names
-from balf_fx.graph.operators import changes_in_place
+from balf_fx.graph.operators import changes_in_place, operation
 from balf_fx.graph.parameters import is_quantized
+from balf_fx.graph.routers import PLACES_ONLY, chooses
 from balf_fx.refit.offload import Shelf, resident
 
 
@@ -125,6 +127,7 @@ class Lockstep:
         """Run the nodes in their order.
 
         Args:
+            nodes: without those that only select matrices of experts, which are large: the products compute them.
             layers: the nodes that the compressed model may replace.
             replace: called with each of the layers once the original model has run it for all batches; it stores the
                 compressed model's values, unless they are the same.
@@ -137,12 +140,12 @@ class Lockstep:
             self._nbytes = [0] * len(self._batches)
             for node in track(nodes):
                 self._separate(node)
-                moves = node not in layers and not self.moved.isdisjoint(node.all_input_nodes)
+                moves = node not in layers and not self.moved.isdisjoint(sources_of(node))
                 moves = moves or self.is_handed(node)
                 for batch in self.batches():
                     batch.original[node] = self._original(node, batch)
                     if moves:
-                        batch.compressed[node] = self._compressed(node, batch)
+                        batch.compressed[node] = self.compressed(node, batch)
                     if node not in layers:  # at once, so that the next batch's values can reuse the memory
                         batch.free(last_reads[node])
                 if moves:
@@ -177,7 +180,7 @@ class Lockstep:
 
     def _separate(self, node: fx.Node) -> None:
         """Copy values so that a node of one model does not change the other's values in place."""
-        if not self.moved.isdisjoint(node.all_input_nodes) and changes_in_place(self.graph_module, node):
+        if not self.moved.isdisjoint(sources_of(node)) and changes_in_place(self.graph_module, node):
             for source in node.all_input_nodes:
                 if source not in self.moved:
                     self.store(source, partial(_cloned, source))
@@ -188,20 +191,46 @@ class Lockstep:
             return self.inputs[batch.index][str(node.target)]
         return self._call(node, batch.before)
 
-    def _compressed(self, node: fx.Node, batch: Batch) -> Any:
+    def compressed(self, node: fx.Node, batch: Batch) -> Any:
         """The value of a node in the compressed model, or the one handed to it in its place."""
         if node.op == "placeholder":
             values, name = self.handed[batch.index], str(node.target)
             return values[name] if name in values else _cloned(node, batch)
+        if chooses(node):
+            return _same_choice(node, batch.original[node], batch.current)
         return self._call(node, batch.current)
 
     def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), value_of)
+        def value(source: fx.Node) -> Any:
+            return self._call(source, value_of) if leads_to_experts(source) else value_of(source)
+
+        args, kwargs = map_arg((node.args, node.kwargs), value)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+
+
+def _same_choice(node: fx.Node, original: Any, value_of: Callable[[fx.Node], Any]) -> Any:
+    """A node's value in the compressed model, if it chooses as in the original.
+
+    Then what follows can be compared: an expert gets the same rows in both models.
+    """
+    if operation(node) in PLACES_ONLY:
+        return original.clone()
+    values, places = original
+    position = 2 if operation(node) == "topk" else 1
+    dim = node.kwargs.get("dim", node.args[position] if len(node.args) > position else -1)
+    source = value_of(node.all_input_nodes[0])
+    chosen = source.gather(dim if isinstance(dim, int) else -1, places) if source.dim() else values
+    return type(original)((chosen, places.clone()))
 
 
 def _cloned(node: fx.Node, batch: Batch) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, batch.original[node])
+
+
+def sources_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a node reads, itself or through nodes that select matrices of experts."""
+    sources = (sources_of(each) if leads_to_experts(each) else [each] for each in node.all_input_nodes)
+    return list(dict.fromkeys(source for found in sources for source in found))
 
 
 def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -209,7 +238,7 @@ def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         last[node] = node
-        for source in node.all_input_nodes:
+        for source in sources_of(node):
             last[source] = node
     found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for source, node in last.items():

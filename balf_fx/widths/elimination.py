@@ -62,7 +62,7 @@ def prediction_errors(
         moment = torch.addmm(moment[rest, rest], pairs[0], pairs[1].mT, alpha=-1)
         covariance = torch.addmm(covariance[rest, rest], predicted, covariance[own, rest], alpha=-1)
         metric = metric[rest, rest]
-        errors.append(float((metric * moment).sum()))
+        errors.append(max(float((metric * moment).sum()), 0.0))  # where it is zero, rounding decides its sign
         before = size
     return errors
 

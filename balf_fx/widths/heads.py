@@ -7,9 +7,11 @@ passed through the model's own reshapes, permutations and splits (`widths.moves`
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +60,13 @@ class _Operand:
     source: fx.Node
 
 
+_Arrival = tuple[fx.Node | None, fx.Node, Tensor, float]
+"""(reader, the node it reads, the moved value, its scale); the reader is None if the value cannot be followed."""
+
+
+_Sized = Callable[[fx.Node, Any], Size | None]
+
+
 def is_attention(product: fx.Node) -> bool:
     """Whether a node computes both products of attention."""
     return product.target in _ATTENTIONS
@@ -94,7 +103,7 @@ class _Finder:
     def is_writer(self, node: fx.Node) -> bool:
         """Whether a node is a linear layer whose weight nothing else reads."""
         site = annotation(node).site
-        if site is None or site.conv is not None or site.keeps_weight:
+        if site is None or site.conv is not None or site.keeps_weight or site.has_experts:
             return False
         return owns_weight(self.graph_module, self.users, node, site)
 
@@ -105,7 +114,8 @@ class _Finder:
         for root in self.roots(writer):
             shape = annotation(root).shape or ()
             numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
-            for user, source, moved, scale in self._follow(root, numbers):
+            sized = partial(_size_before, root, shape)
+            for user, source, moved, scale in self._follow(root, numbers, sized):
                 places = [] if user is None else [i for i in _slots(user) if user.args[i] is source]
                 operand = _read_rows(numbers, moved, scale, root) if len(places) == 1 else None
                 if user is not None and operand is not None:
@@ -126,14 +136,16 @@ class _Finder:
         kept = [self.moves.keeps(user, writer, rank - 1) if is_shaped(user) else None for user in roots]
         return roots if min(ranks, default=0) > 2 and kept == [own - 1 for own in ranks] else []
 
-    def _follow(self, start: fx.Node, value: Tensor) -> list[tuple[fx.Node | None, fx.Node, Tensor, float]]:
-        """The readers of a value behind moves and scalings: (reader, the node it reads, the moved value, its scale).
+    def _follow(self, start: fx.Node, value: Tensor, sized: _Sized) -> list[_Arrival]:
+        """The readers of a value behind moves and scalings.
 
-        The reader is None where the value cannot be followed further.
+        Args:
+            sized: how a node that reads the shape of a moved value can read it from the first one; these nodes are
+                recorded in `sizes`.
         """
         values: dict[fx.Node, Any] = {start: value}
         scales = {start: 1.0}
-        arrived: list[tuple[fx.Node | None, fx.Node, Tensor, float]] = []
+        arrived: list[_Arrival] = []
         sizes = self.sizes[start] = []
         pending = [start]
         while pending:
@@ -142,7 +154,7 @@ class _Finder:
             for user in node.users:
                 if node is start and is_harmless(user, value.dim() - 1):
                     continue
-                size = read_size(user, start, held, value.shape, value.dim() - 1)
+                size = sized(user, held)
                 if size is not None:
                     sizes.append(size)
                     continue
@@ -211,14 +223,15 @@ class _Finder:
             shape = (shape[0] // len(v.rows), len(v.rows), *shape[1:])
         heads, features = shape[-3], shape[-1]
         numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
-        arrived = self._follow(product, numbers.flatten(0, 1) if v.merged else numbers)
+        merged = (numbers.movedim(-2, 0) if v.sequence_first else numbers.transpose(-3, -2)).flatten(-2)
+        sized = partial(_size_behind, product, v, merged)
+        arrived = self._follow(product, numbers.flatten(0, 1) if v.merged else numbers, sized)
         if len(arrived) != 1 or features != v.rows.shape[1] or heads % len(unique):
             return
         reader, source, moved, scale = arrived[0]
         site = None if reader is None else annotation(reader).site
         if reader is None or site is None or not self.is_writer(reader) or site_input(reader) is not source:
             return
-        merged = (numbers.movedim(-2, 0) if v.sequence_first else numbers.transpose(-3, -2)).flatten(-2)
         flat = moved.dim() == 2 and merged.dim() > 2
         expected = merged.flatten(0, -2) if flat else merged
         if scale != 1.0 or moved.shape != expected.shape or not torch.equal(moved, expected):
@@ -272,6 +285,30 @@ def _read_rows(numbers: Tensor, moved: Tensor, scale: float, source: fx.Node) ->
             if expected.shape == heads.shape and torch.equal(expected, heads):
                 found.append(_Operand(rows, scale, transposed, sequence_first, merged, source))
     return found[0] if len(found) == 1 else None
+
+
+def _size_before(root: fx.Node, shape: Sequence[int], user: fx.Node, moved: Any) -> Size | None:
+    """How a node can read the shape of a part of a layer's output from the whole output."""
+    return read_size(user, root, moved, shape, len(shape) - 1)
+
+
+def _size_behind(product: fx.Node, v: _Operand, merged: Tensor, user: fx.Node, moved: Any) -> Size | None:
+    """How a node can read the shape of a moved output of a product from that output.
+
+    Args:
+        merged: where the output's elements lie in the value that the output projection reads, [..., positions, heads *
+            features] or sequence first.
+    """
+    if not isinstance(moved, Tensor):
+        return None
+    place = torch.empty(merged.numel(), dtype=torch.int32)
+    place[merged.flatten().to(torch.int64)] = torch.arange(merged.numel(), dtype=torch.int32)
+    size = read_size(user, product, place[moved.to(torch.int64)], merged.shape, merged.dim() - 1)
+    batch, positions = (1, 0) if v.sequence_first else (0, 1)
+    leading = {batch: None if v.merged else 0, positions: 1 if v.merged else 2}
+    if size is None or merged.dim() != 3 or any(axis is not None and leading[axis] is None for axis in size.axes):
+        return None
+    return dataclasses.replace(size, axes=tuple(None if axis is None else leading[axis] for axis in size.axes))
 
 
 def _operand(position: int, writer: fx.Node, read: _Operand, unique: Tensor) -> Operand:

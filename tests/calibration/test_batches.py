@@ -162,6 +162,7 @@ def test_labels_leave_a_tuple_from_its_end(model, batch, kept):
         (Labelled(), {"x": X, "label": FLOATS}, {"x", "labels"}),
         (AnyKeyword(), {"x": X, "label": LABELS, "labels": LABELS}, {"x", "label", "labels"}),
         (KeywordOnly(), {"x": X, "extra": LABELS}, {"extra"}),
+        (KeywordOnly(), {"x": X, "extra": LABELS, "labels": LABELS}, {"extra"}),
     ],
 )
 def test_label_keys_leave_a_mapping_where_forward_has_no_such_parameter(model, batch, kept, kind):

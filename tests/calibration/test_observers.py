@@ -10,8 +10,9 @@ from torch import fx, nn
 
 import balf_fx
 from balf_fx.calibration import moments as moments_module
-from balf_fx.calibration.moments import Moments, input_patches
-from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
+from balf_fx.calibration.moments import Moments, input_columns, input_patches, output_columns
+from balf_fx.calibration.observers import CovarianceObserver, Recorded, SensitivityObserver, observer_of
+from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.parameters import weight_matrix
@@ -326,6 +327,39 @@ def test_dead_code_elimination_keeps_observers():
     assert graph_module.get_submodule("observer").moments.count == 5
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_positions_without_weight_are_not_read(side):
+    _, site = linear(side)
+    size = site.in_features if side == "input" else site.out_features
+    value, mask = random(0, 6, 5, size), random(1, 6, 5) > 0
+    padded = value.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    for each in (padded, padded.flatten(0, 1), padded.unsqueeze(2).expand(6, 5, 3, size)):
+        observer = CovarianceObserver(site, side=side)
+        observer(each, Weights(mask))
+        copies = each[0, 0].numel() // size if each.dim() == 4 else 1
+        assert_same(observer.moments, observe_side(site, side, value[mask].repeat_interleave(copies, 0)), 1e-12)
+
+
+def observe_side(site, side, value):
+    observer = CovarianceObserver(site, side=side)
+    observer(value)
+    return observer.moments
+
+
+@every_conv
+def test_the_positions_of_a_convolution_are_those_of_its_output(kind, side):
+    module, site, image = conv(kind, side)
+    output = module(image).detach()
+    assert site.conv.output_sizes(image.shape[2:]) == output.shape[2:]
+    weights = (random(1, len(output), *output.shape[2:]) > 0).double() * 2
+    value = image if side == "input" else output
+    columns = (input_columns if side == "input" else output_columns)(value, site)
+    observer = CovarianceObserver(site)
+    observer(value, Weights(weights))
+    seen = direct(columns[..., weights.flatten() > 0])
+    assert_same(observer.moments, Moments(2 * seen.count, seen.mean, 2 * seen.scatter))
+
+
 def test_an_observer_is_found_by_its_path_and_kind():
     graph_module = balf_fx.prepare(nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(4, 8))
     ((_, (node,)),) = sites(graph_module).items()
@@ -333,3 +367,21 @@ def test_an_observer_is_found_by_its_path_and_kind():
     assert observer_of(graph_module, path, CovarianceObserver) is graph_module.get_submodule(path)
     assert observer_of(graph_module, path, SensitivityObserver) is None
     assert observer_of(graph_module, None, CovarianceObserver) is None
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_of_gradients_stay_in_range(scale):
+    site = Site("layer", "linear", "layer.weight", None, 1, 3, 8)
+    value, gradient = torch.randn(6, 3), torch.randn(6, 3)
+    plain, scaled = (SensitivityObserver(site, None, copies=False) for _ in range(2))
+    recorded = Recorded(value, value, None, None)
+    plain.take(recorded, gradient.double())
+    scaled.take(recorded, gradient * scale)
+    unit = scaled.sample.gradients.total / plain.sample.gradients.total
+    assert unit == pytest.approx(scale**2, rel=1e-5)
+    torch.testing.assert_close(
+        scaled.sample.gradients.scatter / unit, plain.sample.gradients.scatter, rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        scaled.sample.moments.scatter / scaled.sample.moments.count, plain.sample.moments.covariance()
+    )

@@ -1,5 +1,8 @@
 """Padding does not count in calls that the backend records, and all parts of a call share its mask."""
 
+import functools
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -83,3 +86,30 @@ def test_a_users_weights_are_those_of_the_first_graphs_inputs(calls):
     assert_same(given, plan_of(model, batches, effort="fast"))
     with pytest.raises(CalibrationError, match="must return a tensor"):
         plan_of(model, batches, effort="best", weights=lambda _: None)
+
+
+class Wrapped(Model):
+    """Its `forward` is wrapped as those of transformers are."""
+
+    @functools.wraps(Model.forward)
+    def forward(self, *args, **kwargs):
+        return Model.forward(self, *args, **kwargs)
+
+
+class Unbound(Model):
+    """The same, where the wrapper takes the module, too."""
+
+    def forward(*args, **kwargs):
+        return Model.forward(*args, **kwargs)
+
+
+Unbound.forward.__signature__ = inspect.signature(Model.forward)
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Unbound])
+def test_a_mask_that_a_wrapper_passes_on_is_known_by_its_position(calls, kind):
+    torch.manual_seed(0)
+    model, batches = Model(False).double().eval(), [padded(ids, "left") for ids in calls]
+    wrapper = kind(False).double().eval()
+    wrapper.load_state_dict(model.state_dict())
+    assert_same(plan_of(wrapper, batches, effort="fast"), plan_of(model, batches, effort="fast"))  # with its names

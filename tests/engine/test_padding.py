@@ -160,6 +160,36 @@ class Fixed(nn.Module):
         return self.model(input_ids, torch.ones_like(input_ids))
 
 
+class Translator(nn.Module):
+    """An encoder and a decoder, each with a mask, and both with the same length."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.encoder, self.decoder = Block(False), Block(True)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask):
+        hidden = self.encoder(self.tokens(input_ids), attention_mask)
+        x = self.decoder(self.tokens(decoder_input_ids), decoder_attention_mask)
+        scores = (self.query(x) @ self.key(hidden).mT).masked_fill(attention_mask[:, None] == 0, -1e30)
+        return self.head(x + scores.softmax(-1) @ self.value(hidden))
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_an_encoder_and_a_decoder_have_a_mask_each(tokens, effort):
+    torch.manual_seed(0)
+    model, answers = Translator().double().eval(), [ids.flip(1) for ids in tokens]
+
+    def pairs(read, write):
+        for ids, answer in zip(tokens, answers, strict=True):
+            yield read(ids) | {f"decoder_{name}": value for name, value in write(answer).items()}
+
+    plain = compressed(model, pairs(masked, masked), effort=effort)
+    found = compressed(model, pairs(lambda ids: padded(ids, "left"), lambda ids: padded(ids, "right")), effort=effort)
+    assert_same(found, plain)
+
+
 def test_a_mask_is_read_wherever_it_is(decoder, tokens):
     batches = [padded(ids, "right") for ids in tokens]
     expected = compressed(decoder, batches, effort="fast")
@@ -198,6 +228,21 @@ def test_the_weights_of_samples_say_which_count(decoder, tokens):
     half = torch.tensor([1.0, 0.0] * 6)
     kept, whole = [masked(ids[::2]) for ids in tokens], [masked(ids) for ids in tokens]
     assert_same(refitted(decoder, whole, weights=lambda _: half), refitted(decoder, kept))
+
+
+def test_the_weights_of_images_say_which_count():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2), nn.Flatten(), nn.Linear(54, 5)]
+    model = nn.Sequential(*layers).double().eval()
+    images, half = torch.randn(2, 16, 3, 8, 8, dtype=torch.float64), torch.tensor([1.0, 0.0] * 8)
+    broken = images.masked_fill((half == 0)[:, None, None, None], torch.nan)  # what does not count is not read
+
+    def small(batches, **options):
+        return balf_fx.compile(model, list(batches), allocation={"0": 3, "2": 4, "4": 2}, progress=False, **options)
+
+    for effort, given in (("best", images), ("fast", broken)):
+        found = small(given, effort=effort, weights=lambda _: half)
+        assert_same(found, small(images[:, ::2], effort=effort))
 
 
 def test_a_weight_of_two_counts_as_the_sample_twice(decoder, tokens):

@@ -225,3 +225,13 @@ def test_widths_that_share_layers_are_grouped(layers):
             reached |= found
             pending += found
         assert reached == set(group)
+
+
+def test_an_error_of_zero_is_not_negative():
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.randn(3, 12, dtype=torch.float64, generator=generator)
+        moment, metric = basis.mT @ basis, torch.randn(12, 12, dtype=torch.float64, generator=generator)
+        covariance = moment + 1e-13 * torch.eye(12, dtype=torch.float64)
+        errors = prediction_errors(covariance, moment, metric @ metric.mT, torch.arange(12), [4, 8, 11])
+        assert all(0 <= error < 1e-9 * float(moment.trace()) for error in errors)

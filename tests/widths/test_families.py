@@ -13,16 +13,15 @@ from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Score
 
 BOTH = pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
-NOT_TRACED = {"Conv1D attention": {"queries"}}  # there, the output's shape is read in a way that is not followed
 
 
-def kinds(name, capture):
+def kinds(name):
     if name in VALUES:
         return {"values"}
     if name in PARALLEL:
         return {"channels", "values"}
     if name in QUERIES_AND_VALUES:
-        return NOT_TRACED.get(name, {"queries", "values"}) if capture == "symbolic_trace" else {"queries", "values"}
+        return {"queries", "values"}
     return {"channels"}
 
 
@@ -41,7 +40,7 @@ def prepared_redundant(name, capture):
 def test_what_is_redundant_may_go(name, capture):
     """Alone and together, for other numbers of samples."""
     prepared, sizes, shape = prepared_redundant(name, capture)
-    assert {width.kind for width in graph_record(prepared).widths} == kinds(name, capture)
+    assert {width.kind for width in graph_record(prepared).widths} == kinds(name)
     whole = rewritten(prepared, {})
     for chosen in [*({key: size} for key, size in sizes.items()), sizes]:
         narrow = rewritten(prepared, chosen)
