@@ -39,9 +39,11 @@ class Call:
     output: Any
     autocast: tuple[Autocast, ...] = ()
 
-    def value(self, name: str) -> Any:
-        """The value of an argument in the call."""
-        return self.supplied[name] if name in self.supplied else self.defaults[name]
+    def input(self, name: str) -> Any:
+        """The value of a graph's input in the call: None for a default that holds tensors, which the graph holds."""
+        if name in self.supplied:
+            return self.supplied[name]
+        return None if holds_tensor(self.defaults[name]) else self.defaults[name]
 
     @property
     def constants(self) -> dict[str, Any]:

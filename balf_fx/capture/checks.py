@@ -57,7 +57,9 @@ def check_values(model: nn.Module) -> None:
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest magnitude in a tensor; 0 for types without a plain value."""
+    """The largest magnitude in a tensor; 0 for tensors without plain values."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        return 0.0
     value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if value.dtype not in _FLOATS or not value.numel() or is_quantized(tensor):
         return 0.0

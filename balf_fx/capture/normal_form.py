@@ -114,7 +114,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
         check_functional_training(graph_module)
     if not model.training:
         graph_module.eval()
-    inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
+    inputs = [call.input(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
         inline_contexts(graph_module)
         check_transforms(graph_module)

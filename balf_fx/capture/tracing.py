@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from balf_fx.calibration.batches import MODEL_ERRORS
+from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.capture.names import rename_illegal
 from balf_fx.errors import CaptureError
 from balf_fx.graph.operators import AUGMENTED
@@ -69,10 +69,11 @@ def _take_replaced_forward(model: nn.Module) -> None:
 
 
 def _state(model: nn.Module) -> list[tuple[str, int, int]]:
-    """The identity and the version of every buffer."""
-    return [
-        (name, id(buffer), 0 if buffer.is_inference() else buffer._version) for name, buffer in model.named_buffers()
-    ]
+    """The identity and the version of every buffer, in place of which forward may have put a proxy."""
+    counted = (
+        (name, buffer, type(buffer) is Tensor and not buffer.is_inference()) for name, buffer in model.named_buffers()
+    )
+    return [(name, id(buffer), buffer._version if counts else 0) for name, buffer, counts in counted]
 
 
 def plain(graph: fx.Graph) -> fx.Graph:
@@ -152,8 +153,22 @@ class _Tracer(fx.Tracer):
             return specialised if name.startswith("**") else tuple(specialised.values())
         if name not in self.constants:
             return argument
-        guard_constant(self.graph, node, self.constants[name])
-        return self.constants[name]
+        value = self.constants[name]
+        if holds_tensor(value):  # a default, which no code could name: any other value is refused
+            node.args, guarded = (None,), None
+        else:
+            guarded = value
+        guard_constant(self.graph, node, guarded)
+        return value
+
+    def create_arg(self, a: Any) -> Any:
+        """A dictionary of another class, such as the outputs of transformers, is built by a call of its class."""
+        if not isinstance(a, dict) or type(a) is dict or not all(isinstance(key, str) for key in a):
+            return super().create_arg(a)
+        fields = {key: self.create_arg(value) for key, value in a.items()}
+        node = self.create_node("call_function", type(a), (), fields)
+        node.meta["is_wrapped"] = True  # FX must not trace into it when it traces the code again, as unpickling does
+        return node
 
     def _first_by_keyword(self, starred: fx.Node) -> fx.Node:
         """The first input that can only be given by keyword, and so comes behind the items of `*args`."""

@@ -1,5 +1,6 @@
 import json
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -93,3 +94,36 @@ def test_a_tensor_that_is_passed_twice_is_two_inputs():
     model, x = Two().eval(), torch.randn(4, 8)
     graph_module = capture(model, (x, x), method="export")
     torch.testing.assert_close(graph_module(x, x + 1), model(x, x + 1))
+
+
+SCALE = torch.full((8,), 2.0)
+
+
+class Defaults(Starred):
+    def forward(self, x, scale=SCALE):
+        return OrderedDict(y=self.a(x) * scale, z=self.b(x))
+
+
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_defaults_that_are_tensors_and_outputs_of_other_classes(method):
+    model, x = Defaults().eval(), torch.randn(4, 8)
+    graph_module = capture(model, x, method=method)
+    for each in (graph_module, pickle.loads(pickle.dumps(graph_module))):
+        found = each(x)
+        assert type(found) is OrderedDict
+        torch.testing.assert_close(found, model(x))
+    with pytest.raises((AssertionError, TypeError)):
+        graph_module(x, SCALE + 1)
+
+
+def test_outputs_of_transformers_keep_their_class():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+
+    class Model(Starred):
+        def forward(self, x):
+            return outputs.BaseModelOutput(last_hidden_state=self.a(x))
+
+    model, x = Model().eval(), torch.randn(4, 8)
+    found = capture(model, x, method="symbolic_trace")(x)
+    assert type(found) is outputs.BaseModelOutput
+    torch.testing.assert_close(found.last_hidden_state, model(x).last_hidden_state)

@@ -1,6 +1,7 @@
 """Operations in place become operations out of place, and compute the same."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -240,3 +241,20 @@ def test_a_graph_without_such_operations_is_not_touched():
     make_functional(graph_module, [X])
     release_effects(graph_module)
     assert graph_module.code == before
+
+
+class Averaging(Counting):
+    def forward(self, x):
+        self.calls = 0.9 * self.calls + x.mean()
+        return self.a(x) + self.calls.sum()
+
+
+def test_a_buffer_that_forward_replaces():
+    model = Averaging()
+    with pytest.raises(CaptureError, match="state that forward changes"):
+        capture(model, X, method="symbolic_trace")
+    small = balf_fx.compile(model, [X] * 3, params=1.0, effort="fast", progress=False)
+    for again in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        expected = copy.deepcopy(model)
+        for _ in range(2):
+            torch.testing.assert_close(again(X), expected(X))

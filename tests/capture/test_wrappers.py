@@ -136,3 +136,9 @@ def test_a_forward_that_is_a_function_on_the_instance_is_named():
 def test_options_of_the_wrong_kind(options):
     with pytest.raises(OptionError, match=f"^{next(iter(options))} must"):
         small(mlp(), **options)
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.Linear(8, 4, device="meta")], ids=["lazy", "meta"])
+def test_weights_that_are_not_there(layer):
+    with pytest.raises(ModelError, match="run one batch|load its weights"):
+        small(nn.Sequential(*mlp(), layer).eval())
