@@ -15,7 +15,7 @@ from balf_fx.graph.curves import Spectrum
 from balf_fx.graph.flops import flop_counter, profile
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.site import Site
-from balf_fx.ranks.costs import energy_curve, parts_candidate, rank_curve, rank_flops, rank_params
+from balf_fx.ranks.costs import energy_curve, largest_part_rank, parts_candidate, rank_curve, rank_flops, rank_params
 from balf_fx.ranks.spectra import in_parts, spectrum_from_weight
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True)
@@ -217,3 +217,15 @@ def test_moving_the_mean_into_a_missing_bias_costs_a_bias():
     *extra, dense = [with_mean.params - without.params for without, with_mean in pairs]
     assert set(extra) == {8}
     assert dense == 0
+
+
+def test_a_kept_weight_costs_more_only_beside_factors():
+    kept = Site("layer", "linear", "layer.weight", None, 1, 12, 8, keeps_weight=True)
+    assert rank_params(kept, None, False) == 12 * 8
+    assert rank_params(kept, 2, False) == 12 * 8 + 2 * (12 + 8)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "largest"), [(24, 4, 3), (24, 40, 8), (24, 8, 7)])
+def test_a_part_has_no_rank_at_which_it_would_be_cheaper_dense(outputs, inputs, largest):
+    site = Site("layer", "linear", "layer.weight", None, 1, outputs, inputs, parts=3)
+    assert largest_part_rank(site) == largest

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from balf_fx.graph.parameters import weight_matrix
 from balf_fx.ranks.spectra import (
     corrected_bias,
+    damped_roots,
     factors,
     spectrum_from_input,
     spectrum_from_output,
@@ -211,3 +212,17 @@ def test_weight_matrix_times_patches_is_the_grouped_convolution(groups, dtype):
 def test_weight_matrix_of_a_linear_layer_is_its_weight():
     weight = random(11, 3, 5).float()
     assert torch.equal(weight_matrix(weight, 1), weight.double().unsqueeze(0))
+
+
+def test_roots_and_maps_are_inverse_to_each_other():
+    draws = torch.Generator().manual_seed(0)
+    gradient, weight, x = (torch.randn(2, *s, dtype=torch.float64, generator=draws) for s in ((4, 9), (6, 4), (4, 20)))
+    root, inverse = damped_roots(gradient @ gradient.mT, 0.1)
+    identity = torch.eye(4, dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(root @ inverse, identity)
+    unit = (gradient @ gradient.mT).diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    torch.testing.assert_close(root @ root, (gradient @ gradient.mT / unit + 0.1 * identity) / 1.1)
+    spectrum = spectrum_from_input(weight, x @ x.mT / 20, None, (root, inverse))
+    left, right = spectrum.maps(4)
+    torch.testing.assert_close(right @ left, identity)
+    torch.testing.assert_close(left @ (right @ weight), weight)
