@@ -161,13 +161,13 @@ def allocation() -> str:
 
 
 def padding() -> str:
-    """What is lost with padding on either side, left out or counted."""
-    rows = _read("padding")["results"]
-    lines = [
-        (side, *(_figure(rows, "nats_lost", 3, side=side, counts=counts) for counts in (False, True)))
-        for side in ("none", "right", "left")
-    ]
-    return markdown(lines, ("padding", "left out: nats lost", "counted: nats lost"))
+    """What is lost at two budgets with padding on either side, left out or counted."""
+    found = [_read(name)["results"] for name in ("padding_80", "padding_40")]
+    lines = []
+    for side, counts in (("none", False), ("right", False), ("right", True), ("left", False), ("left", True)):
+        title = side if side == "none" else f"{side}, {'counted' if counts else 'left out'}"
+        lines.append((title, *(_figure(rows, "nats_lost", 3, side=side, counts=counts) for rows in found)))
+    return markdown(lines, ("nats lost; padding", "0.8", "0.4"))
 
 
 def quantization() -> str:

@@ -20,6 +20,12 @@ from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.capture.names import illegal_name
 from balf_fx.capture.tracing import guard_constant, plain, user_line
 from balf_fx.errors import CaptureError
+from balf_fx.graph.parameters import get_tensor
+
+aten = torch.ops.aten
+
+
+_COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default, aten.alias.default)
 
 
 def export(model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[str, Any]) -> fx.GraphModule:
@@ -104,9 +110,10 @@ def _plain(
     graph = exported.graph
     guards = [node for node in graph.find_nodes(op="call_module") if str(node.target) == "_guards_fn"]
     # These assert dtypes and devices of intermediate values, which change where the result is cast or moved.
-    guards += graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)
+    guards += graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default)
     for node in guards:
         graph.erase_node(node)
+    _drop_copies_of_constants(exported)
     info: Any = graph._codegen.pytree_info  # type: ignore[attr-defined]
     flat = graph.find_nodes(op="placeholder")
     args, kwargs = pytree.tree_unflatten(flat, info.in_spec)
@@ -118,6 +125,27 @@ def _plain(
         output.args = (_nested(graph, pytree.tree_unflatten(leaves, info.out_spec)),)
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(exported, plain(graph), class_name)
+
+
+def _drop_copies_of_constants(exported: fx.GraphModule) -> None:
+    """Read constants of the model's code themselves, not export's copies: unpickling would make these new constants."""
+    for node in exported.graph.nodes:
+        source = node.args[0] if node.target in _COPIES else None
+        if not isinstance(source, fx.Node) or source.op != "get_attr" or not _only_reads(node):
+            continue
+        if not isinstance(get_tensor(exported, str(source.target)), nn.Parameter):
+            node.replace_all_uses_with(source)
+            exported.graph.erase_node(node)
+
+
+def _only_reads(node: fx.Node) -> bool:
+    """Whether a node neither changes the values that it reads nor returns a view, which others might change."""
+    if node.target in _COPIES:
+        return all(map(_only_reads, node.users))
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    return not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
 
 
 def _name_inputs(

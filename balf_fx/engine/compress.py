@@ -14,15 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from balf_fx.budget.problem import drawn, pose
-from balf_fx.calibration.batches import (
-    Calibration,
-    Piece,
-    is_empty,
-    ordinary,
-    pieces_for_gradients,
-    pieces_for_walk,
-    run_batch,
-)
+from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
@@ -32,6 +24,7 @@ from balf_fx.calibration.observers import (
     SensitivityObserver,
     observer_of,
 )
+from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import weighing
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.rewriting import normalise

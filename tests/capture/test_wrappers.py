@@ -140,5 +140,5 @@ def test_options_of_the_wrong_kind(options):
 
 @pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.Linear(8, 4, device="meta")], ids=["lazy", "meta"])
 def test_weights_that_are_not_there(layer):
-    with pytest.raises(ModelError, match="run one batch|load its weights"):
+    with pytest.raises(ModelError, match=r"run one batch|load its weights"):
         small(nn.Sequential(*mlp(), layer).eval())

@@ -316,3 +316,16 @@ def test_all_heads_that_share_keys_are_read(idle):
     assert all(loss > 0 for loss in curve.distortion[: HEAD // 2])
     moments = torch.stack([curve.left[head] @ curve.left[head].mT for head in range(HEADS)])
     assert (moments - torch.eye(HEAD, dtype=moments.dtype)).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["queries", "values"])
+def test_each_half_of_the_samples_judges_the_heads_of_the_other(kind):
+    """Every other sample lies in another subspace of three dimensions, and the bias in one more."""
+    model, (x, *_) = make("unfused", count=1)
+    with torch.no_grad():
+        model.stem.bias.zero_()
+        left, right = torch.randn(2, 3, x.shape[-1])
+        x[::2], x[1::2] = x[::2, :, :3] @ left, x[1::2, :, :3] @ right
+    record = graph_record(scored(model, [x]))
+    (curve,) = (c for width, c in zip(record.widths, record.width_curves, strict=True) if width.kind == kind)
+    assert curve.normalised(curve.distortion[4]) > 0.1

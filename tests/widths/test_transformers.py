@@ -71,7 +71,7 @@ def test_the_widths_of_an_architecture(name, load_benchmark):
     Score("svd")(prepared)
     whole, narrow = rewritten(prepared, {}), rewritten(prepared, sizes)
     fresh = subject.batch(3)
-    if reads == "text":
+    if reads == "text" and name != "xlnet":  # whose export fixes the length
         fresh = {key: value[:, :11] for key, value in fresh.items()}
     expected, actual = (next(iter(graph_module(**fresh).values())) for graph_module in (whole, narrow))
     scale = float(expected.abs().max())
