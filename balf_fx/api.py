@@ -13,9 +13,18 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from balf_fx.calibration.batches import Calibration, Forward, forward_for, iterate, placeholder_values
+from balf_fx.calibration.batches import (
+    Calibration,
+    Forward,
+    forward_for,
+    is_empty,
+    iterate,
+    ordinary,
+    placeholder_values,
+)
 from balf_fx.calibration.observers import SensitivityObserver
-from balf_fx.capture.models import cuda_devices
+from balf_fx.capture.checks import check_values
+from balf_fx.capture.models import cuda_devices, plain_model
 from balf_fx.capture.normal_form import capture
 from balf_fx.engine import compress
 from balf_fx.engine.program import Part, Program, Step, Trace
@@ -31,14 +40,16 @@ from balf_fx.progress import progress_bar
 from balf_fx.refit.offload import Shelved
 from balf_fx.reporting.report import Report
 
+_NOTHING = object()
+
 
 @takes_settings()
 def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = None, **options: Any) -> fx.GraphModule:
     """Make a trained model smaller and faster without fine-tuning.
 
     Args:
-        model: any module in evaluation mode. It is not changed: parameters, buffers, modes and random state stay the
-            same, bit for bit.
+        model: any module in evaluation mode, also inside `torch.compile` or `DataParallel`. It is not changed:
+            parameters, buffers, modes and random state stay the same, bit for bit.
         calib_batches: batches without labels, a few hundred samples in all: a tensor, a mapping of keyword arguments,
             or any iterable of tensors, tuples of positional arguments or mappings, including DataLoaders and one-shot
             generators. Labels in `(images, labels)` are recognised as `calibration.batches` describes. The first
@@ -55,6 +66,8 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     """
     settings = settings_from(options)
     settings.allocate()  # checks the budget before any work is done
+    model = plain_model(model)
+    check_values(model)
     forward = forward or forward_for(model)
     with ExitStack() as closing:
         for context in (torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_devices(model))):
@@ -62,9 +75,11 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         bar = closing.enter_context(progress_bar(settings.progress, "capturing"))
         # 1. The first batch determines how the model is called and what it costs.
         batches = iterate(calib_batches)
-        first = next(batches, None)
-        if first is None:
-            raise CalibrationError("there are no calibration batches: pass at least one, or a fresh iterator")
+        first = next(batches, _NOTHING)
+        if first is _NOTHING:
+            raise CalibrationError(
+                "there are no calibration batches, or all are empty: pass at least one, or a fresh iterator"
+            )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
         program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
@@ -109,6 +124,8 @@ def prepare(
         )
     settings = settings_from(options, "prepare")
     wanted |= {"sensitivity"} if sensitivity else set()
+    model = plain_model(model)
+    check_values(model)
     with torch.inference_mode(False), torch.no_grad():
         return _prepared(model, example, forward or forward_for(model), settings, wanted)
 
@@ -128,7 +145,7 @@ def calibrate(
     """
     settings = settings_from(options, "calibrate")
     forward = forward or forward_for(prepared)
-    with progress_bar(settings.progress, "calibrating") as bar:
+    with torch.inference_mode(False), progress_bar(settings.progress, "calibrating") as bar:
         calibration = _calibration([], forward, settings)
         compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
 
@@ -152,7 +169,7 @@ def convert(
         NotCalibratedError: the graph has no observers, lacks those that the factors need, or was not calibrated.
         BudgetError: the budget cannot be reached; the message names the smallest one that can.
     """
-    settings, seen = settings_from(options, "convert"), list(batches)
+    settings, seen = settings_from(options, "convert"), [ordinary(batch) for batch in batches if not is_empty(batch)]
     settings.allocate()
     if settings.factors is None and settings.effort != "fast":
         observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
@@ -229,6 +246,8 @@ def _prepared(
     model: nn.Module, example: Any, forward: Forward, settings: Settings, factors: set[Factors]
 ) -> fx.GraphModule:
     """The captured graph with observers."""
+    if is_empty(example):
+        raise CalibrationError("the example batch has no samples: pass one with samples")
     graph_module = capture(model, example, forward, settings.capture)
     record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
     compress.observe(_program(graph_module, forward), settings, factors)

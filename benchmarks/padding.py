@@ -1,6 +1,6 @@
 """What calibration on padded text costs, with a mask that is read and without one.
 
-python benchmarks/padding.py --json benchmarks/results/padding.json
+python benchmarks/padding.py --params 0.8 --json benchmarks/results/padding_80.json
 
 The same sequences of stories260K are calibrated on as they are, and padded on either side to four times their length.
 The model attends to no padding in any of the cases: they differ in the positions that count. What is lost is the rise

@@ -160,6 +160,16 @@ def allocation() -> str:
     return markdown(lines, ("top-1, %", *(f"{budget:g}{', refit' if refit else ''}" for budget, refit in columns)))
 
 
+def padding() -> str:
+    """What is lost at two budgets with padding on either side, left out or counted."""
+    found = [_read(name)["results"] for name in ("padding_80", "padding_40")]
+    lines = []
+    for side, counts in (("none", False), ("right", False), ("right", True), ("left", False), ("left", True)):
+        title = side if side == "none" else f"{side}, {'counted' if counts else 'left out'}"
+        lines.append((title, *(_figure(rows, "nats_lost", 3, side=side, counts=counts) for rows in found)))
+    return markdown(lines, ("nats lost; padding", "0.8", "0.4"))
+
+
 def quantization() -> str:
     """Sizes and figures of dense and compressed models in each format, and what the format alone costs."""
     lines = []
@@ -253,6 +263,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "mobilenetv2": lambda: accuracy("mobilenetv2", 512, digits=1),
     "stories": lambda: accuracy("stories", 160, digits=1),
     "samples": samples,
+    "padding": padding,
     "published": published,
     "representative": representative,
     "costs": costs,

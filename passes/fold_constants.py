@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from balf_fx.graph.annotation import annotate
 from balf_fx.graph.edits import erase_unused
+from balf_fx.graph.effects import effects
 from balf_fx.graph.experts import product_weights
 from balf_fx.graph.layers import layer_parameters
 from balf_fx.graph.operators import changes_in_place, is_transposition
@@ -121,6 +122,7 @@ def _owner(graph_module: fx.GraphModule, path: str) -> str:
 def _changed(graph_module: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
     """Constants that a node changes in place, perhaps through a view, and all nodes from which they are computed."""
     changes = [node for node in graph_module.graph.nodes if changes_in_place(graph_module, node) and node.args]
+    changes += effects(graph_module.graph)
     targets = [node.args[0] for node in changes if node.args[0] in constants]
     return {source for target in targets if isinstance(target, fx.Node) for source in _expression(target)}
 

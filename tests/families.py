@@ -239,7 +239,7 @@ class GroupByGroup(_FusedRotary):
 
     def parts(self, qkv, b, n):
         x = qkv.view(b, n, HEADS, QUERIES // HEADS + 2, HEAD)
-        q, k, v = x[..., :-2, :].flatten(2, 3), x[..., -2, :], x[..., -1, :]
+        q, k, v = x[:, :, :, :-2].flatten(2, 3), x[:, :, :, [-2]].flatten(2, 3), x[:, :, :, [-1]].flatten(2, 3)
         return tuple(part.transpose(1, 2) for part in (q, k, v))
 
 

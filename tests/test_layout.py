@@ -79,7 +79,9 @@ def test_passes_are_listed_in_the_order_in_which_they_run(ran, images):
         first = list(dict.fromkeys(run))
         assert first == [name for name in order if name in first]
         last = run[-1 - run[::-1].index("Follow" if run is followed else "Allocate") :]
-        assert last == [name for name in order if name in last]  # each once, where allocations were tried before
+        tried = last.index("Factorize") if last.count("Factorize") > 1 else 0  # the last allocation may be a new one
+        last = [last[0], *last[tried + 1 :]]
+        assert last == [name for name in order if name in last]
     assert {*best, *followed, *ran} == set(order)
 
 

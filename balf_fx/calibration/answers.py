@@ -20,9 +20,9 @@ def find_logits(output: Any, batch: Any) -> Tensor | None:
     [samples, length, classes] for integer inputs [samples, length].
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
+    if isinstance(named, Tensor) and named.is_floating_point():
         return named
-    if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[-1] < 2:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2 or output.shape[-1] < 2:
         return None
     tokens = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
     language = output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
@@ -58,8 +58,8 @@ def divergence(
 ) -> float:
     """The mean loss of a model's outputs over batches; infinite if it is NaN.
 
-    The loss is the user's, if given. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row, and
-    the squared error relative to the mean square for other outputs.
+    The loss is the user's, if given. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row of all
+    batches, and the squared error relative to the mean square for other outputs. Padding does not count in either.
 
     Args:
         calibration: the batches.
@@ -92,11 +92,7 @@ def differ(reference: Any, output: Any, batch: Any, weights: Weights | None = No
         share = float(rows.numel() if own is None else own.sum())
         rows = rows if own is None else rows * own.to(rows)
         return rows.sum() / (share or 1.0), share
-    pairs = [
-        (a, b)
-        for a, b in zip(pytree.tree_leaves(reference), pytree.tree_leaves(output), strict=True)
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
-    ]
+    pairs = [(a, b) for a, b in zip(real_leaves(reference), real_leaves(output), strict=True) if a.is_floating_point()]
     terms, share = [], 0.0
     for pair, own in zip(pairs, element_weights([a for a, _ in pairs], weights), strict=True):
         (a, b), own = counted(pair, own)
@@ -109,3 +105,9 @@ def differ(reference: Any, output: Any, batch: Any, weights: Weights | None = No
 def _squares(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
     """The squared errors, and the squares that they are relative to."""
     return (wanted.float() - given.float()).square(), wanted.float().square()
+
+
+def real_leaves(output: Any) -> list[Tensor]:
+    """The tensors of an output; complex ones as real [..., 2]."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]

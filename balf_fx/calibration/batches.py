@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.calibration.weights import WeightsOf
-from balf_fx.errors import CalibrationError
-from balf_fx.graph.annotation import annotation
+from balf_fx.errors import BalfError, CalibrationError
 
 MODEL_ERRORS = (
     ArithmeticError,
@@ -134,16 +131,36 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def iterate(batches: Any) -> Iterator[Any]:
     """Batches one by one: a single tensor or mapping is one batch, everything else is iterated once.
 
+    Batches without samples are left out, and tensors made in inference mode are copied.
+
     Raises:
         CalibrationError: `batches` is neither a batch nor an iterable of batches.
     """
     if isinstance(batches, Tensor | Mapping):
-        return iter([batches])
-    if not isinstance(batches, Iterable):
+        batches = [batches]
+    if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
         raise CalibrationError(
             f"calibration batches must be a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
         )
-    return iter(batches)
+    return (ordinary(batch) for batch in batches if not is_empty(batch))
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether a batch has no samples."""
+    counts = [leaf.shape[0] for leaf in _tensors(batch) if leaf.dim() > 0]
+    return counts[:1] == [0] and set(counts) <= {0, 1}
+
+
+def ordinary(values: Any) -> Any:
+    """Nested values with an ordinary tensor for each that was made in inference mode and cannot require gradients."""
+    if not any(leaf.is_inference() for leaf in _tensors(values)):
+        return values
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.clone() if leaf.is_inference() else leaf, values)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
+    return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def forward_for(model: nn.Module) -> Forward:
@@ -196,17 +213,26 @@ def holds_tensor(value: Any) -> bool:
 
 
 def sample_count(batch: Any) -> int:
-    """The leading dimension that all tensors of a batch share; 0 if they differ."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
-    return counts.pop() if len(counts) == 1 else 0
+    """The number of samples: the leading dimension that all tensors share; 0 if they differ.
+
+    Tensors without dimensions or with one row, such as positions [1, L], hold for every sample.
+    """
+    leaves = [leaf for leaf in _tensors(batch) if leaf.dim() > 0]
+    rows = {leaf.shape[0] for leaf in leaves if leaf.dim() > 1} or {leaf.shape[0] for leaf in leaves}
+    counts = rows - {1} or rows
+    alike = len(counts) == 1 and all(leaf.shape[0] in (1, *counts) for leaf in leaves)
+    return counts.pop() if alike else 0
 
 
 def some_samples(batch: Any, start: int, stop: int) -> Any:
     """A batch of the samples start .. stop - 1."""
+    count = sample_count(batch)
     batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.dim() > 0 and tensor.shape[0] == count else tensor
+
+    return pytree.tree_map_only(Tensor, cut, batch)
 
 
 def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradients: bool = False) -> Any:
@@ -215,17 +241,27 @@ def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradi
     Raises:
         CalibrationError: the model cannot run it; the model's own error is the cause.
     """
+    hook = module.register_forward_pre_hook(_with_ordinary_inputs, with_kwargs=True)
     try:
         with torch.set_grad_enabled(gradients):
             return forward(module, batch)
     except MODEL_ERRORS as error:
-        if isinstance(error, CalibrationError):
+        if isinstance(error, BalfError):
             raise
         raise CalibrationError(
             f"the model cannot run calibration batch {index}, which is {describe(batch)}: {error}. A batch must be a "
             "tensor, a tuple of positional arguments or a mapping of keyword arguments. To call the model in another "
             "way, pass forward=lambda model, batch: ..."
         ) from error
+    finally:
+        hook.remove()
+
+
+def _with_ordinary_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return ordinary((args, kwargs))
+
+
+_LONG = 8  # how many items of a batch an error message describes
 
 
 def describe(batch: Any) -> str:
@@ -233,10 +269,18 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
     if isinstance(batch, Mapping):
-        return "a mapping of " + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items())
+        items = [f"{key}: {describe(value)}" for key, value in itertools.islice(batch.items(), _LONG)]
+        return "a mapping of " + _and_more(items, len(batch))
     if isinstance(batch, tuple | list):
-        return f"a {type(batch).__name__} of ({', '.join(describe(value) for value in batch)})"
+        items = [describe(value) for value in batch[:_LONG]]
+        if len(batch) > 1 and len({type(value) for value in batch}) == 1 and not isinstance(batch[0], Tensor):
+            return f"a {type(batch).__name__} of {len(batch)} times {items[0]}"
+        return f"a {type(batch).__name__} of ({_and_more(items, len(batch))})"
     return f"a {type(batch).__name__}"
+
+
+def _and_more(items: Sequence[str], count: int) -> str:
+    return ", ".join(items) + (f" and {count - len(items)} more" if count > len(items) else "")
 
 
 class _Recorded(BaseException):
@@ -271,45 +315,10 @@ def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forwar
         args, kwargs = recorder.call
     else:
         raise CalibrationError("forward(model, batch) did not call the model")
+    args, kwargs = ordinary((args, kwargs))
     bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
-
-
-_ALIVE = 8  # values that a walk over two models keeps at once: a residual stream, a layer's input and output, copies
-
-
-Piece = tuple[Any, Tensor | None]
-"""A batch, or some samples of one, with the user's weights of its positions."""
-
-
-def pieces_for_gradients(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
-    """A batch, or pieces of it for which the values of all layers fit into memory."""
-    return _pieces(prepared, piece, calibration, index, sum(_value_sizes(prepared)))
-
-
-def pieces_for_walk(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
-    """A batch, or pieces of it for which the values alive at one layer of two models fit into memory."""
-    return _pieces(prepared, piece, calibration, index, _ALIVE * max(_value_sizes(prepared), default=0.0))
-
-
-def _pieces(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, nbytes: float) -> Iterator[Piece]:
-    """A batch, or the fewest pieces of similar size that each fit into memory.
-
-    A batch is only split if the model computes each sample independently of the others.
-
-    Args:
-        nbytes: the memory that one sample takes.
-    """
-    batch, weights = piece
-    samples = sample_count(batch)
-    count = min(math.ceil(samples * nbytes / max(calibration.memory, 1)), samples)
-    if count <= 1 or not _one_by_one(prepared, batch, calibration.forward, index):
-        yield piece
-        return
-    cuts = [samples * part // count for part in range(count + 1)]
-    for start, stop in itertools.pairwise(cuts):
-        yield some_samples(batch, start, stop), None if weights is None else weights[start:stop]
 
 
 def graphs_of(program: nn.Module) -> list[fx.GraphModule]:
@@ -317,42 +326,3 @@ def graphs_of(program: nn.Module) -> list[fx.GraphModule]:
     if isinstance(program, fx.GraphModule):
         return [program]
     return [part for part in program.children() if isinstance(part, fx.GraphModule)]
-
-
-def _value_sizes(program: nn.Module) -> list[float]:
-    """The bytes that each node's value takes for one sample of the example batch."""
-    found: list[float] = []
-    for graph_module in graphs_of(program):
-        marks = [(node, annotation(node).shape) for node in graph_module.graph.nodes]
-        samples = max((shape[0] for node, shape in marks if node.op == "placeholder" and shape), default=0)
-        size = max((parameter.element_size() for parameter in graph_module.parameters()), default=4)
-        shapes = [shape for node, shape in marks if node.op.startswith("call") and shape is not None]
-        found += [size * math.prod(shape) / samples for shape in shapes] if samples else []
-    return found
-
-
-def _one_by_one(prepared: nn.Module, batch: Any, forward: Forward, index: int) -> bool:
-    """Whether the first few samples have the same outputs together and apart; observers are restored afterwards."""
-    moments = {module: module.moments for module in prepared.modules() if isinstance(module, CovarianceObserver)}
-    half = min(sample_count(batch) // 2, 2)
-    try:
-        spans = ((0, 2 * half), (0, half), (half, 2 * half))
-        runs = [run_batch(prepared, some_samples(batch, *span), forward, index) for span in spans]
-    except CalibrationError:  # the model may only run on batches of one size
-        return False
-    finally:
-        for observer, seen in moments.items():
-            observer.moments = seen
-    leaves = [[leaf for leaf in pytree.tree_leaves(run) if isinstance(leaf, Tensor)] for run in runs]
-    if len(set(map(len, leaves))) > 1:
-        return False
-    return all(_alike(whole, parts) for whole, *parts in zip(*leaves, strict=True))
-
-
-def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether an output equals the concatenation of its parts, up to rounding."""
-    if not whole.dim() or len({part.shape[1:] for part in (whole, *parts)}) > 1:
-        return False
-    joined = torch.cat(list(parts))
-    tolerance = 1e-3 * float(whole.abs().max())
-    return joined.shape == whole.shape and torch.allclose(joined, whole, rtol=0.0, atol=tolerance)

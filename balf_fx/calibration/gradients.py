@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.answers import element_weights, find_logits
-from balf_fx.calibration.batches import Calibration, graphs_of, run_batch, sample_count
+from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
+from balf_fx.calibration.batches import Calibration, describe, graphs_of, run_batch, sample_count
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.calibration.weights import Weights, counted
-from balf_fx.errors import CalibrationError, ModelError
+from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
 from balf_fx.graph.parameters import get_tensor, is_quantized
 
 
@@ -58,7 +57,9 @@ def observe_gradients(
             output = run_batch(prepared, batch, calibration.forward, index, gradients=True)
             scalar = probe(output, batch, generator, weights) if loss is None else loss(output, batch)
             if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {scalar!r}")
+                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
+            if loss is not None and not torch.isfinite(scalar).all():
+                raise NonFiniteError(f"loss(output, batch) is {float(scalar)} for calibration batch {index}")
             wanted = [*_outputs(records), *_weights(prepared)]
             if not wanted or not scalar.requires_grad:
                 return False
@@ -143,7 +144,7 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
         v = _normal(rows, generator)
         direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
         return (rows * (direction if scale is None else direction * scale.sqrt().to(p).unsqueeze(-1))).sum()
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [leaf for leaf in real_leaves(output) if leaf.requires_grad]
     terms = []
     for leaf, own in zip(leaves, element_weights(leaves, weights), strict=True):
         (values,), counts = counted((leaf,), own)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.errors import ModelError, TrainingModeError
@@ -30,6 +33,41 @@ def check_weights(model: nn.Module) -> None:
                     f"{label} has a {type(parameter.data).__name__} in place of a plain tensor: compress the model "
                     "with plain weights first"
                 )
+
+
+def check_values(model: nn.Module) -> None:
+    """Check that all weights are finite, and small enough that their squares are.
+
+    Raises:
+        ModelError: a weight is NaN, infinite or too large; names the first such module.
+    """
+    for name, module in model.named_modules():
+        held = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            held |= dict(module.named_buffers(recurse=False))
+        for key, tensor in held.items():
+            largest = _largest(tensor)
+            label = f"{key} of {name or 'the model'} ({type(module).__name__})"
+            if not math.isfinite(largest):
+                raise ModelError(f"{label} contains NaN or infinity: load weights that are finite")
+            if largest > torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).max ** 0.5:
+                raise ModelError(
+                    f"{label} has values of up to {largest:.1g}, whose squares overflow: rescale the model"
+                )
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor; 0 for tensors without plain values."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        return 0.0
+    value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    if value.dtype not in _FLOATS or not value.numel() or is_quantized(tensor):
+        return 0.0
+    low, high = (float(each) for each in value.aminmax())
+    return max(-low, high) if low == low else low
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_evaluation_mode(model: nn.Module) -> None:

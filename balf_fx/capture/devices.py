@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from typing import Any
 
@@ -35,8 +34,13 @@ def _follow(graph: fx.Graph) -> bool:
 
 def _first_tensor(graph: fx.Graph) -> fx.Node | None:
     """The first input, or item of an input, that torch.export recorded as a tensor."""
-    inputs = itertools.takewhile(lambda node: node.op == "placeholder" or node.target is operator.getitem, graph.nodes)
-    return next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
+    return next((node for node in graph.nodes if _is_input(node) and isinstance(node.meta.get("val"), Tensor)), None)
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a node is an input or an item of one."""
+    picked = node.target is operator.getitem and isinstance(node.args[0], fx.Node)
+    return node.op == "placeholder" or (picked and _is_input(node.args[0]))  # type: ignore[arg-type]
 
 
 def _leaves(arguments: Any) -> list[Any]:

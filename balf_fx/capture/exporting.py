@@ -7,6 +7,7 @@ that a call with other sizes fails and does not return a wrong result.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +17,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
+from balf_fx.capture.names import illegal_name
 from balf_fx.capture.tracing import guard_constant, plain, user_line
 from balf_fx.errors import CaptureError
+from balf_fx.graph.parameters import get_tensor
+
+aten = torch.ops.aten
 
 
-def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> fx.GraphModule:
+_COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default, aten.alias.default)
+
+
+def export(model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[str, Any]) -> fx.GraphModule:
     """Export a model with a dynamic batch dimension, and a dynamic length of its token inputs.
 
     The batch dimension is dimension 0 of every tensor that has the same size there as the first tensor. A batch of one
@@ -28,27 +36,50 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], nam
 
     Args:
         model: its parameters become those of the graph.
-        args, kwargs: an example call.
-        names: the names of the positional arguments.
+        positional, keywords: the arguments of an example call by name. No two of their tensors may share memory, since
+            export would take them for one input.
 
     Raises:
         CaptureError: the model cannot be exported.
     """
-    batch = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)), None)
+    illegal = illegal_name(model)
+    if illegal is not None:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be exported: torch.export allows no module called {illegal!r}"
+        )
+    leaves = pytree.tree_leaves((positional, keywords))
+    batch = next((leaf.shape[0] for leaf in leaves if _has_batch(leaf)), None)
     if batch == 1:
-        args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
+        positional, keywords = pytree.tree_map_only(Tensor, _doubled, (dict(positional), dict(keywords)))
         batch = 2
-    by_name = {**dict(zip(names, args, strict=True)), **kwargs}
-    shapes = {name: pytree.tree_map(lambda leaf: _dynamic(leaf, batch), value) for name, value in by_name.items()}
+    args, kwargs = tuple(positional.values()), dict(keywords)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, batch), dict(bound))
     try:
-        with torch.enable_grad():  # without gradients some layers take fast paths that hide their operations
-            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
+        program = _exported(model, args, kwargs, shapes)
         exported = program.module()
     # Export raises errors of many classes, most of them private; all are treated in the same way here.
     except (*MODEL_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CaptureError(f"{type(model).__name__} cannot be exported: {user_line(error)}{reason}") from error
-    return _plain(exported, names, by_name, type(model).__name__, program.range_constraints)
+    example = {**positional, **keywords}
+    return _plain(exported, list(positional), example, type(model).__name__, program.range_constraints)
+
+
+def _exported(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> torch.export.ExportedProgram:
+    """Export with gradients, without which some layers take fast paths that hide their operations."""
+    try:
+        with torch.enable_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _WITHOUT_GRADIENTS):
+            raise
+    with torch.no_grad():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+_WITHOUT_GRADIENTS = ("inplace", "in-place", "out=")
+"""Words in the errors of operations that autograd does not allow."""
 
 
 def _has_batch(leaf: Any) -> bool:
@@ -79,9 +110,10 @@ def _plain(
     graph = exported.graph
     guards = [node for node in graph.find_nodes(op="call_module") if str(node.target) == "_guards_fn"]
     # These assert dtypes and devices of intermediate values, which change where the result is cast or moved.
-    guards += graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)
+    guards += graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default)
     for node in guards:
         graph.erase_node(node)
+    _drop_copies_of_constants(exported)
     info: Any = graph._codegen.pytree_info  # type: ignore[attr-defined]
     flat = graph.find_nodes(op="placeholder")
     args, kwargs = pytree.tree_unflatten(flat, info.in_spec)
@@ -93,6 +125,27 @@ def _plain(
         output.args = (_nested(graph, pytree.tree_unflatten(leaves, info.out_spec)),)
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(exported, plain(graph), class_name)
+
+
+def _drop_copies_of_constants(exported: fx.GraphModule) -> None:
+    """Read constants of the model's code themselves, not export's copies: unpickling would make these new constants."""
+    for node in exported.graph.nodes:
+        source = node.args[0] if node.target in _COPIES else None
+        if not isinstance(source, fx.Node) or source.op != "get_attr" or not _only_reads(node):
+            continue
+        if not isinstance(get_tensor(exported, str(source.target)), nn.Parameter):
+            node.replace_all_uses_with(source)
+            exported.graph.erase_node(node)
+
+
+def _only_reads(node: fx.Node) -> bool:
+    """Whether a node neither changes the values that it reads nor returns a view, which others might change."""
+    if node.target in _COPIES:
+        return all(map(_only_reads, node.users))
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    return not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
 
 
 def _name_inputs(

@@ -1,4 +1,4 @@
-"""Copies of models, and the devices that they use."""
+"""Models without wrappers, copies of models, and the devices that they use."""
 
 from __future__ import annotations
 
@@ -17,6 +17,43 @@ from balf_fx.calibration.batches import MODEL_ERRORS
 from balf_fx.errors import ModelError
 from balf_fx.graph.parameters import computed_tensors, is_quantized
 from balf_fx.passes.fold_constants import Deterministic, NotConstantError
+
+
+def plain_model(model: Any) -> nn.Module:
+    """The model inside the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    Raises:
+        ModelError: it is no module, or is wrapped in a way that cannot be undone here; the message says what to pass.
+    """
+    kind = type(model)
+    name, library = kind.__name__, kind.__module__.partition(".")[0]
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return plain_model(model.module)
+    if name == "OptimizedModule" and library == "torch":
+        return plain_model(model._orig_mod)
+    if not isinstance(model, nn.Module):
+        cure = ": load it first; only the command line takes names" if isinstance(model, str) else ""
+        raise ModelError(f"the model must be a torch.nn.Module, not a {name}{cure}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "the model is compiled by TorchScript, and its code cannot be captured: pass the original module"
+        )
+    if name == "FullyShardedDataParallel":
+        raise ModelError("the model is sharded by FullyShardedDataParallel: pass a model with all its weights")
+    if library == "peft" and hasattr(model, "merge_and_unload"):
+        raise ModelError("the model has adapters of peft: pass model.merge_and_unload(), or model.get_base_model()")
+    if any(type(each).__name__ == "OptimizedModule" for each in model.modules()):
+        return _without_compiled_parts(model)
+    return model
+
+
+def _without_compiled_parts(model: nn.Module) -> nn.Module:
+    """A copy of a model whose submodules are not compiled by `torch.compile`."""
+    copied = copy_model(model)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            setattr(module, name, plain_model(child))
+    return copied
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -6,18 +6,27 @@ The graph is checked against the model on the example batch, and every node is a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for, holds_tensor
+from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for
 from balf_fx.capture.arguments import Call, record_call
 from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
+from balf_fx.capture.contexts import cast_explicitly, check_transforms, inline_contexts
 from balf_fx.capture.exporting import export
-from balf_fx.capture.models import copy_model, cuda_devices, fold_parametrizations, without_expert_loops
+from balf_fx.capture.functional import make_functional
+from balf_fx.capture.models import (
+    copy_model,
+    cuda_devices,
+    fold_parametrizations,
+    plain_model,
+    without_expert_loops,
+)
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
@@ -54,13 +63,15 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
             weights inside calls that it cannot trace. An exported graph asserts the sizes for which it is valid.
 
     Raises:
-        ModelError: weights are missing or modules are quantized; torchao's quantized weights are allowed and kept.
+        ModelError: it is no module, weights are missing or modules are quantized; torchao's quantized weights are
+            allowed and kept.
         CalibrationError: the model cannot run the example.
         TrainingModeError: a layer such as BatchNorm or Dropout is in training mode.
         CaptureError: the model cannot be captured, or its graph has another output.
     """
     if method not in ("auto", "symbolic_trace", "export"):
         raise OptionError(f"capture must be 'auto', 'symbolic_trace' or 'export', not {method!r}")
+    model = plain_model(model)
     check_weights(model)
     check_evaluation_mode(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
@@ -93,25 +104,29 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     with torch.no_grad():
         fold_parametrizations(subject)
     if method == "symbolic_trace":
-        constants = {name: value for name, value in call.supplied.items() if not holds_tensor(value)}
-        graph_module = trace(subject, {**constants, **call.defaults})
+        graph_module = trace(subject, call.constants, call.unrolled)
     else:
         _check_exportable(type(model).__name__, call.output)
         without_expert_loops(subject)
-        names = list(call.supplied)[: call.positional]
-        keywords = {name: value for name, value in call.supplied.items() if name not in names}
-        graph_module = export(subject, [call.supplied[name] for name in names], keywords, names)
+        graph_module = export(subject, call.by_position, call.by_keyword)
     _restore_buffers(graph_module, model)
     if any(module.training for module in model.modules()):
         check_functional_training(graph_module)
     if not model.training:
         graph_module.eval()
-    DecomposeAttention()(graph_module)
-    FoldConstants()(graph_module)
-    drop_dead_code(graph_module)
-    inputs = [call.value(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
+    inputs = [call.input(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        output = _profiled(graph_module, inputs)
+        inline_contexts(graph_module)
+        check_transforms(graph_module)
+        with _runs_the_example():
+            make_functional(graph_module, inputs)
+            cast_explicitly(graph_module, inputs, call.autocast)
+        _restore_buffers(graph_module, model)
+        DecomposeAttention()(graph_module)
+        FoldConstants()(graph_module)
+        drop_dead_code(graph_module)
+        with _runs_the_example():
+            output = profile(graph_module, inputs)
     _restore_buffers(graph_module, model)
     _check_same_output(call.output, output)
     graph_module.graph.lint()
@@ -130,10 +145,13 @@ def _check_exportable(class_name: str, output: Any) -> None:
             )
 
 
-def _profiled(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+@contextmanager
+def _runs_the_example() -> Iterator[None]:
     try:
-        return profile(graph_module, inputs)
+        yield
     except MODEL_ERRORS as error:
+        if isinstance(error, CaptureError):
+            raise
         raise CaptureError(f"the captured graph cannot run the example batch: {error}") from error
 
 
@@ -186,6 +204,8 @@ def _check_same_output(expected: Any, actual: Any) -> None:
 
 
 def _close(want: Tensor, got: Tensor) -> bool:
+    if want.is_complex():
+        want, got = torch.view_as_real(want), torch.view_as_real(got)
     if not want.is_floating_point():
         return torch.equal(want, got)
     tolerance = torch.finfo(want.dtype).eps ** 0.5

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import compile_lock
 
+from balf_fx.capture.contexts import cast_explicitly, inline_contexts
+from balf_fx.capture.functional import make_functional
 from balf_fx.capture.models import cuda_devices
 from balf_fx.dynamo.frames import WeightInput, lift
 from balf_fx.dynamo.watch import Watch
@@ -18,6 +20,7 @@ from balf_fx.engine.program import Part, layer_originals
 from balf_fx.engine.rewriting import held_tensors
 from balf_fx.graph.annotation import Origin, annotation, record_graph
 from balf_fx.graph.edits import drop_dead_code
+from balf_fx.graph.effects import release_effects
 from balf_fx.graph.flops import profile
 from balf_fx.graph.parameters import get_tensor, put
 from balf_fx.passes import DecomposeAttention, FoldConstants
@@ -62,11 +65,15 @@ class Binding:
 
         Args:
             calls: how often one call of the model runs it.
-            args: the arguments of one call, without the weights; the graph may write to them.
+            args: the arguments of one call, without the weights; they are not changed.
         """
         graph_module = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
         graph_module.meta.update(self.graph_module.meta)
         aliases = _part_from(graph_module)
+        inline_contexts(graph_module)
+        with compile_lock, torch.random.fork_rng(devices=cuda_devices(graph_module)):
+            make_functional(graph_module, args)
+            cast_explicitly(graph_module, args)
         DecomposeAttention(copy_weights=False)(graph_module)
         FoldConstants()(graph_module)
         drop_dead_code(graph_module)
@@ -86,6 +93,7 @@ class Binding:
             if original is tensor:
                 tensor.requires_grad_(False)  # compressed calls do not require gradients, so neither may the output
             put(graph_module, name, original)
+        release_effects(graph_module)
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
+from balf_fx.capture.names import legal_path
 from balf_fx.graph.annotation import annotate
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "__closure__", "cell_contents", "__dict__", "_orig_mod")
@@ -29,9 +30,6 @@ _POSITIONAL = re.compile(r"L\['args'\]\[(\d+)\]")  # the source of a positional 
 
 
 _WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the latter in torch 2.8
-
-
-_RESERVED = frozenset(dir(fx.GraphModule)) | {"meta", "training"}
 
 
 _TRAINING: dict[Any, int] = {nn.functional.dropout: 2, nn.functional.batch_norm: 5}
@@ -145,12 +143,6 @@ def weight_name(source: str) -> str:
     scoped = words[1:] if words[:1] in (["L"], ["G"]) else words
     path = scoped[1:] if scoped[0] in _ROOTS and len(scoped) > 1 else scoped
     return legal_path(".".join(path))
-
-
-def legal_path(path: str) -> str:
-    """The path in a GraphModule for this path in a model: GraphModule reserves some names."""
-    first, dot, rest = path.partition(".")
-    return f"{first}_{dot}{rest}" if first in _RESERVED else path
 
 
 def lift(graph_module: fx.GraphModule, weights: Mapping[int, tuple[str, Tensor]]) -> fx.GraphModule:

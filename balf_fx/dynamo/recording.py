@@ -103,7 +103,7 @@ def confirmed(
 
 
 def _confirmed(graph_modules: Sequence[fx.GraphModule], trace: Trace) -> Trace:
-    returned = [pytree.tree_leaves(graph_modules[step.part](*cloned(step.args))) for step in trace]
+    returned = [pytree.tree_leaves(graph_modules[step.part](*step.args)) for step in trace]
     steps = []
     for step in trace:
         kept = tuple(link for link in step.links if _same(step.args[link.leaf], returned[link.step][link.output]))

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from balf_fx.calibration.batches import Calibration, Loss
+from balf_fx.calibration.batches import Calibration, Loss, is_empty
 from balf_fx.calibration.weights import WeightsOf
+from balf_fx.capture.checks import check_values
+from balf_fx.capture.names import legal_path
 from balf_fx.dynamo.binding import Binding, computing, watched_by
-from balf_fx.dynamo.frames import Request, WeightInput, is_training, legal_path, name_arguments, weight_inputs
+from balf_fx.dynamo.frames import Request, WeightInput, is_training, name_arguments, weight_inputs
 from balf_fx.dynamo.options import BackendOptions
-from balf_fx.dynamo.recording import Recording, cloned, confirmed
+from balf_fx.dynamo.recording import Recording, confirmed
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
 from balf_fx.engine.program import Program, Trace, per_call, run_trace
@@ -156,6 +158,8 @@ class Session:
             if self._stored is None and not binding.watch.unchanged():
                 self._restart(binding.watch.changed())
                 binding = self._binding(region, weights)
+            if self._stored is None and is_empty(inputs):
+                return region.graph_module(*args)
             if self._stored is None and self._calibrates(region, binding):
                 with computing():
                     run = self._recording.enter(binding, inputs)
@@ -240,10 +244,10 @@ class Session:
         first = {step.part: step.args for trace in reversed(traces) for step in reversed(trace)}
         calls = per_call([binding.calls for binding in bindings])
         origin = settings.origin(None)
-        parts = [
-            bound.part(n, cloned(first[i]), origin) for i, (bound, n) in enumerate(zip(bindings, calls, strict=True))
-        ]
+        parts = [bound.part(n, first[i], origin) for i, (bound, n) in enumerate(zip(bindings, calls, strict=True))]
         program = Program(tuple(parts), lambda _, batch: batch)
+        for graph_module in program.graph_modules:
+            check_values(graph_module)
         with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
             # 2. Observe, calibrate and convert, as for a model that is captured as a whole.
             compress.observe(program, settings, {settings.chosen_factors})
@@ -296,7 +300,7 @@ class Session:
         if stale:
             raise WeightsChangedError(_changed_message(stale))
         found = self.plan
-        part = binding.part(1, cloned(inputs), found.plan.origin)
+        part = binding.part(1, inputs, found.plan.origin)
         graph_module = part.graph_module
         normalise(graph_module, found.plan.origin, partial=True)
         if found.plan.widths and sites(graph_module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from balf_fx.budget.problem import drawn, pose
-from balf_fx.calibration.batches import Calibration, Piece, pieces_for_gradients, pieces_for_walk, run_batch
+from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
@@ -24,6 +24,7 @@ from balf_fx.calibration.observers import (
     SensitivityObserver,
     observer_of,
 )
+from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import weighing
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.rewriting import normalise
@@ -151,7 +152,7 @@ def calibrate(
     each piece.
 
     Args:
-        batches: read one at a time, in place of the calibration's own.
+        batches: read one at a time, in place of the calibration's own; those without samples are skipped.
         lenient: skip batches with NaN or infinity at a site, and run without gradients if none flow through the
             program.
 
@@ -165,7 +166,10 @@ def calibrate(
     module, counted = program.module, []
     generator = torch.Generator().manual_seed(calibration.seed)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
-    for index, batch in enumerate(progress.track(batches)):
+    for index, made in enumerate(progress.track(batches)):
+        batch = ordinary(made)
+        if is_empty(batch):
+            continue
         given = calibration.given(index, batch)
         try:
             if gradients:

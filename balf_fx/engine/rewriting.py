@@ -23,8 +23,10 @@ from balf_fx.graph.annotation import (
     sites,
 )
 from balf_fx.graph.curves import Kept, Solution
+from balf_fx.graph.effects import release_effects
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import get_tensor, put
+from balf_fx.graph.pickling import keep_reads_of_buffers
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import build, replace_site
@@ -50,6 +52,8 @@ def rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
 def finish(graph_module: fx.GraphModule, done: Plan) -> fx.GraphModule:
     """Return a plain module that stores its plan as plain data, so that a copy loads where balf_fx is not installed."""
     follow_inputs(graph_module)
+    release_effects(graph_module)
+    keep_reads_of_buffers(graph_module)
     for node in graph_module.graph.nodes:
         for key in (META_KEY, *VALUE_META):  # narrower layers return other shapes than capture recorded
             node.meta.pop(key, None)

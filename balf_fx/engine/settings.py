@@ -186,6 +186,8 @@ class Settings:
             raise OptionError(f"loss must be a function of the output and the batch, not {self.loss!r}")
         if self.weights is not None and not callable(self.weights):
             raise OptionError(f"weights must be a function of the batch, not {self.weights!r}")
+        if isinstance(self.allocation, Mapping) and not all(isinstance(name, str) for name in self.allocation):
+            raise OptionError(f"allocation must map names of layers to ranks, not {self.allocation!r}")
         _ = self.memory_bytes
         if self.refit and self.chosen_factors == "air":
             raise OptionError("a refit would replace the factors of factors='air': drop one of them")

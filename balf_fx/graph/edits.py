@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from balf_fx.graph.layers import argument_position, read_layer
-from balf_fx.graph.operators import changes_in_place
+from balf_fx.graph.operators import aten, changes_in_place, is_opaque_call
 from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
 from balf_fx.graph.site import Site
 
@@ -76,19 +75,20 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
     Functions outside of torch, methods that tensors do not have, and hooks may do anything.
     """
-    if node.is_impure() or changes_in_place(graph_module, node):
+    if node.is_impure(impure_random=_drops(node)) or changes_in_place(graph_module, node):
         return True
     if node.op == "call_module":
         return any(map(is_hooked, graph_module.get_submodule(str(node.target)).modules()))
     if node.op == "call_method":
         return str(node.target).endswith("_") or not hasattr(torch.Tensor, str(node.target))
-    return node.op == "call_function" and not _is_known(node.target)
+    return is_opaque_call(node)
 
 
-def _is_known(function: Any) -> bool:
-    """Whether a function is one of torch's or Python's own."""
-    owner = str(getattr(function, "__module__", None) or "torch").partition(".")[0]
-    return isinstance(function, torch._ops.OpOverload) or owner in ("torch", "_operator", "builtins", "math")
+def _drops(node: fx.Node) -> bool:
+    """Whether a random operation draws numbers: attention only does where it has dropout."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return True
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
 
 
 def _fetches(node: fx.Node, path: str) -> bool:

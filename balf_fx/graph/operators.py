@@ -12,17 +12,31 @@ aten = torch.ops.aten
 _TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
 
 
-_AUGMENTED = (
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
-    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
-    operator.setitem,
-)
-
-
 _IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 _IDENTITY_CALLS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
+
+
+AUGMENTED = {
+    getattr(operator, f"i{name}"): getattr(operator, name if name not in ("and", "or") else f"{name}_")
+    for name in (
+        "add",
+        "and",
+        "floordiv",
+        "lshift",
+        "matmul",
+        "mod",
+        "mul",
+        "or",
+        "pow",
+        "rshift",
+        "sub",
+        "truediv",
+        "xor",
+    )
+}
+"""Augmented assignments, each with the operator that returns a new value."""
 
 
 def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -36,12 +50,15 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = str(getattr(node.target, "__name__", ""))
-    return (
-        node.target in _AUGMENTED
-        or name.endswith("_")
-        or bool(node.kwargs.get("inplace", False))
-        or "out" in node.kwargs
-    )
+    augmented = node.target in AUGMENTED or node.target is operator.setitem
+    return augmented or name.endswith("_") or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+
+
+def is_opaque_call(node: fx.Node) -> bool:
+    """Whether a node calls a function that is not one of torch or Python, and may do anything."""
+    owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    known = isinstance(node.target, torch._ops.OpOverload) or owner in ("torch", "_operator", "builtins", "math")
+    return node.op == "call_function" and not known
 
 
 def operation(node: fx.Node) -> str:

@@ -47,7 +47,7 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module runs more than its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or "forward" in vars(module)  # replaced on the instance
 
 
 def computed_tensors(module: nn.Module) -> dict[int, Tensor]:

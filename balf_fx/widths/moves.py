@@ -41,6 +41,9 @@ _MOVES = (
 )
 
 
+_COPIES = ("lift_fresh", "lift_fresh_copy", "detach", "clone")  # of constant indices, in exported graphs
+
+
 _END = 2**63 - 1  # the end of a whole slice in exported graphs
 
 
@@ -94,6 +97,8 @@ class Moves:
         """The value of a size or a constant index, or of a number computed from sizes, on the example batch."""
         if annotation(node).number is not None:
             return annotation(node).number
+        if operation(node) in _COPIES:
+            return self.number(node.all_input_nodes[0])
         if node.op == "get_attr":
             value = get_tensor(self.graph_module, str(node.target))
             return value if isinstance(value, Tensor) and value.dtype is torch.int64 else None

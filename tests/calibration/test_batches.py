@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from balf_fx.calibration.batches import describe, forward_for, iterate, run_batch
+from balf_fx.calibration.batches import (
+    describe,
+    forward_for,
+    is_empty,
+    iterate,
+    run_batch,
+    sample_count,
+    some_samples,
+)
 from balf_fx.errors import CalibrationError, NonFiniteError
 
 X = torch.ones(2, 3)
@@ -154,6 +162,7 @@ def test_labels_leave_a_tuple_from_its_end(model, batch, kept):
         (Labelled(), {"x": X, "label": FLOATS}, {"x", "labels"}),
         (AnyKeyword(), {"x": X, "label": LABELS, "labels": LABELS}, {"x", "label", "labels"}),
         (KeywordOnly(), {"x": X, "extra": LABELS}, {"extra"}),
+        (KeywordOnly(), {"x": X, "extra": LABELS, "labels": LABELS}, {"extra"}),
     ],
 )
 def test_label_keys_leave_a_mapping_where_forward_has_no_such_parameter(model, batch, kept, kind):
@@ -234,3 +243,49 @@ def test_describe_names_what_is_nested():
         "a list of (a int64 tensor of shape (2, 3), a NoneType))"
     )
     assert describe(batch) == described
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "empty"),
+    [
+        (X, 2, False),
+        ((X, LABELS), 2, False),
+        ((X, torch.zeros(5, 3)), 0, False),
+        ({"ids": torch.ones(4, 7), "positions": torch.ones(1, 7), "scale": torch.tensor(2.0)}, 4, False),
+        ({"ids": torch.ones(1, 7), "positions": torch.arange(7)}, 0, False),
+        ((torch.ones(1, 7), torch.ones(1, 7)), 1, False),
+        (torch.zeros(0, 3), 0, True),
+        ({"ids": torch.zeros(0, 7), "positions": torch.ones(1, 7)}, 0, True),
+        ((torch.ones(1, 3, 4, 4), torch.zeros(0, 4)), 0, False),
+        ([1, 2], 0, False),
+    ],
+)
+def test_samples_are_counted(batch, count, empty):
+    assert is_empty(batch) is empty
+    assert empty or sample_count(batch) == count
+
+
+def test_what_holds_for_all_samples_is_not_cut():
+    batch = {"ids": torch.arange(8).reshape(4, 2), "positions": torch.arange(2)[None], "scale": torch.tensor(2.0)}
+    piece = some_samples(batch, 1, 3)
+    assert piece["ids"].tolist() == [[2, 3], [4, 5]]
+    assert torch.equal(piece["positions"], batch["positions"])
+    assert piece["scale"] is batch["scale"]
+
+
+def test_batches_without_samples_are_left_out_and_those_of_inference_mode_are_copied():
+    with torch.inference_mode():
+        made = torch.ones(2, 3)
+    found = list(iterate([torch.zeros(0, 3), {"x": made, "y": X}, X]))
+    assert [type(batch) for batch in found] == [dict, torch.Tensor]
+    assert not found[0]["x"].is_inference()
+    assert found[0]["y"] is found[1] is X
+    with pytest.raises(CalibrationError, match="not str"):
+        iterate("calibration/")
+
+
+def test_descriptions_are_short():
+    assert describe([1] * 300) == "a list of 300 times a int"
+    assert describe([[1, 2]] * 300) == "a list of 300 times a list of 2 times a int"
+    assert len(describe(tuple([X, 1] * 300))) < 400
+    assert len(describe({f"key{i}": X for i in range(300)})) < 400

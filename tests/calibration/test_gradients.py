@@ -29,26 +29,13 @@ def observer(graph_module, name):
 
 
 def test_the_probe_of_logits_has_the_second_moment_of_the_divergence():
-    logits = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
-    p = logits.detach().softmax(-1)[0]
-    samples = []
-    draws = generator()
-    for _ in range(20_000):
-        (gradient,) = torch.autograd.grad(probe(logits, None, draws), logits)
-        samples.append(gradient[0])
-    second = torch.stack(samples).mT @ torch.stack(samples) / len(samples)
+    logits = torch.randn(1, 4, dtype=torch.float64)
+    p = logits.softmax(-1)[0]
+    samples, draws = 20_000, generator()
+    rows = logits.expand(samples, 4).detach().requires_grad_()
+    (gradients,) = torch.autograd.grad(probe(rows, None, draws), rows)
+    second = gradients.mT @ gradients / samples
     torch.testing.assert_close(second, torch.diag(p) - p[:, None] * p, rtol=0.05, atol=0.01)
-
-
-def test_half_the_expected_square_is_the_divergence_to_second_order():
-    torch.manual_seed(0)
-    logits = torch.randn(1, 5, dtype=torch.float64)
-    moved = logits + 1e-3 * torch.randn(1, 5, dtype=torch.float64)
-    p = logits.softmax(-1)
-    divergence = (p * (logits.log_softmax(-1) - moved.log_softmax(-1))).sum()
-    hessian = torch.diag(p[0]) - p[0][:, None] * p[0]
-    step = (moved - logits)[0]
-    assert float(divergence) == pytest.approx(float(0.5 * step @ hessian @ step), rel=1e-2)
 
 
 def test_what_counts_as_logits():

@@ -385,3 +385,13 @@ def test_squares_of_gradients_stay_in_range(scale):
     torch.testing.assert_close(
         scaled.sample.moments.scatter / scaled.sample.moments.count, plain.sample.moments.covariance()
     )
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-20, 1e-21, 1e-25, 1e18, 1e25])
+def test_moments_are_accurate_at_every_scale(scale):
+    site, value = Site("layer", "linear", "layer.weight", None, 1, 8, 3), torch.randn(50, 3) * scale
+    observer = CovarianceObserver(site)
+    observer(value)
+    wide = value.double()
+    expected = (wide - wide.mean(0)).mT @ (wide - wide.mean(0)) / 50
+    torch.testing.assert_close(observer.moments.covariance()[0] / scale**2, expected / scale**2, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import balf_fx
-from balf_fx.calibration.batches import Calibration, forward_for, pieces_for_gradients, pieces_for_walk
+from balf_fx.calibration.batches import Calibration, forward_for
+from balf_fx.calibration.pieces import pieces_for_gradients, pieces_for_walk
 
 BATCH = 24
 VALUE = 4 * 16 * 12 * 12  # bytes of the largest value of one sample

@@ -6,6 +6,7 @@ In float64, where the two ways to capture a model differ by less than any choice
 from __future__ import annotations
 
 import architectures
+import families
 import pytest
 import torch
 from dynamo.helpers import STEPS, calibrated, make_offline
@@ -32,6 +33,9 @@ def make(name):
     """A model in float64, and batches for calibration and for a comparison."""
     if name == "conv net":
         return randomise_batchnorm(ConvNet()).eval().double(), list(torch.randn(STEPS + 1, 8, 3, 12, 12).double())
+    if name in families.FAMILIES:
+        build, shape = families.FAMILIES[name]
+        return build().eval().double(), list(torch.randn(STEPS + 1, 48, *shape, dtype=torch.float64))
     return architectures.make(name, torch.float64, STEPS + 1)
 
 
@@ -51,6 +55,9 @@ def make(name):
         ("transformer", {"effort": "balanced"}),
         ("transformer", {"effort": "best", "dense": ["head"], "flops": 0.6}),
         ("fused keys and values", {"effort": "best", "flops": None, "params": 0.6}),
+        ("interleaved", {"effort": "balanced", "flops": None, "params": 0.6}),
+        ("expanded", {"effort": "balanced", "flops": None, "params": 0.6}),
+        ("Conv1D attention", {"effort": "balanced", "flops": None, "params": 0.6}),
     ],
 )
 def test_plan_and_outputs_are_those_of_compile(name, changes):

@@ -230,6 +230,21 @@ def test_the_weights_of_samples_say_which_count(decoder, tokens):
     assert_same(refitted(decoder, whole, weights=lambda _: half), refitted(decoder, kept))
 
 
+def test_the_weights_of_images_say_which_count():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2), nn.Flatten(), nn.Linear(54, 5)]
+    model = nn.Sequential(*layers).double().eval()
+    images, half = torch.randn(2, 16, 3, 8, 8, dtype=torch.float64), torch.tensor([1.0, 0.0] * 8)
+    broken = images.masked_fill((half == 0)[:, None, None, None], torch.nan)  # what does not count is not read
+
+    def small(batches, **options):
+        return balf_fx.compile(model, list(batches), allocation={"0": 3, "2": 4, "4": 2}, progress=False, **options)
+
+    for effort, given in (("best", images), ("fast", broken)):
+        found = small(given, effort=effort, weights=lambda _: half)
+        assert_same(found, small(images[:, ::2], effort=effort))
+
+
 def test_a_weight_of_two_counts_as_the_sample_twice(decoder, tokens):
     twice = torch.tensor([1.0, 2.0] * 6)
     repeated = [masked(torch.repeat_interleave(ids, twice.long(), 0)) for ids in tokens]

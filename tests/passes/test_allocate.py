@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import balf_fx
+from balf_fx.budget.problem import Problem, Totals, pose
 from balf_fx.errors import BudgetError, OptionError, PassError, UnknownSiteError
 from balf_fx.graph.annotation import annotation, graph_record, sites
 from balf_fx.passes import Allocate, Annotate, Score
@@ -159,3 +160,19 @@ def test_the_bound_holds_for_sizes_of_the_finer_grid_too(name, target):
     allocation = graph_record(graph_module).allocation
     assert target == 1.0 or allocation.sizes
     assert 0 <= allocation.bound <= allocation.primal + 1e-12
+
+
+@pytest.fixture(scope="module")
+def with_widths() -> Problem:
+    torch.manual_seed(0)
+    prepared = architectures.scored(*architectures.make("inverted residual"))
+    record = graph_record(prepared)
+    return pose([(prepared, 1)], Totals(record.flops, record.params, architectures.count_params(prepared)))
+
+
+@pytest.mark.parametrize("measure", ["flops", "params"])
+def test_no_choice_is_better_than_the_bound(with_widths, measure):
+    """The bound holds for all sizes that were tried, those of the second, finer grid included."""
+    for percent in range(30, 100, 2):
+        found = Allocate(**{measure: percent / 100}, strict=False, importance=0.6).solve(with_widths)
+        assert found.bound <= found.primal * (1 + 1e-9)

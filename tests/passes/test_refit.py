@@ -17,7 +17,7 @@ from balf_fx.graph.site import Reason, Refusal
 from balf_fx.passes import Allocate, Annotate, Factorize, InsertObservers, Refit, Score
 from balf_fx.progress import Progress
 from balf_fx.refit.lockstep import Lockstep
-from balf_fx.refit.offload import Shelved
+from balf_fx.refit.offload import Shelf, Shelved
 from balf_fx.refit.targets import limits_of, within_limits
 from balf_fx.refit.windows import chunks, pixel_grid, pixel_step
 
@@ -113,10 +113,16 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
     monkeypatch.setattr(
         "balf_fx.engine.compress.pieces_for_walk", lambda prepared, piece, *_: [piece]
     )  # tests/calibration/test_pieces.py
+    parked = []
+    park = Shelf.park
+    monkeypatch.setattr(Shelf, "park", lambda self, values: parked.append(self.nbytes(values)) or park(self, values))
     expected = balf_fx.convert(prepared, **options).state_dict()
+    assert not parked
     for memory in (0, 100_000):
         found = balf_fx.convert(prepared, memory=memory, **options).state_dict()
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
+        assert max(parked) > 0
+        parked.clear()
     for name, value in (("_CHUNK_ELEMENTS", 5_000), ("_CHUNK_POSITIONS", 1)):
         monkeypatch.setattr(f"balf_fx.refit.windows.{name}", value)
         torch.testing.assert_close(balf_fx.convert(prepared, **options).state_dict(), expected, rtol=1e-9, atol=1e-10)
@@ -489,3 +495,64 @@ def test_progress_goes_node_by_node_and_counts_what_is_solved(mode):
     assert progress.names == [node.name for node in prepared.graph.nodes if node.name in progress.weights]
     assert progress.weights["second"] > progress.weights["first"]  # which is not solved
     assert progress.weights["second"] > progress.weights["depthwise"] > progress.weights["head"] > 0
+
+
+@pytest.mark.parametrize("memory", [0, 40_000, 120_000])
+def test_values_in_memory_stay_within_the_bound(memory, monkeypatch):
+    """But for those of the batch that runs."""
+    model, batches = Residual().eval(), list(torch.randn(6, 8, 3, 8, 8))
+    prepared = calibrated(model, batches)
+    monkeypatch.setattr("balf_fx.engine.compress.pieces_for_walk", lambda prepared, batch, *_: [batch])
+    seen, walks = [], Lockstep.batches
+
+    def watched(self):
+        for batch in walks(self):
+            others = [each for each in self._batches if each is not batch and not each._shelf.used]
+            seen.append(sum(each._shelf.nbytes((each.original, each.compressed)) for each in others))
+            yield batch
+
+    monkeypatch.setattr(Lockstep, "batches", watched)
+    options = {"flops": 0.6, "batches": batches, "refit": True, "progress": False}
+    balf_fx.convert(prepared, memory=memory, **options)
+    assert max(seen) <= memory
+    seen.clear()
+    balf_fx.convert(prepared, **options)
+    assert max(seen) > 120_000
+
+
+@pytest.mark.parametrize("memory", [3_000_000, "3M"])
+def test_the_memory_of_compile_is_that_of_the_walk(memory, monkeypatch):
+    found, start = [], Lockstep.__init__
+
+    def started(self, *arguments):
+        start(self, *arguments)
+        found.append(self._memory)
+
+    monkeypatch.setattr(Lockstep, "__init__", started)
+    batches = list(torch.randn(2, 8, 3, 8, 8))
+    balf_fx.compile(Residual().eval(), batches, flops=0.6, memory=memory, progress=False)
+    assert found
+    assert set(found) == {3_000_000 if isinstance(memory, int) else 3 * 2**20}
+
+
+class FirstOfTwo(nn.Module):
+    """Only the first of two positions reaches the answer; the second one has another distribution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x))))[:, 0]
+
+
+@pytest.mark.parametrize("mode", ["full", "up"])
+def test_positions_count_as_much_as_their_gradients(mode, monkeypatch):
+    """Those without a gradient do not count: other values there give the same layers."""
+    model = FirstOfTwo().double().eval()
+    x = torch.randn(3, 40, 2, 12, dtype=torch.float64)
+    plain, other = list(x), [batch * torch.tensor([[1.0], [3.0]]) + torch.tensor([[0.0], [1.0]]) for batch in x]
+    options = {"refit": mode, "progress": False, "centred": True, "seed": 0, "factors": "sensitivity"}
+    ranks = {"first": 3, "second": 4}
+    found = [balf_fx.compile(model, batches, allocation=ranks, **options) for batches in (plain, other)]
+    torch.testing.assert_close(found[0].state_dict(), found[1].state_dict(), rtol=1e-6, atol=1e-8)

@@ -84,3 +84,17 @@ def test_passes_take_a_graph_that_was_traced_elsewhere():
         graph_module = apply(graph_module).graph_module
     graph_module(torch.randn(30, 8, dtype=torch.float64))
     assert curves(graph_module)["0"].candidates[0].params == 16 + 8
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=["output side", "input side"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_each_half_of_the_samples_judges_the_other(shape, centred):
+    """Every other sample lies in another subspace of four dimensions: those of one half tell nothing of the other."""
+    x, (left, right) = torch.randn(120, shape[0], dtype=torch.float64), torch.randn(2, 4, shape[0], dtype=torch.float64)
+    x[::2], x[1::2] = x[::2, :4] @ left, x[1::2, :4] @ right
+    graph_module = balf_fx.prepare(nn.Sequential(nn.Linear(*shape)).double(), x, factors="sensitivity")
+    balf_fx.calibrate(graph_module, [x], progress=False)
+    curve = curves(graph_module, factors="sensitivity", centred=centred)["0"]
+    by_rank = {candidate.rank: curve.normalised(candidate.distortion) for candidate in curve.candidates}
+    assert by_rank[4] > 0.3
+    assert by_rank[8] > 0.2

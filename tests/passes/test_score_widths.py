@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from architectures import EVERYTHING, Mlp, make, rewritten, scored
+from architectures import EVERYTHING, HEAD, HEADS, Mlp, make, rewritten, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -288,3 +288,44 @@ def test_features_of_a_convolution_are_its_channels():
     centred = hidden - hidden.mean(0)
     wanted = centred.mT @ centred / len(centred)
     torch.testing.assert_close(observer.sample.features.covariance()[0], wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_each_half_of_the_samples_judges_the_other():
+    """Every other sample varies in other features: what one half leaves out, the other one misses."""
+    model = linear_mlp(hidden=16)
+    x = torch.randn(160, 12, dtype=torch.float64)
+    with torch.no_grad():
+        model.up.weight.zero_().fill_diagonal_(1.0)
+    x[::2, 6:], x[1::2, :6] = 0.0, 0.0
+    prepared = scored(model, [x])
+    (curve,) = graph_record(prepared).width_curves
+    assert curve.normalised(curve.distortion[6]) > 0.2
+
+
+@pytest.mark.parametrize("idle", range(2))
+def test_all_heads_that_share_keys_are_read(idle):
+    """One of the two heads of queries for each head of keys is zero; the other one is not."""
+    model, batches = make("grouped")
+    with torch.no_grad():
+        rows = torch.arange(2 * HEADS * HEAD).reshape(HEADS, 2, HEAD)[:, idle].flatten()
+        model.q.weight[rows], model.q.bias[rows] = 0.0, 0.0
+    prepared = scored(model, batches)
+    record = graph_record(prepared)
+    (curve,) = (c for width, c in zip(record.widths, record.width_curves, strict=True) if width.kind == "queries")
+    assert curve.loss > 0
+    assert all(loss > 0 for loss in curve.distortion[: HEAD // 2])
+    moments = torch.stack([curve.left[head] @ curve.left[head].mT for head in range(HEADS)])
+    assert (moments - torch.eye(HEAD, dtype=moments.dtype)).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["queries", "values"])
+def test_each_half_of_the_samples_judges_the_heads_of_the_other(kind):
+    """Every other sample lies in another subspace of three dimensions, and the bias in one more."""
+    model, (x, *_) = make("unfused", count=1)
+    with torch.no_grad():
+        model.stem.bias.zero_()
+        left, right = torch.randn(2, 3, x.shape[-1])
+        x[::2], x[1::2] = x[::2, :, :3] @ left, x[1::2, :, :3] @ right
+    record = graph_record(scored(model, [x]))
+    (curve,) = (c for width, c in zip(record.widths, record.width_curves, strict=True) if width.kind == kind)
+    assert curve.normalised(curve.distortion[4]) > 0.1

@@ -298,3 +298,36 @@ def test_a_part_without_a_bias_is_solved_without_one():
     torch.testing.assert_close(torch.cat([biased.right[0], biased.bias.mT], 1), expected)
     torch.testing.assert_close(plain.right[0], torch.linalg.lstsq((x[0] * root).mT, (second[0] * root).mT).solution.mT)
     assert plain.bias is None
+
+
+def answers(x, fitted, noise=0.0, seed=40):
+    """The sums of x and of a map's outputs for it."""
+    y = fitted @ x
+    return joint(x, y + noise * random(seed, *y.shape), None)
+
+
+def test_the_prior_stays_where_the_held_out_share_prefers_it():
+    """The training share says otherwise, and it is the larger one."""
+    x, other = random(0, 1, 6, 60), random(1, 1, 6, 20)
+    prior, wrong = random(2, 1, 4, 6), random(3, 1, 4, 6)
+    train, held_out = answers(x, wrong), answers(other, prior)
+    solution = (Solution(None, prior, torch.zeros(1, 4, dtype=torch.float64)),)
+    assert best(train, held_out, wrong, solution, (None,)) == solution
+
+
+def test_the_prior_stays_where_all_samples_prefer_it():
+    """The held-out share asks for a strong pull toward a map that is wrong for the training share."""
+    x, other = random(0, 1, 6, 600), random(1, 1, 6, 20)
+    prior, toward = random(2, 1, 4, 6), random(3, 1, 4, 6)
+    train, held_out = answers(x, prior), answers(other, toward)
+    solution = (Solution(None, prior, torch.zeros(1, 4, dtype=torch.float64)),)
+    assert best(train, held_out, toward, solution, (None,)) == solution
+
+
+def test_a_bias_stays_where_the_held_out_share_prefers_it():
+    """The mean residual of the training share is none of its own."""
+    train, held_out = (
+        Residual.of(torch.full((1, 3, count), value), None) for count, value in ((300, 1.0), (100, -0.1))
+    )
+    assert torch.equal(best_shift(train, held_out, None), torch.zeros(1, 3, dtype=torch.float64))
+    assert torch.equal(best_shift(train, train, None), torch.ones(1, 3, dtype=torch.float64))

@@ -195,3 +195,26 @@ def test_a_module_of_another_origin_has_no_report():
     for module in (nn.Linear(2, 2), torch.fx.symbolic_trace(nn.Linear(2, 2))):
         with pytest.raises(PassError, match="nothing to report"):
             balf_fx.report(module)
+
+
+def test_shares_of_flops_by_hand():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.tiny, self.last = nn.Linear(16, 32), nn.Linear(32, 1), nn.Linear(32, 24)
+            self.kept = nn.Linear(32, 32)
+
+        def forward(self, x):
+            x = self.kept(self.first(x).relu())
+            return self.last(x) @ x[:, :24].mT * self.tiny(x)
+
+    model, x = Net().eval(), torch.randn(10, 16)
+    small = balf_fx.compile(model, x, flops=0.9, exclude=["kept"], effort="fast", progress=False)
+    first, kept, tiny, last, product = (2 * 10 * n for n in (16 * 32, 32 * 32, 32, 32 * 24, 24 * 10))
+    total = first + kept + tiny + last + product
+    report = balf_fx.report(small)
+    assert report.flops_before == total
+    assert report.flops_in_sites == pytest.approx((first + last) / total)
+    assert report.flops_refused == pytest.approx(
+        {"excluded by the user": kept / total, "no rank is cheaper than the dense layer": tiny / total}
+    )

@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 from architectures import count_flops, count_params, rewritten
-from families import FAMILIES, GATED, HIDDEN, PARALLEL, QUERIES_AND_VALUES, RESHAPED, VALUES, make_redundant
+from families import FAMILIES, GATED, HIDDEN, PARALLEL, QUERIES_AND_VALUES, RESHAPED, VALUES, Gated, make_redundant
+from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.graph.annotation import graph_record
@@ -87,3 +88,29 @@ def test_a_saved_model_is_loaded_with_its_sizes(name, tmp_path):
     balf_fx.save(small, tmp_path / "small.safetensors")
     loaded = balf_fx.load(tmp_path / "small.safetensors", build().eval())
     assert torch.equal(loaded(batches[0][:5]), small(batches[0][:5]))
+
+
+def halves(x):
+    return x[..., :HIDDEN], x[..., HIDDEN:]
+
+
+REFUSED = {
+    "norm of the product": lambda x: F.rms_norm(halves(x)[0] * halves(x)[1], (HIDDEN,)),
+    "norm of a half": lambda x: F.layer_norm(halves(x)[0], (HIDDEN,)) * halves(x)[1],
+    "norm of both halves": lambda x: F.glu(F.layer_norm(x, (2 * HIDDEN,))),
+    "softmax of the gate": lambda x: halves(x)[0].softmax(-1) * halves(x)[1],
+    "variance of the product": lambda x: (halves(x)[0] * halves(x)[1]) / halves(x)[0].pow(2).mean(-1, keepdim=True),
+    "one half reversed": lambda x: halves(x)[0] * halves(x)[1].flip(-1),
+    "overlapping parts": lambda x: x[..., :HIDDEN] * x[..., HIDDEN - 1 : -1],
+    "a part that something else reads": lambda x: halves(x)[0] * halves(x)[1] * x[..., :2].sum(-1, keepdim=True),
+    "two ways to part": lambda x: F.glu(x) * x[..., ::2],
+    "a part transposed": lambda x: halves(x)[0] * halves(x)[1].reshape(-1, 4, 4).mT.reshape(-1, HIDDEN),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mixes_the_features_is_refused(name, capture):
+    model = Gated(REFUSED[name]).eval()
+    prepared = balf_fx.prepare(model, torch.randn(4, 12), factors="sensitivity", capture=capture)
+    assert graph_record(prepared).widths == ()
