@@ -14,6 +14,9 @@ The strength of the regularisation is chosen on a held-out quarter of all sample
 is taken, or the layer as it was if that is better. Every pixel of a convolution's output is used until there are some
 hundred positions per unknown. Beyond that, a grid of pixels is read, with another offset in every chunk
 (`refit.windows`). Positions without weight, such as padding, are left out.
+
+Experts are solved one by one on the rows that they see (`refit.experts`). What chooses rows, such as `topk` in a
+router, chooses the original's in both models, so that these are the same rows.
 """
 
 from __future__ import annotations
@@ -147,16 +150,19 @@ class _Solver:
             self.walk.store(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
 
     def _replace_experts(self, node: fx.Node, site: Site, moved: bool) -> None:
-        """Solve for the factors of experts; those that stay dense run on the compressed model's values."""
+        """Solve for the factors of experts; those that stay dense run on the compressed model's values.
+
+        In the mode "up" they keep their one-shot factors: left factors fitted to rows that all count alike were worse.
+        """
         product, curve = read_experts(node), annotation(node).curve
         if _rank(node) is None or product is None or curve is None:
             if not self.walk.moved.isdisjoint(sources_of(node)):
                 self.walk.store(node, partial(self.walk.compressed, node))
             return
         (solution,) = self._prior(node, site, Cut())
-        if moved and self._refittable(node, site, _rank(node)):
+        if moved and self.mode == "full" and self._refittable(node, site, _rank(node)):
             weight = grouped_weight(self.graph_module, site)
-            solution = refit_experts(self.walk, product, weight, solution, curve.spectrum, self.mode == "full")
+            solution = refit_experts(self.walk, product, weight, solution, curve.spectrum)
             annotate(node, refit=(solution,))
         factors = build_experts(get_tensor(self.graph_module, site.weight), site, solution)
         self.walk.store(node, lambda batch: factors.run(node, batch.current))

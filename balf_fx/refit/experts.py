@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.graph.experts import ExpertProduct
+from balf_fx.graph.operators import operation
 from balf_fx.refit.lockstep import Batch, Lockstep
 from balf_fx.refit.regression import Joint, JointSums, best
 
@@ -14,41 +15,36 @@ _HELD_OUT = 4  # one row in four
 
 
 def refit_experts(
-    walk: Lockstep, product: ExpertProduct, weight: Tensor, prior: Solution, spectrum: Spectrum, full: bool
+    walk: Lockstep, product: ExpertProduct, weight: Tensor, prior: Solution, spectrum: Spectrum
 ) -> Solution:
     """The factors of each expert, solved for the compressed model's inputs; as before where that is no better.
 
     An expert's last rows in each batch, a quarter of all, are held out. All rows count alike, and the target is the
-    original's output. An expert that keeps its matrix, or has seen fewer than four rows, is not solved.
+    original's output. An expert that keeps its matrix or has seen fewer than four rows is not solved, and neither is a
+    product that adds a bias.
 
     Args:
         weight: [E, O, D], toward which the ridge shrinks.
         prior: the solution so far, with factors.
-        full: whether to solve for both factors; otherwise only for the left ones.
     """
-    if prior.left is None or not all(_same_rows(product, batch) for batch in walk.batches()):
+    biased = operation(product.node) == "baddbmm"
+    if prior.left is None or biased or not all(_same_rows(product, batch) for batch in walk.batches()):
         return prior
-    maps = None if full else prior.right
-    shares = _sums(walk, product, (prior.left.shape[1], weight.shape[2] if full else prior.right.shape[1]), maps)
+    shares = _sums(walk, product, (weight.shape[1], weight.shape[2]))
     left, right = prior.left.clone(), prior.right.clone()
     kept = () if prior.kept is None else prior.kept.experts
     for expert in range(len(left)):
         train, held_out = (share[expert].joint() for share in shares)
         own = slice(expert, expert + 1)
-        if train.count and expert not in kept:
-            old = Solution(left[own], right[own], None) if full else Solution(None, left[own], None)
-            toward = weight[own] if full else left[own]
-            found = _best(train, held_out, toward, old, spectrum.only(expert))
-            if full and found.left is not None:
+        if train.count and held_out.count and expert not in kept:
+            old = Solution(left[own], right[own], None)
+            found = _best(train, held_out, weight[own], old, spectrum.only(expert))
+            if found.left is not None:
                 left[own], right[own] = found.left, found.right
-            elif not full:
-                left[own] = found.right
     return Solution(left, right, prior.bias, prior.kept)
 
 
 def _best(train: Joint, held_out: Joint, toward: Tensor, prior: Solution, spectrum: Spectrum) -> Solution:
-    if not held_out.count:
-        return prior
     (found,) = best(train.uncentred(), held_out.uncentred(), toward, (prior,), (spectrum,))
     return found
 
@@ -60,14 +56,11 @@ def _same_rows(product: ExpertProduct, batch: Batch) -> bool:
     )
 
 
-def _sums(
-    walk: Lockstep, product: ExpertProduct, shape: tuple[int, int], maps: Tensor | None
-) -> tuple[list[JointSums], list[JointSums]]:
+def _sums(walk: Lockstep, product: ExpertProduct, shape: tuple[int, int]) -> tuple[list[JointSums], list[JointSums]]:
     """The sums over each expert's training and held-out rows.
 
     Args:
-        shape: O, and D or r.
-        maps: [E, r, D], what is applied to the inputs first; None for nothing.
+        shape: O and D.
     """
     outputs, inputs = shape
     node: fx.Node = product.node
@@ -82,7 +75,6 @@ def _sums(
         wanted = product.rows.split(batch.before(node), "output", assignment)
         for expert, (x, y) in enumerate(zip(read, wanted, strict=True)):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).mT.unsqueeze(0)
-            x = x if maps is None else maps[expert : expert + 1].to(x.dtype) @ x
             y = y.to(x.dtype).mT.unsqueeze(0)
             rows = x.shape[-1]
             cut = rows - ((seen[expert] + rows) // _HELD_OUT - seen[expert] // _HELD_OUT)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from expert_models import Loop, Mixture
+from expert_models import EXPERTS, INPUTS, Loop, Mixture, Selected
 from torch.nn import functional as F
 
 import balf_fx
@@ -194,3 +194,36 @@ def test_a_dense_mixture_is_a_sum_of_layers(batches, effort):
     report = balf_fx.report(small)
     assert report.flops_after == count_flops(small, batches[0]) <= 0.6 * count_flops(model, batches[0])
     assert "router" in {row.name for row in report.sites}  # gradients know what it does
+
+
+def test_the_distortion_of_a_rank_is_the_error_over_all_rows(batches):
+    torch.manual_seed(0)
+    model, batches = Selected().double().eval(), [batch.double() for batch in batches]
+    small = balf_fx.compile(model, batches, allocation={"weight": 5}, effort="fast", progress=False)
+    x = torch.cat(batches).reshape(-1, INPUTS)
+    chosen = model.router(x).argmax(-1)
+    first, second = small.get_parameter("weight.0"), small.get_parameter("weight.1")
+    error = torch.bmm(x.unsqueeze(1), (model.weight - first @ second)[chosen]).detach()
+    (row,) = balf_fx.report(small).sites
+    torch.testing.assert_close(row.distortion, float(error.square().sum() / len(x)))
+    for expert in range(EXPERTS):  # no other factors of this rank lose less on the rows of an expert
+        own = x[chosen == expert] @ model.weight[expert]
+        least = torch.linalg.svdvals(own)[5:].square().sum()
+        torch.testing.assert_close(error.squeeze(1)[chosen == expert].square().sum(), least)
+
+
+def test_a_refit_corrects_each_expert_for_errors_made_before_it():
+    torch.manual_seed(0)
+    model, ranks = Mixture().eval(), {"stem": 5, "up": 8}
+    batches = [torch.randn(32, 6, 16) for _ in range(6)]
+    x = torch.cat(batches).reshape(-1, 16)
+    h = model.stem(x)
+    chosen = model.router(h).softmax(-1).topk(2, -1)[1]
+    found = []
+    for refit in (False, True):
+        small = balf_fx.compile(model, batches, allocation=ranks, effort="fast", refit=refit, progress=False)
+        changed, first, second = small.stem(x), small.get_parameter("up.0"), small.get_parameter("up.1")
+        wrong = [h @ w.T - changed @ (b @ a).T for w, a, b in zip(model.up, first, second, strict=True)]
+        found.append([float(e[(chosen == i).any(-1)].square().sum()) for i, e in enumerate(wrong)])
+    before, after = found
+    assert all(new < 0.99 * old for new, old in zip(after, before, strict=True))
