@@ -88,7 +88,8 @@ def _drops(node: fx.Node) -> bool:
     """Whether a random operation draws numbers: attention only does where it has dropout."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return True
-    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
+    dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    return not isinstance(dropout, int | float) or dropout > 0
 
 
 def _fetches(node: fx.Node, path: str) -> bool:
