@@ -14,7 +14,7 @@ import torch
 from small_models import ConvNet, randomise_batchnorm
 from torch import nn
 
-RANDOM_MODELS = 64
+RANDOM_MODELS = 40
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

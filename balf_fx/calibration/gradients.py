@@ -59,7 +59,7 @@ def observe_gradients(
             if not isinstance(scalar, Tensor) or scalar.numel() != 1:
                 raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
             if loss is not None and not torch.isfinite(scalar).all():
-                raise NonFiniteError(f"loss(output, batch) is {float(scalar)} for calibration batch {index}")
+                raise NonFiniteError(f"loss(output, batch) is {float(scalar.detach())} for calibration batch {index}")
             wanted = [*_outputs(records), *_weights(prepared)]
             if not wanted or not scalar.requires_grad:
                 return False

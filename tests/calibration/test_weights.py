@@ -28,7 +28,7 @@ SAMPLES = torch.tensor([0.0, 2.0, 1.0, 0.5])
         ((3, 4), lambda w: w.mT),
         ((3, 4, 2), lambda w: w.mT[..., None].expand(3, 4, 2)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
 )
 def test_a_mask_applies_to_the_values_with_its_positions(leading, expected):
     weights = Weights(MASK.double())
