@@ -92,3 +92,16 @@ def test_every_file_of_results_and_every_command_is_in_the_readme(tables):
         assert f"{'--benchmark-json=' if path.stem == 'timings' else '--json '}benchmarks/results/{path.name}" in text
     for script in re.findall(r"python (benchmarks/\w+\.py)", text):
         assert (ROOT / script).exists()
+
+
+def test_what_the_readme_says_of_other_calibration_data_follows_from_the_results(tables):
+    dense, *rows = tables._read("representative")["results"]
+    lost = {
+        (row["calibration"], row["effort"]): (dense["seen"] - row["seen"], dense["others"] - row["others"])
+        for row in rows
+    }
+    for effort in ("balanced", "best"):
+        seen, others = lost["the first five classes", effort]
+        assert others > 3 * max(seen, 0)
+    assert 10 < lost["the first five classes", "best"][1] < lost["the first five classes", "balanced"][1] / 3
+    assert all(min(lost["noise", effort]) > 60 for effort in ("fast", "balanced", "best"))
