@@ -73,13 +73,16 @@ def top1(model: nn.Module, task: Task) -> tuple[float, float]:
 @click.command()
 @click.option("--images", type=click.IntRange(min=1), default=cifar.CALIBRATION_IMAGES, show_default=True)
 @click.option("--flops", type=float, default=0.5, show_default=True, help="The share of the FLOPs to keep.")
+@click.option("--effort", "efforts", multiple=True, default=EFFORTS, show_default=True, type=click.Choice(EFFORTS))
 @click.option("--evaluate", type=click.IntRange(min=1), help="Only the first so many test images.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with the data and the weights.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")
-def main(images: int, flops: float, evaluate: int | None, data: Path | None, output: Path | None) -> None:
+def main(
+    images: int, flops: float, efforts: Sequence[str], evaluate: int | None, data: Path | None, output: Path | None
+) -> None:
     """Calibrate ResNet-20 on other images than it is judged on."""
     task = cifar.load(Source(data=data, images=_DRAWN * images, evaluate=evaluate))
-    wanted = [(name, batches, effort) for name, batches in calibrations(task, images).items() for effort in EFFORTS]
+    wanted = [(name, batches, effort) for name, batches in calibrations(task, images).items() for effort in efforts]
     rows = [Row("", "dense", 1.0, *top1(task.model, task))]
     for name, batches, effort in (bar := tqdm(wanted, unit="model", leave=False)):
         bar.set_postfix_str(f"{name}, {effort}")

@@ -137,7 +137,7 @@ def test_the_models_hold_what_compression_makes(compressed):
         subject = compressed(name, effort, capture)
         report = balf_fx.report(subject.module)
         assert report.captured == capture
-        assert report.factor_layers if effort == "fast" or name == "gpt2" else report.widths
+        assert report.factor_layers if effort == "fast" else report.widths
         assert 0.1 < float(_tensors(subject.call(subject.module, 6))[0].std()) < 10
 
 

@@ -24,11 +24,8 @@ def test_calibration_data_differ_and_are_judged_apart(load_benchmark, data_folde
     assert result.exit_code == 0, result.output
     dense, *rows = json.loads(output.read_text())["results"]
     assert dense["calibration"] == ""
-    assert {(row["calibration"], row["effort"]) for row in rows} == {
-        (name, effort)
-        for name in ("all classes", "the first five classes", "noise")
-        for effort in ("fast", "balanced", "best")
-    }
+    assert [row["calibration"] for row in rows] == ["all classes", "the first five classes", "noise"]
+    assert {row["effort"] for row in rows} == {"fast"}
     assert all(row["flops_kept"] <= 0.8 for row in rows)
 
 
