@@ -8,18 +8,8 @@ import torch
 def test_calibration_data_differ_and_are_judged_apart(load_benchmark, data_folder, tmp_path):
     representative, testing = load_benchmark("representative"), load_benchmark("click.testing")
     output = tmp_path / "results.json"
-    arguments = [
-        "--images",
-        "16",
-        "--evaluate",
-        "64",
-        "--flops",
-        "0.8",
-        "--data",
-        str(data_folder),
-        "--json",
-        str(output),
-    ]
+    arguments = ["--images", "16", "--evaluate", "64", "--flops", "0.8", "--effort", "fast"]
+    arguments += ["--data", str(data_folder), "--json", str(output)]
     result = testing.CliRunner().invoke(representative.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     dense, *rows = json.loads(output.read_text())["results"]
