@@ -54,8 +54,12 @@ REFERENCE: Mapping[str, Mapping[float, float]] = {
     "vit_tiny": {0.914: 59.8, 0.828: 18.5, 0.743: 4.3},
     "mobilenetv2": {0.883: 14.1, 0.799: 0.8},
 }
-"""Top-1 of BALF's reference implementation at shares of FLOPs kept: same weights, number of calibration images and
-evaluation images. It leaves products of activations out of its budget: what it keeps was counted on its results."""
+"""Top-1 of BALF's reference implementation at shares of FLOPs kept.
+
+Its published code was run on the CPU, with the calls of `.cuda()` removed, on the same weights and the same images for
+calibration and evaluation. It leaves products of activations out of its budget: what it keeps was counted on its
+results, with the counter of these benchmarks.
+"""
 
 
 @dataclass(frozen=True)
