@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.errors import ModelError, TrainingModeError
-from balf_fx.graph.parameters import is_quantized
+from balf_fx.graph.parameters import FLOATS, is_quantized
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
 
@@ -61,13 +61,10 @@ def _largest(tensor: Tensor) -> float:
     if nn.parameter.is_lazy(tensor) or tensor.is_meta:
         return 0.0
     value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    if value.dtype not in _FLOATS or not value.numel() or is_quantized(tensor):
+    if value.dtype not in FLOATS or not value.numel() or is_quantized(tensor):
         return 0.0
     low, high = (float(each) for each in value.aminmax())
     return max(-low, high) if low == low else low
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_evaluation_mode(model: nn.Module) -> None:

@@ -20,10 +20,8 @@ from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.capture.names import illegal_name
 from balf_fx.capture.tracing import guard_constant, plain, user_line
 from balf_fx.errors import CaptureError
+from balf_fx.graph.operators import aten
 from balf_fx.graph.parameters import get_tensor
-
-aten = torch.ops.aten
-
 
 _COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default, aten.alias.default)
 

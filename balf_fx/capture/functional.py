@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from balf_fx.capture.arguments import copied
 from balf_fx.capture.outofplace import out_of_place, view_instead
 from balf_fx.errors import CaptureError
 from balf_fx.graph.effects import add_effect
@@ -43,7 +44,7 @@ def make_functional(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None
         return
     seen = _Watch(graph_module)
     with torch.no_grad():
-        seen.run(*pytree.tree_map_only(Tensor, torch.clone, tuple(inputs)))
+        seen.run(*copied(tuple(inputs)))
     _Rewriter(graph_module, seen).run()
     graph_module.graph.lint()
     graph_module.recompile()

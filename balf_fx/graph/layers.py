@@ -19,12 +19,9 @@ from torch.nn import functional as F
 
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.experts import ExpertProduct, leads_to_experts, read_experts
-from balf_fx.graph.operators import is_transposition, reads_metadata
-from balf_fx.graph.parameters import get_tensor, is_hooked, is_quantized
+from balf_fx.graph.operators import aten, is_transposition, reads_metadata
+from balf_fx.graph.parameters import FLOATS, get_tensor, is_hooked, is_quantized
 from balf_fx.graph.site import ConvGeometry, Kind, Reason, Refusal, Site
-
-aten = torch.ops.aten
-
 
 _MODULES: dict[type[nn.Module], Kind] = {
     nn.Linear: "linear",
@@ -106,9 +103,6 @@ _PARTS = (2, 3)
 _WEIGHTS = ("weight", "bias")
 
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 @dataclass(frozen=True)
 class _Constant:
     """A parameter that a node reads: its dotted path, and whether it is transposed before."""
@@ -123,7 +117,7 @@ def read_site(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | N
     if not isinstance(layer, Site):
         return layer
     dtype = get_tensor(graph_module, layer.weight).dtype
-    if dtype not in _DTYPES:
+    if dtype not in FLOATS:
         return Refusal(layer.name, layer.kind, Reason.DTYPE, str(dtype).removeprefix("torch."))
     if layer.break_even < 1:
         reason = Reason.TOO_SMALL

@@ -19,6 +19,9 @@ _LAYERS = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of weights that are compressed and checked; others, such as float8, are left alone."""
+
 
 def locate(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds what lies at a dotted path, and its name there."""

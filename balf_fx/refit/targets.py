@@ -13,12 +13,10 @@ from torch.nn import functional as F
 
 from balf_fx.calibration.moments import by_sample
 from balf_fx.calibration.observers import OBSERVERS
-from balf_fx.graph.operators import is_identity, operation, reads_metadata
+from balf_fx.graph.operators import aten, is_identity, operation, reads_metadata
 from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch
 from balf_fx.refit.windows import Window
-
-aten = torch.ops.aten
 
 _ADDITIONS = (
     operator.add,

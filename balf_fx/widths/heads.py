@@ -20,13 +20,10 @@ from torch.nn import functional as F
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import site_input
-from balf_fx.graph.operators import operation
+from balf_fx.graph.operators import aten, operation
 from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.widths import Operand, Size, View, Width
 from balf_fx.widths.moves import Moves, is_harmless, is_shaped, read_size
-
-aten = torch.ops.aten
-
 
 _ATTENTIONS = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 

@@ -18,12 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from balf_fx.graph.annotation import annotation
-from balf_fx.graph.operators import operation, reads_metadata
+from balf_fx.graph.operators import aten, operation, reads_metadata
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.widths import Reader, Size
-
-aten = torch.ops.aten
-
 
 _RESHAPES = ("reshape", "view", "expand")
 
