@@ -40,7 +40,7 @@ class Row:
         minimum: the smallest budget that factorization can reach, where that is above what was asked for.
         flops_kept: share of the FLOPs, counted on the compressed model.
         spread: by how much the model's outputs differ between samples, relative to the largest of them.
-        deviation, relative_deviation: of the outputs at budget 1 from the model's own, over two batch sizes.
+        deviation, relative_deviation: of the outputs at budget 1 from the model's own, over all of its batches.
         exact_deviation: relative, of the model and its graph in float64, where rounding in float32 adds up to more
             than the tolerance, as it does in deep models with random weights.
         compile_deviation: relative, of torch.compile's outputs from the compressed model's own.
@@ -100,7 +100,7 @@ def examine_subject(subject: Subject, examination: Examination, compiled: bool =
     """Capture, compress and compare."""
     model, found, check = subject.model, examination.found, examination.check
     found["params"] = sum(parameter.numel() for parameter in model.parameters())
-    calibration = [subject.batch(2) for _ in range(2)]
+    calibration = [subject.batch(2), subject.batch(2), *(other(2) for other in subject.others)]
     found["input"] = " ".join("x".join(map(str, leaf.shape)) for leaf in pytree.tree_leaves(calibration[0]))
     dense = small = None
     with check("original"):
@@ -161,8 +161,8 @@ def _flops_kept(model: nn.Module, small: nn.Module, batch: Batch, budget: float)
 
 
 def _deviations(subject: Subject, dense: nn.Module) -> dict[str, float]:
-    """Between the model and its dense graph, on new data and with another number of samples."""
-    batches = [subject.batch(2), subject.batch(3)]
+    """Between the model and its dense graph, on new data."""
+    batches = subject.batches()
     largest, relative = _largest_deviations(subject.model, dense, batches)
     found = {"deviation": largest, "relative_deviation": relative}
     if relative > TOLERANCE:
@@ -187,8 +187,7 @@ def _in_double(tensor: Tensor) -> Tensor:
 
 
 def _check_small(subject: Subject, small: nn.Module) -> None:
-    for samples in (2, 3):
-        batch = subject.batch(samples)
+    for batch in subject.batches():
         got = run(small, batch)
         require_finite(got)
         wanted = [leaf.shape for leaf in run(subject.model, batch)]

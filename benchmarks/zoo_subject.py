@@ -37,10 +37,19 @@ class Skip:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what makes a batch of a given number of samples for it."""
+    """A model and what makes a batch of a given number of samples for it.
+
+    Attributes:
+        others: make batches of other lengths, or padded in another way.
+    """
 
     model: nn.Module
     batch: Callable[[int], Batch]
+    others: tuple[Callable[[int], Batch], ...] = ()
+
+    def batches(self) -> list[Batch]:
+        """Another number of samples, and then all that the model reads otherwise."""
+        return [self.batch(2), self.batch(3), *(other(2) for other in self.others)]
 
 
 def randomise(subject: Subject) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from balf_fx.graph.effects import effects
 from balf_fx.graph.experts import product_weights
 from balf_fx.graph.layers import layer_parameters
 from balf_fx.graph.operators import changes_in_place, is_transposition
-from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized, locate
+from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized, locate, parameter_users
 from balf_fx.passes.base import Pass
 
 
@@ -27,27 +28,57 @@ class FoldConstants(Pass):
 
     Standardised and parametrized weights, concatenated biases and the like are constant in deployment. A value is
     folded if it depends on parameters and buffers only, on at least one parameter and on no quantized one, is not
-    random, is not changed in place, and takes no more memory than the tensors from which it is computed. The new
-    parameter is stored in the layer that holds the first of the old ones, or beside that layer if the graph calls it.
+    random, and is not changed in place. The model does not grow: values that are computed from the same tensors are
+    folded if together they take no more memory than what nothing else reads of these tensors. The new parameter is
+    stored in the layer that holds the first of the old ones, or beside that layer if the graph calls it.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         constants = constant_nodes(graph_module)
         constants -= _changed(graph_module, constants)
-        folded, products = False, set()
+        found: dict[fx.Node, _Folding] = {}
+        products = set()
         for node in graph_module.graph.nodes:
-            for weight in product_weights(node):
-                folded |= _is_constant(weight, constants) and _fold(
-                    graph_module, "weight", weight, constants, dimensions=3
-                )
-            if any(_is_stack(graph_module, weight) for weight in product_weights(node)):
+            weights = product_weights(node)
+            for weight in weights:
+                folding = _folding(graph_module, "weight", weight, constants)
+                if folding is not None and folding.value.dim() == 3:
+                    found[weight] = folding
+            if any(weight in found or _is_stack(graph_module, weight) for weight in weights):
                 products.add(node)  # what transposes or selects these matrices stays
         layers = (node for node in graph_module.graph.nodes if node not in products)
         operands = [value for node in layers for value in layer_parameters(node).items()]
         for role, node in dict.fromkeys((role, _behind_transpositions(value)) for role, value in operands):
-            if _is_constant(node, constants):
-                folded |= _fold(graph_module, role, node, constants)
-        return PassResult(graph_module, folded)
+            folding = None if node in found else _folding(graph_module, role, node, constants)
+            if folding is not None:
+                found[node] = folding
+        paths: list[tuple[_Folding, str]] = []
+        for folding in _not_growing(graph_module, list(found.values())):
+            path = next((path for other, path in paths if folding.equals(other)), None)
+            paths.append((folding, _fold(graph_module, folding, path)))
+        return PassResult(graph_module, bool(paths))
+
+
+@dataclass(frozen=True, eq=False)
+class _Folding:
+    """A constant node that can be replaced by a parameter.
+
+    Attributes:
+        role: what it is to a layer, "weight" or "bias".
+        paths: of the attributes from which it is computed, in order of use.
+        tensors: these attributes.
+    """
+
+    role: str
+    node: fx.Node
+    value: Tensor
+    paths: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+
+    def equals(self, other: _Folding) -> bool:
+        """Whether both can be the same parameter, as where a layer that computes its weight is called twice."""
+        alike = self.role == other.role and set(map(id, self.tensors)) == set(map(id, other.tensors))
+        return alike and self.value.dtype == other.value.dtype and torch.equal(self.value, other.value)
 
 
 def _is_constant(node: fx.Node, constants: set[fx.Node]) -> bool:
@@ -68,37 +99,73 @@ def _behind_transpositions(node: fx.Node) -> fx.Node:
     return node
 
 
-def _fold(
-    graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set[fx.Node], dimensions: int | None = None
-) -> bool:
-    sources = _sources(node)
-    tensors = [get_tensor(graph_module, str(source.target)) for source in sources]
-    first = next((i for i, tensor in enumerate(tensors) if isinstance(tensor, nn.Parameter)), None)
-    if first is None or any(map(is_quantized, tensors)):
-        return False
+def _folding(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: set[fx.Node]) -> _Folding | None:
+    """What can be folded at a node; None for any other node."""
+    if not _is_constant(node, constants):
+        return None
+    paths = tuple(str(source.target) for source in _sources(node))
+    tensors = tuple(get_tensor(graph_module, path) for path in paths)
+    if not any(isinstance(tensor, nn.Parameter) for tensor in tensors) or any(map(is_quantized, tensors)):
+        return None
     try:
         with torch.no_grad(), Deterministic():  # type: ignore[no-untyped-call]
             value = _evaluate(graph_module, node, {})
     except NotConstantError:
-        return False
-    if dimensions not in (None, value.dim()):
-        return False
-    if not value.is_floating_point() or value.numel() > sum(tensor.numel() for tensor in tensors):
-        return False
-    owner_path = _owner(graph_module, _layer_path(str(sources[first].target)))
+        return None
+    return _Folding(role, node, value, paths, tensors) if value.is_floating_point() else None
+
+
+def _not_growing(graph_module: fx.GraphModule, foldings: Sequence[_Folding]) -> list[_Folding]:
+    """The foldings that, together with those that share their tensors, take no more memory than is freed."""
+    groups: list[list[_Folding]] = []
+    for folding in foldings:
+        own = set(map(id, folding.tensors))
+        joined = [group for group in groups if any(not own.isdisjoint(map(id, each.tensors)) for each in group)]
+        merged = [*(each for group in joined for each in group), folding]
+        groups = [*(group for group in groups if group not in joined), merged]
+    users = parameter_users(graph_module)
+    chosen = [folding for group in groups if _stored(group) <= _freed(group, users) for folding in group]
+    return [folding for folding in foldings if folding in chosen]
+
+
+def _stored(group: Sequence[_Folding]) -> int:
+    """The number of elements of the new parameters."""
+    firsts = [each for i, each in enumerate(group) if not any(map(each.equals, group[:i]))]
+    return sum(folding.value.numel() for folding in firsts)
+
+
+def _freed(group: Sequence[_Folding], users: Mapping[int, set[fx.Node]]) -> int:
+    """The number of elements of the tensors that nothing reads any longer."""
+    ends = {folding.node for folding in group}
+
+    def is_lost(node: fx.Node) -> bool:
+        return node in ends or (bool(node.users) and node in inside and all(map(is_lost, node.users)))
+
+    inside = set.union(*(_expression(folding.node) for folding in group))
+    tensors = {id(tensor): tensor for folding in group for tensor in folding.tensors}
+    return sum(tensor.numel() for identity, tensor in tensors.items() if all(map(is_lost, users[identity])))
+
+
+def _fold(graph_module: fx.GraphModule, folding: _Folding, path: str | None) -> str:
+    """Replace a node by a new parameter, or by the one at a path, and return its path."""
+    node = folding.node
     with graph_module.graph.inserting_before(node):
         fetched = graph_module.graph.create_node("get_attr", "")  # named below, once the old names are free
+    first = next(i for i, tensor in enumerate(folding.tensors) if isinstance(tensor, nn.Parameter))
+    owner_path = _owner(graph_module, _layer_path(folding.paths[first]))
     node.replace_all_uses_with(fetched)
-    constants.add(fetched)
     erase_unused(graph_module, node)
-    owner = graph_module.get_submodule(owner_path)
-    name = role if not hasattr(owner, role) else f"{role}_folded"
-    while hasattr(owner, name):
-        name += "_"
-    owner.register_parameter(name, nn.Parameter(value.clone(), any(tensor.requires_grad for tensor in tensors)))
-    annotate(fetched, computed_from=tuple(tensors))
-    fetched.target = f"{owner_path}.{name}" if owner_path else name
-    return True
+    if path is None:
+        owner = graph_module.get_submodule(owner_path)
+        name = folding.role if not hasattr(owner, folding.role) else f"{folding.role}_folded"
+        while hasattr(owner, name):
+            name += "_"
+        trains = any(tensor.requires_grad for tensor in folding.tensors)
+        owner.register_parameter(name, nn.Parameter(folding.value.clone(), trains))
+        path = f"{owner_path}.{name}" if owner_path else name
+    annotate(fetched, computed_from=folding.tensors)
+    fetched.target = path
+    return path
 
 
 def _owner(graph_module: fx.GraphModule, path: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,9 +19,11 @@ from torch.utils import _pytree as pytree
 from balf_fx.budget.problem import Totals
 from balf_fx.calibration.batches import graphs_of
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
+from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.layers import layers_of
-from balf_fx.graph.parameters import computed_tensors, count_parameters, readers
+from balf_fx.graph.parameters import computed_tensors, count_parameters, get_tensor, put, readers
 from balf_fx.graph.site import ConvGeometry, Site
+from balf_fx.passes.factorize import fingerprint
 
 _NORM_TENSORS = ("mean", "variance", "weight", "bias")
 
@@ -126,8 +128,10 @@ class Program:
             record, now = graph_record(self.graph_modules[0]), count_parameters(self.graph_modules[0])
             return Totals(record.flops or 0, record.params or now, now)
         flops = sum(part.calls * (graph_record(part.graph_module).flops or 0) for part in self.parts)
-        params = _count_by_name([part.originals or {} for part in self.parts])
-        now = _count_by_name([dict(graph_module.named_parameters()) for graph_module in self.graph_modules])
+        given = {name: tensor for part in self.parts for name, tensor in (part.originals or {}).items()}
+        params = sum(tensor.numel() for tensor in given.values() if isinstance(tensor, nn.Parameter))
+        held = {id(own): own for part in self.parts for own in map(part.original, part.graph_module.parameters())}
+        now = sum(parameter.numel() for parameter in held.values())
         return Totals(flops, params, now)
 
     def trace(self, batch: Any) -> Trace:
@@ -182,9 +186,11 @@ class Key:
 
     Attributes:
         tensors: ids of weight, bias and the BatchNorms folded into them.
+        values: of weight and bias, since several layers may be computed from the same tensors.
     """
 
     tensors: tuple[int, ...]
+    values: Fingerprint
     kind: str
     groups: int
     conv: ConvGeometry | None
@@ -217,34 +223,57 @@ def join(parts: Sequence[Part]) -> set[str]:
     Returns:
         The names of the sites that several parts use.
     """
-    holders: dict[int, set[int]] = {}
-    for index, part in enumerate(parts):
-        for tensor in (part.originals or {}).values():
-            holders.setdefault(id(tensor), set()).add(index)
-    shared = {tensor for tensor, found in holders.items() if len(found) > 1}
+    given = _holders([(part.originals or {}).values() for part in parts])
+    shared = {tensor for tensor, found in given.items() if len(found) > 1}
+    # After the passes so far, which have computed copies of some:
+    holders = _holders([map(part.original, part.graph_module.parameters()) for part in parts])
     uses: dict[Key, set[int]] = {}
+    pieces: dict[Key, set[int]] = {}
     keys: dict[tuple[int, str], Key] = {}
     for index, part in enumerate(parts):
         for site, nodes in sites(part.graph_module).items():
             tensors = tuple(map(id, site_originals(part, site, nodes[0]).values()))
-            key = Key(tensors, site.kind, site.groups, site.conv, site.inputs_first)
+            values = fingerprint(part.graph_module, site)
+            key = Key(tensors, values, site.kind, site.groups, site.conv, site.inputs_first)
             uses.setdefault(key, set()).add(index)
+            pieces.setdefault(key, set()).add(site.parts)
             keys[index, site.name] = key
     names: dict[Key, str] = {}
+    copies: dict[tuple[Key, str], Tensor] = {}
     joined: set[str] = set()
     for index, part in enumerate(parts):
         _mark_shared(part, shared)
         for site, nodes in sites(part.graph_module).items():
             key = keys[index, site.name]
-            held = set.union(set(), *(holders.get(tensor, set()) for tensor in key.tensors[:1]))
+            held = holders.get(id(part.original(get_tensor(part.graph_module, site.weight))), set())
             name = names.setdefault(key, _free(site.name, set(names.values())))
             if len(uses[key]) > 1:
                 joined.add(name)
+                _share_copies(part, site, key, copies)
             keeps = site.keeps_weight or held > uses[key]
-            changed = replace(site, name=name, keeps_weight=keeps)
+            separate = site.parts if len(pieces[key]) == 1 else 1  # as where uses in one graph disagree (`Annotate`)
+            changed = replace(site, name=name, keeps_weight=keeps, parts=separate)
             for node in nodes:
                 annotate(node, site=changed)
     return joined
+
+
+def _holders(tensors: Sequence[Iterable[Tensor]]) -> dict[int, set[int]]:
+    """The parts that hold each tensor, by its id."""
+    found: dict[int, set[int]] = {}
+    for index, own in enumerate(tensors):
+        for tensor in own:
+            found.setdefault(id(tensor), set()).add(index)
+    return found
+
+
+def _share_copies(part: Part, site: Site, key: Key, copies: dict[tuple[Key, str], Tensor]) -> None:
+    """Give parts that compute the same weight or bias of a layer, each its own, the copy of the first of them."""
+    for role, path in (("weight", site.weight), ("bias", site.bias)):
+        if path is not None:
+            own: Tensor = get_tensor(part.graph_module, path)
+            if part.original(own) is own:
+                put(part.graph_module, path, copies.setdefault((key, role), own))
 
 
 def _mark_shared(part: Part, shared: set[int]) -> None:
@@ -289,11 +318,3 @@ def per_call(calls: Sequence[int]) -> list[int]:
     """How often one call of the model runs each part, from the counts of the whole calibration."""
     unit = math.gcd(*calls) or 1
     return [count // unit for count in calls]
-
-
-def _count_by_name(held: Sequence[Mapping[str, Tensor]]) -> int:
-    """The number of parameters in all parts together, each counted once."""
-    sizes = {
-        name: tensor.numel() for names in held for name, tensor in names.items() if isinstance(tensor, nn.Parameter)
-    }
-    return sum(sizes.values())

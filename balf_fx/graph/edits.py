@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from balf_fx.graph.layers import argument_position, read_layer
-from balf_fx.graph.operators import aten, changes_in_place, is_opaque_call
+from balf_fx.graph.operators import aten, changes_in_place, is_identity, is_opaque_call
 from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
 from balf_fx.graph.site import Site
 
@@ -75,7 +75,7 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
     Functions outside of torch, methods that tensors do not have, and hooks may do anything.
     """
-    if node.is_impure(impure_random=_drops(node)) or changes_in_place(graph_module, node):
+    if node.is_impure(impure_random=_drops(graph_module, node)) or changes_in_place(graph_module, node):
         return True
     if node.op == "call_module":
         return any(map(is_hooked, graph_module.get_submodule(str(node.target)).modules()))
@@ -84,10 +84,10 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return is_opaque_call(node)
 
 
-def _drops(node: fx.Node) -> bool:
-    """Whether a random operation draws numbers: attention only does where it has dropout."""
+def _drops(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a random operation draws numbers in evaluation mode: attention only does where it has dropout."""
     if node.target is not aten.scaled_dot_product_attention.default:
-        return True
+        return not is_identity(graph_module, node)
     dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
     return not isinstance(dropout, int | float) or dropout > 0
 

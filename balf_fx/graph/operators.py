@@ -15,7 +15,10 @@ _TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, ate
 _IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-_IDENTITY_CALLS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
+_IDENTITY_CALLS = (
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+    *("feature_dropout", "feature_alpha_dropout"),
+)
 
 
 AUGMENTED = {

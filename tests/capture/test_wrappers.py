@@ -52,6 +52,30 @@ def test_wrappers_are_taken_off():
     assert torch.equal(small(model)(X), expected(X))
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_models_that_are_distributed():
+    model = mlp()
+    expected = small(model)
+    found = small(nn.parallel.DistributedDataParallel(model))
+    assert torch.equal(found(X), expected(X))
+    assert list(found.state_dict()) == list(expected.state_dict())
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    with pytest.raises(ModelError, match="DTensor in place of a plain tensor: compress the model with plain weights"):
+        small(fsdp.fully_shard(mlp()))
+    with pytest.raises(ModelError, match="sharded by FullyShardedDataParallel: pass a model with all its weights"):
+        small(fsdp.FullyShardedDataParallel(mlp(), device_id=torch.device("cpu")))
+
+
 def test_adapters_are_merged_first():
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0"])).eval()

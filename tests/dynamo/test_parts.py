@@ -246,3 +246,41 @@ def test_a_part_without_layers_stays_as_it_is_and_the_log_says_so(caplog):
     assert list(first.parameters())
     assert not list(second.parameters())
     assert any("1 of 2 graphs" in message for message in messages(caplog))
+
+
+class OneWeight(nn.Module):
+    """Two parts that compute with the same weight, each in its own way."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.compute, self.weight = compute, nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x):
+        first, second = self.compute
+        x = torch.tanh(nn.functional.linear(x, first(self.weight)))
+        torch._dynamo.graph_break()
+        return nn.functional.linear(x, second(self.weight))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [(lambda w: w * 0.5, lambda w: w * 2.0), (lambda w: w, lambda w: w[:16]), (lambda w: w.relu(), lambda w: w)],
+    ids=["scaled", "rows", "plain in one of them"],
+)
+def test_layers_that_are_computed_from_one_weight_are_not_one_layer(compute):
+    model, batches = OneWeight(compute).double().eval(), rows()
+    small = calibrated(model, batches, flops=1.0)
+    for batch in batches:
+        torch.testing.assert_close(run(small, batch), run(model, batch))
+    model = OneWeight(compute).double().eval()
+    small = calibrated(model, batches, flops=0.8, effort="best")
+    assert error(model, small, batches) < 0.5 * sum(float(run(model, batch).square().sum()) for batch in batches)
+    report = balf_fx.report(small)
+    assert len({row.name for row in report.sites}) == 2
+    assert report.flops_kept <= 0.8
+    assert report.params_before == WIDTH * WIDTH
+    collector = Collector()
+    torch.compiler.reset()
+    small = calibrated(model, batches, flops=0.8, inner=collector)
+    run(small, batches[0])
+    assert balf_fx.report(small).params_after == sum(value.numel() for value in collector.parameters().values())

@@ -34,7 +34,8 @@ class Dead(nn.Module):
 
     def forward(self, x):
         x = self.used(x).relu()
-        F.linear(self.unused(x).sigmoid(), self.weight).mean()
+        dropped = F.dropout2d(F.dropout(self.unused(x), 0.5, self.training)[None], 0.5, self.training)
+        F.linear(dropped.sigmoid(), self.weight).mean()
         return self.last(x)
 
 

@@ -159,13 +159,55 @@ class Beside(nn.Module):
 @pytest.mark.parametrize("effort", ["fast", "best"])
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
 @pytest.mark.parametrize("compute", [lambda w: w[:16], lambda w: w * 0.5], ids=["some rows", "scaled"])
-def test_a_computed_weight_is_stored_beside_a_layer_that_is_called(compute, capture, effort):
+def test_a_weight_that_is_also_computed_with_is_not_copied(compute, capture, effort):
+    """The model would grow; so the layer keeps its weight beside its factors, for the other one."""
     model, x = Beside(compute).eval(), torch.randn(64, 32)
-    compressed = balf_fx.compile(model, x, flops=0.5, effort=effort, capture=capture, progress=False)
+    compressed = balf_fx.compile(model, x, flops=0.6, effort=effort, capture=capture, progress=False)
     report = balf_fx.report(compressed)
-    assert {row.name for row in report.sites} == (
-        {"layer", "layer_folded"} if capture == "symbolic_trace" else {"layer.weight", "layer.weight_folded"}
-    )
+    assert {row.name for row in report.sites} == {"layer_factors"}
     assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
-    whole = balf_fx.compile(model, x, flops=1.0, effort=effort, capture=capture, progress=False)
-    torch.testing.assert_close(whole(x), model(x))
+    for budget in ({"flops": 1.0}, {"params": 1.0}):
+        whole = balf_fx.compile(model, x, **budget, effort=effort, capture=capture, progress=False)
+        torch.testing.assert_close(whole(x), model(x))
+        assert sum(p.numel() for p in whole.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+class Rows(nn.Module):
+    """Its layers are rows of one weight, read one after the other or overlapping."""
+
+    def __init__(self, size) -> None:
+        super().__init__()
+        self.weight, self.size = nn.Parameter(torch.randn(24, 8)), size
+
+    def forward(self, x):
+        return [F.linear(x, self.weight[start : start + self.size]) for start in range(0, 24, 8)]
+
+
+@pytest.mark.parametrize(("size", "is_folded"), [(8, True), (16, False)], ids=["apart", "overlapping"])
+def test_rows_that_overlap_stay_in_one_weight(size, is_folded):
+    model, x = Rows(size), torch.randn(3, 8)
+    graph_module = fx.symbolic_trace(model)
+    assert FoldConstants()(graph_module).modified is is_folded
+    graph_module.delete_all_unused_submodules()
+    assert all(map(torch.equal, graph_module(x), model(x)))
+    assert len(dict(graph_module.named_parameters())) == (3 if is_folded else 1)
+
+
+class Repeated(nn.Module):
+    """Calls a layer with a computed weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = parametrizations.weight_norm(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_a_weight_that_is_computed_twice_is_stored_once(capture):
+    model, x = Repeated().eval(), torch.randn(3, 8)
+    compiled = folded(model, x, capture=capture)
+    assert sum(parameter.numel() for parameter in compiled.parameters()) == 8 * 8 + 8
+    assert len(balf_fx.report(compiled).sites) == 1
+    torch.testing.assert_close(compiled(x), model(x))

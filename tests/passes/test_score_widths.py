@@ -329,3 +329,17 @@ def test_each_half_of_the_samples_judges_the_heads_of_the_other(kind):
     record = graph_record(scored(model, [x]))
     (curve,) = (c for width, c in zip(record.widths, record.width_curves, strict=True) if width.kind == kind)
     assert curve.normalised(curve.distortion[4]) > 0.1
+
+
+def test_damping_keeps_the_unit_of_the_queries():
+    """Damped ever more strongly, the metric becomes the identity, and the errors become those of plain features."""
+    prepared = scored(*make("unfused"))
+    found = []
+    for damping in (1e6, 1e9):
+        ScoreWidths(damping)(prepared)
+        record = graph_record(prepared)
+        found += [c for width, c in zip(record.widths, record.width_curves, strict=True) if width.kind == "queries"]
+    strong, stronger = found
+    assert strong.distortion[0] > 0
+    assert strong.distortion == pytest.approx(stronger.distortion, rel=1e-3)
+    assert strong.loss == pytest.approx(stronger.loss, rel=1e-3)
