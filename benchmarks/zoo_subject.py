@@ -41,15 +41,17 @@ class Subject:
 
     Attributes:
         others: make batches of other lengths, or padded in another way.
+        other_sizes: other numbers of samples than 2 that the model is called with.
     """
 
     model: nn.Module
     batch: Callable[[int], Batch]
     others: tuple[Callable[[int], Batch], ...] = ()
+    other_sizes: tuple[int, ...] = (3,)
 
     def batches(self) -> list[Batch]:
-        """Another number of samples, and then all that the model reads otherwise."""
-        return [self.batch(2), self.batch(3), *(other(2) for other in self.others)]
+        """Other numbers of samples, and then all that the model reads otherwise."""
+        return [self.batch(2), *map(self.batch, self.other_sizes), *(other(2) for other in self.others)]
 
 
 def randomise(subject: Subject) -> None:

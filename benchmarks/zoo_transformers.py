@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from zoo_inputs import LENGTHS, MASKED, OTHERS, Batch, padded, without_masks
 from zoo_subject import Case, Subject
 
@@ -317,6 +316,12 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 """Name -> class, what it reads, and how its configuration differs from the class's own."""
 
 
+ONE_LENGTH = ("gpt_neo", "llava", "mamba", "mamba2")
+"""Models for which torch.export fixes the number of tokens, since their code loops over it or compares it."""
+
+ONE_SIZE = ("llava",)
+"""Models for which it fixes the number of samples."""
+
 UNMASKED = ", no mask"
 """Ends the name of a case whose model is called with tokens alone."""
 
@@ -333,19 +338,21 @@ def transformers_subject(name: str, _: Mapping[str, Any]) -> Subject:
     """A model of TRANSFORMERS with random weights."""
     import transformers
 
-    masked = not name.endswith(UNMASKED)
-    class_name, reads, options = TRANSFORMERS[name.removesuffix(UNMASKED)]
+    architecture = name.removesuffix(UNMASKED)
+    class_name, reads, options = TRANSFORMERS[architecture]
     model_class = getattr(transformers, class_name)
     model = model_class(model_class.config_class(**options))
-    if reads in MASKED:
-        return _text_subject(model, MASKED[reads], masked)
-    return Subject(model, OTHERS[reads])
+    if reads not in MASKED:
+        return Subject(model, OTHERS[reads])
+    lengths = LENGTHS[:1] if architecture in ONE_LENGTH else LENGTHS
+    first, *others = _text_batches(MASKED[reads], lengths, masked=architecture == name)
+    return Subject(model, first, tuple(others), other_sizes=() if architecture in ONE_SIZE else (3,))
 
 
-def _text_subject(model: nn.Module, make: Callable[[int, int], Batch], masked: bool) -> Subject:
-    """Padded on the right, on the left and not at all, at two lengths; or without masks at two lengths."""
-    short, long = (functools.partial(make, length=length) for length in LENGTHS)
-    if not masked:
-        return Subject(model, without_masks(short), (without_masks(long),))
-    others = (padded(long, "right"), padded(short, "left"), padded(long, "left"), short, long)
-    return Subject(model, padded(short, "right"), others)
+def _text_batches(
+    make: Callable[[int, int], Batch], lengths: Sequence[int], masked: bool
+) -> Iterator[Callable[[int], Batch]]:
+    """At each length, padded on the right, on the left and not at all; or without masks."""
+    for length in lengths:
+        whole = functools.partial(make, length=length)
+        yield from (padded(whole, "right"), padded(whole, "left"), whole) if masked else (without_masks(whole),)
