@@ -7,23 +7,23 @@ graph that Dynamo captured; a call of the model is then a *trace*, the sequence 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.budget.problem import Totals
 from balf_fx.calibration.batches import graphs_of
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
-from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import computed_tensors, count_parameters, get_tensor, put, readers
 from balf_fx.graph.site import ConvGeometry, Site
-from balf_fx.passes.factorize import fingerprint
 
 _NORM_TENSORS = ("mean", "variance", "weight", "bias")
 
@@ -186,11 +186,11 @@ class Key:
 
     Attributes:
         tensors: ids of weight, bias and the BatchNorms folded into them.
-        values: of weight and bias, since several layers may be computed from the same tensors.
+        digest: of a computed weight, since several may be computed from the same tensors; None for the user's own.
     """
 
     tensors: tuple[int, ...]
-    values: Fingerprint
+    digest: bytes | None
     kind: str
     groups: int
     conv: ConvGeometry | None
@@ -233,8 +233,9 @@ def join(parts: Sequence[Part]) -> set[str]:
     for index, part in enumerate(parts):
         for site, nodes in sites(part.graph_module).items():
             tensors = tuple(map(id, site_originals(part, site, nodes[0]).values()))
-            values = fingerprint(part.graph_module, site)
-            key = Key(tensors, values, site.kind, site.groups, site.conv, site.inputs_first)
+            weight = get_tensor(part.graph_module, site.weight)
+            digest = _digest(weight) if part.original(weight) is weight else None
+            key = Key(tensors, digest, site.kind, site.groups, site.conv, site.inputs_first)
             uses.setdefault(key, set()).add(index)
             pieces.setdefault(key, set()).add(site.parts)
             keys[index, site.name] = key
@@ -256,6 +257,12 @@ def join(parts: Sequence[Part]) -> set[str]:
             for node in nodes:
                 annotate(node, site=changed)
     return joined
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """A digest of the values of a tensor, bit for bit."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest()
 
 
 def _holders(tensors: Sequence[Iterable[Tensor]]) -> dict[int, set[int]]:

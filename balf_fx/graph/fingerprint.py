@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 _CHUNK = 1 << 15  # elements that stay in a processor's cache in float64
 
 
@@ -40,7 +39,7 @@ def _sums(tensor: Tensor) -> list[float]:
     steps = max(len(flat) - 1, 1)
     size = _CHUNK if flat.device.type == "cpu" else max(len(flat), 1)
     places = torch.arange(min(size, len(flat)), dtype=torch.float64, device=flat.device)
-    for index, piece in enumerate(flat.split(size)):
+    for index, piece in enumerate(torch.split(flat, size)):
         values = piece.to(torch.float64)
         squares = values.square()
         total = squares.sum()

@@ -264,8 +264,13 @@ class OneWeight(nn.Module):
 
 @pytest.mark.parametrize(
     "compute",
-    [(lambda w: w * 0.5, lambda w: w * 2.0), (lambda w: w, lambda w: w[:16]), (lambda w: w.relu(), lambda w: w)],
-    ids=["scaled", "rows", "plain in one of them"],
+    [
+        (lambda w: w * 0.5, lambda w: w * 2.0),
+        (lambda w: w * 2.0, lambda w: w * -2.0),
+        (lambda w: w, lambda w: w[:16]),
+        (lambda w: w.relu(), lambda w: w),
+    ],
+    ids=["scaled", "negative", "rows", "plain in one of them"],
 )
 def test_layers_that_are_computed_from_one_weight_are_not_one_layer(compute):
     model, batches = OneWeight(compute).double().eval(), rows()
