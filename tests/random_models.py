@@ -124,8 +124,47 @@ def _pair(rng: Random, shape: Shape) -> Found:
         "where": (lambda _, x, y: torch.where(x > 0, x, y), shape),
         "stack": (lambda _, x, y: torch.stack([x, y]).mean(0), shape),
     }
+    if len(shape) == 2 and rng.random() < 0.3:
+        return _cross(shape), shape
     function, result = functions[rng.choice(sorted(functions))]
     return Apply(function), result
+
+
+def _cross(shape: Shape) -> nn.Module:
+    """Attention of one sequence to another, as in a decoder."""
+    layers = {name: nn.Linear(shape[-1], 16) for name in ("q", "k", "v")}
+
+    def run(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (layer(t).unflatten(-1, (2, 8)).transpose(1, 2) for layer, t in ((m.q, x), (m.k, y), (m.v, y)))
+        return x + m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    return Apply(run, out=nn.Linear(16, shape[-1]), **layers)
+
+
+def _experts(rng: Random, shape: Shape) -> Found:
+    """Experts that all see every token, weighted by a router."""
+    features, outputs, count = shape[-1], rng.choice((8, 16, 24)), 3
+    first, last = torch.randn(count, features, outputs) / 4, torch.randn(count, outputs, features) / 4
+    way = rng.choice(("bmm", "matmul", "einsum"))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        scores = m.router(x).softmax(-1)
+        if way == "einsum":
+            y = torch.einsum("eno,eof->enf", F.silu(torch.einsum("nd,edo->eno", x.flatten(0, 1), m.first)), m.last)
+        elif way == "bmm":
+            y = torch.bmm(F.silu(torch.bmm(x.flatten(0, 1).unsqueeze(0).expand(count, -1, -1), m.first)), m.last)
+        else:
+            y = F.silu(x.flatten(0, 1) @ m.first) @ m.last
+        return x + (y * scores.flatten(0, 1).t().unsqueeze(-1)).sum(0).view_as(x)
+
+    held = {"first": nn.Parameter(first), "last": nn.Parameter(last), "router": nn.Linear(features, count)}
+    return Apply(run, **held), shape
+
+
+def _recurrent(rng: Random, shape: Shape) -> Found:
+    """A layer that is left alone as a whole."""
+    kind = rng.choice((nn.GRU, nn.LSTM))
+    return Apply(lambda m, x: m.layer(x)[0], layer=kind(shape[-1], 16, batch_first=True)), (shape[0], 16)
 
 
 def _project(rng: Random, shape: Shape) -> Found:
@@ -354,5 +393,5 @@ def _unfold(rng: Random, shape: Shape) -> Found:
 
 _COMMON = (_activate, _scale, _normalise, _block, _halve, _drop)
 _ROWS = (*_COMMON, lambda rng, shape: (_unfold if shape[0] % 4 == 0 and shape[0] >= 32 else _activate)(rng, shape))
-_SEQUENCES = (*_COMMON, _attend, _attend, _mix_tokens, _pool_tokens)
+_SEQUENCES = (*_COMMON, _attend, _attend, _experts, _mix_tokens, _pool_tokens, _recurrent)
 _IMAGES = (*_COMMON, _project, _pool, _gate, _shuffle)

@@ -48,7 +48,16 @@ def draw(seed: int) -> tuple[RandomModel, list[Any], dict[str, Any]]:
         options |= rng.choice((*extra, {"seed": 7}, {"dense": ["*"], "effort": "best"}))
     elif rng.random() < 0.1:
         options |= rng.choice(({"factors": "air", "effort": "fast"}, {"factors": "svd", "effort": "fast"}))
+    if rng.random() < 0.15:
+        options["weights"] = _weights
     return model, batches, options
+
+
+def _weights(batch: torch.Tensor) -> torch.Tensor:
+    """Of all samples but the last, which does not count, unless it is the only one."""
+    weights = torch.ones(len(batch))
+    weights[-1] = float(len(batch) == 1)
+    return weights
 
 
 def flops_of(model: nn.Module, batch: torch.Tensor) -> int:

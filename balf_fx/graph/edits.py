@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from balf_fx.graph.layers import argument_position, read_layer
-from balf_fx.graph.operators import aten, changes_in_place, is_identity, is_opaque_call
+from balf_fx.graph.operators import changes_in_place, is_identity, is_opaque_call
 from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
 from balf_fx.graph.site import Site
 
@@ -85,11 +86,24 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _drops(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a random operation draws numbers in evaluation mode: attention only does where it has dropout."""
-    if node.target is not aten.scaled_dot_product_attention.default:
-        return not is_identity(graph_module, node)
-    dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-    return not isinstance(dropout, int | float) or dropout > 0
+    """Whether a random operation draws numbers: those with dropout do not in evaluation mode, or where it is 0."""
+    if is_identity(graph_module, node):
+        return False
+    for name, none in (("train", False), ("dropout_p", 0.0)):  # of recurrent layers, and of attention
+        value = _argument(node, name)
+        if value is not None:
+            return bool(value != none)
+    return True
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument of a call of an operator, or its default; None where it has no argument of this name."""
+    schema = getattr(node.target, "_schema", None)
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.name == name:
+            given = node.args[index] if index < len(node.args) else argument.default_value
+            return node.kwargs.get(name, given)
+    return None
 
 
 def _fetches(node: fx.Node, path: str) -> bool:

@@ -71,6 +71,24 @@ def test_dead_branches_are_dropped_before_costs_are_counted(capture):
     assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
 
 
+class DeadRecurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.recurrent = nn.Linear(16, 32), nn.LSTM(32, 8)
+
+    def forward(self, x):
+        x = self.layer(x)
+        self.recurrent(x[None])
+        return x
+
+
+@CAPTURES
+def test_dead_recurrent_layers_are_dropped(capture):
+    prepared = balf_fx.prepare(DeadRecurrent().eval(), torch.randn(32, 16), capture=capture)
+    assert graph_record(prepared).flops == 2 * 32 * 16 * 32
+    assert {name for name, _ in prepared.named_parameters()} == {"layer.weight", "layer.bias"}
+
+
 def test_the_backend_drops_dead_branches_too():
     torch._dynamo.reset()
     model, x = Dead().eval(), torch.randn(32, 16)
