@@ -16,6 +16,8 @@ from torch import fx, nn
 from balf_fx.calibration.batches import (
     Calibration,
     Forward,
+    Stream,
+    batch_count,
     forward_for,
     is_empty,
     iterate,
@@ -85,7 +87,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
         everything = itertools.chain([first], batches)
         kept = _kept(calib_batches, everything, settings, closing) if settings.keeps_batches else ()
-        stream = None if settings.keeps_batches else everything
+        stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches))
         calibration = _calibration(kept, forward, settings)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = compress.run(program, settings, calibration, stream=stream, progress=bar)

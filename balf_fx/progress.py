@@ -6,10 +6,11 @@ step, and `track` advances the bar from item to item. The base class shows nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from operator import length_hint
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -38,7 +39,7 @@ class Progress:
             items: any iterable; the bar advances after each item if their number is known.
             weights: how long each item takes, in any unit; equal if there are none.
         """
-        known = list(weights) or [1.0] * (len(items) if isinstance(items, Sized) else 0)
+        known = list(weights) or [1.0] * length_hint(items)
         spans = iter(self.spans(known))
         for item in items:
             yield item

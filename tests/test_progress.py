@@ -1,5 +1,6 @@
 """One bar for all of compression: shares of it, and what a user sees."""
 
+import itertools
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
 import balf_fx
 from balf_fx import progress
@@ -124,6 +126,21 @@ def test_one_bar_for_all_of_compression(model, bar):
         last = max(index for index, name in enumerate(bar().names) if name == stage)
         first = bar().names.index(stage)
         assert places[last] > places[first]
+
+
+@pytest.mark.parametrize("load", [list, lambda batches: DataLoader(batches, batch_size=None)], ids=["list", "loader"])
+def test_batches_that_are_read_once_advance_the_bar(model, bar, load):
+    places = []
+
+    def forward(model, batch):
+        places.append(bar().n)
+        return model(batch)
+
+    balf_fx.compile(model, load(torch.randn(8, 48, 12)), flops=0.6, effort="fast", forward=forward)
+    calibration = places[-8:]
+    steps = [after - before for before, after in itertools.pairwise(calibration)]
+    assert calibration == sorted(calibration)
+    assert min(steps) == pytest.approx(max(steps)) > 0
 
 
 def test_stages_are_shown_on_stderr(model, capsys):

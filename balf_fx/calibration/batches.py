@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -143,6 +144,29 @@ def iterate(batches: Any) -> Iterator[Any]:
             f"calibration batches must be a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
         )
     return (ordinary(batch) for batch in batches if not is_empty(batch))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Batches that are read once.
+
+    Attributes:
+        count: about how many there are; 0 if that is not known.
+    """
+
+    batches: Iterable[Any]
+    count: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __length_hint__(self) -> int:
+        return self.count
+
+
+def batch_count(batches: Any) -> int:
+    """The number of batches in what a user passes; 0 if it is not known."""
+    return 1 if isinstance(batches, Tensor | Mapping) else operator.length_hint(batches)
 
 
 def is_empty(batch: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from balf_fx.budget.problem import drawn, pose
-from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
+from balf_fx.calibration.batches import Calibration, Stream, is_empty, ordinary, run_batch
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
@@ -52,7 +52,7 @@ def run(
     settings: Settings,
     calibration: Calibration,
     *,
-    stream: Iterable[Any] | None = None,
+    stream: Stream | None = None,
     lenient: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Program, Plan]:
@@ -62,7 +62,7 @@ def run(
         stream: batches to calibrate on, read once, where nothing needs them later.
         lenient: as in `calibrate`.
     """
-    work = work_of(program, settings, calibration.batches)
+    work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
     shares = [work.calibrating, work.scoring + work.trying + work.solving]
     calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
     if settings.chosen_factors != "svd":

@@ -33,15 +33,16 @@ class Work:
     solving: float
 
 
-def work_of(program: Program, settings: Settings, batches: Sequence[Any]) -> Work:
+def work_of(program: Program, settings: Settings, batches: Sequence[Any], streamed: int = 0) -> Work:
     """Estimate the work of each stage.
 
     Args:
-        batches: the calibration batches, as far as they are known.
+        batches: the calibration batches that are kept.
+        streamed: the number of those that are read once.
     """
-    totals = program.totals()
-    samples = sum(max(sample_count(batch), 1) for batch in batches) or 1
-    forward = float(totals.flops) * samples / _example_samples(program)
+    totals, example = program.totals(), _example_samples(program)
+    samples = sum(max(sample_count(batch), 1) for batch in batches) + streamed * example or 1
+    forward = float(totals.flops) * samples / example
     gradients = settings.chosen_factors in ("sensitivity", "air")
     cubes = cholesky = 0.0
     for graph_module in program.graph_modules:
