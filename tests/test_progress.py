@@ -139,8 +139,8 @@ def test_batches_that_are_read_once_advance_the_bar(model, bar, load):
     balf_fx.compile(model, load(torch.randn(8, 48, 12)), flops=0.6, effort="fast", forward=forward)
     calibration = places[-8:]
     steps = [after - before for before, after in itertools.pairwise(calibration)]
-    assert calibration == sorted(calibration)
-    assert min(steps) == pytest.approx(max(steps)) > 0
+    assert min(steps) > 0
+    assert min(steps) == pytest.approx(max(steps))
 
 
 def test_stages_are_shown_on_stderr(model, capsys):
