@@ -23,7 +23,7 @@ from balf_fx.dynamo.options import BackendOptions
 from balf_fx.dynamo.recording import Recording, confirmed
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
-from balf_fx.engine.program import Program, Trace, per_call, run_trace
+from balf_fx.engine.program import Key, Program, Trace, keys_of, name_alike, per_call, run_trace
 from balf_fx.engine.rewriting import applicable, fill, held_tensors, normalise, rewrite_as
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.files.restore import Stored
@@ -92,6 +92,7 @@ class Session:
         self._regions: list[Region] = []
         self._names: dict[int, str] = {}  # by the weight's id
         self._taken: set[str] = set()
+        self._sites: dict[Key, str] = {}
         self._step = 0
         self._recording = Recording(self.settings.memory_bytes)
         self._entered: set[tuple[Any, ...]] = set()
@@ -251,6 +252,7 @@ class Session:
         with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
             # 2. Observe, calibrate and convert, as for a model that is captured as a whole.
             compress.observe(program, settings, {settings.chosen_factors})
+            self._sites = keys_of(parts)
             unchanged = sum(not sites(graph_module) for graph_module in program.graph_modules)
             calibration = Calibration(
                 batches,
@@ -303,6 +305,7 @@ class Session:
         part = binding.part(1, inputs, found.plan.origin)
         graph_module = part.graph_module
         normalise(graph_module, found.plan.origin, partial=True)
+        name_alike(part, self._sites)
         if found.plan.widths and sites(graph_module):
             FindWidths()(graph_module)
         unseen = [site.name for site in sites(graph_module) if site.name not in found.plan.ranks]

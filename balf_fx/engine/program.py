@@ -197,6 +197,32 @@ class Key:
     inputs_first: bool
 
 
+def key_of(part: Part, site: Site, node: fx.Node) -> Key:
+    """The key of a site of a part, given one of its nodes."""
+    weight: Tensor = get_tensor(part.graph_module, site.weight)
+    digest = _digest(weight) if part.original(weight) is weight else None
+    tensors = tuple(map(id, site_originals(part, site, node).values()))
+    return Key(tensors, digest, site.kind, site.groups, site.conv, site.inputs_first)
+
+
+def keys_of(parts: Sequence[Part]) -> dict[Key, str]:
+    """The names that `join` gave to the sites of some parts."""
+    return {
+        key_of(part, site, nodes[0]): site.name for part in parts for site, nodes in sites(part.graph_module).items()
+    }
+
+
+def name_alike(part: Part, known: Mapping[Key, str]) -> None:
+    """Give the sites of another graph the names that they have in a program; those that it lacks get unused names."""
+    taken = set(known.values())
+    for site, nodes in sites(part.graph_module).items():
+        key = key_of(part, site, nodes[0])
+        name = known[key] if key in known else _free(site.name, taken)
+        taken.add(name)
+        for node in nodes:
+            annotate(node, site=replace(site, name=name))
+
+
 def site_originals(part: Part, site: Site, node: fx.Node) -> dict[str, Tensor]:
     """The user's tensors that determine a layer, by name: its own, and those that were folded into it."""
     originals = part.originals or {}
@@ -232,10 +258,7 @@ def join(parts: Sequence[Part]) -> set[str]:
     keys: dict[tuple[int, str], Key] = {}
     for index, part in enumerate(parts):
         for site, nodes in sites(part.graph_module).items():
-            tensors = tuple(map(id, site_originals(part, site, nodes[0]).values()))
-            weight = get_tensor(part.graph_module, site.weight)
-            digest = _digest(weight) if part.original(weight) is weight else None
-            key = Key(tensors, digest, site.kind, site.groups, site.conv, site.inputs_first)
+            key = key_of(part, site, nodes[0])
             uses.setdefault(key, set()).add(index)
             pieces.setdefault(key, set()).add(site.parts)
             keys[index, site.name] = key

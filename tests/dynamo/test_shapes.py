@@ -7,7 +7,8 @@ import logging
 import architectures
 import pytest
 import torch
-from dynamo.helpers import STEPS, Transformer, calibrated, compiled, make_offline, messages
+from dynamo.helpers import STEPS, WIDTH, Transformer, calibrated, compiled, make_offline, messages, rows, run
+from torch import nn
 
 import balf_fx
 from balf_fx import backend
@@ -68,3 +69,26 @@ def test_open_sizes_have_the_widths_of_attention_as_well(name):
         whole = small(batches[0])
         assert {width.kind for width in backend.plan(small).plan.widths} >= {"queries", "values"}
         torch.testing.assert_close(small(batches[0][:5]), whole[:5])
+
+
+class Named(nn.Module):
+    """A block whose weights have the names of another block's, one of which is not the layer's own."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.layer = scale, nn.Linear(WIDTH, WIDTH)
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.layer(torch.tanh(nn.functional.linear(x, self.weight * self.scale)))
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_blocks_with_the_same_names_are_found_again_in_graphs_of_other_shapes(effort):
+    model = nn.Sequential(Named(0.5), Named(2.0), Named(1.0)).double().eval()
+    batches = rows()
+    small = calibrated(model, batches, dynamic=False, flops=0.7, effort=effort)
+    expected = run(small, batches[0])
+    torch.testing.assert_close(run(small, batches[0][:17]), expected[:17])
+    assert len(balf_fx.report(small).sites) == 6
