@@ -199,21 +199,38 @@ def _limits(size: Any, ranges: dict[Any, Any], is_batch: bool) -> tuple[int, int
     """The least and the largest size for which a graph is valid; None for the largest if there is no limit."""
     known = size if isinstance(size, int) else size.node.maybe_as_int()
     found = None if known is not None else ranges.get(size.node.expr)
-    if found is None or not (is_batch or _is_free(size, ranges)):
+    excluded = [] if found is None or is_batch else _excluded(size, ranges)
+    if found is None or excluded is None or max(excluded, default=0) >= size.node.hint:
         only = size.node.hint if known is None else known
         return only, only
-    low = int(found.lower)
     # Export assumes dynamic sizes of at least 2; the graph is also valid for a batch of one, not for a length of one.
-    return 1 if is_batch and low == 2 else low, int(found.upper) if found.upper.is_Integer else None
+    low = 1 if is_batch and int(found.lower) == 2 else max([int(found.lower), *(each + 1 for each in excluded)])
+    return low, int(found.upper) if found.upper.is_Integer else None
 
 
-def _is_free(size: Any, ranges: dict[Any, Any]) -> bool:
-    """Whether the model's code puts no condition on a size beyond its range, such as that it is even."""
-    from torch.utils._sympy.value_ranges import bound_sympy  # only here: it imports sympy
+def _excluded(size: Any, ranges: dict[Any, Any]) -> list[int] | None:
+    """The sizes within the range for which a condition of the model's code does not hold.
 
-    environment = size.node.shape_env
+    Code asks whether a size or a part of it is 1, for instance, which most sizes are not. None for other conditions,
+    such as that a size is even.
+    """
+    import sympy  # type: ignore[import-untyped]  # only here: it is slow to import
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    environment, symbol = size.node.shape_env, size.node.expr
     conditions = [environment.replace(guard.expr) for guard in environment.guards]
-    return all(bool(bound_sympy(each, ranges).lower) for each in conditions if size.node.expr in each.free_symbols)
+    found: list[int] = []
+    for condition in (each for each in conditions if symbol in each.free_symbols):
+        if bool(bound_sympy(condition, ranges).lower):
+            continue
+        if not isinstance(condition, sympy.Ne) or condition.free_symbols != {symbol}:
+            return None
+        difference = sympy.Poly(condition.lhs - condition.rhs, symbol) if condition.lhs.is_polynomial(symbol) else None
+        if difference is None or difference.degree() != 1:
+            return None
+        root = -difference.nth(0) / difference.nth(1)
+        found += [int(root)] if root.is_integer else []
+    return found
 
 
 def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:

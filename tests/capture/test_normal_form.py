@@ -285,6 +285,8 @@ class Tokens(nn.Module):
             found = 2 * found
         if self.kind == "limit" and length > 10:
             found = 3 * found
+        if self.kind == "one length" and length - 1 == 4:
+            found = 5 * found
         if self.kind == "loop":
             for position in range(length):
                 found = found + found[:, position : position + 1]
@@ -311,6 +313,16 @@ def test_lengths_for_which_a_model_does_something_else_are_refused(kind, message
     else:
         with pytest.raises(AssertionError, match=message):
             graph_module(torch.randint(50, (3, 7)))
+
+
+def test_a_single_length_for_which_a_model_does_something_else_is_refused():
+    model = Tokens("one length").eval()
+    graph_module = capture(model, torch.randint(50, (3, 8)), method="export")
+    for length in (6, 13):
+        tokens = torch.randint(50, (2, length))
+        torch.testing.assert_close(graph_module(tokens), model(tokens))
+    with pytest.raises(AssertionError, match="has 6 to any in dimension 1"):
+        graph_module(torch.randint(50, (2, 5)))
 
 
 def test_other_lengths_are_open():
