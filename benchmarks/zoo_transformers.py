@@ -316,7 +316,7 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 """Name -> class, what it reads, and how its configuration differs from the class's own."""
 
 
-ONE_LENGTH = ("gpt_neo", "llava", "mamba", "mamba2", "mpt")
+ONE_LENGTH = ("gpt_neo", "llava", "mamba", "mamba2")
 """Models for which torch.export fixes the number of tokens, since their code loops over it or compares it."""
 
 ONE_SIZE = ("llava",)

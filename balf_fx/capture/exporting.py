@@ -199,38 +199,55 @@ def _limits(size: Any, ranges: dict[Any, Any], is_batch: bool) -> tuple[int, int
     """The least and the largest size for which a graph is valid; None for the largest if there is no limit."""
     known = size if isinstance(size, int) else size.node.maybe_as_int()
     found = None if known is not None else ranges.get(size.node.expr)
-    excluded = [] if found is None or is_batch else _excluded(size, ranges)
-    if found is None or excluded is None or max(excluded, default=0) >= size.node.hint:
+    if found is None:
         only = size.node.hint if known is None else known
         return only, only
-    # Export assumes dynamic sizes of at least 2; the graph is also valid for a batch of one, not for a length of one.
-    low = 1 if is_batch and int(found.lower) == 2 else max([int(found.lower), *(each + 1 for each in excluded)])
-    return low, int(found.upper) if found.upper.is_Integer else None
+    low, high = int(found.lower), int(found.upper) if found.upper.is_Integer else None
+    if is_batch:  # export assumes at least 2; the graph is also valid for a batch of one, not for a length of one
+        return (1 if low == 2 else low), high
+    return _around(size, ranges, low, high)
 
 
-def _excluded(size: Any, ranges: dict[Any, Any]) -> list[int] | None:
-    """The sizes within the range for which a condition of the model's code does not hold.
+_WALK = 1024
+"""How many sizes above the example's are tried where conditions cannot be solved."""
 
-    Code asks whether a size or a part of it is 1, for instance, which most sizes are not. None for other conditions,
-    such as that a size is even.
+
+def _around(size: Any, ranges: dict[Any, Any], low: int, high: int | None) -> tuple[int, int | None]:
+    """The sizes around the example's, from low to high, for which the conditions of the model's code hold.
+
+    Most conditions follow from the range. Others ask whether a size, or a part of it, is a certain number, as 1 often
+    is; or compare it with a limit; or ask whether it is even, so that no other size is left.
     """
-    import sympy  # type: ignore[import-untyped]  # only here: it is slow to import
-    from torch.utils._sympy.value_ranges import bound_sympy
+    from torch.utils._sympy.value_ranges import bound_sympy  # only here: it imports sympy
 
-    environment, symbol = size.node.shape_env, size.node.expr
+    environment, symbol, given = size.node.shape_env, size.node.expr, size.node.hint
     conditions = [environment.replace(guard.expr) for guard in environment.guards]
-    found: list[int] = []
     for condition in (each for each in conditions if symbol in each.free_symbols):
         if bool(bound_sympy(condition, ranges).lower):
             continue
-        if not isinstance(condition, sympy.Ne) or condition.free_symbols != {symbol}:
-            return None
-        difference = sympy.Poly(condition.lhs - condition.rhs, symbol) if condition.lhs.is_polynomial(symbol) else None
-        if difference is None or difference.degree() != 1:
-            return None
-        root = -difference.nth(0) / difference.nth(1)
-        found += [int(root)] if root.is_integer else []
-    return found
+        if condition.free_symbols != {symbol}:
+            return given, given
+        root = _root(condition, symbol)
+        if root is not None:
+            low, high = (max(low, root + 1), high) if root < given else (low, root - 1)
+            continue
+        fits = [n for n in range(given, low - 1, -1) if not bool(condition.subs(symbol, n))]
+        low = fits[0] + 1 if fits else low
+        most = given + _WALK if high is None else min(high, given + _WALK)
+        high = next((n - 1 for n in range(given, most + 1) if not bool(condition.subs(symbol, n))), most)
+    return low, high
+
+
+def _root(condition: Any, symbol: Any) -> int | None:
+    """The size that a condition `a * size != b` excludes; None for any other condition."""
+    if type(condition).__name__ != "Unequality":
+        return None
+    difference = condition.lhs - condition.rhs
+    slope = difference.diff(symbol) if difference.is_polynomial(symbol) else None
+    if slope is None or not slope.is_Integer or slope == 0:
+        return None
+    root = -difference.subs(symbol, 0) / slope
+    return int(root) if root.is_Integer else None
 
 
 def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:

@@ -287,6 +287,8 @@ class Tokens(nn.Module):
             found = 3 * found
         if self.kind == "one length" and length - 1 == 4:
             found = 5 * found
+        if self.kind == "clamped" and max(0, 12 - length) + length != 12:
+            found = 7 * found
         if self.kind == "loop":
             for position in range(length):
                 found = found + found[:, position : position + 1]
@@ -313,6 +315,19 @@ def test_lengths_for_which_a_model_does_something_else_are_refused(kind, message
     else:
         with pytest.raises(AssertionError, match=message):
             graph_module(torch.randint(50, (3, 7)))
+
+
+@pytest.mark.parametrize("length", [8, 14])
+def test_lengths_on_the_same_side_of_a_limit_are_open(length):
+    model = Tokens("clamped").eval()
+    graph_module = capture(model, torch.randint(50, (3, length)), method="export")
+    for other in (2, 12, 13, 40):
+        tokens = torch.randint(50, (2, other))
+        if (other <= 12) == (length <= 12):
+            torch.testing.assert_close(graph_module(tokens), model(tokens))
+        else:
+            with pytest.raises(AssertionError, match=r"has \d+ to \d+ in dimension 1"):
+                graph_module(tokens)
 
 
 def test_a_single_length_for_which_a_model_does_something_else_is_refused():
