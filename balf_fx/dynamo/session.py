@@ -358,8 +358,8 @@ def _weights_of_inputs(weights: WeightsOf) -> WeightsOf:
 
 
 def _first_inputs(trace: Trace) -> Any:
-    """The arguments of the first graph; the argument itself if there is one."""
-    args = trace[0].args
+    """The arguments of the first graph, without the sizes that Dynamo adds; the argument itself if there is one."""
+    args = tuple(argument for argument in trace[0].args if not isinstance(argument, int | float))
     return args[0] if len(args) == 1 else args
 
 

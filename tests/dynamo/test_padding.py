@@ -88,6 +88,21 @@ def test_a_users_weights_are_those_of_the_first_graphs_inputs(calls):
         plan_of(model, batches, effort="best", weights=lambda _: None)
 
 
+def test_open_sizes_are_no_inputs_of_the_users():
+    """From the second shape on, Dynamo's graphs take sizes, too."""
+    model, seen = nn.Sequential(Part(), Part()).double().eval(), []
+
+    def first_half(batch):
+        seen.append(batch.shape)
+        return (torch.arange(len(batch)) < len(batch) / 2).double()
+
+    batches = [(torch.randn(size, WIDTH, dtype=torch.float64),) for size in (32, 48)]
+    given = plan_of(model, batches, effort="best", weights=first_half)
+    assert {(size, WIDTH) for size in (32, 48)} <= set(map(tuple, seen))
+    other = [(torch.cat([x[: len(x) // 2], torch.randn(len(x) // 2, WIDTH, dtype=x.dtype)]),) for (x,) in batches]
+    assert_same(plan_of(model, other, effort="best", weights=first_half), given)
+
+
 class Wrapped(Model):
     """Its `forward` is wrapped as those of transformers are."""
 
