@@ -103,6 +103,12 @@ def test_open_sizes_are_no_inputs_of_the_users():
     assert_same(plan_of(model, other, effort="best", weights=first_half), given)
 
 
+def test_weights_may_meet_no_layer():
+    model = nn.Sequential(nn.Tanh(), nn.LayerNorm(WIDTH)).eval()
+    batches = [(torch.randn(4, WIDTH),) for _ in range(CALLS)]
+    assert plan_of(model, batches, weights=lambda batch: torch.ones(len(batch)), strict=False).plan.ranks == {}
+
+
 class Wrapped(Model):
     """Its `forward` is wrapped as those of transformers are."""
 
