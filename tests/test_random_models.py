@@ -53,10 +53,14 @@ def draw(seed: int) -> tuple[RandomModel, list[Any], dict[str, Any]]:
     return model, batches, options
 
 
-def _weights(batch: torch.Tensor) -> torch.Tensor:
-    """Of all samples but the last, which does not count, unless it is the only one."""
-    weights = torch.ones(len(batch))
-    weights[-1] = float(len(batch) == 1)
+def _weights(batch: Any) -> torch.Tensor:
+    """Of all samples but the last, which does not count, unless it is the only one.
+
+    The backend passes several values where Dynamo captures the model from a later place on.
+    """
+    samples = len(batch[0] if isinstance(batch, tuple) else batch)
+    weights = torch.ones(samples)
+    weights[-1] = float(samples == 1)
     return weights
 
 

@@ -38,12 +38,13 @@ class Weights:
         candidates: tensors [N, ...], the first of which that fits a value applies to it.
 
     Attributes:
+        asked: whether the weights of a value were asked for so far.
         fits: whether a value had the positions of a candidate so far.
     """
 
     def __init__(self, *candidates: Tensor) -> None:
         self.candidates = candidates
-        self.fits = False
+        self.asked = self.fits = False
 
     def at(self, leading: Sequence[int]) -> Tensor | None:
         """The weights of a value's positions.
@@ -55,7 +56,7 @@ class Weights:
             [n] float64, n the product of `leading`; None if each is 1.
         """
         found = next((fit for each in self.candidates if (fit := _fitted(each, leading)) is not None), None)
-        self.fits |= found is not None
+        self.asked, self.fits = True, self.fits or found is not None
         if found is None and self.candidates:
             found = _of_samples(self.candidates[0], leading)
         return None if found is None or bool((found == 1).all()) else found.to(torch.float64)
@@ -128,9 +129,10 @@ class CallWeights:
     given: bool = False
 
     @property
-    def fits(self) -> bool:
-        """Whether a value in a part has had the positions of the weights so far."""
-        return any(weights.fits for named in self.parts for weights in named.values())
+    def misfit(self) -> bool:
+        """Whether values in the parts asked for weights, but none of them has had their positions so far."""
+        known = [weights for named in self.parts for weights in named.values()]
+        return any(weights.asked for weights in known) and not any(weights.fits for weights in known)
 
 
 def read_mask(value: Any) -> Tensor | None:

@@ -207,7 +207,7 @@ def _run(
             observe_gradients(program.module, batch, calibration, index, generator, weights.outputs)
         else:
             run_batch(program.module, batch, calibration.forward, index)
-    if given is not None and not weights.fits and any(map(sites, program.graph_modules)):
+    if given is not None and weights.misfit:
         raise CalibrationError(
             f"weights(batch) returned {list(given.shape)} for batch {index}, but no layer has these positions: return "
             "[N], one weight for each sample, or [N, L], one for each position"
