@@ -277,7 +277,6 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "t5_encoder": ("T5EncoderModel", "text", {k: v for k, v in _T5.items() if k != "use_cache"}),
     "umt5": ("UMT5ForConditionalGeneration", "translation", _T5),
     "vit": ("ViTForImageClassification", "image", _VISION),
-    "vit_mae": ("ViTMAEModel", "image", {**_VISION, "mask_ratio": 0.0}),
     "wav2vec2": ("Wav2Vec2Model", "wave", _WAVE),
     "whisper": (
         "WhisperForConditionalGeneration",
@@ -316,7 +315,7 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 """Name -> class, what it reads, and how its configuration differs from the class's own."""
 
 
-ONE_LENGTH = ("gpt_neo", "llava", "mamba", "mamba2")
+ONE_LENGTH = ("gpt_neo", "llava", "mamba", "mamba2", "xlnet")
 """Models for which torch.export fixes the number of tokens, since their code loops over it or compares it."""
 
 ONE_SIZE = ("llava",)
