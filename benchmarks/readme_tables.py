@@ -112,7 +112,7 @@ def samples() -> str:
         rows = _select(found["results"], method="ours")
         settings = sorted({(row["images"], row["seed"]) for row in rows})
         varied = {row["budget"] for row in rows if (row["images"], row["seed"]) != settings[0]}
-        for images, seed in settings:
+        for images, seed in settings if varied else ():
             own = _select(rows, images=images, seed=seed)
             figures = [
                 f"{row[found['metric']]:.1f} at {row['budget']:g}"
