@@ -95,7 +95,7 @@ class Session:
         self._sites: dict[Key, str] = {}
         self._step = 0
         self._recording = Recording(self.settings.memory_bytes)
-        self._entered: set[tuple[Any, ...]] = set()
+        self._entered: list[tuple[Any, ...]] = []  # the frames of the current call
         self._failure: BalfError | None = None
         self._stored: Stored | None = self.options.stored
         self._watch = Watch({})
@@ -205,19 +205,24 @@ class Session:
     def _restart(self, changed: Sequence[str]) -> None:
         """Delete the recorded calls and start calibration again."""
         _LOGGER.warning("%s changed: calibration starts again", ", ".join(changed))
-        self._step, self._entered = 0, set()
+        self._step, self._entered = 0, []
         self._recording.close()
         self._recording = Recording(self.settings.memory_bytes)
         for region in self._regions:
             region.bindings.clear()
 
     def _calibrates(self, region: Region, binding: Binding) -> bool:
-        """Count a new call of the model if a frame is entered again, and return whether the call is calibration."""
-        entered = (region.frame, *map(id, binding.originals.values()))
-        if not self._entered or entered in self._entered:
-            self._step, self._entered = self._step + 1, set()
+        """Count a new call of the model if a frame is entered again, and return whether the call is calibration.
+
+        One call may enter frames without weights several times, such as those of activations: such a frame only counts
+        where it was the first of a call.
+        """
+        weights = tuple(map(id, binding.originals.values()))
+        entered = (region.frame, weights or region.graph_module.code)
+        if not self._entered or (entered in self._entered and (weights or entered == self._entered[0])):
+            self._step, self._entered = self._step + 1, []
             self._recording.begin()
-        self._entered.add(entered)
+        self._entered.append(entered)
         return self._step <= self.options.calibration_steps
 
     # The switch.

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from dynamo.helpers import STEPS, Broken, calibrated, compiled, make_offline, options, ranks
+from dynamo.helpers import STEPS, WIDTH, Broken, calibrated, compiled, make_offline, options, ranks, rows, run
 from torch import nn
 
 import balf_fx
@@ -145,3 +145,42 @@ def test_a_number_among_the_inputs(tokens):
         for n, batch in enumerate(tokens[:STEPS]):
             assert torch.equal(small(batch, n), model(batch) * n)
         torch.testing.assert_close(small(tokens[0], 7), small(tokens[0], 1) * 7)
+
+
+class Gate(nn.Module):
+    """Has no weights."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+class Loop(nn.Module):
+    """Dynamo leaves a loop with a break alone, and compiles what it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Layer(), Gate(), Layer(), Gate(), Layer(), Gate()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
+def test_frames_without_weights_may_run_several_times_in_one_call():
+    model, batches = Loop().double().eval(), rows()
+    small = compiled(model, flops=0.6)
+    for batch in batches[:STEPS]:
+        assert torch.equal(run(small, batch), run(model, batch))
+    assert not torch.equal(run(small, batches[0]), run(model, batches[0]))
+    assert len(balf_fx.report(small).sites) == 3
