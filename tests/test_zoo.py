@@ -17,6 +17,7 @@ TORCHVISION = (
 TIMM = (
     "edgenext_xx_small",
     "mobilevitv2_050",
+    "pvt_v2_b0",
     "starnet_s050",
     "test_byobnet",
     "test_coatnet",

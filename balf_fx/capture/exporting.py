@@ -231,8 +231,7 @@ def _around(size: Any, ranges: dict[Any, Any], low: int, high: int | None) -> tu
         if root is not None:
             low, high = (max(low, root + 1), high) if root < given else (low, root - 1)
             continue
-        fits = [n for n in range(given, low - 1, -1) if not bool(condition.subs(symbol, n))]
-        low = fits[0] + 1 if fits else low
+        low = next((n + 1 for n in range(given, low - 1, -1) if not bool(condition.subs(symbol, n))), low)
         most = given + _WALK if high is None else min(high, given + _WALK)
         high = next((n - 1 for n in range(given, most + 1) if not bool(condition.subs(symbol, n))), most)
     return low, high
