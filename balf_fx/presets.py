@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 BALF: Mapping[str, object] = MappingProxyType(
-    {"fold_batchnorm": False, "factors": "activations", "centred": False, "split": False, "allocation": "budget"}
+    {
+        "fold_batchnorm": False,
+        "factors": "activations",
+        "centred": False,
+        "split": False,
+        "pivot": False,
+        "allocation": "budget",
+    }
 )
 """BALF as published (arXiv 2509.25136): activation-aware factors from uncentred second moments, BatchNorm not folded,
 energies normalised per layer, fused projections not split, every linear and convolution layer a candidate, and one
@@ -17,7 +24,14 @@ Lagrangian budget for all of them.
 
 
 AIR: Mapping[str, object] = MappingProxyType(
-    {"fold_batchnorm": False, "factors": "air", "centred": False, "split": False, "allocation": "uniform"}
+    {
+        "fold_batchnorm": False,
+        "factors": "air",
+        "centred": False,
+        "split": False,
+        "pivot": False,
+        "allocation": "uniform",
+    }
 )
 """AIR as published (arXiv 2606.19993): factors whose error is weighted by the influence of each weight, |dL/dW * W|,
 from uncentred second moments, with the same share of every layer kept. The paper uses the task's loss, which needs

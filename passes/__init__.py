@@ -12,12 +12,14 @@ from balf_fx.passes.annotate import Annotate
 from balf_fx.passes.base import Pass
 from balf_fx.passes.decompose_attention import DecomposeAttention
 from balf_fx.passes.factorize import Factorize
+from balf_fx.passes.find_pivots import FindPivots
 from balf_fx.passes.find_widths import FindWidths
 from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.fold_constants import FoldConstants
 from balf_fx.passes.follow import Follow
 from balf_fx.passes.narrow import Narrow
 from balf_fx.passes.observe import InsertObservers, RemoveObservers
+from balf_fx.passes.pivot import Pivot
 from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
@@ -31,6 +33,7 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Annotate",
     "FindWidths",
     "InsertObservers",
+    "FindPivots",
     "Score",
     "ScoreWidths",
     "Allocate",
@@ -38,6 +41,7 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Refine",
     "Refit",
     "RemoveObservers",
+    "Pivot",
     "Narrow",
     "Factorize",
 ]

@@ -350,14 +350,21 @@ def _explicit_candidate(site: Site, curve: RankCurve, rank: Rank) -> Candidate:
         return curve.dense
     if isinstance(rank, tuple):
         return _explicit_parts(site, curve, rank)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= site.break_even:
+    found = {each.rank: each for each in curve.candidates[:-1] if isinstance(each.rank, int)}
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in found:
+        step = f" in steps of {site.rank_step}" if site.rank_step > 1 else ""
         raise OptionError(
-            f"the rank of {site.name!r} must be a whole number from 1 to {site.break_even}, above which the dense "
-            f"layer is cheaper, or None for dense; not {rank!r}"
+            f"the rank of {site.name!r} must be a whole number from {_ranges(sorted(found), site.rank_step)}{step}, or "
+            f"None for dense, not {rank!r}: other ranks cost no less than the dense layer or a higher rank"
         )
-    if rank % site.rank_step:
-        raise OptionError(f"the rank of {site.name!r} must be a multiple of {site.rank_step}, not {rank}")
-    return curve.candidates[rank // site.rank_step - 1]
+    return found[rank]
+
+
+def _ranges(numbers: Sequence[int], step: int) -> str:
+    """Ascending numbers as "1 to 8 or 12 to 15"."""
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - step]
+    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n + step]
+    return " or ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True)) or "nothing"
 
 
 def _explicit_parts(site: Site, curve: RankCurve, ranks: PartRanks) -> Candidate:

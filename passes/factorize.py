@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -9,14 +10,15 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import Replaced, annotation, graph_record, record_graph
-from balf_fx.graph.curves import PartRanks, Rank, RankCurve, Solution, Spectrum
-from balf_fx.graph.expert_factors import ExpertFactors, keeping
+from balf_fx.graph.curves import Form, PartRanks, Rank, RankCurve, Solution, Spectrum
+from balf_fx.graph.expert_factors import keeping
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight
 from balf_fx.graph.site import Site
-from balf_fx.graph.substitute import Substitute, build, replace_site
+from balf_fx.graph.substitute import AnySubstitute, build, replace_site
 from balf_fx.passes.base import Pass
+from balf_fx.ranks.pivots import written_as_columns, written_as_rows
 from balf_fx.ranks.spectra import corrected_bias, factors, in_parts
 from balf_fx.widths.narrowing import Cut, find_cuts
 
@@ -50,13 +52,17 @@ class Factorize(Pass):
             rank = None if mark.choice is None else mark.choice.chosen.rank
             if rank is None and cut is None and mark.refit is None:
                 continue
-            solution = mark.refit or planned(graph_module, nodes[0], site, cut)
+            solution = solution_of(graph_module, nodes[0], site, cut)
             thin = site
             if cut is not None:
-                solution, thin = (cut.narrow_outputs(solution[0]),), cut.outputs(cut.inputs(site))
+                solution = tuple(cut.order_inputs(part, site) for part in solution)
+                thin = cut.outputs(cut.inputs(site))
+            if mark.pivots:
+                written = written_as_columns if thin.form(rank) == "columns" else written_as_rows
+                parts = zip(solution, mark.pivots, strict=True)
+                solution = tuple(part if part.left is None else written(part, order) for part, order in parts)
             substitute = build(graph_module, thin, solution)
-            kept = () if solution[0].kept is None else solution[0].kept.experts
-            replaced.append(Replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site), kept))
+            replaced.append(_replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site), solution))
             replace_site(graph_module, nodes, site, substitute)
         graph_module.delete_all_unused_submodules()
         record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, *replaced))
@@ -67,6 +73,22 @@ def fingerprint(graph_module: fx.GraphModule, site: Site) -> Fingerprint:
     """The fingerprint of the layer's current weight and bias."""
     bias = None if site.bias is None else get_tensor(graph_module, site.bias)
     return Fingerprint.of(get_tensor(graph_module, site.weight), bias)
+
+
+def _replaced(
+    name: str, rank: Rank, biased: tuple[bool, ...], fingerprint: Fingerprint, solution: Sequence[Solution]
+) -> Replaced:
+    """The record of a layer that was replaced by a solution."""
+    kept = () if solution[0].kept is None else solution[0].kept.experts
+    written = [part for part in solution if part.left is not None]
+    form: Form = written[0].form if written else "pair"
+    return Replaced(name, rank, biased, fingerprint, kept, form, any(part.order is not None for part in written))
+
+
+def solution_of(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:
+    """A layer's solution for its chosen rank and features, after a refit if there was one."""
+    solution = annotation(node).refit or planned(graph_module, node, site, cut)
+    return solution if cut is None or len(solution) > 1 else (cut.narrow_outputs(solution[0]),)
 
 
 def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:
@@ -81,9 +103,7 @@ def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | 
     return solution if cut is None or len(solution) > 1 else (cut.narrow_inputs(solution[0], site),)
 
 
-def factor_modules(
-    graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks
-) -> Substitute | ExpertFactors:
+def factor_modules(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: int | PartRanks) -> AnySubstitute:
     """The modules that replace a site, with the one-shot optimum as their weights."""
     return build(graph_module, site, one_shot(graph_module, site, curve, rank))
 

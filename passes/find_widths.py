@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from balf_fx.graph.layers import read_layer
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Reader, Width, joint_widths
 from balf_fx.passes.base import Pass
-from balf_fx.widths.channels import feature_axis_of, find_channels
+from balf_fx.widths.channels import feature_axis_of, find_channels, is_simple
 from balf_fx.widths.heads import find_heads
 from balf_fx.widths.moves import Moves
 
@@ -29,13 +30,19 @@ class FindWidths(Pass):
     A layer may lie between two widths, like the middle one of a bottleneck. In longer chains, the widths that affect
     the most FLOPs are taken. The other rows of a layer that only partly belongs to widths, such as queries and keys
     behind a rotary embedding, stay as they are; if they cannot be separated from those of its widths, it has no widths.
+    Further sets of channels, such as those of a residual stream, keep their size, but may change their order.
+
+    Attributes:
+        narrowing: False records only channels that may change their order.
     """
+
+    narrowing: bool = True
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        found = [*find_channels(graph_module), *find_heads(graph_module)]
+        found = [*find_channels(graph_module), *find_heads(graph_module)] if self.narrowing else []
         while True:
             chosen = _most_valuable(graph_module, found)
             rests = _find_rests(graph_module, chosen)
@@ -43,8 +50,19 @@ class FindWidths(Pass):
             if not torn:
                 break
             found = [width for width in found if torn.isdisjoint(width.producers)]
-        named = tuple(_named(graph_module, chosen))
-        record_graph(graph_module, widths=named, rests={name: readers for name, readers in rests.items() if readers})
+        taken = {name for width in chosen for name in width.producers}
+        others = [
+            width
+            for width in find_channels(graph_module, most=math.inf)
+            if taken.isdisjoint(width.producers) and is_simple(graph_module, width)
+        ]
+        named = tuple(_named(graph_module, [*chosen, *others]))
+        record_graph(
+            graph_module,
+            widths=named[: len(chosen)],
+            orderable=named[len(chosen) :],
+            rests={name: readers for name, readers in rests.items() if readers},
+        )
         return PassResult(graph_module, False)
 
 

@@ -75,7 +75,8 @@ class Follow(Pass):
             )
         for site in listed:
             _check_rank(site, choices[site.name].chosen.rank)
-        for planned in self.plan.widths:
+        narrowed = [planned for planned in self.plan.widths if planned.is_narrower]
+        for planned in narrowed:
             width = widths.get(planned.key)
             if width is None or planned.key not in scored:
                 raise PlanError(
@@ -88,7 +89,7 @@ class Follow(Pass):
                     f"{width.features}"
                 )
         own = tuple(_with_site(choices[site.name], site) for site in listed)
-        sizes = {planned.key: planned.size for planned in self.plan.widths}
+        sizes = {planned.key: planned.size for planned in narrowed}
         return dataclasses.replace(self.plan.allocation, choices=own, sizes=sizes)
 
 

@@ -39,7 +39,7 @@ class Narrow(Pass):
         nodes = {node.name: node for node in graph_module.graph.nodes}
         sizes = {} if record.allocation is None else record.allocation.sizes
         shrunk = [width for width in record.widths if sizes.get(width.key, width.features) < width.features]
-        for width in record.widths:
+        for width in (*record.widths, *record.orderable):
             for name in {*width.between, *width.fused} & set(cuts):
                 if nodes[name].op == "get_attr":
                     _slice_constant(graph_module, nodes[name], cuts[name].written)

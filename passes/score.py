@@ -109,7 +109,8 @@ class Score(Pass):
         work = [float(site.full_rank) ** 3 * site.groups for site in found]
         for site, nodes in self.progress.track(found.items(), work):
             mark, seen = annotation(nodes[0]), self._seen(graph_module, nodes[0], site)
-            scored_with = (self.factors, self.centred, self.split, self.damping, seen.moments, seen.gradients)
+            options = (self.factors, self.centred, self.split, self.damping, site.pivots)
+            scored_with = (*options, seen.moments, seen.gradients)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
             curve = self.score(graph_module, site, seen, use(nodes))

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from balf_fx.graph.curves import Candidate, RankCurve
 from balf_fx.graph.site import Site
-from balf_fx.ranks.costs import rank_flops, rank_params
+from balf_fx.ranks.costs import rank_flops, rank_params, useful_ranks
 
 _RANKS = 48  # ranks tried for each site at each size; the steps between them only limit the allocation's resolution
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ class Member:
         """Some of its ranks at these sizes, or all with `every`, ascending; then dense."""
         site = self.narrowed(kept)
         choose = list if every else _thin
+        known = [candidate for candidate in curve.candidates if isinstance(candidate.rank, int)]
         if site == self.site:
-            thinned = choose(curve.candidates[: self.site.break_even])
-            return [*thinned, curve.dense]
+            return [*choose(known), curve.dense]
         flops = self.flops // (self.site.out_features * self.site.in_features) * site.out_features * site.in_features
         elements = self.output_elements // self.site.out_features * site.out_features
         biased = self.bias and (self.reads is None or kept[self.reads] < 1.0 or self.site.bias is not None)
@@ -80,23 +83,20 @@ class Member:
         dense = Candidate(None, flops, rank_params(site, None, False) + extra, 0.0)
         if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
             return [dense]
-        ranks = choose(curve.candidates[: min(site.break_even, self.site.break_even)])
-        # Both costs are linear in the rank.
-        per_rank = rank_flops(site, 1, flops, elements)
+        lost = {candidate.rank: candidate.distortion for candidate in known}
         gains = biased or curve.spectrum.mean is not None
-        first, second = (rank_params(site, rank, gains) for rank in (1, 2))
+        ranks = [rank for rank in useful_ranks(site) if rank in lost]
         return [
             *(
-                Candidate(rank, rank * per_rank, first + (rank - 1) * (second - first), candidate.distortion)
-                for candidate in ranks
-                if isinstance(rank := candidate.rank, int)
+                Candidate(rank, rank_flops(site, rank, flops, elements), rank_params(site, rank, gains), lost[rank])
+                for rank in choose(ranks)
             ),
             dense,
         ]
 
 
-def _thin(candidates: Sequence[Candidate]) -> list[Candidate]:
-    if len(candidates) <= _RANKS:
-        return list(candidates)
-    picked = sorted({round(i * (len(candidates) - 1) / (_RANKS - 1)) for i in range(_RANKS)})
-    return [candidates[i] for i in picked]
+def _thin(found: Sequence[_T]) -> list[_T]:
+    if len(found) <= _RANKS:
+        return list(found)
+    picked = sorted({round(i * (len(found) - 1) / (_RANKS - 1)) for i in range(_RANKS)})
+    return [found[i] for i in picked]

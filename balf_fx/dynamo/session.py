@@ -24,14 +24,13 @@ from balf_fx.dynamo.recording import Recording, confirmed
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
 from balf_fx.engine.program import Key, Program, Trace, keys_of, name_alike, per_call, run_trace
-from balf_fx.engine.rewriting import applicable, fill, held_tensors, normalise, rewrite_as
+from balf_fx.engine.rewriting import applicable, fill, find_features, held_tensors, normalise, rewrite_as
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.files.restore import Stored
 from balf_fx.graph.annotation import sites
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.plan import Plan
-from balf_fx.passes import FindWidths
 from balf_fx.passes.factorize import fingerprint
 from balf_fx.progress import Progress, progress_bar
 from balf_fx.reporting.report import Report
@@ -285,8 +284,9 @@ class Session:
         _LOGGER.info("call %d is the first compressed one (graphs: %d); ranks: {%s}", self._step, graphs, ranks)
         if unchanged:
             _LOGGER.info("%d of %d graphs have no layers to compress and run unchanged", unchanged, graphs)
-        if plan.widths:
-            sizes = ", ".join(f"{width.key}: {width.features} -> {width.size}" for width in plan.widths)
+        narrowed = [width for width in plan.widths if width.is_narrower]
+        if narrowed:
+            sizes = ", ".join(f"{width.key}: {width.features} -> {width.size}" for width in narrowed)
             _LOGGER.info("widths: {%s}", sizes)
         _LOGGER.info(
             "FLOPs of a call %s -> %s (%.2f %% kept), parameters %s -> %s (%.2f %% kept)",
@@ -311,8 +311,8 @@ class Session:
         graph_module = part.graph_module
         normalise(graph_module, found.plan.origin, partial=True)
         name_alike(part, self._sites)
-        if found.plan.widths and sites(graph_module):
-            FindWidths()(graph_module)
+        if sites(graph_module):
+            find_features(graph_module, found.plan)
         unseen = [site.name for site in sites(graph_module) if site.name not in found.plan.ranks]
         if unseen:
             _LOGGER.info("%s stay dense: they were not part of calibration", ", ".join(unseen))

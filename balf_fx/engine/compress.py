@@ -39,7 +39,7 @@ from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.plan import Plan, plan_of_records
 from balf_fx.graph.site import Reason, Refusal
-from balf_fx.passes import Allocate, Annotate, FindWidths, InsertObservers, Refine, ScoreWidths
+from balf_fx.passes import Allocate, Annotate, FindPivots, FindWidths, InsertObservers, Refine, ScoreWidths
 from balf_fx.passes.score import Factors
 from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
@@ -120,8 +120,9 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
     shared = join(program.parts) if program.is_traced else set()
     # FindWidths, InsertObservers.
     for graph_module in filter(sites, program.graph_modules):
-        if settings.widths and "sensitivity" in factors:
-            FindWidths()(graph_module)
+        narrowing = settings.widths and "sensitivity" in factors
+        if settings.pivot or narrowing:
+            FindWidths(narrowing)(graph_module)
         InsertObservers("sensitivity" in factors, "air" in factors, apart=frozenset(shared))(graph_module)
     share_observers(program.parts, shared)
 
@@ -241,7 +242,7 @@ def convert(
     work = work_of(program, settings, calibration.batches)
     shares = [work.scoring, work.trying, work.solving]
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
-    # 1. Score, ScoreWidths: the loss of each rank and each size.
+    # 1. FindPivots, Score, ScoreWidths: the loss of each rank and each size.
     score(program, settings, scoring)
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals())
@@ -251,11 +252,11 @@ def convert(
     else:
         allocation = allocate.solve(problem)
     compressed = settled(program, problem, drawn(problem, allocation))
-    # 3. Refine or Refit: solve for the layers' weights. Narrow, Factorize: rewrite the graphs.
+    # 3. Refine or Refit: solve for the layers' weights. Pivot, Narrow, Factorize: rewrite the graphs.
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
             Refine(progress=solving)(graph_module)
-    carry_out(compressed, mode, calibration, solving)
+    carry_out(compressed, mode, calibration, solving, settings.pivot)
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     return compressed, plan_of_records(records, records[0].allocation or allocation)
@@ -267,8 +268,9 @@ def score(program: Program, settings: Settings, progress: Progress = SILENT) -> 
     for graph_module, span in zip(found, progress.spans([1.0] * len(found)), strict=True):
         ranks, sizes = span.spans([1.0, 2.0])
         scored = settings.score(ranks)
+        FindPivots(settings.pivot)(graph_module)
         scored(graph_module)
-        if scored.factors == "sensitivity":
+        if scored.factors == "sensitivity" and settings.widths:
             ScoreWidths(scored.damping, progress=sizes)(graph_module)
         else:
             record_graph(graph_module, width_curves=(), widths_scored_with=())

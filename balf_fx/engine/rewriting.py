@@ -31,18 +31,24 @@ from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import build, replace_site
 from balf_fx.graph.widths import Width, WidthCurve
-from balf_fx.passes import Annotate, Factorize, FoldBatchNorm, Follow, Narrow
+from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Pivot
 from balf_fx.passes.observe import remove_observers
 from balf_fx.widths.narrowing import Cut, find_cuts
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def rewrite(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite a graph by the allocation that is recorded in it."""
+def rewrite(graph_module: fx.GraphModule, pivot: bool) -> fx.GraphModule:
+    """Rewrite a graph by the allocation that is recorded in it.
+
+    Args:
+        pivot: whether to write low-rank maps in the form for which they were priced; False leaves pairs of factors.
+    """
     if hasattr(graph_module, OBSERVERS):
         remove_observers(graph_module)
     if sites(graph_module):
+        if pivot:
+            Pivot()(graph_module)
         Narrow()(graph_module)
         Factorize()(graph_module)
     graph_module.recompile()
@@ -74,6 +80,13 @@ def normalise(graph_module: fx.GraphModule, origin: Origin, partial: bool = Fals
     Annotate(origin.include, origin.exclude, origin.dense, partial)(graph_module)
 
 
+def find_features(graph_module: fx.GraphModule, plan: Plan) -> None:
+    """Find what a plan narrows and reorders in a normalised graph."""
+    if plan.widths:
+        FindWidths()(graph_module)
+        FindPivots()(graph_module)
+
+
 def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     """Rewrite a normalised graph by a plan, with layers whose weights are arbitrary.
 
@@ -82,7 +95,8 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     """
     kept = {planned.key: planned.kept for planned in plan.widths}
     curves = tuple(_blank_curve(width, kept.get(width.key)) for width in graph_record(graph_module).widths)
-    record_graph(graph_module, width_curves=curves)
+    orders = {planned.key: torch.tensor(planned.kept) for planned in plan.widths if planned.kept is not None}
+    record_graph(graph_module, width_curves=curves, orders=orders)
     if sites(graph_module):
         Follow(plan)(graph_module)
     Narrow()(graph_module)
@@ -106,7 +120,8 @@ def applicable(plan: Plan, graph_module: fx.GraphModule) -> Plan:
     its widths is narrowed. Layers that are left out stay dense and are listed in the log.
     """
     names = set(layers_of(graph_module))
-    widths = {width.key: set(width.layer_names) for width in graph_record(graph_module).widths}
+    record = graph_record(graph_module)
+    widths = {width.key: set(width.layer_names) for width in (*record.widths, *record.orderable)}
     whole = {planned.key for planned in plan.widths if widths.get(planned.key) == set(planned.layers)}
     while True:
         torn = {name for planned in plan.widths if planned.key not in whole for name in planned.layers}
@@ -139,7 +154,7 @@ def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
         heads = identity.expand(width.heads, -1, -1)
         return WidthCurve(nothing, 0.0, left=heads, right=heads)
     chosen = kept or ()
-    order = torch.tensor([*chosen, *sorted(set(range(width.features)) - set(chosen))])
+    order = torch.tensor([*chosen, *sorted(set(range(width.features)) - set(chosen))], dtype=torch.int64)
     return WidthCurve(nothing, 0.0, order=order, covariances=(identity,) * len(width.consumers))
 
 
@@ -150,10 +165,13 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
     zeros = partial(torch.zeros, device=get_tensor(graph_module, site.weight).device)
     found = []
     for rank, biased in zip(ranks, layer.biased, strict=True):
-        left = None if rank is None else zeros(groups, outputs, rank)
-        right = zeros(groups, outputs if rank is None else rank, site.in_features)
-        whole = Kept(layer.kept, zeros(len(layer.kept), outputs, site.in_features)) if layer.kept else None
-        found.append(Solution(left, right, zeros(groups, outputs) if biased else None, whole))
+        form, inputs, own = ("pair" if rank is None else layer.form), site.in_features, rank or 0
+        left = None if rank is None else zeros(groups, outputs - own * (form == "rows"), own)
+        right = zeros(groups, outputs if rank is None else own, inputs - own * (form == "columns"))
+        whole = Kept(layer.kept, zeros(len(layer.kept), outputs, inputs)) if layer.kept else None
+        order = torch.arange(inputs if form == "columns" else outputs).expand(groups, -1) if layer.ordered else None
+        bias = zeros(groups, outputs) if biased else None
+        found.append(Solution(left, right, bias, whole, form, None if rank is None else order))
     return tuple(found)
 
 

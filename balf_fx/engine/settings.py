@@ -111,6 +111,14 @@ class Settings:
         "convert",
         values=(True, False),
     )
+    pivot: bool = option(
+        True,
+        "write a map of rank r as r of its own rows, or columns, and combinations of them where that is cheaper than "
+        "two factors (`ranks.pivots`): it computes the same, and every rank below the full one saves something",
+        "prepare",
+        "convert",
+        values=(True, False),
+    )
     fold_batchnorm: bool = option(
         True, "first fold each BatchNorm into the layer before it", "prepare", values=(True, False)
     )

@@ -29,7 +29,13 @@ def settled(program: Program, problem: Problem, allocation: Allocation) -> Progr
     return copied
 
 
-def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration, progress: Progress = SILENT) -> None:
+def carry_out(
+    program: Program,
+    mode: RefitMode | None,
+    calibration: Calibration,
+    progress: Progress = SILENT,
+    pivot: bool = False,
+) -> None:
     """Solve and rewrite each part, in the order in which they run.
 
     A part is refitted on the outputs of the compressed parts before it where the traces link them to its inputs, and
@@ -38,10 +44,11 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
     Args:
         mode: the mode of the refit; None for no refit.
         calibration: has batches if there is a refit.
+        pivot: as in `rewrite`; the outputs are the same.
     """
     if mode is None:
         for graph_module in program.graph_modules:
-            rewrite(graph_module)
+            rewrite(graph_module, pivot)
         _share_layers(program)
         return
     with _Relay(program, calibration) as relay:
@@ -51,7 +58,7 @@ def carry_out(program: Program, mode: RefitMode | None, calibration: Calibration
             if sites(graph_module):
                 inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
                 Refit(inputs, mode, calibration.memory, handed, weights, progress=span)(graph_module)
-            rewrite(graph_module)
+            rewrite(graph_module, pivot)
             relay.run(index)
             span.done()
     _share_layers(program)

@@ -49,7 +49,7 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any], stream
         for site in sites(graph_module):
             cubes += float(site.full_rank) ** 3 * site.groups
             cholesky += _CHOLESKY * float(site.in_features) ** 3 * site.groups
-        for width in graph_record(graph_module).widths:
+        for width in graph_record(graph_module).widths if gradients and settings.widths else ():
             cubes += float(width.features) ** 3
     mode = settings.refit_mode
     tried = min(1.0, _TRIAL_SAMPLES / max(samples, 1)) * forward

@@ -12,11 +12,10 @@ from torch import Tensor, fx, nn
 from balf_fx.calibration.batches import Forward
 from balf_fx.capture.arguments import rebuild
 from balf_fx.capture.normal_form import Method, capture
-from balf_fx.engine.rewriting import fill, finish, held_tensors, normalise, rewrite_as
+from balf_fx.engine.rewriting import fill, find_features, finish, held_tensors, normalise, rewrite_as
 from balf_fx.errors import CalibrationError, PlanError
 from balf_fx.graph.curves import Rank
 from balf_fx.graph.plan import Plan
-from balf_fx.passes import FindWidths
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def restore(
     with torch.inference_mode(False), torch.no_grad():
         graph_module = _captured_again(found.plan, model, example, forward)
         normalise(graph_module, found.plan.origin)
-        if found.plan.widths:
-            FindWidths()(graph_module)
+        find_features(graph_module, found.plan)
         rewrite_as(graph_module, found.plan)
         fill(graph_module, found.tensors)
     return finish(graph_module, found.plan)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from balf_fx.graph.allocation import Allocation, Choice
-from balf_fx.graph.curves import Rank, RankCurve, Solution
+from balf_fx.graph.curves import Form, Rank, RankCurve, Solution
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.site import Norm, Refusal, Site
 from balf_fx.graph.widths import Reader, Width, WidthCurve
@@ -45,6 +45,8 @@ class Annotation:
         curve, scored_with: set by Score; scored_with identifies the statistics and options of the score.
         choice: set by Allocate.
         refit: set by Refine or Refit; replaces the one-shot factors or the weight of a dense layer.
+        pivots: the order of the site's rows or columns, pivots first, for each part with a rank; None if its graph
+            brings them into this order; set by Pivot where the site's map is written with its own rows or columns.
     """
 
     flops: int | None = None
@@ -64,6 +66,7 @@ class Annotation:
     scored_with: tuple[Any, ...] | None = None
     choice: Choice | None = None
     refit: tuple[Solution, ...] | None = None
+    pivots: tuple[torch.Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Replaced:
         biased: whether it has a bias, for each part; one item for a layer without parts.
         fingerprint: the fingerprint of the original layer.
         kept: the experts that keep their matrices.
+        form: how its map is written, if it has a rank.
+        ordered: whether its rows or columns are brought into order by a gather.
     """
 
     name: str
@@ -100,6 +105,8 @@ class Replaced:
     biased: tuple[bool, ...]
     fingerprint: Fingerprint
     kept: tuple[int, ...] = ()
+    form: Form = "pair"
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ class GraphRecord:
         rests: for each layer that only partly belongs to widths, the readers of its other rows; set by FindWidths.
         width_curves: one for each width, None if there are no statistics; set by ScoreWidths.
         widths_scored_with: identifies the statistics and options of the curves; set by ScoreWidths.
+        orderable: further widths whose features may change their order, but not their number; set by FindPivots.
+        orders: the kept features of widths in their new order, by `Width.key`; set by Pivot.
         replaced: set by Factorize.
     """
 
@@ -130,6 +139,8 @@ class GraphRecord:
     rests: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
     width_curves: tuple[WidthCurve | None, ...] = ()
     widths_scored_with: tuple[Any, ...] = ()
+    orderable: tuple[Width, ...] = ()
+    orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: tuple[Replaced, ...] = ()
 
 

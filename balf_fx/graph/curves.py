@@ -14,6 +14,11 @@ Rank = int | PartRanks | None
 """One rank for the whole site, or one for each of its parts; None means dense."""
 
 
+def each_rank(rank: Rank) -> PartRanks:
+    """The rank of each part, or of the whole site as its only part."""
+    return rank if isinstance(rank, tuple) else (rank,)
+
+
 Measure = Literal["flops", "params"]
 
 
@@ -100,21 +105,35 @@ class Kept:
     weight: torch.Tensor
 
 
+Form = Literal["pair", "rows", "columns"]
+"""How a low-rank map is written: as two factors, or with some of its own rows or columns (`ranks.pivots`)."""
+
+
 @dataclass(frozen=True)
 class Solution:
-    """The weights of a site, or of a part of it, in the compressed model, which computes left right x + bias.
+    """The weights of a site, or of a part of it, in the compressed model.
+
+    It computes, for an input x,
+
+    * "pair": left right x + bias, with left [G, O, r] and right [G, r, D], or right x + bias for a dense layer;
+    * "rows": the outputs P, p = right x + bias_P, then the others, left p + bias_rest, with left [G, O - r, r] and
+      right [G, r, D];
+    * "columns": left (x_P + right x_rest) + bias, with left [1, O, r] and right [1, r, D - r].
 
     Attributes:
-        left: [G, O, r]; None for a dense layer.
-        right: [G, r, D], or [G, O, D] for a dense layer.
-        bias: [G, O] or None.
+        left: None for a dense layer.
+        bias: [G, O] or None; for rows, in the order [P, rest].
         kept: the experts that keep their matrices; their factors are zero.
+        order: for rows, [G, O], the rows as [P, rest]; for columns, [1, D], the columns in the same way; None if the
+            graph already has the features in this order.
     """
 
     left: torch.Tensor | None
     right: torch.Tensor
     bias: torch.Tensor | None
     kept: Kept | None = None
+    form: Form = "pair"
+    order: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

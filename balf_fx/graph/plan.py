@@ -18,7 +18,7 @@ from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
@@ -27,7 +27,7 @@ PLAN_ATTRIBUTE = "balf_plan"
 
 @dataclass(frozen=True)
 class PlannedWidth:
-    """A width that was narrowed.
+    """A width that was narrowed or reordered.
 
     Attributes:
         name, kind: as in `graph.widths.Width`.
@@ -35,7 +35,8 @@ class PlannedWidth:
         features, size: the number of features of each head, before and after.
         heads: the number of heads; 1 for channels.
         energy_kept: the share of the loss of removing all features that is avoided.
-        kept: the features that are kept, for channels; None if the new features are combinations of the old ones.
+        kept: the features that are kept, in their new order, for channels; None if the new features are combinations of
+            the old ones.
     """
 
     name: str
@@ -46,6 +47,11 @@ class PlannedWidth:
     heads: int
     energy_kept: float
     kept: tuple[int, ...] | None
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether it has fewer features than before."""
+        return self.size < self.features
 
     @property
     def key(self) -> str:
@@ -65,7 +71,7 @@ class Plan:
         refusals: layers that are not sites, with their FLOPs.
         origin: how the graph was captured and normalised.
         layers: the layers that were replaced, with fingerprints of the original weights.
-        widths: the widths that were narrowed.
+        widths: the widths that were narrowed or reordered.
         versions: the versions of balf_fx and torch.
     """
 
@@ -197,10 +203,12 @@ def plan_of_records(records: list[GraphRecord], allocation: Allocation) -> Plan:
 
 def _planned_widths(record: GraphRecord, allocation: Allocation) -> Iterator[PlannedWidth]:
     """The widths of a graph that are narrowed."""
-    for width, curve in zip(record.widths, record.width_curves, strict=False):
-        size = allocation.sizes.get(width.key, width.features)
-        if curve is not None and size < width.features:
-            kept = curve.kept(size)
+    curves = dict(zip((width.key for width in record.widths), record.width_curves, strict=False))
+    for width in (*record.widths, *record.orderable):
+        size, curve = allocation.sizes.get(width.key, width.features), curves.get(width.key)
+        order = record.orders.get(width.key)
+        if order is not None or (curve is not None and size < width.features):
+            kept = order if order is not None or curve is None else curve.kept(size)
             yield PlannedWidth(
                 name=width.name,
                 kind=width.kind,
@@ -208,7 +216,7 @@ def _planned_widths(record: GraphRecord, allocation: Allocation) -> Iterator[Pla
                 features=width.features,
                 size=size,
                 heads=width.heads,
-                energy_kept=1.0 - curve.normalised(curve.distortion[size]),
+                energy_kept=1.0 if curve is None else 1.0 - curve.normalised(curve.distortion[size]),
                 kept=None if kept is None else tuple(kept.tolist()),
             )
 
@@ -275,7 +283,8 @@ def _layer(data: Mapping[str, Any]) -> Replaced:
     found = data["fingerprint"]
     fingerprint = Fingerprint(tuple(found["shape"]), tuple(found["sums"]))
     kept = tuple(map(int, data.get("kept", ())))
-    return Replaced(str(data["name"]), _rank(data["rank"]), tuple(map(bool, data["biased"])), fingerprint, kept)
+    biased, ordered = tuple(map(bool, data["biased"])), bool(data["ordered"])
+    return Replaced(str(data["name"]), _rank(data["rank"]), biased, fingerprint, kept, data["form"], ordered)
 
 
 def _width(data: Mapping[str, Any]) -> PlannedWidth:

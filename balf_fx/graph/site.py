@@ -17,7 +17,17 @@ from typing import Literal
 
 import torch
 
+from balf_fx.graph.curves import Form, Rank, each_rank
+
 Side = Literal["output", "input"]
+
+
+Pivots = Literal["rows", "columns", "gather"]
+"""Which of its own rows or columns a low-rank map may be written with; for "gather", its outputs are reordered."""
+
+
+GATHER = 20
+"""Multiplications for each output of a layer below which they take less time than to bring the outputs into order."""
 
 
 Conv = Literal["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
@@ -111,6 +121,7 @@ class Site:
             projection; each may have separate factors.
         keeps_rank: whether the user wants its full rank; it may still be refitted and narrowed.
         rank_step: ranks are multiples of it, since kernels of grouped products need rows of whole 16 bytes.
+        pivots: how its low-rank maps may be written with their own rows or columns; None for pairs of factors only.
     """
 
     name: str
@@ -126,6 +137,7 @@ class Site:
     parts: int = 1
     keeps_rank: bool = False
     rank_step: int = 1
+    pivots: Pivots | None = None
 
     @property
     def transposed(self) -> bool:
@@ -156,6 +168,13 @@ class Site:
             return 0
         largest = (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
         return largest // self.rank_step * self.rank_step
+
+    def form(self, rank: Rank) -> Form:
+        """How the map of a rank is written: as is cheapest, but as a pair where a gather would take longer."""
+        saved = sum(each * each for each in each_rank(rank) if each is not None)
+        if self.pivots is None or rank is None or (self.pivots == "gather" and saved < GATHER * self.out_features):
+            return "pair"
+        return "columns" if self.pivots == "columns" else "rows"
 
     @property
     def has_experts(self) -> bool:

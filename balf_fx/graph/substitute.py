@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from balf_fx.graph.expert_factors import ExpertFactors, build_experts
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import site_input
 from balf_fx.graph.parameters import get_tensor, locate, put
+from balf_fx.graph.pivoted import Columns, Rows, feature_axis, gather_rows, holder
 from balf_fx.graph.site import ConvGeometry, Site
 
 _CONVS = {
@@ -92,12 +94,21 @@ class Substitute:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> Substitute | ExpertFactors:
+AnySubstitute = Substitute | Rows | Columns | ExpertFactors
+
+
+def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> AnySubstitute:
     """The modules that compute a solution of a site, with one item or one for each part."""
     original: Tensor = get_tensor(graph_module, site.weight)
     if site.has_experts:
         return build_experts(original, site, solution[0])
-    if len(solution) > 1:
+    forms = {part.form for part in solution if part.left is not None}
+    built: Substitute | Rows | Columns
+    if "rows" in forms:
+        built = _rows(site, original, solution)
+    elif "columns" in forms:
+        built = _columns(site, original, solution[0])
+    elif len(solution) > 1:
         built = _parts(site, original, solution)
     elif solution[0].left is None:
         built = _dense(site, original, solution[0])
@@ -123,6 +134,54 @@ def _pair(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Sub
     if solution.bias is not None:
         _assign(second, "bias", solution.bias, original)
     return Substitute(nn.Sequential(first, second), first, (second,), (left.shape[-1],))
+
+
+def _rows(site: Site, original: Tensor, solution: Sequence[Solution]) -> Rows:
+    """The modules for pivot rows; a part without a rank is a layer of its own."""
+    thin = [part for part in solution if part.left is not None]
+    rank = sum(part.right.shape[1] for part in thin)
+    biased = any(part.bias is not None for part in thin)
+    first: nn.Module
+    layer: nn.Module
+    first, _ = _empty_modules(site, original, rank, False, first_bias=biased)
+    _assign(first, "weight", _kernel(site, torch.cat([part.right for part in thin], 1)), original)
+    if biased:
+        _assign(first, "bias", torch.cat([_bias(part)[:, : part.right.shape[1]] for part in thin], 1), original)
+    layers: list[nn.Module] = []
+    for part in solution:
+        own = 0 if part.left is None else part.left.shape[-1]
+        weight = part.right if part.left is None else part.left
+        fewer = dataclasses.replace(site, out_features=weight.shape[1])
+        _, layer = _empty_modules(fewer, original, own or weight.shape[2], part.bias is not None)
+        _assign(layer, "weight", weight, original)
+        if part.bias is not None:
+            _assign(layer, "bias", part.bias[:, own:], original)
+        layers.append(layer)
+    second = layers[0] if len(layers) == 1 else nn.ModuleList(layers)
+    module = holder([first, second], gather_rows(solution, site.groups), original.device)
+    ranks = tuple(None if part.left is None else part.left.shape[-1] for part in solution)
+    return Rows(module, first, tuple(layers), ranks, feature_axis(site))
+
+
+def _bias(part: Solution) -> Tensor:
+    """The bias of a part, zero where it has none."""
+    if part.bias is not None:
+        return part.bias
+    others = 0 if part.left is None else part.left.shape[1]
+    return part.right.new_zeros(part.right.shape[0], part.right.shape[1] + others)
+
+
+def _columns(site: Site, original: Tensor, solution: Solution) -> Columns:
+    rank, others = solution.right.shape[1:]
+    fewer = dataclasses.replace(site, in_features=others)
+    first, second = _empty_modules(fewer, original, rank, solution.bias is not None)
+    _assign(first, "weight", solution.right, original)
+    if solution.left is not None:
+        _assign(second, "weight", solution.left, original)
+    if solution.bias is not None:
+        _assign(second, "bias", solution.bias, original)
+    order = None if solution.order is None else solution.order[0]
+    return Columns(holder([first, second], order, original.device), first, second, rank, others, feature_axis(site))
 
 
 def _parts(site: Site, original: Tensor, solution: Sequence[Solution]) -> Substitute:
@@ -155,13 +214,16 @@ def _empty_linear(inputs: int, outputs: int, bias: bool, original: Tensor) -> nn
     return make(nn.Linear, inputs, outputs, bias=bias, device=original.device, dtype=original.dtype)
 
 
-def _empty_modules(site: Site, original: Tensor, rank: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+def _empty_modules(
+    site: Site, original: Tensor, rank: int, bias: bool, first_bias: bool = False
+) -> tuple[nn.Module, nn.Module]:
     """The modules with parameters of the right shape, dtype and device, but arbitrary values."""
     make: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
     options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
     outputs, thin = site.out_features * site.groups, rank * site.groups
     if site.conv is None:
-        return _empty_linear(site.in_features, thin, False, original), _empty_linear(thin, outputs, bias, original)
+        first = _empty_linear(site.in_features, thin, first_bias, original)
+        return first, _empty_linear(thin, outputs, bias, original)
     inputs = site.in_features * site.groups // math.prod(site.conv.kernel_size)
     transposed = site.conv.output_padding is not None
     geometry: dict[str, Any] = {
@@ -175,7 +237,8 @@ def _empty_modules(site: Site, original: Tensor, rank: int, bias: bool) -> tuple
     conv, conv_transpose = _CONVS[len(site.conv.kernel_size)]
     options["groups"] = site.groups
     kernel_size = site.conv.kernel_size
-    first = make(conv_transpose if transposed else conv, inputs, thin, kernel_size, bias=False, **geometry, **options)
+    geometry["bias"] = first_bias
+    first = make(conv_transpose if transposed else conv, inputs, thin, kernel_size, **geometry, **options)
     return first, make(conv, thin, outputs, 1, bias=bias, **options)
 
 
@@ -200,9 +263,7 @@ def _memory_format(original: Tensor, dimensions: int) -> torch.memory_format:
     return layout if original.stride(1) < original.stride(-1) else torch.contiguous_format
 
 
-def replace_site(
-    graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: Substitute | ExpertFactors
-) -> None:
+def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, substitute: AnySubstitute) -> None:
     """Replace the site's module or weight by the modules, and each of its nodes by calls of them.
 
     The caller lints and recompiles the graph.

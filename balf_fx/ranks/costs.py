@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-from balf_fx.graph.curves import Candidate, EnergyCurve, PartRanks, Rank, RankCurve, Spectrum
+from balf_fx.graph.curves import Candidate, EnergyCurve, PartRanks, Rank, RankCurve, Spectrum, each_rank
 from balf_fx.graph.site import Site
 from balf_fx.ranks.spectra import tail_energies
 
@@ -20,7 +20,7 @@ def rank_params(site: Site, rank: Rank, bias: bool) -> int:
     """Parameters of a site at a rank; with `bias`, a site without a bias gets one for its parts that are not dense."""
     outputs, inputs = site.out_features, site.in_features
     total, parts, dense = _spread(rank)
-    weights = total * (outputs // parts + inputs) + dense * (outputs // parts * inputs)
+    weights = total * (outputs // parts + inputs) + dense * (outputs // parts * inputs) - _saved(site, rank)
     if site.keeps_weight and rank is not None:
         weights += outputs * inputs
     biased = outputs if site.bias is not None else outputs // parts * (parts - dense) * bias
@@ -31,7 +31,8 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
     """FLOPs of a site at a rank.
 
     The first factor is the layer itself with r outputs per group in place of O. The second needs r multiply-adds for
-    each element of the output, or of the part of the output to which the rank belongs.
+    each element of the output, or of the part of the output to which the rank belongs. Where the map is written with
+    its own rows or columns, r of these elements need none.
 
     Args:
         dense_flops, output_elements: sums over all uses of the site.
@@ -39,15 +40,34 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
     if dense_flops == 0:
         return 0
     total, parts, dense = _spread(rank)
-    return (
-        dense_flops // site.out_features * total + 2 * total * output_elements // parts + dense_flops // parts * dense
-    )
+    first = dense_flops // site.out_features * total + dense_flops // parts * dense
+    return first + 2 * (total * output_elements // parts - _saved(site, rank) * (output_elements // site.out_features))
 
 
 def _spread(rank: Rank) -> tuple[int, int, int]:
     """The first factor's outputs per group, the number of parts, and the number of parts that stay dense."""
-    ranks = rank if isinstance(rank, tuple) else (rank,)
+    ranks = each_rank(rank)
     return sum(r or 0 for r in ranks), len(ranks), ranks.count(None)
+
+
+def _saved(site: Site, rank: Rank) -> int:
+    """The numbers of a pair of factors that need not be stored where the map is written in another form, per group."""
+    return 0 if site.form(rank) == "pair" else sum(r * r for r in each_rank(rank) if r is not None)
+
+
+def useful_ranks(site: Site) -> list[int]:
+    """The ranks that cost less than the dense layer, ascending, without those for which a larger one costs no more."""
+    if site.keeps_rank:
+        return []
+    outputs, inputs = site.out_features, site.in_features
+    found: list[int] = []
+    least = outputs * inputs
+    for rank in range((site.full_rank - 1) // site.rank_step * site.rank_step, 0, -site.rank_step):
+        cost = rank * (outputs + inputs) - _saved(site, rank)
+        if cost < least:
+            found.append(rank)
+            least = cost
+    return found[::-1]
 
 
 def rank_curve(
@@ -72,8 +92,7 @@ def rank_curve(
         flops = rank_flops(site, rank, dense_flops, output_elements) + sum(kept.values() if kept else ())
         return Candidate(rank, flops, rank_params(site, rank, bias) + whole, distortion)
 
-    # Break-even is below min(O, D), so the tail has an entry for every rank.
-    joint = [candidate(rank, tail[rank]) for rank in range(site.rank_step, site.break_even + 1, site.rank_step)]
+    joint = [candidate(rank, tail[rank]) for rank in useful_ranks(site)]
     split = [] if parts is None else [candidate(*choice) for choice in _parts_choices(site, parts, tail)]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
     return RankCurve((*joint, *split, dense), tail[0], output_elements, spectrum, parts, kept=tuple(kept or ()))
@@ -89,7 +108,7 @@ def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:
 
 def largest_part_rank(site: Site) -> int:
     """The largest rank of a part; below D, since at rank D a dense part is cheaper."""
-    return min(site.out_features // site.parts, site.in_features - 1)
+    return min(site.out_features // site.parts - (site.pivots is not None), site.in_features - 1)
 
 
 def parts_candidate(site: Site, parts: Spectrum, ranks: PartRanks, dense_flops: int, output_elements: int) -> Candidate:
@@ -102,12 +121,12 @@ def parts_candidate(site: Site, parts: Spectrum, ranks: PartRanks, dense_flops: 
 def _parts_choices(site: Site, parts: Spectrum, tail: Sequence[float]) -> Iterator[tuple[PartRanks, float]]:
     """Yield ranks of the parts with their distortion, ascending in cost, each better than all that cost no more.
 
-    Any of the parts may stay dense. A component costs the same in each of the other parts, so the components with the
-    largest energies are the best choice there. Each of these parts keeps at least one component.
+    Any of the parts may stay dense. A component of a pair costs the same in each of the other parts, so the components
+    with the largest energies are the best choice there. Each of these parts keeps at least one component.
     """
-    outputs, inputs, largest = site.out_features // site.parts, site.in_features, largest_part_rank(site)
-    price = outputs + inputs
-    choices: list[tuple[int, float, tuple[int, ...], Tensor]] = []
+    largest = largest_part_rank(site)
+    plain = dataclasses.replace(site, bias=None, keeps_weight=False)
+    choices: list[tuple[int, float, PartRanks]] = []
     for count in range(1, site.parts + 1):
         for thin in itertools.combinations(range(site.parts), count):
             rest = parts.energies[list(thin), 1:largest]
@@ -115,16 +134,22 @@ def _parts_choices(site: Site, parts: Spectrum, tail: Sequence[float]) -> Iterat
             lost = parts.energies[list(thin), 1:].sum() - torch.cat(
                 [rest.new_zeros(1), rest.flatten()[order].cumsum(0)]
             )
-            fixed = (site.parts - count) * outputs * inputs + count * price
-            choices += [(fixed + i * price, value, thin, order[:i]) for i, value in enumerate(lost.tolist())]
-    choices.sort(key=lambda choice: choice[:3])
+            counts = [1] * count
+            for own, value in zip([None, *(order // max(largest - 1, 1)).tolist()], lost.tolist(), strict=True):
+                if own is not None:
+                    counts[own] += 1
+                known = dict(zip(thin, counts, strict=True))
+                ranks = tuple(known.get(part) for part in range(site.parts))
+                choices.append((rank_params(plain, ranks, False), value, ranks))
+    # A dense part sorts as rank 0, so that ties are decided in the same way everywhere.
+    choices.sort(key=lambda choice: (*choice[:2], tuple(rank or 0 for rank in choice[2])))
+    joint = [(rank_params(plain, rank, False), tail[rank]) for rank in useful_ranks(site)]
     best = math.inf
-    for cost, lost_here, thin, chosen in choices:
-        rank = cost // (site.out_features + inputs)
-        if cost >= site.out_features * inputs:
+    for cost, lost_here, ranks in choices:
+        if cost >= site.out_features * site.in_features:
             return
-        if lost_here < min(best, tail[min(rank, len(tail) - 1)]):
+        while joint and joint[0][0] <= cost:
+            best = min(best, joint.pop(0)[1])
+        if lost_here < best:
             best = lost_here
-            counts = torch.bincount(chosen // max(largest - 1, 1), minlength=len(thin)) + 1
-            ranks = dict(zip(thin, counts.tolist(), strict=True))
-            yield tuple(ranks.get(part) for part in range(site.parts)), max(best, 0.0)
+            yield ranks, max(best, 0.0)

@@ -25,6 +25,7 @@ class SiteRow:
             in their own rows.
         distortion: the mean squared output error, summed over the site's outputs.
         spectrum: the energy that other ranks keep; None in reports of older models.
+        form: how a map with a rank is written: "pair", "rows" or "columns" (`graph.curves.Form`); "" without a rank.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SiteRow:
     distortion: float
     energy_kept: float
     spectrum: EnergyCurve | None = None
+    form: str = ""
 
     @property
     def shape(self) -> str:
@@ -144,11 +146,12 @@ class Report:
     def of(cls, plan: Plan) -> Report:
         """The report of a plan."""
         allocation, total = plan.allocation, plan.flops or 1
+        forms = {layer.name: layer.form for layer in plan.layers if layer.rank is not None}
         refused: dict[str, float] = {}
         for refusal, flops in plan.refusals:
             refused[refusal.reason.value] = refused.get(refusal.reason.value, 0.0) + (flops or 0) / total
         return cls(
-            sites=tuple(map(_row, allocation.choices)),
+            sites=tuple(_row(choice, forms.get(choice.site.name, "")) for choice in allocation.choices),
             refused=tuple(RefusedRow(r.name, r.kind, str(r), flops) for r, flops in plan.refusals),
             method=allocation.method,
             measure=allocation.measure,
@@ -166,6 +169,7 @@ class Report:
             widths=tuple(
                 WidthRow(width.name, width.kind, width.features, width.size, width.heads, width.energy_kept)
                 for width in plan.widths
+                if width.is_narrower
             ),
             flops_saved_elsewhere=allocation.saved_elsewhere[0],
             params_saved_elsewhere=allocation.saved_elsewhere[1],
@@ -203,13 +207,14 @@ class Report:
                 r.kind,
                 r.shape,
                 r.rank_in_words,
+                r.form,
                 r.flops_before,
                 r.flops_after,
                 r.energy_kept,
             )
             for r in self.sites
         ]
-        headers = ("site", "kind", "O x D x groups", "rank", "FLOPs before", "FLOPs after", "energy kept")
+        headers = ("site", "kind", "O x D x groups", "rank", "form", "FLOPs before", "FLOPs after", "energy kept")
         table = tabulate(rows, headers, floatfmt=".4f", intfmt=",", stralign="left", numalign="right")
         widths = tabulate(
             [(r.name, r.kind, r.features_before, r.features_after, r.heads) for r in self.widths],
@@ -249,7 +254,7 @@ def _rank_in_words(rank: Rank) -> str:
     return "dense" if rank is None else str(rank)
 
 
-def _row(choice: Choice) -> SiteRow:
+def _row(choice: Choice, form: str) -> SiteRow:
     site, chosen, dense = choice.site, choice.chosen, choice.dense
     return SiteRow(
         name=site.name,
@@ -265,4 +270,5 @@ def _row(choice: Choice) -> SiteRow:
         distortion=chosen.distortion,
         energy_kept=choice.energy_kept,
         spectrum=choice.spectrum,
+        form=form,
     )

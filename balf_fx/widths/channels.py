@@ -25,7 +25,7 @@ from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, re
 _LEAST = 8  # the least number of features that is worth reducing
 
 
-_MOST_LAYERS = 4  # as in a gated block with squeeze-and-excitation; a residual stream has many more
+MOST_LAYERS = 4  # as in a gated block with squeeze-and-excitation; a residual stream has many more
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ class _UnsupportedError(Exception):
     """An operation in the space mixes the features, or needs all of them."""
 
 
-def find_channels(graph_module: fx.GraphModule) -> Iterator[Width]:
-    """The widths of kind "channels" in an annotated and profiled graph."""
-    finder = _Finder(graph_module)
+def find_channels(graph_module: fx.GraphModule, most: float = MOST_LAYERS) -> Iterator[Width]:
+    """The widths of kind "channels" in an annotated and profiled graph.
+
+    Args:
+        most: the largest number of layers that read or output one of them.
+    """
+    finder = _Finder(graph_module, most)
     seen: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
         site = annotation(node).site
@@ -97,7 +101,7 @@ def _width(space: _Space, wide: Sequence[_Space], features: int) -> Width | None
         written += [(producer, rows) for producer in each.producers for rows in parts]
     layers = {producer for producer, _ in written}
     site = annotation(consumers[0]).site if consumers else None
-    if features < _LEAST or not layers or site is None or len(layers) + len(consumers) > _MOST_LAYERS:
+    if features < _LEAST or not layers or site is None:
         return None
     return Width(
         "channels",
@@ -115,6 +119,20 @@ def _width(space: _Space, wide: Sequence[_Space], features: int) -> Width | None
     )
 
 
+def is_simple(graph_module: fx.GraphModule, width: Width) -> bool:
+    """Whether each layer that outputs the width outputs nothing else, one row for each feature."""
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    whole = tuple(range(width.features))
+    return width.kind == "channels" and all(
+        width.producers.count(name) == 1
+        and rows == whole
+        and isinstance(layer := annotation(nodes[name]).site or read_layer(graph_module, nodes[name]), Site)
+        and layer.out_features * layer.groups == width.features
+        and layer.parts == 1
+        for name, rows in zip(width.producers, width.rows, strict=True)
+    )
+
+
 def feature_axis_of(layer: fx.Node) -> int:
     """The axis of the output features of a site."""
     site, shape = annotation(layer).site, annotation(layer).shape or ()
@@ -126,8 +144,9 @@ def _feature_axis(site: Site, shape: tuple[int, ...]) -> int:
 
 
 class _Finder:
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, most: float) -> None:
         self.graph_module = graph_module
+        self.most = most
         self.users = parameter_users(graph_module)
         self.moves = Moves(graph_module)
 
@@ -165,7 +184,7 @@ class _Finder:
                 space.shaped.append(node)
             pending += self._sources(node, axis, features, space)
             pending += self._users(node, axis, space, parts)
-            if len(space.producers) + len(space.consumers) > _MOST_LAYERS:
+            if len(space.producers) + len(space.consumers) > self.most:
                 raise _UnsupportedError
         return space
 

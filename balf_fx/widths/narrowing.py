@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from balf_fx.graph.annotation import GraphRecord, graph_record
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.site import Site
-from balf_fx.graph.widths import WidthCurve, WidthMaps
+from balf_fx.graph.widths import Width, WidthCurve, WidthMaps
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,15 @@ class Cut:
             their new order.
         projected: the same with the maps P = L R [heads, features, features], by which `passes.Refit` projects outputs
             onto the kept features while the layer still has its old size.
+        order: [features], the new order of the features that it reads, as positions among the kept ones; None if they
+            stay in their order.
     """
 
     read: WidthMaps | None = None
     repeat: int = 1
     written: tuple[Narrowed, ...] = ()
     projected: tuple[Narrowed, ...] = ()
+    order: Tensor | None = None
 
     @property
     def changes(self) -> bool:
@@ -109,6 +112,13 @@ class Cut:
         lost = lost if solution.left is None else (solution.left @ lost.unsqueeze(-1)).squeeze(-1)
         return Solution(solution.left, right, lost if solution.bias is None else solution.bias + lost)
 
+    def order_inputs(self, solution: Solution, site: Site) -> Solution:
+        """The layer's solution for the kept features in their new order."""
+        if self.order is None:
+            return solution
+        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, site.taps)[..., self.order, :]
+        return dataclasses.replace(solution, right=by_tap.flatten(-2))
+
     def narrow_outputs(self, solution: Solution) -> Solution:
         """The layer's solution with reduced outputs: the kept rows in their order, then the rows of heads."""
         if not self.written:
@@ -145,49 +155,81 @@ def _over_heads(maps: Tensor, repeat: int) -> Tensor:
 
 
 def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
-    """The cut of every layer that the allocation narrows on one side or both, by the name of its node."""
+    """The cut of every layer that is narrowed or reordered on one side or both, by the name of its node."""
     record = graph_record(graph_module)
     if record.allocation is None:
         return {}
-    sizes = {width.key: record.allocation.sizes.get(width.key, width.features) for width in record.widths}
-    curves = dict(zip((width.key for width in record.widths), record.width_curves, strict=False))
-    shrunk = [width for width in record.widths if sizes[width.key] < width.features and curves.get(width.key)]
-    narrowed = dict.fromkeys(name for width in shrunk for name in width.producers)
-    found: dict[str, Cut] = {name: _written(record, name, sizes, curves) for name in narrowed}
-    for width in shrunk:
-        curve, size = curves[width.key], sizes[width.key]
-        if curve is None:
-            continue
+    changed = tuple(_changed(record, record.allocation.sizes))
+    found: dict[str, Cut] = {}
+    for name in dict.fromkeys(name for own in changed for name in own.width.producers):
+        found[name] = _written(record, name, {own.width.key: own for own in changed})
+    for own in changed:
+        width = own.width
         for reader, name in enumerate(width.consumers):
-            maps = curve.maps(size, reader)
-            found[name] = dataclasses.replace(found.get(name, Cut()), read=maps, repeat=width.repeat)
-        maps = curve.maps(size)
+            read = None if own.curve is None else own.curve.maps(own.size, reader)
+            cut = found.get(name, Cut())
+            found[name] = dataclasses.replace(cut, read=read, repeat=width.repeat, order=own.order)
         for name in width.between:
-            rows = torch.arange(width.features).unsqueeze(0)
-            found[name] = Cut(written=(Narrowed(rows, maps.right, maps.kept),))
+            found[name] = Cut(written=(own.narrowed(torch.arange(width.features).unsqueeze(0)),))
         for name in width.fused:
             found[name] = Cut(written=found[width.fused_layer].written)
     return found
 
 
-def _written(record: GraphRecord, name: str, sizes: Mapping[str, int], curves: Mapping[str, WidthCurve | None]) -> Cut:
-    """The parts of a layer's output, some of them narrowed."""
+@dataclass(frozen=True)
+class _Changed:
+    """A width that is narrowed or reordered.
+
+    Attributes:
+        curve: None if it keeps its size.
+        maps: those of the first reader; None if it keeps its size.
+        kept: the features that are kept, in their new order; None if the maps combine features.
+        order: the same as positions among the kept features; None if they stay in their order.
+    """
+
+    width: Width
+    size: int
+    curve: WidthCurve | None
+    maps: WidthMaps | None
+    kept: Tensor | None
+    order: Tensor | None
+
+    def narrowed(self, rows: Tensor) -> Narrowed:
+        """Rows [heads, features] of the width."""
+        return Narrowed(rows, None if self.maps is None else self.maps.right, self.kept)
+
+
+def _changed(record: GraphRecord, sizes: Mapping[str, int]) -> Iterator[_Changed]:
+    curves = dict(zip((width.key for width in record.widths), record.width_curves, strict=False))
+    for width in (*record.widths, *record.orderable):
+        size, order = sizes.get(width.key, width.features), record.orders.get(width.key)
+        curve = curves.get(width.key) if size < width.features else None
+        if curve is None and order is None:
+            continue
+        maps = None if curve is None else curve.maps(size)
+        kept = None if maps is None else maps.kept
+        positions = None if order is None else torch.argsort(torch.argsort(order))
+        yield _Changed(width, size, curve, maps, kept if order is None else order, positions)
+
+
+def _written(record: GraphRecord, name: str, changed: Mapping[str, _Changed]) -> Cut:
+    """The parts of a layer's output, some of them narrowed or reordered."""
     written: list[Narrowed] = []
     projected: list[Narrowed] = []
-    for width in record.widths:
-        curve, size = curves.get(width.key), sizes[width.key]
-        maps = curve.maps(size) if curve is not None and size < width.features else None
+    for width in (*record.widths, *record.orderable):
+        own = changed.get(width.key)
         for position, producer in enumerate(width.producers):
             if producer != name:
                 continue
             queries = width.kind == "queries" and position == 0
             repeat = width.repeat if queries else 1
             rows = torch.tensor(width.rows[position]).reshape(width.heads * repeat, width.features)
-            if maps is None:
-                written.append(Narrowed(rows))
+            maps = None if own is None else own.maps
+            if own is None or maps is None:
+                written.append(Narrowed(rows) if own is None else own.narrowed(rows))
                 continue
             map_ = maps.left.mT if width.kind == "queries" and position == 1 else maps.right
-            written.append(Narrowed(rows, map_.repeat_interleave(repeat, 0), maps.kept))
+            written.append(Narrowed(rows, map_.repeat_interleave(repeat, 0), own.kept))
             if queries:
                 projected.append(Narrowed(rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
     rests = dict.fromkeys(reader.rows for reader in record.rests.get(name, ()))

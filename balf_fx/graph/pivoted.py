@@ -1,0 +1,129 @@
+"""The modules that compute a low-rank map with some of its own rows or columns, and their calls."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from balf_fx.graph.curves import PartRanks, Solution
+from balf_fx.graph.layers import site_input
+from balf_fx.graph.site import Site
+
+ORDER = "order"
+"""The name of the buffer that holds the indices of a gather."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """p = first(x), and each part's output is [p, second(p)] in the order of its rows.
+
+    Attributes:
+        module: an nn.ModuleList of `first`, and of the second layer or an nn.ModuleList of those of the parts. Where
+            a gather brings the outputs into the layer's order, its buffer `order` [G * O] holds the indices.
+        first: the layer from D inputs to the pivots of all parts together.
+        second: for each part the layer from its pivots to its other rows, or from D inputs if it is dense.
+        ranks: the rank of each part; None if it is dense.
+        axis: the axis of the features, counted from the end.
+    """
+
+    module: nn.Module
+    first: nn.Module
+    second: tuple[nn.Module, ...]
+    ranks: PartRanks
+    axis: int
+
+    @property
+    def biased(self) -> tuple[bool, ...]:
+        """Whether each part has a bias."""
+        return tuple(layer.bias is not None for layer in self.second)
+
+    def insert_calls(self, graph: fx.Graph, path: str, node: fx.Node) -> fx.Node:
+        """Insert calls of the modules at the graph's insertion point; returns the node of the layer's output."""
+        source = site_input(node)
+        pivots = graph.call_module(f"{path}.0", (source,))
+        values: list[fx.Node] = []
+        if len(self.second) == 1:
+            values = [pivots, graph.call_module(f"{path}.1", (pivots,))]
+        else:
+            sizes = [rank for rank in self.ranks if rank is not None]
+            split = graph.call_function(torch.split, (pivots, sizes, self.axis))
+            pieces = iter([graph.call_function(operator.getitem, (split, i)) for i in range(len(sizes))])
+            for index, rank in enumerate(self.ranks):
+                own = source if rank is None else next(pieces)
+                values += [] if rank is None else [own]
+                values.append(graph.call_module(f"{path}.1.{index}", (own,)))
+        output = graph.call_function(torch.cat, (values, self.axis))
+        if not hasattr(self.module, ORDER):
+            return output
+        indices = graph.get_attr(f"{path}.{ORDER}")
+        return graph.call_function(torch.index_select, (output, self.axis, indices))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """y = second(x_P + first(x_rest)).
+
+    Attributes:
+        module: an nn.ModuleList of `first` (D - r -> r) and `second` (r -> O). Where a gather brings the inputs into
+            the order [P, rest], its buffer `order` [D] holds the indices.
+        rank, others: r and D - r.
+        axis: the axis of the features, counted from the end.
+    """
+
+    module: nn.Module
+    first: nn.Module
+    second: nn.Module
+    rank: int
+    others: int
+    axis: int
+
+    @property
+    def biased(self) -> tuple[bool, ...]:
+        """Whether it has a bias."""
+        return (self.second.bias is not None,)
+
+    def insert_calls(self, graph: fx.Graph, path: str, node: fx.Node) -> fx.Node:
+        """Insert calls of the modules at the graph's insertion point; returns the node of the layer's output."""
+        source = site_input(node)
+        if hasattr(self.module, ORDER):
+            indices = graph.get_attr(f"{path}.{ORDER}")
+            source = graph.call_function(torch.index_select, (source, self.axis, indices))
+        split = graph.call_function(torch.split, (source, [self.rank, self.others], self.axis))
+        pivots, rest = (graph.call_function(operator.getitem, (split, i)) for i in range(2))
+        thin = graph.call_function(operator.add, (pivots, graph.call_module(f"{path}.0", (rest,))))
+        return graph.call_module(f"{path}.1", (thin,))
+
+
+def feature_axis(site: Site) -> int:
+    """The axis of a site's features, counted from the end."""
+    return -1 if site.conv is None else -1 - len(site.conv.kernel_size)
+
+
+def gather_rows(solution: Sequence[Solution], groups: int) -> Tensor | None:
+    """The places of a layer's outputs [G * O] among the values that `Rows` concatenates; None if these are in order."""
+    if all(part.order is None for part in solution):
+        return None
+    places, start = [], 0
+    for part in solution:
+        outputs = part.right.shape[1] if part.left is None else sum(part.left.shape[1:])
+        identity = torch.arange(outputs).expand(groups, -1)
+        order = identity if part.order is None or part.left is None else part.order.cpu()
+        place = torch.argsort(order, dim=1)
+        rank = outputs if part.left is None else part.left.shape[-1]
+        group = torch.arange(groups).unsqueeze(-1)
+        pivots, others = group * rank + place, groups * rank + group * (outputs - rank) + place - rank
+        places.append(start + torch.where(place < rank, pivots, others).flatten())
+        start += groups * outputs
+    return torch.cat(places)
+
+
+def holder(layers: Sequence[nn.Module], order: Tensor | None, device: torch.device) -> nn.ModuleList:
+    """A list of layers, with the indices of a gather if there is one."""
+    module = nn.ModuleList(layers)
+    if order is not None:
+        module.register_buffer(ORDER, order.to(device))
+    return module

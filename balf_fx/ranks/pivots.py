@@ -1,0 +1,128 @@
+"""Low-rank maps written with some of their own rows or columns (PIFA, ICML 2025).
+
+A map M = A B of rank r, [O, D], has r rows P that span all others: with T = A_rest A_P^-1,
+
+    M_P = A_P B,    M_rest = T M_P.
+
+So y_P = M_P x and y_rest = T y_P compute the same outputs at r (O + D - r) numbers in place of r (O + D), and at full
+rank at the cost of the dense map. In the same way r columns C of M span the others: M x = M_C (x_C + T x_rest).
+
+Any r independent rows will do in exact arithmetic. Rounding errors grow with the entries of T, which are bounded by
+interchanging rows until the volume of A_P is locally maximal (Goreinov et al. 2010, "How to find a good submatrix").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from balf_fx.graph.curves import Solution
+
+BOUND = 2.0
+"""The largest entry of T."""
+
+_LEAST = 1e-10  # singular values of the pivots that are smaller than the largest one by this factor count as zero
+
+
+def pivot_rows(factor: Tensor, first: Tensor | None = None, bound: float = BOUND) -> Tensor:
+    """The order of the rows of a factor A [O, r] that starts with r rows that span all of them.
+
+    Each interchange of rows increases the volume of the pivots by more than the bound, so their number is finite.
+
+    Args:
+        first: the rows among which the pivots are chosen, at least r; None for all rows.
+        bound: the largest entry of T for the rows among which the pivots are chosen, at least 1.
+
+    Returns:
+        [O]: the pivots, ascending, then the other rows, ascending.
+    """
+    rows, rank = factor.shape
+    allowed = torch.arange(rows) if first is None else first.cpu()
+    basis, _ = torch.linalg.qr(factor.detach().to("cpu", torch.float64)[allowed])  # also spans rows of a lower rank
+    _, exchanged = torch.linalg.lu_factor(basis)
+    order = _permutation(exchanged, len(allowed))
+    others = torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
+    for _ in range(rows * rank):
+        if not others.numel():
+            break
+        row, column = divmod(int(others.abs().argmax()), rank)
+        pivot = float(others[row, column])
+        if abs(pivot) <= bound:
+            break
+        order[[column, rank + row]] = order[[rank + row, column]]
+        # The rest of T in terms of the new pivots, as in a step of the simplex method.
+        scaled, coefficients = others[row] / pivot, others[:, column].clone()
+        others = others - torch.outer(coefficients, scaled)
+        others[:, column] = coefficients / pivot
+        others[row] = -scaled
+        others[row, column] = 1 / pivot
+    pivots = allowed[order[:rank]].sort().values
+    rest = torch.ones(rows, dtype=torch.bool)
+    rest[pivots] = False
+    return torch.cat([pivots, rest.nonzero().flatten()])
+
+
+def largest_combination(factor: Tensor, order: Tensor) -> float:
+    """The largest entry of T for a factor A [O, r] and an order of its rows, pivots first."""
+    basis, _ = torch.linalg.qr(factor.detach().to("cpu", torch.float64))
+    rank = basis.shape[1]
+    others, info = torch.linalg.solve_ex(basis[order[:rank]], basis[order[rank:]], left=False)
+    return float(others.abs().max()) if not info and others.isfinite().all() else math.inf
+
+
+def written_as_rows(solution: Solution, orders: Tensor | None) -> Solution:
+    """A pair of factors as pivot rows and combinations of them.
+
+    Args:
+        solution: left [G, O, r] and right [G, r, D].
+        orders: [G, O], for each group the rows, pivots first; None if they are in this order.
+    """
+    if solution.left is None:
+        raise ValueError("a dense layer has no pivots")
+    rank = solution.left.shape[-1]
+    left, bias = solution.left, solution.bias
+    if orders is not None:
+        groups = torch.arange(len(orders)).unsqueeze(-1)
+        left, bias = left[groups, orders], None if bias is None else bias[groups, orders]
+    others = _combined(left, rank)
+    if bias is not None:
+        given, rest = bias[:, :rank], bias[:, rank:]
+        bias = torch.cat([given, rest - (others @ given.unsqueeze(-1)).squeeze(-1)], 1)
+    right = left[:, :rank] @ solution.right
+    return dataclasses.replace(solution, left=others, right=right, bias=bias, form="rows", order=orders)
+
+
+def written_as_columns(solution: Solution, order: Tensor | None) -> Solution:
+    """A pair of factors as pivot columns and combinations of them.
+
+    Args:
+        solution: left [1, O, r] and right [1, r, D].
+        order: [1, D], the columns, pivots first; None if they are in this order.
+    """
+    if solution.left is None:
+        raise ValueError("a dense layer has no pivots")
+    rank = solution.left.shape[-1]
+    right = solution.right if order is None else solution.right[..., order[0]]
+    others = _combined(right.mT, rank)
+    return dataclasses.replace(
+        solution, left=solution.left @ right[..., :rank], right=others.mT, form="columns", order=order
+    )
+
+
+def _combined(factor: Tensor, rank: int) -> Tensor:
+    """T [..., O - r, r] with A_rest = T A_P, for A [..., O, r] whose first r rows P span all of them."""
+    pivots, rest = factor[..., :rank, :], factor[..., rank:, :]
+    # The rows may have a lower rank than r. This solver is not available elsewhere than on the CPU.
+    solved = torch.linalg.lstsq(pivots.mT.cpu(), rest.mT.cpu(), rcond=_LEAST, driver="gelsy").solution
+    return torch.as_tensor(solved).mT.to(factor)
+
+
+def _permutation(exchanged: Tensor, rows: int) -> Tensor:
+    """The row order after the interchanges of an LU decomposition, which are numbered from 1."""
+    order = list(range(rows))
+    for row, other in enumerate(exchanged.tolist()):
+        order[row], order[other - 1] = order[other - 1], order[row]
+    return torch.tensor(order)

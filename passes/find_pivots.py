@@ -1,0 +1,79 @@
+"""Find how the low-rank map of each site may be written with some of its own rows or columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
+from balf_fx.graph.layers import read_layer
+from balf_fx.graph.site import Pivots, Site
+from balf_fx.graph.widths import Width
+from balf_fx.passes.base import Pass
+from balf_fx.widths.channels import is_simple
+
+
+@dataclass(frozen=True)
+class FindPivots(Pass):
+    """Record the form of each site's low-rank maps (`ranks.pivots`), on which their cost depends.
+
+    The rows of a map come in another order, the pivots first, and so do the columns. Where all outputs of a site are
+    channels of a width, or all of its inputs are, the layers on the other side take over this order. The outputs of
+    other sites are brought into order by a gather, where that takes less time than it saves (`Site.form`).
+
+    Attributes:
+        enabled: False lets low-rank maps be pairs of factors only.
+    """
+
+    enabled: bool = True
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        self.require_sites(graph_module)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        written, read = writers_and_readers(graph_module)
+        for site, nodes in sites(graph_module).items():
+            pivots = self._pivots(site, nodes, written, read)
+            for node in nodes:
+                annotate(node, site=dataclasses.replace(site, pivots=pivots))
+        return PassResult(graph_module, False)
+
+    def _pivots(
+        self, site: Site, nodes: list[fx.Node], written: Mapping[str, Width], read: Mapping[str, Width]
+    ) -> Pivots | None:
+        if not self.enabled or site.has_experts or site.keeps_rank:
+            return None
+        sides: list[tuple[int, Pivots]] = []
+        if len(nodes) == 1 and not annotation(nodes[0]).shared and site.groups == 1:
+            name = nodes[0].name
+            sides += [(len(written[name].layers), "rows")] if name in written else []
+            sides += [(len(read[name].layers), "columns")] if name in read else []
+        return min(sides, key=lambda side: side[0])[1] if sides else "gather"  # the fewer layers share an order
+
+
+def writers_and_readers(graph_module: fx.GraphModule) -> tuple[dict[str, Width], dict[str, Width]]:
+    """The widths by the layers whose rows, or whose columns, are their features."""
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    record = graph_record(graph_module)
+    widths = [width for width in (*record.widths, *record.orderable) if is_simple(graph_module, width)]
+    written = {name: width for width in widths for name in width.producers}
+    read = {
+        name: width
+        for width in widths
+        for name in width.consumers
+        if isinstance(layer := read_layer(graph_module, nodes[name]), Site) and _reads_each_once(layer, width.features)
+    }
+    return written, read
+
+
+def _reads_each_once(layer: Site, features: int) -> bool:
+    """Whether each output is computed from one pixel, with one column for each feature."""
+    conv = layer.conv
+    plain = conv is None or (
+        conv.pointwise and not layer.transposed and set(conv.stride) == {1} and set(conv.padding) == {(0, 0)}
+    )
+    return plain and layer.groups == 1 and layer.in_features == features

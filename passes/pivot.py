@@ -1,0 +1,116 @@
+"""Write each low-rank map with some of its own rows or columns."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
+from balf_fx.graph.curves import Solution
+from balf_fx.graph.widths import Width
+from balf_fx.passes.base import Pass
+from balf_fx.passes.factorize import solution_of
+from balf_fx.passes.find_pivots import writers_and_readers
+from balf_fx.ranks.pivots import BOUND, largest_combination, pivot_rows
+from balf_fx.widths.narrowing import Cut, find_cuts
+
+
+@dataclass(frozen=True)
+class Pivot(Pass):
+    """Choose the pivots of each low-rank map, and an order for the features of each width around such maps.
+
+    Runs between `Refit` and `Narrow`, which reorders the constants between layers; `Factorize` writes the maps. All
+    layers around a width share its order. It starts with the pivots of the smallest rank, and those of a larger rank
+    contain them: they are chosen from the largest rank down, each among those of the one before. Where some
+    coefficient then exceeds the bound, that layer brings its own rows or columns into order by a gather.
+
+    Attributes:
+        bound: the largest coefficient by which pivots are combined, at least 1 (`ranks.pivots`).
+    """
+
+    bound: float = BOUND
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        record, cuts = graph_record(graph_module), find_cuts(graph_module)
+        widths = {width.key: width for width in (*record.widths, *record.orderable)}
+        written, read = writers_and_readers(graph_module)
+        members: dict[str, list[_Member]] = defaultdict(list)
+        for site, nodes in sites(graph_module).items():
+            node = nodes[0]
+            choice, cut = annotation(node).choice, cuts.get(node.name, Cut())
+            rank = None if choice is None else choice.chosen.rank
+            form = cut.outputs(cut.inputs(site)).form(rank)
+            if form == "pair":
+                continue
+            solution = solution_of(graph_module, node, site, cut)
+            if site.pivots == "gather":
+                _annotate(nodes, [_gathered(part, self.bound) for part in solution])
+            else:
+                width = written[node.name] if form == "rows" else read[node.name]
+                members[width.key].append(_Member(tuple(nodes), _factor(solution[0], form == "rows")))
+        orders = {key: self._order(own) for key, own in members.items()}
+        kept = {key: _kept(graph_module, widths[key])[order] for key, order in orders.items()}
+        record_graph(graph_module, orders=kept)
+        return PassResult(graph_module, False)
+
+    def _order(self, members: Sequence[_Member]) -> Tensor:
+        """The order of a width's features that serves the layers on both sides."""
+        nested: list[Tensor] = []
+        for member in sorted(members, key=lambda own: -own.rank):
+            order = pivot_rows(member.factor, nested[-1] if nested else None, self.bound)
+            if nested and largest_combination(member.factor, order) > self.bound:
+                _annotate(member.nodes, [pivot_rows(member.factor, None, self.bound).unsqueeze(0)])
+                continue
+            nested.append(order[: member.rank])
+            _annotate(member.nodes, [None])
+        listed = [int(feature) for pivots in reversed(nested) for feature in pivots]
+        return torch.tensor(list(dict.fromkeys([*listed, *range(len(members[0].factor))])))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A site that reads or outputs a width, and the factor [features, r] whose rows belong to the width's features."""
+
+    nodes: tuple[fx.Node, ...]
+    factor: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.factor.shape[1]
+
+
+def _annotate(nodes: Sequence[fx.Node], pivots: Sequence[Tensor | None]) -> None:
+    for node in nodes:
+        annotate(node, pivots=tuple(pivots))
+
+
+def _factor(solution: Solution, rows: bool) -> Tensor:
+    """[O, r] or [D, r]."""
+    factor = solution.left if rows else solution.right.mT
+    if factor is None:
+        raise ValueError("a dense layer has no pivots")
+    return factor[0].detach().cpu()
+
+
+def _gathered(part: Solution, bound: float) -> Tensor | None:
+    """The order of a part's rows in each group; None if it is dense."""
+    return None if part.left is None else torch.stack([pivot_rows(left, None, bound) for left in part.left])
+
+
+def _kept(graph_module: fx.GraphModule, width: Width) -> Tensor:
+    """The features of a width that the allocation keeps, ascending."""
+    record = graph_record(graph_module)
+    size = width.features if record.allocation is None else record.allocation.sizes.get(width.key, width.features)
+    if size == width.features:
+        return torch.arange(size)
+    curves = dict(zip((own.key for own in record.widths), record.width_curves, strict=False))
+    curve = curves[width.key]
+    kept = None if curve is None else curve.kept(size)
+    if kept is None:
+        raise ValueError(f"{width.key} has no order of its features")
+    return kept.cpu()
