@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from balf_fx.graph.substitute import AnySubstitute, build, replace_site
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.pivots import written_as_columns, written_as_rows
 from balf_fx.ranks.spectra import corrected_bias, factors, in_parts
-from balf_fx.widths.narrowing import Cut, find_cuts
+from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ class Factorize(Pass):
         for site, nodes in layers.items():
             mark, cut = annotation(nodes[0]), cuts.get(nodes[0].name)
             rank = None if mark.choice is None else mark.choice.chosen.rank
-            if rank is None and cut is None and mark.refit is None:
+            if rank is None and cut is None and mark.refit is None:  # identity blocks are a cut
                 continue
             solution = solution_of(graph_module, nodes[0], site, cut)
             thin = site
             if cut is not None:
                 solution = tuple(cut.order_inputs(part, site) for part in solution)
                 thin = cut.outputs(cut.inputs(site))
-            if mark.pivots:
-                written = written_as_columns if thin.form(rank) == "columns" else written_as_rows
-                parts = zip(solution, mark.pivots, strict=True)
-                solution = tuple(part if part.left is None else written(part, order) for part, order in parts)
+            if mark.pivots is not None:
+                parts = zip(solution, mark.pivots.orders, strict=True)
+                blocks = hosted_rows(graph_module, nodes[0].name, cut or Cut())
+                solution = tuple(_written(part, mark.pivots.form, order, blocks) for part, order in parts)
             substitute = build(graph_module, thin, solution)
             replaced.append(_replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site), solution))
             replace_site(graph_module, nodes, site, substitute)
@@ -75,12 +76,21 @@ def fingerprint(graph_module: fx.GraphModule, site: Site) -> Fingerprint:
     return Fingerprint.of(get_tensor(graph_module, site.weight), bias)
 
 
+def _written(part: Solution, form: Form, order: Tensor | None, blocks: tuple[Tensor, ...]) -> Solution:
+    """A part in its form; a dense one only changes if it gets identity blocks."""
+    if form == "blocks":
+        return dataclasses.replace(part, form=form, order=order, blocks=blocks)
+    if part.left is None:
+        return part
+    return written_as_columns(part, order) if form == "columns" else written_as_rows(part, order)
+
+
 def _replaced(
     name: str, rank: Rank, biased: tuple[bool, ...], fingerprint: Fingerprint, solution: Sequence[Solution]
 ) -> Replaced:
     """The record of a layer that was replaced by a solution."""
     kept = () if solution[0].kept is None else solution[0].kept.experts
-    written = [part for part in solution if part.left is not None]
+    written = [part for part in solution if part.left is not None or part.form == "blocks"]
     form: Form = written[0].form if written else "pair"
     return Replaced(name, rank, biased, fingerprint, kept, form, any(part.order is not None for part in written))
 
@@ -88,7 +98,7 @@ def _replaced(
 def solution_of(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:
     """A layer's solution for its chosen rank and features, after a refit if there was one."""
     solution = annotation(node).refit or planned(graph_module, node, site, cut)
-    return solution if cut is None or len(solution) > 1 else (cut.narrow_outputs(solution[0]),)
+    return solution if cut is None or len(solution) > 1 else (cut.turn(cut.narrow_outputs(solution[0])),)
 
 
 def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.layers import read_layer
-from balf_fx.graph.site import Pivots, Site
-from balf_fx.graph.widths import Width
+from balf_fx.graph.parameters import get_tensor, grouped_weight
+from balf_fx.graph.site import PivotSide, Site
+from balf_fx.graph.widths import HOSTS, Width
 from balf_fx.passes.base import Pass
+from balf_fx.ranks.bases import BOUND, largest_entry, shared_columns
 from balf_fx.widths.channels import is_simple
 
 
@@ -25,11 +30,15 @@ class FindPivots(Pass):
     channels of a width, or all of its inputs are, the layers on the other side take over this order. The outputs of
     other sites are brought into order by a gather, where that takes less time than it saves (`Site.form`).
 
+    Also record the layers in which heads of attention may get identity blocks (`ranks.bases`).
+
     Attributes:
         enabled: False lets low-rank maps be pairs of factors only.
+        bound: the largest entry of T for identity blocks.
     """
 
     enabled: bool = True
+    bound: float = BOUND
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
@@ -40,19 +49,47 @@ class FindPivots(Pass):
             pivots = self._pivots(site, nodes, written, read)
             for node in nodes:
                 annotate(node, site=dataclasses.replace(site, pivots=pivots))
+        record_graph(graph_module, hosts=self._hosts(graph_module) if self.enabled else {})
         return PassResult(graph_module, False)
 
     def _pivots(
         self, site: Site, nodes: list[fx.Node], written: Mapping[str, Width], read: Mapping[str, Width]
-    ) -> Pivots | None:
+    ) -> PivotSide | None:
         if not self.enabled or site.has_experts or site.keeps_rank:
             return None
-        sides: list[tuple[int, Pivots]] = []
+        sides: list[tuple[int, PivotSide]] = []
         if len(nodes) == 1 and not annotation(nodes[0]).shared and site.groups == 1:
             name = nodes[0].name
             sides += [(len(written[name].layers), "rows")] if name in written else []
             sides += [(len(read[name].layers), "columns")] if name in read else []
         return min(sides, key=lambda side: side[0])[1] if sides else "gather"  # the fewer layers share an order
+
+    def _hosts(self, graph_module: fx.GraphModule) -> dict[str, str]:
+        """The layers of keys and of values whose weights have well-conditioned blocks."""
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        found: dict[str, list[Width]] = defaultdict(list)
+        for width in graph_record(graph_module).widths:
+            if width.kind != "channels":
+                found[width.producers[HOSTS[width.kind]]].append(width)
+        return {
+            width.key: name
+            for name, widths in found.items()
+            if self._has_blocks(graph_module, nodes[name], widths)
+            for width in widths
+        }
+
+    def _has_blocks(self, graph_module: fx.GraphModule, node: fx.Node, widths: list[Width]) -> bool:
+        site = annotation(node).site
+        if site is None or max(width.features for width in widths) >= site.in_features:
+            return False
+        if math.isinf(self.bound):
+            return True
+        weight = grouped_weight(graph_module, site)[0]
+        if get_tensor(graph_module, site.weight).dtype not in (torch.float32, torch.float64):
+            return False  # products of the blocks' entries would be rounded too coarsely
+        heads = [weight[torch.tensor(width.rows[HOSTS[width.kind]]).reshape(width.heads, -1)] for width in widths]
+        order = shared_columns(heads)
+        return max(largest_entry(own, order) for own in heads) <= self.bound
 
 
 def writers_and_readers(graph_module: fx.GraphModule) -> tuple[dict[str, Width], dict[str, Width]]:

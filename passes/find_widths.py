@@ -31,18 +31,13 @@ class FindWidths(Pass):
     the most FLOPs are taken. The other rows of a layer that only partly belongs to widths, such as queries and keys
     behind a rotary embedding, stay as they are; if they cannot be separated from those of its widths, it has no widths.
     Further sets of channels, such as those of a residual stream, keep their size, but may change their order.
-
-    Attributes:
-        narrowing: False records only channels that may change their order.
     """
-
-    narrowing: bool = True
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        found = [*find_channels(graph_module), *find_heads(graph_module)] if self.narrowing else []
+        found = [*find_channels(graph_module), *find_heads(graph_module)]
         while True:
             chosen = _most_valuable(graph_module, found)
             rests = _find_rests(graph_module, chosen)

@@ -75,7 +75,7 @@ class Follow(Pass):
             )
         for site in listed:
             _check_rank(site, choices[site.name].chosen.rank)
-        narrowed = [planned for planned in self.plan.widths if planned.is_narrower]
+        narrowed = [planned for planned in self.plan.widths if planned.size != planned.features]
         for planned in narrowed:
             width = widths.get(planned.key)
             if width is None or planned.key not in scored:
@@ -94,8 +94,8 @@ class Follow(Pass):
 
 
 def _with_site(choice: Choice, site: Site) -> Choice:
-    """The plan's choice for the graph's own site."""
-    return dataclasses.replace(choice, site=site)
+    """The plan's choice for the graph's own site, in the form for which it was priced."""
+    return dataclasses.replace(choice, site=dataclasses.replace(site, pivots=choice.site.pivots))
 
 
 def _check_rank(site: Site, rank: Rank) -> None:

@@ -35,7 +35,7 @@ class Narrow(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         record = graph_record(graph_module)
-        cuts = find_cuts(graph_module)
+        cuts = {name: cut for name, cut in find_cuts(graph_module).items() if cut.rewires}
         nodes = {node.name: node for node in graph_module.graph.nodes}
         sizes = {} if record.allocation is None else record.allocation.sizes
         shrunk = [width for width in record.widths if sizes.get(width.key, width.features) < width.features]

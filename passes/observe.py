@@ -44,6 +44,7 @@ class InsertObservers(Pass):
             (`calibration.gradients`).
         influence: also accumulate the gradients of every site's weight, in runs with gradients, and observe the inputs
             of all sites except transposed convolutions, as factors="air" requires.
+        widths: with `sensitivity`, observe what it takes to score the sizes of widths, too.
         skip_non_finite: skip batches with NaN or infinity and log a warning, in place of an error.
         apart: names of sites that share no observer with other sites, so that another graph with the same weights can
             be given the same observers.
@@ -54,6 +55,7 @@ class InsertObservers(Pass):
 
     sensitivity: bool = False
     influence: bool = False
+    widths: bool = True
     skip_non_finite: bool = False
     apart: Collection[str] = ()
 
@@ -79,7 +81,8 @@ class InsertObservers(Pass):
                 if new:
                     _observe(graph_module.graph, node, side, shared[key], weights.get(node, ()))
                 annotate(node, observer=shared[key])
-        readers = {name for width in graph_record(graph_module).widths for name in width.consumers}
+        widths = graph_record(graph_module).widths if self.widths else ()
+        readers = {name for width in widths for name in width.consumers}
         for number, (site, nodes) in enumerate(found.items(), len(shared)):
             if self.sensitivity:
                 features = any(node.name in readers for node in nodes)

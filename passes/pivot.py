@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
-from balf_fx.graph.curves import Solution
+from balf_fx.graph.annotation import Pivots, annotate, annotation, graph_record, record_graph, sites
+from balf_fx.graph.curves import Form, Solution
 from balf_fx.graph.widths import Width
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import solution_of
 from balf_fx.passes.find_pivots import writers_and_readers
+from balf_fx.ranks.bases import shared_columns
 from balf_fx.ranks.pivots import BOUND, largest_combination, pivot_rows
-from balf_fx.widths.narrowing import Cut, find_cuts
+from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Pivot(Pass):
     contain them: they are chosen from the largest rank down, each among those of the one before. Where some
     coefficient then exceeds the bound, that layer brings its own rows or columns into order by a gather.
 
+    Heads of attention get new bases first, where the allocation has chosen identity blocks (`ranks.bases`).
+
     Attributes:
         bound: the largest coefficient by which pivots are combined, at least 1 (`ranks.pivots`).
     """
@@ -36,6 +39,7 @@ class Pivot(Pass):
     bound: float = BOUND
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        self._choose_bases(graph_module)
         record, cuts = graph_record(graph_module), find_cuts(graph_module)
         widths = {width.key: width for width in (*record.widths, *record.orderable)}
         written, read = writers_and_readers(graph_module)
@@ -43,20 +47,43 @@ class Pivot(Pass):
         for site, nodes in sites(graph_module).items():
             node = nodes[0]
             choice, cut = annotation(node).choice, cuts.get(node.name, Cut())
-            rank = None if choice is None else choice.chosen.rank
-            form = cut.outputs(cut.inputs(site)).form(rank)
+            if choice is None:
+                continue
+            form = cut.outputs(cut.inputs(choice.site)).form(choice.chosen.rank)
             if form == "pair":
                 continue
             solution = solution_of(graph_module, node, site, cut)
-            if site.pivots == "gather":
-                _annotate(nodes, [_gathered(part, self.bound) for part in solution])
-            else:
-                width = written[node.name] if form == "rows" else read[node.name]
-                members[width.key].append(_Member(tuple(nodes), _factor(solution[0], form == "rows")))
+            width = (written if form == "rows" else read).get(node.name)
+            if width is not None and choice.site.pivots != "gather":
+                members[width.key].append(_Member(tuple(nodes), form, _factors(solution[0], form)[0]))
+                continue
+            own = tuple(None if part.left is None else self._own_order(_factors(part, form)) for part in solution)
+            _annotate(nodes, Pivots(form, own))
         orders = {key: self._order(own) for key, own in members.items()}
         kept = {key: _kept(graph_module, widths[key])[order] for key, order in orders.items()}
         record_graph(graph_module, orders=kept)
         return PassResult(graph_module, False)
+
+    def _choose_bases(self, graph_module: fx.GraphModule) -> None:
+        """Give the heads for which the allocation says so a basis with identity blocks."""
+        record, cuts = graph_record(graph_module), find_cuts(graph_module)
+        bases: dict[str, Tensor] = {}
+        for site, nodes in sites(graph_module).items():
+            node, choice = nodes[0], annotation(nodes[0]).choice
+            if choice is None or not choice.chosen.blocks:
+                continue
+            cut = cuts.get(node.name, Cut())
+            (solution,) = solution_of(graph_module, node, site, cut)
+            heads = [solution.right[0, rows].detach().cpu() for rows in hosted_rows(graph_module, node.name, cut)]
+            order = shared_columns(heads)
+            _annotate(nodes, Pivots("blocks", (order.unsqueeze(0),)))
+            widths = [width.key for width in record.widths if record.hosts.get(width.key) == node.name]
+            bases |= {key: own[..., order[: own.shape[1]]] for key, own in zip(widths, heads, strict=True)}
+        record_graph(graph_module, bases=bases)
+
+    def _own_order(self, factors: Tensor) -> Tensor:
+        """The order of the rows of each factor [G, O, r]."""
+        return torch.stack([pivot_rows(factor, None, self.bound) for factor in factors])
 
     def _order(self, members: Sequence[_Member]) -> Tensor:
         """The order of a width's features that serves the layers on both sides."""
@@ -64,10 +91,11 @@ class Pivot(Pass):
         for member in sorted(members, key=lambda own: -own.rank):
             order = pivot_rows(member.factor, nested[-1] if nested else None, self.bound)
             if nested and largest_combination(member.factor, order) > self.bound:
-                _annotate(member.nodes, [pivot_rows(member.factor, None, self.bound).unsqueeze(0)])
+                own = self._own_order(member.factor.unsqueeze(0))
+                _annotate(member.nodes, Pivots(member.form, (own,)))
                 continue
             nested.append(order[: member.rank])
-            _annotate(member.nodes, [None])
+            _annotate(member.nodes, Pivots(member.form, (None,)))
         listed = [int(feature) for pivots in reversed(nested) for feature in pivots]
         return torch.tensor(list(dict.fromkeys([*listed, *range(len(members[0].factor))])))
 
@@ -77,6 +105,7 @@ class _Member:
     """A site that reads or outputs a width, and the factor [features, r] whose rows belong to the width's features."""
 
     nodes: tuple[fx.Node, ...]
+    form: Form
     factor: Tensor
 
     @property
@@ -84,22 +113,17 @@ class _Member:
         return self.factor.shape[1]
 
 
-def _annotate(nodes: Sequence[fx.Node], pivots: Sequence[Tensor | None]) -> None:
+def _annotate(nodes: Sequence[fx.Node], pivots: Pivots) -> None:
     for node in nodes:
-        annotate(node, pivots=tuple(pivots))
+        annotate(node, pivots=pivots)
 
 
-def _factor(solution: Solution, rows: bool) -> Tensor:
-    """[O, r] or [D, r]."""
-    factor = solution.left if rows else solution.right.mT
-    if factor is None:
+def _factors(part: Solution, form: Form) -> Tensor:
+    """The factors whose rows belong to the outputs, [G, O, r], or to the inputs, [1, D, r]."""
+    factors = part.left if form == "rows" else part.right.mT
+    if factors is None:
         raise ValueError("a dense layer has no pivots")
-    return factor[0].detach().cpu()
-
-
-def _gathered(part: Solution, bound: float) -> Tensor | None:
-    """The order of a part's rows in each group; None if it is dense."""
-    return None if part.left is None else torch.stack([pivot_rows(left, None, bound) for left in part.left])
+    return factors.detach().cpu()
 
 
 def _kept(graph_module: fx.GraphModule, width: Width) -> Tensor:

@@ -18,7 +18,7 @@ from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver, observer_of
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
-from balf_fx.graph.annotation import annotate, annotation
+from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.curves import RankCurve, Spectrum
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.flops import use
@@ -109,20 +109,24 @@ class Score(Pass):
         work = [float(site.full_rank) ** 3 * site.groups for site in found]
         for site, nodes in self.progress.track(found.items(), work):
             mark, seen = annotation(nodes[0]), self._seen(graph_module, nodes[0], site)
-            options = (self.factors, self.centred, self.split, self.damping, site.pivots)
+            blocks = block_entries(graph_module, nodes[0])
+            options = (self.factors, self.centred, self.split, self.damping, site.pivots, blocks > 0)
             scored_with = (*options, seen.moments, seen.gradients)
             if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
                 continue
-            curve = self.score(graph_module, site, seen, use(nodes))
+            curve = self.score(graph_module, site, seen, use(nodes), blocks)
             for node in nodes:
                 annotate(node, curve=curve, scored_with=scored_with)
         return PassResult(graph_module, False)
 
-    def score(self, graph_module: fx.GraphModule, site: Site, seen: Observed, cost: tuple[int, int]) -> RankCurve:
+    def score(
+        self, graph_module: fx.GraphModule, site: Site, seen: Observed, cost: tuple[int, int], blocks: int = 0
+    ) -> RankCurve:
         """Score one site.
 
         Args:
             cost: FLOPs and number of output elements, summed over all uses of the site.
+            blocks: as in `ranks.costs.rank_curve`.
         """
         gradients, centred = seen.gradients, self.centred and not site.has_experts
         roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
@@ -141,7 +145,7 @@ class Score(Pass):
         if site.has_experts and seen.moments is not None:
             energies = shared_energies(spectrum.energies, seen.moments.count, list(seen.kept))
             spectrum = dataclasses.replace(spectrum, energies=energies)
-        curve = rank_curve(site, spectrum, *cost, parts, seen.kept)
+        curve = rank_curve(site, spectrum, *cost, parts, seen.kept, blocks)
         if gradients is None:
             return curve
         # S is scaled to a mean square of 1: each energy is what it would be for gradients with a mean square of 1.
@@ -209,6 +213,13 @@ class Score(Pass):
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
         return observer.moments, observer.side
+
+
+def block_entries(graph_module: fx.GraphModule, node: fx.Node) -> int:
+    """The number of entries in blocks of a layer's weight that a change of basis can turn into the identity."""
+    record = graph_record(graph_module)
+    hosted = [width for width in record.widths if record.hosts.get(width.key) == node.name]
+    return sum(width.heads * width.features**2 for width in hosted)
 
 
 def _kept(node: fx.Node, site: Site, moments: Moments) -> Mapping[int, int]:

@@ -252,6 +252,7 @@ def _cluster(
     known: Sequence[tuple[Width, WidthCurve]],
 ) -> Cluster:
     widths, curves = (tuple(width for width, _ in known), tuple(curve for _, curve in known))
+    hosts = graph_record(graph_module).hosts
     written: dict[str, list[tuple[int, int]]] = {}
     read: dict[str, int] = {}
     products: dict[str, list[tuple[int, float]]] = {}
@@ -283,7 +284,8 @@ def _cluster(
             continue
         gains_bias = name in read and bool(curves[read[name]].means)
         bias = site.bias is not None or gains_bias
-        members.append(Member(site, *use([node]), outputs, read.get(name), name in mixed, bias))
+        heads = tuple((index, width.heads) for index, width in enumerate(widths) if hosts.get(width.key) == name)
+        members.append(Member(site, *use([node]), outputs, read.get(name), name in mixed, bias, heads))
     return Cluster(widths, curves, tuple(members), tuple(shares))
 
 

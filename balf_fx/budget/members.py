@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from balf_fx.graph.curves import Candidate, RankCurve
 from balf_fx.graph.site import Site
-from balf_fx.ranks.costs import rank_flops, rank_params, useful_ranks
+from balf_fx.ranks.costs import rank_flops, rank_params, useful_ranks, with_blocks
 
 _RANKS = 48  # ranks tried for each site at each size; the steps between them only limit the allocation's resolution
 
@@ -51,6 +51,7 @@ class Member:
         reads: the index of the width that it reads, or None.
         mixed: whether narrowing combines its rows, so that it must stay dense if its outputs are narrowed.
         bias: whether it has a bias, or gets one when it reads fewer features.
+        heads: the index of each width whose heads may get identity blocks in it, and the number of these heads.
     """
 
     site: Site
@@ -60,6 +61,7 @@ class Member:
     reads: int | None
     mixed: bool
     bias: bool
+    heads: tuple[tuple[int, int], ...] = ()
 
     def narrowed(self, kept: Sequence[float]) -> Site:
         """The site at these sizes."""
@@ -75,14 +77,15 @@ class Member:
         choose = list if every else _thin
         known = [candidate for candidate in curve.candidates if isinstance(candidate.rank, int)]
         if site == self.site:
-            return [*choose(known), curve.dense]
+            return [*choose(known), *(each for each in curve.candidates if each.blocks), curve.dense]
         flops = self.flops // (self.site.out_features * self.site.in_features) * site.out_features * site.in_features
         elements = self.output_elements // self.site.out_features * site.out_features
         biased = self.bias and (self.reads is None or kept[self.reads] < 1.0 or self.site.bias is not None)
         extra = site.out_features if biased and self.site.bias is None else 0
         dense = Candidate(None, flops, rank_params(site, None, False) + extra, 0.0)
+        simpler = with_blocks(dense, self._blocks(kept), elements // site.out_features)
         if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
-            return [dense]
+            return [*simpler, dense]
         lost = {candidate.rank: candidate.distortion for candidate in known}
         gains = biased or curve.spectrum.mean is not None
         ranks = [rank for rank in useful_ranks(site) if rank in lost]
@@ -91,8 +94,14 @@ class Member:
                 Candidate(rank, rank_flops(site, rank, flops, elements), rank_params(site, rank, gains), lost[rank])
                 for rank in choose(ranks)
             ),
+            *simpler,
             dense,
         ]
+
+    def _blocks(self, kept: Sequence[float]) -> int:
+        """The entries of its identity blocks at these sizes."""
+        rows = dict(self.outputs)
+        return sum(heads * round(rows[index] / heads * kept[index]) ** 2 for index, heads in self.heads)
 
 
 def _thin(found: Sequence[_T]) -> list[_T]:

@@ -39,7 +39,7 @@ from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.plan import Plan, plan_of_records
 from balf_fx.graph.site import Reason, Refusal
-from balf_fx.passes import Allocate, Annotate, FindPivots, FindWidths, InsertObservers, Refine, ScoreWidths
+from balf_fx.passes import Allocate, Annotate, FindPivots, FindWidths, Follow, InsertObservers, Refine, ScoreWidths
 from balf_fx.passes.score import Factors
 from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
@@ -120,10 +120,10 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
     shared = join(program.parts) if program.is_traced else set()
     # FindWidths, InsertObservers.
     for graph_module in filter(sites, program.graph_modules):
-        narrowing = settings.widths and "sensitivity" in factors
-        if settings.pivot or narrowing:
-            FindWidths(narrowing)(graph_module)
-        InsertObservers("sensitivity" in factors, "air" in factors, apart=frozenset(shared))(graph_module)
+        if settings.pivot or (settings.widths and "sensitivity" in factors):
+            FindWidths()(graph_module)
+        sensitivity, influence = "sensitivity" in factors, "air" in factors
+        InsertObservers(sensitivity, influence, settings.widths, apart=frozenset(shared))(graph_module)
     share_observers(program.parts, shared)
 
 
@@ -256,7 +256,7 @@ def convert(
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
             Refine(progress=solving)(graph_module)
-    carry_out(compressed, mode, calibration, solving, settings.pivot)
+    carry_out(compressed, mode, calibration, solving, pivot=settings.pivot or isinstance(allocate, Follow))
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     return compressed, plan_of_records(records, records[0].allocation or allocation)

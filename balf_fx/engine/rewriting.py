@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,7 +35,7 @@ from balf_fx.graph.substitute import build, replace_site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Pivot
 from balf_fx.passes.observe import remove_observers
-from balf_fx.widths.narrowing import Cut, find_cuts
+from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def find_features(graph_module: fx.GraphModule, plan: Plan) -> None:
     """Find what a plan narrows and reorders in a normalised graph."""
     if plan.widths:
         FindWidths()(graph_module)
-        FindPivots()(graph_module)
+        FindPivots(bound=math.inf)(graph_module)
 
 
 def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
@@ -99,6 +101,7 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     record_graph(graph_module, width_curves=curves, orders=orders)
     if sites(graph_module):
         Follow(plan)(graph_module)
+    record_graph(graph_module, bases=dict(_blank_bases(graph_module, plan)))
     Narrow()(graph_module)
     cuts = find_cuts(graph_module)
     layers = layers_of(graph_module)
@@ -108,7 +111,11 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
         site, nodes = layers[layer.name]
         cut = cuts.get(nodes[0].name, Cut())
         thin = cut.outputs(cut.inputs(site))
-        replace_site(graph_module, nodes, site, build(graph_module, thin, _blank(graph_module, thin, layer)))
+        blank = _blank(graph_module, thin, layer)
+        if layer.form == "blocks":
+            rows = hosted_rows(graph_module, nodes[0].name, cut)
+            blank = tuple(replace(each, blocks=rows) for each in blank)
+        replace_site(graph_module, nodes, site, build(graph_module, thin, blank))
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
 
@@ -158,6 +165,19 @@ def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
     return WidthCurve(nothing, 0.0, order=order, covariances=(identity,) * len(width.consumers))
 
 
+def _blank_bases(graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Any bases for the widths whose heads have identity blocks in a plan."""
+    layers = layers_of(graph_module)
+    hosts = {layers[layer.name][1][0].name for layer in plan.layers if layer.form == "blocks" and layer.name in layers}
+    record = graph_record(graph_module)
+    for width in record.widths:
+        if record.hosts.get(width.key) in hosts:
+            size = (
+                width.features if record.allocation is None else record.allocation.sizes.get(width.key, width.features)
+            )
+            yield width.key, torch.eye(size, dtype=torch.float64).expand(width.heads, -1, -1)
+
+
 def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[Solution, ...]:
     """Solutions of the shape that a layer has in the plan, all zero."""
     ranks = layer.rank if isinstance(layer.rank, tuple) else (layer.rank,)
@@ -165,13 +185,18 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
     zeros = partial(torch.zeros, device=get_tensor(graph_module, site.weight).device)
     found = []
     for rank, biased in zip(ranks, layer.biased, strict=True):
-        form, inputs, own = ("pair" if rank is None else layer.form), site.in_features, rank or 0
+        form, inputs, own = (
+            ("pair" if rank is None and layer.form != "blocks" else layer.form),
+            site.in_features,
+            rank or 0,
+        )
         left = None if rank is None else zeros(groups, outputs - own * (form == "rows"), own)
         right = zeros(groups, outputs if rank is None else own, inputs - own * (form == "columns"))
         whole = Kept(layer.kept, zeros(len(layer.kept), outputs, inputs)) if layer.kept else None
-        order = torch.arange(inputs if form == "columns" else outputs).expand(groups, -1) if layer.ordered else None
+        length = outputs if form == "rows" else inputs
+        order = torch.arange(length).expand(groups, -1) if layer.ordered and form != "pair" else None
         bias = zeros(groups, outputs) if biased else None
-        found.append(Solution(left, right, bias, whole, form, None if rank is None else order))
+        found.append(Solution(left, right, bias, whole, form, order))
     return tuple(found)
 
 

@@ -25,6 +25,19 @@ VALUE_META = ("val", "example_value", "tensor_meta")
 
 
 @dataclass(frozen=True)
+class Pivots:
+    """How the map of a site is written with its own rows or columns.
+
+    Attributes:
+        orders: for each part [G, O], the order of its rows, pivots first, or [1, D], that of its columns; None for a
+            dense part, and where the graph has the features in this order. For blocks, that of the columns.
+    """
+
+    form: Form
+    orders: tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
 class Annotation:
     """The record of one node, filled in by the passes in turn.
 
@@ -45,8 +58,7 @@ class Annotation:
         curve, scored_with: set by Score; scored_with identifies the statistics and options of the score.
         choice: set by Allocate.
         refit: set by Refine or Refit; replaces the one-shot factors or the weight of a dense layer.
-        pivots: the order of the site's rows or columns, pivots first, for each part with a rank; None if its graph
-            brings them into this order; set by Pivot where the site's map is written with its own rows or columns.
+        pivots: set by Pivot where the site's map is written with its own rows or columns.
     """
 
     flops: int | None = None
@@ -66,7 +78,7 @@ class Annotation:
     scored_with: tuple[Any, ...] | None = None
     choice: Choice | None = None
     refit: tuple[Solution, ...] | None = None
-    pivots: tuple[torch.Tensor | None, ...] = ()
+    pivots: Pivots | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,8 @@ class GraphRecord:
         widths_scored_with: identifies the statistics and options of the curves; set by ScoreWidths.
         orderable: further widths whose features may change their order, but not their number; set by FindPivots.
         orders: the kept features of widths in their new order, by `Width.key`; set by Pivot.
+        hosts: the node in which heads of a width may get identity blocks, by `Width.key`; set by FindPivots.
+        bases: C [heads, r, r] for widths whose heads get a new basis, by `Width.key`; set by Pivot (`ranks.bases`).
         replaced: set by Factorize.
     """
 
@@ -141,6 +155,8 @@ class GraphRecord:
     widths_scored_with: tuple[Any, ...] = ()
     orderable: tuple[Width, ...] = ()
     orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: tuple[Replaced, ...] = ()
 
 

@@ -54,12 +54,18 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice for a site; `distortion` is its mean squared output error."""
+    """One choice for a site.
+
+    Attributes:
+        distortion: its mean squared output error.
+        blocks: whether a dense site's heads get a basis in which a block of each is the identity (`ranks.bases`).
+    """
 
     rank: Rank
     flops: int
     params: int
     distortion: float
+    blocks: bool = False
 
     def cost(self, measure: Measure) -> int:
         return self.flops if measure == "flops" else self.params
@@ -70,7 +76,8 @@ class RankCurve:
     """Distortion and cost of a site as a function of rank.
 
     Attributes:
-        candidates: ranks 1 .. break-even ascending, then better ranks of the parts, ascending in cost, then dense.
+        candidates: the ranks ascending, then better ranks of the parts, ascending in cost, then dense with identity
+            blocks if there can be some, then dense.
         energy: the mean squared output of the site, centred or not, by which its distortions are normalised.
         output_elements: the number of output elements of all uses of the site, on which FLOPs depend.
         spectrum: the spectrum from which the factors are computed.
@@ -105,8 +112,9 @@ class Kept:
     weight: torch.Tensor
 
 
-Form = Literal["pair", "rows", "columns"]
-"""How a low-rank map is written: as two factors, or with some of its own rows or columns (`ranks.pivots`)."""
+Form = Literal["pair", "rows", "columns", "blocks"]
+"""How a low-rank map is written: as two factors, or with some of its own rows or columns (`ranks.pivots`). Or that of a
+dense map with identity blocks (`ranks.bases`)."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +126,16 @@ class Solution:
     * "pair": left right x + bias, with left [G, O, r] and right [G, r, D], or right x + bias for a dense layer;
     * "rows": the outputs P, p = right x + bias_P, then the others, left p + bias_rest, with left [G, O - r, r] and
       right [G, r, D];
-    * "columns": left (x_P + right x_rest) + bias, with left [1, O, r] and right [1, r, D - r].
+    * "columns": left (x_P + right x_rest) + bias, with left [1, O, r] and right [1, r, D - r];
+    * "blocks": right x + bias, where the columns P of right [1, O, D] are the identity in each head of some rows.
 
     Attributes:
         left: None for a dense layer.
         bias: [G, O] or None; for rows, in the order [P, rest].
         kept: the experts that keep their matrices; their factors are zero.
-        order: for rows, [G, O], the rows as [P, rest]; for columns, [1, D], the columns in the same way; None if the
-            graph already has the features in this order.
+        order: for rows, [G, O], the rows as [P, rest]; for columns and blocks, [1, D], the columns in the same way.
+            None if the graph already has the features in this order.
+        blocks: for blocks, the rows [heads, r] of each set of heads, whose first r columns in `order` are the identity.
     """
 
     left: torch.Tensor | None
@@ -134,6 +144,7 @@ class Solution:
     kept: Kept | None = None
     form: Form = "pair"
     order: torch.Tensor | None = None
+    blocks: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

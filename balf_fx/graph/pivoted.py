@@ -17,6 +17,10 @@ ORDER = "order"
 """The name of the buffer that holds the indices of a gather."""
 
 
+ROWS = "rows"
+"""The name of the buffer that holds the indices of a gather of the outputs, where there is one of the inputs, too."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """p = first(x), and each part's output is [p, second(p)] in the order of its rows.
@@ -96,6 +100,46 @@ class Columns:
         pivots, rest = (graph.call_function(operator.getitem, (split, i)) for i in range(2))
         thin = graph.call_function(operator.add, (pivots, graph.call_module(f"{path}.0", (rest,))))
         return graph.call_module(f"{path}.1", (thin,))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Heads y = x_P + layer(x_rest), with the same features P of the input for each head of a set.
+
+    Attributes:
+        module: an nn.ModuleList of the layer of all other outputs, if there are any, and of one layer for each set of
+            heads. Its buffer `order` [D] holds the indices that bring the inputs into the order [P, rest]; its buffer
+            `rows` [O], if there is one, those that bring the outputs into the layer's order.
+        biased: whether the layer has a bias.
+        heads: the number of heads and r for each set.
+        features: D.
+        rest: whether there are other outputs.
+    """
+
+    module: nn.ModuleList
+    biased: tuple[bool, ...]
+    heads: tuple[tuple[int, int], ...]
+    features: int
+    rest: bool
+
+    def insert_calls(self, graph: fx.Graph, path: str, node: fx.Node) -> fx.Node:
+        """Insert calls of the modules at the graph's insertion point; returns the node of the layer's output."""
+        source = site_input(node)
+        values = [graph.call_module(f"{path}.0", (source,))] if self.rest else []
+        ordered = graph.call_function(torch.index_select, (source, -1, graph.get_attr(f"{path}.{ORDER}")))
+        pieces: dict[int, tuple[fx.Node, fx.Node]] = {}
+        for index, (count, size) in enumerate(self.heads, start=len(values)):
+            if size not in pieces:
+                split = graph.call_function(torch.split, (ordered, [size, self.features - size], -1))
+                first, others = (graph.call_function(operator.getitem, (split, i)) for i in range(2))
+                pieces[size] = first, others
+            pivots, others = pieces[size]
+            tiled = graph.call_function(torch.tile, (pivots, (count,))) if count > 1 else pivots
+            values.append(graph.call_function(operator.add, (tiled, graph.call_module(f"{path}.{index}", (others,)))))
+        output = values[0] if len(values) == 1 else graph.call_function(torch.cat, (values, -1))
+        if not hasattr(self.module, ROWS):
+            return output
+        return graph.call_function(torch.index_select, (output, -1, graph.get_attr(f"{path}.{ROWS}")))
 
 
 def feature_axis(site: Site) -> int:

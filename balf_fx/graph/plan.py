@@ -207,7 +207,8 @@ def _planned_widths(record: GraphRecord, allocation: Allocation) -> Iterator[Pla
     for width in (*record.widths, *record.orderable):
         size, curve = allocation.sizes.get(width.key, width.features), curves.get(width.key)
         order = record.orders.get(width.key)
-        if order is not None or (curve is not None and size < width.features):
+        narrower = curve is not None and size < width.features
+        if order is not None or narrower or width.key in record.bases:
             kept = order if order is not None or curve is None else curve.kept(size)
             yield PlannedWidth(
                 name=width.name,

@@ -22,7 +22,7 @@ from balf_fx.graph.curves import Form, Rank, each_rank
 Side = Literal["output", "input"]
 
 
-Pivots = Literal["rows", "columns", "gather"]
+PivotSide = Literal["rows", "columns", "gather"]
 """Which of its own rows or columns a low-rank map may be written with; for "gather", its outputs are reordered."""
 
 
@@ -137,7 +137,7 @@ class Site:
     parts: int = 1
     keeps_rank: bool = False
     rank_step: int = 1
-    pivots: Pivots | None = None
+    pivots: PivotSide | None = None
 
     @property
     def transposed(self) -> bool:

@@ -20,7 +20,7 @@ from balf_fx.graph.expert_factors import ExpertFactors, build_experts
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import site_input
 from balf_fx.graph.parameters import get_tensor, locate, put
-from balf_fx.graph.pivoted import Columns, Rows, feature_axis, gather_rows, holder
+from balf_fx.graph.pivoted import ORDER, ROWS, Blocks, Columns, Rows, feature_axis, gather_rows, holder
 from balf_fx.graph.site import ConvGeometry, Site
 
 _CONVS = {
@@ -94,7 +94,7 @@ class Substitute:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-AnySubstitute = Substitute | Rows | Columns | ExpertFactors
+AnySubstitute = Substitute | Rows | Columns | Blocks | ExpertFactors
 
 
 def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> AnySubstitute:
@@ -102,9 +102,11 @@ def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]
     original: Tensor = get_tensor(graph_module, site.weight)
     if site.has_experts:
         return build_experts(original, site, solution[0])
-    forms = {part.form for part in solution if part.left is not None}
-    built: Substitute | Rows | Columns
-    if "rows" in forms:
+    forms = {part.form for part in solution}
+    built: Substitute | Rows | Columns | Blocks
+    if "blocks" in forms:
+        built = _blocks(original, solution[0])
+    elif "rows" in forms:
         built = _rows(site, original, solution)
     elif "columns" in forms:
         built = _columns(site, original, solution[0])
@@ -141,8 +143,6 @@ def _rows(site: Site, original: Tensor, solution: Sequence[Solution]) -> Rows:
     thin = [part for part in solution if part.left is not None]
     rank = sum(part.right.shape[1] for part in thin)
     biased = any(part.bias is not None for part in thin)
-    first: nn.Module
-    layer: nn.Module
     first, _ = _empty_modules(site, original, rank, False, first_bias=biased)
     _assign(first, "weight", _kernel(site, torch.cat([part.right for part in thin], 1)), original)
     if biased:
@@ -184,6 +184,29 @@ def _columns(site: Site, original: Tensor, solution: Solution) -> Columns:
     return Columns(holder([first, second], order, original.device), first, second, rank, others, feature_axis(site))
 
 
+def _blocks(original: Tensor, solution: Solution) -> Blocks:
+    if solution.order is None:
+        raise ValueError("identity blocks need an order of the columns")
+    order, weight = solution.order[0].cpu(), solution.right[0]
+    in_blocks = torch.cat([rows.flatten() for rows in solution.blocks])
+    others = torch.ones(len(weight), dtype=torch.bool).index_fill(0, in_blocks, False).nonzero().flatten()
+    layers = [(others, torch.arange(weight.shape[1]))] if len(others) else []
+    layers += [(rows.flatten(), order[rows.shape[1] :]) for rows in solution.blocks]
+    module = nn.ModuleList()
+    for rows, columns in layers:
+        layer = _empty_linear(len(columns), len(rows), solution.bias is not None, original)
+        _assign(layer, "weight", weight[rows][:, columns], original)
+        if solution.bias is not None:
+            _assign(layer, "bias", solution.bias[0, rows], original)
+        module.append(layer)
+    module.register_buffer(ORDER, order.to(original.device))
+    places = torch.argsort(torch.cat([others, in_blocks]))
+    if not torch.equal(places, torch.arange(len(places))):
+        module.register_buffer(ROWS, places.to(original.device))
+    heads = tuple((rows.shape[0], rows.shape[1]) for rows in solution.blocks)
+    return Blocks(module, (solution.bias is not None,), heads, weight.shape[1], len(others) > 0)
+
+
 def _parts(site: Site, original: Tensor, solution: Sequence[Solution]) -> Substitute:
     """The modules of a linear site with parts: a first layer, shared by the factorized parts, and one for each part."""
     layers = []
@@ -222,8 +245,8 @@ def _empty_modules(
     options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
     outputs, thin = site.out_features * site.groups, rank * site.groups
     if site.conv is None:
-        first = _empty_linear(site.in_features, thin, first_bias, original)
-        return first, _empty_linear(thin, outputs, bias, original)
+        linear = _empty_linear(site.in_features, thin, first_bias, original)
+        return linear, _empty_linear(thin, outputs, bias, original)
     inputs = site.in_features * site.groups // math.prod(site.conv.kernel_size)
     transposed = site.conv.output_padding is not None
     geometry: dict[str, Any] = {

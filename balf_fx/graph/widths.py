@@ -21,6 +21,10 @@ from torch import Tensor
 WidthKind = Literal["channels", "queries", "values"]
 
 
+HOSTS = {"queries": 1, "values": 0}
+"""The producer, by its number, in which heads of a width may get identity blocks: that of keys, or of values."""
+
+
 @dataclass(frozen=True)
 class Operand:
     """How a product reads heads of features.

@@ -77,12 +77,14 @@ def rank_curve(
     output_elements: int,
     parts: Spectrum | None = None,
     kept: Mapping[int, int] | None = None,
+    blocks: int = 0,
 ) -> RankCurve:
-    """All candidates of a site: ranks 1 .. break-even, ranks of its parts, then dense with distortion 0.
+    """All candidates of a site: its ranks, ranks of its parts, then dense with distortion 0.
 
     Args:
         parts: the spectrum of the site's parts, if these may have separate factors.
         kept: the FLOPs of each expert that keeps its matrix; None if none does.
+        blocks: the number of entries in blocks of the weight that a change of basis can turn into the identity.
     """
     tail = tail_energies(spectrum)
     bias = site.bias is not None or spectrum.mean is not None
@@ -95,7 +97,16 @@ def rank_curve(
     joint = [candidate(rank, tail[rank]) for rank in useful_ranks(site)]
     split = [] if parts is None else [candidate(*choice) for choice in _parts_choices(site, parts, tail)]
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
-    return RankCurve((*joint, *split, dense), tail[0], output_elements, spectrum, parts, kept=tuple(kept or ()))
+    simpler = with_blocks(dense, blocks, output_elements // site.out_features)
+    candidates = (*joint, *split, *simpler, dense)
+    return RankCurve(candidates, tail[0], output_elements, spectrum, parts, kept=tuple(kept or ()))
+
+
+def with_blocks(dense: Candidate, blocks: int, positions: int) -> list[Candidate]:
+    """The dense candidate with identity blocks of so many entries in total, if there are any."""
+    if not blocks:
+        return []
+    return [Candidate(None, dense.flops - 2 * blocks * positions, dense.params - blocks, 0.0, blocks=True)]
 
 
 def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:

@@ -53,16 +53,22 @@ def pivot_rows(factor: Tensor, first: Tensor | None = None, bound: float = BOUND
         if abs(pivot) <= bound:
             break
         order[[column, rank + row]] = order[[rank + row, column]]
-        # The rest of T in terms of the new pivots, as in a step of the simplex method.
-        scaled, coefficients = others[row] / pivot, others[:, column].clone()
-        others = others - torch.outer(coefficients, scaled)
-        others[:, column] = coefficients / pivot
-        others[row] = -scaled
-        others[row, column] = 1 / pivot
+        others = interchanged(others, row, column)
     pivots = allowed[order[:rank]].sort().values
     rest = torch.ones(rows, dtype=torch.bool)
     rest[pivots] = False
     return torch.cat([pivots, rest.nonzero().flatten()])
+
+
+def interchanged(others: Tensor, row: int, column: int) -> Tensor:
+    """T [..., O - r, r] after an interchange of one of the other rows with a pivot, as in the simplex method."""
+    pivot = others[..., row, column, None].clone()
+    scaled, coefficients = others[..., row, :] / pivot, others[..., column].clone()
+    others = others - coefficients.unsqueeze(-1) * scaled.unsqueeze(-2)
+    others[..., column] = coefficients / pivot
+    others[..., row, :] = -scaled
+    others[..., row, column] = 1 / pivot[..., 0]
+    return others
 
 
 def largest_combination(factor: Tensor, order: Tensor) -> float:

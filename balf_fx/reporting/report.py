@@ -25,7 +25,8 @@ class SiteRow:
             in their own rows.
         distortion: the mean squared output error, summed over the site's outputs.
         spectrum: the energy that other ranks keep; None in reports of older models.
-        form: how a map with a rank is written: "pair", "rows" or "columns" (`graph.curves.Form`); "" without a rank.
+        form: how a map with a rank is written, "pair", "rows" or "columns", or "blocks" for a dense one with identity
+            blocks (`graph.curves.Form`); "" for others.
     """
 
     name: str
@@ -146,7 +147,7 @@ class Report:
     def of(cls, plan: Plan) -> Report:
         """The report of a plan."""
         allocation, total = plan.allocation, plan.flops or 1
-        forms = {layer.name: layer.form for layer in plan.layers if layer.rank is not None}
+        forms = {layer.name: layer.form for layer in plan.layers if layer.rank is not None or layer.form == "blocks"}
         refused: dict[str, float] = {}
         for refusal, flops in plan.refusals:
             refused[refusal.reason.value] = refused.get(refusal.reason.value, 0.0) + (flops or 0) / total

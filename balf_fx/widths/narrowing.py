@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from balf_fx.graph.annotation import GraphRecord, graph_record
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.site import Site
-from balf_fx.graph.widths import Width, WidthCurve, WidthMaps
+from balf_fx.graph.widths import HOSTS, Width, WidthCurve, WidthMaps
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,25 @@ class Narrowed:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """A change of basis of heads.
+
+    Attributes:
+        rows: [heads, r], the rows of each head among the layer's reduced outputs.
+        maps: [heads, r, r], by which they are multiplied.
+    """
+
+    rows: Tensor
+    maps: Tensor
+
+    def apply(self, value: Tensor) -> Tensor:
+        """Rows [1, O, ...] with those of the heads in their new basis."""
+        changed = value.clone()
+        changed[0, self.rows] = torch.einsum("hij,hj...->hi...", self.maps.to(value), value[0, self.rows])
+        return changed
+
+
+@dataclass(frozen=True)
 class Cut:
     """One layer between narrowed widths.
 
@@ -60,6 +79,8 @@ class Cut:
             onto the kept features while the layer still has its old size.
         order: [features], the new order of the features that it reads, as positions among the kept ones; None if they
             stay in their order.
+        turned: the changes of basis of the heads that it outputs.
+        read_in: [heads, r, r], by which the columns of each head that it reads are multiplied; None for no new basis.
     """
 
     read: WidthMaps | None = None
@@ -67,6 +88,13 @@ class Cut:
     written: tuple[Narrowed, ...] = ()
     projected: tuple[Narrowed, ...] = ()
     order: Tensor | None = None
+    turned: tuple[Turned, ...] = ()
+    read_in: Tensor | None = None
+
+    @property
+    def rewires(self) -> bool:
+        """Whether the values around the layer change in size or order."""
+        return self.read is not None or bool(self.written)
 
     @property
     def changes(self) -> bool:
@@ -128,6 +156,26 @@ class Cut:
             return Solution(None, self._written_rows(solution.right), bias)
         return Solution(self._written_rows(solution.left), solution.right, bias)
 
+    def turn(self, solution: Solution) -> Solution:
+        """The layer's solution, with reduced inputs and outputs, in the new bases of heads on both sides."""
+        left, right, bias = solution.left, solution.right, solution.bias
+        if self.read_in is not None:
+            heads = right.unflatten(-1, (len(self.read_in), -1))  # type: ignore[no-untyped-call]
+            right = torch.einsum("gohr,hrs->gohs", heads, self.read_in.to(right)).flatten(-2)
+        for own in self.turned:
+            left, right = (None, own.apply(right)) if left is None else (own.apply(left), right)
+            bias = None if bias is None else own.apply(bias)
+        return dataclasses.replace(solution, left=left, right=right, bias=bias)
+
+    def rows_of(self, rows: Tensor) -> Tensor:
+        """The places [heads, r] of rows [heads, features] among the reduced outputs."""
+        start = 0
+        for own in self.written:
+            if torch.equal(own.rows, rows):
+                return torch.arange(start, start + own.total).reshape(len(rows), -1)
+            start += own.total
+        return rows
+
     def _written_rows(self, value: Tensor) -> Tensor:
         """The kept rows of [1, O, ...], or of a depthwise convolution's [G, 1, ...]."""
         if len(value) > 1:
@@ -173,7 +221,38 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
             found[name] = Cut(written=(own.narrowed(torch.arange(width.features).unsqueeze(0)),))
         for name in width.fused:
             found[name] = Cut(written=found[width.fused_layer].written)
+    for width in record.widths:
+        if width.key in record.bases:
+            _turn(found, width, record.bases[width.key])
     return found
+
+
+def _turn(found: dict[str, Cut], width: Width, basis: Tensor) -> None:
+    """Add a new basis of a width's heads to the cuts of its layers.
+
+    Args:
+        basis: C [heads, r, r] (`ranks.bases`).
+    """
+    inverse = torch.linalg.inv(basis)
+    for position, name in enumerate(width.producers):
+        queries = width.kind == "queries" and position == 0
+        maps = basis.mT.repeat_interleave(width.repeat, 0) if queries else inverse
+        cut = found.get(name, Cut())
+        rows = cut.rows_of(torch.tensor(width.rows[position]).reshape(len(maps), -1))
+        found[name] = dataclasses.replace(cut, turned=(*cut.turned, Turned(rows, maps)))
+    for name in width.consumers:
+        read_in = basis.repeat_interleave(width.repeat, 0)
+        found[name] = dataclasses.replace(found.get(name, Cut()), read_in=read_in)
+
+
+def hosted_rows(graph_module: fx.GraphModule, name: str, cut: Cut) -> tuple[Tensor, ...]:
+    """The rows [heads, r], among its reduced outputs, of each set of heads that gets identity blocks in a layer."""
+    record = graph_record(graph_module)
+    return tuple(
+        cut.rows_of(torch.tensor(width.rows[HOSTS[width.kind]]).reshape(width.heads, -1))
+        for width in record.widths
+        if record.hosts.get(width.key) == name
+    )
 
 
 @dataclass(frozen=True)
