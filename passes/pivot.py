@@ -16,8 +16,8 @@ from balf_fx.graph.widths import Width
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import solution_of
 from balf_fx.passes.find_pivots import writers_and_readers
-from balf_fx.ranks.bases import shared_columns
-from balf_fx.ranks.pivots import BOUND, largest_combination, pivot_rows
+from balf_fx.ranks.bases import largest_entry, shared_columns
+from balf_fx.ranks.pivots import pivot_rows
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 
@@ -27,16 +27,16 @@ class Pivot(Pass):
 
     Runs between `Refit` and `Narrow`, which reorders the constants between layers; `Factorize` writes the maps. All
     layers around a width share its order. It starts with the pivots of the smallest rank, and those of a larger rank
-    contain them: they are chosen from the largest rank down, each among those of the one before. Where some
-    coefficient then exceeds the bound, that layer brings its own rows or columns into order by a gather.
+    contain them. Where some coefficient of such a layer exceeds the bound, it brings its own rows or columns into order
+    by a gather.
 
     Heads of attention get new bases first, where the allocation has chosen identity blocks (`ranks.bases`).
 
     Attributes:
-        bound: the largest coefficient by which pivots are combined, at least 1 (`ranks.pivots`).
+        bound: the largest coefficient by which pivots in a shared order are combined, at least 1 (`ranks.pivots`).
     """
 
-    bound: float = BOUND
+    bound: float = 2.0
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         self._choose_bases(graph_module)
@@ -57,9 +57,9 @@ class Pivot(Pass):
             if width is not None and choice.site.pivots != "gather":
                 members[width.key].append(_Member(tuple(nodes), form, _factors(solution[0], form)[0]))
                 continue
-            own = tuple(None if part.left is None else self._own_order(_factors(part, form)) for part in solution)
+            own = tuple(None if part.left is None else _own_order(_factors(part, form)) for part in solution)
             _annotate(nodes, Pivots(form, own))
-        orders = {key: self._order(own) for key, own in members.items()}
+        orders = {key: self._order(list(own)) for key, own in members.items()}
         kept = {key: _kept(graph_module, widths[key])[order] for key, order in orders.items()}
         record_graph(graph_module, orders=kept)
         return PassResult(graph_module, False)
@@ -81,23 +81,21 @@ class Pivot(Pass):
             bases |= {key: own[..., order[: own.shape[1]]] for key, own in zip(widths, heads, strict=True)}
         record_graph(graph_module, bases=bases)
 
-    def _own_order(self, factors: Tensor) -> Tensor:
-        """The order of the rows of each factor [G, O, r]."""
-        return torch.stack([pivot_rows(factor, None, self.bound) for factor in factors])
-
-    def _order(self, members: Sequence[_Member]) -> Tensor:
+    def _order(self, members: list[_Member]) -> Tensor:
         """The order of a width's features that serves the layers on both sides."""
-        nested: list[Tensor] = []
-        for member in sorted(members, key=lambda own: -own.rank):
-            order = pivot_rows(member.factor, nested[-1] if nested else None, self.bound)
-            if nested and largest_combination(member.factor, order) > self.bound:
-                own = self._own_order(member.factor.unsqueeze(0))
-                _annotate(member.nodes, Pivots(member.form, (own,)))
-                continue
-            nested.append(order[: member.rank])
+        while len(members) > 1:
+            order = shared_columns([member.rows for member in members])
+            largest = [largest_entry(member.rows, order) for member in members]
+            worst = max(range(len(members)), key=largest.__getitem__)
+            if largest[worst] <= self.bound:
+                break
+            outside = members.pop(worst)
+            _annotate(outside.nodes, Pivots(outside.form, (_own_order(outside.factor.unsqueeze(0)),)))
+        else:
+            order = pivot_rows(members[0].factor)
+        for member in members:
             _annotate(member.nodes, Pivots(member.form, (None,)))
-        listed = [int(feature) for pivots in reversed(nested) for feature in pivots]
-        return torch.tensor(list(dict.fromkeys([*listed, *range(len(members[0].factor))])))
+        return order
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,14 @@ class _Member:
     factor: Tensor
 
     @property
-    def rank(self) -> int:
-        return self.factor.shape[1]
+    def rows(self) -> Tensor:
+        """The factor as one head, [1, r, features]."""
+        return self.factor.mT.unsqueeze(0)
+
+
+def _own_order(factors: Tensor) -> Tensor:
+    """The order of the rows of each factor [G, O, r]."""
+    return torch.stack([pivot_rows(factor) for factor in factors])
 
 
 def _annotate(nodes: Sequence[fx.Node], pivots: Pivots) -> None:

@@ -10,6 +10,9 @@ With C = W[:, P], r columns of the head's own matrix W [r, D], the columns P of 
     C^-1 W x = x_P + T x_rest
 
 costs r (D - r) in place of r D, for every head. One set of columns P serves all heads, so that x is split once.
+
+In the same way, one order of the features of a width serves all low-rank maps that have pivots among them
+(`ranks.pivots`): the factors of these maps take the place of the heads.
 """
 
 from __future__ import annotations
@@ -20,12 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from balf_fx.ranks.pivots import interchanged
+from balf_fx.ranks.pivots import GAIN, interchanged
 
 BOUND = 32.0
-"""The largest entry of T, since rounding errors grow with it."""
-
-_GAIN = 1.05  # the least factor by which an interchange increases the volume of the blocks
+"""The largest entry of T: rounding errors grow with it."""
 
 
 def shared_columns(heads: Sequence[Tensor]) -> Tensor:
@@ -66,7 +67,7 @@ def _columns(bases: Tensor, given: Sequence[int]) -> list[int]:
             break
         gains = _volumes(others.abs().flatten(1), ())
         gains = gains.reshape(features - size, size)[:, len(given) :]
-        if not gains.numel() or not float(gains.max()) > math.log(_GAIN):
+        if not gains.numel() or not float(gains.max()) > math.log(GAIN):
             break
         row, column = divmod(int(gains.argmax()), gains.shape[1])
         column += len(given)

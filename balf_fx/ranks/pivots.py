@@ -7,57 +7,45 @@ A map M = A B of rank r, [O, D], has r rows P that span all others: with T = A_r
 So y_P = M_P x and y_rest = T y_P compute the same outputs at r (O + D - r) numbers in place of r (O + D), and at full
 rank at the cost of the dense map. In the same way r columns C of M span the others: M x = M_C (x_C + T x_rest).
 
-Any r independent rows will do in exact arithmetic. Rounding errors grow with the entries of T, which are bounded by
-interchanging rows until the volume of A_P is locally maximal (Goreinov et al. 2010, "How to find a good submatrix").
+Any r independent rows will do in exact arithmetic. Rounding errors grow with the entries of T, which are at most 1
+where no interchange of rows increases the volume of A_P (Goreinov et al. 2010, "How to find a good submatrix").
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 from balf_fx.graph.curves import Solution
 
-BOUND = 2.0
-"""The largest entry of T."""
+GAIN = 1.01
+"""The least factor by which an interchange increases a volume; without a bound above 1, rounding could repeat them."""
 
 _LEAST = 1e-10  # singular values of the pivots that are smaller than the largest one by this factor count as zero
 
 
-def pivot_rows(factor: Tensor, first: Tensor | None = None, bound: float = BOUND) -> Tensor:
+def pivot_rows(factor: Tensor) -> Tensor:
     """The order of the rows of a factor A [O, r] that starts with r rows that span all of them.
 
-    Each interchange of rows increases the volume of the pivots by more than the bound, so their number is finite.
-
-    Args:
-        first: the rows among which the pivots are chosen, at least r; None for all rows.
-        bound: the largest entry of T for the rows among which the pivots are chosen, at least 1.
+    No entry of T exceeds `GAIN`: otherwise an interchange would increase the volume of the pivots by more than that.
 
     Returns:
         [O]: the pivots, ascending, then the other rows, ascending.
     """
     rows, rank = factor.shape
-    allowed = torch.arange(rows) if first is None else first.cpu()
-    basis, _ = torch.linalg.qr(factor.detach().to("cpu", torch.float64)[allowed])  # also spans rows of a lower rank
+    basis, _ = torch.linalg.qr(factor.detach().to("cpu", torch.float64))  # also spans rows of a lower rank
     _, exchanged = torch.linalg.lu_factor(basis)
-    order = _permutation(exchanged, len(allowed))
+    order = _permutation(exchanged, rows)
     others = torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
     for _ in range(rows * rank):
-        if not others.numel():
+        if not others.numel() or float(others.abs().max()) <= GAIN:
             break
         row, column = divmod(int(others.abs().argmax()), rank)
-        pivot = float(others[row, column])
-        if abs(pivot) <= bound:
-            break
         order[[column, rank + row]] = order[[rank + row, column]]
         others = interchanged(others, row, column)
-    pivots = allowed[order[:rank]].sort().values
-    rest = torch.ones(rows, dtype=torch.bool)
-    rest[pivots] = False
-    return torch.cat([pivots, rest.nonzero().flatten()])
+    return torch.cat([order[:rank].sort().values, order[rank:].sort().values])
 
 
 def interchanged(others: Tensor, row: int, column: int) -> Tensor:
@@ -69,14 +57,6 @@ def interchanged(others: Tensor, row: int, column: int) -> Tensor:
     others[..., row, :] = -scaled
     others[..., row, column] = 1 / pivot[..., 0]
     return others
-
-
-def largest_combination(factor: Tensor, order: Tensor) -> float:
-    """The largest entry of T for a factor A [O, r] and an order of its rows, pivots first."""
-    basis, _ = torch.linalg.qr(factor.detach().to("cpu", torch.float64))
-    rank = basis.shape[1]
-    others, info = torch.linalg.solve_ex(basis[order[:rank]], basis[order[rank:]], left=False)
-    return float(others.abs().max()) if not info and others.isfinite().all() else math.inf
 
 
 def written_as_rows(solution: Solution, orders: Tensor | None) -> Solution:
