@@ -31,7 +31,7 @@ from balf_fx.capture.normal_form import capture
 from balf_fx.engine import compress
 from balf_fx.engine.program import Part, Program, Step, Trace
 from balf_fx.engine.rewriting import finish
-from balf_fx.engine.settings import Settings, settings_from, takes_settings
+from balf_fx.engine.settings import FEW_SAMPLES, Settings, settings_from, takes_settings
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import storage
 from balf_fx.files.restore import Stored, stored
@@ -87,7 +87,8 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
         everything = itertools.chain([first], batches)
         kept = _kept(calib_batches, everything, settings, closing) if settings.keeps_batches else ()
-        stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches))
+        few = FEW_SAMPLES if settings.measures else 0
+        stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
         calibration = _calibration(kept, forward, settings)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = compress.run(program, settings, calibration, stream=stream, progress=bar)

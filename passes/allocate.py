@@ -22,7 +22,7 @@ from balf_fx.graph.curves import Candidate, Measure, PartRanks, Rank, RankCurve
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
-from balf_fx.ranks.costs import largest_part_rank, parts_candidate
+from balf_fx.ranks.costs import largest_part_rank, parts_candidate, possible_ranks, rank_candidate
 
 Method = Literal["budget", "uniform", "energy"]
 
@@ -350,14 +350,15 @@ def _explicit_candidate(site: Site, curve: RankCurve, rank: Rank) -> Candidate:
         return curve.dense
     if isinstance(rank, tuple):
         return _explicit_parts(site, curve, rank)
-    found = {each.rank: each for each in curve.candidates[:-1] if isinstance(each.rank, int)}
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in found:
+    possible = possible_ranks(site)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in possible:
         step = f" in steps of {site.rank_step}" if site.rank_step > 1 else ""
         raise OptionError(
-            f"the rank of {site.name!r} must be a whole number from {_ranges(sorted(found), site.rank_step)}{step}, or "
-            f"None for dense, not {rank!r}: other ranks cost no less than the dense layer or a higher rank"
+            f"the rank of {site.name!r} must be a whole number from {_ranges(possible, site.rank_step)}{step}, or None "
+            f"for dense, which costs no more than other ranks; not {rank!r}"
         )
-    return found[rank]
+    known = {each.rank: each for each in curve.candidates}
+    return known[rank] if rank in known else rank_candidate(site, curve, rank)
 
 
 def _ranges(numbers: Sequence[int], step: int) -> str:

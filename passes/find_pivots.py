@@ -18,7 +18,7 @@ from balf_fx.graph.parameters import get_tensor, grouped_weight
 from balf_fx.graph.site import PivotSide, Site
 from balf_fx.graph.widths import HOSTS, Width
 from balf_fx.passes.base import Pass
-from balf_fx.ranks.bases import BOUND, largest_entry, shared_columns
+from balf_fx.ranks.bases import BOUND, has_blocks
 from balf_fx.widths.channels import is_simple
 
 
@@ -88,8 +88,7 @@ class FindPivots(Pass):
         if get_tensor(graph_module, site.weight).dtype not in (torch.float32, torch.float64):
             return False  # products of the blocks' entries would be rounded too coarsely
         heads = [weight[torch.tensor(width.rows[HOSTS[width.kind]]).reshape(width.heads, -1)] for width in widths]
-        order = shared_columns(heads)
-        return max(largest_entry(own, order) for own in heads) <= self.bound
+        return has_blocks(heads, self.bound)
 
 
 def writers_and_readers(graph_module: fx.GraphModule) -> tuple[dict[str, Width], dict[str, Width]]:

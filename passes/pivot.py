@@ -16,7 +16,7 @@ from balf_fx.graph.widths import Width
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import solution_of
 from balf_fx.passes.find_pivots import writers_and_readers
-from balf_fx.ranks.bases import largest_entry, shared_columns
+from balf_fx.ranks.bases import basis_of, largest_entry, shared_columns
 from balf_fx.ranks.pivots import pivot_rows
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
@@ -27,8 +27,8 @@ class Pivot(Pass):
 
     Runs between `Refit` and `Narrow`, which reorders the constants between layers; `Factorize` writes the maps. All
     layers around a width share its order. It starts with the pivots of the smallest rank, and those of a larger rank
-    contain them. Where some coefficient of such a layer exceeds the bound, it brings its own rows or columns into order
-    by a gather.
+    contain them. Where some coefficient of such a layer exceeds the bound, it has pivots of its own, and a gather
+    brings its outputs into order.
 
     Heads of attention get new bases first, where the allocation has chosen identity blocks (`ranks.bases`).
 
@@ -36,7 +36,7 @@ class Pivot(Pass):
         bound: the largest coefficient by which pivots in a shared order are combined, at least 1 (`ranks.pivots`).
     """
 
-    bound: float = 2.0
+    bound: float = 3.0
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         self._choose_bases(graph_module)
@@ -55,10 +55,9 @@ class Pivot(Pass):
             solution = solution_of(graph_module, node, site, cut)
             width = (written if form == "rows" else read).get(node.name)
             if width is not None and choice.site.pivots != "gather":
-                members[width.key].append(_Member(tuple(nodes), form, _factors(solution[0], form)[0]))
+                members[width.key].append(_Member(tuple(nodes), form, solution[0]))
                 continue
-            own = tuple(None if part.left is None else _own_order(_factors(part, form)) for part in solution)
-            _annotate(nodes, Pivots(form, own))
+            _annotate(nodes, Pivots("rows", tuple(map(_own_order, solution))))
         orders = {key: self._order(list(own)) for key, own in members.items()}
         kept = {key: _kept(graph_module, widths[key])[order] for key, order in orders.items()}
         record_graph(graph_module, orders=kept)
@@ -78,7 +77,7 @@ class Pivot(Pass):
             order = shared_columns(heads)
             _annotate(nodes, Pivots("blocks", (order.unsqueeze(0),)))
             widths = [width.key for width in record.widths if record.hosts.get(width.key) == node.name]
-            bases |= {key: own[..., order[: own.shape[1]]] for key, own in zip(widths, heads, strict=True)}
+            bases |= {key: basis_of(own, order) for key, own in zip(widths, heads, strict=True)}
         record_graph(graph_module, bases=bases)
 
     def _order(self, members: list[_Member]) -> Tensor:
@@ -90,7 +89,7 @@ class Pivot(Pass):
             if largest[worst] <= self.bound:
                 break
             outside = members.pop(worst)
-            _annotate(outside.nodes, Pivots(outside.form, (_own_order(outside.factor.unsqueeze(0)),)))
+            _annotate(outside.nodes, Pivots("rows", (_own_order(outside.solution),)))
         else:
             order = pivot_rows(members[0].factor)
         for member in members:
@@ -100,11 +99,18 @@ class Pivot(Pass):
 
 @dataclass(frozen=True)
 class _Member:
-    """A site that reads or outputs a width, and the factor [features, r] whose rows belong to the width's features."""
+    """A site that reads or outputs a width, with a rank."""
 
     nodes: tuple[fx.Node, ...]
     form: Form
-    factor: Tensor
+    solution: Solution
+
+    @property
+    def factor(self) -> Tensor:
+        """The factor [features, r] whose rows belong to the width's features."""
+        left, right = self.solution.left, self.solution.right
+        factor = right[0].mT if self.form == "columns" or left is None else left[0]
+        return factor.detach().cpu()
 
     @property
     def rows(self) -> Tensor:
@@ -112,22 +118,14 @@ class _Member:
         return self.factor.mT.unsqueeze(0)
 
 
-def _own_order(factors: Tensor) -> Tensor:
-    """The order of the rows of each factor [G, O, r]."""
-    return torch.stack([pivot_rows(factor) for factor in factors])
-
-
 def _annotate(nodes: Sequence[fx.Node], pivots: Pivots) -> None:
     for node in nodes:
         annotate(node, pivots=pivots)
 
 
-def _factors(part: Solution, form: Form) -> Tensor:
-    """The factors whose rows belong to the outputs, [G, O, r], or to the inputs, [1, D, r]."""
-    factors = part.left if form == "rows" else part.right.mT
-    if factors is None:
-        raise ValueError("a dense layer has no pivots")
-    return factors.detach().cpu()
+def _own_order(part: Solution) -> Tensor | None:
+    """The order of a part's rows in each group; None if it is dense."""
+    return None if part.left is None else torch.stack([pivot_rows(left) for left in part.left])
 
 
 def _kept(graph_module: fx.GraphModule, width: Width) -> Tensor:

@@ -15,7 +15,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -152,13 +152,23 @@ class Stream:
 
     Attributes:
         count: about how many there are; 0 if that is not known.
+        keep: the number of samples that are kept for later.
+        kept: the first so many samples that have been read, in batches.
     """
 
     batches: Iterable[Any]
     count: int
+    keep: int = 0
+    kept: list[Any] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        left = self.keep
+        for batch in self.batches:
+            samples = max(sample_count(batch), 1)
+            if left > 0:
+                self.kept.append(batch if samples <= left else some_samples(batch, 0, left))
+                left -= samples
+            yield batch
 
     def __length_hint__(self) -> int:
         return self.count

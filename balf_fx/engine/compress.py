@@ -28,7 +28,7 @@ from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_w
 from balf_fx.calibration.weights import weighing
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.rewriting import normalise
-from balf_fx.engine.settings import Settings
+from balf_fx.engine.settings import FEW_SAMPLES, Settings
 from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.stages import work_of
 from balf_fx.engine.trials import allocate_faithfully, plan_trial
@@ -59,7 +59,7 @@ def run(
     """Calibrate an observed program and convert it.
 
     Args:
-        stream: batches to calibrate on, read once, where nothing needs them later.
+        stream: batches to calibrate on, read once, where only the samples that it keeps are needed later.
         lenient: as in `calibrate`.
     """
     work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
@@ -69,6 +69,8 @@ def run(
         batches = calibration.batches if stream is None else stream
         counted = calibrate(program, batches, calibration, lenient, calibrating)
         calibration = calibration.only(counted) if lenient else calibration
+        if stream is not None:
+            calibration = dataclasses.replace(calibration, batches=stream.kept)
     return convert(program, settings, calibration, converting)
 
 
@@ -247,7 +249,8 @@ def convert(
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals())
     if isinstance(allocate, Allocate) and measures:
-        trial = plan_trial(program, calibration, mode is not None)
+        sensitive = settings.chosen_factors == "sensitivity"
+        trial = plan_trial(program, calibration, mode is not None, *(() if sensitive else (FEW_SAMPLES,)))
         allocation = allocate_faithfully(program, problem, allocate, trial, trying)
     else:
         allocation = allocate.solve(problem)

@@ -33,6 +33,9 @@ Effort = Literal["fast", "balanced", "best"]
 Stage = Literal["prepare", "calibrate", "convert"]
 """The stage that an option affects: capture and observers, running the batches, or everything after that."""
 
+FEW_SAMPLES = 32
+"""The number of samples on which allocations without gradients are measured: few, since that is the fast way."""
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _WRAPPER = textwrap.TextWrapper(120, initial_indent=" " * 8, subsequent_indent=" " * 12)
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -224,7 +227,7 @@ class Settings:
         """Whether a few allocations are measured on batches, where there are any."""
         allocate = self.allocate()
         chooses = isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
-        return chooses and self.chosen_factors == "sensitivity"
+        return chooses and (self.chosen_factors == "sensitivity" or (self.effort == "fast" and self.factors is None))
 
     @property
     def memory_bytes(self) -> int:

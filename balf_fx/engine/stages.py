@@ -13,7 +13,7 @@ from typing import Any
 
 from balf_fx.calibration.batches import sample_count
 from balf_fx.engine.program import Program
-from balf_fx.engine.settings import Settings
+from balf_fx.engine.settings import FEW_SAMPLES, Settings
 from balf_fx.graph.annotation import annotation, graph_record, sites
 
 _EIGENVECTORS = 200.0
@@ -21,6 +21,7 @@ _GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes
 _REFIT = {"full": 10.0, "up": 3.0}  # forward passes
 _CHOLESKY = 7.0 / 3.0  # one factorization for each strength of the ridge, and one for all samples
 _TRIALS, _TRIAL_SAMPLES = 6, 256
+_METHODS = 3  # two allocations, and the original
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any], stream
         for width in graph_record(graph_module).widths if gradients and settings.widths else ():
             cubes += float(width.features) ** 3
     mode = settings.refit_mode
-    tried = min(1.0, _TRIAL_SAMPLES / max(samples, 1)) * forward
+    sensitive = settings.chosen_factors == "sensitivity"
+    trials, used = (_TRIALS, _TRIAL_SAMPLES) if sensitive else (_METHODS, FEW_SAMPLES)
+    tried = trials * min(1.0, used / max(samples, 1)) * forward
     return Work(
         calibrating=(_GRADIENTS if gradients else _OBSERVED) * forward,
         scoring=_EIGENVECTORS * cubes,
-        trying=_TRIALS * tried * (1.0 if mode is None else 1.0 + _REFIT["up"]) if settings.measures else 0.0,
+        trying=tried * (1.0 if mode is None else 1.0 + _REFIT["up"]) if settings.measures else 0.0,
         solving=0.0 if mode is None else _REFIT[mode] * forward + (cholesky if mode == "full" else 0.0),
     )
 

@@ -23,12 +23,13 @@ from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.allocation import Allocation
-from balf_fx.passes.allocate import IMPORTANCE, Allocate
+from balf_fx.passes.allocate import IMPORTANCE, Allocate, Method
 from balf_fx.passes.observe import remove_observers
 from balf_fx.progress import SILENT, Progress
 
 _LOGGER = logging.getLogger(__name__)
 _IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers are better at low budgets, 1 at high budgets
+_METHODS: tuple[Method, ...] = ("budget", "uniform")  # without gradients, each is far better on some models
 _CAUTIONS = (3.0, 9.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
 _SAMPLES = 128
 
@@ -59,18 +60,19 @@ class Trial:
         return divergence(tried.module, self.judge, self.references, weigh)
 
 
-def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial:
+def plan_trial(program: Program, calibration: Calibration, refit: bool, most: int = _SAMPLES) -> Trial:
     """Choose the samples for the measurement, and run the original on them.
 
     Args:
         calibration: has at least one batch.
         refit: whether the chosen allocation will be refitted.
+        most: the largest number of samples for each purpose.
     """
     original = program.copy()
     for graph_module in original.graph_modules:
         remove_observers(graph_module)
         graph_module.recompile()
-    fit, judge = _few(calibration, refit)
+    fit, judge = _few(calibration, refit, most)
     try:
         references = answers(original.module, judge.batches, calibration.forward)
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
@@ -84,7 +86,7 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool) -> Trial
 def allocate_faithfully(
     program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
 ) -> Allocation:
-    """Choose the best of a few allocations: first over `importance`, then over `caution`."""
+    """Choose the best of a few allocations: over `importance`, then over `caution`; without gradients, over methods."""
     measured: dict[Any, float] = {}
 
     def attempt(option: Allocate) -> _Attempt:
@@ -92,13 +94,18 @@ def allocate_faithfully(
         chosen = (*(choice.chosen.rank for choice in allocation.choices), *sorted(allocation.sizes.items()))
         if chosen not in measured:
             measured[chosen] = trial.measure(program, problem, allocation)
-        _LOGGER.info("importance %s, caution %s: %.4g", option.importance, option.caution, measured[chosen])
+        tried = (option.method, option.importance, option.caution, measured[chosen])
+        _LOGGER.info("%s, importance %s, caution %s: %.4g", *tried)
         return _Attempt(measured[chosen], option, allocation)
 
-    cautions = _CAUTIONS if problem.clusters else ()
-    first, second = progress.spans([len(_IMPORTANCES), len(cautions)])
-    tried = (attempt(dataclasses.replace(allocate, importance=power)) for power in first.track(_IMPORTANCES))
-    best = min(tried, key=attrgetter("lost"))
+    sensitive = allocate.importance > 0
+    if sensitive:
+        options = [dataclasses.replace(allocate, importance=power) for power in _IMPORTANCES]
+    else:
+        options = [dataclasses.replace(allocate, method=method) for method in _METHODS]
+    cautions = _CAUTIONS if problem.clusters and sensitive else ()
+    first, second = progress.spans([len(options), len(cautions)])
+    best = min(map(attempt, first.track(options)), key=attrgetter("lost"))
     cautious = (attempt(dataclasses.replace(best.option, caution=caution)) for caution in second.track(cautions))
     return min((best, *cautious), key=attrgetter("lost")).allocation
 
@@ -110,12 +117,12 @@ class _Attempt:
     allocation: Allocation
 
 
-def _few(calibration: Calibration, refit: bool) -> tuple[Calibration, Calibration]:
+def _few(calibration: Calibration, refit: bool, most: int) -> tuple[Calibration, Calibration]:
     """A few samples for the refit, and others for the measurement."""
     total = sum(map(_count, calibration.batches))
     if not refit or total < 2:
-        return _samples(calibration, 0, 0), _samples(calibration, 0, min(_SAMPLES, total))
-    size = min(_SAMPLES, total // 2)
+        return _samples(calibration, 0, 0), _samples(calibration, 0, min(most, total))
+    size = min(most, total // 2)
     return _samples(calibration, 0, size), _samples(calibration, size, 2 * size)
 
 

@@ -29,11 +29,16 @@ BOUND = 32.0
 """The largest entry of T: rounding errors grow with it."""
 
 
+_CONDITION = 1e4  # the largest condition number of C
+_TINY = 1e-300
+_LEAST = 1e-6  # singular values of C below this share of the largest one are raised to it
+
+
 def shared_columns(heads: Sequence[Tensor]) -> Tensor:
     """The order of the columns of several sets of heads that starts with columns P for which C is well-conditioned.
 
-    As in `ranks.pivots.pivot_rows`, columns are interchanged until the volume of the blocks, here the product of those
-    of all heads, is locally maximal. The columns of a larger size contain those of a smaller one.
+    The columns of a larger size contain those of a smaller one. As in `ranks.pivots.pivot_rows`, columns are
+    interchanged until the volume of the blocks, here the product of those of all heads, is locally maximal.
 
     Args:
         heads: W [heads, r, D] of each set.
@@ -41,59 +46,74 @@ def shared_columns(heads: Sequence[Tensor]) -> Tensor:
     Returns:
         [D]: the columns of the smallest size, then the others of each larger one, then the rest.
     """
-    found: list[int] = []
-    for size in sorted({own.shape[1] for own in heads}):
-        rows = torch.cat([own for own in heads if own.shape[1] == size]).to("cpu", torch.float64)
-        bases, _ = torch.linalg.qr(rows.mT)
-        found = _columns(bases, found)
-    return torch.tensor([*found, *sorted(set(range(heads[0].shape[-1])) - set(found))])
+    bases = [torch.linalg.qr(own.detach().to("cpu", torch.float64).mT)[0] for own in heads]
+    order = _first_order(bases)
+    others = [_solved(basis[:, order]) for basis in bases]
+    widest = max(own.shape[-1] for own in bases)
+    for _ in range(len(order) * widest):
+        gains = torch.zeros(len(order), widest, dtype=torch.float64)
+        for own in others:
+            rank = own.shape[-1]
+            gains[rank:, :rank] += own.abs().clamp_min(_TINY).log().sum(0)
+        place, pivot = divmod(int(gains.argmax()), widest)
+        if not math.log(GAIN) < float(gains[place, pivot]) < math.inf:
+            break
+        order[[pivot, place]] = order[[place, pivot]]
+        for index, own in enumerate(others):
+            rank = own.shape[-1]
+            if pivot < rank <= place:
+                others[index] = interchanged(own, place - rank, pivot)
+    return order
 
 
-def _columns(bases: Tensor, given: Sequence[int]) -> list[int]:
-    """Add to the given rows of Q [heads, D, r] until they are r, for which the product of all volumes is large."""
-    _, features, size = bases.shape
-    rest = bases.clone()
+def has_blocks(heads: Sequence[Tensor], bound: float) -> bool:
+    """Whether all heads W [heads, r, D] of some sets can get identity blocks without large rounding errors."""
+    order = shared_columns(heads)
+    return all(
+        largest_entry(own, order) <= bound
+        and float(torch.linalg.cond(own[..., order[: own.shape[1]]]).max()) < _CONDITION
+        for own in heads
+    )
+
+
+def basis_of(heads: Tensor, order: Tensor) -> Tensor:
+    """C [heads, r, r] for W [heads, r, D] and an order of the columns.
+
+    A head whose weight has a lower rank than r gets an invertible C that differs from the block by rounding errors.
+    """
+    left, singular, right = torch.linalg.svd(heads[..., order[: heads.shape[1]]])
+    least = _LEAST * float(singular.max())
+    basis: Tensor = left * singular.clamp_min(least).unsqueeze(-2) @ right
+    return basis
+
+
+def _first_order(bases: Sequence[Tensor]) -> Tensor:
+    """Choose rows of Q [heads, D, r] one by one: the one with the largest product of lengths outside of the spans."""
+    features = bases[0].shape[1]
+    rest = [own.clone() for own in bases]
     taken: list[int] = []
-    for step in range(size):
-        lengths = rest.norm(dim=-1)
-        index = given[step] if step < len(given) else int(_volumes(lengths, taken).argmax())
-        taken.append(index)
-        direction = rest[:, index] / lengths[:, index, None].clamp_min(1e-300)
-        rest = rest - (rest @ direction.unsqueeze(-1)) * direction.unsqueeze(-2)
-    order = torch.tensor([*taken, *sorted(set(range(features)) - set(taken))])
-    others = _solved(bases[:, order], size)
-    for _ in range(features * size):
-        if size == features or others is None:
-            break
-        gains = _volumes(others.abs().flatten(1), ())
-        gains = gains.reshape(features - size, size)[:, len(given) :]
-        if not gains.numel() or not float(gains.max()) > math.log(GAIN):
-            break
-        row, column = divmod(int(gains.argmax()), gains.shape[1])
-        column += len(given)
-        order[[column, size + row]] = order[[size + row, column]]
-        others = interchanged(others, row, column)
-    return [int(index) for index in order[:size]]
+    for size in range(max(own.shape[-1] for own in bases)):
+        wanted = [index for index, own in enumerate(bases) if own.shape[-1] > size]
+        lengths = torch.cat([rest[index].norm(dim=-1) for index in wanted])
+        volumes = lengths.clamp_min(_TINY).log().sum(0)
+        volumes[taken] = -math.inf
+        taken.append(int(volumes.argmax()))
+        for index in wanted:
+            own = rest[index]
+            direction = own[:, taken[-1]] / own[:, taken[-1]].norm(dim=-1, keepdim=True).clamp_min(_TINY)
+            rest[index] = own - (own @ direction.unsqueeze(-1)) * direction.unsqueeze(-2)
+    return torch.tensor([*taken, *sorted(set(range(features)) - set(taken))])
 
 
-def _volumes(factors: Tensor, taken: Sequence[int]) -> Tensor:
-    """The logarithm of the product over heads of [heads, n]; -inf for those that are taken."""
-    found = factors.clamp_min(1e-300).log().sum(0)
-    found[list(taken)] = -math.inf
-    return found
-
-
-def _solved(bases: Tensor, size: int) -> Tensor | None:
-    """T [heads, D - r, r] of each head; None if some block is singular."""
-    solved, info = torch.linalg.solve_ex(bases[:, :size], bases[:, size:], left=False)
-    return None if info.any() or not solved.isfinite().all() else solved
+def _solved(basis: Tensor) -> Tensor:
+    """T [heads, D - r, r] for Q [heads, D, r] whose first rows are pivots; infinite where these are singular."""
+    rank = basis.shape[-1]
+    solved, info = torch.linalg.solve_ex(basis[:, :rank], basis[:, rank:], left=False)
+    return torch.where((info == 0)[:, None, None] & solved.isfinite(), solved, math.inf)
 
 
 def largest_entry(heads: Tensor, order: Tensor) -> float:
-    """The largest entry of T for W [heads, r, D] and an order of the columns that starts with P; infinity if there is
-    no T."""
-    bases, _ = torch.linalg.qr(heads.to("cpu", torch.float64).mT)
-    others = _solved(bases[:, order], heads.shape[1])
-    if others is None:
-        return math.inf
+    """The largest entry of T for W [heads, r, D] and an order of the columns that starts with P."""
+    basis, _ = torch.linalg.qr(heads.detach().to("cpu", torch.float64).mT)
+    others = _solved(basis[:, order])
     return float(others.abs().max()) if others.numel() else 0.0

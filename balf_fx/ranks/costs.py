@@ -55,15 +55,21 @@ def _saved(site: Site, rank: Rank) -> int:
     return 0 if site.form(rank) == "pair" else sum(r * r for r in each_rank(rank) if r is not None)
 
 
-def useful_ranks(site: Site) -> list[int]:
-    """The ranks that cost less than the dense layer, ascending, without those for which a larger one costs no more."""
+def possible_ranks(site: Site) -> list[int]:
+    """The ranks whose factors have fewer numbers than the dense weight, ascending."""
     if site.keeps_rank:
         return []
     outputs, inputs = site.out_features, site.in_features
+    ranks = range(site.rank_step, site.full_rank, site.rank_step)
+    return [rank for rank in ranks if rank * (outputs + inputs) - _saved(site, rank) < outputs * inputs]
+
+
+def useful_ranks(site: Site) -> list[int]:
+    """The possible ranks without those for which a higher one costs no more, ascending."""
     found: list[int] = []
-    least = outputs * inputs
-    for rank in range((site.full_rank - 1) // site.rank_step * site.rank_step, 0, -site.rank_step):
-        cost = rank * (outputs + inputs) - _saved(site, rank)
+    least = site.out_features * site.in_features
+    for rank in reversed(possible_ranks(site)):
+        cost = rank * (site.out_features + site.in_features) - _saved(site, rank)
         if cost < least:
             found.append(rank)
             least = cost
@@ -115,6 +121,13 @@ def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:
     steps = min(_POINTS - 1, site.full_rank)
     ranks = sorted({max(i, round(site.full_rank * (i / steps) ** 2)) for i in range(steps + 1)})
     return EnergyCurve(tuple(ranks), tuple(round(1.0 - curve.normalised(tail[rank]), 5) for rank in ranks))
+
+
+def rank_candidate(site: Site, curve: RankCurve, rank: int) -> Candidate:
+    """The candidate of any possible rank of a site without experts."""
+    flops = rank_flops(site, rank, curve.dense.flops, curve.output_elements)
+    params = rank_params(site, rank, site.bias is not None or curve.spectrum.mean is not None)
+    return Candidate(rank, flops, params, tail_energies(curve.spectrum)[rank])
 
 
 def largest_part_rank(site: Site) -> int:

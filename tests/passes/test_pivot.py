@@ -1,0 +1,249 @@
+"""Layers written with their own rows or columns compute what plain factors compute, at the price that was counted."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import balf_fx
+from balf_fx.errors import OptionError
+from balf_fx.graph.flops import flop_counter
+from balf_fx.graph.parameters import count_parameters
+from balf_fx.graph.plan import Plan
+
+GENERATOR = torch.Generator
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=GENERATOR().manual_seed(seed), dtype=torch.float64)
+
+
+def made(model):
+    generator = GENERATOR().manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(
+            parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1, generator=generator
+        )
+    return model.double().eval()
+
+
+class Attention(nn.Module):
+    """Fused or separate projections; keys and values may have fewer heads than queries."""
+
+    def __init__(self, fused=True, heads=4, kv_heads=4, features=48):
+        super().__init__()
+        self.heads, self.kv_heads, self.fused = heads, kv_heads, fused
+        size = features // heads
+        if fused:
+            self.qkv = nn.Linear(features, 3 * features)
+        else:
+            self.q = nn.Linear(features, features)
+            self.k = nn.Linear(features, kv_heads * size, bias=False)
+            self.v = nn.Linear(features, kv_heads * size)
+        self.out = nn.Linear(features, features)
+        self.norm, self.norm2 = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.up, self.down = nn.Linear(features, 2 * features), nn.Linear(2 * features, features)
+
+    def forward(self, x):
+        batch, length, features = x.shape
+        y = self.norm(x)
+        if self.fused:
+            q, k, v = self.qkv(y).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q = self.q(y).view(batch, length, self.heads, -1).transpose(1, 2)
+            k, v = (each(y).view(batch, length, self.kv_heads, -1).transpose(1, 2) for each in (self.k, self.v))
+            if self.heads != self.kv_heads:
+                k, v = (each.repeat_interleave(self.heads // self.kv_heads, 1) for each in (k, v))
+        z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, features)
+        x = x + self.out(z)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Bottleneck(nn.Module):
+    """A residual stream of channels, a depthwise convolution, and a constant for each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 48, 3, padding=1)
+        self.expand, self.project = nn.Conv2d(48, 96, 1), nn.Conv2d(96, 48, 1)
+        self.depthwise, self.norm = nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.BatchNorm2d(96)
+        self.scale = nn.Parameter(torch.ones(96, 1, 1))
+        self.head = nn.Linear(48, 40)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu6(self.expand(x)) * self.scale
+        x = x + self.project(F.relu6(self.norm(self.depthwise(y))))
+        return self.head(x.mean((2, 3)))
+
+
+def forms(model):
+    return {row.name: row.form for row in balf_fx.report(model).sites}
+
+
+def counted(model, x):
+    with torch.no_grad(), flop_counter() as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+def check_counts(model, x):
+    report = balf_fx.report(model)
+    assert report.flops_after == counted(model, x)
+    assert report.params_after == count_parameters(model)
+
+
+MODELS = {
+    "fused": (lambda: nn.Sequential(Attention(), Attention()), (4, 10, 48)),
+    "separate": (lambda: nn.Sequential(Attention(fused=False), Attention(fused=False)), (4, 10, 48)),
+    "grouped queries": (lambda: Attention(fused=False, kv_heads=2), (4, 10, 48)),
+    "convolutions": (Bottleneck, (4, 3, 12, 12)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def subject(request):
+    make, shape = MODELS[request.param]
+    return made(make()), [randn(*shape, seed=i) for i in range(6)]
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("budget", [{"flops": 0.9}, {"flops": 0.6}, {"params": 0.75}])
+def test_a_plan_carried_out_with_and_without_pivots_is_one_function(subject, effort, budget):
+    model, batches = subject
+    small = balf_fx.compile(model, batches, **budget, effort=effort, progress=False)
+    check_counts(small, batches[0])
+    plan = Plan.of(small)
+    pairs = [dataclasses.replace(c, site=dataclasses.replace(c.site, pivots=None)) for c in plan.allocation.choices]
+    plain = dataclasses.replace(plan, allocation=dataclasses.replace(plan.allocation, choices=unblocked(pairs)))
+    other = balf_fx.compile(model, batches, allocation=plain, effort=effort, progress=False)
+    again = balf_fx.compile(model, batches, allocation=plan, effort=effort, progress=False)
+    assert set(forms(other).values()) <= {"", "pair"}
+    assert forms(again) == forms(small)
+    torch.testing.assert_close(small(batches[0]), other(batches[0]), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(small(batches[0]), again(batches[0]))
+    assert count_parameters(small) <= count_parameters(other)
+
+
+def unblocked(choices):
+    return tuple(
+        dataclasses.replace(choice, chosen=choice.dense) if choice.chosen.blocks else choice for choice in choices
+    )
+
+
+@pytest.mark.parametrize("name", ["fused", "separate", "grouped queries"])
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_identity_blocks_cost_nothing_but_save_something(name, effort):
+    make, shape = MODELS[name]
+    model, batches = made(make()), [randn(*shape, seed=i) for i in range(6)]
+    small = balf_fx.compile(model, batches, flops=0.97, effort=effort, progress=False)
+    assert "blocks" in forms(small).values()
+    assert set(forms(small).values()) <= {"", "blocks", "rows"}  # inputs of rank 47 behind a LayerNorm of 48 features
+    assert counted(small, batches[0]) <= 0.97 * counted(model, batches[0])
+    check_counts(small, batches[0])
+    torch.testing.assert_close(small(batches[0]), model(batches[0]), rtol=1e-9, atol=1e-9)
+
+
+def test_the_entries_of_the_blocks_are_counted_by_hand():
+    model, batches = made(Attention()), [randn(4, 10, 48, seed=i) for i in range(4)]
+    small = balf_fx.compile(model, batches, params=0.999, effort="fast", progress=False)
+    assert count_parameters(model) - count_parameters(small) == 2 * 4 * 12**2  # keys and values, 4 heads, 12 features
+
+
+def test_a_width_takes_over_the_order_of_the_layers_around_it():
+    model = made(nn.Sequential(nn.Linear(40, 160), nn.GELU(), nn.Linear(160, 40)))
+    batches = [randn(16, 40, seed=i) for i in range(6)]
+    small = balf_fx.compile(model, batches, allocation={"0": 33, "2": 25}, effort="fast", progress=False)
+    assert forms(small) == {"0": "rows", "2": "columns"}
+    assert not gathers(small)
+    pair = balf_fx.compile(model, batches, allocation={"0": 31, "2": 25}, effort="fast", progress=False, pivot=False)
+    rows = balf_fx.compile(model, batches, allocation={"0": 31, "2": 25}, effort="fast", progress=False)
+    torch.testing.assert_close(rows(batches[0]), pair(batches[0]))
+
+
+def test_constants_and_depthwise_convolutions_follow_the_order():
+    model, batches = made(Bottleneck()), [randn(4, 3, 12, 12, seed=i) for i in range(6)]
+    with torch.no_grad():
+        model.scale.copy_(torch.linspace(0.5, 2, 96)[:, None, None])
+    ranks = {"expand": 20, "project": 18}
+    rows = balf_fx.compile(model, batches, allocation=ranks, effort="fast", progress=False)
+    pair = balf_fx.compile(model, batches, allocation=ranks, effort="fast", progress=False, pivot=False)
+    assert {forms(rows)[name] for name in ranks} == {"rows", "columns"}
+    assert not gathers(rows)
+    torch.testing.assert_close(rows(batches[0]), pair(batches[0]))
+
+
+def test_outputs_that_others_read_are_gathered_where_that_is_worth_it():
+    model = made(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)))
+    batches = [randn(32, 64, seed=i) for i in range(6)]
+    small = balf_fx.compile(model, batches, allocation={"0": 20, "2": 50}, effort="fast", progress=False)
+    assert forms(small) == {"0": "pair", "2": "rows"}
+    assert gathers(small) == 1
+    assert balf_fx.report(small).sites[0].params_after == 20 * 128 + 64
+    assert balf_fx.report(small).sites[1].params_after == 50 * (128 - 50) + 64
+    with pytest.raises(OptionError, match="from 1 to 31 or 36 to 63, or None for dense"):
+        balf_fx.compile(model, batches, allocation={"0": 33}, effort="fast", progress=False)
+
+
+def gathers(model):
+    return sum(node.target is torch.index_select for node in model.graph.nodes)
+
+
+@pytest.mark.parametrize("preset", [balf_fx.BALF, balf_fx.AIR, {"pivot": False}])
+def test_published_methods_keep_plain_factors(preset):
+    model, batches = made(nn.Sequential(Attention(), Attention())), [randn(4, 10, 48, seed=i) for i in range(3)]
+    small = balf_fx.compile(model, batches, flops=0.7, progress=False, **preset)
+    assert set(forms(small).values()) <= {"", "pair"}
+    assert "pair" in forms(small).values() or preset == {"pivot": False}
+
+
+def test_excluded_layers_keep_their_weights_and_their_order(subject):
+    model, batches = subject
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    kept = names[len(names) // 2]
+    small = balf_fx.compile(model, batches, flops=0.7, exclude=[kept], progress=False)
+    check_counts(small, batches[0])
+    assert torch.equal(small.get_submodule(kept).weight, model.get_submodule(kept).weight)
+
+
+def test_a_result_can_be_stored_copied_exported_and_compiled(subject, tmp_path):
+    model, batches = subject
+    before = copy.deepcopy(model.state_dict())
+    small = balf_fx.compile(model, batches, flops=0.75, progress=False)
+    wanted = small(batches[0])
+    balf_fx.save(small, tmp_path / "small.balf")
+    blank = copy.deepcopy(model)
+    for parameter in blank.parameters():
+        nn.init.zeros_(parameter)
+    for other in (
+        balf_fx.load(tmp_path / "small.balf", blank),
+        copy.deepcopy(small),
+        pickle.loads(pickle.dumps(small)),
+    ):
+        assert torch.equal(other(batches[0]), wanted)
+    torch.testing.assert_close(torch.export.export(small, (batches[0],)).module()(batches[0]), wanted)
+    torch.testing.assert_close(torch.compile(small, backend="aot_eager")(batches[0]), wanted)
+    torch.testing.assert_close(small(batches[0][:2]), wanted[:2])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_the_backend_takes_the_new_forms_also_for_other_shapes(tmp_path):
+    model, batches = made(nn.Sequential(Attention(), Attention())), [randn(4, 10, 48, seed=i) for i in range(4)]
+    offline = balf_fx.compile(model, batches, flops=0.8, effort="balanced", progress=False, capture="export")
+    torch.compiler.reset()
+    online = torch.compile(
+        model, backend="balf", options={"flops": 0.8, "effort": "balanced", "calibration_steps": 4}, dynamic=False
+    )
+    with torch.no_grad():
+        for batch in batches:
+            online(batch)
+        torch.testing.assert_close(online(batches[0]), offline(batches[0]))
+        shorter = batches[0][:, :7].contiguous()
+        balf_fx.save(offline, tmp_path / "small.balf")
+        other = balf_fx.load(tmp_path / "small.balf", model, example=shorter)
+        torch.testing.assert_close(online(shorter), other(shorter))
+    torch.compiler.reset()

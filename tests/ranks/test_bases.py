@@ -1,0 +1,74 @@
+"""Changes of basis of heads, against products that do not see them, in float64."""
+
+import pytest
+import torch
+
+from balf_fx.ranks.bases import BOUND, basis_of, has_blocks, largest_entry, shared_columns
+from balf_fx.ranks.pivots import pivot_rows
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("sets", [[(3, 8)], [(4, 6), (4, 6)], [(2, 5), (2, 9)], [(1, 1)]])
+def test_columns_are_a_permutation_and_well_conditioned_for_each_head(sets):
+    heads = [randn(count, size, 24, seed=index) for index, (count, size) in enumerate(sets)]
+    order = shared_columns(heads)
+    assert sorted(order.tolist()) == list(range(24))
+    assert max(largest_entry(own, order) for own in heads) < 16
+
+
+def test_one_head_gets_the_columns_of_its_own_pivots():
+    head = randn(1, 6, 20)
+    own = largest_entry(head, pivot_rows(head[0].mT))
+    assert largest_entry(head, shared_columns([head])) == pytest.approx(own, rel=0.2)
+
+
+def test_interchanges_improve_on_any_first_choice():
+    """No interchange of a column in P with another one increases the product of the volumes by more than 1 %."""
+    heads = randn(3, 4, 10)
+    order = shared_columns([heads])
+    inside, outside = order[:4].tolist(), order[4:].tolist()
+
+    def volume(columns):
+        return float(torch.linalg.det(heads[:, :, columns]).abs().prod())
+
+    best = volume(inside)
+    for place in range(4):
+        for other in outside:
+            assert volume([*inside[:place], other, *inside[place + 1 :]]) <= 1.02 * best
+
+
+def test_heads_without_well_conditioned_columns_are_refused():
+    heads = randn(2, 5, 12)
+    assert has_blocks([heads], BOUND)
+    low = heads.clone()
+    low[1, 4] = low[1, 3]
+    assert not has_blocks([low], BOUND)
+    assert not has_blocks([heads, torch.zeros(1, 3, 12, dtype=torch.float64)], BOUND)
+    assert not has_blocks([heads], 0.1)
+
+
+def test_a_head_of_lower_rank_still_gets_an_invertible_basis():
+    """A refit may leave such a head, after its form was decided."""
+    heads = randn(2, 5, 12)
+    heads[1, 4] = heads[1, 3]
+    order = shared_columns([heads])
+    basis = basis_of(heads, order)
+    assert float(torch.linalg.cond(basis).max()) < 1e8
+    torch.testing.assert_close(basis, heads[..., order[:5]], rtol=0, atol=1e-5)
+    turned = torch.linalg.inv(basis) @ heads
+    turned[..., order[:5]] = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(basis @ turned, heads, rtol=0, atol=1e-4)
+
+
+def test_products_of_queries_and_keys_do_not_see_the_basis():
+    queries, keys, x = randn(3, 6, 20), randn(3, 6, 20, seed=1), randn(20, 9, seed=2)
+    order = shared_columns([keys])
+    basis = keys[:, :, order[:6]]
+    turned_keys, turned_queries = torch.linalg.inv(basis) @ keys, basis.mT @ queries
+    torch.testing.assert_close(
+        (turned_queries @ x).mT @ (turned_keys @ x), (queries @ x).mT @ (keys @ x), rtol=1e-8, atol=1e-8
+    )
+    torch.testing.assert_close(turned_keys[:, :, order[:6]], torch.eye(6, dtype=torch.float64).expand(3, -1, -1))
