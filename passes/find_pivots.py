@@ -15,7 +15,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor, grouped_weight
-from balf_fx.graph.site import PivotSide, Site
+from balf_fx.graph.site import FreeOrder, Site
 from balf_fx.graph.widths import HOSTS, Width
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.bases import BOUND, has_blocks
@@ -26,9 +26,9 @@ from balf_fx.widths.channels import is_simple
 class FindPivots(Pass):
     """Record the form of each site's low-rank maps (`ranks.pivots`), on which their cost depends.
 
-    The rows of a map come in another order, the pivots first, and so do the columns. Where all outputs of a site are
-    channels of a width, or all of its inputs are, the layers on the other side take over this order. The outputs of
-    other sites are brought into order by a gather, where that takes less time than it saves (`Site.form`).
+    The columns of a map, or its rows, come in another order, the pivots first. Where all inputs of a site are channels
+    of a width, or all of its outputs are, the layers around it take over this order. Features of other sites are
+    brought into order by a gather, where that takes less time than it saves (`Site.form`).
 
     Also record the layers in which heads of attention may get identity blocks (`ranks.bases`).
 
@@ -54,15 +54,14 @@ class FindPivots(Pass):
 
     def _pivots(
         self, site: Site, nodes: list[fx.Node], written: Mapping[str, Width], read: Mapping[str, Width]
-    ) -> PivotSide | None:
+    ) -> FreeOrder | None:
         if not self.enabled or site.has_experts or site.keeps_rank:
             return None
-        sides: list[tuple[int, PivotSide]] = []
-        if len(nodes) == 1 and not annotation(nodes[0]).shared and site.groups == 1:
-            name = nodes[0].name
-            sides += [(len(written[name].layers), "rows")] if name in written else []
-            sides += [(len(read[name].layers), "columns")] if name in read else []
-        return min(sides, key=lambda side: side[0])[1] if sides else "gather"  # the fewer layers share an order
+        if len(nodes) > 1 or annotation(nodes[0]).shared or site.groups > 1:
+            return "none"
+        if nodes[0].name in read:
+            return "columns"
+        return "rows" if nodes[0].name in written else "none"
 
     def _hosts(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """The layers of keys and of values whose weights have well-conditioned blocks."""
@@ -101,15 +100,8 @@ def writers_and_readers(graph_module: fx.GraphModule) -> tuple[dict[str, Width],
         name: width
         for width in widths
         for name in width.consumers
-        if isinstance(layer := read_layer(graph_module, nodes[name]), Site) and _reads_each_once(layer, width.features)
+        if isinstance(layer := read_layer(graph_module, nodes[name]), Site)
+        and layer.reads_each_once
+        and layer.in_features == width.features
     }
     return written, read
-
-
-def _reads_each_once(layer: Site, features: int) -> bool:
-    """Whether each output is computed from one pixel, with one column for each feature."""
-    conv = layer.conv
-    plain = conv is None or (
-        conv.pointwise and not layer.transposed and set(conv.stride) == {1} and set(conv.padding) == {(0, 0)}
-    )
-    return plain and layer.groups == 1 and layer.in_features == features

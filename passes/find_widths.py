@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class FindWidths(Pass):
         taken = {name for width in chosen for name in width.producers}
         others = [
             width
-            for width in find_channels(graph_module, most=math.inf)
+            for width in find_channels(graph_module, ordering=True)
             if taken.isdisjoint(width.producers) and is_simple(graph_module, width)
         ]
         named = tuple(_named(graph_module, [*chosen, *others]))

@@ -1,9 +1,9 @@
-"""Write each low-rank map with some of its own rows or columns."""
+"""Write each low-rank map with some of its own rows or columns, and heads of attention with identity blocks."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,17 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import Pivots, annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.curves import Form, Solution
+from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import solution_of
 from balf_fx.passes.find_pivots import writers_and_readers
-from balf_fx.ranks.bases import basis_of, largest_entry, shared_columns
+from balf_fx.ranks.bases import BOUND, basis_of, largest_entry, shared_columns
 from balf_fx.ranks.pivots import pivot_rows
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
+
+_HALF = 3.0  # the largest coefficient for weights in half precision
 
 
 @dataclass(frozen=True)
@@ -28,94 +32,127 @@ class Pivot(Pass):
     Runs between `Refit` and `Narrow`, which reorders the constants between layers; `Factorize` writes the maps. All
     layers around a width share its order. It starts with the pivots of the smallest rank, and those of a larger rank
     contain them. Where some coefficient of such a layer exceeds the bound, it has pivots of its own, and a gather
-    brings its outputs into order.
+    brings its features into order.
 
-    Heads of attention get new bases first, where the allocation has chosen identity blocks (`ranks.bases`).
+    Heads for which the allocation has chosen identity blocks get new bases (`ranks.bases`); the columns of the blocks
+    are pivots in the same order.
 
     Attributes:
-        bound: the largest coefficient by which pivots in a shared order are combined, at least 1 (`ranks.pivots`).
+        bound: the largest coefficient by which pivots in a shared order are combined, at least 1 (`ranks.pivots`). For
+            weights in half precision, it is at most 3.
     """
 
-    bound: float = 3.0
+    bound: float = 16.0
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        self._choose_bases(graph_module)
-        record, cuts = graph_record(graph_module), find_cuts(graph_module)
-        widths = {width.key: width for width in (*record.widths, *record.orderable)}
-        written, read = writers_and_readers(graph_module)
-        members: dict[str, list[_Member]] = defaultdict(list)
-        for site, nodes in sites(graph_module).items():
-            node = nodes[0]
-            choice, cut = annotation(node).choice, cuts.get(node.name, Cut())
-            if choice is None:
-                continue
-            form = cut.outputs(cut.inputs(choice.site)).form(choice.chosen.rank)
-            if form == "pair":
-                continue
-            solution = solution_of(graph_module, node, site, cut)
-            width = (written if form == "rows" else read).get(node.name)
-            if width is not None and choice.site.pivots != "gather":
-                members[width.key].append(_Member(tuple(nodes), form, solution[0]))
-                continue
-            _annotate(nodes, Pivots("rows", tuple(map(_own_order, solution))))
-        orders = {key: self._order(list(own)) for key, own in members.items()}
+        widths = {width.key: width for width in _widths(graph_module)}
+        shared: dict[str, list[_Member]] = defaultdict(list)
+        alone: list[_Member] = []
+        for member in self._members(graph_module):
+            (alone if member.width is None else shared[member.width]).append(member)
+        orders: dict[str, Tensor] = {}
+        for key, members in shared.items():
+            orders[key], outside = _shared_order(members)
+            alone += outside
         kept = {key: _kept(graph_module, widths[key])[order] for key, order in orders.items()}
-        record_graph(graph_module, orders=kept)
+        for member in alone:
+            _annotate(member.nodes, Pivots(member.form, member.own_orders()))
+        record_graph(graph_module, orders=kept, bases=dict(_bases(graph_module, orders)))
         return PassResult(graph_module, False)
 
-    def _choose_bases(self, graph_module: fx.GraphModule) -> None:
-        """Give the heads for which the allocation says so a basis with identity blocks."""
-        record, cuts = graph_record(graph_module), find_cuts(graph_module)
-        bases: dict[str, Tensor] = {}
+    def _members(self, graph_module: fx.GraphModule) -> Iterator[_Member]:
+        """The sites that the allocation writes with pivots or with identity blocks."""
+        cuts = find_cuts(graph_module)
+        written, read = writers_and_readers(graph_module)
         for site, nodes in sites(graph_module).items():
             node, choice = nodes[0], annotation(nodes[0]).choice
-            if choice is None or not choice.chosen.blocks:
+            if choice is None:
                 continue
             cut = cuts.get(node.name, Cut())
-            (solution,) = solution_of(graph_module, node, site, cut)
-            heads = [solution.right[0, rows].detach().cpu() for rows in hosted_rows(graph_module, node.name, cut)]
-            order = shared_columns(heads)
-            _annotate(nodes, Pivots("blocks", (order.unsqueeze(0),)))
-            widths = [width.key for width in record.widths if record.hosts.get(width.key) == node.name]
-            bases |= {key: basis_of(own, order) for key, own in zip(widths, heads, strict=True)}
-        record_graph(graph_module, bases=bases)
+            form = cut.outputs(cut.inputs(choice.site)).form(choice.chosen.rank)
+            form = "blocks" if choice.chosen.blocks else form
+            if form == "pair":
+                continue
+            width = (written if form == "rows" else read).get(node.name)
+            free = width is not None and (form == "blocks" or choice.site.pivots == form)
+            heads = hosted_rows(graph_module, node.name, cut) if form == "blocks" else ()
+            yield _Member(
+                tuple(nodes),
+                form,
+                solution_of(graph_module, node, site, cut),
+                self._limit(graph_module, site, form),
+                heads,
+                width.key if width is not None and free else None,
+            )
 
-    def _order(self, members: list[_Member]) -> Tensor:
-        """The order of a width's features that serves the layers on both sides."""
-        while len(members) > 1:
-            order = shared_columns([member.rows for member in members])
-            largest = [largest_entry(member.rows, order) for member in members]
-            worst = max(range(len(members)), key=largest.__getitem__)
-            if largest[worst] <= self.bound:
-                break
-            outside = members.pop(worst)
-            _annotate(outside.nodes, Pivots("rows", (_own_order(outside.solution),)))
-        else:
-            order = pivot_rows(members[0].factor)
-        for member in members:
-            _annotate(member.nodes, Pivots(member.form, (None,)))
-        return order
+    def _limit(self, graph_module: fx.GraphModule, site: Site, form: Form) -> float:
+        half = get_tensor(graph_module, site.weight).dtype in (torch.float16, torch.bfloat16)
+        return BOUND if form == "blocks" else min(self.bound, _HALF) if half else self.bound
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A site that reads or outputs a width, with a rank."""
+    """A site that is written with pivots.
+
+    Attributes:
+        limit: the largest coefficient in a shared order.
+        heads: for blocks, the rows of each set of heads.
+        width: the key of the width in whose order the pivots are; None if they have an order of their own.
+    """
 
     nodes: tuple[fx.Node, ...]
     form: Form
-    solution: Solution
+    solution: tuple[Solution, ...]
+    limit: float
+    heads: tuple[Tensor, ...] = ()
+    width: str | None = None
 
     @property
-    def factor(self) -> Tensor:
-        """The factor [features, r] whose rows belong to the width's features."""
-        left, right = self.solution.left, self.solution.right
-        factor = right[0].mT if self.form == "columns" or left is None else left[0]
-        return factor.detach().cpu()
+    def rows(self) -> list[Tensor]:
+        """Matrices [heads, r, features] that need r independent columns in common."""
+        left, right = self.solution[0].left, self.solution[0].right.detach().cpu()
+        if self.form == "blocks":
+            return [right[0, rows] for rows in self.heads]
+        return [right] if self.form == "columns" or left is None else [left.detach().cpu().mT]
 
-    @property
-    def rows(self) -> Tensor:
-        """The factor as one head, [1, r, features]."""
-        return self.factor.mT.unsqueeze(0)
+    def own_orders(self) -> tuple[Tensor | None, ...]:
+        """The order of the features for each part, pivots first; None for a dense part."""
+        if self.form == "blocks":
+            return (shared_columns(self.rows).unsqueeze(0),)
+        return tuple(_own_order(part, self.form) for part in self.solution)
+
+
+def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[_Member]]:
+    """An order of a width's features that serves all members around it, and those that it does not serve."""
+    served, outside = list(members), []
+    while len(served) > 1 or served[0].form == "blocks":
+        order = shared_columns([rows for member in served for rows in member.rows])
+        excess = [max(largest_entry(rows, order) for rows in member.rows) / member.limit for member in served]
+        worst = max(range(len(served)), key=excess.__getitem__)
+        if excess[worst] <= 1 or len(served) == 1:
+            break
+        outside.append(served.pop(worst))
+    else:
+        order = pivot_rows(served[0].rows[0][0].mT)
+    for member in served:
+        _annotate(member.nodes, Pivots(member.form, (None,)))
+    return order, outside
+
+
+def _bases(graph_module: fx.GraphModule, orders: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The new bases of heads in layers whose pivots have been chosen, by `Width.key`."""
+    record, cuts = graph_record(graph_module), find_cuts(graph_module)
+    _, read = writers_and_readers(graph_module)
+    for site, nodes in sites(graph_module).items():
+        node, pivots = nodes[0], annotation(nodes[0]).pivots
+        if pivots is None or pivots.form != "blocks":
+            continue
+        cut = cuts.get(node.name, Cut())
+        (solution,) = solution_of(graph_module, node, site, cut)
+        order = orders[read[node.name].key] if pivots.orders[0] is None else pivots.orders[0][0]
+        widths = [width.key for width in record.widths if record.hosts.get(width.key) == node.name]
+        for key, rows in zip(widths, hosted_rows(graph_module, node.name, cut), strict=True):
+            yield key, basis_of(solution.right[0, rows].detach().cpu(), order)
 
 
 def _annotate(nodes: Sequence[fx.Node], pivots: Pivots) -> None:
@@ -123,9 +160,16 @@ def _annotate(nodes: Sequence[fx.Node], pivots: Pivots) -> None:
         annotate(node, pivots=pivots)
 
 
-def _own_order(part: Solution) -> Tensor | None:
-    """The order of a part's rows in each group; None if it is dense."""
-    return None if part.left is None else torch.stack([pivot_rows(left) for left in part.left])
+def _own_order(part: Solution, form: Form) -> Tensor | None:
+    """The order of a part's rows in each group, or of its columns; None if it is dense."""
+    if part.left is None:
+        return None
+    return torch.stack([pivot_rows(factor) for factor in (part.left if form == "rows" else part.right.mT)])
+
+
+def _widths(graph_module: fx.GraphModule) -> tuple[Width, ...]:
+    record = graph_record(graph_module)
+    return (*record.widths, *record.orderable)
 
 
 def _kept(graph_module: fx.GraphModule, width: Width) -> Tensor:

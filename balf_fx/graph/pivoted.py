@@ -108,8 +108,8 @@ class Blocks:
 
     Attributes:
         module: an nn.ModuleList of the layer of all other outputs, if there are any, and of one layer for each set of
-            heads. Its buffer `order` [D] holds the indices that bring the inputs into the order [P, rest]; its buffer
-            `rows` [O], if there is one, those that bring the outputs into the layer's order.
+            heads. Where a gather brings the inputs into the order [P, rest], its buffer `order` [D] holds the indices;
+            where one brings the outputs into the layer's order, its buffer `rows` [O] does.
         biased: whether the layer has a bias.
         heads: the number of heads and r for each set.
         features: D.
@@ -126,7 +126,9 @@ class Blocks:
         """Insert calls of the modules at the graph's insertion point; returns the node of the layer's output."""
         source = site_input(node)
         values = [graph.call_module(f"{path}.0", (source,))] if self.rest else []
-        ordered = graph.call_function(torch.index_select, (source, -1, graph.get_attr(f"{path}.{ORDER}")))
+        ordered = source
+        if hasattr(self.module, ORDER):
+            ordered = graph.call_function(torch.index_select, (source, -1, graph.get_attr(f"{path}.{ORDER}")))
         pieces: dict[int, tuple[fx.Node, fx.Node]] = {}
         for index, (count, size) in enumerate(self.heads, start=len(values)):
             if size not in pieces:

@@ -22,12 +22,14 @@ from balf_fx.graph.curves import Form, Rank, each_rank
 Side = Literal["output", "input"]
 
 
-PivotSide = Literal["rows", "columns", "gather"]
-"""Which of its own rows or columns a low-rank map may be written with; for "gather", its outputs are reordered."""
+FreeOrder = Literal["rows", "columns", "none"]
+"""The side on which the order of a layer's features is free, since the layers around it take it over."""
 
 
-GATHER = 20
-"""Multiplications for each output of a layer below which they take less time than to bring the outputs into order."""
+MOVE = 128
+"""The number of multiplications that must be saved for each value that is moved at a position.
+
+On a CPU, moving a value takes as long as 70 to 90 multiplications of a matrix product."""
 
 
 Conv = Literal["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
@@ -121,7 +123,8 @@ class Site:
             projection; each may have separate factors.
         keeps_rank: whether the user wants its full rank; it may still be refitted and narrowed.
         rank_step: ranks are multiples of it, since kernels of grouped products need rows of whole 16 bytes.
-        pivots: how its low-rank maps may be written with their own rows or columns; None for pairs of factors only.
+        pivots: the order that is free where its low-rank maps are written with their own rows or columns; None for
+            pairs of factors only.
     """
 
     name: str
@@ -137,7 +140,7 @@ class Site:
     parts: int = 1
     keeps_rank: bool = False
     rank_step: int = 1
-    pivots: PivotSide | None = None
+    pivots: FreeOrder | None = None
 
     @property
     def transposed(self) -> bool:
@@ -169,12 +172,30 @@ class Site:
         largest = (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
         return largest // self.rank_step * self.rank_step
 
+    @property
+    def reads_each_once(self) -> bool:
+        """Whether each output is computed from one pixel, with one column for each feature."""
+        conv = self.conv
+        plain = conv is None or (
+            conv.pointwise and not self.transposed and set(conv.stride) == {1} and set(conv.padding) == {(0, 0)}
+        )
+        return plain and self.groups == 1
+
     def form(self, rank: Rank) -> Form:
-        """How the map of a rank is written: as is cheapest, but as a pair where a gather would take longer."""
-        saved = sum(each * each for each in each_rank(rank) if each is not None)
-        if self.pivots is None or rank is None or (self.pivots == "gather" and saved < GATHER * self.out_features):
+        """How the map of a rank is written: with pivots, if that takes less time than a pair of factors."""
+        if self.pivots is None or rank is None:
             return "pair"
-        return "columns" if self.pivots == "columns" else "rows"
+        form, moved = min(self._moved(rank), key=lambda item: item[1])
+        saved = sum(each * each for each in each_rank(rank) if each is not None)
+        return form if saved >= MOVE * moved else "pair"
+
+    def _moved(self, rank: Rank) -> list[tuple[Form, int]]:
+        """The values that each form moves at a position: rows are concatenated, and those out of order are gathered."""
+        outputs = self.out_features * (1 if self.pivots == "rows" else 2)
+        found: list[tuple[Form, int]] = [("rows", outputs)]
+        if self.reads_each_once and not isinstance(rank, tuple):
+            found.append(("columns", 0 if self.pivots == "columns" else self.in_features))
+        return found
 
     @property
     def has_experts(self) -> bool:

@@ -185,9 +185,8 @@ def _columns(site: Site, original: Tensor, solution: Solution) -> Columns:
 
 
 def _blocks(original: Tensor, solution: Solution) -> Blocks:
-    if solution.order is None:
-        raise ValueError("identity blocks need an order of the columns")
-    order, weight = solution.order[0].cpu(), solution.right[0]
+    weight = solution.right[0]
+    order = torch.arange(weight.shape[1]) if solution.order is None else solution.order[0].cpu()
     in_blocks = torch.cat([rows.flatten() for rows in solution.blocks])
     others = torch.ones(len(weight), dtype=torch.bool).index_fill(0, in_blocks, False).nonzero().flatten()
     layers = [(others, torch.arange(weight.shape[1]))] if len(others) else []
@@ -199,7 +198,8 @@ def _blocks(original: Tensor, solution: Solution) -> Blocks:
         if solution.bias is not None:
             _assign(layer, "bias", solution.bias[0, rows], original)
         module.append(layer)
-    module.register_buffer(ORDER, order.to(original.device))
+    if solution.order is not None:
+        module.register_buffer(ORDER, order.to(original.device))
     places = torch.argsort(torch.cat([others, in_blocks]))
     if not torch.equal(places, torch.arange(len(places))):
         module.register_buffer(ROWS, places.to(original.device))

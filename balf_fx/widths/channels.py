@@ -7,6 +7,7 @@ parts (`widths.moves`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,15 @@ from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size, View, Width
-from balf_fx.widths.elementwise import is_elementwise, is_glu, passes_on
+from balf_fx.widths.elementwise import (
+    is_concatenation,
+    is_elementwise,
+    is_glu,
+    is_normalisation,
+    is_reduction,
+    is_table,
+    passes_on,
+)
 from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, read_layout, reads_size
 
 _LEAST = 8  # the least number of features that is worth reducing
@@ -64,13 +73,14 @@ class _UnsupportedError(Exception):
     """An operation in the space mixes the features, or needs all of them."""
 
 
-def find_channels(graph_module: fx.GraphModule, most: float = MOST_LAYERS) -> Iterator[Width]:
+def find_channels(graph_module: fx.GraphModule, ordering: bool = False) -> Iterator[Width]:
     """The widths of kind "channels" in an annotated and profiled graph.
 
     Args:
-        most: the largest number of layers that read or output one of them.
+        ordering: find features whose order may change, but not their number. They may be normalised, and any number of
+            layers may read or output them.
     """
-    finder = _Finder(graph_module, most)
+    finder = _Finder(graph_module, ordering)
     seen: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
         site = annotation(node).site
@@ -144,9 +154,10 @@ def _feature_axis(site: Site, shape: tuple[int, ...]) -> int:
 
 
 class _Finder:
-    def __init__(self, graph_module: fx.GraphModule, most: float) -> None:
+    def __init__(self, graph_module: fx.GraphModule, ordering: bool) -> None:
         self.graph_module = graph_module
-        self.most = most
+        self.ordering = ordering
+        self.most = math.inf if ordering else MOST_LAYERS
         self.users = parameter_users(graph_module)
         self.moves = Moves(graph_module)
 
@@ -227,6 +238,10 @@ class _Finder:
                 space.producers.append(node)
                 return []
             raise _UnsupportedError
+        if self.ordering:
+            known = self._ordered_sources(node, axis, features, space)
+            if known is not None:
+                return known
         if is_glu(self.graph_module, node, axis):
             half = tuple(range(features))
             source = node.all_input_nodes[0]
@@ -239,6 +254,21 @@ class _Finder:
             return self._moved_from(node, axis, space)
         raise _UnsupportedError
 
+    def _ordered_sources(
+        self, node: fx.Node, axis: int, features: int, space: _Space
+    ) -> list[tuple[fx.Node, int]] | None:
+        """The same for operations of which only the order of the features may change; None for others."""
+        if node.op == "get_attr":
+            space.between.append(self._constant(node, axis, features))
+            return []
+        if is_table(self.graph_module, node, axis):
+            space.between.append(node)
+            return []
+        if is_normalisation(self.graph_module, node, axis):
+            space.between += [node] if node.op == "call_module" else []
+            return self._operands(node, axis, features, space)
+        return [(source, axis) for source in node.all_input_nodes] if is_concatenation(node, axis) else None
+
     def _operands(self, node: fx.Node, axis: int, features: int, space: _Space) -> list[tuple[fx.Node, int]]:
         """The sources of an elementwise operation, without those that are the same for all features."""
         found: list[tuple[fx.Node, int]] = []
@@ -248,15 +278,20 @@ class _Finder:
             if own is None or size is None or size[own] == 1:
                 continue  # broadcast along the features
             if source.op == "get_attr":
-                shared = len(source.users) > 1 or annotation(source).shared
-                if shared or size.count(features) != 1 or size[own] != features:
-                    raise _UnsupportedError
-                space.between.append(source)
+                space.between.append(self._constant(source, own, features))
             else:
                 found.append((source, own))
         if not found:
             raise _UnsupportedError
         return found
+
+    def _constant(self, node: fx.Node, axis: int, features: int) -> fx.Node:
+        """A constant that holds one entry, or several, for each feature, if nothing else reads it."""
+        size = annotation(node).shape or ()
+        shared = len(node.users) > 1 or annotation(node).shared
+        if shared or size.count(features) != 1 or size[axis] != features:
+            raise _UnsupportedError
+        return node
 
     def _moved_from(self, node: fx.Node, axis: int, space: _Space) -> list[tuple[fx.Node, int]]:
         """The value whose features a move returns: its source, or none if it reads a part of a wider value."""
@@ -308,6 +343,8 @@ class _Finder:
             if isinstance(layer, Site):
                 found += self._read_by(user, layer, node, axis, space)
                 continue
+            if self.ordering and is_reduction(user, axis):
+                continue
             own = self._user_axis(node, user, axis)
             if own is not None:
                 found.append((user, own))
@@ -338,7 +375,8 @@ class _Finder:
         shape, own = annotation(node).shape, annotation(source).shape
         if shape is None or own is None:
             return None
-        if not is_elementwise(self.graph_module, node):
+        normalised = is_normalisation(self.graph_module, node, axis)
+        if not (is_elementwise(self.graph_module, node) or (normalised and source.op == "get_attr")):
             return axis  # pools only affect the axes after the features
         from_right = axis - len(shape)
         return len(own) + from_right if len(own) >= -from_right else None
@@ -350,6 +388,8 @@ class _Finder:
             return None
         if passes_on(self.graph_module, user, axis):
             return len(shape) - (len(own) - axis) if is_elementwise(self.graph_module, user) else axis
+        if self.ordering and (is_normalisation(self.graph_module, user, axis) or is_concatenation(user, axis)):
+            return axis
         return self.moves.keeps(user, node, axis)
 
 

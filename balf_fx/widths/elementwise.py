@@ -58,6 +58,47 @@ def is_glu(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     return isinstance(dim, int) and dim % rank == axis
 
 
+def is_normalisation(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
+    """Whether a node normalises its last axis, which is this one, as a whole: its features may change their order."""
+    if axis != len(annotation(node).shape or ()) - 1:
+        return False
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        alone = len(graph_module.graph.find_nodes(op="call_module", target=str(node.target))) == 1
+        return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1 and alone
+    shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
+    return operation(node) in ("layer_norm", "rms_norm") and isinstance(shape, list | tuple) and len(shape) == 1
+
+
+def is_reduction(node: fx.Node, axis: int) -> bool:
+    """Whether a node sums an axis up, on which its value then has one entry for all features."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    rank = len(annotation(node).shape or ())
+    listed = dims if isinstance(dims, list | tuple) else [dims]
+    return (
+        operation(node) in ("mean", "sum", "var")
+        and keeps is True
+        and [axis] == [dim % rank for dim in listed if isinstance(dim, int)]
+    )
+
+
+def is_concatenation(node: fx.Node, axis: int) -> bool:
+    """Whether a node concatenates values on another axis than this one."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    rank = len(annotation(node).shape or ())
+    return operation(node) in ("cat", "concat") and isinstance(dim, int) and dim % rank != axis
+
+
+def is_table(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
+    """Whether a node looks rows up in a table of its own, whose columns are the features on this axis."""
+    if node.op != "call_module" or axis != len(annotation(node).shape or ()) - 1:
+        return False
+    module = graph_module.get_submodule(str(node.target))
+    plain = type(module) is nn.Embedding and module.max_norm is None
+    return plain and len(graph_module.graph.find_nodes(op="call_module", target=str(node.target))) == 1
+
+
 def _is_pool(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target))) in _POOL_MODULES
