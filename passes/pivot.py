@@ -42,7 +42,7 @@ class Pivot(Pass):
             weights in half precision, it is at most 3.
     """
 
-    bound: float = 16.0
+    bound: float = 32.0
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         widths = {width.key: width for width in _widths(graph_module)}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from balf_fx.ranks.pivots import GAIN, interchanged
 
-BOUND = 32.0
+BOUND = 64.0
 """The largest entry of T: rounding errors grow with it."""
 
 
