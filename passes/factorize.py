@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
@@ -15,12 +15,13 @@ from balf_fx.graph.curves import Form, PartRanks, Rank, RankCurve, Solution, Spe
 from balf_fx.graph.expert_factors import keeping
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.layers import read_layer
-from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight
+from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight, put
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import AnySubstitute, build, replace_site
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.pivots import written_as_columns, written_as_rows
 from balf_fx.ranks.spectra import corrected_bias, factors, in_parts
+from balf_fx.widths.elementwise import table_of
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 
@@ -51,13 +52,10 @@ class Factorize(Pass):
         for site, nodes in layers.items():
             mark, cut = annotation(nodes[0]), cuts.get(nodes[0].name)
             rank = None if mark.choice is None else mark.choice.chosen.rank
-            if rank is None and cut is None and mark.refit is None:  # identity blocks are a cut
-                continue
+            if rank is None and mark.refit is None and (cut is None or site.keeps_weight):
+                continue  # a weight that is tied to an embedding was reordered with it
             solution = solution_of(graph_module, nodes[0], site, cut)
-            thin = site
-            if cut is not None:
-                solution = tuple(cut.order_inputs(part, site) for part in solution)
-                thin = cut.outputs(cut.inputs(site))
+            thin = site if cut is None else cut.outputs(cut.inputs(site))
             if mark.pivots is not None:
                 parts = zip(solution, mark.pivots.orders, strict=True)
                 blocks = hosted_rows(graph_module, nodes[0].name, cut or Cut())
@@ -65,6 +63,9 @@ class Factorize(Pass):
             substitute = build(graph_module, thin, solution)
             replaced.append(_replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site), solution))
             replace_site(graph_module, nodes, site, substitute)
+        for node in graph_module.graph.nodes:
+            if node.name in cuts:
+                _reorder_table(graph_module, node, cuts[node.name])
         graph_module.delete_all_unused_submodules()
         record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, *replaced))
         return PassResult(graph_module, bool(replaced))
@@ -74,6 +75,18 @@ def fingerprint(graph_module: fx.GraphModule, site: Site) -> Fingerprint:
     """The fingerprint of the layer's current weight and bias."""
     bias = None if site.bias is None else get_tensor(graph_module, site.bias)
     return Fingerprint.of(get_tensor(graph_module, site.weight), bias)
+
+
+def _reorder_table(graph_module: fx.GraphModule, node: fx.Node, cut: Cut) -> None:
+    """Give the features of an embedding their new order; layers that are tied to it read the same features."""
+    path = table_of(graph_module, node, len(annotation(node).shape or ()) - 1)
+    if path is None:
+        return
+    value: Tensor = get_tensor(graph_module, path)
+    new = nn.Parameter(cut.written[0].of(value.detach().mT).mT.contiguous(), requires_grad=value.requires_grad)
+    tied = [name for name, each in graph_module.named_parameters(remove_duplicate=False) if each is value]
+    for name in tied or [path]:
+        put(graph_module, name, new)
 
 
 def _written(part: Solution, form: Form, order: Tensor | None, blocks: tuple[Tensor, ...]) -> Solution:
@@ -96,9 +109,13 @@ def _replaced(
 
 
 def solution_of(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:
-    """A layer's solution for its chosen rank and features, after a refit if there was one."""
+    """A layer's solution for its chosen rank, and for the features around it in their number, order and basis."""
     solution = annotation(node).refit or planned(graph_module, node, site, cut)
-    return solution if cut is None or len(solution) > 1 else (cut.turn(cut.narrow_outputs(solution[0])),)
+    if cut is None:
+        return solution
+    if len(solution) == 1:
+        solution = (cut.turn(cut.narrow_outputs(solution[0])),)
+    return tuple(cut.order_inputs(part, site) for part in solution)
 
 
 def planned(graph_module: fx.GraphModule, node: fx.Node, site: Site, cut: Cut | None) -> tuple[Solution, ...]:

@@ -14,11 +14,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 from balf_fx.graph.annotation import GraphRecord, annotation, carried_meta, graph_record
-from balf_fx.graph.layers import read_layer, site_input
+from balf_fx.graph.layers import site_input
 from balf_fx.graph.parameters import get_tensor, locate, put
-from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Operand, Reader, Width
 from balf_fx.passes.base import Pass
+from balf_fx.widths.elementwise import is_normalisation
 from balf_fx.widths.heads import has_level_heads, is_attention
 from balf_fx.widths.moves import rebuild, redirect, resize
 from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
@@ -45,7 +45,7 @@ class Narrow(Pass):
             for name in {*width.between, *width.fused} & set(cuts):
                 if nodes[name].op == "get_attr":
                     _slice_constant(graph_module, nodes[name], cuts[name].written)
-                elif not isinstance(read_layer(graph_module, nodes[name]), Site):
+                elif is_normalisation(graph_module, nodes[name], len(annotation(nodes[name]).shape or ()) - 1):
                     _reorder_module(graph_module, nodes[name], cuts[name].written[0])
         _resize(record, nodes, cuts, {width.key: sizes[width.key] for width in shrunk})
         attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
@@ -93,11 +93,10 @@ def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, written: Sequen
 
 
 def _reorder_module(graph_module: fx.GraphModule, node: fx.Node, reordered: Narrowed) -> None:
-    """Reorder the parameters of a normalisation or of an embedding, whose last axis holds the features."""
+    """Reorder the parameters of a normalisation, one for each feature."""
     module = copy.deepcopy(graph_module.get_submodule(str(node.target)))
-    for name, value in list(module.named_parameters(recurse=False)):
-        ordered = reordered.of(value.detach().movedim(-1, 0)).movedim(0, -1).contiguous()
-        module.register_parameter(name, nn.Parameter(ordered, requires_grad=value.requires_grad))
+    for name, value in list(module.named_parameters()):
+        module.register_parameter(name, nn.Parameter(reordered.of(value.detach()), requires_grad=value.requires_grad))
     put(graph_module, str(node.target), module)
 
 

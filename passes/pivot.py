@@ -45,20 +45,29 @@ class Pivot(Pass):
     bound: float = 32.0
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        widths = {width.key: width for width in _widths(graph_module)}
+        record = graph_record(graph_module)
+        widths = {width.key: width for width in (*record.widths, *record.orderable)}
+        # 1. Orders of widths, for the pivots of all layers around each.
         shared: dict[str, list[_Member]] = defaultdict(list)
-        alone: list[_Member] = []
         for member in self._members(graph_module):
-            (alone if member.width is None else shared[member.width]).append(member)
-        orders: dict[str, Tensor] = {}
-        for key, members in shared.items():
-            orders[key], outside = _shared_order(members)
-            alone += outside
-        kept = {key: _kept(graph_module, widths[key])[order] for key, order in orders.items()}
-        for member in alone:
-            _annotate(member.nodes, Pivots(member.form, member.own_orders()))
-        record_graph(graph_module, orders=kept, bases=dict(_bases(graph_module, orders)))
+            if member.width is not None:
+                shared[member.width].append(member)
+        found = {key: _shared_order(members) for key, members in shared.items()}
+        orders = {key: _kept(graph_module, widths[key])[order] for key, (order, _) in found.items()}
+        record_graph(graph_module, orders=orders)
+        for _, served in found.values():
+            for member in served:
+                _annotate(member.nodes, Pivots(member.form, (None,)))
+        # 2. Orders of other layers, for their features in the new order; and bases of heads, which change rows.
+        self._give_own_orders(graph_module, {"blocks"})
+        record_graph(graph_module, bases=dict(_bases(graph_module)))
+        self._give_own_orders(graph_module, {"rows", "columns"})
         return PassResult(graph_module, False)
+
+    def _give_own_orders(self, graph_module: fx.GraphModule, forms: set[Form]) -> None:
+        for member in self._members(graph_module):
+            if annotation(member.nodes[0]).pivots is None and member.form in forms:
+                _annotate(member.nodes, Pivots(member.form, member.own_orders()))
 
     def _members(self, graph_module: fx.GraphModule) -> Iterator[_Member]:
         """The sites that the allocation writes with pivots or with identity blocks."""
@@ -123,36 +132,34 @@ class _Member:
 
 
 def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[_Member]]:
-    """An order of a width's features that serves all members around it, and those that it does not serve."""
-    served, outside = list(members), []
+    """An order of a width's features, and the members around it whose coefficients are bounded in this order."""
+    served = list(members)
     while len(served) > 1 or served[0].form == "blocks":
         order = shared_columns([rows for member in served for rows in member.rows])
         excess = [max(largest_entry(rows, order) for rows in member.rows) / member.limit for member in served]
         worst = max(range(len(served)), key=excess.__getitem__)
         if excess[worst] <= 1 or len(served) == 1:
             break
-        outside.append(served.pop(worst))
+        served.pop(worst)
     else:
         order = pivot_rows(served[0].rows[0][0].mT)
-    for member in served:
-        _annotate(member.nodes, Pivots(member.form, (None,)))
-    return order, outside
+    return order, served
 
 
-def _bases(graph_module: fx.GraphModule, orders: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _bases(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
     """The new bases of heads in layers whose pivots have been chosen, by `Width.key`."""
     record, cuts = graph_record(graph_module), find_cuts(graph_module)
-    _, read = writers_and_readers(graph_module)
     for site, nodes in sites(graph_module).items():
         node, pivots = nodes[0], annotation(nodes[0]).pivots
         if pivots is None or pivots.form != "blocks":
             continue
         cut = cuts.get(node.name, Cut())
         (solution,) = solution_of(graph_module, node, site, cut)
-        order = orders[read[node.name].key] if pivots.orders[0] is None else pivots.orders[0][0]
+        right = solution.right[0].detach().cpu()
+        order = torch.arange(right.shape[1]) if pivots.orders[0] is None else pivots.orders[0][0]
         widths = [width.key for width in record.widths if record.hosts.get(width.key) == node.name]
         for key, rows in zip(widths, hosted_rows(graph_module, node.name, cut), strict=True):
-            yield key, basis_of(solution.right[0, rows].detach().cpu(), order)
+            yield key, basis_of(right[rows], order)
 
 
 def _annotate(nodes: Sequence[fx.Node], pivots: Pivots) -> None:
@@ -165,11 +172,6 @@ def _own_order(part: Solution, form: Form) -> Tensor | None:
     if part.left is None:
         return None
     return torch.stack([pivot_rows(factor) for factor in (part.left if form == "rows" else part.right.mT)])
-
-
-def _widths(graph_module: fx.GraphModule) -> tuple[Width, ...]:
-    record = graph_record(graph_module)
-    return (*record.widths, *record.orderable)
 
 
 def _kept(graph_module: fx.GraphModule, width: Width) -> Tensor:

@@ -17,7 +17,7 @@ from torch import fx
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import read_layer, site_input
-from balf_fx.graph.parameters import owns_weight, parameter_users
+from balf_fx.graph.parameters import get_tensor, owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size, View, Width
 from balf_fx.widths.elementwise import (
@@ -26,8 +26,8 @@ from balf_fx.widths.elementwise import (
     is_glu,
     is_normalisation,
     is_reduction,
-    is_table,
     passes_on,
+    table_of,
 )
 from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, read_layout, reads_size
 
@@ -64,6 +64,7 @@ class _Space:
     shaped: list[fx.Node] = field(default_factory=list)
     selections: list[_Selection] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
+    tied: list[fx.Node] = field(default_factory=list)
 
     def views(self, layer: str = "") -> list[View]:
         return [View(node.name, self.axes[node], layer) for node in self.shaped]
@@ -197,7 +198,23 @@ class _Finder:
             pending += self._users(node, axis, space, parts)
             if len(space.producers) + len(space.consumers) > self.most:
                 raise _UnsupportedError
+        if self.ordering:
+            self._check_tables(space)
         return space
+
+    def _check_tables(self, space: _Space) -> None:
+        """Check that all readers of embeddings, and of weights that are tied to them, take their new order."""
+        own = {*space.between, *space.tied}
+        layers = [(node, read_layer(self.graph_module, node)) for node in space.tied]
+        paths = [layer.weight for _, layer in layers if isinstance(layer, Site)]
+        for node in space.between:
+            path = table_of(self.graph_module, node, len(annotation(node).shape or ()) - 1)
+            paths += [] if path is None else [path]
+        if any(annotation(node).refusal is not None or annotation(node).shared for node, _ in layers):
+            raise _UnsupportedError
+        for path in paths:
+            if not self.users[id(get_tensor(self.graph_module, path))] <= own:
+                raise _UnsupportedError
 
     def grow_wide(self, space: _Space) -> list[_Space]:
         """The spaces of which nodes of this one read parts."""
@@ -261,7 +278,7 @@ class _Finder:
         if node.op == "get_attr":
             space.between.append(self._constant(node, axis, features))
             return []
-        if is_table(self.graph_module, node, axis):
+        if table_of(self.graph_module, node, axis) is not None:
             space.between.append(node)
             return []
         if is_normalisation(self.graph_module, node, axis):
@@ -362,8 +379,12 @@ class _Finder:
         if _is_depthwise(layer, shape[axis]):
             return [(user, axis)]
         whole = axis == _feature_axis(layer, shape) and self.inputs(layer) == shape[axis]
-        if annotation(user).site is None or not self.is_layer(user, layer) or not whole:
+        if annotation(user).site is None or not whole:
             raise _UnsupportedError
+        if not self.is_layer(user, layer):
+            if not self.ordering or layer.groups > 1 or layer.conv is not None or layer.has_experts:
+                raise _UnsupportedError
+            space.tied.append(user)  # allowed if all other readers of its weight belong to the space
         space.consumers.append(user)
         return []
 

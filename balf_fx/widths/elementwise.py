@@ -90,13 +90,16 @@ def is_concatenation(node: fx.Node, axis: int) -> bool:
     return operation(node) in ("cat", "concat") and isinstance(dim, int) and dim % rank != axis
 
 
-def is_table(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
-    """Whether a node looks rows up in a table of its own, whose columns are the features on this axis."""
-    if node.op != "call_module" or axis != len(annotation(node).shape or ()) - 1:
-        return False
-    module = graph_module.get_submodule(str(node.target))
-    plain = type(module) is nn.Embedding and module.max_norm is None
-    return plain and len(graph_module.graph.find_nodes(op="call_module", target=str(node.target))) == 1
+def table_of(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> str | None:
+    """The path of the weight [N, features] of an embedding whose features are on this axis; None for other nodes."""
+    if axis != len(annotation(node).shape or ()) - 1:
+        return None
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return f"{node.target}.weight" if type(module) is nn.Embedding and module.max_norm is None else None
+    plain = operation(node) == "embedding" and node.kwargs.get("max_norm") is None
+    sources = [source for source in node.all_input_nodes if source.op == "get_attr"]
+    return str(sources[0].target) if plain and len(sources) == 1 else None
 
 
 def _is_pool(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:

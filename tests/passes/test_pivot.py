@@ -14,6 +14,7 @@ from balf_fx.errors import OptionError
 from balf_fx.graph.flops import flop_counter
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import Plan
+from balf_fx.passes import pivot
 
 GENERATOR = torch.Generator
 
@@ -117,11 +118,8 @@ def test_a_plan_carried_out_with_and_without_pivots_is_one_function(subject, eff
     model, batches = subject
     small = balf_fx.compile(model, batches, **budget, effort=effort, progress=False)
     check_counts(small, batches[0])
-    plan = Plan.of(small)
-    pairs = [dataclasses.replace(c, site=dataclasses.replace(c.site, pivots=None)) for c in plan.allocation.choices]
-    plain = dataclasses.replace(plan, allocation=dataclasses.replace(plan.allocation, choices=unblocked(pairs)))
-    other = balf_fx.compile(model, batches, allocation=plain, effort=effort, progress=False)
-    again = balf_fx.compile(model, batches, allocation=plan, effort=effort, progress=False)
+    other = without_pivots(model, batches, small, effort=effort)
+    again = balf_fx.compile(model, batches, allocation=Plan.of(small), effort=effort, progress=False)
     assert set(forms(other).values()) <= {"", "pair"}
     assert forms(again) == forms(small)
     torch.testing.assert_close(small(batches[0]), other(batches[0]), rtol=1e-6, atol=1e-8)
@@ -247,3 +245,77 @@ def test_the_backend_takes_the_new_forms_also_for_other_shapes(tmp_path):
         other = balf_fx.load(tmp_path / "small.balf", model, example=shorter)
         torch.testing.assert_close(online(shorter), other(shorter))
     torch.compiler.reset()
+
+
+class Tied(nn.Module):
+    """A language model: its output layer is tied to the embedding, and its stream is normalised by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 48)
+        self.blocks = nn.ModuleList([Attention(fused=False, kv_heads=2), Attention()])
+        self.scale = nn.Parameter(torch.ones(48))
+        self.head = nn.Linear(48, 40, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
+        return self.head(x)
+
+
+def tokens(seed):
+    return torch.randint(40, (4, 10), generator=GENERATOR().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def tied():
+    model = made(Tied())
+    with torch.no_grad():
+        model.scale.copy_(torch.linspace(0.5, 2, 48))
+    return model, [tokens(i) for i in range(6)]
+
+
+def without_pivots(model, batches, small, **options):
+    """The plan of a model, carried out with pairs of factors."""
+    plan = Plan.of(small)
+    pairs = [dataclasses.replace(c, site=dataclasses.replace(c.site, pivots=None)) for c in plan.allocation.choices]
+    plain = dataclasses.replace(plan, allocation=dataclasses.replace(plan.allocation, choices=unblocked(pairs)))
+    return balf_fx.compile(model, batches, allocation=plain, progress=False, **options)
+
+
+@pytest.mark.parametrize("capture", ["auto", "export"])
+@pytest.mark.parametrize("budget", [{"params": 0.97}, {"params": 0.7}, {"flops": 0.6}])
+def test_a_residual_stream_takes_over_one_order_for_all_layers_that_read_it(tied, budget, capture, tmp_path):
+    model, batches = tied
+    options = {"effort": "fast", "capture": capture}
+    small = balf_fx.compile(model, batches, **budget, **options, progress=False)
+    check_counts(small, batches[0])
+    plain = without_pivots(model, batches, small, **options)
+    torch.testing.assert_close(small(batches[0]), plain(batches[0]), rtol=1e-6, atol=1e-8)
+    assert "columns" in forms(small).values()
+    balf_fx.save(small, tmp_path / "small.balf")
+    assert torch.equal(balf_fx.load(tmp_path / "small.balf", made(Tied()))(batches[0]), small(batches[0]))
+
+
+def test_a_tied_embedding_stays_tied(tied):
+    model, batches = tied
+    small = balf_fx.compile(model, batches, params=0.9, effort="fast", exclude=["head"], progress=False)
+    assert small.get_parameter("embedding.weight") is small.get_parameter("head.weight")
+    small = balf_fx.compile(model, batches, params=0.9, effort="fast", dense=["head"], progress=False)
+    assert small.get_parameter("embedding.weight") is small.get_parameter("head.weight")
+    assert not gathers(small)
+
+
+@pytest.mark.parametrize("name", ["fused", "separate"])
+def test_layers_that_a_shared_order_does_not_serve_get_one_of_their_own(name, monkeypatch):
+    make, shape = MODELS[name]
+    model, batches = made(make()), [randn(*shape, seed=i) for i in range(6)]
+    served = balf_fx.compile(model, batches, flops=0.7, effort="fast", progress=False)
+    monkeypatch.setattr(pivot, "largest_entry", lambda rows, order: 1e9)
+    alone = balf_fx.compile(model, batches, flops=0.7, effort="fast", progress=False)
+    assert gathers(alone) > gathers(served)
+    torch.testing.assert_close(alone(batches[0]), served(batches[0]), rtol=1e-6, atol=1e-8)
+    check_counts(alone, batches[0])
