@@ -117,7 +117,7 @@ class Bench:
             allocated = self._allocated(Allocate(**{measure: budget}, strict=False, **WEIGHTINGS[weighting]))
             if refit:
                 Refit([placeholder_values(allocated, batch, self._forward) for batch in batches])(allocated)
-            model = rewrite(allocated)
+            model = rewrite(allocated, pivot=False)
         kept = count_flops(model, self.task.calibration[0]) / self._flops
         figures = self.judge.figures(model)
         kl_calibration = self._divergence(model, self.task.calibration)
@@ -130,7 +130,7 @@ class Bench:
         for site, nodes in sites(self._scored).items():
             curve, rank = annotation(nodes[0]).curve, max(site.break_even // 2, 1)
             if curve is not None:
-                model = rewrite(self._allocated(Allocate(ranks={site.name: rank})))
+                model = rewrite(self._allocated(Allocate(ranks={site.name: rank})), pivot=False)
                 yield SiteRow(site.name, rank, self._divergence(model, self.task.calibration[:1]), _terms(curve, rank))
 
     def _allocated(self, allocate: Allocate) -> fx.GraphModule:

@@ -19,7 +19,7 @@ from balf_fx.graph.site import FreeOrder, Site
 from balf_fx.graph.widths import HOSTS, Width
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.bases import BOUND, has_blocks
-from balf_fx.widths.channels import is_simple
+from balf_fx.widths.orders import is_simple
 
 
 @dataclass(frozen=True)

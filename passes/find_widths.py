@@ -15,9 +15,10 @@ from balf_fx.graph.layers import read_layer
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Reader, Width, joint_widths
 from balf_fx.passes.base import Pass
-from balf_fx.widths.channels import feature_axis_of, find_channels, is_simple
+from balf_fx.widths.channels import feature_axis_of, find_channels
 from balf_fx.widths.heads import find_heads
 from balf_fx.widths.moves import Moves
+from balf_fx.widths.orders import find_orders
 
 _JOINED = 2  # the most widths that share layers and are chosen together: every pair of their sizes is compared
 
@@ -45,11 +46,7 @@ class FindWidths(Pass):
                 break
             found = [width for width in found if torn.isdisjoint(width.producers)]
         taken = {name for width in chosen for name in width.producers}
-        others = [
-            width
-            for width in find_channels(graph_module, ordering=True)
-            if taken.isdisjoint(width.producers) and is_simple(graph_module, width)
-        ]
+        others = [width for width in find_orders(graph_module) if taken.isdisjoint(width.producers)]
         named = tuple(_named(graph_module, [*chosen, *others]))
         record_graph(
             graph_module,

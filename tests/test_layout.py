@@ -77,7 +77,9 @@ def test_passes_are_listed_in_the_order_in_which_they_run(ran, images):
     assert passes.__all__[0] == "Pass"
     for run in (best, followed, ran):
         first = list(dict.fromkeys(run))
-        assert first == [name for name in order if name in first]
+        assert [name for name in first if name != "Pivot"] == [  # allocations are tried without it
+            name for name in order if name in first and name != "Pivot"
+        ]
         last = run[-1 - run[::-1].index("Follow" if run is followed else "Allocate") :]
         tried = last.index("Factorize") if last.count("Factorize") > 1 else 0  # the last allocation may be a new one
         last = [last[0], *last[tried + 1 :]]

@@ -7,7 +7,6 @@ parts (`widths.moves`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,24 +16,13 @@ from torch import fx
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import read_layer, site_input
-from balf_fx.graph.parameters import get_tensor, owns_weight, parameter_users
+from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size, View, Width
-from balf_fx.widths.elementwise import (
-    is_concatenation,
-    is_elementwise,
-    is_glu,
-    is_normalisation,
-    is_reduction,
-    passes_on,
-    table_of,
-)
+from balf_fx.widths.elementwise import is_elementwise, is_glu, passes_on
 from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, read_layout, reads_size
 
 _LEAST = 8  # the least number of features that is worth reducing
-
-
-MOST_LAYERS = 4  # as in a gated block with squeeze-and-excitation; a residual stream has many more
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class _Selection:
 
 
 @dataclass
-class _Space:
+class Space:
     """All values that hold the features, each with their axis."""
 
     axes: dict[fx.Node, int] = field(default_factory=dict)
@@ -64,26 +52,24 @@ class _Space:
     shaped: list[fx.Node] = field(default_factory=list)
     selections: list[_Selection] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
-    tied: list[fx.Node] = field(default_factory=list)
 
     def views(self, layer: str = "") -> list[View]:
         return [View(node.name, self.axes[node], layer) for node in self.shaped]
 
 
-class _UnsupportedError(Exception):
+class UnsupportedError(Exception):
     """An operation in the space mixes the features, or needs all of them."""
 
 
-def find_channels(graph_module: fx.GraphModule, ordering: bool = False) -> Iterator[Width]:
-    """The widths of kind "channels" in an annotated and profiled graph.
+def find_channels(graph_module: fx.GraphModule) -> Iterator[Width]:
+    """The widths of kind "channels" in an annotated and profiled graph."""
+    yield from channels_of(Finder(graph_module))
 
-    Args:
-        ordering: find features whose order may change, but not their number. They may be normalised, and any number of
-            layers may read or output them.
-    """
-    finder = _Finder(graph_module, ordering)
+
+def channels_of(finder: Finder) -> Iterator[Width]:
+    """The widths that a finder finds in its graph."""
     seen: set[fx.Node] = set()
-    for node in graph_module.graph.nodes:
+    for node in finder.graph_module.graph.nodes:
         site = annotation(node).site
         if site is None or not finder.is_layer(node, site):
             continue
@@ -95,7 +81,7 @@ def find_channels(graph_module: fx.GraphModule, ordering: bool = False) -> Itera
         try:
             space = finder.grow(source, _feature_axis(site, shape), features)
             wide = finder.grow_wide(space)
-        except _UnsupportedError:
+        except UnsupportedError:
             continue
         seen.update(space.axes)
         width = _width(space, wide, features)
@@ -103,7 +89,7 @@ def find_channels(graph_module: fx.GraphModule, ordering: bool = False) -> Itera
             yield width
 
 
-def _width(space: _Space, wide: Sequence[_Space], features: int) -> Width | None:
+def _width(space: Space, wide: Sequence[Space], features: int) -> Width | None:
     """The width of a space, if it lies between layers that may change."""
     consumers = sorted(space.consumers, key=lambda n: -(annotation(n).flops or 0))
     written = [(producer, tuple(range(features))) for producer in space.producers]
@@ -130,20 +116,6 @@ def _width(space: _Space, wide: Sequence[_Space], features: int) -> Width | None
     )
 
 
-def is_simple(graph_module: fx.GraphModule, width: Width) -> bool:
-    """Whether each layer that outputs the width outputs nothing else, one row for each feature."""
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    whole = tuple(range(width.features))
-    return width.kind == "channels" and all(
-        width.producers.count(name) == 1
-        and rows == whole
-        and isinstance(layer := annotation(nodes[name]).site or read_layer(graph_module, nodes[name]), Site)
-        and layer.out_features * layer.groups == width.features
-        and layer.parts == 1
-        for name, rows in zip(width.producers, width.rows, strict=True)
-    )
-
-
 def feature_axis_of(layer: fx.Node) -> int:
     """The axis of the output features of a site."""
     site, shape = annotation(layer).site, annotation(layer).shape or ()
@@ -154,11 +126,13 @@ def _feature_axis(site: Site, shape: tuple[int, ...]) -> int:
     return len(shape) - 1 if site.conv is None else len(shape) - 1 - len(site.conv.kernel_size)
 
 
-class _Finder:
-    def __init__(self, graph_module: fx.GraphModule, ordering: bool) -> None:
+class Finder:
+    """Follows features through one graph."""
+
+    most: float = 4  # layers around one space, as in a gated block with squeeze-and-excitation
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
-        self.ordering = ordering
-        self.most = math.inf if ordering else MOST_LAYERS
         self.users = parameter_users(graph_module)
         self.moves = Moves(graph_module)
 
@@ -174,51 +148,35 @@ class _Finder:
         plain = site.groups == 1 and not (site.keeps_weight or site.transposed or site.has_experts)
         return plain and self._owns(node, site)
 
-    def grow(self, source: fx.Node, axis: int, features: int, parts: frozenset[fx.Node] = frozenset()) -> _Space:
+    def grow(self, source: fx.Node, axis: int, features: int, parts: frozenset[fx.Node] = frozenset()) -> Space:
         """All values and layers that depend on the number of features at one value.
 
         Args:
             parts: for a wide space, the nodes that may read parts of it; other moves must be separate from these.
         """
-        space = _Space()
+        space = Space()
         pending = [(source, axis)]
         while pending:
             node, axis = pending.pop()
             if node in space.axes:
                 if space.axes[node] != axis:
-                    raise _UnsupportedError
+                    raise UnsupportedError
                 continue
             shape = annotation(node).shape
             if shape is None or not -1 < axis < len(shape) or shape[axis] != features:
-                raise _UnsupportedError
+                raise UnsupportedError
             space.axes[node] = axis
             if self.moves.is_move(node) and is_shaped(node):
                 space.shaped.append(node)
-            pending += self._sources(node, axis, features, space)
-            pending += self._users(node, axis, space, parts)
+            pending += self.sources(node, axis, features, space)
+            pending += self.readers(node, axis, space, parts)
             if len(space.producers) + len(space.consumers) > self.most:
-                raise _UnsupportedError
-        if self.ordering:
-            self._check_tables(space)
+                raise UnsupportedError
         return space
 
-    def _check_tables(self, space: _Space) -> None:
-        """Check that all readers of embeddings, and of weights that are tied to them, take their new order."""
-        own = {*space.between, *space.tied}
-        layers = [(node, read_layer(self.graph_module, node)) for node in space.tied]
-        paths = [layer.weight for _, layer in layers if isinstance(layer, Site)]
-        for node in space.between:
-            path = table_of(self.graph_module, node, len(annotation(node).shape or ()) - 1)
-            paths += [] if path is None else [path]
-        if any(annotation(node).refusal is not None or annotation(node).shared for node, _ in layers):
-            raise _UnsupportedError
-        for path in paths:
-            if not self.users[id(get_tensor(self.graph_module, path))] <= own:
-                raise _UnsupportedError
-
-    def grow_wide(self, space: _Space) -> list[_Space]:
+    def grow_wide(self, space: Space) -> list[Space]:
         """The spaces of which nodes of this one read parts."""
-        wide: list[_Space] = []
+        wide: list[Space] = []
         nodes = frozenset(own.node for own in space.selections)
         for own in space.selections:
             if any(own.source in each.axes for each in wide):
@@ -228,22 +186,22 @@ class _Finder:
             parts = {rows for other in space.selections if other.source in each.axes for rows in other.rows}
             covered = [row for rows in parts for row in rows]
             if each.consumers or each.selections or not each.producers or len(covered) != len(set(covered)):
-                raise _UnsupportedError
+                raise UnsupportedError
             halves = any(other.reader is None for other in space.selections if other.source in each.axes)
             whole = len(covered) == shape[own.axis]
             plain = len(each.producers) == 1 and not each.between
             if not (whole or (plain and not halves)) or (halves and len(parts) != 2):
-                raise _UnsupportedError
+                raise UnsupportedError
             known = {*each.axes, *nodes}
             rests = [self.moves.rests(node, own_axis, covered, known) for node, own_axis in each.axes.items()]
             for found in rests:
                 if found is None:
-                    raise _UnsupportedError
+                    raise UnsupportedError
                 each.sizes += found[1]
             wide.append(each)
         return wide
 
-    def _sources(self, node: fx.Node, axis: int, features: int, space: _Space) -> list[tuple[fx.Node, int]]:
+    def sources(self, node: fx.Node, axis: int, features: int, space: Space) -> list[tuple[fx.Node, int]]:
         """The values from which a node gets the features; none for a layer, which computes them."""
         layer = read_layer(self.graph_module, node)
         shape = annotation(node).shape or ()
@@ -254,11 +212,7 @@ class _Finder:
             if self.is_layer(node, layer) and axis == _feature_axis(layer, shape) and layer.out_features == features:
                 space.producers.append(node)
                 return []
-            raise _UnsupportedError
-        if self.ordering:
-            known = self._ordered_sources(node, axis, features, space)
-            if known is not None:
-                return known
+            raise UnsupportedError
         if is_glu(self.graph_module, node, axis):
             half = tuple(range(features))
             source = node.all_input_nodes[0]
@@ -266,51 +220,36 @@ class _Finder:
             space.selections.append(_Selection(node, source, axis, rows))
             return []
         if passes_on(self.graph_module, node, axis):
-            return self._operands(node, axis, features, space)
+            return self.operands(node, axis, features, space)
         if self.moves.is_move(node):
             return self._moved_from(node, axis, space)
-        raise _UnsupportedError
+        raise UnsupportedError
 
-    def _ordered_sources(
-        self, node: fx.Node, axis: int, features: int, space: _Space
-    ) -> list[tuple[fx.Node, int]] | None:
-        """The same for operations of which only the order of the features may change; None for others."""
-        if node.op == "get_attr":
-            space.between.append(self._constant(node, axis, features))
-            return []
-        if table_of(self.graph_module, node, axis) is not None:
-            space.between.append(node)
-            return []
-        if is_normalisation(self.graph_module, node, axis):
-            space.between += [node] if node.op == "call_module" else []
-            return self._operands(node, axis, features, space)
-        return [(source, axis) for source in node.all_input_nodes] if is_concatenation(node, axis) else None
-
-    def _operands(self, node: fx.Node, axis: int, features: int, space: _Space) -> list[tuple[fx.Node, int]]:
+    def operands(self, node: fx.Node, axis: int, features: int, space: Space) -> list[tuple[fx.Node, int]]:
         """The sources of an elementwise operation, without those that are the same for all features."""
         found: list[tuple[fx.Node, int]] = []
         for source in node.all_input_nodes:
-            own = self._source_axis(node, source, axis)
+            own = self.source_axis(node, source, axis)
             size = annotation(source).shape
             if own is None or size is None or size[own] == 1:
                 continue  # broadcast along the features
             if source.op == "get_attr":
-                space.between.append(self._constant(source, own, features))
+                space.between.append(self.constant(source, own, features))
             else:
                 found.append((source, own))
         if not found:
-            raise _UnsupportedError
+            raise UnsupportedError
         return found
 
-    def _constant(self, node: fx.Node, axis: int, features: int) -> fx.Node:
+    def constant(self, node: fx.Node, axis: int, features: int) -> fx.Node:
         """A constant that holds one entry, or several, for each feature, if nothing else reads it."""
         size = annotation(node).shape or ()
         shared = len(node.users) > 1 or annotation(node).shared
         if shared or size.count(features) != 1 or size[axis] != features:
-            raise _UnsupportedError
+            raise UnsupportedError
         return node
 
-    def _moved_from(self, node: fx.Node, axis: int, space: _Space) -> list[tuple[fx.Node, int]]:
+    def _moved_from(self, node: fx.Node, axis: int, space: Space) -> list[tuple[fx.Node, int]]:
         """The value whose features a move returns: its source, or none if it reads a part of a wider value."""
         source: Any = node.args[0] if node.args else None
         shape = annotation(source).shape if isinstance(source, fx.Node) else None
@@ -323,7 +262,7 @@ class _Finder:
             if selection is not None:
                 space.selections.append(selection)
                 return []
-        raise _UnsupportedError
+        raise UnsupportedError
 
     def _selection(self, chain: Sequence[fx.Node], own: int, axis: int) -> _Selection | None:
         """How the last node of a chain reads rows of an axis of the last value on it that holds all of them."""
@@ -348,69 +287,66 @@ class _Finder:
         reader = Reader(source.name, own, chain[-1].name, layout.rows, layout.sizes, layout.axes)
         return _Selection(chain[-1], source, own, (layout.rows,), reader)
 
-    def _users(self, node: fx.Node, axis: int, space: _Space, parts: frozenset[fx.Node]) -> list[tuple[fx.Node, int]]:
+    def readers(self, node: fx.Node, axis: int, space: Space, parts: frozenset[fx.Node]) -> list[tuple[fx.Node, int]]:
         found = []
         for user in node.users:
-            if user in parts or is_harmless(user, axis):
+            if user in parts or self.ignores(user, axis):
                 continue
             if reads_size(user):
                 space.sizes.append(_own_size(user, node, axis))
                 continue
             layer = read_layer(self.graph_module, user)
             if isinstance(layer, Site):
-                found += self._read_by(user, layer, node, axis, space)
+                found += self.read_by(user, layer, node, axis, space)
                 continue
-            if self.ordering and is_reduction(user, axis):
-                continue
-            own = self._user_axis(node, user, axis)
+            own = self.user_axis(node, user, axis)
             if own is not None:
                 found.append((user, own))
             elif not parts or not self.moves.is_move(user):  # what moves of a wide space read is checked later
-                raise _UnsupportedError
+                raise UnsupportedError
         return found
 
-    def _read_by(
-        self, user: fx.Node, layer: Site, node: fx.Node, axis: int, space: _Space
-    ) -> list[tuple[fx.Node, int]]:
+    def read_by(self, user: fx.Node, layer: Site, node: fx.Node, axis: int, space: Space) -> list[tuple[fx.Node, int]]:
         """What a layer makes of the features: nothing if it mixes them, its output if it is a depthwise convolution."""
         shape = annotation(node).shape or ()
         if site_input(user) is not node:
-            raise _UnsupportedError
+            raise UnsupportedError
         if _is_depthwise(layer, shape[axis]):
             return [(user, axis)]
         whole = axis == _feature_axis(layer, shape) and self.inputs(layer) == shape[axis]
-        if annotation(user).site is None or not whole:
-            raise _UnsupportedError
-        if not self.is_layer(user, layer):
-            if not self.ordering or layer.groups > 1 or layer.conv is not None or layer.has_experts:
-                raise _UnsupportedError
-            space.tied.append(user)  # allowed if all other readers of its weight belong to the space
+        if annotation(user).site is None or not self.takes(user, layer) or not whole:
+            raise UnsupportedError
         space.consumers.append(user)
         return []
+
+    def ignores(self, user: fx.Node, axis: int) -> bool:
+        """Whether a reader does not depend on the features on an axis."""
+        return is_harmless(user, axis)
+
+    def takes(self, user: fx.Node, layer: Site) -> bool:
+        """Whether a layer that reads the features may be changed with them."""
+        return self.is_layer(user, layer)
 
     def _owns(self, node: fx.Node, layer: Site) -> bool:
         return owns_weight(self.graph_module, self.users, node, layer)
 
-    def _source_axis(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    def source_axis(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
         """The axis of a node's features on one of its sources; None if the source is broadcast along them."""
         shape, own = annotation(node).shape, annotation(source).shape
         if shape is None or own is None:
             return None
-        normalised = is_normalisation(self.graph_module, node, axis)
-        if not (is_elementwise(self.graph_module, node) or (normalised and source.op == "get_attr")):
+        if not is_elementwise(self.graph_module, node):
             return axis  # pools only affect the axes after the features
         from_right = axis - len(shape)
         return len(own) + from_right if len(own) >= -from_right else None
 
-    def _user_axis(self, node: fx.Node, user: fx.Node, axis: int) -> int | None:
+    def user_axis(self, node: fx.Node, user: fx.Node, axis: int) -> int | None:
         """The axis of a node's features on the value of a user; None if the user mixes them."""
         shape, own = annotation(user).shape, annotation(node).shape
         if shape is None or own is None:
             return None
         if passes_on(self.graph_module, user, axis):
             return len(shape) - (len(own) - axis) if is_elementwise(self.graph_module, user) else axis
-        if self.ordering and (is_normalisation(self.graph_module, user, axis) or is_concatenation(user, axis)):
-            return axis
         return self.moves.keeps(user, node, axis)
 
 
@@ -418,7 +354,7 @@ def _own_size(user: fx.Node, node: fx.Node, axis: int) -> Size:
     """A node that reads the shape of a value, in which the number of features is that of the original model."""
     shape = annotation(node).shape
     if shape is None or any(reader.op == "output" for reader in user.users):
-        raise _UnsupportedError
+        raise UnsupportedError
     return Size(user.name, node.name, tuple(None if i == axis else i for i in range(len(shape))), shape)
 
 

@@ -148,7 +148,7 @@ def test_prepare_and_convert_take_experts(unequal, batches):
 
 def test_ranks_of_grouped_products_fit_their_kernels(batches):
     model = Mixture(grouped=True).eval()
-    with pytest.raises(OptionError, match="multiple of 4"):
+    with pytest.raises(OptionError, match="in steps of 4"):
         balf_fx.compile(model, batches, allocation={"up": 6}, effort="fast", progress=False)
 
 

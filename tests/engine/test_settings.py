@@ -32,6 +32,7 @@ OTHERS = {
     "effort": "balanced",
     "factors": "svd",
     "widths": False,
+    "pivot": False,
     "allocation": "uniform",
     "centred": False,
     "split": False,
@@ -136,7 +137,17 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
         "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(8, 8))\ndef loss(output, batch): return 0\n"
         "def weights(batch): return 1\n"
     )
-    common = ["--effort", "balanced", "--factors", "svd", "--no-widths", "--no-centred", "--no-split", "--no-strict"]
+    common = [
+        "--effort",
+        "balanced",
+        "--factors",
+        "svd",
+        "--no-widths",
+        "--no-pivot",
+        "--no-centred",
+        "--no-split",
+        "--no-strict",
+    ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
     common += ["--position-weights", "balf_fx_settings:weights"]

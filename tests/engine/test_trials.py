@@ -110,7 +110,7 @@ def test_the_original_loses_nothing():
     with torch.no_grad():
         assert trial.measure(program, problem, Allocate(ranks={}).solve(problem)) == pytest.approx(0, abs=1e-6)
         lost = trial.measure(program, problem, Allocate(flops=0.5, importance=0.6).solve(problem))
-    narrow = balf_fx.convert(prepared, flops=0.5, factors="sensitivity", progress=False)
+    narrow = balf_fx.convert(prepared, flops=0.5, factors="sensitivity", pivot=False, progress=False)
     with torch.no_grad():
         given, wanted = (net(torch.cat(trial.judge.batches)).log_softmax(-1) for net in (narrow, model))
     expected = F.kl_div(given, wanted, reduction="batchmean", log_target=True)  # batches of several sizes

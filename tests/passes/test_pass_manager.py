@@ -18,9 +18,11 @@ from balf_fx.passes import (
     Allocate,
     Annotate,
     Factorize,
+    FindPivots,
     FindWidths,
     InsertObservers,
     Narrow,
+    Pivot,
     RemoveObservers,
     Score,
     ScoreWidths,
@@ -72,7 +74,7 @@ def calibrated(model, batches):
     """Observed by a manager of our passes, and calibrated."""
     graph_module = fx.symbolic_trace(copy.deepcopy(model))
     profile(graph_module, [batches[0]])
-    observed = PassManager([Annotate(), InsertObservers()])(graph_module).graph_module
+    observed = PassManager([Annotate(), FindWidths(), InsertObservers()])(graph_module).graph_module
     with torch.no_grad():
         for batch in batches:
             observed(batch)
@@ -98,10 +100,9 @@ def test_quantization_passes_stand_between_and_after_ours(batches):
 
 def test_the_managed_pipeline_is_the_librarys_own(batches):
     model = mlp()
-    managed = PassManager([Score(), Allocate(flops=0.6), RemoveObservers(), Narrow(), Factorize()])(
-        calibrated(model, batches)
-    ).graph_module
-    own = balf_fx.compile(model, batches, flops=0.6, effort="fast", progress=False)
+    pipeline = [FindPivots(), Score(), Allocate(flops=0.6), RemoveObservers(), Pivot(), Narrow(), Factorize()]
+    managed = PassManager(pipeline)(calibrated(model, batches)).graph_module
+    own = balf_fx.compile(model, batches, flops=0.6, factors="activations", refit=False, progress=False)
     assert managed.state_dict().keys() == own.state_dict().keys()
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in managed.state_dict().items())
 
@@ -130,6 +131,8 @@ def test_each_pass_leaves_what_the_documentation_says(batches):
     assert filled(graph_module) == observed
     balf_fx.calibrate(graph_module, batches, progress=False)
     assert filled(graph_module) == observed
+    FindPivots()(graph_module)
+    assert all(site.pivots is not None for site in sites(graph_module))
     Score("sensitivity")(graph_module)
     assert filled(graph_module) == {*observed, "curve", "scored_with"}
     assert all(annotation(nodes[0]).curve.loss > 0 for nodes in sites(graph_module).values())
@@ -139,6 +142,7 @@ def test_each_pass_leaves_what_the_documentation_says(batches):
     assert filled(graph_module) == {*observed, "curve", "scored_with", "choice"}
     kept = {node.name for nodes in sites(graph_module).values() for node in nodes if annotation(node).choice}
     RemoveObservers()(graph_module)
+    Pivot()(graph_module)
     assert kept == {node.name for nodes in sites(graph_module).values() for node in nodes}
     Narrow()(graph_module)
     Factorize()(graph_module)
@@ -176,7 +180,9 @@ def test_passes_of_torch_and_torchao_take_their_turn(batches):
     layers = [module for module in result.modules() if isinstance(module, nn.Linear)]
     assert len(layers) > 3
     assert all(type(layer.weight.data) is not torch.Tensor for layer in layers)
-    float_model = balf_fx.compile(model, batches, flops=0.6, effort="fast", progress=False)
+    float_model = balf_fx.compile(
+        model, batches, flops=0.6, factors="activations", refit=False, pivot=False, progress=False
+    )
     assert all("tensor_meta" in node.meta for node in result.graph.nodes if not str(node.target).endswith(".0"))
     difference = (result(batches[0]) - float_model(batches[0])).square().mean()
     assert difference < 1e-3 * model(batches[0]).square().mean()
