@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from balf_fx.graph import site
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.flops import flop_counter, profile
@@ -30,6 +31,12 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _always_worth_it(monkeypatch):
+    """Small layers take these forms, too, although it takes longer to move their values."""
+    monkeypatch.setattr(site, "MOVE", 0)
+
+
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -38,14 +45,14 @@ def annotated(layer, x):
     graph_module = fx.symbolic_trace(nn.Sequential(layer).double().eval())
     profile(graph_module, [x])
     Annotate()(graph_module)
-    [(site, nodes)] = sites(graph_module).items()
-    return graph_module, site, nodes
+    [(own, nodes)] = sites(graph_module).items()
+    return graph_module, own, nodes
 
 
 def replaced(graph_module, solution):
     copied = copy.deepcopy(graph_module)
-    [(site, nodes)] = sites(copied).items()
-    replace_site(copied, nodes, site, build(copied, site, solution))
+    [(own, nodes)] = sites(copied).items()
+    replace_site(copied, nodes, own, build(copied, own, solution))
     copied.graph.lint()
     copied.recompile()
     return copied
@@ -62,17 +69,17 @@ def counted(model, x):
 def test_rows_are_the_pair_at_the_price_that_was_counted(name, biased):
     make, shape, rank = LAYERS[name]
     x = randn(*shape)
-    graph_module, site, nodes = annotated(make(), x)
+    graph_module, own, nodes = annotated(make(), x)
     left, right = (
-        randn(site.groups, site.out_features, rank, seed=1),
-        randn(site.groups, rank, site.in_features, seed=2),
+        randn(own.groups, own.out_features, rank, seed=1),
+        randn(own.groups, rank, own.in_features, seed=2),
     )
-    pair = Solution(left, right, randn(site.groups, site.out_features, seed=3) if biased else None)
-    rows = written_as_rows(pair, torch.stack([pivot_rows(own) for own in left]))
+    pair = Solution(left, right, randn(own.groups, own.out_features, seed=3) if biased else None)
+    rows = written_as_rows(pair, torch.stack([pivot_rows(factor) for factor in left]))
     small, plain = replaced(graph_module, (rows,)), replaced(graph_module, (pair,))
     torch.testing.assert_close(small(x), plain(x), rtol=1e-9, atol=1e-9)
     dense = annotation(nodes[0])
-    priced = dataclasses.replace(site, pivots="rows", bias="0.bias" if biased else None)
+    priced = dataclasses.replace(own, pivots="rows", bias="0.bias" if biased else None)
     assert counted(small, x) == rank_flops(priced, rank, dense.flops, graph_module(x).numel())
     assert count_parameters(small) == rank_params(priced, rank, biased)
     assert counted(small, x) < counted(plain, x)
@@ -86,7 +93,7 @@ def test_rows_are_the_pair_at_the_price_that_was_counted(name, biased):
 )
 def test_columns_are_the_pair_at_the_price_that_was_counted(make, shape, ordered):
     x = randn(*shape)
-    graph_module, site, nodes = annotated(make(), x)
+    graph_module, own, nodes = annotated(make(), x)
     left, right = randn(1, 30, 22, seed=1), randn(1, 22, 40, seed=2)
     pair = Solution(left, right, randn(1, 30, seed=3))
     order = pivot_rows(right[0].mT)
@@ -98,7 +105,7 @@ def test_columns_are_the_pair_at_the_price_that_was_counted(make, shape, ordered
         seen = x.index_select(1, order)
     small, plain = replaced(graph_module, (columns,)), replaced(graph_module, (pair,))
     torch.testing.assert_close(small(seen), plain(x), rtol=1e-9, atol=1e-9)
-    priced = dataclasses.replace(site, pivots="columns")
+    priced = dataclasses.replace(own, pivots="columns")
     assert counted(small, seen) == rank_flops(priced, 22, annotation(nodes[0]).flops, plain(x).numel())
     assert count_parameters(small) == rank_params(priced, 22, True) == 22 * (70 - 22) + 30
 
@@ -106,7 +113,7 @@ def test_columns_are_the_pair_at_the_price_that_was_counted(make, shape, ordered
 @pytest.mark.parametrize("ranks", [(9, 11, 14), (9, None, 14), (None, None, 3)])
 def test_parts_have_pivots_of_their_own(ranks):
     x = randn(4, 20)
-    graph_module, site, nodes = annotated(nn.Linear(20, 45), x)
+    graph_module, own, nodes = annotated(nn.Linear(20, 45), x)
     pairs, written = [], []
     for index, rank in enumerate(ranks):
         bias = randn(1, 15, seed=index)
@@ -118,7 +125,7 @@ def test_parts_have_pivots_of_their_own(ranks):
         written.append(written_as_rows(pairs[-1], pivot_rows(pairs[-1].left[0])[None]))
     small, plain = replaced(graph_module, tuple(written)), replaced(graph_module, tuple(pairs))
     torch.testing.assert_close(small(x), plain(x), rtol=1e-9, atol=1e-9)
-    priced = dataclasses.replace(site, pivots="rows", parts=3)
+    priced = dataclasses.replace(own, pivots="rows", parts=3)
     assert counted(small, x) == rank_flops(priced, ranks, annotation(nodes[0]).flops, plain(x).numel())
     assert count_parameters(small) == rank_params(priced, ranks, True)
 
