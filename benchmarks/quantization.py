@@ -195,7 +195,8 @@ def main(
         task = MODELS[name](source)
         judge = Judge(task)
         budget: dict[str, Any] = {case.measure: case.budget}
-        compressed = balf_fx.compile(task.model, task.calibration, effort=effort or case.effort, seed=seed, **budget)
+        options: dict[str, Any] = {"effort": effort or case.effort, "seed": seed, "pivot": False}  # pivots round worse
+        compressed = balf_fx.compile(task.model, task.calibration, **options, **budget)
         total = 2 * (1 + len(case.recipes))
         found = list(tqdm(rows(task, judge, compressed, case.recipes), total=total, unit="model", leave=False))
         click.echo(f"{task.title}, compressed to {case.budget:g} of its {case.measure} on {task.samples:,} samples\n")

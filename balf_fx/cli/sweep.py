@@ -60,9 +60,8 @@ def run_sweep(
         points, out_of_reach, error = [], [], None
         for budget in tqdm(budgets, desc="budgets", unit="budget", disable=not settings.progress, leave=False):
             asked = {**_for("convert", options), measure: budget, "factors": settings.chosen_factors}
-            kept = calibration if settings.keeps_batches or settings.measures else ()
             try:
-                small = convert(prepared, batches=kept, **{**asked, "refit": settings.refit_mode or False})
+                small = convert(prepared, batches=calibration, **{**asked, "refit": settings.refit_mode or False})
             except BudgetError as unreachable:
                 out_of_reach.append(budget)
                 error = unreachable

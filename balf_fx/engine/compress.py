@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from balf_fx.budget.problem import drawn, pose
+from balf_fx.budget.problem import Problem, drawn, pose
 from balf_fx.calibration.batches import Calibration, Stream, is_empty, ordinary, run_batch
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
@@ -34,6 +34,7 @@ from balf_fx.engine.stages import work_of
 from balf_fx.engine.trials import allocate_faithfully, plan_trial
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
+from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import layers_of
@@ -248,11 +249,10 @@ def convert(
     score(program, settings, scoring)
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals())
+    allocation = None
     if isinstance(allocate, Allocate) and measures:
-        sensitive = settings.chosen_factors == "sensitivity"
-        trial = plan_trial(program, calibration, mode is not None, *(() if sensitive else (FEW_SAMPLES,)))
-        allocation = allocate_faithfully(program, problem, allocate, trial, trying)
-    else:
+        allocation = _measured(program, settings, problem, allocate, calibration, trying)
+    if allocation is None:
         allocation = allocate.solve(problem)
     compressed = settled(program, problem, drawn(problem, allocation))
     # 3. Refine or Refit: solve for the layers' weights. Pivot, Narrow, Factorize: rewrite the graphs.
@@ -263,6 +263,26 @@ def convert(
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     return compressed, plan_of_records(records, records[0].allocation or allocation)
+
+
+def _measured(
+    program: Program,
+    settings: Settings,
+    problem: Problem,
+    allocate: Allocate,
+    calibration: Calibration,
+    progress: Progress,
+) -> Allocation | None:
+    """The best of a few allocations; None if the fast effort cannot run a compressed model with the user's function."""
+    refit = settings.refit_mode is not None
+    if settings.chosen_factors == "sensitivity":
+        return allocate_faithfully(program, problem, allocate, plan_trial(program, calibration, refit), progress)
+    try:
+        trial = plan_trial(program, calibration, refit, FEW_SAMPLES)
+        return allocate_faithfully(program, problem, allocate, trial, progress)
+    except CalibrationError as error:
+        _LOGGER.warning("allocations are not compared, since the compressed model does not run: %s", error)
+        return None
 
 
 def score(program: Program, settings: Settings, progress: Progress = SILENT) -> None:

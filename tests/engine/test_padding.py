@@ -192,14 +192,14 @@ def test_an_encoder_and_a_decoder_have_a_mask_each(tokens, effort):
 
 def test_a_mask_is_read_wherever_it_is(decoder, tokens):
     batches = [padded(ids, "right") for ids in tokens]
-    expected = compressed(decoder, batches, effort="fast")
+    expected = compressed(decoder, batches, factors="activations")
     positional = [tuple(batch.values()) for batch in batches]
-    assert_same(compressed(decoder, positional, effort="fast"), expected)
+    assert_same(compressed(decoder, positional, factors="activations"), expected)
     nested = [{"inputs": batch} for batch in batches]
     forward = lambda model, batch: model(**batch["inputs"]) * model.head.weight[0, 0]  # noqa: E731 (reads the model)
-    assert_same(compressed(decoder, nested, effort="fast", forward=forward), expected)
+    assert_same(compressed(decoder, nested, factors="activations", forward=forward), expected)
     forward = lambda model, batch: model(batch["input_ids"])  # noqa: E731 (the model has no argument for it)
-    right = compressed(Fixed(decoder), batches, effort="fast", forward=forward)
+    right = compressed(Fixed(decoder), batches, factors="activations", forward=forward)
     states = [small.state_dict().items() for small in (right, expected)]
     states = [{name.removeprefix("model."): value for name, value in state} for state in states]
     torch.testing.assert_close(*states, rtol=1e-7, atol=1e-9)  # what is right of a token does not reach it
