@@ -30,7 +30,7 @@ from tqdm import tqdm
 import balf_fx
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "svd": {"factors": "svd", "fold_batchnorm": False},
+    "svd": {"factors": "svd", "fold_batchnorm": False, "pivot": False},
     "svd-llm": {**balf_fx.BALF, "allocation": "uniform"},
     "air": balf_fx.AIR,
     "balf": balf_fx.BALF,
