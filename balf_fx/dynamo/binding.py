@@ -88,8 +88,10 @@ class Binding:
         Args:
             watched: the tensors on which the graph's new weights depend, but which it does not read.
         """
+        held: set[int] = set()
         for name, tensor in list(held_tensors(graph_module)):
             original = part.original(tensor)
+            held.add(id(original))
             if original is tensor:
                 tensor.requires_grad_(False)  # compressed calls do not require gradients, so neither may the output
             put(graph_module, name, original)
@@ -97,7 +99,13 @@ class Binding:
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()
-        self.graph_module, self.watch, self.rewritten = graph_module, Watch(watched), True
+        # Constants between layers were narrowed or reordered too, so that the graph reads copies of them.
+        copied = {
+            name: tensor
+            for name, tensor in self.originals.items()
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in held
+        }
+        self.graph_module, self.watch, self.rewritten = graph_module, Watch({**copied, **watched}), True
 
 
 def watched_by(part: Part, replaced: set[str]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.errors import OptionError
+from balf_fx.errors import OptionError, WeightsChangedError
 from balf_fx.graph import site
 from balf_fx.graph.flops import flop_counter
 from balf_fx.graph.parameters import count_parameters
@@ -329,3 +329,19 @@ def test_layers_that_a_shared_order_does_not_serve_get_one_of_their_own(tied, mo
     assert (gathers(served), gathers(alone)) == (0, 3)
     torch.testing.assert_close(alone(batches[0]), served(batches[0]), rtol=1e-6, atol=1e-8)
     check_counts(alone, batches[0])
+
+
+def test_the_backend_sees_that_a_reordered_constant_has_changed():
+    model, batches = made(Tied()), [tokens(i) for i in range(4)]
+    torch.compiler.reset()
+    small = torch.compile(
+        model, backend="balf", options={"flops": 0.7, "effort": "fast", "calibration_steps": 4}, dynamic=False
+    )
+    with torch.no_grad():
+        for batch in batches:
+            small(batch)
+        small(batches[0])
+        model.blocks[0].norm.weight.mul_(2)
+        with pytest.raises(WeightsChangedError, match="norm"):
+            small(batches[0])
+    torch.compiler.reset()
