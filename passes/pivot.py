@@ -66,16 +66,16 @@ class Pivot(Pass):
 
     def _give_own_orders(self, graph_module: fx.GraphModule, forms: set[Form]) -> None:
         for member in self._members(graph_module):
-            if annotation(member.nodes[0]).pivots is None and member.form in forms:
+            if member.form in forms:
                 _annotate(member.nodes, Pivots(member.form, member.own_orders()))
 
     def _members(self, graph_module: fx.GraphModule) -> Iterator[_Member]:
-        """The sites that the allocation writes with pivots or with identity blocks."""
+        """The sites that the allocation writes with pivots or with identity blocks, without those that have pivots."""
         cuts = find_cuts(graph_module)
         written, read = writers_and_readers(graph_module)
         for site, nodes in sites(graph_module).items():
             node, choice = nodes[0], annotation(nodes[0]).choice
-            if choice is None:
+            if choice is None or annotation(node).pivots is not None:
                 continue
             cut = cuts.get(node.name, Cut())
             form = cut.outputs(cut.inputs(choice.site)).form(choice.chosen.rank)
@@ -157,9 +157,8 @@ def _bases(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
         (solution,) = solution_of(graph_module, node, site, cut)
         right = solution.right[0].detach().cpu()
         order = torch.arange(right.shape[1]) if pivots.orders[0] is None else pivots.orders[0][0]
-        widths = [width.key for width in record.widths if record.hosts.get(width.key) == node.name]
-        for key, rows in zip(widths, hosted_rows(graph_module, node.name, cut), strict=True):
-            yield key, basis_of(right[rows], order)
+        for width, rows in zip(record.hosted(node.name), hosted_rows(graph_module, node.name, cut), strict=True):
+            yield width.key, basis_of(right[rows], order)
 
 
 def _annotate(nodes: Sequence[fx.Node], pivots: Pivots) -> None:

@@ -43,6 +43,7 @@ from balf_fx.graph.experts import leads_to_experts, read_experts
 from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.masks import mask_inputs
 from balf_fx.graph.parameters import get_tensor, grouped_weight, owns_weight, parameter_users
+from balf_fx.graph.pivoted import feature_axis
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
@@ -259,14 +260,13 @@ def _run(substitute: Substitute, reads: Callable[[Batch], Tensor], batch: Batch)
 def _reads(node: fx.Node, site: Site, cut: Cut, batch: Batch) -> Tensor:
     """A layer's input in the compressed model: the remaining features where its width was narrowed."""
     value: Tensor = batch.current(site_input(node))
-    return cut.read_features(value, -1 if site.conv is None else -1 - len(site.conv.kernel_size))
+    return cut.read_features(value, feature_axis(site))
 
 
 def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: Window) -> Tensor:
     """The compressed model's inputs at a window's positions, [G, D, n]."""
     value = by_sample(batch.current(site_input(node)), site)[own.samples]
-    axis = -1 if site.conv is None else -1 - len(site.conv.kernel_size)
-    return input_columns(cut.read_features(value, axis), cut.inputs(site), own.pixels)
+    return input_columns(cut.read_features(value, feature_axis(site)), cut.inputs(site), own.pixels)
 
 
 def _in_parts(outputs: Tensor, parts: int) -> Tensor:

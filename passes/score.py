@@ -217,9 +217,7 @@ class Score(Pass):
 
 def block_entries(graph_module: fx.GraphModule, node: fx.Node) -> int:
     """The number of entries in blocks of a layer's weight that a change of basis can turn into the identity."""
-    record = graph_record(graph_module)
-    hosted = [width for width in record.widths if record.hosts.get(width.key) == node.name]
-    return sum(width.heads * width.features**2 for width in hosted)
+    return sum(width.heads * width.features**2 for width in graph_record(graph_module).hosted(node.name))
 
 
 def _kept(node: fx.Node, site: Site, moments: Moments) -> Mapping[int, int]:

@@ -135,7 +135,7 @@ class GraphRecord:
         rests: for each layer that only partly belongs to widths, the readers of its other rows; set by FindWidths.
         width_curves: one for each width, None if there are no statistics; set by ScoreWidths.
         widths_scored_with: identifies the statistics and options of the curves; set by ScoreWidths.
-        orderable: further widths whose features may change their order, but not their number; set by FindPivots.
+        orderable: further widths whose features may change their order, but not their number; set by FindWidths.
         orders: the kept features of widths in their new order, by `Width.key`; set by Pivot.
         hosts: the node in which heads of a width may get identity blocks, by `Width.key`; set by FindPivots.
         bases: C [heads, r, r] for widths whose heads get a new basis, by `Width.key`; set by Pivot (`ranks.bases`).
@@ -158,6 +158,10 @@ class GraphRecord:
     hosts: Mapping[str, str] = field(default_factory=dict)
     bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: tuple[Replaced, ...] = ()
+
+    def hosted(self, name: str) -> list[Width]:
+        """The widths whose heads may get identity blocks in a node."""
+        return [width for width in self.widths if self.hosts.get(width.key) == name]
 
 
 def annotation(node: fx.Node) -> Annotation:

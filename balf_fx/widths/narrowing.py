@@ -247,11 +247,9 @@ def _turn(found: dict[str, Cut], width: Width, basis: Tensor) -> None:
 
 def hosted_rows(graph_module: fx.GraphModule, name: str, cut: Cut) -> tuple[Tensor, ...]:
     """The rows [heads, r], among its reduced outputs, of each set of heads that gets identity blocks in a layer."""
-    record = graph_record(graph_module)
     return tuple(
         cut.rows_of(torch.tensor(width.rows[HOSTS[width.kind]]).reshape(width.heads, -1))
-        for width in record.widths
-        if record.hosts.get(width.key) == name
+        for width in graph_record(graph_module).hosted(name)
     )
 
 

@@ -237,16 +237,22 @@ def test_a_result_can_be_stored_copied_exported_and_compiled(subject, tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
+def switched(model, batches, **options):
+    """The model behind the backend, after its calibration on these batches."""
+    torch.compiler.reset()
+    given = {"calibration_steps": len(batches), **options}
+    small = torch.compile(model, backend="balf", options=given, dynamic=False)
+    with torch.no_grad():
+        for batch in batches:
+            small(batch)
+    return small
+
+
 def test_the_backend_takes_the_new_forms_also_for_other_shapes(tmp_path):
     model, batches = made(nn.Sequential(Attention(), Attention())), [randn(4, 10, 48, seed=i) for i in range(4)]
     offline = balf_fx.compile(model, batches, flops=0.8, effort="balanced", progress=False, capture="export")
-    torch.compiler.reset()
-    online = torch.compile(
-        model, backend="balf", options={"flops": 0.8, "effort": "balanced", "calibration_steps": 4}, dynamic=False
-    )
+    online = switched(model, batches, flops=0.8, effort="balanced")
     with torch.no_grad():
-        for batch in batches:
-            online(batch)
         torch.testing.assert_close(online(batches[0]), offline(batches[0]))
         shorter = batches[0][:, :7].contiguous()
         balf_fx.save(offline, tmp_path / "small.balf")
@@ -333,13 +339,8 @@ def test_layers_that_a_shared_order_does_not_serve_get_one_of_their_own(tied, mo
 
 def test_the_backend_sees_that_a_reordered_constant_has_changed():
     model, batches = made(Tied()), [tokens(i) for i in range(4)]
-    torch.compiler.reset()
-    small = torch.compile(
-        model, backend="balf", options={"flops": 0.7, "effort": "fast", "calibration_steps": 4}, dynamic=False
-    )
+    small = switched(model, batches, flops=0.7, effort="fast")
     with torch.no_grad():
-        for batch in batches:
-            small(batch)
         small(batches[0])
         model.blocks[0].norm.weight.mul_(2)
         with pytest.raises(WeightsChangedError, match="norm"):
