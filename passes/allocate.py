@@ -44,6 +44,9 @@ class Allocate(Pass):
         importance: with method="budget", each site's normalised distortion is multiplied by `RankCurve.loss` to this
             power, where gradients are known.
         caution: with method="budget", a factor by which the losses of widths are multiplied.
+        evenness: with method="budget", every site, or cluster of sites and widths, keeps at least this fraction of the
+            share of the cost that all of them keep together, in [0, 1]. A few directions of very large variance make
+            other directions look dispensable, which no loss without gradients shows.
         strict: whether a budget that cannot be reached is an error; False takes the closest reachable choice instead.
         ranks: {site name: rank}, None for dense, a tuple for one rank per part. Sites that are not named stay dense.
             Cannot be combined with the options above.
@@ -57,6 +60,7 @@ class Allocate(Pass):
     strict: bool = True
     importance: float = 0.0
     caution: float = 1.0
+    evenness: float = 0.0
 
     def __post_init__(self) -> None:
         given = {
@@ -136,11 +140,12 @@ class Allocate(Pass):
         """The least total loss within the budget."""
         options, fixed = self._options(problem, weights)
         budget = self._reachable(self._costs(options), fixed, problem.totals)
+        options = self._even(options, budget)
         picked, multiplier = self._cheapest(options, budget)
         grids, multipliers = [options], [multiplier]
         if problem.clusters:  # a second, finer grid around the chosen sizes spends the rest of the budget
             near = {row.widths: option for row, option in picked if row.widths}
-            options, _ = self._options(problem, weights, near)
+            options = self._even(self._options(problem, weights, near)[0], budget)
             picked, multiplier = self._cheapest(options, budget)
             grids, multipliers = [*grids, options], [*multipliers, multiplier]
         by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
@@ -188,6 +193,18 @@ class Allocate(Pass):
         index = 0 if self.measure == "flops" else 1
         dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
         return rows, now - dense - sum(row.full[index] for row in rows)
+
+    def _even(self, rows: list[_Row], budget: int) -> list[_Row]:
+        """The rows without options below `evenness`; all options if the budget would be out of reach."""
+        costs = self._costs(rows)
+        share = self.evenness * budget / max(sum(row[-1] for row in costs), 1)
+        kept = [
+            dataclasses.replace(
+                row, options=tuple(o for o, cost in zip(row.options, own, strict=True) if cost >= share * own[-1])
+            )
+            for row, own in zip(rows, costs, strict=True)
+        ]
+        return kept if minimum_cost(self._costs(kept)) <= budget else rows
 
     def _costs(self, rows: Sequence[_Row]) -> list[list[int]]:
         return [[option.cost(self.measure) for option in row.options] for row in rows]

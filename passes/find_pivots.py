@@ -15,7 +15,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor, grouped_weight
-from balf_fx.graph.site import FreeOrder, Site
+from balf_fx.graph.site import MOVE, FreeOrder, Site
 from balf_fx.graph.widths import HOSTS, Width
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.bases import BOUND, has_blocks
@@ -34,10 +34,12 @@ class FindPivots(Pass):
 
     Attributes:
         enabled: False lets low-rank maps be pairs of factors only.
+        move: `Site.move`: 0 for the fewest parameters, whatever time it takes to move features.
         bound: the largest entry of T for identity blocks.
     """
 
     enabled: bool = True
+    move: int = MOVE
     bound: float = BOUND
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -48,7 +50,7 @@ class FindPivots(Pass):
         for site, nodes in sites(graph_module).items():
             pivots = self._pivots(site, nodes, written, read)
             for node in nodes:
-                annotate(node, site=dataclasses.replace(site, pivots=pivots))
+                annotate(node, site=dataclasses.replace(site, pivots=pivots, move=self.move))
         record_graph(graph_module, hosts=self._hosts(graph_module) if self.enabled else {})
         return PassResult(graph_module, False)
 

@@ -95,7 +95,7 @@ class Follow(Pass):
 
 def _with_site(choice: Choice, site: Site) -> Choice:
     """The plan's choice for the graph's own site, in the form for which it was priced."""
-    return dataclasses.replace(choice, site=dataclasses.replace(site, pivots=choice.site.pivots))
+    return dataclasses.replace(choice, site=dataclasses.replace(site, pivots=choice.site.pivots, move=choice.site.move))
 
 
 def _check_rank(site: Site, rank: Rank) -> None:

@@ -40,7 +40,7 @@ from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.plan import Plan, plan_of_records
 from balf_fx.graph.site import Reason, Refusal
-from balf_fx.passes import Allocate, Annotate, FindPivots, FindWidths, Follow, InsertObservers, Refine, ScoreWidths
+from balf_fx.passes import Allocate, Annotate, FindWidths, Follow, InsertObservers, Refine, ScoreWidths
 from balf_fx.passes.score import Factors
 from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
@@ -291,7 +291,7 @@ def score(program: Program, settings: Settings, progress: Progress = SILENT) -> 
     for graph_module, span in zip(found, progress.spans([1.0] * len(found)), strict=True):
         ranks, sizes = span.spans([1.0, 2.0])
         scored = settings.score(ranks)
-        FindPivots(settings.pivot)(graph_module)
+        settings.find_pivots()(graph_module)
         scored(graph_module)
         if scored.factors == "sensitivity" and settings.widths:
             ScoreWidths(scored.damping, progress=sizes)(graph_module)

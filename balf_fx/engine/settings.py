@@ -21,7 +21,9 @@ from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Rank
 from balf_fx.graph.plan import Plan
+from balf_fx.graph.site import MOVE
 from balf_fx.passes.allocate import Allocate, Method, allocate_for
+from balf_fx.passes.find_pivots import FindPivots
 from balf_fx.passes.follow import Follow
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors, Score
@@ -246,6 +248,10 @@ class Settings:
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""
         return Score(self.chosen_factors, self.centred, self.split, progress=progress)
+
+    def find_pivots(self) -> FindPivots:
+        """Return the pass that finds forms of low-rank maps for these settings; under `params`, moves are free."""
+        return FindPivots(self.pivot, MOVE if self.params is None else 0)
 
     def allocate(self) -> Allocate | Follow:
         """Return the allocating pass for these settings.

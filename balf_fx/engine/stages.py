@@ -21,7 +21,7 @@ _GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes
 _REFIT = {"full": 10.0, "up": 3.0}  # forward passes
 _CHOLESKY = 7.0 / 3.0  # one factorization for each strength of the ridge, and one for all samples
 _TRIALS, _TRIAL_SAMPLES = 6, 256
-_METHODS = 3  # two allocations, and the original
+_FAST_TRIALS = 3  # two allocations, and the original
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any], stream
             cubes += float(width.features) ** 3
     mode = settings.refit_mode
     sensitive = settings.chosen_factors == "sensitivity"
-    trials, used = (_TRIALS, _TRIAL_SAMPLES) if sensitive else (_METHODS, FEW_SAMPLES)
+    trials, used = (_TRIALS, _TRIAL_SAMPLES) if sensitive else (_FAST_TRIALS, FEW_SAMPLES)
     tried = trials * min(1.0, used / max(samples, 1)) * forward
     return Work(
         calibrating=(_GRADIENTS if gradients else _OBSERVED) * forward,

@@ -23,13 +23,13 @@ from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.allocation import Allocation
-from balf_fx.passes.allocate import IMPORTANCE, Allocate, Method
+from balf_fx.passes.allocate import IMPORTANCE, Allocate
 from balf_fx.passes.observe import remove_observers
 from balf_fx.progress import SILENT, Progress
 
 _LOGGER = logging.getLogger(__name__)
 _IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers are better at low budgets, 1 at high budgets
-_METHODS: tuple[Method, ...] = ("budget", "uniform")  # without gradients, each is far better on some models
+_EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (3.0, 9.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
 _SAMPLES = 128
 
@@ -86,7 +86,7 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool, most: in
 def allocate_faithfully(
     program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
 ) -> Allocation:
-    """Choose the best of a few allocations: over `importance`, then over `caution`; without gradients, over methods."""
+    """Choose the best of a few allocations: over `importance`, then `caution`; without gradients, over `evenness`."""
     measured: dict[Any, float] = {}
 
     def attempt(option: Allocate) -> _Attempt:
@@ -94,20 +94,21 @@ def allocate_faithfully(
         chosen = (*(choice.chosen.rank for choice in allocation.choices), *sorted(allocation.sizes.items()))
         if chosen not in measured:
             measured[chosen] = trial.measure(program, problem, allocation)
-        tried = (option.method, option.importance, option.caution, measured[chosen])
-        _LOGGER.info("%s, importance %s, caution %s: %.4g", *tried)
+        tried = (option.importance, option.caution, option.evenness, measured[chosen])
+        _LOGGER.info("importance %s, caution %s, evenness %s: %.4g", *tried)
         return _Attempt(measured[chosen], option, allocation)
 
     sensitive = allocate.importance > 0
-    if sensitive:
-        options = [dataclasses.replace(allocate, importance=power) for power in _IMPORTANCES]
-    else:
-        options = [dataclasses.replace(allocate, method=method) for method in _METHODS]
-    cautions = _CAUTIONS if problem.clusters and sensitive else ()
-    first, second = progress.spans([len(options), len(cautions)])
-    best = min(map(attempt, first.track(options)), key=attrgetter("lost"))
-    cautious = (attempt(dataclasses.replace(best.option, caution=caution)) for caution in second.track(cautions))
-    return min((best, *cautious), key=attrgetter("lost")).allocation
+    stages: list[list[dict[str, Any]]] = [
+        [{"importance": importance} for importance in _IMPORTANCES] if sensitive else [],
+        [] if sensitive else [{"evenness": evenness} for evenness in _EVENNESSES],
+        [{"caution": caution} for caution in _CAUTIONS] if problem.clusters and sensitive else [],
+    ]
+    option, attempts = allocate, list[_Attempt]()
+    for changes, span in zip(stages, progress.spans([float(len(stage)) for stage in stages]), strict=True):
+        attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes)]
+        option = min(attempts, key=attrgetter("lost")).option
+    return min(attempts, key=attrgetter("lost")).allocation
 
 
 @dataclass(frozen=True)

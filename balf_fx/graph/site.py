@@ -125,6 +125,8 @@ class Site:
         rank_step: ranks are multiples of it, since kernels of grouped products need rows of whole 16 bytes.
         pivots: the order that is free where its low-rank maps are written with their own rows or columns; None for
             pairs of factors only.
+        move: the multiplications that such a form must save for each value that it moves at a position; 0 where only
+            parameters count.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Site:
     keeps_rank: bool = False
     rank_step: int = 1
     pivots: FreeOrder | None = None
+    move: int = MOVE
 
     @property
     def transposed(self) -> bool:
@@ -182,12 +185,12 @@ class Site:
         return plain and self.groups == 1
 
     def form(self, rank: Rank) -> Form:
-        """How the map of a rank is written: with pivots, if that takes less time than a pair of factors."""
+        """How the map of a rank is written: with pivots, if that saves enough for the values that it moves."""
         if self.pivots is None or rank is None:
             return "pair"
         form, moved = min(self._moved(rank), key=lambda item: item[1])
         saved = sum(each * each for each in each_rank(rank) if each is not None)
-        return form if saved >= MOVE * moved else "pair"
+        return form if saved >= self.move * moved else "pair"
 
     def _moved(self, rank: Rank) -> list[tuple[Form, int]]:
         """The values that each form moves at a position: rows are concatenated, and those out of order are gathered."""

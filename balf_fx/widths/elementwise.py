@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.operators import operation
@@ -28,15 +28,31 @@ _ELEMENTWISE_NAMES = (
 )
 
 
-_POOL_MODULES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool1d)
+_SPATIAL_MODULES = (
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d),
+    *(nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+)
 
 
-_POOL_NAMES = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "_adaptive_avg_pool2d")
+_SPATIAL_NAMES = (
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "interpolate"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
+    *("upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
+)
+
+
+_PADDINGS = ("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 
 
 def passes_on(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     """Whether a node that does more than to move values treats each feature on an axis of its value separately."""
-    return is_elementwise(graph_module, node) or _is_pool(graph_module, node, axis) or _is_pad(node, axis)
+    return is_elementwise(graph_module, node) or _is_spatial(graph_module, node, axis)
 
 
 def is_elementwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -102,20 +118,25 @@ def table_of(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> str | No
     return str(sources[0].target) if plain and len(sources) == 1 else None
 
 
-def _is_pool(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
+def _is_spatial(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
+    """Whether a node pools, resizes or pads other axes than this one."""
+    rank = len(annotation(node).shape or ())
     if node.op == "call_module":
-        return type(graph_module.get_submodule(str(node.target))) in _POOL_MODULES
-    if operation(node) == "mean":
+        kind = type(graph_module.get_submodule(str(node.target)))
+        return kind in _SPATIAL_MODULES and axis < rank - _spatial_axes(kind.__name__, rank)
+    name = operation(node)
+    if name == "mean":
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         listed = dims if isinstance(dims, list | tuple) else [dims]
         rank = len(annotation(node.all_input_nodes[0]).shape or ())
         return all(isinstance(d, int) and d % rank > axis for d in listed) and rank > 0
-    return operation(node) in _POOL_NAMES
+    if name in _PADDINGS:
+        amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad", node.kwargs.get("padding"))
+        return isinstance(amounts, list | tuple) and len(amounts) // 2 < rank - axis
+    return name in _SPATIAL_NAMES and axis < rank - _spatial_axes(name, rank)
 
 
-def _is_pad(node: fx.Node, axis: int) -> bool:
-    if node.target is not F.pad:
-        return False
-    amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
-    rank = len(annotation(node).shape or ())
-    return isinstance(amounts, list | tuple) and len(amounts) // 2 < rank - axis
+def _spatial_axes(name: str, rank: int) -> int:
+    """The number of spatial axes, the last ones, of an operation such as "max_pool2d"; all but two for any number."""
+    found = re.search(r"(\d)d$", name)
+    return int(found[1]) if found else rank - 2

@@ -69,6 +69,39 @@ def test_what_treats_each_feature_alone(activation):
     assert list(channels(Mlp(activation), ROW)) == ["down"]
 
 
+SPATIAL = [
+    *(nn.ZeroPad2d((0, 1, 0, 1)), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.ConstantPad2d(1, 0.5)),
+    *(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(4), nn.Upsample(scale_factor=2)),
+    nn.Upsample(scale_factor=2, mode="bilinear"),
+]
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("module", SPATIAL, ids=str)
+def test_what_pools_resizes_or_pads_the_image(module, capture):
+    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)
+    model = nn.Sequential(first, nn.ReLU(), module, nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU(), second)
+    with torch.no_grad():
+        first.weight[8:], first.bias[8:] = first.weight[:8], first.bias[:8]  # eight channels would be enough
+        model[3].weight[8:], model[3].bias[8:] = model[3].weight[:8], model[3].bias[:8]
+    x = torch.randn(16, 3, 9, 9)
+    assert [own.features for own in channels(model, x, capture).values()] == [16]
+    small = balf_fx.compile(model.eval(), [x], flops=0.55, capture=capture, progress=False)
+    assert [own.size for own in balf_fx.plan(small).widths] == [8]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [lambda y: F.max_pool1d(y, 2), lambda y: F.pad(y, (1, 1))], ids=["pool", "pad"])
+def test_what_pools_or_pads_the_features_themselves(function):
+    class Features(Mlp):
+        def forward(self, x):
+            return self.down(function(self.up(x))[..., : self.down.in_features])
+
+    model = Features(nn.ReLU())
+    model.down = nn.Linear(16, model.down.out_features)
+    assert not channels(model, ROW)
+
+
 class Whole(nn.Module):
     def __init__(self, function):
         super().__init__()
