@@ -99,13 +99,12 @@ def allocate_faithfully(
         return _Attempt(measured[chosen], option, allocation)
 
     sensitive = allocate.importance > 0
-    stages: list[list[dict[str, Any]]] = [
-        [{"importance": importance} for importance in _IMPORTANCES] if sensitive else [],
-        [] if sensitive else [{"evenness": evenness} for evenness in _EVENNESSES],
-        [{"caution": caution} for caution in _CAUTIONS] if problem.clusters and sensitive else [],
-    ]
+    first: list[dict[str, Any]] = [{"evenness": evenness} for evenness in _EVENNESSES]
+    if sensitive:
+        first = [{"importance": importance} for importance in _IMPORTANCES]
+    second = [{"caution": caution} for caution in _CAUTIONS] if problem.clusters and sensitive else []
     option, attempts = allocate, list[_Attempt]()
-    for changes, span in zip(stages, progress.spans([float(len(stage)) for stage in stages]), strict=True):
+    for changes, span in zip((first, second), progress.spans([len(first), len(second)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes)]
         option = min(attempts, key=attrgetter("lost")).option
     return min(attempts, key=attrgetter("lost")).allocation

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import fx, nn
 
-from balf_fx.graph import site
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.flops import flop_counter, profile
@@ -29,12 +28,6 @@ LAYERS = {
     "conv_transpose2d": (lambda: nn.ConvTranspose2d(24, 32, 2, stride=2), (2, 24, 5, 5), 26),
     "conv_transpose1d, groups": (lambda: nn.ConvTranspose1d(64, 60, 3, groups=2), (2, 64, 7), 25),
 }
-
-
-@pytest.fixture(autouse=True)
-def _always_worth_it(monkeypatch):
-    """Small layers take these forms, too, although it takes longer to move their values."""
-    monkeypatch.setattr(site, "MOVE", 0)
 
 
 def randn(*shape, seed=0):
@@ -79,7 +72,7 @@ def test_rows_are_the_pair_at_the_price_that_was_counted(name, biased):
     small, plain = replaced(graph_module, (rows,)), replaced(graph_module, (pair,))
     torch.testing.assert_close(small(x), plain(x), rtol=1e-9, atol=1e-9)
     dense = annotation(nodes[0])
-    priced = dataclasses.replace(own, pivots="rows", bias="0.bias" if biased else None)
+    priced = dataclasses.replace(own, pivots="rows", move=0, bias="0.bias" if biased else None)
     assert counted(small, x) == rank_flops(priced, rank, dense.flops, graph_module(x).numel())
     assert count_parameters(small) == rank_params(priced, rank, biased)
     assert counted(small, x) < counted(plain, x)
@@ -105,7 +98,7 @@ def test_columns_are_the_pair_at_the_price_that_was_counted(make, shape, ordered
         seen = x.index_select(1, order)
     small, plain = replaced(graph_module, (columns,)), replaced(graph_module, (pair,))
     torch.testing.assert_close(small(seen), plain(x), rtol=1e-9, atol=1e-9)
-    priced = dataclasses.replace(own, pivots="columns")
+    priced = dataclasses.replace(own, pivots="columns", move=0)
     assert counted(small, seen) == rank_flops(priced, 22, annotation(nodes[0]).flops, plain(x).numel())
     assert count_parameters(small) == rank_params(priced, 22, True) == 22 * (70 - 22) + 30
 
@@ -125,7 +118,7 @@ def test_parts_have_pivots_of_their_own(ranks):
         written.append(written_as_rows(pairs[-1], pivot_rows(pairs[-1].left[0])[None]))
     small, plain = replaced(graph_module, tuple(written)), replaced(graph_module, tuple(pairs))
     torch.testing.assert_close(small(x), plain(x), rtol=1e-9, atol=1e-9)
-    priced = dataclasses.replace(own, pivots="rows", parts=3)
+    priced = dataclasses.replace(own, pivots="rows", move=0, parts=3)
     assert counted(small, x) == rank_flops(priced, ranks, annotation(nodes[0]).flops, plain(x).numel())
     assert count_parameters(small) == rank_params(priced, ranks, True)
 

@@ -84,6 +84,20 @@ def test_uniform_keeps_nearly_the_same_share_of_each_site(scored):
         assert abs(choice.chosen.flops / choice.dense.flops - 0.5) <= step
 
 
+@given(st.floats(0.3, 0.95), st.floats(0.0, 1.0), st.sampled_from(["flops", "params"]))
+def test_evenness_keeps_a_part_of_the_common_share_in_each_site(scored, target, evenness, measure):
+    allocation = allocate(scored, **{measure: target}, evenness=evenness)
+    plain = allocate(scored, **{measure: target})
+    dense = [choice.dense.cost(measure) for choice in allocation.choices]
+    fixed = getattr(graph_record(scored), measure) - sum(dense)
+    share = evenness * (target * (sum(dense) + fixed) - fixed) / sum(dense)
+    assert sum(costs(allocation, measure)) + fixed <= target * (sum(dense) + fixed)
+    assert allocation.primal >= plain.primal - 1e-12
+    kept = [cost / full for cost, full in zip(costs(allocation, measure), dense, strict=True)]
+    # a site may fall below where no choice above fits into the budget: then the condition does not apply at all
+    assert min(kept) >= share - 1 / min(dense) or costs(allocation, measure) == costs(plain, measure)
+
+
 def test_an_energy_threshold_takes_the_smallest_rank_that_keeps_it(scored):
     allocation = allocate(scored, method="energy", energy=0.9)
     assert allocation.target is None

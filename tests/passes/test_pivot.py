@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
+from balf_fx.engine import settings
 from balf_fx.errors import OptionError, WeightsChangedError
-from balf_fx.graph import site
 from balf_fx.graph.flops import flop_counter
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import Plan
@@ -162,7 +162,7 @@ def test_a_width_takes_over_the_order_of_the_layers_around_it(monkeypatch):
     assert not gathers(small)
     pair = balf_fx.compile(model, batches, allocation=ranks, effort="fast", progress=False, pivot=False)
     torch.testing.assert_close(small(batches[0]), pair(batches[0]))
-    monkeypatch.setattr(site, "MOVE", 0)
+    monkeypatch.setattr(settings, "MOVE", 0)
     moved = balf_fx.compile(model, batches, allocation=ranks, effort="fast", progress=False)
     assert forms(moved) == {"0": "columns", "2": "columns"}
     assert gathers(moved) == 1
@@ -193,6 +193,26 @@ def test_outputs_that_others_read_are_gathered_where_that_is_worth_it():
     assert balf_fx.report(columns).sites[0].params_after == 200 * (512 - 200) + 256
     with pytest.raises(OptionError, match="from 1 to 127 or 182 to 255, or None for dense"):
         balf_fx.compile(model, batches, allocation={"0": 150}, effort="fast", progress=False)
+
+
+def test_parameters_are_worth_any_move(tmp_path):
+    """Every rank below full has its own count of parameters, also where a budget of FLOPs prefers plain factors."""
+    model = made(nn.Sequential(nn.Linear(32, 32), nn.Tanh()))
+    batches = [randn(64, 32, seed=i) for i in range(6)]
+    small, other = (
+        balf_fx.compile(model, batches, **{measure: 0.9}, effort="fast", progress=False)
+        for measure in ("params", "flops")
+    )
+    assert (forms(small), gathers(small)) == ({"0": "columns"}, 1)
+    assert (forms(other), gathers(other)) == ({"0": "pair"}, 0)
+    check_counts(small, batches[0])
+    assert 0.88 < count_parameters(small) / count_parameters(model) <= 0.9
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    again = balf_fx.load(tmp_path / "small.safetensors", model)
+    followed = balf_fx.compile(model, batches, allocation=Plan.of(small), effort="fast", progress=False)
+    for restored in (again, followed):
+        assert forms(restored) == forms(small)
+        torch.testing.assert_close(restored(batches[0]), small(batches[0]))
 
 
 def gathers(model):
