@@ -7,6 +7,7 @@ used alone or inside any `torch.fx` PassManager. It modifies the graph that it i
 if __name__ != "balf_fx.passes":  # a second copy of every class under another name would match nothing
     raise ImportError("the passes are imported as balf_fx.passes")
 
+from balf_fx.passes.align import Align
 from balf_fx.passes.allocate import Allocate
 from balf_fx.passes.annotate import Annotate
 from balf_fx.passes.base import Pass
@@ -33,6 +34,7 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Annotate",
     "FindWidths",
     "InsertObservers",
+    "Align",
     "FindPivots",
     "Score",
     "ScoreWidths",

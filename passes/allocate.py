@@ -369,13 +369,17 @@ def _explicit_candidate(site: Site, curve: RankCurve, rank: Rank) -> Candidate:
         return _explicit_parts(site, curve, rank)
     possible = possible_ranks(site)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank not in possible:
-        step = f" in steps of {site.rank_step}" if site.rank_step > 1 else ""
+        allowed = _ranges(possible, site.step) + _in_steps(site)
         raise OptionError(
-            f"the rank of {site.name!r} must be a whole number from {_ranges(possible, site.rank_step)}{step}, or None "
-            f"for dense, which costs no more than other ranks; not {rank!r}"
+            f"the rank of {site.name!r} must be a whole number from {allowed}, or None for dense, which costs no more "
+            f"than other ranks; not {rank!r}"
         )
     known = {each.rank: each for each in curve.candidates}
     return known[rank] if rank in known else rank_candidate(site, curve, rank)
+
+
+def _in_steps(site: Site) -> str:
+    return f" in steps of {site.step}" if site.step > 1 else ""
 
 
 def _ranges(numbers: Sequence[int], step: int) -> str:
@@ -391,9 +395,11 @@ def _explicit_parts(site: Site, curve: RankCurve, ranks: PartRanks) -> Candidate
     limit = largest_part_rank(site)
     numbers = [rank for rank in ranks if rank is not None]
     whole = all(isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= limit for rank in numbers)
+    whole = whole and all(rank % site.step == 0 for rank in numbers)
     if not whole or not numbers or len(ranks) != site.parts:
         raise OptionError(
-            f"the ranks of the parts of {site.name!r} must be {site.parts} whole numbers from 1 to {limit}, some of "
+            f"the ranks of the parts of {site.name!r} must be {site.parts} whole numbers from {site.step} to "
+            f"{limit}{_in_steps(site)}, some of "
             f"which may be None for dense, not {ranks!r}"
         )
     return parts_candidate(site, curve.parts, ranks, curve.dense.flops, curve.output_elements)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
@@ -110,9 +110,9 @@ class Score(Pass):
         for site, nodes in self.progress.track(found.items(), work):
             mark, seen = annotation(nodes[0]), self._seen(graph_module, nodes[0], site)
             blocks = block_entries(graph_module, nodes[0])
-            options = (self.factors, self.centred, self.split, self.damping, site.pivots, blocks > 0)
-            scored_with = (*options, seen.moments, seen.gradients)
-            if mark.scored_with is not None and all(a is b for a, b in zip(mark.scored_with, scored_with, strict=True)):
+            options = (self.factors, self.centred, self.split, self.damping, site, blocks)
+            scored_with = (options, seen.moments, seen.gradients)
+            if mark.scored_with is not None and _same(mark.scored_with, scored_with):
                 continue
             curve = self.score(graph_module, site, seen, use(nodes), blocks)
             for node in nodes:
@@ -228,6 +228,11 @@ def _kept(node: fx.Node, site: Site, moments: Moments) -> Mapping[int, int]:
     loads = product.loads if product is not None and product.loads else (0,) * site.groups
     per_row = (annotation(node).flops or 0) // max(sum(loads), 1)
     return {expert: per_row * loads[expert] for expert in too_few(site, moments.count)}
+
+
+def _same(known: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+    """Whether a score was made with these options and statistics."""
+    return bool(known[0] == new[0]) and all(a is b for a, b in zip(known[1:], new[1:], strict=True))
 
 
 def _spectrum(

@@ -159,7 +159,7 @@ class Cluster:
         ]
         tried = [_sizes(width, len(self.widths)) for width in self.widths]
         if near is not None:
-            tried = [_between_sizes(size, row) for size, row in zip(near.sizes, tried, strict=True)]
+            tried = list(map(_between_sizes, near.sizes, tried, (width.step for width in self.widths)))
         costs: list[Tensor] = []
         lost: list[Tensor] = []
         builders: list[Callable[[int, float], Option]] = []
@@ -301,16 +301,16 @@ def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:
 def _sizes(width: Width, together: int) -> list[int]:
     """The sizes to try, the full one last: multiples of eight, which suit the hardware, if there are enough."""
     count = _SIZES.get(together, 8)
-    step = 8 if width.features >= 8 * count else 4 if width.features >= 4 * count else 1
+    step = math.lcm(width.step, 8 if width.features >= 8 * count else 4 if width.features >= 4 * count else 1)
     exact = [width.features * k / count for k in range(1, count)]
     rounded = {min(max(round(size / step) * step, step), width.features) for size in exact}
     return [*sorted(rounded - {width.features}), width.features]
 
 
-def _between_sizes(size: int, tried: Sequence[int]) -> list[int]:
-    """A few sizes from this one up to the next larger one that was tried."""
+def _between_sizes(size: int, tried: Sequence[int], step: int) -> list[int]:
+    """A few sizes from this one up to the next larger one that was tried, in steps of a multiple of `step`."""
     following = next((other for other in tried if other > size), size)
-    step = max((following - size) // 8, 1)
+    step *= max((following - size) // (8 * step), 1)
     return list(range(size, following, step)) or [size]
 
 

@@ -24,6 +24,7 @@ _TYPES: Mapping[str, Any] = {
     "params": SHARE,
     "energy": SHARE,
     "allocation": str,
+    "multiple_of": int,
     "memory": str,
     "loss": str,
     "weights": str,

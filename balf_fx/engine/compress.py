@@ -245,7 +245,7 @@ def convert(
     work = work_of(program, settings, calibration.batches)
     shares = [work.scoring, work.trying, work.solving]
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
-    # 1. FindPivots, Score, ScoreWidths: the loss of each rank and each size.
+    # 1. Align, FindPivots, Score, ScoreWidths: the loss of each rank and each size.
     score(program, settings, scoring)
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals())
@@ -291,6 +291,7 @@ def score(program: Program, settings: Settings, progress: Progress = SILENT) -> 
     for graph_module, span in zip(found, progress.spans([1.0] * len(found)), strict=True):
         ranks, sizes = span.spans([1.0, 2.0])
         scored = settings.score(ranks)
+        settings.align()(graph_module)
         settings.find_pivots()(graph_module)
         scored(graph_module)
         if scored.factors == "sensitivity" and settings.widths:

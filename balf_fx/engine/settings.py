@@ -22,6 +22,7 @@ from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Rank
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.site import MOVE
+from balf_fx.passes.align import Align
 from balf_fx.passes.allocate import Allocate, Method, allocate_for
 from balf_fx.passes.find_pivots import FindPivots
 from balf_fx.passes.follow import Follow
@@ -124,6 +125,13 @@ class Settings:
         "convert",
         values=(True, False),
     )
+    multiple_of: int = option(
+        1,
+        "let the rank of each layer, the channels between layers and the features of each head be multiples of this "
+        "number, such as 8, 16 or 32, where they are reduced: the hardware takes as long for sizes in between "
+        "(`passes.Align`)",
+        "convert",
+    )
     fold_batchnorm: bool = option(
         True, "first fold each BatchNorm into the layer before it", "prepare", values=(True, False)
     )
@@ -202,6 +210,7 @@ class Settings:
         if isinstance(self.allocation, Mapping) and not all(isinstance(name, str) for name in self.allocation):
             raise OptionError(f"allocation must map names of layers to ranks, not {self.allocation!r}")
         _ = self.memory_bytes
+        _ = self.align()
         if self.refit and self.chosen_factors == "air":
             raise OptionError("a refit would replace the factors of factors='air': drop one of them")
 
@@ -248,6 +257,14 @@ class Settings:
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""
         return Score(self.chosen_factors, self.centred, self.split, progress=progress)
+
+    def align(self) -> Align:
+        """Return the pass that sets the steps of ranks and widths for these settings.
+
+        Raises:
+            OptionError: `multiple_of` is not a whole number of at least 1.
+        """
+        return Align(self.multiple_of)
 
     def find_pivots(self) -> FindPivots:
         """Return the pass that finds forms of low-rank maps for these settings; under `params`, moves are free."""

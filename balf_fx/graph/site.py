@@ -122,7 +122,8 @@ class Site:
         parts: the number of equal pieces into which the graph splits the output, as that of a fused query-key-value
             projection; each may have separate factors.
         keeps_rank: whether the user wants its full rank; it may still be refitted and narrowed.
-        rank_step: ranks are multiples of it, since kernels of grouped products need rows of whole 16 bytes.
+        rank_step: ranks must be multiples of it, since kernels of grouped products need rows of whole 16 bytes.
+        multiple_of: the number of which the user wants ranks, over all groups, to be multiples.
         pivots: the order that is free where its low-rank maps are written with their own rows or columns; None for
             pairs of factors only.
         move: the multiplications that such a form must save for each value that it moves at a position; 0 where only
@@ -142,6 +143,7 @@ class Site:
     parts: int = 1
     keeps_rank: bool = False
     rank_step: int = 1
+    multiple_of: int = 1
     pivots: FreeOrder | None = None
     move: int = MOVE
 
@@ -173,7 +175,13 @@ class Site:
         if self.keeps_rank:
             return 0
         largest = (self.out_features * self.in_features - 1) // (self.out_features + self.in_features)
-        return largest // self.rank_step * self.rank_step
+        return largest // self.step * self.step
+
+    @property
+    def step(self) -> int:
+        """The number of which the ranks of each group are multiples."""
+        together = 1 if self.has_experts else self.groups
+        return math.lcm(self.rank_step, self.multiple_of // math.gcd(self.multiple_of, together))
 
     @property
     def reads_each_once(self) -> bool:

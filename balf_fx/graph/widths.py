@@ -119,6 +119,7 @@ class Width:
         product: for heads, the node that sums over the features or averages them.
         operands: for heads, how the product reads each producer.
         sequence_first: for heads, whether positions come first in the producers' outputs, before the batch.
+        step: sizes below the full one are multiples of it.
         layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In
             other graphs of the same model, nodes may have other names, but layers may not.
     """
@@ -140,6 +141,7 @@ class Width:
     product: str | None = None
     operands: tuple[Operand, ...] = ()
     sequence_first: bool = False
+    step: int = 1
     layer_names: tuple[str, ...] = ()
 
     @property

@@ -60,7 +60,7 @@ def possible_ranks(site: Site) -> list[int]:
     if site.keeps_rank:
         return []
     outputs, inputs = site.out_features, site.in_features
-    ranks = range(site.rank_step, site.full_rank, site.rank_step)
+    ranks = range(site.step, site.full_rank, site.step)
     return [rank for rank in ranks if rank * (outputs + inputs) - _saved(site, rank) < outputs * inputs]
 
 
@@ -132,7 +132,8 @@ def rank_candidate(site: Site, curve: RankCurve, rank: int) -> Candidate:
 
 def largest_part_rank(site: Site) -> int:
     """The largest rank of a part; below D, since at rank D a dense part is cheaper."""
-    return min(site.out_features // site.parts - (site.pivots is not None), site.in_features - 1)
+    largest = min(site.out_features // site.parts - (site.pivots is not None), site.in_features - 1)
+    return largest // site.step * site.step
 
 
 def parts_candidate(site: Site, parts: Spectrum, ranks: PartRanks, dense_flops: int, output_elements: int) -> Candidate:
@@ -146,24 +147,26 @@ def _parts_choices(site: Site, parts: Spectrum, tail: Sequence[float]) -> Iterat
     """Yield ranks of the parts with their distortion, ascending in cost, each better than all that cost no more.
 
     Any of the parts may stay dense. A component of a pair costs the same in each of the other parts, so the components
-    with the largest energies are the best choice there. Each of these parts keeps at least one component.
+    with the largest energies, or steps of several, are the best choice there. Each of these parts keeps at least one.
     """
-    largest = largest_part_rank(site)
+    step, largest = site.step, largest_part_rank(site)
+    if not largest:
+        return
     plain = dataclasses.replace(site, bias=None, keeps_weight=False)
     choices: list[tuple[int, float, PartRanks]] = []
     for count in range(1, site.parts + 1):
         for thin in itertools.combinations(range(site.parts), count):
-            rest = parts.energies[list(thin), 1:largest]
-            order = torch.argsort(rest.flatten(), descending=True, stable=True)
-            lost = parts.energies[list(thin), 1:].sum() - torch.cat(
-                [rest.new_zeros(1), rest.flatten()[order].cumsum(0)]
-            )
-            counts = [1] * count
-            for own, value in zip([None, *(order // max(largest - 1, 1)).tolist()], lost.tolist(), strict=True):
-                if own is not None:
-                    counts[own] += 1
+            own = parts.energies[list(thin), step:]
+            steps = own[:, : largest - step].reshape(count, largest // step - 1, step).sum(-1)
+            order = torch.argsort(steps.flatten(), descending=True, stable=True)
+            lost = own.sum() - torch.cat([steps.new_zeros(1), steps.flatten()[order].cumsum(0)])
+            counts = [step] * count
+            grown = (order // max(steps.shape[1], 1)).tolist()
+            for part, value in zip([None, *grown], lost.tolist(), strict=True):
+                if part is not None:
+                    counts[part] += step
                 known = dict(zip(thin, counts, strict=True))
-                ranks = tuple(known.get(part) for part in range(site.parts))
+                ranks = tuple(known.get(index) for index in range(site.parts))
                 choices.append((rank_params(plain, ranks, False), value, ranks))
     # A dense part sorts as rank 0, so that ties are decided in the same way everywhere.
     choices.sort(key=lambda choice: (*choice[:2], tuple(rank or 0 for rank in choice[2])))

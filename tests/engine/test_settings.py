@@ -33,6 +33,7 @@ OTHERS = {
     "factors": "svd",
     "widths": False,
     "pivot": False,
+    "multiple_of": 8,
     "allocation": "uniform",
     "centred": False,
     "split": False,
@@ -150,7 +151,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
-    common += ["--position-weights", "balf_fx_settings:weights"]
+    common += ["--multiple-of", "8", "--position-weights", "balf_fx_settings:weights"]
     start = ["balf_fx_settings:net", "--data", "data.npz", "--seed", "3", *common]
     own = ["--params", "0.5", "--allocation", "uniform", "-o", "small.safetensors"]
     assert "stop" in CliRunner().invoke(main.main, ["compress", *start, *own]).output
