@@ -29,9 +29,11 @@ from balf_fx.capture.checks import check_values
 from balf_fx.capture.models import cuda_devices, plain_model
 from balf_fx.capture.normal_form import capture
 from balf_fx.engine import compress
+from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
 from balf_fx.engine.rewriting import finish
-from balf_fx.engine.settings import FEW_SAMPLES, Settings, settings_from, takes_settings
+from balf_fx.engine.run import run, solve
+from balf_fx.engine.settings import FEW_SAMPLES, Settings
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import storage
 from balf_fx.files.restore import Stored, stored
@@ -91,7 +93,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
         calibration = _calibration(kept, forward, settings)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
-        compressed, plan = compress.run(program, settings, calibration, stream=stream, progress=bar)
+        compressed, plan = run(program, settings, calibration, stream=stream, progress=bar)
         # 5. Leave a plain module with its plan.
         return finish(compressed.graph_modules[0], plan)
 
@@ -186,7 +188,7 @@ def convert(
     forward = forward or forward_for(prepared)
     with torch.inference_mode(False), torch.no_grad(), progress_bar(settings.progress, "compressing") as bar:
         calibration = _calibration(seen, forward, settings)
-        compressed, plan = compress.convert(_program(prepared, forward), settings, calibration, bar)
+        compressed, plan = solve(_program(prepared, forward), settings, calibration, bar)
         return finish(compressed.graph_modules[0], plan)
 
 

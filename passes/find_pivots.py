@@ -19,7 +19,7 @@ from balf_fx.graph.site import MOVE, FreeOrder, Site
 from balf_fx.graph.widths import HOSTS, Width
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.bases import BOUND, has_blocks
-from balf_fx.widths.orders import is_simple
+from balf_fx.widths.orders import simple_ones
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class FindPivots(Pass):
 def writers_and_readers(graph_module: fx.GraphModule) -> tuple[dict[str, Width], dict[str, Width]]:
     """The widths by the layers whose rows, or whose columns, are their features."""
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    record = graph_record(graph_module)
-    widths = [width for width in (*record.widths, *record.orderable) if is_simple(graph_module, width)]
+    widths = list(simple_ones(graph_module, graph_record(graph_module).all_widths))
     written = {name: width for width in widths for name in width.producers}
     read = {
         name: width

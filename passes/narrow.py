@@ -39,15 +39,14 @@ class Narrow(Pass):
         record = graph_record(graph_module)
         cuts = {name: cut for name, cut in find_cuts(graph_module).items() if cut.rewires}
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        sizes = {} if record.allocation is None else record.allocation.sizes
-        shrunk = [width for width in record.widths if sizes.get(width.key, width.features) < width.features]
-        for width in (*record.widths, *record.orderable):
+        shrunk = [width for width in record.widths if record.size_of(width) < width.features]
+        for width in record.all_widths:
             for name in {*width.between, *width.fused} & set(cuts):
                 if nodes[name].op == "get_attr":
                     _slice_constant(graph_module, nodes[name], cuts[name].written)
                 elif is_normalisation(graph_module, nodes[name], len(annotation(nodes[name]).shape or ()) - 1):
                     _reorder_module(graph_module, nodes[name], cuts[name].written[0])
-        _resize(record, nodes, cuts, {width.key: sizes[width.key] for width in shrunk})
+        _resize(record, nodes, cuts, {width.key: record.size_of(width) for width in shrunk})
         attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
         level = [product for product in dict.fromkeys(product for _, product in attentions) if has_level_heads(product)]
         for name, cut in cuts.items():
@@ -57,7 +56,7 @@ class Narrow(Pass):
             _rewire_product(nodes, width, product)
         for product in level:
             own = [width for width, other in attentions if other is product]
-            left = {width.kind: sizes[width.key] for width in own}
+            left = {width.kind: record.size_of(width) for width in own}
             full = own[0].features
             _level(graph_module.graph, product, left.get("queries", full), left.get("values", full))
         return PassResult(graph_module, bool(cuts))

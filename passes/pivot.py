@@ -46,7 +46,7 @@ class Pivot(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         record = graph_record(graph_module)
-        widths = {width.key: width for width in (*record.widths, *record.orderable)}
+        widths = {width.key: width for width in record.all_widths}
         # 1. Orders of widths, for the pivots of all layers around each.
         shared: dict[str, list[_Member]] = defaultdict(list)
         for member in self._members(graph_module):
@@ -176,7 +176,7 @@ def _own_order(part: Solution, form: Form) -> Tensor | None:
 def _kept(graph_module: fx.GraphModule, width: Width) -> Tensor:
     """The features of a width that the allocation keeps, ascending."""
     record = graph_record(graph_module)
-    size = width.features if record.allocation is None else record.allocation.sizes.get(width.key, width.features)
+    size = record.size_of(width)
     if size == width.features:
         return torch.arange(size)
     curves = dict(zip((own.key for own in record.widths), record.width_curves, strict=False))

@@ -10,7 +10,7 @@ from balf_fx.api import compile, save
 from balf_fx.api import report as report_of
 from balf_fx.cli.demo import run_demo
 from balf_fx.cli.sweep import SweepData, run_sweep
-from balf_fx.engine.settings import settings_from
+from balf_fx.engine.options import settings_from
 from balf_fx.errors import BalfError, OptionError
 from balf_fx.reporting.curve import Sweep
 from balf_fx.reporting.report import Report
@@ -32,6 +32,9 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 _PICTURE = OutputFile(".png", ".svg", ".pdf")
+
+
+_BUDGET = ("flops", "params", "energy", "allocation", "disagreement", "divergence", "confidence", "minimise")
 
 
 _BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
@@ -66,10 +69,17 @@ def main() -> None:
 @main.command()
 @input_options
 @setting_options()
+@click.option(
+    *("--validation-samples", "validation"),
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Largest number of samples, of the rest of --data, on which --disagreement or --divergence is tested.",
+)
 @click.option("--output", "-o", type=OutputFile(".safetensors"), required=True, help="File of the result.")
 @click.option("--html", type=OutputFile(".html"), help="Also write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def compress(output: Path, html: Path | None, as_json: bool, **inputs: Any) -> None:
+def compress(output: Path, html: Path | None, as_json: bool, validation: int, **inputs: Any) -> None:
     """Compress a model, save it, and print what was done.
 
     MODEL is torchvision:NAME, timm:NAME, hf:FOLDER_OR_NAME, or MODULE:FACTORY, your own function without arguments.
@@ -77,15 +87,19 @@ def compress(output: Path, html: Path | None, as_json: bool, **inputs: Any) -> N
     \b
     balf-fx compress torchvision:resnet18 --pretrained --data images/ --flops 0.6 -o small.safetensors
     balf-fx compress mine:make_net --weights net.pt --data arrays.npz --array x --params 0.5 -o small.safetensors
+    balf-fx compress timm:resnet18 --weights net.pt --data images/ --disagreement 0.02 -o small.safetensors
     """
     if html is not None:
         importlib.import_module("balf_fx.reporting.page")  # fails before any work if a dependency is missing
     given, options = Inputs.split(inputs)
+    limited = {"disagreement", "divergence"} & set(options)
     try:
-        settings_from(options).allocate()  # checks the budget before any work
+        settings_from({**options, "validation": []} if limited else options).allocate()  # before any work
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     model = given.load_model()
+    if limited:
+        options["validation"], _ = given.evaluation(model, None, None, None, validation)
     small = compile(model, given.calibration(model), **options)
     save(small, output)
     found = report_of(small)
@@ -117,7 +131,7 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
 
 @main.command()
 @input_options
-@setting_options(skip=("flops", "params", "energy", "allocation"))
+@setting_options(skip=_BUDGET)
 @click.option("--budgets", callback=_shares, default=_BUDGETS, show_default=True, help="Fractions to keep.")
 @click.option("--measure", type=click.Choice(["flops", "params"]), default="flops", show_default=True)
 @click.option(

@@ -11,18 +11,21 @@ from typing import Any
 import click
 
 from balf_fx.api import plan
-from balf_fx.engine.settings import options_of
+from balf_fx.engine.options import options_of
 from balf_fx.errors import OptionError
 
 SHARE = click.FloatRange(0, 1, min_open=True)
 """A fraction in (0, 1]."""
 
-_SPECIAL = {"progress": "--quiet", "seed": "--seed"}
-"""Options that `cli.options.Inputs` has already, for both data and compression."""
+_SPECIAL = {"progress": "--quiet", "seed": "--seed", "validation": "--validation-samples"}
+"""Options that commands have already, for both data and compression."""
 _TYPES: Mapping[str, Any] = {
     "flops": SHARE,
     "params": SHARE,
     "energy": SHARE,
+    "disagreement": SHARE,
+    "divergence": SHARE,
+    "confidence": SHARE,
     "allocation": str,
     "multiple_of": int,
     "memory": str,

@@ -14,7 +14,8 @@ from balf_fx.api import calibrate, convert, plan, prepare
 from balf_fx.calibration.answers import answers, differ, find_logits
 from balf_fx.calibration.batches import forward_for, sample_count
 from balf_fx.capture.models import cuda_devices
-from balf_fx.engine.settings import Stage, options_of, settings_from
+from balf_fx.engine.options import options_of, settings_from
+from balf_fx.engine.settings import Stage
 from balf_fx.errors import BudgetError, CalibrationError, OptionError
 from balf_fx.graph.curves import Measure
 from balf_fx.reporting.curve import Point, Sweep

@@ -13,14 +13,19 @@ import torch
 from torch import fx
 
 from balf_fx.dynamo.frames import is_dynamic
-from balf_fx.engine.settings import Settings, options_of
+from balf_fx.engine.options import options_of
+from balf_fx.engine.settings import Settings
 from balf_fx.errors import OptionError
 from balf_fx.files.restore import Stored
 from balf_fx.files.storage import read
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
-_ELSEWHERE = {"capture": "Dynamo captures the graphs"}
+_WHOLE = "mistakes are counted on outputs of the whole model, which balf_fx.compile has"
+_ELSEWHERE = {
+    "capture": "Dynamo captures the graphs",
+    **dict.fromkeys(("disagreement", "divergence", "validation", "confidence", "minimise"), _WHOLE),
+}
 """Options of `compile` that the backend does not have, and why."""
 
 

@@ -25,6 +25,7 @@ from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
 from balf_fx.engine.program import Key, Program, Trace, keys_of, name_alike, per_call, run_trace
 from balf_fx.engine.rewriting import applicable, fill, find_features, held_tensors, normalise, rewrite_as
+from balf_fx.engine.run import run
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
 from balf_fx.files.restore import Stored
 from balf_fx.graph.annotation import sites
@@ -266,7 +267,7 @@ class Session:
                 settings.seed,
                 None if settings.weights is None else _weights_of_inputs(settings.weights),
             )
-            compressed, plan = compress.run(program, settings, calibration, lenient=True, progress=progress)
+            compressed, plan = run(program, settings, calibration, lenient=True, progress=progress)
         # 3. Run each graph with its new layers, and watch the tensors that these replace.
         replaced = {layer.name for layer in plan.layers}
         tensors: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from balf_fx.budget.problem import Problem, drawn, pose
-from balf_fx.calibration.batches import Calibration, Stream, is_empty, ordinary, run_batch
+from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.observers import (
@@ -46,33 +46,6 @@ from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def run(
-    program: Program,
-    settings: Settings,
-    calibration: Calibration,
-    *,
-    stream: Stream | None = None,
-    lenient: bool = False,
-    progress: Progress = SILENT,
-) -> tuple[Program, Plan]:
-    """Calibrate an observed program and convert it.
-
-    Args:
-        stream: batches to calibrate on, read once, where only the samples that it keeps are needed later.
-        lenient: as in `calibrate`.
-    """
-    work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
-    shares = [work.calibrating, work.scoring + work.trying + work.solving]
-    calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
-    if settings.chosen_factors != "svd":
-        batches = calibration.batches if stream is None else stream
-        counted = calibrate(program, batches, calibration, lenient, calibrating)
-        calibration = calibration.only(counted) if lenient else calibration
-        if stream is not None:
-            calibration = dataclasses.replace(calibration, batches=stream.kept)
-    return convert(program, settings, calibration, converting)
 
 
 def _seen_only(program: Program) -> Program:

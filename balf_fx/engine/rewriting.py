@@ -128,7 +128,7 @@ def applicable(plan: Plan, graph_module: fx.GraphModule) -> Plan:
     """
     names = set(layers_of(graph_module))
     record = graph_record(graph_module)
-    widths = {width.key: set(width.layer_names) for width in (*record.widths, *record.orderable)}
+    widths = {width.key: set(width.layer_names) for width in record.all_widths}
     whole = {planned.key for planned in plan.widths if widths.get(planned.key) == set(planned.layers)}
     while True:
         torn = {name for planned in plan.widths if planned.key not in whole for name in planned.layers}
@@ -172,10 +172,7 @@ def _blank_bases(graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str
     record = graph_record(graph_module)
     for width in record.widths:
         if record.hosts.get(width.key) in hosts:
-            size = (
-                width.features if record.allocation is None else record.allocation.sizes.get(width.key, width.features)
-            )
-            yield width.key, torch.eye(size, dtype=torch.float64).expand(width.heads, -1, -1)
+            yield width.key, torch.eye(record.size_of(width), dtype=torch.float64).expand(width.heads, -1, -1)
 
 
 def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[Solution, ...]:

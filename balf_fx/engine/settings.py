@@ -7,19 +7,17 @@ name, with these defaults and these descriptions. An option that is added here i
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
-import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from balf_fx.calibration.batches import MEMORY, Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
-from balf_fx.graph.curves import Rank
+from balf_fx.graph.curves import Measure, Rank
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.site import MOVE
 from balf_fx.passes.align import Align
@@ -40,8 +38,6 @@ FEW_SAMPLES = 32
 """The number of samples on which allocations without gradients are measured: few, since that is the fast way."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_WRAPPER = textwrap.TextWrapper(120, initial_indent=" " * 8, subsequent_indent=" " * 12)
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def option(default: Any, text: str, *stages: Stage, values: Collection[Any] = ()) -> Any:
@@ -68,6 +64,33 @@ class Settings:
     )
     params: float | None = option(
         None, "the fraction of the whole model's parameters to keep, in (0, 1], in place of flops", "convert"
+    )
+    disagreement: float | None = option(
+        None,
+        "in place of a budget: the cheapest model whose answer, such as the class, differs from the original's on at "
+        "most this share of inputs like those of validation. It is tested on these (`engine.certify`), and the report "
+        "has the bound. Accuracy then changes by no more than this share",
+        "convert",
+    )
+    divergence: float | None = option(
+        None,
+        "the same for other outputs than classes: the largest mean of the relative error of a sample's outputs",
+        "convert",
+    )
+    validation: Any = option(
+        None,
+        "batches to test disagreement or divergence on, in any form of calibration batches; they must be others than "
+        "those, and independent of each other",
+        "convert",
+    )
+    confidence: float = option(
+        0.95, "the probability with which the model keeps the limit of disagreement or divergence", "convert"
+    )
+    minimise: Measure = option(
+        "flops",
+        'the cost to minimise under disagreement or divergence: "flops" or "params"',
+        "convert",
+        values=get_args(Measure),
     )
     effort: Effort = option(
         "best",
@@ -203,6 +226,7 @@ class Settings:
             _check_patterns(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise OptionError(f"seed must be a whole number, not {self.seed!r}")
+        self._check_limit()
         if self.loss is not None and not callable(self.loss):
             raise OptionError(f"loss must be a function of the output and the batch, not {self.loss!r}")
         if self.weights is not None and not callable(self.weights):
@@ -213,6 +237,31 @@ class Settings:
         _ = self.align()
         if self.refit and self.chosen_factors == "air":
             raise OptionError("a refit would replace the factors of factors='air': drop one of them")
+
+    def _check_limit(self) -> None:
+        for name in ("disagreement", "divergence", "confidence"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < 1):
+                raise OptionError(f"{name} must be a number between 0 and 1, such as 0.02, not {value!r}")
+        if self.disagreement is not None and self.divergence is not None:
+            raise OptionError("give one limit, disagreement= for choices among classes or divergence= for others")
+        if self.limit is not None and self.validation is None:
+            raise OptionError(
+                "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
+            )
+        if self.limit is None and self.validation is not None:
+            raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")
+
+    @property
+    def limit(self) -> float | None:
+        """The largest mean of the mistakes; None for a budget."""
+        return self.divergence if self.disagreement is None else self.disagreement
+
+    def at(self, share: float) -> Settings:
+        """The settings for a budget in place of the limit of mistakes."""
+        budget: dict[str, Any] = {"flops": None, "params": None, self.minimise: share}
+        return dataclasses.replace(self, disagreement=None, divergence=None, validation=None, strict=True, **budget)
 
     @property
     def chosen_factors(self) -> Factors:
@@ -271,12 +320,18 @@ class Settings:
         return FindPivots(self.pivot, MOVE if self.params is None else 0)
 
     def allocate(self) -> Allocate | Follow:
-        """Return the allocating pass for these settings.
+        """Return the allocating pass for these settings, with any budget if there is a limit of mistakes.
 
         Raises:
             OptionError: there is no budget, or more than one.
         """
         budget = {"flops": self.flops, "params": self.params, "energy": self.energy}
+        if self.limit is not None:
+            given = [name for name, value in budget.items() if value is not None]
+            given += [] if self.allocation == "budget" else ["allocation"]
+            if given:
+                raise OptionError(f"a limit of mistakes takes the place of a budget: drop {', '.join(given)}")
+            return self.at(1.0).allocate()
         if isinstance(self.allocation, Plan):
             given = [name for name, value in budget.items() if value is not None]
             if given:
@@ -301,63 +356,3 @@ def _check_patterns(name: str, patterns: Any) -> None:
     listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
     if not listed or not all(isinstance(pattern, str) for pattern in patterns):
         raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")
-
-
-def options_of(*stages: Stage) -> dict[str, dataclasses.Field[Any]]:
-    """The options of some of the stages by name; all options if no stage is given."""
-    found = dataclasses.fields(Settings)
-    return {each.name: each for each in found if not stages or set(stages) & set(each.metadata["stages"])}
-
-
-def settings_from(given: Mapping[str, Any], *stages: Stage) -> Settings:
-    """Return the settings for a user's options.
-
-    Args:
-        stages: the stages whose options are allowed; all if none is given.
-
-    Raises:
-        OptionError: an option does not exist, belongs to another stage, or has a wrong value; an unknown name lists
-            the options.
-    """
-    names = options_of(*stages)
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        everywhere = options_of()
-        elsewhere = sorted(
-            {stage for name in unknown if name in everywhere for stage in everywhere[name].metadata["stages"]}
-        )
-        hint = f" (pass it to balf_fx.{' or balf_fx.'.join(elsewhere)})" if elsewhere else ""
-        raise OptionError(
-            f"there is no option {', '.join(map(repr, unknown))} here{hint}; the options are: {', '.join(names)}"
-        )
-    return Settings(**given)
-
-
-def takes_settings(*stages: Stage, **defaults: Any) -> Callable[[_F], _F]:
-    """Show the options in place of a function's `**options`: in its signature, and for {options} in its docstring.
-
-    Args:
-        stages: as in `settings_from`.
-        defaults: options whose default differs for this function, with that default.
-    """
-
-    def decorate(function: _F) -> _F:
-        signature = inspect.signature(function)
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        found = {name: each for name, each in options_of(*stages).items() if name not in signature.parameters}
-        added = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name, None if each.default is MISSING else each.default),
-                annotation=each.type,
-            )
-            for name, each in found.items()
-        ]
-        function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        if function.__doc__ is not None:
-            wrapped = (_WRAPPER.fill(f"{name}: {each.metadata['text']}.") for name, each in found.items())
-            function.__doc__ = function.__doc__.replace("        {options}", "\n".join(wrapped))
-        return function
-
-    return decorate

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from balf_fx.graph.curves import Candidate, EnergyCurve, Measure
 from balf_fx.graph.site import Site
+from balf_fx.graph.widths import Width
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Allocation:
     bound: float | None
     sizes: Mapping[str, int] = field(default_factory=dict)
     saved_elsewhere: tuple[int, int] = (0, 0)
+
+    def size_of(self, width: Width) -> int:
+        """The features of a width that are kept."""
+        return self.sizes.get(width.key, width.features)
 
     @property
     def gap(self) -> float | None:

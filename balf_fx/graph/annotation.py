@@ -159,6 +159,15 @@ class GraphRecord:
     bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: tuple[Replaced, ...] = ()
 
+    @property
+    def all_widths(self) -> tuple[Width, ...]:
+        """The widths whose features may become fewer, and those whose features may only change their order."""
+        return (*self.widths, *self.orderable)
+
+    def size_of(self, width: Width) -> int:
+        """The features of a width that the allocation keeps."""
+        return width.features if self.allocation is None else self.allocation.size_of(width)
+
     def hosted(self, name: str) -> list[Width]:
         """The widths whose heads may get identity blocks in a node."""
         return [width for width in self.widths if self.hosts.get(width.key) == name]

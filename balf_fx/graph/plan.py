@@ -13,6 +13,7 @@ from torch import fx
 from balf_fx.errors import PassError, PlanError
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.annotation import META_KEY, GraphRecord, Origin, Replaced
+from balf_fx.graph.certificate import Certificate, Tried
 from balf_fx.graph.curves import Candidate, EnergyCurve, Measure, Rank
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
@@ -73,6 +74,7 @@ class Plan:
         layers: the layers that were replaced, with fingerprints of the original weights.
         widths: the widths that were narrowed or reordered.
         versions: the versions of balf_fx and torch.
+        certificate: what was certified about the mistakes of the model; None for a budget.
     """
 
     allocation: Allocation
@@ -85,6 +87,7 @@ class Plan:
     layers: tuple[Replaced, ...] = ()
     widths: tuple[PlannedWidth, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    certificate: Certificate | None = None
 
     @classmethod
     def of(cls, compressed: fx.GraphModule) -> Plan:
@@ -204,8 +207,8 @@ def plan_of_records(records: list[GraphRecord], allocation: Allocation) -> Plan:
 def _planned_widths(record: GraphRecord, allocation: Allocation) -> Iterator[PlannedWidth]:
     """The widths of a graph that are narrowed."""
     curves = dict(zip((width.key for width in record.widths), record.width_curves, strict=False))
-    for width in (*record.widths, *record.orderable):
-        size, curve = allocation.sizes.get(width.key, width.features), curves.get(width.key)
+    for width in record.all_widths:
+        size, curve = allocation.size_of(width), curves.get(width.key)
         order = record.orders.get(width.key)
         narrower = curve is not None and size < width.features
         if order is not None or narrower or width.key in record.bases:
@@ -247,7 +250,12 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         layers=tuple(_layer(layer) for layer in data["layers"]),
         widths=tuple(_width(width) for width in data["widths"]),
         versions=dict(data["versions"]),
+        certificate=None if data.get("certificate") is None else _certificate(data["certificate"]),
     )
+
+
+def _certificate(data: Mapping[str, Any]) -> Certificate:
+    return Certificate(**{**data, "tried": tuple(Tried(**each) for each in data["tried"])})
 
 
 def _allocation(data: Mapping[str, Any]) -> Allocation:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from balf_fx.errors import MissingExtraError
+from balf_fx.graph.certificate import Certificate
 from balf_fx.reporting.curve import Sweep
-from balf_fx.reporting.plots import plot_report, plot_sweep, to_svg
-from balf_fx.reporting.report import Report
+from balf_fx.reporting.plots import plot_certificate, plot_report, plot_sweep, to_svg
+from balf_fx.reporting.report import Report, certificate_in_words
 from balf_fx.version import __version__
 
 try:
@@ -79,6 +80,11 @@ def render(report: Report, sweep: Sweep | None = None) -> str:
     """The page as text, with the curve over budgets if there is one."""
     drawn = [("sites", "Picture", "Rank, cost and energy of each site", plot_report(report))]
     tables = [_sites(report), _widths(report), _refused(report)]
+    if report.certificate is not None:
+        if report.certificate.tried:
+            meaning = "Mistakes and their upper bound at each budget that was tried"
+            drawn.append(("mistakes", "Certified mistakes", meaning, plot_certificate(report.certificate)))
+        tables.insert(0, _tried(report.certificate))
     if sweep is not None:
         meaning = "Answers and their divergence at each budget"
         drawn.append(("budgets", "Accuracy and budget", meaning, plot_sweep(sweep)))
@@ -101,7 +107,17 @@ def _totals(report: Report) -> list[_Total]:
     found.append(("Budget", asked, f"allocation {report.method}"))
     bound = "" if report.bound is None else f"dual bound {report.bound:.4g}, gap {report.gap:.2g}"
     found.append(("Loss of the allocation", f"{report.primal:.4g}", bound))
+    if report.certificate is not None:
+        limit = f"{report.certificate.limit:g}"
+        found.append((f"Limit of {report.certificate.mistakes}", limit, certificate_in_words(report.certificate)))
     return found
+
+
+def _tried(certificate: Certificate) -> _Table:
+    headers = [(f"{certificate.measure} kept", True), ("observed", True), ("upper bound", True)]
+    rows = [[f"{each.share:g}", f"{each.observed:.3%}", f"{each.bound:.3%}"] for each in certificate.tried]
+    note = "Budgets from mild to hard, up to the first that misses the limit, on samples that nothing else has seen."
+    return "Certified mistakes", note, headers, rows
 
 
 def _points(sweep: Sweep) -> _Table:

@@ -18,6 +18,7 @@ from balf_fx.reporting.report import Report, SiteRow, WidthRow
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from balf_fx.graph.certificate import Certificate
     from balf_fx.reporting.curve import Sweep
 
 try:
@@ -167,6 +168,36 @@ def draw_width_energies(axes: Axes, widths: Sequence[WidthRow]) -> None:
     axes.set_title("Energy that they keep", loc="left", fontsize=10)
     axes.set_xlabel("share of what losing all of them would cost")
     _percent(axes, 118)
+
+
+def plot_certificate(certificate: Certificate) -> Figure:
+    """Plot the mistakes at each budget that was tried, their upper bounds, the limit and the chosen budget."""
+    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    tried = sorted(certificate.tried, key=lambda each: each.share)
+    kept = [100 * each.share for each in tried]
+    observed, bounds = [100 * each.observed for each in tried], [100 * each.bound for each in tried]
+    axes.fill_between(kept, observed, bounds, color=BLUE, alpha=0.2, linewidth=0)
+    axes.plot(kept, bounds, color=BLUE, linewidth=1, label=f"upper bound, confidence {certificate.confidence:g}")
+    axes.plot(kept, observed, color=BLUE, marker="o", markersize=4, label="observed")
+    axes.axhline(100 * certificate.limit, color=ORANGE, linestyle="--", linewidth=1, label="limit")
+    if certificate.chosen is not None:
+        chosen = 100 * certificate.chosen.share
+        axes.axvline(chosen, color=GREY, linewidth=1)
+        axes.annotate(
+            f"chosen: {chosen:g}%", (chosen, axes.get_ylim()[1]), (4, -10), textcoords="offset points", fontsize=8
+        )
+    axes.set_ylabel(certificate.mistakes, fontsize=9)
+    axes.yaxis.set_major_formatter(PercentFormatter())
+    axes.set_xlabel(f"{_MEASURES[certificate.measure]} kept", fontsize=9)
+    axes.xaxis.set_major_formatter(PercentFormatter())
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.grid(color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"Mistakes on {certificate.samples:,} samples", x=0.02, ha="left", fontsize=12, fontweight="bold")
+    return figure
 
 
 def plot_sweep(sweep: Sweep) -> Figure:

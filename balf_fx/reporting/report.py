@@ -9,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from balf_fx.graph.allocation import Choice
+from balf_fx.graph.certificate import Certificate
 from balf_fx.graph.curves import EnergyCurve, Rank
 from balf_fx.graph.plan import Plan
 
@@ -122,6 +123,7 @@ class Report:
         widths: the widths that were narrowed.
         flops_saved_elsewhere, params_saved_elsewhere: what the widths save outside the sites, as in a depthwise
             convolution or an attention product.
+        certificate: what was certified about the model's mistakes; None for a budget.
     """
 
     sites: tuple[SiteRow, ...]
@@ -142,6 +144,7 @@ class Report:
     widths: tuple[WidthRow, ...] = ()
     flops_saved_elsewhere: int = 0
     params_saved_elsewhere: int = 0
+    certificate: Certificate | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Report:
@@ -174,6 +177,7 @@ class Report:
             ),
             flops_saved_elsewhere=allocation.saved_elsewhere[0],
             params_saved_elsewhere=allocation.saved_elsewhere[1],
+            certificate=plan.certificate,
         )
 
     @property
@@ -246,7 +250,19 @@ class Report:
         asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"
         bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"
         lines.append(f"budget  {asked}, allocation {self.method}: loss {self.primal:.4g}{bound}")
+        if self.certificate is not None:
+            limit = f"{self.certificate.mistakes} {self.certificate.limit:g}"
+            lines.append(f"limit   {limit}: {certificate_in_words(self.certificate)}")
         return lines
+
+
+def certificate_in_words(certificate: Certificate) -> str:
+    """What was observed and certified."""
+    on, chosen = f"on {certificate.samples:,} samples", certificate.chosen
+    if chosen is None:
+        return f"no budget keeps it {on}, so only what is free was removed"
+    certified = f"at most {chosen.bound:.2%} with confidence {certificate.confidence:g}"
+    return f"{chosen.observed:.2%} {on}, {certified}; {len(certificate.tried)} budgets tried"
 
 
 def _rank_in_words(rank: Rank) -> str:

@@ -207,7 +207,7 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
     record = graph_record(graph_module)
     if record.allocation is None:
         return {}
-    changed = tuple(_changed(record, record.allocation.sizes))
+    changed = tuple(_changed(record))
     found: dict[str, Cut] = {}
     for name in dict.fromkeys(name for own in changed for name in own.width.producers):
         found[name] = _written(record, name, {own.width.key: own for own in changed})
@@ -276,10 +276,10 @@ class _Changed:
         return Narrowed(rows, None if self.maps is None else self.maps.right, self.kept)
 
 
-def _changed(record: GraphRecord, sizes: Mapping[str, int]) -> Iterator[_Changed]:
+def _changed(record: GraphRecord) -> Iterator[_Changed]:
     curves = dict(zip((width.key for width in record.widths), record.width_curves, strict=False))
-    for width in (*record.widths, *record.orderable):
-        size, order = sizes.get(width.key, width.features), record.orders.get(width.key)
+    for width in record.all_widths:
+        size, order = record.size_of(width), record.orders.get(width.key)
         curve = curves.get(width.key) if size < width.features else None
         if curve is None and order is None:
             continue
@@ -293,7 +293,7 @@ def _written(record: GraphRecord, name: str, changed: Mapping[str, _Changed]) ->
     """The parts of a layer's output, some of them narrowed or reordered."""
     written: list[Narrowed] = []
     projected: list[Narrowed] = []
-    for width in (*record.widths, *record.orderable):
+    for width in record.all_widths:
         own = changed.get(width.key)
         for position, producer in enumerate(width.producers):
             if producer != name:

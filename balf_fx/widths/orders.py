@@ -7,7 +7,7 @@ or output these features take this order over, and so do constants, normalisatio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import fx
 
@@ -22,12 +22,16 @@ from balf_fx.widths.elementwise import is_concatenation, is_normalisation, is_re
 
 def find_orders(graph_module: fx.GraphModule) -> Iterator[Width]:
     """The widths of an annotated and profiled graph whose features may change their order."""
-    return (width for width in channels_of(_OrderFinder(graph_module)) if is_simple(graph_module, width))
+    return simple_ones(graph_module, channels_of(_OrderFinder(graph_module)))
 
 
-def is_simple(graph_module: fx.GraphModule, width: Width) -> bool:
-    """Whether each layer that outputs the width outputs nothing else, one row for each feature."""
+def simple_ones(graph_module: fx.GraphModule, widths: Iterable[Width]) -> Iterator[Width]:
+    """The widths that are all that the layers before them output, one row for each feature."""
     nodes = {node.name: node for node in graph_module.graph.nodes}
+    return (width for width in widths if _is_simple(graph_module, nodes, width))
+
+
+def _is_simple(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> bool:
     whole = tuple(range(width.features))
     return width.kind == "channels" and all(
         width.producers.count(name) == 1

@@ -161,6 +161,24 @@ def test_layers_can_be_left_out_and_a_page_be_written(work):
     assert "excluded by the user" in (work / "page.html").read_text()
 
 
+def test_a_limit_of_mistakes_is_tested_on_what_calibration_leaves(work):
+    pytest.importorskip("jinja2")
+    limit = ("--disagreement", "0.4", "--samples", "120", "--html", "page.html")
+    result = invoke(*COMPRESS, *limit)
+    assert result.exit_code == 0, result.output
+    indices = choose(200, 200, 0)
+    inputs = torch.from_numpy(np.load("data.npz")["x"]).float()
+    wanted = balf_fx.compile(
+        net(), inputs[indices[:120]].split(32), disagreement=0.4, validation=inputs[indices[120:]], effort="fast"
+    )
+    assert result.stdout == f"{balf_fx.report(wanted)}\n"
+    assert "on 80 samples, at most" in result.stdout
+    assert "Certified mistakes" in (work / "page.html").read_text()
+    assert_clean_failure(invoke(*COMPRESS, *limit, "--validation-samples", "3"), 1, "validation has 3 samples")
+    assert_clean_failure(invoke(*COMPRESS, *limit, "--flops", "0.5"), 2, "drop flops")
+    assert_clean_failure(invoke(*COMPRESS, "--disagreement", "0.4"), 1, "pass fewer --samples")
+
+
 def test_image_folders_are_read_at_the_size_that_is_asked_for(work):
     command = ("compress", "balf_fx_mine:image_net", "--data", "images", "-q", "--effort", "fast", "--flops", "0.9")
     assert invoke(*command, "-o", "a.safetensors").exit_code == 0

@@ -11,10 +11,12 @@ from torch import nn
 
 import balf_fx
 from balf_fx.backend import balf
-from balf_fx.dynamo.options import parse_options
-from balf_fx.engine.settings import Settings, options_of, settings_from
+from balf_fx.dynamo.options import _ELSEWHERE, parse_options
+from balf_fx.engine.options import options_of, settings_from
+from balf_fx.engine.settings import Settings
 from balf_fx.errors import BalfError, OptionError
 
+LIMITS = ("disagreement", "divergence", "validation", "confidence", "minimise")
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
 
@@ -34,6 +36,8 @@ OTHERS = {
     "widths": False,
     "pivot": False,
     "multiple_of": 8,
+    "confidence": 0.9,
+    "minimise": "params",
     "allocation": "uniform",
     "centred": False,
     "split": False,
@@ -66,7 +70,7 @@ def of_options(function, *own):
 
 
 def test_every_option_is_tried_here():
-    assert set(OTHERS) == set(FIELDS) - {"flops", "energy"}
+    assert set(OTHERS) == set(FIELDS) - {"flops", "energy", "disagreement", "divergence", "validation"}
     assert all(value != DEFAULTS[name] for name, value in OTHERS.items())
     assert dataclasses.asdict(settings_from(OTHERS)) == {**dataclasses.asdict(Settings()), **OTHERS}
 
@@ -94,13 +98,15 @@ def test_prepare_calibrate_and_convert_take_every_option_between_them(prepared):
     balf_fx.convert(prepared, **{**doors["convert"], "flops": 1.0, "progress": False})
 
 
-def test_the_backend_takes_every_option_but_for_the_capture():
+def test_the_backend_takes_every_option_that_needs_no_whole_model():
     for name, value in OTHERS.items():
-        if name != "capture":
+        if name not in _ELSEWHERE:
             options = {name: value} if name == "params" else {"flops": 0.5, name: value}
             assert getattr(parse_options(options).settings, name) == value
     with pytest.raises(OptionError, match="'capture' is not an option here: Dynamo captures the graphs"):
         parse_options({"flops": 0.5, "capture": "export"})
+    with pytest.raises(OptionError, match="'disagreement' is not an option here: mistakes are counted on outputs of"):
+        parse_options({"disagreement": 0.02})
 
 
 def test_commands_take_every_option(monkeypatch, tmp_path):
@@ -114,8 +120,9 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     words = {name: f"--{name.replace('_', '-')}" for name in FIELDS} | {
         "progress": "--quiet",
         "weights": "--position-weights",
+        "validation": "--validation-samples",
     }
-    budget = {"flops", "params", "energy", "allocation"}
+    budget = {"flops", "params", "energy", "allocation", *LIMITS}
     assert [name for name, word in words.items() if f"{word} " not in listed["compress"].replace("/", " ")] == []
     assert {name for name, word in words.items() if f"{word} " not in listed["sweep"].replace("/", " ")} == budget
 
@@ -154,6 +161,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     common += ["--multiple-of", "8", "--position-weights", "balf_fx_settings:weights"]
     start = ["balf_fx_settings:net", "--data", "data.npz", "--seed", "3", *common]
     own = ["--params", "0.5", "--allocation", "uniform", "-o", "small.safetensors"]
+    own += ["--confidence", "0.9", "--minimise", "params"]
     assert "stop" in CliRunner().invoke(main.main, ["compress", *start, *own]).output
     wanted = {**OTHERS, "include": ("0", "2"), "exclude": ("1",), "dense": ("2",)}
     wanted |= functions()
@@ -180,7 +188,7 @@ def test_an_unknown_option_lists_those_there_are(name, prepared):
     with torch.no_grad(), pytest.raises(OptionError, match=f"there is no option '{name}'") as caught:
         compiled(x)
     own = ["calibration_steps", "inner", "mode", "inner_options", "plan"]
-    assert f" are: {', '.join([*(field for field in FIELDS if field != 'capture'), *own])}\n" in str(caught.value)
+    assert f" are: {', '.join([*(field for field in FIELDS if field not in _ELSEWHERE), *own])}\n" in str(caught.value)
 
 
 def test_a_misplaced_option_lists_those_there_are(prepared):

@@ -10,6 +10,7 @@ import pytest
 
 import balf_fx
 from balf_fx.errors import MissingExtraError
+from balf_fx.graph.certificate import Certificate, Tried
 from balf_fx.reporting.curve import Point, Sweep
 from balf_fx.reporting.report import RefusedRow, Report, SiteRow, WidthRow
 
@@ -112,6 +113,28 @@ def test_the_curve_over_budgets_is_drawn_and_listed(report):
     assert page.rows[2] == ["0.5", "49.87 %", "60.00 %", "97.00 %", "0.01234", "90.00 %"]
     assert {"Accuracy and budget", "Budgets", "FLOPs kept"} <= set(page.text)
     assert not {"Accuracy and budget", "Budgets"} & set(Page(render(report)).text)
+
+
+def test_certified_mistakes_are_drawn_and_listed(report):
+    tried = (Tried(0.95, 0.004, 0.01), Tried(0.9, 0.011, 0.02), Tried(0.85, 0.03, 0.05))
+    certificate = Certificate("disagreement", 0.025, 0.95, "flops", 500, tried)
+    text = render(dataclasses.replace(report, certificate=certificate))
+    page = Page(text)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(page.ids)
+    assert page.rows[1:4] == [
+        ["0.95", "0.400%", "1.000%"],
+        ["0.9", "1.100%", "2.000%"],
+        ["0.85", "3.000%", "5.000%"],
+    ]
+    said = "1.10% on 500 samples, at most 2.00% with confidence 0.95; 3 budgets tried"
+    assert any(said in piece for piece in page.text)
+    assert {"Certified mistakes", "chosen: 90%", "limit"} <= set(page.text)
+    assert f"limit   disagreement 0.025: {said}" in str(dataclasses.replace(report, certificate=certificate))
+    missed = dataclasses.replace(certificate, tried=tried[2:])
+    assert "no budget keeps it" in render(dataclasses.replace(report, certificate=missed))
+    assert "no budget keeps it" in render(
+        dataclasses.replace(report, certificate=dataclasses.replace(certificate, tried=()))
+    )
 
 
 def test_names_are_text_and_no_markup(report):

@@ -1,0 +1,49 @@
+"""Calibrate an observed program and compress it, to a budget or as far as a limit of mistakes allows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from balf_fx.calibration.batches import Calibration, Stream
+from balf_fx.engine.certify import certify
+from balf_fx.engine.compress import calibrate, convert
+from balf_fx.engine.program import Program
+from balf_fx.engine.settings import Settings
+from balf_fx.engine.stages import work_of
+from balf_fx.graph.plan import Plan
+from balf_fx.progress import SILENT, Progress
+
+
+def run(
+    program: Program,
+    settings: Settings,
+    calibration: Calibration,
+    *,
+    stream: Stream | None = None,
+    lenient: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Program, Plan]:
+    """Calibrate an observed program and convert it.
+
+    Args:
+        stream: batches to calibrate on, read once, where only the samples that it keeps are needed later.
+        lenient: as in `calibrate`.
+    """
+    work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
+    shares = [work.calibrating, work.scoring + work.trying + work.solving]
+    calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
+    if settings.chosen_factors != "svd":
+        batches = calibration.batches if stream is None else stream
+        counted = calibrate(program, batches, calibration, lenient, calibrating)
+        calibration = calibration.only(counted) if lenient else calibration
+        if stream is not None:
+            calibration = dataclasses.replace(calibration, batches=stream.kept)
+    return solve(program, settings, calibration, converting)
+
+
+def solve(
+    program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT
+) -> tuple[Program, Plan]:
+    """Compress a calibrated program to the budget, or as far as the limit of mistakes allows."""
+    chosen = convert if settings.limit is None else certify
+    return chosen(program, settings, calibration, progress)
