@@ -24,11 +24,11 @@ from balf_fx.calibration.weights import Weights
 from balf_fx.engine.compress import convert
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
+from balf_fx.engine.solving import without_observers
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import BudgetError, CalibrationError, OptionError
 from balf_fx.graph.certificate import Certificate, Mistakes, Tried
 from balf_fx.graph.plan import Plan
-from balf_fx.passes.observe import remove_observers
 from balf_fx.progress import SILENT, Progress
 
 _LOGGER = logging.getLogger(__name__)
@@ -125,12 +125,8 @@ class _Judge:
         kind: Mistakes = "disagreement" if settings.disagreement is not None else "divergence"
         batches = [ordinary(batch) for batch in iterate(settings.validation) if not is_empty(batch)]
         validation = dataclasses.replace(calibration, batches=batches, weights=())
-        original = program.copy()
-        for graph_module in original.graph_modules:
-            remove_observers(graph_module)
-            graph_module.recompile()
         blank = cls(kind, settings.limit or 0.0, settings.confidence, validation)
-        answers = blank.run(original)
+        answers = blank.run(without_observers(program))
         single = kind == "disagreement" and all(each.values.shape[1] == 1 for each in answers)
         found = dataclasses.replace(blank, answers=answers, single=single)
         needed = least_samples(found.limit, found.confidence, single)

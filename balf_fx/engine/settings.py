@@ -328,7 +328,7 @@ class Settings:
         budget = {"flops": self.flops, "params": self.params, "energy": self.energy}
         if self.limit is not None:
             given = [name for name, value in budget.items() if value is not None]
-            given += [] if self.allocation == "budget" else ["allocation"]
+            given += [] if isinstance(self.allocation, str) else ["allocation"]
             if given:
                 raise OptionError(f"a limit of mistakes takes the place of a budget: drop {', '.join(given)}")
             return self.at(1.0).allocate()

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.budget.problem import Problem, settle
 from balf_fx.calibration.batches import Calibration
+from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.calibration.weights import Weights
 from balf_fx.engine.program import Program, Step, Trace, linked
 from balf_fx.engine.rewriting import rewrite
@@ -17,6 +18,7 @@ from balf_fx.engine.weighing import call_weights
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import graph_record, sites
 from balf_fx.passes import Refit
+from balf_fx.passes.observe import remove_observers
 from balf_fx.passes.refit import RefitMode
 from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
@@ -26,6 +28,16 @@ def settled(program: Program, problem: Problem, allocation: Allocation) -> Progr
     """A copy of the program whose graphs record their allocations."""
     copied = program.copy()
     settle(copied.counted, problem, allocation)
+    return copied
+
+
+def without_observers(program: Program) -> Program:
+    """A copy of the program that computes what the original does."""
+    copied = program.copy()
+    for graph_module in copied.graph_modules:
+        if hasattr(graph_module, OBSERVERS):
+            remove_observers(graph_module)
+        graph_module.recompile()
     return copied
 
 

@@ -19,12 +19,11 @@ from balf_fx.calibration.answers import answers, divergence
 from balf_fx.calibration.batches import Calibration, sample_count, some_samples
 from balf_fx.calibration.weights import Weights
 from balf_fx.engine.program import Program
-from balf_fx.engine.solving import carry_out, settled
+from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.passes.allocate import IMPORTANCE, Allocate
-from balf_fx.passes.observe import remove_observers
 from balf_fx.progress import SILENT, Progress
 
 _LOGGER = logging.getLogger(__name__)
@@ -68,10 +67,7 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool, most: in
         refit: whether the chosen allocation will be refitted.
         most: the largest number of samples for each purpose.
     """
-    original = program.copy()
-    for graph_module in original.graph_modules:
-        remove_observers(graph_module)
-        graph_module.recompile()
+    original = without_observers(program)
     fit, judge = _few(calibration, refit, most)
     try:
         references = answers(original.module, judge.batches, calibration.forward)

@@ -128,6 +128,13 @@ def test_parameters_can_be_minimised_at_any_effort(model, batches, effort):
     assert balf_fx.report(small).params_kept <= found.chosen.share < 0.9
 
 
+@pytest.mark.parametrize("preset", [balf_fx.BALF, balf_fx.AIR, {"factors": "svd"}], ids=["BALF", "AIR", "SVD"])
+def test_published_methods_can_be_certified(model, batches, preset):
+    options = {"disagreement": 0.2, "validation": [inputs(100, 7)], **preset}
+    found = balf_fx.plan(certified(model, batches, **options)).certificate
+    assert found.tried[0].observed <= found.tried[0].bound
+
+
 def test_a_limit_that_no_budget_keeps_changes_nothing(batches):
     torch.manual_seed(0)
     random = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 12), nn.Linear(12, 8)).eval()
