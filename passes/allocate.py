@@ -197,7 +197,7 @@ class Allocate(Pass):
     def _even(self, rows: list[_Row], budget: int) -> list[_Row]:
         """The rows without options below `evenness`; all options if the budget would be out of reach."""
         costs = self._costs(rows)
-        share = self.evenness * budget / max(sum(row[-1] for row in costs), 1)
+        share = self.evenness * min(budget / max(sum(row[-1] for row in costs), 1), 1.0)
         kept = [
             dataclasses.replace(
                 row, options=tuple(o for o, cost in zip(row.options, own, strict=True) if cost >= share * own[-1])

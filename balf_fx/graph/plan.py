@@ -19,7 +19,7 @@ from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.version import __version__
 
-FORMAT = 3
+FORMAT = 4
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
@@ -250,7 +250,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         layers=tuple(_layer(layer) for layer in data["layers"]),
         widths=tuple(_width(width) for width in data["widths"]),
         versions=dict(data["versions"]),
-        certificate=None if data.get("certificate") is None else _certificate(data["certificate"]),
+        certificate=None if data["certificate"] is None else _certificate(data["certificate"]),
     )
 
 
