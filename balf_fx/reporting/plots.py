@@ -170,6 +170,14 @@ def draw_width_energies(axes: Axes, widths: Sequence[WidthRow]) -> None:
     _percent(axes, 118)
 
 
+def _plain(axes: Axes) -> None:
+    """A pale grid behind the curves, small labels, and no frame on the right and above."""
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.grid(color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+
+
 def plot_certificate(certificate: Certificate) -> Figure:
     """Plot the mistakes at each budget that was tried, their upper bounds, the limit and the chosen budget."""
     figure = Figure(figsize=(8.0, 3.6), layout="constrained")
@@ -191,10 +199,7 @@ def plot_certificate(certificate: Certificate) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter())
     axes.set_xlabel(f"{_MEASURES[certificate.measure]} kept", fontsize=9)
     axes.xaxis.set_major_formatter(PercentFormatter())
-    axes.spines[["right", "top"]].set_visible(False)
-    axes.grid(color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
+    _plain(axes)
     axes.legend(fontsize=8, frameon=False)
     figure.suptitle(f"Mistakes on {certificate.samples:,} samples", x=0.02, ha="left", fontsize=12, fontweight="bold")
     return figure
@@ -239,10 +244,7 @@ def plot_sweep(sweep: Sweep) -> Figure:
     divergences.margins(y=0.15)
     divergences.set_xticks(kept, [f"{share:g}%" for share in kept])
     for axes in (shares, divergences):
-        axes.spines[["right", "top"]].set_visible(False)
-        axes.grid(color=PALE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8)
+        _plain(axes)
     title = f"Answers on {sweep.samples:,} samples, effort {sweep.effort!r}"
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     if shares.lines:
