@@ -25,6 +25,7 @@ from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
 from balf_fx.passes.score_widths import ScoreWidths
+from balf_fx.passes.time import Time
 
 __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Pass",
@@ -38,6 +39,7 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "FindPivots",
     "Score",
     "ScoreWidths",
+    "Time",
     "Allocate",
     "Follow",
     "Refine",

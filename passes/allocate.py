@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.budget.clusters import Option
+from balf_fx.budget.clusters import Option, cost_of
 from balf_fx.budget.explicit import explicit_candidates
 from balf_fx.budget.knapsack import dual, minimum_cost, solve
 from balf_fx.budget.problem import Problem, Totals, drawn, pose, settle
 from balf_fx.errors import BudgetError, OptionError, PassError
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.annotation import annotation, graph_record
-from balf_fx.graph.curves import Candidate, Measure, Rank, RankCurve
+from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, Rank, RankCurve
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
@@ -36,7 +36,8 @@ class Allocate(Pass):
     """Choose ranks and widths under a budget, or use explicit ranks.
 
     Attributes:
-        flops, params: the fraction of the whole model's cost to keep, in (0, 1]; at most one of them.
+        flops, params, latency: the fraction of the whole model's cost to keep, in (0, 1]; at most one of them. For
+            latency, times must be known (`Time`).
         method: "budget" minimises the sum over sites of distortion divided by the site's energy, with the Lagrangian
             dual followed by an exact search (`budget.knapsack`). "uniform" keeps the same share of every site's cost.
             "energy" keeps the same share of every site's energy.
@@ -61,13 +62,11 @@ class Allocate(Pass):
     importance: float = 0.0
     caution: float = 1.0
     evenness: float = 0.0
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        given = {
-            name: value
-            for name, value in (("flops", self.flops), ("params", self.params), ("energy", self.energy))
-            if value is not None
-        }
+        names = ("flops", "params", "latency", "energy")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.method not in ("budget", "uniform", "energy"):
             raise OptionError(
                 f"allocation must be 'budget', 'uniform', 'energy' or a mapping of ranks, not {self.method!r}"
@@ -80,16 +79,19 @@ class Allocate(Pass):
         if self.ranks is not None and given:
             raise OptionError(f"explicit ranks cannot be combined with a budget: drop {', '.join(given)}")
         if self.ranks is None and len(given) != 1:
-            wanted = "flops=0.55 or params=0.55" + (" or energy=0.95" if self.method == "energy" else "")
+            wanted = "flops=0.55, params=0.55 or latency=0.7"
+            wanted += " or energy=0.95" if self.method == "energy" else ""
             raise OptionError(f"give exactly one budget, {wanted}; got {', '.join(given) or 'none'}")
 
     @property
     def measure(self) -> Measure:
+        if self.latency is not None:
+            return "latency"
         return "params" if self.params is not None else "flops"
 
     @property
     def target(self) -> float | None:
-        return self.params if self.params is not None else self.flops
+        return float(target) if (target := getattr(self, self.measure)) is not None else None
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
@@ -97,10 +99,13 @@ class Allocate(Pass):
                 raise PassError(f"Allocate: site {site.name!r} has no curve; run Score first")
         if self.flops is not None and graph_record(graph_module).flops is None:
             raise PassError("Allocate: the graph's FLOPs were not counted; run graph.flops.profile, or use params=")
+        if self.latency is not None and graph_record(graph_module).nanoseconds is None:
+            raise PassError("Allocate: latency= needs times; run Time first")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        record, params_now = graph_record(graph_module), count_parameters(graph_module)
-        problem = pose([(graph_module, 1)], Totals(record.flops or 0, record.params or params_now, params_now))
+        record, now = graph_record(graph_module), count_parameters(graph_module)
+        totals = Totals(record.flops or 0, record.params or now, now, record.nanoseconds or 0)
+        problem = pose([(graph_module, 1)], totals)
         settle([(graph_module, 1)], problem, drawn(problem, self.solve(problem)))
         return PassResult(graph_module, False)
 
@@ -154,9 +159,7 @@ class Allocate(Pass):
             loss=sum(option.loss for _, option in picked),
             bound=self._bound(grids, budget, multipliers),
             sizes={w: size for row, option in picked for w, size in zip(row.widths, option.sizes, strict=True)},
-            saved_elsewhere=_sum_pairs(
-                (row.full[0] - option.others[0], row.full[1] - option.others[1]) for row, option in picked
-            ),
+            saved_elsewhere=sum((row.full - option.others for row, option in picked), FREE),
         )
 
     def _options(
@@ -185,14 +188,12 @@ class Allocate(Pass):
         for site, curve in curves.items():
             if site not in taken:
                 own_options = [
-                    Option((c,), (), c.flops, c.params, (0, 0), weight_of[site] * curve.normalised(c.distortion))
+                    Option((c,), (), cost_of(c), Cost(), weight_of[site] * curve.normalised(c.distortion))
                     for c in _cheaper_than_dense(curve, self.measure)
                 ]
-                rows.append(_Row((site,), (), tuple(own_options), (0, 0)))
-        now = totals.flops if self.measure == "flops" else totals.params_now
-        index = 0 if self.measure == "flops" else 1
+                rows.append(_Row((site,), (), tuple(own_options), FREE))
         dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
-        return rows, now - dense - sum(row.full[index] for row in rows)
+        return rows, totals.now(self.measure) - dense - sum(row.full.of(self.measure) for row in rows)
 
     def _even(self, rows: list[_Row], budget: int) -> list[_Row]:
         """The rows without options below `evenness`; all options if the budget would be out of reach."""
@@ -227,7 +228,7 @@ class Allocate(Pass):
         return max(dual(self._costs(rows), losses, budget, multiplier) for multiplier in multipliers)
 
     def _reachable(self, costs: Sequence[Sequence[int]], fixed: int, totals: Totals) -> int:
-        total = totals.flops if self.measure == "flops" else totals.params
+        total = totals.of(self.measure)
         budget = math.floor((self.target or 1.0) * total) - fixed
         if minimum_cost(costs) > budget and self.strict:
             minimum = math.ceil((minimum_cost(costs) + fixed) / total * 1e4) / 1e4
@@ -246,8 +247,8 @@ class Allocate(Pass):
             [c for c in _cheaper_than_dense(curve, self.measure) if not isinstance(c.rank, tuple)] for curve in curves
         ]
         costs = [[candidate.cost(self.measure) for candidate in row] for row in options]
-        now = totals.flops if self.measure == "flops" else totals.params_now
-        budget = self._reachable(costs, now - sum(curve.dense.cost(self.measure) for curve in curves), totals)
+        rest = totals.now(self.measure) - sum(curve.dense.cost(self.measure) for curve in curves)
+        budget = self._reachable(costs, rest, totals)
         if sum(row[-1] for row in costs) <= budget:
             return [curve.dense for curve in curves]
         if self.method == "uniform":
@@ -265,6 +266,7 @@ def allocate_for(
     *,
     flops: float | None,
     params: float | None,
+    latency: float | None = None,
     energy: float | None,
     strict: bool,
     sensitive: bool,
@@ -275,9 +277,9 @@ def allocate_for(
         sensitive: whether gradients are known.
     """
     if isinstance(allocation, Mapping):
-        return Allocate(flops, params, energy=energy, ranks=allocation, strict=strict)
+        return Allocate(flops, params, energy=energy, ranks=allocation, strict=strict, latency=latency)
     importance = IMPORTANCE if sensitive else 0.0
-    return Allocate(flops, params, method=allocation, energy=energy, strict=strict, importance=importance)
+    return Allocate(flops, params, allocation, energy, strict=strict, importance=importance, latency=latency)
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class _Spread:
     loss: float | None = None
     bound: float | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
-    saved_elsewhere: tuple[int, int] = (0, 0)
+    saved_elsewhere: Cost = FREE
 
 
 @dataclass(frozen=True)
@@ -301,18 +303,13 @@ class _Row:
     """Sites and widths that are chosen together.
 
     Attributes:
-        full: the current FLOPs and parameters of operations that are not sites but whose cost depends on the widths.
+        full: the current cost of operations that are not sites but whose cost depends on the widths.
     """
 
     sites: tuple[Site, ...]
     widths: tuple[str, ...]
     options: tuple[Option, ...]
-    full: tuple[int, int]
-
-
-def _sum_pairs(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    listed = list(pairs)
-    return sum(a for a, _ in listed), sum(b for _, b in listed)
+    full: Cost
 
 
 def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:

@@ -15,9 +15,10 @@ from balf_fx.graph.curves import Form, PartRanks, Rank, RankCurve, Solution, Spe
 from balf_fx.graph.expert_factors import keeping
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.layers import read_layer
+from balf_fx.graph.layouts import allow_any_layout
 from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight, put
 from balf_fx.graph.site import Site
-from balf_fx.graph.substitute import AnySubstitute, build, replace_site
+from balf_fx.graph.substitute import AnySubstitute, build, features_last, replace_site
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.pivots import written_as_columns, written_as_rows
 from balf_fx.ranks.spectra import corrected_bias, factors, in_parts
@@ -49,6 +50,7 @@ class Factorize(Pass):
             if annotation(node).site is None and changed and isinstance(layer, Site):
                 layers[layer] = [node]
         replaced: list[Replaced] = []
+        built: list[AnySubstitute] = []
         for site, nodes in layers.items():
             mark, cut = annotation(nodes[0]), cuts.get(nodes[0].name)
             rank = None if mark.choice is None else mark.choice.chosen.rank
@@ -61,11 +63,14 @@ class Factorize(Pass):
                 blocks = hosted_rows(graph_module, nodes[0].name, cut or Cut())
                 solution = tuple(_written(part, mark.pivots.form, order, blocks) for part, order in parts)
             substitute = build(graph_module, thin, solution)
+            built.append(substitute)
             replaced.append(_replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site), solution))
             replace_site(graph_module, nodes, site, substitute)
         for node in graph_module.graph.nodes:
             if node.name in cuts:
                 _reorder_table(graph_module, node, cuts[node.name])
+        if any(map(features_last, built)):
+            allow_any_layout(graph_module)
         graph_module.delete_all_unused_submodules()
         record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, *replaced))
         return PassResult(graph_module, bool(replaced))

@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.layers import read_layer
+from balf_fx.graph.layouts import depends_on_layout
 from balf_fx.graph.parameters import get_tensor, grouped_weight
 from balf_fx.graph.site import MOVE, FreeOrder, Site
 from balf_fx.graph.widths import HOSTS, Width
@@ -47,8 +48,10 @@ class FindPivots(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         written, read = writers_and_readers(graph_module)
+        fixed = depends_on_layout(graph_module)
         for site, nodes in sites(graph_module).items():
-            pivots = self._pivots(site, nodes, written, read)
+            apart = fixed and site.conv is not None and site.reads_each_once
+            pivots = None if apart else self._pivots(site, nodes, written, read)
             for node in nodes:
                 annotate(node, site=dataclasses.replace(site, pivots=pivots, move=self.move))
         record_graph(graph_module, hosts=self._hosts(graph_module) if self.enabled else {})

@@ -40,6 +40,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured times are kept for a run of the tests, not in the user's folder."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "cache" / "torch"))
+
+
 @pytest.fixture
 def data_folder() -> Path:
     folder = Path(os.environ.get("BALF_FX_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import getitem
@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from balf_fx.budget.members import Member, Share
 from balf_fx.graph.annotation import annotation, graph_record
-from balf_fx.graph.curves import Candidate, Measure, RankCurve
+from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, RankCurve
 from balf_fx.graph.flops import use
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
@@ -52,27 +52,30 @@ class Option:
     Attributes:
         ranks: a candidate for each member.
         sizes: the size of each width.
-        flops, params: the cost of everything in the cluster.
-        others: the part of this cost, in FLOPs and parameters, that belongs to the shares.
+        total: the cost of everything in the cluster.
+        others: the part of this cost that belongs to the shares.
         loss: the weighted sum of normalised distortions.
     """
 
     ranks: tuple[Candidate, ...]
     sizes: tuple[int, ...]
-    flops: int
-    params: int
-    others: tuple[int, int]
+    total: Cost
+    others: Cost
     loss: float
 
     def cost(self, measure: Measure) -> int:
-        return self.flops if measure == "flops" else self.params
+        return self.total.of(measure)
 
     def changed(self, index: int, new: Candidate, loss: float) -> Option:
         """The same option with another candidate for one of the members."""
         old = self.ranks[index]
         ranks = (*self.ranks[:index], new, *self.ranks[index + 1 :])
-        flops, params = self.flops + new.flops - old.flops, self.params + new.params - old.params
-        return Option(ranks, self.sizes, flops, params, self.others, loss)
+        return Option(ranks, self.sizes, self.total - cost_of(old) + cost_of(new), self.others, loss)
+
+
+def cost_of(candidate: Candidate) -> Cost:
+    """The cost of a candidate in each measure."""
+    return Cost(candidate.flops, candidate.params, candidate.latency)
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,13 @@ class _Menu:
 
     Attributes:
         curves: the members' curves, from which the menu was computed.
-        others: FLOPs and parameters of the shares.
+        others: the cost of the shares.
         candidates: the candidates of each member.
         costs, losses: the costs (int64) and normalised distortions (float64) of each member's candidates.
     """
 
     curves: tuple[RankCurve, ...]
-    others: tuple[int, int]
+    others: Cost
     candidates: tuple[tuple[Candidate, ...], ...]
     costs: tuple[Tensor, ...]
     losses: tuple[Tensor, ...]
@@ -118,9 +121,7 @@ class _Menu:
     def option(self, picked: Sequence[int], sizes: tuple[int, ...], loss: float) -> Option:
         """The option of one choice at these sizes."""
         ranks = tuple(map(getitem, self.candidates, picked))
-        flops = self.others[0] + sum(candidate.flops for candidate in ranks)
-        params = self.others[1] + sum(candidate.params for candidate in ranks)
-        return Option(ranks, sizes, flops, params, self.others, loss)
+        return Option(ranks, sizes, sum(map(cost_of, ranks), self.others), self.others, loss)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Cluster:
         builders: list[Callable[[int, float], Option]] = []
         for sizes in itertools.product(*tried):
             menu = self._menu(sizes, tuple(curves), measure)
-            fixed = menu.others[0 if measure == "flops" else 1]
+            fixed = menu.others.of(measure)
             kept = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
             cost, loss, picks = menu.priced(weights)
             costs.append(fixed + cost)
@@ -192,8 +193,7 @@ class Cluster:
 
     def _price(self, sizes: tuple[int, ...], curves: tuple[RankCurve, ...], measure: Measure) -> _Menu:
         kept = [size / width.features for size, width in zip(sizes, self.widths, strict=True)]
-        shares = [share.cost(kept) for share in self.shares]
-        others = (sum(flops for flops, _ in shares), sum(params for _, params in shares))
+        others = sum((share.cost(kept) for share in self.shares), FREE)
         pairs = zip(self.members, curves, strict=True)
         rows = tuple(tuple(member.candidates(curve, kept)) for member, curve in pairs)
         costs = tuple(torch.tensor([candidate.cost(measure) for candidate in row]) for row in rows)
@@ -221,7 +221,7 @@ class Cluster:
             dataclasses.replace(each, flops=calls * each.flops, output_elements=calls * each.output_elements)
             for each in self.members
         )
-        shares = tuple(dataclasses.replace(each, flops=calls * each.flops) for each in self.shares)
+        shares = tuple(dataclasses.replace(each, full=each.full.repeated(calls)) for each in self.shares)
         return dataclasses.replace(self, members=members, shares=shares)
 
     @property
@@ -230,9 +230,9 @@ class Cluster:
         return tuple(width.key for width in self.widths)
 
     @property
-    def full(self) -> tuple[int, int]:
-        """FLOPs and parameters of the shares at full size."""
-        return sum(share.flops for share in self.shares), sum(share.params for share in self.shares)
+    def full(self) -> Cost:
+        """The cost of the shares at full size."""
+        return sum((share.full for share in self.shares), FREE)
 
 
 def find_clusters(graph_module: fx.GraphModule, calls: int = 1) -> list[Cluster]:
@@ -267,8 +267,11 @@ def _cluster(
             share = 0.5 if is_attention(nodes[width.product]) else 1.0
             products.setdefault(width.product, []).append((index, share))
         shares += [_between(graph_module, nodes[name], index) for name in width.between]
+        passing = _passing(width, nodes)
+        if passing:
+            shares.append(Share(Cost(latency=passing), ((index, 1.0),)))
     for name, parts in products.items():
-        shares.append(Share(annotation(nodes[name]).flops or 0, 0, tuple(parts), has_level_heads(nodes[name])))
+        shares.append(Share(_cost(nodes[name]), tuple(parts), has_level_heads(nodes[name])))
     members = []
     for name in dict.fromkeys((*written, *read)):
         node = nodes[name]
@@ -280,7 +283,7 @@ def _cluster(
                 raise TypeError(f"{name} is not a layer")
             shrinks = tuple((index, rows / layer.out_features) for index, rows in outputs)
             params = rank_params(layer, None, False)
-            shares.append(Share(annotation(node).flops or 0, params, shrinks))
+            shares.append(Share(_cost(node, params), shrinks))
             continue
         gains_bias = name in read and bool(curves[read[name]].means)
         bias = site.bias is not None or gains_bias
@@ -292,10 +295,44 @@ def _cluster(
 def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:
     if node.op == "get_attr":
         tensor = get_tensor(graph_module, str(node.target))
-        return Share(0, tensor.numel() if isinstance(tensor, nn.Parameter) else 0, ((index, 1.0),))
+        return Share(Cost(params=tensor.numel() if isinstance(tensor, nn.Parameter) else 0), ((index, 1.0),))
     layer = read_layer(graph_module, node)
     params = rank_params(layer, None, False) if isinstance(layer, Site) else 0
-    return Share(annotation(node).flops or 0, params, ((index, 1.0),))
+    return Share(_cost(node, params), ((index, 1.0),))
+
+
+def _passing(width: Width, nodes: Mapping[str, fx.Node]) -> int:
+    """The nanoseconds of the operations without parameters that a width's features pass on their way."""
+    ends = {*width.consumers, width.product}
+    counted = {*width.layers, *width.between, width.product}
+    ahead = _reached([nodes[name] for name in width.producers], ends, lambda node: node.users)
+    behind = _reached([nodes[name] for name in ends if name is not None], set(width.producers), _sources)
+    passed = (node for node in ahead & behind if node.name not in counted and annotation(node).site is None)
+    return sum(annotation(node).nanoseconds or 0 for node in passed)
+
+
+def _sources(node: fx.Node) -> Iterable[fx.Node]:
+    return node.all_input_nodes
+
+
+def _reached(
+    starts: Iterable[fx.Node], ends: Collection[str | None], following: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """The nodes that are reached from some, but not through `ends`."""
+    found: set[fx.Node] = set()
+    waiting = list(starts)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [] if node.name in ends else following(node)
+    return found
+
+
+def _cost(node: fx.Node, params: int = 0) -> Cost:
+    """The cost of a node at full size."""
+    mark = annotation(node)
+    return Cost(mark.flops or 0, params, mark.nanoseconds or 0)
 
 
 def _sizes(width: Width, together: int) -> list[int]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from balf_fx.graph.curves import Candidate, RankCurve
+from balf_fx.graph.curves import Candidate, Cost, RankCurve
 from balf_fx.graph.site import Site
-from balf_fx.ranks.costs import rank_flops, rank_params, useful_ranks, with_blocks
+from balf_fx.ranks.costs import rank_flops, rank_params, timed, useful_ranks, with_blocks
 
 _RANKS = 48  # ranks tried for each site at each size; the steps between them only limit the allocation's resolution
 
@@ -22,23 +22,23 @@ class Share:
     """An operation whose cost depends on the sizes: an attention product, a depthwise convolution, a small layer.
 
     Attributes:
+        full: its cost at full size.
         shrinks: the share of the cost that is proportional to each width, by the width's index in the cluster.
         level: whether the cost depends only on the width that keeps the largest share of its features, since the
             others are padded (`passes.Narrow`).
     """
 
-    flops: int
-    params: int
+    full: Cost
     shrinks: tuple[tuple[int, float], ...]
     level: bool = False
 
-    def cost(self, kept: Sequence[float]) -> tuple[int, int]:
-        """FLOPs and parameters, given the share of features that each width keeps."""
+    def cost(self, kept: Sequence[float]) -> Cost:
+        """The cost, given the share of features that each width keeps."""
         factor = 1.0 - sum(share * (1.0 - kept[index]) for index, share in self.shrinks)
         if self.level:
             whole = math.isclose(sum(share for _, share in self.shrinks), 1.0)
             factor = max(kept[index] for index, _ in self.shrinks) if whole else 1.0
-        return round(self.flops * factor), round(self.params * factor)
+        return Cost(*(round(factor * value) for value in (self.full.flops, self.full.params, self.full.latency)))
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,15 @@ class Member:
         dense = Candidate(None, flops, rank_params(site, None, False) + extra, 0.0)
         simpler = with_blocks(dense, self._blocks(kept), elements // site.out_features)
         if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
-            return [*simpler, dense]
+            return timed([*simpler, dense], site, curve.clock)
         lost = {candidate.rank: candidate.distortion for candidate in known}
         gains = biased or curve.spectrum.mean is not None
         ranks = [rank for rank in useful_ranks(site) if rank in lost]
-        return [
-            *(
-                Candidate(rank, rank_flops(site, rank, flops, elements), rank_params(site, rank, gains), lost[rank])
-                for rank in choose(ranks)
-            ),
-            *simpler,
-            dense,
+        low = [
+            Candidate(rank, rank_flops(site, rank, flops, elements), rank_params(site, rank, gains), lost[rank])
+            for rank in choose(ranks)
         ]
+        return timed([*low, *simpler, dense], site, curve.clock)
 
     def _blocks(self, kept: Sequence[float]) -> int:
         """The entries of its identity blocks at these sizes."""

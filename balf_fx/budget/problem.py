@@ -12,7 +12,7 @@ from balf_fx.budget.clusters import Cluster, find_clusters
 from balf_fx.errors import PassError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
-from balf_fx.graph.curves import RankCurve
+from balf_fx.graph.curves import Clock, Measure, Rank, RankCurve
 from balf_fx.graph.site import Refusal, Site
 from balf_fx.ranks.costs import energy_curve
 
@@ -24,16 +24,26 @@ class Totals:
     Attributes:
         flops, params: the cost of the user's model; budgets are fractions of it.
         params_now: the parameters after the passes so far, which may have folded some of them.
+        latency: nanoseconds of one call; 0 where times have not been measured.
     """
 
     flops: int
     params: int
     params_now: int
+    latency: int = 0
+
+    def of(self, measure: Measure) -> int:
+        """The cost of the user's model."""
+        return int(getattr(self, measure))
+
+    def now(self, measure: Measure) -> int:
+        """The cost after the passes so far."""
+        return self.params_now if measure == "params" else self.of(measure)
 
     def params_after(self, allocation: Allocation) -> int:
         """Parameters once the chosen sites are factorized."""
         changed = sum(choice.chosen.params - choice.dense.params for choice in allocation.choices)
-        return self.params_now + changed - allocation.saved_elsewhere[1]
+        return self.params_now + changed - allocation.saved_elsewhere.params
 
 
 Part = tuple[fx.GraphModule, int]
@@ -110,13 +120,30 @@ def _repeated(curve: RankCurve, calls: int) -> RankCurve:
     """The curve of a site that is run several times in one call of the model."""
     if calls == 1:
         return curve
-    candidates = tuple(dataclasses.replace(each, flops=calls * each.flops) for each in curve.candidates)
-    return dataclasses.replace(curve, candidates=candidates, output_elements=calls * curve.output_elements)
+    candidates = tuple(
+        dataclasses.replace(each, flops=calls * each.flops, latency=calls * each.latency) for each in curve.candidates
+    )
+    clock = None if curve.clock is None else _together([curve.clock] * calls)
+    return dataclasses.replace(curve, candidates=candidates, output_elements=calls * curve.output_elements, clock=clock)
 
 
 def _joined(first: RankCurve, second: RankCurve) -> RankCurve:
     """The curve of a site that two graphs use: its factors are stored once and run in both."""
     pairs = zip(first.candidates, second.candidates, strict=True)
-    candidates = tuple(dataclasses.replace(one, flops=one.flops + other.flops) for one, other in pairs)
+    candidates = tuple(
+        dataclasses.replace(one, flops=one.flops + other.flops, latency=one.latency + other.latency)
+        for one, other in pairs
+    )
     elements = first.output_elements + second.output_elements
-    return dataclasses.replace(first, candidates=candidates, output_elements=elements)
+    clocks = [curve.clock for curve in (first, second) if curve.clock is not None]
+    clock = _together(clocks) if clocks else None
+    return dataclasses.replace(first, candidates=candidates, output_elements=elements, clock=clock)
+
+
+def _together(clocks: Sequence[Clock]) -> Clock:
+    """The time of several uses of a site."""
+
+    def time(site: Site, rank: Rank) -> int:
+        return sum(clock(site, rank) for clock in clocks)
+
+    return time

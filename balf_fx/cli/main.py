@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from balf_fx.api import compile, save
 from balf_fx.api import report as report_of
@@ -12,6 +12,7 @@ from balf_fx.cli.demo import run_demo
 from balf_fx.cli.sweep import SweepData, run_sweep
 from balf_fx.engine.options import settings_from
 from balf_fx.errors import BalfError, OptionError
+from balf_fx.graph.curves import Measure
 from balf_fx.reporting.curve import Sweep
 from balf_fx.reporting.report import Report
 from balf_fx.version import __version__
@@ -34,7 +35,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PICTURE = OutputFile(".png", ".svg", ".pdf")
 
 
-_BUDGET = ("flops", "params", "energy", "allocation", "disagreement", "divergence", "confidence", "minimise")
+_BUDGET = ("flops", "params", "latency", "energy", "allocation", "disagreement", "divergence", "confidence", "minimise")
 
 
 _BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
@@ -133,7 +134,7 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
 @input_options
 @setting_options(skip=_BUDGET)
 @click.option("--budgets", callback=_shares, default=_BUDGETS, show_default=True, help="Fractions to keep.")
-@click.option("--measure", type=click.Choice(["flops", "params"]), default="flops", show_default=True)
+@click.option("--measure", type=click.Choice(get_args(Measure)), default="flops", show_default=True)
 @click.option(
     "--eval-data", type=click.Path(exists=True, path_type=Path), help="Evaluation data; default: the rest of --data."
 )

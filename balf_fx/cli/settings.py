@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Collection, Mapping
@@ -22,17 +23,20 @@ _SPECIAL = {"progress": "--quiet", "seed": "--seed", "validation": "--validation
 _TYPES: Mapping[str, Any] = {
     "flops": SHARE,
     "params": SHARE,
+    "latency": str,
     "energy": SHARE,
     "disagreement": SHARE,
     "divergence": SHARE,
     "confidence": SHARE,
     "allocation": str,
-    "multiple_of": int,
+    "multiple_of": str,
     "memory": str,
     "loss": str,
     "weights": str,
 }
 _FUNCTIONS = ("loss", "weights")
+_NUMBERS = ("latency", "multiple_of")
+"""The options that take a number or a word."""
 _NAMES = {"weights": "position-weights"}
 """The options whose word is not their name: --weights takes the file of the model's weights."""
 _PATTERNS = ("include", "exclude", "dense")
@@ -76,6 +80,8 @@ def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in _FUNCTIONS:
             found[name] = _function(value)
+        elif name in _NUMBERS:
+            found[name] = _number_or_word(value)
         elif name == "allocation" and Path(value).suffix in (".json", ".safetensors"):
             found[name] = plan(value)
         elif name == "refit" and value == "none":
@@ -83,6 +89,13 @@ def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def _number_or_word(written: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(written)
+    return written
 
 
 def _function(written: str) -> Any:

@@ -31,6 +31,7 @@ from balf_fx.engine.rewriting import normalise
 from balf_fx.engine.settings import FEW_SAMPLES, Settings
 from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.stages import work_of
+from balf_fx.engine.timing import Watch
 from balf_fx.engine.trials import allocate_faithfully, plan_trial
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
@@ -40,6 +41,7 @@ from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.plan import Plan, plan_of_records
 from balf_fx.graph.site import Reason, Refusal
+from balf_fx.graph.timing import Timing
 from balf_fx.passes import Allocate, Annotate, FindWidths, Follow, InsertObservers, Refine, ScoreWidths
 from balf_fx.passes.score import Factors
 from balf_fx.progress import SILENT, Progress
@@ -212,21 +214,22 @@ def convert(
         )
     allocate, mode = settings.allocate(), settings.refit_mode
     program = program if settings.chosen_factors == "svd" else _seen_only(program)
-    measures = settings.measures and len(calibration.batches) > 0
-    if measures or mode is not None:
+    watch = Watch.start(program, settings, calibration) if settings.times else None
+    if settings.measures or mode is not None:
         calibration = in_pieces(program, calibration)
     work = work_of(program, settings, calibration.batches)
     shares = [work.scoring, work.trying, work.solving]
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
-    # 1. Align, FindPivots, Score, ScoreWidths: the loss of each rank and each size.
+    # 1. Align, FindPivots, Score, ScoreWidths, Time: the loss and the cost of each rank and each size.
     score(program, settings, scoring)
+    if watch is not None:
+        watch.measure_sites(trying)
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
-    problem = pose(program.counted, program.totals())
-    allocation = None
-    if isinstance(allocate, Allocate) and measures:
-        allocation = _measured(program, settings, problem, allocate, calibration, trying)
-    if allocation is None:
-        allocation = allocate.solve(problem)
+    problem = pose(program.counted, program.totals() if watch is None else watch.totals())
+    if isinstance(allocate, Allocate):
+        allocation, timing = _chosen(program, settings, problem, allocate, calibration, watch, trying)
+    else:
+        allocation, timing = allocate.solve(problem), None
     compressed = settled(program, problem, drawn(problem, allocation))
     # 3. Refine or Refit: solve for the layers' weights. Pivot, Narrow, Factorize: rewrite the graphs.
     if settings.chosen_factors == "air":
@@ -235,7 +238,30 @@ def convert(
     carry_out(compressed, mode, calibration, solving, pivot=settings.pivot or isinstance(allocate, Follow))
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
-    return compressed, plan_of_records(records, records[0].allocation or allocation)
+    plan = plan_of_records(records, records[0].allocation or allocation)
+    return compressed, dataclasses.replace(plan, timing=timing)
+
+
+def _chosen(
+    program: Program,
+    settings: Settings,
+    problem: Problem,
+    allocate: Allocate,
+    calibration: Calibration,
+    watch: Watch | None,
+    progress: Progress,
+) -> tuple[Allocation, Timing | None]:
+    """The allocation, the best of a few where they are compared, and its times where the budget is one."""
+    if watch is not None:  # with a target in the unit of the predictions, so that trials are not too large
+        allocate = watch.corrected(problem, allocate, min(watch.asked, 1.0)).option
+    best = None
+    if settings.measures and len(calibration.batches):
+        best = _measured(program, settings, problem, allocate, calibration, progress)
+    if watch is None:
+        return allocate.solve(problem) if best is None else best[1], None
+    option = allocate if best is None else best[0]
+    timed = watch.corrected(problem, option, option.latency or 1.0)
+    return timed.allocation, timed.timing
 
 
 def _measured(
@@ -245,7 +271,7 @@ def _measured(
     allocate: Allocate,
     calibration: Calibration,
     progress: Progress,
-) -> Allocation | None:
+) -> tuple[Allocate, Allocation] | None:
     """The best of a few allocations; None if the fast effort cannot run a compressed model with the user's function."""
     refit = settings.refit_mode is not None
     if settings.chosen_factors == "sensitivity":

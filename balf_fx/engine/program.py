@@ -153,7 +153,11 @@ def run_trace(program: nn.Module, trace: Trace) -> Any:
     Returns:
         The outputs of the steps that no other step reads: the value itself if there is one, else a list.
     """
-    graphs = graphs_of(program)
+    return run_steps(graphs_of(program), trace)
+
+
+def run_steps(graphs: Sequence[Callable[..., Any]], trace: Trace) -> Any:
+    """The same with a function for each part."""
     returned: list[list[Any]] = []
     for step in trace:
         output = graphs[step.part](*linked(step, returned))

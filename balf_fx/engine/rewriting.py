@@ -27,11 +27,12 @@ from balf_fx.graph.annotation import (
 from balf_fx.graph.curves import Kept, Solution
 from balf_fx.graph.effects import release_effects
 from balf_fx.graph.layers import layers_of
+from balf_fx.graph.layouts import allow_any_layout
 from balf_fx.graph.parameters import get_tensor, put
 from balf_fx.graph.pickling import keep_reads_of_buffers
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
-from balf_fx.graph.substitute import build, replace_site
+from balf_fx.graph.substitute import AnySubstitute, build, features_last, replace_site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Pivot
 from balf_fx.passes.observe import remove_observers
@@ -105,6 +106,7 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     Narrow()(graph_module)
     cuts = find_cuts(graph_module)
     layers = layers_of(graph_module)
+    built: list[AnySubstitute] = []
     for layer in plan.layers:
         if layer.name not in layers:
             raise PlanError(f"the plan was made for another model: there is no layer {layer.name!r}")
@@ -115,7 +117,10 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
         if layer.form == "blocks":
             rows = hosted_rows(graph_module, nodes[0].name, cut)
             blank = tuple(replace(each, blocks=rows) for each in blank)
-        replace_site(graph_module, nodes, site, build(graph_module, thin, blank))
+        built.append(build(graph_module, thin, blank))
+        replace_site(graph_module, nodes, site, built[-1])
+    if any(map(features_last, built)):
+        allow_any_layout(graph_module)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
 

@@ -20,6 +20,7 @@ from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Measure, Rank
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.site import MOVE
+from balf_fx.graph.timing import Runner
 from balf_fx.passes.align import Align
 from balf_fx.passes.allocate import Allocate, Method, allocate_for
 from balf_fx.passes.find_pivots import FindPivots
@@ -36,6 +37,8 @@ Stage = Literal["prepare", "calibrate", "convert"]
 
 FEW_SAMPLES = 32
 """The number of samples on which allocations without gradients are measured: few, since that is the fast way."""
+
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -65,6 +68,20 @@ class Settings:
     params: float | None = option(
         None, "the fraction of the whole model's parameters to keep, in (0, 1], in place of flops", "convert"
     )
+    latency: float | str | None = option(
+        None,
+        "the time of one call to keep, in place of flops: a fraction of the original's, in (0, 1], or a time such as "
+        '"12ms". It is measured here, on the first calibration batch (`passes.Time`, `engine.timing`), and the report '
+        "has the times. Nothing that is slower than the original is used",
+        "convert",
+    )
+    runner: Runner | None = option(
+        None,
+        'how the model will be run, for latency: "eager", or "inductor" for torch.compile. By default, the one with '
+        "which the original is faster",
+        "convert",
+        values=(None, *get_args(Runner)),
+    )
     disagreement: float | None = option(
         None,
         "in place of a budget: the cheapest model whose answer, such as the class, differs from the original's on at "
@@ -88,7 +105,7 @@ class Settings:
     )
     minimise: Measure = option(
         "flops",
-        'the cost to minimise under disagreement or divergence: "flops" or "params"',
+        'the cost to minimise under disagreement or divergence: "flops", "params" or "latency"',
         "convert",
         values=get_args(Measure),
     )
@@ -148,11 +165,11 @@ class Settings:
         "convert",
         values=(True, False),
     )
-    multiple_of: int = option(
+    multiple_of: int | Literal["auto"] = option(
         1,
         "let the rank of each layer, the channels between layers and the features of each head be multiples of this "
-        "number, such as 8, 16 or 32, where they are reduced: the hardware takes as long for sizes in between "
-        "(`passes.Align`)",
+        'number, such as 8, 16 or 32, where they are reduced: the hardware takes as long for sizes in between. "auto" '
+        "measures for each layer here which multiples are faster (`passes.Align`)",
         "convert",
     )
     fold_batchnorm: bool = option(
@@ -260,7 +277,7 @@ class Settings:
 
     def at(self, share: float) -> Settings:
         """The settings for a budget in place of the limit of mistakes."""
-        budget: dict[str, Any] = {"flops": None, "params": None, self.minimise: share}
+        budget: dict[str, Any] = {**dict.fromkeys(get_args(Measure)), self.minimise: share}
         return dataclasses.replace(self, disagreement=None, divergence=None, validation=None, strict=True, **budget)
 
     @property
@@ -280,7 +297,7 @@ class Settings:
     @property
     def keeps_batches(self) -> bool:
         """Whether the batches are needed after calibration, for measuring or solving."""
-        return self.refit_mode is not None or self.chosen_factors == "sensitivity"
+        return self.refit_mode is not None or self.chosen_factors == "sensitivity" or self.times
 
     @property
     def measures(self) -> bool:
@@ -288,6 +305,29 @@ class Settings:
         allocate = self.allocate()
         chooses = isinstance(allocate, Allocate) and allocate.method == "budget" and allocate.ranks is None
         return chooses and (self.chosen_factors == "sensitivity" or (self.effort == "fast" and self.factors is None))
+
+    @property
+    def times(self) -> bool:
+        """Whether the budget is a time."""
+        return self.latency is not None or (self.limit is not None and self.minimise == "latency")
+
+    def latency_share(self, seconds: float | None = None) -> float:
+        """`latency` as a share of the original's time; 1 for a time if the original's is not known.
+
+        Args:
+            seconds: the original's time.
+
+        Raises:
+            OptionError: `latency` is neither a fraction nor a time.
+        """
+        if isinstance(self.latency, int | float) and not isinstance(self.latency, bool):
+            return float(self.latency)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|us|s)\s*", str(self.latency).lower())
+        if not isinstance(self.latency, str) or found is None or float(found[1]) == 0:
+            raise OptionError(
+                f"latency must be a fraction in (0, 1], such as 0.6, or a time, such as '12ms', not {self.latency!r}"
+            )
+        return 1.0 if seconds is None else float(found[1]) * _SECONDS[found[2]] / seconds
 
     @property
     def memory_bytes(self) -> int:
@@ -311,7 +351,7 @@ class Settings:
         """Return the pass that sets the steps of ranks and widths for these settings.
 
         Raises:
-            OptionError: `multiple_of` is not a whole number of at least 1.
+            OptionError: `multiple_of` is neither a whole number of at least 1 nor "auto".
         """
         return Align(self.multiple_of)
 
@@ -325,7 +365,8 @@ class Settings:
         Raises:
             OptionError: there is no budget, or more than one.
         """
-        budget = {"flops": self.flops, "params": self.params, "energy": self.energy}
+        latency = None if self.latency is None else self.latency_share()
+        budget = {"flops": self.flops, "params": self.params, "latency": latency, "energy": self.energy}
         if self.limit is not None:
             given = [name for name, value in budget.items() if value is not None]
             given += [] if isinstance(self.allocation, str) else ["allocation"]

@@ -81,8 +81,12 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool, most: in
 
 def allocate_faithfully(
     program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
-) -> Allocation:
-    """Choose the best of a few allocations: over `importance`, then `caution`; without gradients, over `evenness`."""
+) -> tuple[Allocate, Allocation]:
+    """Choose the best of a few allocations: over `importance`, then `caution`; without gradients, over `evenness`.
+
+    Returns:
+        The options that choose it, and the allocation.
+    """
     measured: dict[Any, float] = {}
 
     def attempt(option: Allocate) -> _Attempt:
@@ -103,7 +107,8 @@ def allocate_faithfully(
     for changes, span in zip((first, second), progress.spans([len(first), len(second)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes)]
         option = min(attempts, key=attrgetter("lost")).option
-    return min(attempts, key=attrgetter("lost")).allocation
+    best = min(attempts, key=attrgetter("lost"))
+    return best.option, best.allocation
 
 
 @dataclass(frozen=True)

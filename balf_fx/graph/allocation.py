@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from balf_fx.graph.curves import Candidate, EnergyCurve, Measure
+from balf_fx.graph.curves import FREE, Candidate, Cost, EnergyCurve, Measure
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width
 
@@ -32,7 +32,7 @@ class Allocation:
         primal: the value of the objective, the sum over sites of normalised distortion.
         bound: a lower bound on the objective of all allocations within the budget; None if nothing was optimised.
         sizes: the sizes of widths by `Width.key`; those that are not listed keep all features.
-        saved_elsewhere: FLOPs and parameters that the sizes save outside the sites.
+        saved_elsewhere: the cost that the sizes save outside the sites.
     """
 
     method: str
@@ -42,7 +42,7 @@ class Allocation:
     primal: float
     bound: float | None
     sizes: Mapping[str, int] = field(default_factory=dict)
-    saved_elsewhere: tuple[int, int] = (0, 0)
+    saved_elsewhere: Cost = FREE
 
     def size_of(self, width: Width) -> int:
         """The features of a width that are kept."""

@@ -56,6 +56,7 @@ class Annotation:
         sensitivity: path of the observer of its gradients, if there is one.
         influence: path of the observer of its weight's gradients, if there is one.
         curve, scored_with: set by Score; scored_with identifies the statistics and options of the score.
+        nanoseconds: the time of the node alone; set by Time.
         choice: set by Allocate.
         refit: set by Refine or Refit; replaces the one-shot factors or the weight of a dense layer.
         pivots: set by Pivot where the site's map is written with its own rows or columns.
@@ -76,6 +77,7 @@ class Annotation:
     influence: str | None = None
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
+    nanoseconds: int | None = None
     choice: Choice | None = None
     refit: tuple[Solution, ...] | None = None
     pivots: Pivots | None = None
@@ -131,6 +133,7 @@ class GraphRecord:
         origin: set by `prepare`.
         allocation, refusals: set by Allocate, for the report.
         params_after: parameters of the compressed graph; set by Allocate.
+        nanoseconds: the time of one call; set by Time.
         widths: set by FindWidths.
         rests: for each layer that only partly belongs to widths, the readers of its other rows; set by FindWidths.
         width_curves: one for each width, None if there are no statistics; set by ScoreWidths.
@@ -145,6 +148,7 @@ class GraphRecord:
     flops: int | None = None
     params: int | None = None
     params_after: int | None = None
+    nanoseconds: int | None = None
     captured: str = "elsewhere"
     origin: Origin = Origin()
     allocation: Allocation | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +20,39 @@ def each_rank(rank: Rank) -> PartRanks:
     return rank if isinstance(rank, tuple) else (rank,)
 
 
-Measure = Literal["flops", "params"]
+Measure = Literal["flops", "params", "latency"]
+"""What a budget limits; a latency in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost in each measure."""
+
+    flops: int = 0
+    params: int = 0
+    latency: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.params + other.params, self.latency + other.latency)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.flops - other.flops, self.params - other.params, self.latency - other.latency)
+
+    def repeated(self, calls: int) -> Cost:
+        """The cost of several calls; parameters are stored once."""
+        return Cost(calls * self.flops, self.params, calls * self.latency)
+
+    def of(self, measure: Measure) -> int:
+        """The cost in one measure."""
+        return int(getattr(self, measure))
+
+
+FREE = Cost()
+"""No cost."""
+
+
+Clock = Callable[[Any, Rank], int]
+"""The nanoseconds of a site of a given size at a rank, over all of its uses in one call of the model."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +92,7 @@ class Candidate:
     Attributes:
         distortion: its mean squared output error.
         blocks: whether a dense site's heads get a basis in which a block of each is the identity (`ranks.bases`).
+        latency: nanoseconds; 0 where times have not been measured (`passes.Time`).
     """
 
     rank: Rank
@@ -66,9 +100,10 @@ class Candidate:
     params: int
     distortion: float
     blocks: bool = False
+    latency: int = 0
 
     def cost(self, measure: Measure) -> int:
-        return self.flops if measure == "flops" else self.params
+        return int(getattr(self, measure))
 
 
 @dataclass(frozen=True)
@@ -85,6 +120,7 @@ class RankCurve:
             are no gradients.
         parts: the spectrum of the site's parts, if these may have separate factors.
         kept: the experts that keep their matrices, since they have seen too few positions.
+        clock: the time of the site; None where times have not been measured.
     """
 
     candidates: tuple[Candidate, ...]
@@ -94,6 +130,7 @@ class RankCurve:
     parts: Spectrum | None = None
     loss: float | None = None
     kept: tuple[int, ...] = ()
+    clock: Clock | None = None
 
     @property
     def dense(self) -> Candidate:

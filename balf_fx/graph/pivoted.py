@@ -71,6 +71,8 @@ class Rows:
 class Columns:
     """y = second(x_P + first(x_rest)).
 
+    Pointwise convolutions are computed as products, with the features last: a convolution would copy x_rest.
+
     Attributes:
         module: an nn.ModuleList of `first` (D - r -> r) and `second` (r -> O). Where a gather brings the inputs into
             the order [P, rest], its buffer `order` [D] holds the indices.
@@ -79,8 +81,8 @@ class Columns:
     """
 
     module: nn.Module
-    first: nn.Module
-    second: nn.Module
+    first: nn.Linear
+    second: nn.Linear
     rank: int
     others: int
     axis: int
@@ -93,13 +95,16 @@ class Columns:
     def insert_calls(self, graph: fx.Graph, path: str, node: fx.Node) -> fx.Node:
         """Insert calls of the modules at the graph's insertion point; returns the node of the layer's output."""
         source = site_input(node)
+        if self.axis != -1:
+            source = graph.call_function(torch.movedim, (source, self.axis, -1))
         if hasattr(self.module, ORDER):
             indices = graph.get_attr(f"{path}.{ORDER}")
-            source = graph.call_function(torch.index_select, (source, self.axis, indices))
-        split = graph.call_function(torch.split, (source, [self.rank, self.others], self.axis))
+            source = graph.call_function(torch.index_select, (source, -1, indices))
+        split = graph.call_function(torch.split, (source, [self.rank, self.others], -1))
         pivots, rest = (graph.call_function(operator.getitem, (split, i)) for i in range(2))
         thin = graph.call_function(operator.add, (pivots, graph.call_module(f"{path}.0", (rest,))))
-        return graph.call_module(f"{path}.1", (thin,))
+        output = graph.call_module(f"{path}.1", (thin,))
+        return output if self.axis == -1 else graph.call_function(torch.movedim, (output, -1, self.axis))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -14,12 +14,13 @@ from balf_fx.errors import PassError, PlanError
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.annotation import META_KEY, GraphRecord, Origin, Replaced
 from balf_fx.graph.certificate import Certificate, Tried
-from balf_fx.graph.curves import Candidate, EnergyCurve, Measure, Rank
+from balf_fx.graph.curves import Candidate, Cost, EnergyCurve, Measure, Rank
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
+from balf_fx.graph.timing import Timing
 from balf_fx.version import __version__
 
-FORMAT = 4
+FORMAT = 5
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
@@ -75,6 +76,7 @@ class Plan:
         widths: the widths that were narrowed or reordered.
         versions: the versions of balf_fx and torch.
         certificate: what was certified about the mistakes of the model; None for a budget.
+        timing: what was measured of its time; None unless the budget was one.
     """
 
     allocation: Allocation
@@ -88,6 +90,7 @@ class Plan:
     widths: tuple[PlannedWidth, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
     certificate: Certificate | None = None
+    timing: Timing | None = None
 
     @classmethod
     def of(cls, compressed: fx.GraphModule) -> Plan:
@@ -118,7 +121,7 @@ class Plan:
         if self.flops is None:
             return None
         saved = sum(choice.dense.flops - choice.chosen.flops for choice in self.allocation.choices)
-        return self.flops - saved - self.allocation.saved_elsewhere[0]
+        return self.flops - saved - self.allocation.saved_elsewhere.flops
 
     @property
     def flops_kept(self) -> float | None:
@@ -251,6 +254,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         widths=tuple(_width(width) for width in data["widths"]),
         versions=dict(data["versions"]),
         certificate=None if data["certificate"] is None else _certificate(data["certificate"]),
+        timing=None if data["timing"] is None else Timing(**data["timing"]),
     )
 
 
@@ -259,12 +263,17 @@ def _certificate(data: Mapping[str, Any]) -> Certificate:
 
 
 def _allocation(data: Mapping[str, Any]) -> Allocation:
-    measure: Measure = "params" if data["measure"] == "params" else "flops"
-    flops, params = data["saved_elsewhere"]
+    measure = cast(Measure, data["measure"])
     choices = tuple(map(_choice, data["choices"]))
     sizes = {str(key): int(size) for key, size in data["sizes"].items()}
     return Allocation(
-        **{**data, "measure": measure, "choices": choices, "sizes": sizes, "saved_elsewhere": (flops, params)}
+        **{
+            **data,
+            "measure": measure,
+            "choices": choices,
+            "sizes": sizes,
+            "saved_elsewhere": Cost(**data["saved_elsewhere"]),
+        }
     )
 
 

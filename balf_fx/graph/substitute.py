@@ -97,6 +97,11 @@ class Substitute:
 AnySubstitute = Substitute | Rows | Columns | Blocks | ExpertFactors
 
 
+def features_last(substitute: AnySubstitute) -> bool:
+    """Whether its output has the features of a convolution last in memory (`graph.layouts`)."""
+    return isinstance(substitute, Columns) and substitute.axis != -1
+
+
 def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]) -> AnySubstitute:
     """The modules that compute a solution of a site, with one item or one for each part."""
     original: Tensor = get_tensor(graph_module, site.weight)
@@ -173,8 +178,8 @@ def _bias(part: Solution) -> Tensor:
 
 def _columns(site: Site, original: Tensor, solution: Solution) -> Columns:
     rank, others = solution.right.shape[1:]
-    fewer = dataclasses.replace(site, in_features=others)
-    first, second = _empty_modules(fewer, original, rank, solution.bias is not None)
+    first = _empty_linear(others, rank, False, original)
+    second = _empty_linear(rank, site.out_features, solution.bias is not None, original)
     _assign(first, "weight", solution.right, original)
     if solution.left is not None:
         _assign(second, "weight", solution.left, original)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from balf_fx.graph.curves import Candidate, EnergyCurve, PartRanks, Rank, RankCurve, Spectrum, each_rank
+from balf_fx.graph.curves import Candidate, Clock, EnergyCurve, PartRanks, Rank, RankCurve, Spectrum, each_rank
 from balf_fx.graph.site import Site
 from balf_fx.ranks.spectra import tail_energies
 
@@ -113,6 +113,13 @@ def with_blocks(dense: Candidate, blocks: int, positions: int) -> list[Candidate
     if not blocks:
         return []
     return [Candidate(None, dense.flops - 2 * blocks * positions, dense.params - blocks, 0.0, blocks=True)]
+
+
+def timed(candidates: Sequence[Candidate], site: Site, clock: Clock | None) -> list[Candidate]:
+    """The candidates with their times, if these are known."""
+    if clock is None:
+        return list(candidates)
+    return [dataclasses.replace(each, latency=clock(site, each.rank)) for each in candidates]
 
 
 def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:

@@ -38,7 +38,7 @@ class Sweep:
     """The curve.
 
     Attributes:
-        measure: what the budgets limit, "flops" or "params".
+        measure: what the budgets limit.
         samples: the number of samples on which outputs were compared.
         accuracy: the accuracy of the original; None without labels.
         points: the points for the budgets that can be reached, in their order.

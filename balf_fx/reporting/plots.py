@@ -52,7 +52,7 @@ _HEAD, _ABOVE, _TICKS, _BELOW = 0.75, 0.35, 0.2, 0.55  # title and legend; the s
 _NAME_LENGTH, _NAME_SIZE = 46, 8
 
 
-_MEASURES = {"flops": "FLOPs", "params": "parameters"}
+_MEASURES = {"flops": "FLOPs", "params": "parameters", "latency": "time"}
 
 
 _BAR = 0.72  # height of a bar, as a share of a line

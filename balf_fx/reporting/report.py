@@ -12,6 +12,7 @@ from balf_fx.graph.allocation import Choice
 from balf_fx.graph.certificate import Certificate
 from balf_fx.graph.curves import EnergyCurve, Rank
 from balf_fx.graph.plan import Plan
+from balf_fx.graph.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Report:
         flops_saved_elsewhere, params_saved_elsewhere: what the widths save outside the sites, as in a depthwise
             convolution or an attention product.
         certificate: what was certified about the model's mistakes; None for a budget.
+        timing: what was measured of its time; None unless the budget was one.
     """
 
     sites: tuple[SiteRow, ...]
@@ -145,6 +147,7 @@ class Report:
     flops_saved_elsewhere: int = 0
     params_saved_elsewhere: int = 0
     certificate: Certificate | None = None
+    timing: Timing | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Report:
@@ -175,9 +178,10 @@ class Report:
                 for width in plan.widths
                 if width.is_narrower
             ),
-            flops_saved_elsewhere=allocation.saved_elsewhere[0],
-            params_saved_elsewhere=allocation.saved_elsewhere[1],
+            flops_saved_elsewhere=allocation.saved_elsewhere.flops,
+            params_saved_elsewhere=allocation.saved_elsewhere.params,
             certificate=plan.certificate,
+            timing=plan.timing,
         )
 
     @property
@@ -247,6 +251,8 @@ class Report:
             elsewhere = self.flops_saved_elsewhere
             saved = f", which also save {elsewhere:,} FLOPs outside the sites" if elsewhere else ""
             lines.append(f"widths  {len(self.widths)} narrower, {before:,} -> {after:,} features{saved}")
+        if self.timing is not None:
+            lines.append(f"time    {timing_in_words(self.timing)}")
         asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"
         bound = "" if self.bound is None else f", dual bound {self.bound:.4g}, gap {self.gap:.2g}"
         lines.append(f"budget  {asked}, allocation {self.method}: loss {self.primal:.4g}{bound}")
@@ -254,6 +260,15 @@ class Report:
             limit = f"{self.certificate.mistakes} {self.certificate.limit:g}"
             lines.append(f"limit   {limit}: {certificate_in_words(self.certificate)}")
         return lines
+
+
+def timing_in_words(timing: Timing) -> str:
+    """The times, and where they were measured."""
+    where = timing.device if timing.device != "cpu" else f"cpu, {timing.threads} threads"
+    return (
+        f"{1e3 * timing.dense:.4g} -> {1e3 * timing.compressed:.4g} ms ({timing.runner}, {where}): "
+        f"{timing.measured:.2%} of the original's, {timing.asked:.2%} asked for, {timing.predicted:.2%} predicted"
+    )
 
 
 def certificate_in_words(certificate: Certificate) -> str:

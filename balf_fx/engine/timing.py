@@ -1,0 +1,185 @@
+"""Budgets of time: whole models are measured, and the target is corrected for what single operations do not show."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from balf_fx.budget.problem import Problem, Totals
+from balf_fx.calibration.batches import Calibration
+from balf_fx.engine.program import Program, Trace, run_steps
+from balf_fx.engine.settings import Settings
+from balf_fx.engine.solving import carry_out, settled, without_observers
+from balf_fx.errors import BudgetError, OptionError
+from balf_fx.graph.allocation import Allocation
+from balf_fx.graph.annotation import sites
+from balf_fx.graph.timing import Runner, Timing
+from balf_fx.latency.stopwatch import Task, race
+from balf_fx.latency.table import open_table
+from balf_fx.passes import Allocate, Time
+from balf_fx.progress import SILENT, Progress
+
+_LOGGER = logging.getLogger(__name__)
+_ROUNDS = 15
+_TOLERANCE = 0.03  # of the target
+_CORRECTIONS = 2
+
+
+class Timed(NamedTuple):
+    """An allocation whose model has been timed, and the options that choose it."""
+
+    option: Allocate
+    allocation: Allocation
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Times compressed programs beside the original.
+
+    Attributes:
+        calibration: its first batch is the call that is timed.
+        trace: this call.
+        task: runs the original on it.
+        seconds: the original's time.
+        asked: the share of it to keep.
+        pivot: as in `solving.carry_out`.
+    """
+
+    program: Program
+    calibration: Calibration
+    trace: Trace
+    runner: Runner
+    device: torch.device
+    task: Task
+    seconds: float
+    asked: float
+    pivot: bool
+
+    @classmethod
+    def start(cls, program: Program, settings: Settings, calibration: Calibration) -> Watch:
+        """Time the original; by default, with the runner that is faster.
+
+        Raises:
+            OptionError: there is no batch to run.
+        """
+        if not len(calibration.batches):
+            raise OptionError("latency= is measured on a batch: pass the calibration batches as batches=")
+        trace, original = program.trace(calibration.batches[0]), without_observers(program)
+        device = next(parameter.device for graph in original.graph_modules for parameter in graph.parameters())
+        runner: Runner = settings.runner or "eager"
+        task = _task(original, trace, runner)
+        if settings.runner is None:
+            compiled = _task(original, trace, "inductor")
+            found = _race(task, compiled, device)
+            if found.ratio < 1.0:
+                runner, task = "inductor", compiled
+        seconds = _race(task, task, device).first
+        _LOGGER.info("the model takes %.4g ms (%s)", 1e3 * seconds, runner)
+        asked = settings.latency_share(seconds)
+        return cls(program, calibration, trace, runner, device, task, seconds, asked, settings.pivot)
+
+    def measure_sites(self, progress: Progress = SILENT) -> None:
+        """Measure the times of the candidates of all sites (`passes.Time`)."""
+        table = open_table(self.device)
+        parts = [index for index, graph in enumerate(self.program.graph_modules) if sites(graph)]
+        for index, span in zip(parts, progress.spans([1.0] * len(parts)), strict=True):
+            inputs = next((step.args for step in self.trace if step.part == index), None)
+            if inputs is not None:
+                Time(inputs, table, span)(self.program.graph_modules[index])
+
+    def totals(self) -> Totals:
+        """The cost of one call of the whole model, with its time."""
+        return dataclasses.replace(self.program.totals(), latency=round(1e9 * self.seconds))
+
+    def corrected(self, problem: Problem, allocate: Allocate, target: float) -> Timed:
+        """Choose an allocation, measure it, and correct the target until the measured share is as asked.
+
+        Args:
+            target: the share of the predicted time to begin with.
+
+        Returns:
+            The slowest allocation within the tolerance, else the fastest; the original if none is faster.
+        """
+        tried: list[Timed] = []
+        fastest = 0.0
+        for _ in range(_CORRECTIONS + 1):
+            try:
+                found = self._timed(problem, dataclasses.replace(allocate, latency=target))
+            except BudgetError as error:
+                target = fastest = error.minimum
+                found = self._timed(problem, dataclasses.replace(allocate, latency=target, strict=False))
+            tried.append(found)
+            _LOGGER.info("target %.4g: %s", target, found.timing)
+            hit = abs(found.timing.measured - self.asked) <= _TOLERANCE * self.asked
+            if hit or target >= 1.0 or (fastest and found.timing.measured > self.asked):
+                break
+            target = next_target(self.asked, found.timing.predicted, found.timing.measured)
+        kept = [each for each in tried if each.timing.measured <= (1.0 + _TOLERANCE) * self.asked]
+        best = max(kept, key=_measured) if kept else min(tried, key=_measured)
+        if fastest and not kept and allocate.strict:
+            raise BudgetError(
+                f"latency={self.asked:.4g} is out of reach: with every site at rank 1 the model takes "
+                f"{best.timing.measured:.4f} of its time. Ask for more, or pass strict=False to get the fastest model",
+                best.timing.measured,
+            )
+        return best if best.timing.measured <= 1.0 else self._timed(problem, dataclasses.replace(allocate, latency=1.0))
+
+    def _timed(self, problem: Problem, option: Allocate) -> Timed:
+        allocation = option.solve(problem)
+        return Timed(option, allocation, self.time(problem, allocation))
+
+    def time(self, problem: Problem, allocation: Allocation) -> Timing:
+        """The times of an allocation; they depend on its sizes alone, so its one-shot weights will do."""
+        compressed = settled(self.program, problem, allocation)
+        carry_out(compressed, None, self.calibration, pivot=self.pivot)
+        found = _race(self.task, _task(compressed, self.trace, self.runner), self.device)
+        return Timing(
+            runner=self.runner,
+            device=str(self.device),
+            threads=torch.get_num_threads(),
+            asked=self.asked,
+            predicted=1.0 - _saved(allocation) / max(problem.totals.latency, 1),
+            measured=found.ratio,
+            dense=found.first,
+            compressed=found.second,
+        )
+
+
+def next_target(asked: float, predicted: float, measured: float) -> float:
+    """The share of the predicted time whose measured share is as asked, if savings are in proportion.
+
+    Args:
+        predicted, measured: those of another model.
+    """
+    if measured >= 1.0 or predicted >= 1.0:
+        return 0.5 * min(predicted, 1.0)  # nothing was saved: there is no proportion
+    return min(max(1.0 - (1.0 - asked) * (1.0 - predicted) / (1.0 - measured), 1e-3), 1.0)
+
+
+def _measured(timed: Timed) -> float:
+    return timed.timing.measured
+
+
+def _saved(allocation: Allocation) -> int:
+    """The nanoseconds that an allocation saves by the times of its operations."""
+    saved = sum(choice.dense.latency - choice.chosen.latency for choice in allocation.choices)
+    return saved + allocation.saved_elsewhere.latency
+
+
+def _race(first: Task, second: Task, device: torch.device) -> Any:
+    with torch.no_grad():
+        return race(first, second, device, _ROUNDS)
+
+
+def _task(program: Program, trace: Trace, runner: Runner) -> Callable[[], object]:
+    """Runs a program as a call."""
+    graphs: list[Callable[..., Any]] = list(program.graph_modules)
+    if runner == "inductor":
+        graphs = [torch.compile(graph_module) for graph_module in graphs]
+    return lambda: run_steps(graphs, trace)

@@ -1,0 +1,31 @@
+"""What was measured of the time of a compressed model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Runner = Literal["eager", "inductor"]
+"""How a model is run: node by node, or compiled by `torch.compile`."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The times of the original and of the compressed model, which ran in turn on the first calibration batch.
+
+    Attributes:
+        runner, device, threads: how and where they ran; the number of threads on a CPU.
+        asked: the share of the original's time that was asked for.
+        predicted: the share of the original's time by the times of single operations (`passes.Time`).
+        measured: the median ratio of their times.
+        dense, compressed: the median seconds of each.
+    """
+
+    runner: Runner
+    device: str
+    threads: int
+    asked: float
+    predicted: float
+    measured: float
+    dense: float
+    compressed: float

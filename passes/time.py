@@ -1,0 +1,104 @@
+"""Give every candidate of every site its measured time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from balf_fx.calibration.observers import OBSERVERS
+from balf_fx.errors import PassError
+from balf_fx.graph.annotation import annotate, annotation, record_graph
+from balf_fx.graph.curves import Clock, Rank, RankCurve
+from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.site import Site
+from balf_fx.latency.operations import Run, Use
+from balf_fx.latency.profile import node_seconds
+from balf_fx.latency.table import Table
+from balf_fx.latency.uses import use_of
+from balf_fx.passes.base import Pass
+from balf_fx.progress import SILENT, Progress
+from balf_fx.ranks.costs import rank_flops, timed
+
+
+@dataclass(frozen=True)
+class Time(Pass):
+    """Measure what each rank of each site costs in time here, and what all other nodes do.
+
+    A site's time is the sum of the operations that it runs (`latency.operations`), which are measured one by one for
+    its positions, type and device (`latency.table`). The time of experts, whose positions the inputs decide, is that
+    of their node, in proportion to FLOPs.
+
+    Attributes:
+        inputs: a value for each placeholder, of the shapes on which FLOPs were counted; nodes are timed on them.
+        table: the known times; new ones are added to it.
+        progress: shows the progress over the operations.
+    """
+
+    inputs: Sequence[Any]
+    table: Table
+    progress: Progress = field(default=SILENT, repr=False, compare=False)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for site, nodes in self.require_sites(graph_module).items():
+            if annotation(nodes[0]).curve is None:
+                raise PassError(f"Time: site {site.name!r} has no curve; run Score first")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        found = self.require_sites(graph_module)
+        device = next(get_tensor(graph_module, site.weight).device for site in found)
+        times = node_seconds(graph_module, self.inputs, device, f"{OBSERVERS}.")
+        for node in graph_module.graph.nodes:
+            annotate(node, nanoseconds=round(1e9 * times.get(node.name, 0.0)))
+        record_graph(graph_module, nanoseconds=round(1e9 * sum(times.values())))
+        uses = {site: [use_of(graph_module, site, node) for node in nodes] for site, nodes in found.items()}
+        largest = [run for site, nodes in found.items() for run in _largest(site, _curve(nodes), uses[site])]
+        self.table.measure(largest, self.progress)
+        for site, nodes in found.items():
+            curve = _curve(nodes)
+            clock = self._of_experts(nodes, curve) if site.has_experts else self._clock(uses[site])
+            new = dataclasses.replace(curve, candidates=tuple(timed(curve.candidates, site, clock)), clock=clock)
+            for node in nodes:
+                annotate(node, curve=new)
+        return PassResult(graph_module, False)
+
+    def _clock(self, uses: Sequence[Use]) -> Clock:
+        def clock(site: Site, rank: Rank) -> int:
+            return round(sum(self.table.nanoseconds(run) for each in uses for run in each.runs(site, rank)))
+
+        return clock
+
+    def _of_experts(self, nodes: Sequence[fx.Node], curve: RankCurve) -> Clock:
+        measured = sum(annotation(node).nanoseconds or 0 for node in nodes)
+
+        def clock(site: Site, rank: Rank) -> int:
+            flops = rank_flops(site, rank, curve.dense.flops, curve.output_elements)
+            return round(measured * flops / max(curve.dense.flops, 1))
+
+        return clock
+
+
+def _curve(nodes: Sequence[fx.Node]) -> RankCurve:
+    curve = annotation(nodes[0]).curve
+    if curve is None:
+        raise PassError(f"Time: {nodes[0].name} has no curve; run Score first")
+    return curve
+
+
+def _largest(site: Site, curve: RankCurve, uses: Sequence[Use]) -> Iterator[Run]:
+    """For each operation of a site, the largest sizes of its candidates; dense ones, whose sizes are often used."""
+    if site.has_experts:
+        return
+    ranks = [candidate.rank for candidate in curve.candidates]
+    sizes: dict[Any, tuple[int, int]] = {}
+    for each in uses:
+        yield from each.runs(site, None)
+        for rank in ranks:
+            for run in each.runs(site, rank):
+                inputs, outputs = sizes.get(run.operation, (0, 0))
+                sizes[run.operation] = max(inputs, run.inputs), max(outputs, run.outputs)
+    yield from (Run(operation, *size) for operation, size in sizes.items())

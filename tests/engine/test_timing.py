@@ -1,0 +1,183 @@
+"""Budgets of time, with clocks that follow a law: what is chosen can then be checked."""
+
+import copy
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import ConvNet, randomise_batchnorm
+from torch import nn
+
+import balf_fx
+from balf_fx.engine import timing as module
+from balf_fx.engine.settings import Settings
+from balf_fx.engine.timing import next_target
+from balf_fx.errors import BudgetError, OptionError
+from balf_fx.graph.flops import count_flops, flop_counter
+from balf_fx.latency import table
+from balf_fx.latency.stopwatch import Race
+from balf_fx.reporting.report import timing_in_words
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return randomise_batchnorm(ConvNet(32)).eval()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return list(torch.randn(3, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Operations take a nanosecond for each FLOP; models take what `law` makes of the share of FLOPs that they keep."""
+    found = types.SimpleNamespace(law=lambda share: share, compiled=0)
+
+    def task(program, trace, runner):
+        found.compiled += runner == "inductor"
+        return types.SimpleNamespace(flops=count_flops(program.graph_modules[0], *trace[0].args), runner=runner)
+
+    def race(first, second, device):
+        if first.runner != second.runner:  # of the original
+            return Race(1.0, found.inductor, found.inductor)
+        share = second.flops / first.flops
+        return Race(1e-9 * first.flops, 1e-9 * first.flops * found.law(share), found.law(share))
+
+    def seconds(run):
+        with torch.no_grad(), flop_counter() as counter:
+            run.operation.task(run.inputs, run.outputs)()
+        return 1e-9 * counter.get_total_flops()
+
+    monkeypatch.setattr(module, "_task", task)
+    monkeypatch.setattr(module, "_race", race)
+    monkeypatch.setattr(table, "_seconds", seconds)
+    monkeypatch.setattr(module, "open_table", lambda device: table.Table())
+    return found
+
+
+def fast(model, batches, **options):
+    return balf_fx.compile(model, batches, **{"effort": "fast", "runner": "eager", "progress": False, **options})
+
+
+@given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(0.1, 1.5))
+def test_the_next_target_hits_where_savings_are_in_proportion(asked, predicted, scale):
+    measured = 1 - scale * (1 - predicted)
+    found = next_target(asked, predicted, measured)
+    assert 0 < found <= 1
+    if measured < 1 and 1e-3 < 1 - (1 - asked) / scale:
+        assert 1 - scale * (1 - found) == pytest.approx(asked)
+
+
+def test_a_model_that_gained_nothing_is_followed_by_a_smaller_one():
+    assert next_target(0.9, 0.8, 1.1) < 0.8
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+def test_times_in_proportion_to_flops_give_the_model_of_that_budget(net, batches, clock, effort):
+    small = fast(net, batches, latency=0.6, effort=effort)
+    found = balf_fx.report(small)
+    assert found.measure == "latency"
+    assert found.timing.measured == pytest.approx(found.flops_kept)
+    assert 0.9 * 0.6 <= found.flops_kept <= 1.03 * 0.6
+
+
+@pytest.mark.parametrize("asked", [0.5, 0.7, 0.9])
+def test_the_target_is_corrected_where_half_of_the_savings_are_real(net, batches, clock, asked):
+    clock.law = lambda share: 1 - 0.5 * (1 - share) if share < 1 else 1.0
+    kept = balf_fx.report(fast(net, batches, latency=max(asked, 0.6))).timing
+    assert kept.measured == pytest.approx(max(asked, 0.6), rel=0.03)
+
+
+def test_no_model_that_is_slower_than_the_original_is_used(net, batches, clock):
+    clock.law = lambda share: 2 - share
+    small = fast(net, batches, latency=0.9, strict=False)
+    assert set(balf_fx.plan(small).ranks.values()) == {None}
+    torch.testing.assert_close(small(batches[0]), net(batches[0]))
+
+
+def test_a_time_out_of_reach_names_the_fastest_model(net, batches, clock):
+    clock.law = lambda share: 1 - 0.2 * (1 - share)
+    with pytest.raises(BudgetError, match="out of reach") as error:
+        fast(net, batches, latency=0.5)
+    assert 0.8 < error.value.minimum < 0.9
+    small = fast(net, batches, latency=0.5, strict=False)
+    assert balf_fx.report(small).timing.measured == pytest.approx(error.value.minimum)
+
+
+def test_seconds_are_a_share_of_the_original_time(net, batches, clock):
+    dense = count_flops(net, batches[0]) * 1e-9
+    small = fast(net, batches, latency=f"{700 * dense:.9f}ms")
+    assert balf_fx.report(small).timing.asked == pytest.approx(0.7, rel=1e-4)
+    generous = fast(net, batches, latency="10s")
+    assert set(balf_fx.plan(generous).ranks.values()) == {None}
+
+
+@pytest.mark.parametrize(("inductor", "runner"), [(0.5, "inductor"), (2.0, "eager")])
+def test_the_faster_runner_of_the_original_is_used(net, batches, clock, inductor, runner):
+    clock.inductor = inductor
+    assert balf_fx.report(fast(net, batches, latency=0.7, runner=None)).timing.runner == runner
+
+
+def test_the_report_and_the_plan_have_the_times(net, batches, clock):
+    plan = balf_fx.plan(fast(net, batches, latency=0.7))
+    assert type(plan).from_json(plan.to_json()) == plan
+    words = timing_in_words(plan.timing)
+    assert "eager" in words
+    assert words in str(balf_fx.report(fast(net, batches, latency=0.7)))
+
+
+def test_another_budget_has_no_times(net, batches):
+    assert balf_fx.plan(fast(net, batches, flops=0.7, runner=None)).timing is None
+
+
+def test_a_plan_made_for_a_time_is_followed_without_a_clock(net, batches, clock, monkeypatch):
+    small = fast(net, batches, latency=0.7)
+    monkeypatch.setattr(module, "_race", None)
+    again = fast(net, batches, allocation=balf_fx.plan(small))
+    torch.testing.assert_close(again(batches[0]), small(batches[0]))
+
+
+def test_convert_needs_a_batch(net, batches):
+    graph = balf_fx.prepare(net, batches[0])
+    graph(batches[0])
+    with pytest.raises(OptionError, match="batches="):
+        balf_fx.convert(graph, latency=0.7, runner="eager", progress=False)
+
+
+def test_limits_of_mistakes_minimise_the_time(net, batches, clock):
+    others = list(torch.randn(4, 50, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    small = fast(net, batches, divergence=0.5, validation=others, minimise="latency")
+    found = balf_fx.plan(small)
+    assert found.certificate.measure == "latency"
+    assert found.timing is not None or found.certificate.chosen is None
+
+
+@pytest.mark.parametrize("latency", [0, 1.5, -1, True, "fast", "12", "0ms", "-1ms", "ms", [0.5]])
+def test_a_wrong_latency_is_an_error(latency):
+    with pytest.raises(OptionError, match="latency"):
+        Settings(latency=latency).allocate()
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("12ms", 0.012), (" 1.5 s", 1.5), ("250us", 250e-6), (".5MS", 5e-4)])
+def test_times_are_written_with_their_unit(written, seconds):
+    assert Settings(latency=written).latency_share(1.0) == pytest.approx(seconds)
+
+
+def test_one_budget_at_a_time():
+    with pytest.raises(OptionError, match="flops, latency"):
+        Settings(latency=0.5, flops=0.5).allocate()
+
+
+@pytest.mark.slow
+def test_real_clocks_leave_the_model_as_it_was(net, batches):
+    before = copy.deepcopy(net.state_dict())
+    small = fast(net, batches, latency=0.9, strict=False)
+    timing = balf_fx.report(small).timing
+    assert timing.dense > 0
+    assert timing.measured == pytest.approx(timing.compressed / timing.dense, rel=1.0)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert isinstance(small, nn.Module)

@@ -1,0 +1,90 @@
+"""The operations of a site are checked against its price in FLOPs, which is that of the real modules."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import balf_fx
+from balf_fx.graph.annotation import sites
+from balf_fx.graph.flops import flop_counter, use
+from balf_fx.latency.operations import Operation
+from balf_fx.latency.uses import use_of
+from balf_fx.ranks.costs import possible_ranks, rank_flops
+
+LAYERS = {
+    "linear": (nn.Linear(20, 14), (5, 20)),
+    "linear, 4 dimensions": (nn.Linear(16, 19), (2, 3, 2, 16)),
+    "conv1d": (nn.Conv1d(8, 6, 3, stride=2, padding=1), (2, 8, 11)),
+    "conv2d, same, dilated": (nn.Conv2d(8, 9, 2, padding="same", dilation=3), (2, 8, 7, 7)),
+    "conv2d, groups, strided": (nn.Conv2d(16, 24, 3, stride=2, groups=2, bias=False), (3, 16, 9, 8)),
+    "conv2d, unbatched": (nn.Conv2d(8, 12, 3), (8, 6, 6)),
+    "conv2d, pointwise": (nn.Conv2d(16, 16, 1), (2, 16, 5, 5)),
+    "conv3d, groups": (nn.Conv3d(8, 8, (1, 2, 3), padding=(0, 1, 1), groups=2), (2, 8, 3, 4, 5)),
+    "conv_transpose2d": (nn.ConvTranspose2d(12, 10, 3, stride=2, output_padding=1), (2, 12, 4, 5)),
+    "conv_transpose1d, groups": (nn.ConvTranspose1d(12, 8, 4, stride=2, groups=2), (2, 12, 6)),
+}
+
+
+def counted(runs):
+    """FLOPs of operations, which are run."""
+    with torch.no_grad(), flop_counter() as counter:
+        for run in runs:
+            run.operation.task(run.inputs, run.outputs)()
+    return counter.get_total_flops()
+
+
+def found(layer, shape):
+    graph = balf_fx.prepare(nn.Sequential(layer), torch.randn(shape))
+    (site, nodes), *_ = sites(graph).items()
+    return site, nodes, use_of(graph, site, nodes[0])
+
+
+@pytest.mark.parametrize("pivots", [None, "rows", "columns", "none"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_operations_cost_what_the_site_does_at_each_rank(case, pivots):
+    site, nodes, own = found(*LAYERS[case])
+    site = dataclasses.replace(site, pivots=pivots, move=0)
+    flops, elements = use(nodes)
+    assert counted(own.runs(site, None)) == flops
+    for rank in possible_ranks(site):
+        assert counted(own.runs(site, rank)) == rank_flops(site, rank, flops, elements)
+
+
+@pytest.mark.parametrize("pivots", [None, "none"])
+@pytest.mark.parametrize("ranks", [(2, 3, 1), (None, 2, 4), (3, None, None)])
+def test_operations_of_parts(ranks, pivots):
+    site, nodes, own = found(nn.Linear(16, 36), (5, 16))
+    site = dataclasses.replace(site, parts=3, pivots=pivots, move=0)
+    flops, elements = use(nodes)
+    assert counted(own.runs(site, ranks)) == rank_flops(site, ranks, flops, elements)
+
+
+def test_values_move_where_a_form_moves_them():
+    site, _, own = found(*LAYERS["conv2d, groups, strided"])  # several groups: rows are the only form
+
+    def moved(pivots):
+        runs = own.runs(dataclasses.replace(site, pivots=pivots, move=0), 5)
+        return [(kind, run.inputs, run.outputs) for run in runs if (kind := run.operation.kind) in ("cat", "gather")]
+
+    assert moved(None) == []
+    assert moved("rows") == [("cat", 10, 14)]
+    assert moved("none") == [("cat", 10, 14), ("gather", 24, 24)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "outputs", "shape"),
+    [("cat", 3, 5, (2, 8, 4)), ("gather", 6, 6, (2, 6, 4)), ("add", 3, 3, (2, 3, 4))],
+)
+def test_moves_have_the_positions_of_their_values(kind, inputs, outputs, shape):
+    operation = Operation(kind, (2, 4), torch.float32, torch.device("cpu"))
+    assert operation.task(inputs, outputs)().shape == shape
+
+
+def test_values_have_the_layout_of_the_model():
+    operation = Operation("add", (2, 4, 5), torch.bfloat16, torch.device("cpu"), channels_last=True)
+    value = operation.task(6, 6)()
+    assert value.dtype is torch.bfloat16
+    assert value.is_contiguous(memory_format=torch.channels_last)
+    assert not value.is_contiguous()
