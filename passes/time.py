@@ -13,10 +13,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotate, annotation, record_graph
-from balf_fx.graph.curves import Clock, Rank, RankCurve
+from balf_fx.graph.curves import Clock, Form, Rank, RankCurve
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
-from balf_fx.latency.operations import Run, Use
+from balf_fx.latency.operations import Operation, Run, Use
 from balf_fx.latency.profile import node_seconds
 from balf_fx.latency.table import Table
 from balf_fx.latency.uses import use_of
@@ -90,15 +90,21 @@ def _curve(nodes: Sequence[fx.Node]) -> RankCurve:
 
 
 def _largest(site: Site, curve: RankCurve, uses: Sequence[Use]) -> Iterator[Run]:
-    """For each operation of a site, the largest sizes of its candidates; dense ones, whose sizes are often used."""
+    """The dense runs of a site, and for each operation of its candidates the largest sizes.
+
+    A narrower site may be written in another form, so both are counted.
+    """
     if site.has_experts:
         return
     ranks = [candidate.rank for candidate in curve.candidates]
-    sizes: dict[Any, tuple[int, int]] = {}
+    forms: list[Form] = ["pair"]
+    if site.pivots is not None:
+        forms += ["rows", "columns"] if site.reads_each_once else ["rows"]
+    ordered = dataclasses.replace(site, pivots="none")  # which may take gathers
+    sizes: dict[Operation, tuple[int, int]] = {}
     for each in uses:
         yield from each.runs(site, None)
-        for rank in ranks:
-            for run in each.runs(site, rank):
-                inputs, outputs = sizes.get(run.operation, (0, 0))
-                sizes[run.operation] = max(inputs, run.inputs), max(outputs, run.outputs)
+        for run in (run for form in forms for rank in ranks for run in each.runs_as(ordered, rank, form)):
+            inputs, outputs = sizes.get(run.operation, (0, 0))
+            sizes[run.operation] = max(inputs, run.inputs), max(outputs, run.outputs)
     yield from (Run(operation, *size) for operation, size in sizes.items())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from balf_fx.graph.curves import Rank
+from balf_fx.graph.curves import Form, Rank
 from balf_fx.graph.site import Conv, ConvGeometry, Site
 
 Kind = Literal["linear", Conv, "cat", "gather", "add"]
@@ -117,20 +117,24 @@ class Use:
 
     def runs(self, site: Site, rank: Rank) -> Iterator[Run]:
         """The operations of a site at a rank; dense for None."""
+        return self.runs_as(site, rank, site.form(rank))
+
+    def runs_as(self, site: Site, rank: Rank, form: Form) -> Iterator[Run]:
+        """The same in a given form."""
         outputs, inputs = site.out_features, site.in_features // site.taps
         first = self._layer(site)
         if rank is None:
             yield Run(first, inputs, outputs)
         elif isinstance(rank, tuple):
-            yield from self._parts(site, rank)
-        elif site.form(rank) == "columns":
+            yield from self._parts(site, rank, form == "rows")
+        elif form == "columns":
             rows = (math.prod(self.before),)  # also of a convolution, which is computed as a product
             if site.pivots != "columns":
                 yield Run(self._moves("gather", rows), inputs, inputs)
             yield Run(self._operation("linear", rows, 1, None), inputs - rank, rank)
             yield Run(self._moves("add", rows), rank, rank)
             yield Run(self._operation("linear", rows, 1, None), rank, outputs)
-        elif site.form(rank) == "rows":
+        elif form == "rows":
             yield Run(first, inputs, rank)
             yield Run(self._second(site), rank, outputs - rank)
             yield from self._gathered(site, [rank, outputs - rank])
@@ -138,9 +142,8 @@ class Use:
             yield Run(first, inputs, rank)
             yield Run(self._second(site), rank, outputs)
 
-    def _parts(self, site: Site, ranks: tuple[int | None, ...]) -> Iterator[Run]:
+    def _parts(self, site: Site, ranks: tuple[int | None, ...], rows: bool) -> Iterator[Run]:
         each, inputs = site.out_features // site.parts, site.in_features // site.taps
-        rows = site.form(ranks) == "rows"
         yield Run(self._layer(site), inputs, sum(rank or 0 for rank in ranks))
         for rank in ranks:
             left = each - (rank or 0) if rows else each

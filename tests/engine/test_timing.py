@@ -11,6 +11,7 @@ from small_models import ConvNet, randomise_batchnorm
 from torch import nn
 
 import balf_fx
+from balf_fx.engine import certify
 from balf_fx.engine import timing as module
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.timing import next_target
@@ -24,7 +25,7 @@ from balf_fx.reporting.report import timing_in_words
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    return randomise_batchnorm(ConvNet(32)).eval()
+    return randomise_batchnorm(ConvNet(16)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_the_next_target_hits_where_savings_are_in_proportion(asked, predicted, 
     measured = 1 - scale * (1 - predicted)
     found = next_target(asked, predicted, measured)
     assert 0 < found <= 1
-    if measured < 1 and 1e-3 < 1 - (1 - asked) / scale:
+    if measured < 1 and 1 - (1 - asked) / scale > 1e-3:
         assert 1 - scale * (1 - found) == pytest.approx(asked)
 
 
@@ -85,11 +86,11 @@ def test_times_in_proportion_to_flops_give_the_model_of_that_budget(net, batches
     assert 0.9 * 0.6 <= found.flops_kept <= 1.03 * 0.6
 
 
-@pytest.mark.parametrize("asked", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("asked", [0.7, 0.9])
 def test_the_target_is_corrected_where_half_of_the_savings_are_real(net, batches, clock, asked):
     clock.law = lambda share: 1 - 0.5 * (1 - share) if share < 1 else 1.0
-    kept = balf_fx.report(fast(net, batches, latency=max(asked, 0.6))).timing
-    assert kept.measured == pytest.approx(max(asked, 0.6), rel=0.03)
+    kept = balf_fx.report(fast(net, batches, latency=asked)).timing
+    assert kept.measured == pytest.approx(asked, rel=0.03)
 
 
 def test_no_model_that_is_slower_than_the_original_is_used(net, batches, clock):
@@ -105,7 +106,7 @@ def test_a_time_out_of_reach_names_the_fastest_model(net, batches, clock):
         fast(net, batches, latency=0.5)
     assert 0.8 < error.value.minimum < 0.9
     small = fast(net, batches, latency=0.5, strict=False)
-    assert balf_fx.report(small).timing.measured == pytest.approx(error.value.minimum)
+    assert balf_fx.report(small).timing.measured == pytest.approx(error.value.minimum, rel=1e-3)
 
 
 def test_seconds_are_a_share_of_the_original_time(net, batches, clock):
@@ -148,7 +149,8 @@ def test_convert_needs_a_batch(net, batches):
         balf_fx.convert(graph, latency=0.7, runner="eager", progress=False)
 
 
-def test_limits_of_mistakes_minimise_the_time(net, batches, clock):
+def test_limits_of_mistakes_minimise_the_time(net, batches, clock, monkeypatch):
+    monkeypatch.setattr(certify, "_SHARES", (0.9, 0.7))
     others = list(torch.randn(4, 50, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
     small = fast(net, batches, divergence=0.5, validation=others, minimise="latency")
     found = balf_fx.plan(small)

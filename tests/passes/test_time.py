@@ -1,0 +1,129 @@
+import copy
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from expert_models import INPUTS, Batched
+from small_models import ConvNet
+from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import balf_fx
+from balf_fx.calibration.observers import CovarianceObserver
+from balf_fx.errors import PassError
+from balf_fx.graph.annotation import annotation, graph_record, sites
+from balf_fx.graph.flops import flop_counter, profile
+from balf_fx.latency import table as module
+from balf_fx.latency.table import Table
+from balf_fx.passes import (
+    Allocate,
+    Annotate,
+    Factorize,
+    FindPivots,
+    InsertObservers,
+    Narrow,
+    RemoveObservers,
+    Score,
+    Time,
+)
+from balf_fx.ranks.costs import useful_ranks
+
+
+@pytest.fixture(autouse=True)
+def flops_as_times(monkeypatch):
+    """An operation takes a nanosecond for each FLOP."""
+
+    def seconds(run):
+        with torch.no_grad(), flop_counter() as counter:
+            run.operation.task(run.inputs, run.outputs)()
+        return 1e-9 * counter.get_total_flops()
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+
+
+def scored(model, batches, pivot=False):
+    graph_module = balf_fx.prepare(model, batches[0], pivot=pivot)
+    for batch in batches:
+        graph_module(batch)
+    Score()(graph_module)
+    return graph_module
+
+
+@pytest.fixture
+def graph_module():
+    return scored(ConvNet().eval(), list(torch.randn(2, 4, 3, 8, 8)))
+
+
+def test_every_candidate_has_the_time_of_its_operations(graph_module):
+    Time([torch.randn(4, 3, 8, 8)], Table())(graph_module)
+    for nodes in sites(graph_module).values():
+        curve = annotation(nodes[0]).curve
+        assert len(curve.candidates) > 1
+        for candidate in curve.candidates:
+            if candidate.rank is None or candidate.rank >= 4:  # lower ranks take as long
+                assert candidate.latency == pytest.approx(candidate.flops, rel=1e-6)
+
+
+def test_every_node_has_a_time_and_observers_see_nothing(graph_module):
+    observers = [each for each in graph_module.modules() if isinstance(each, CovarianceObserver)]
+    counts = [float(observer.moments.count) for observer in observers]
+    state = copy.deepcopy(graph_module.state_dict())
+    Time([torch.randn(4, 3, 8, 8)], Table())(graph_module)
+    assert [float(observer.moments.count) for observer in observers] == counts
+    assert all(torch.equal(value, state[name]) for name, value in graph_module.state_dict().items())
+    times = [annotation(node).nanoseconds for node in graph_module.graph.nodes]
+    assert sum(times) == pytest.approx(graph_record(graph_module).nanoseconds, rel=1e-3)
+    assert all(annotation(node).nanoseconds > 0 for nodes in sites(graph_module).values() for node in nodes)
+
+
+@pytest.mark.parametrize("pivot", [True, False])
+def test_every_form_has_a_time_at_every_size(pivot):
+    model = nn.Sequential(nn.Conv2d(32, 48, 1), nn.ReLU(), nn.Conv2d(48, 32, 1)).eval()
+    graph_module = scored(model, list(torch.randn(2, 4, 32, 6, 6)), pivot=pivot)
+    FindPivots(pivot)(graph_module)
+    Score()(graph_module)
+    Time([torch.randn(4, 32, 6, 6)], Table())(graph_module)
+    for site, nodes in sites(graph_module).items():
+        clock = annotation(nodes[0]).curve.clock
+        for outputs, inputs, move in itertools.product((8, 20, site.out_features), (12, site.in_features), (0, 9, 128)):
+            small = dataclasses.replace(site, out_features=outputs, in_features=inputs, move=move)
+            assert all(clock(small, rank) > 0 for rank in (None, *useful_ranks(small)))
+
+
+def test_experts_take_time_in_proportion_to_flops():
+    model, batches = Batched().eval(), list(torch.randn(2, 64, INPUTS))
+    graph_module = scored(model, batches)
+    values = [batches[0]] if isinstance(batches[0], torch.Tensor) else list(batches[0].values())
+    Time(values, Table())(graph_module)
+    found = [nodes for site, nodes in sites(graph_module).items() if site.has_experts]
+    assert found
+    for nodes in found:
+        curve = annotation(nodes[0]).curve
+        for candidate in curve.candidates[:-1]:
+            share = candidate.flops / curve.dense.flops
+            assert candidate.latency / curve.dense.latency == pytest.approx(share, rel=0.02)
+
+
+def test_a_budget_of_time_in_a_pass_manager():
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    batches = torch.randn(2, 32, 64)
+    graph_module = fx.symbolic_trace(model)
+    profile(graph_module, [batches[0]])
+    graph_module = PassManager([Annotate(), InsertObservers()])(graph_module).graph_module
+    for batch in batches:
+        graph_module(batch)
+    passes = [Score(), Time([batches[0]], Table()), Allocate(latency=0.9), RemoveObservers(), Narrow(), Factorize()]
+    small = PassManager(passes)(graph_module).graph_module
+    found = graph_record(small).allocation
+    assert found.measure == "latency"
+    saved = sum(choice.dense.latency - choice.chosen.latency for choice in found.choices)
+    assert saved >= 0.1 * graph_record(small).nanoseconds - 1
+
+
+def test_time_comes_after_scores_and_before_its_budget(graph_module):
+    with pytest.raises(PassError, match="run Time first"):
+        Allocate(latency=0.5)(graph_module)
+    fresh = balf_fx.prepare(ConvNet().eval(), torch.randn(4, 3, 8, 8))
+    with pytest.raises(PassError, match="run Score first"):
+        Time([torch.randn(4, 3, 8, 8)], Table())(fresh)
