@@ -29,9 +29,9 @@ from balf_fx.ranks.costs import rank_flops, timed
 class Time(Pass):
     """Measure what each rank of each site costs in time here, and what all other nodes do.
 
-    A site's time is the sum of the operations that it runs (`latency.operations`), which are measured one by one for
-    its positions, type and device (`latency.table`). The time of experts, whose positions the inputs decide, is that
-    of their node, in proportion to FLOPs.
+    The time of a dense site is that of its nodes. At a rank, it is in proportion to the sum of the operations that the
+    site runs (`latency.operations`), which are measured one by one for its positions, type and device
+    (`latency.table`); that of experts, whose positions the inputs decide, is in proportion to FLOPs.
 
     Attributes:
         inputs: a value for each placeholder, of the shapes on which FLOPs were counted; nodes are timed on them.
@@ -60,26 +60,35 @@ class Time(Pass):
         self.table.measure(largest, self.progress)
         for site, nodes in found.items():
             curve = _curve(nodes)
-            clock = self._of_experts(nodes, curve) if site.has_experts else self._clock(uses[site])
+            measured = sum(annotation(node).nanoseconds or 0 for node in nodes)
+            clock = _of_experts(measured, curve) if site.has_experts else self._clock(site, measured, uses[site])
             new = dataclasses.replace(curve, candidates=tuple(timed(curve.candidates, site, clock)), clock=clock)
             for node in nodes:
                 annotate(node, curve=new)
         return PassResult(graph_module, False)
 
-    def _clock(self, uses: Sequence[Use]) -> Clock:
+    def _clock(self, whole: Site, measured: int, uses: Sequence[Use]) -> Clock:
+        """The time of a site, given that of its nodes."""
+
+        def by_table(site: Site, rank: Rank) -> float:
+            return sum(self.table.nanoseconds(run) for each in uses for run in each.runs(site, rank))
+
+        dense = by_table(whole, None)
+
         def clock(site: Site, rank: Rank) -> int:
-            return round(sum(self.table.nanoseconds(run) for each in uses for run in each.runs(site, rank)))
+            return round(measured * by_table(site, rank) / dense)
 
         return clock
 
-    def _of_experts(self, nodes: Sequence[fx.Node], curve: RankCurve) -> Clock:
-        measured = sum(annotation(node).nanoseconds or 0 for node in nodes)
 
-        def clock(site: Site, rank: Rank) -> int:
-            flops = rank_flops(site, rank, curve.dense.flops, curve.output_elements)
-            return round(measured * flops / max(curve.dense.flops, 1))
+def _of_experts(measured: int, curve: RankCurve) -> Clock:
+    """The time of a site with experts, given that of its nodes."""
 
-        return clock
+    def clock(site: Site, rank: Rank) -> int:
+        flops = rank_flops(site, rank, curve.dense.flops, curve.output_elements)
+        return round(measured * flops / max(curve.dense.flops, 1))
+
+    return clock
 
 
 def _curve(nodes: Sequence[fx.Node]) -> RankCurve:

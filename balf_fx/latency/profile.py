@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import fx
 
 from balf_fx.latency.stopwatch import seconds
 
-_ROUNDS = 5
+_ROUNDS = 7
 
 
 class _Clocked(fx.Interpreter):
@@ -34,7 +33,7 @@ class _Clocked(fx.Interpreter):
 def node_seconds(
     graph_module: fx.GraphModule, inputs: Sequence[Any], device: torch.device, skipped: str
 ) -> Mapping[str, float]:
-    """The median seconds of each node over a few runs, by name.
+    """The least seconds of each node over a few runs, by name: what else runs on the machine can only add to them.
 
     Args:
         inputs: one for each placeholder.
@@ -44,4 +43,4 @@ def node_seconds(
     with torch.no_grad():
         for _ in range(_ROUNDS + 1):
             clocked.run(*inputs)
-    return {name: statistics.median(times[1:]) for name, times in clocked.times.items()}
+    return {name: min(times[1:]) for name, times in clocked.times.items()}

@@ -16,9 +16,11 @@ from balf_fx.engine import timing as module
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.timing import next_target
 from balf_fx.errors import BudgetError, OptionError
+from balf_fx.graph.annotation import annotation
 from balf_fx.graph.flops import count_flops, flop_counter
 from balf_fx.latency import table
 from balf_fx.latency.stopwatch import Race
+from balf_fx.passes import time
 from balf_fx.reporting.report import timing_in_words
 
 
@@ -53,9 +55,13 @@ def clock(monkeypatch):
             run.operation.task(run.inputs, run.outputs)()
         return 1e-9 * counter.get_total_flops()
 
+    def node_seconds(graph_module, inputs, device, skipped):
+        return {node.name: 1e-9 * (annotation(node).flops or 0) for node in graph_module.graph.nodes}
+
     monkeypatch.setattr(module, "_task", task)
     monkeypatch.setattr(module, "_race", race)
     monkeypatch.setattr(table, "_seconds", seconds)
+    monkeypatch.setattr(time, "node_seconds", node_seconds)
     monkeypatch.setattr(module, "open_table", lambda device: table.Table())
     return found
 

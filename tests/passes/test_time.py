@@ -58,11 +58,12 @@ def graph_module():
 def test_every_candidate_has_the_time_of_its_operations(graph_module):
     Time([torch.randn(4, 3, 8, 8)], Table())(graph_module)
     for nodes in sites(graph_module).values():
-        curve = annotation(nodes[0]).curve
+        curve, measured = annotation(nodes[0]).curve, sum(annotation(node).nanoseconds for node in nodes)
         assert len(curve.candidates) > 1
         for candidate in curve.candidates:
             if candidate.rank is None or candidate.rank >= 4:  # lower ranks take as long
-                assert candidate.latency == pytest.approx(candidate.flops, rel=1e-6)
+                share = candidate.flops / curve.dense.flops
+                assert candidate.latency / measured == pytest.approx(share, rel=1e-2)
 
 
 def test_every_node_has_a_time_and_observers_see_nothing(graph_module):
