@@ -79,7 +79,7 @@ class Table:
         new = {family: run for family, run in largest.items() if family not in self.granules}
         self._add((probe for run in new.values() for axis in (0, 1) for probe in probes(run, axis)), progress)
         for family, run in new.items():
-            inputs, outputs = (granule(run, axis, self.known[run.operation.key]) for axis in (0, 1))
+            inputs, outputs = (granule(run, axis, self.known.get(run.operation.key, {})) for axis in (0, 1))
             self.granules[family] = inputs, outputs
 
     def nanoseconds(self, run: Run) -> float:

@@ -179,6 +179,18 @@ def test_a_limit_of_mistakes_is_tested_on_what_calibration_leaves(work):
     assert_clean_failure(invoke(*COMPRESS, "--disagreement", "0.4"), 1, "pass fewer --samples")
 
 
+def test_a_budget_may_be_a_time(work):
+    wanted = ("--runner", "eager", "--no-strict", "--multiple-of", "auto")
+    result = invoke(*COMPRESS, "--latency", "0.9", *wanted)
+    assert result.exit_code == 0, result.output
+    assert "90.00% asked for" in result.stdout
+    assert report_in("small.safetensors").timing.asked == 0.9
+    assert invoke(*COMPRESS, "--latency", "10s", *wanted).exit_code == 0
+    assert report_in("small.safetensors").flops_kept == 1.0
+    assert_clean_failure(invoke(*COMPRESS, "--latency", "12", *wanted), 2, "a fraction in")
+    assert_clean_failure(invoke(*COMPRESS, "--flops", "0.9", "--multiple-of", "some"), 2, "or 'auto'")
+
+
 def test_image_folders_are_read_at_the_size_that_is_asked_for(work):
     command = ("compress", "balf_fx_mine:image_net", "--data", "images", "-q", "--effort", "fast", "--flops", "0.9")
     assert invoke(*command, "-o", "a.safetensors").exit_code == 0

@@ -32,7 +32,7 @@ def test_wrong_options_fail_at_compile_time(conv_net, images, given, message):
     small = torch.compile(conv_net, backend=balf, options=given)
     with pytest.raises(OptionError, match=message) as caught, torch.no_grad():
         small(images[0])
-    assert "flops, params, effort" in str(caught.value)
+    assert "flops, params, latency" in str(caught.value)
 
 
 def test_no_options_at_all(conv_net, images):
@@ -48,3 +48,14 @@ def test_include_and_exclude(conv_net, images):
     small = calibrated(conv_net, images, exclude=["blocks.*"])
     with pytest.raises(UnknownSiteError, match=r"'blocks\.\*' matches no site"), torch.no_grad():
         small(images[0])
+
+
+def test_a_budget_of_time(conv_net, images):
+    given = {"latency": 0.9, "runner": "eager", "multiple_of": "auto", "strict": False, "effort": "fast"}
+    small = torch.compile(conv_net, backend=balf, options={**given, "calibration_steps": 1, "inner": "eager"})
+    with torch.no_grad():
+        small(images[0])
+        small(images[0])
+    timing = balf_fx.report(small).timing
+    assert (timing.asked, timing.runner) == (0.9, "eager")
+    assert timing.measured <= 1.0 or set(ranks(small).values()) == {None}

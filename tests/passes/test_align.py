@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from architectures import make
@@ -7,9 +9,12 @@ from torch import nn
 
 import balf_fx
 from balf_fx.errors import OptionError
+from balf_fx.graph.annotation import graph_record, sites
 from balf_fx.graph.curves import Spectrum, each_rank
 from balf_fx.graph.site import Site
-from balf_fx.passes import Align
+from balf_fx.latency import table
+from balf_fx.latency.table import Table
+from balf_fx.passes import Align, FindWidths
 from balf_fx.ranks.costs import rank_curve
 
 
@@ -84,3 +89,35 @@ def test_explicit_ranks_have_to_fit():
     model, batches = nn.Sequential(nn.Linear(32, 32)).eval(), [torch.randn(64, 32)]
     with pytest.raises(OptionError, match="from 8 to 8 in steps of 8, or None"):
         balf_fx.compile(model, batches, allocation={"0": 10}, multiple_of=8, progress=False)
+
+
+@pytest.fixture
+def padding_to_16(monkeypatch):
+    """Kernels that pad their outputs to multiples of sixteen."""
+
+    def seconds(run):
+        return 1e-9 * run.inputs * math.ceil(run.outputs / 16) * 16
+
+    monkeypatch.setattr(table, "_seconds", seconds)
+
+
+def test_auto_measures_what_each_layer_prefers(padding_to_16):
+    model = nn.Sequential(nn.Linear(256, 320), nn.ReLU(), nn.Linear(320, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
+    prepared = balf_fx.prepare(model, torch.randn(32, 256))
+    FindWidths()(prepared)
+    Align("auto", Table())(prepared)
+    steps = {site.name: site.multiple_of for site in sites(prepared)}
+    assert steps == {"0": 16, "2": 16, "4": 1}  # an eighth of ten features is one
+    assert {width.name: width.step for width in graph_record(prepared).widths} == {"2": 16}
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_auto_is_an_option_like_a_number(padding_to_16, effort):
+    model = nn.Sequential(nn.Linear(256, 320), nn.ReLU(), nn.Linear(320, 256)).eval()
+    batches = [torch.randn(64, 256) for _ in range(3)]
+    small = balf_fx.compile(model, batches, flops=0.5, multiple_of="auto", effort=effort, progress=False)
+    plan = balf_fx.plan(small)
+    numbers = [choice.chosen.rank for choice in plan.allocation.choices if choice.chosen.rank is not None]
+    numbers += [width.size for width in plan.widths if width.is_narrower]
+    assert numbers
+    assert not [number for number in numbers if number % 16]
