@@ -60,6 +60,7 @@ class Calibration:
         seed: the seed of the random probes.
         weigh: the user's weights of a batch's positions; None if masks alone decide.
         weights: what `weigh` returns for each of the batches; empty where it has not been called.
+        seen: the number of samples that were calibrated on, if the batches are only some of them.
     """
 
     batches: Sequence[Any]
@@ -69,6 +70,12 @@ class Calibration:
     seed: int = 0
     weigh: WeightsOf | None = None
     weights: Sequence[Tensor] = ()
+    seen: int | None = None
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that are calibrated on; a batch that cannot be counted is one."""
+        return sum(max(sample_count(batch), 1) for batch in self.batches) if self.seen is None else self.seen
 
     def only(self, indices: Sequence[int]) -> Calibration:
         """The same with some of the batches."""
@@ -154,17 +161,20 @@ class Stream:
         count: about how many there are; 0 if that is not known.
         keep: the number of samples that are kept for later.
         kept: the first so many samples that have been read, in batches.
+        sizes: the number of samples of each batch that has been read.
     """
 
     batches: Iterable[Any]
     count: int
     keep: int = 0
     kept: list[Any] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Any]:
         left = self.keep
         for batch in self.batches:
             samples = max(sample_count(batch), 1)
+            self.sizes.append(samples)
             if left > 0:
                 self.kept.append(batch if samples <= left else some_samples(batch, 0, left))
                 left -= samples

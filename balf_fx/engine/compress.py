@@ -28,7 +28,7 @@ from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_w
 from balf_fx.calibration.weights import weighing
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.rewriting import normalise
-from balf_fx.engine.settings import FEW_SAMPLES, Settings
+from balf_fx.engine.settings import Settings, few_samples
 from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.stages import work_of
 from balf_fx.engine.timing import Watch
@@ -277,7 +277,7 @@ def _measured(
     if settings.chosen_factors == "sensitivity":
         return allocate_faithfully(program, problem, allocate, plan_trial(program, calibration, refit), progress)
     try:
-        trial = plan_trial(program, calibration, refit, FEW_SAMPLES)
+        trial = plan_trial(program, calibration, refit, few_samples(calibration.samples))
         return allocate_faithfully(program, problem, allocate, trial, progress)
     except CalibrationError as error:
         _LOGGER.warning("allocations are not compared, since the compressed model does not run: %s", error)

@@ -37,7 +37,7 @@ def run(
         counted = calibrate(program, batches, calibration, lenient, calibrating)
         calibration = calibration.only(counted) if lenient else calibration
         if stream is not None:
-            calibration = dataclasses.replace(calibration, batches=stream.kept)
+            calibration = dataclasses.replace(calibration, batches=stream.kept, seen=sum(stream.sizes))
     return solve(program, settings, calibration, converting)
 
 

@@ -36,7 +36,13 @@ Stage = Literal["prepare", "calibrate", "convert"]
 """The stage that an option affects: capture and observers, running the batches, or everything after that."""
 
 FEW_SAMPLES = 32
-"""The number of samples on which allocations without gradients are measured: few, since that is the fast way."""
+"""The most samples on which allocations without gradients are measured: few, since that is the fast way."""
+
+
+def few_samples(samples: int) -> int:
+    """The number of samples for that, so that it takes a small part of the time that calibration takes."""
+    return max(min(samples // 8, FEW_SAMPLES), 4)
+
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 

@@ -95,10 +95,11 @@ def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
 
     monkeypatch.setattr(Trial, "measure", spy)
     with torch.no_grad():
-        chosen = allocate_faithfully(program, problem, allocate, trial_of(model, prepared, batches, refit))
+        option, chosen = allocate_faithfully(program, problem, allocate, trial_of(model, prepared, batches, refit))
     assert len(measured) > 1
     least, allocation = min(measured, key=lambda pair: pair[0])
     assert chosen is allocation
+    assert option.solve(problem) == chosen
     assert 0 < least < float("inf")
     assert graph_record(prepared).allocation is None
 
