@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,6 +42,7 @@ from balf_fx.files import storage
 from balf_fx.files.restore import Stored, recorded_call, stored
 from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import stock_modules
+from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.passes.score import Factors
 from balf_fx.progress import progress_bar
@@ -275,7 +277,8 @@ def _prepared(
         raise CalibrationError("the example batch has no samples: pass one with samples")
     graph_module = capture(model, example, forward, settings.capture)
     if settings.result == "module":
-        record_graph(graph_module, modules=stock_modules(model))
+        unused = count_parameters(model) - count_parameters(graph_module)
+        record_graph(graph_module, modules=stock_modules(model), unused=unused)
     record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
     compress.observe(_program(graph_module, forward), settings, factors)
     return graph_module
@@ -291,7 +294,17 @@ def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: 
     compressed, recipes = graft(model, graph_module)
     plan = dataclasses.replace(plan, modules=recipes)
     check_same(compressed, finish(graph_module, plan), batch, forward)
+    _describe(compressed, plan)
     return with_plan(compressed, plan)
+
+
+def _describe(compressed: nn.Module, plan: Plan) -> None:
+    """Let transformers write the plan into the model's folder."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
+        from balf_fx.huggingface.quantizer import BalfConfig  # only here: it imports transformers
+
+        compressed.config.quantization_config = BalfConfig.of(plan)
 
 
 def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:

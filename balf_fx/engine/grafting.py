@@ -65,10 +65,12 @@ def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def _untie(model: nn.Module, replaced: set[str]) -> None:
     """Let transformers no longer tie the weight of a layer that was replaced, in this model alone."""
-    for name in _TIES:
-        ties = getattr(model, name, None)
-        if isinstance(ties, dict):
-            setattr(model, name, {key: ties[key] for key in ties if key.rpartition(".")[0] not in replaced})
+    for path, module in model.named_modules():
+        own = {name.removeprefix(f"{path}." if path else "") for name in replaced}
+        for name in _TIES:
+            ties = getattr(module, name, None)
+            if isinstance(ties, dict) and any(key.rpartition(".")[0] in own for key in ties):
+                setattr(module, name, {key: ties[key] for key in ties if key.rpartition(".")[0] not in own})
 
 
 def _replacements(model: nn.Module, graph_module: fx.GraphModule) -> Iterator[tuple[str, tuple[Recipe, nn.Module]]]:

@@ -20,23 +20,28 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 _KINDS: Mapping[type, Kind] = {
     **dict.fromkeys((nn.Linear, *_CONVS), "layer"),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
-    nn.Embedding: "table",
 }
-_CONV1D = ("transformers.pytorch_utils", "Conv1D")  # a linear layer with its weight inputs first
+_LIKE_LINEAR = (  # of transformers, which is not imported for it: linear layers in other words
+    "transformers.pytorch_utils.Conv1D",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+)
 
 
 def stock_modules(model: nn.Module) -> dict[str, Kind]:
     """The modules of a model whose call does what their class says and no more, by dotted path.
 
-    Subclasses, the model itself, and modules with hooks, parametrizations or another forward are left out.
+    Subclasses, the model itself, and modules with hooks, parametrizations or another forward are left out; subclasses
+    of embeddings are not, since these only need to have their weight themselves.
     """
     found: dict[str, Kind] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         kind = _KINDS.get(type(module))
-        if (type(module).__module__, type(module).__name__) == _CONV1D:
+        if f"{type(module).__module__}.{type(module).__name__}" in _LIKE_LINEAR:
             kind = "layer"
         if isinstance(module, _CONVS) and module.padding_mode != "zeros":
             kind = None  # its forward pads before it convolves
+        if isinstance(module, nn.Embedding):
+            kind = "table"
         if path and kind is not None and not is_hooked(module):
             found[path] = kind
     return found
