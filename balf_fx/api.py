@@ -102,7 +102,11 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
         graph_module = compressed.graph_modules[0]
-        return finish(graph_module, plan) if settings.result == "graph" else _grafted(model, graph_module, plan, first, forward)
+        return (
+            finish(graph_module, plan)
+            if settings.result == "graph"
+            else _grafted(model, graph_module, plan, first, forward)
+        )
 
 
 @takes_settings("prepare")

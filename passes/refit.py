@@ -44,7 +44,7 @@ from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.masks import mask_inputs
 from balf_fx.graph.parameters import get_tensor, grouped_weight, owns_weight, parameter_users
 from balf_fx.graph.pivoted import feature_axis
-from balf_fx.graph.site import Reason, Site
+from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned

@@ -225,7 +225,7 @@ def forward_for(model: nn.Module, **fixed: Any) -> Forward:
 
 def cache_arguments(model: nn.Module) -> dict[str, bool]:
     """The arguments with which a language model of transformers returns no cache, which no graph can return."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
     caches = any(getattr(each, "use_cache", False) for each in configs)
     parameters = inspect.signature(model.forward).parameters

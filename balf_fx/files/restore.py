@@ -49,9 +49,7 @@ def stored(compressed: nn.Module) -> Stored:
     return Stored(Plan.of(compressed), dict(held_tensors(compressed)))
 
 
-def restore(
-    found: Stored, model: nn.Module, example: Any | None = None, forward: Forward | None = None
-) -> nn.Module:
+def restore(found: Stored, model: nn.Module, example: Any | None = None, forward: Forward | None = None) -> nn.Module:
     """Rebuild a compressed model.
 
     Args:

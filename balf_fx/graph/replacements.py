@@ -6,8 +6,9 @@ A recipe describes such a module as plain data, so that files and configurations
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -102,7 +103,9 @@ class Replacement(nn.Sequential):
         elif recipe.form == "parts":
             output = self._parts(value)
         else:
-            output = super().forward(value)
+            output = value
+            for layer in self:
+                output = layer(output)
         if self.places is None:
             return output
         if output.shape[recipe.axis] < recipe.outputs:  # the last place holds the zero of all that is left out
@@ -120,17 +123,18 @@ class Replacement(nn.Sequential):
 
     def _by_part(self, value: Tensor, thin: Tensor, with_pivots: bool) -> list[Tensor]:
         ranks = self.recipe.ranks
-        pieces = iter(thin.split([rank for rank in ranks if rank is not None], self.recipe.axis))
+        pieces = iter(torch.split_with_sizes(thin, [rank for rank in ranks if rank is not None], self.recipe.axis))
+        layers: Any = self[1]
         found: list[Tensor] = []
-        for layer, rank in zip(self[1], ranks, strict=True):
+        for layer, rank in zip(layers, ranks, strict=True):
             own = value if rank is None else next(pieces)
             found += [own] if with_pivots and rank is not None else []
             found.append(layer(own))
         return found
 
     def _columns(self, value: Tensor) -> Tensor:
-        rank = features(self[0])[1]
-        pivots, rest = value.split([rank, value.shape[self.recipe.axis] - rank], self.recipe.axis)
+        others, rank = features(self[0])
+        pivots, rest = torch.split_with_sizes(value, [rank, others], self.recipe.axis)
         output: Tensor = self[1](pivots + self[0](rest))
         return output
 
@@ -139,19 +143,21 @@ class Replacement(nn.Sequential):
         others = len(self) - len(heads)
         found = [self[index](value) for index in range(others)]
         for index, (count, size) in enumerate(heads, start=others):
-            pivots, rest = value.split([size, value.shape[-1] - size], -1)
+            pivots, rest = torch.split_with_sizes(value, [size, value.shape[-1] - size], -1)
             found.append((pivots.tile((count,)) if count > 1 else pivots) + self[index](rest))
         return torch.cat(found, -1)
 
     @property
     def weight(self) -> Tensor:
         """The weight of the layer that makes the outputs: its dtype and device are the layer's, its shape is not."""
-        return self._last.weight
+        weight: Tensor = self._last.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of the layer that makes the outputs."""
-        return self._last.bias
+        bias: Tensor | None = self._last.bias
+        return bias
 
     @property
     def _last(self) -> Any:
@@ -193,7 +199,7 @@ def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original:
         read = read[order.cpu()]
         if form == "blocks" and _rest_first(layers, len(read)):
             layers[0] = _with_columns(layers[0], order)
-    made = _identity(order if form == "rows" else rows, layers, form, len(read))
+    made = _outputs(order if form == "rows" else rows, layers, form)
     places = torch.full((layout.outputs,), len(made))
     places[torch.arange(layout.outputs) if layout.writes is None else layout.writes.cpu()] = made
     reads = None if torch.equal(read, torch.arange(layout.inputs)) else read.to(device)
@@ -231,9 +237,9 @@ def skeleton(recipe: Recipe, like: Tensor) -> nn.Module:
     ]
     if recipe.form == "layer":
         return layers[0]
-    whole = {"dtype": torch.int64, "device": like.device}
-    reads = None if recipe.reads is None else torch.zeros(recipe.reads, **whole)
-    return Replacement(recipe, layers, reads, torch.zeros(recipe.outputs, **whole) if recipe.places else None)
+    zeros = partial(torch.zeros, dtype=torch.int64, device=like.device)
+    reads = None if recipe.reads is None else zeros(recipe.reads)
+    return Replacement(recipe, layers, reads, zeros(recipe.outputs) if recipe.places else None)
 
 
 def describe(layer: nn.Module) -> Described:
@@ -269,21 +275,17 @@ def _build(description: Described, like: Tensor) -> nn.Module:
     if kind is None:
         raise PlanError(f"there is no layer of class {description.get('class')!r}: the plan was changed, or is newer")
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    return skip_init(kind, **plain, dtype=like.dtype, device=like.device)
+    make: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
+    return make(kind, **plain, dtype=like.dtype, device=like.device)
 
 
-def _identity(order: Tensor | None, layers: Sequence[nn.Module], form: Written, inputs: int) -> Tensor:
+def _outputs(order: Tensor | None, layers: Sequence[nn.Module], form: Written) -> Tensor:
     """The places [O] of the new outputs among the values that the layers return."""
     if order is not None:
         return order.cpu()
-    if form == "rows":
-        (first, second) = layers
-        own = second if isinstance(second, nn.ModuleList) else [second]
-        return torch.arange(features(first)[1] + sum(features(layer)[1] for layer in own))
-    if form == "blocks":
-        return torch.arange(sum(features(layer)[1] for layer in layers))
-    last = layers[-1]
-    return torch.arange(sum(features(layer)[1] for layer in (last if isinstance(last, nn.ModuleList) else [last])))
+    returned = layers if form in ("rows", "blocks") else layers[-1:]
+    flat = [each for layer in returned for each in (layer if isinstance(layer, nn.ModuleList) else [layer])]
+    return torch.arange(sum(features(layer)[1] for layer in flat))
 
 
 def _rest_first(layers: Sequence[nn.Module], inputs: int) -> bool:
@@ -303,5 +305,3 @@ def _with_columns(layer: nn.Module, order: Tensor) -> nn.Module:
     state = {name: value[:, order] if name == "weight" else value for name, value in layer.state_dict().items()}
     new.load_state_dict(state)
     return new.requires_grad_(next(layer.parameters()).requires_grad)
-
-

@@ -26,7 +26,7 @@ METHOD = "balf"
 
 
 @register_quantization_config(METHOD)
-class BalfConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BalfConfig(QuantizationConfigMixin):
     """The entry of a compressed model in `config.json`.
 
     Attributes:
@@ -34,7 +34,7 @@ class BalfConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, plan: Mapping[str, Any] | None = None, **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.plan = plan
 
     @classmethod
@@ -46,7 +46,7 @@ class BalfConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class BalfQuantizer(HfQuantizer):  # type: ignore[misc]
+class BalfQuantizer(HfQuantizer):
     """Builds the compressed layers of a folder."""
 
     requires_calibration = True
@@ -77,7 +77,7 @@ class BalfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _plan(self) -> Plan:
-        plan = Plan.from_dict(self.quantization_config.plan)
+        plan = Plan.from_dict(getattr(self.quantization_config, "plan", None))
         if plan.modules is None:
             raise PlanError('config.json holds the plan of a graph: compress the model with result="module"')
         return plan
@@ -97,7 +97,9 @@ def _recipes(model: Any, plan: Plan) -> dict[str, Recipe]:
                 found[name] = recipe
                 break
     if plan.modules and not found:
-        raise PlanError(f"{type(model).__name__} has none of the layers of the plan, such as {next(iter(plan.modules))}")
+        raise PlanError(
+            f"{type(model).__name__} has none of the layers of the plan, such as {next(iter(plan.modules))}"
+        )
     return found
 
 

@@ -2,8 +2,8 @@
 
 Code that treats each hidden feature alike runs on fewer of them as on all: such a width *passes*, and its layers become
 narrower. Other code gets features in their old places, zeros elsewhere: the layers before a width write them there, and
-the layers behind it read them from there. Heads of attention are of this kind: zeros add nothing to a product of queries
-and keys, and zeros of values stay zeros.
+the layers behind it read them from there. Heads of attention are of this kind: zeros add nothing to a product of
+queries and keys, and zeros of values stay zeros.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _layouts(
 
 def _places(written: tuple[Narrowed, ...]) -> Tensor:
     """The places [O] of a layer's new outputs among the old ones."""
-    return torch.cat([(own.rows[:, : own.size] if own.kept is None else own.rows[:, own.kept]).flatten() for own in written])
+    return torch.cat(
+        [(own.rows[:, : own.size] if own.kept is None else own.rows[:, own.kept]).flatten() for own in written]
+    )
 
 
 def _passes(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> bool:
