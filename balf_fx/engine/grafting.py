@@ -17,6 +17,7 @@ from balf_fx.graph.annotation import graph_record
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import grouped_bias, grouped_weight, put
+from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.replacements import Recipe, describe, replacement, skeleton
 from balf_fx.graph.substitute import build
 
@@ -24,7 +25,7 @@ _TIES = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
 def graft(model: nn.Module, graph_module: fx.GraphModule) -> tuple[nn.Module, dict[str, Recipe]]:
-    """A copy of the model with the layers of its compressed graph, and what was put where.
+    """A copy of the model with the layers of its compressed graph, and what was put where, now and earlier.
 
     Args:
         graph_module: with its records; its layers are used, not copied.
@@ -32,24 +33,23 @@ def graft(model: nn.Module, graph_module: fx.GraphModule) -> tuple[nn.Module, di
     copied = copy_model(model)
     found = dict(_replacements(copied, graph_module))
     put_all(copied, {path: module for path, (_, module) in found.items()})
-    return copied, {path: recipe for path, (recipe, _) in found.items()}
+    earlier = Plan.of(model).modules if hasattr(model, PLAN_ATTRIBUTE) else None
+    return copied, {**(earlier or {}), **{path: recipe for path, (recipe, _) in found.items()}}
 
 
 def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
-    """Put modules with arbitrary weights in place of those of the model.
+    """Put modules with arbitrary weights in place of those of the model, one after another.
 
     Raises:
         PlanError: the model has another architecture.
     """
-    found = {}
     for path, recipe in recipes.items():
         try:
             old = model.get_submodule(path)
         except AttributeError as error:
             raise PlanError(f"the model has another architecture: there is no layer {path!r}") from error
         like = next(old.parameters(), torch.empty(0))
-        found[path] = skeleton(recipe, like)
-    put_all(model, found)
+        put_all(model, {path: skeleton(recipe, like).requires_grad_(like.requires_grad)})
 
 
 def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

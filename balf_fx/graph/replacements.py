@@ -49,7 +49,7 @@ class Recipe:
         ranks: the rank of each part, None for a dense one; empty where there are no parts.
         heads: for blocks, the number of heads and r for each set.
         axis: the axis of the features, counted from the end.
-        outputs: the number of features that the model expects.
+        values, outputs: the number of features that the layers return, and that the model expects; the others are zero.
         reads: the number of features that are read, where these are selected; None where all are, in their order.
         places: whether the outputs are brought into the original's places.
         answers: attributes of the original module, for code that asks for them.
@@ -60,6 +60,7 @@ class Recipe:
     ranks: PartRanks = ()
     heads: tuple[tuple[int, int], ...] = ()
     axis: int = -1
+    values: int = 0
     outputs: int = 0
     reads: int | None = None
     places: bool = False
@@ -108,7 +109,7 @@ class Replacement(nn.Sequential):
                 output = layer(output)
         if self.places is None:
             return output
-        if output.shape[recipe.axis] < recipe.outputs:  # the last place holds the zero of all that is left out
+        if recipe.values < recipe.outputs:  # the last place holds the zero of all that is left out
             output = F.pad(output, (*(0, 0) * (-1 - recipe.axis), 0, 1))
         return output.index_select(recipe.axis, self.places)
 
@@ -143,7 +144,7 @@ class Replacement(nn.Sequential):
         others = len(self) - len(heads)
         found = [self[index](value) for index in range(others)]
         for index, (count, size) in enumerate(heads, start=others):
-            pivots, rest = torch.split_with_sizes(value, [size, value.shape[-1] - size], -1)
+            pivots, rest = torch.split_with_sizes(value, [size, features(self[index])[0]], -1)
             found.append((pivots.tile((count,)) if count > 1 else pivots) + self[index](rest))
         return torch.cat(found, -1)
 
@@ -212,6 +213,7 @@ def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original:
         ranks=replaced.rank if isinstance(replaced.rank, tuple) else (),
         heads=_heads(layers, len(read)) if form == "blocks" else (),
         axis=layout.axis,
+        values=len(made),
         outputs=layout.outputs,
         reads=None if reads is None else len(reads),
         places=gathers,
@@ -260,7 +262,7 @@ def answers_of(layer: nn.Module) -> dict[str, Any]:
 def features(layer: nn.Module) -> tuple[int, int]:
     """The numbers of inputs and outputs of a stock layer."""
     sizes: Any = layer
-    if isinstance(layer, nn.Linear):
+    if hasattr(layer, "in_features"):
         return sizes.in_features, sizes.out_features
     return sizes.in_channels, sizes.out_channels
 

@@ -1,4 +1,4 @@
-"""Compressed layers in a copy of the user's model compute what their graph does; what cannot go back stays as it was."""
+"""Compressed layers in a copy of the model compute what their graph does; what cannot go back stays as it was."""
 
 from __future__ import annotations
 
@@ -189,6 +189,18 @@ def test_prepared_graphs_are_converted_to_models():
     balf_fx.calibrate(plain, batches, progress=False)
     with pytest.raises(OptionError, match='result="module" to prepare, too'):
         balf_fx.convert(plain, flops=0.7, result="module", model=model, progress=False)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_a_compressed_model_is_compressed_again(capture, tmp_path):
+    model, batches = make("transformer")
+    once = compress(model, batches, flops=0.8)
+    twice = compress(once, batches, flops=0.8, capture=capture)
+    params = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, once, twice)]
+    assert params == sorted(params, reverse=True)
+    balf_fx.save(twice, tmp_path / "twice.safetensors")
+    again = balf_fx.load(tmp_path / "twice.safetensors", model)
+    assert torch.equal(again(batches[0]), twice(batches[0]))
 
 
 def test_a_file_does_not_fit_another_model(tmp_path):
