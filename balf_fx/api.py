@@ -232,8 +232,7 @@ def plan(source: Any) -> Plan:
     """
     if isinstance(source, str | os.PathLike):
         return storage.read_plan(Path(source))
-    direct = isinstance(source, fx.GraphModule) or PLAN_ATTRIBUTE in vars(source)
-    return Plan.of(source) if direct else _stored(source).plan
+    return Plan.of(source) if _has_plan(source) else _stored(source).plan
 
 
 def report(compressed: Any) -> Report:
@@ -264,9 +263,14 @@ def save(compressed: Any, path: str | os.PathLike[str]) -> None:
     storage.write(_stored(compressed), path)
 
 
+def _has_plan(compressed: Any) -> bool:
+    """Whether it is a graph, which may have a plan, or a model that has one."""
+    return isinstance(compressed, fx.GraphModule) or PLAN_ATTRIBUTE in getattr(compressed, "__dict__", {})
+
+
 def _stored(compressed: Any) -> Stored:
     """The plan and the tensors of a compressed model."""
-    if isinstance(compressed, fx.GraphModule) or PLAN_ATTRIBUTE in vars(compressed):
+    if _has_plan(compressed):
         return stored(compressed)
     from balf_fx import backend  # only here: it imports Dynamo
 

@@ -76,6 +76,8 @@ def finish(graph_module: fx.GraphModule, done: Plan) -> fx.GraphModule:
 
 def with_plan(compressed: nn.Module, done: Plan) -> nn.Module:
     """Store the plan in a copy of the user's model, as `finish` does in a graph."""
+    if isinstance(compressed, fx.GraphModule):
+        compressed.meta[META_KEY] = done.to_dict()
     setattr(compressed, PLAN_ATTRIBUTE, done.to_dict())
     return compressed
 
