@@ -299,7 +299,7 @@ def _forward_for(model: nn.Module, settings: Settings) -> Forward:
 
 def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: Any, forward: Forward) -> nn.Module:
     """A copy of the model with the layers of a compressed graph, after a comparison of both on a batch."""
-    compressed, recipes = graft(model, graph_module)
+    compressed, recipes = graft(model, graph_module, plan)
     plan = dataclasses.replace(plan, modules=recipes)
     check_same(compressed, finish(graph_module, plan), batch, forward)
     _describe(compressed, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from balf_fx.capture.checks import close
 from balf_fx.capture.models import copy_model
 from balf_fx.errors import CalibrationError, GraftError, PlanError
 from balf_fx.graph.annotation import graph_record
+from balf_fx.graph.caches import NarrowCache, takes_cache
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import grouped_bias, grouped_weight, put
@@ -24,7 +26,7 @@ from balf_fx.graph.substitute import build
 _TIES = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
-def graft(model: nn.Module, graph_module: fx.GraphModule) -> tuple[nn.Module, dict[str, Recipe]]:
+def graft(model: nn.Module, graph_module: fx.GraphModule, plan: Plan) -> tuple[nn.Module, dict[str, Recipe]]:
     """A copy of the model with the layers of its compressed graph, and what was put where, now and earlier.
 
     Args:
@@ -33,8 +35,10 @@ def graft(model: nn.Module, graph_module: fx.GraphModule) -> tuple[nn.Module, di
     copied = copy_model(model)
     found = dict(_replacements(copied, graph_module))
     put_all(copied, {path: module for path, (_, module) in found.items()})
+    caches = dict(_caches(copied, graph_module, plan))
+    _narrow_caches(copied, caches)
     earlier = Plan.of(model).modules if hasattr(model, PLAN_ATTRIBUTE) else None
-    return copied, {**(earlier or {}), **{path: recipe for path, (recipe, _) in found.items()}}
+    return copied, {**(earlier or {}), **{path: recipe for path, (recipe, _) in found.items()}, **caches}
 
 
 def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
@@ -44,12 +48,34 @@ def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
         PlanError: the model has another architecture.
     """
     for path, recipe in recipes.items():
+        if recipe.form == "cache":
+            continue
         try:
             old = model.get_submodule(path)
         except AttributeError as error:
             raise PlanError(f"the model has another architecture: there is no layer {path!r}") from error
         like = next(old.parameters(), torch.empty(0))
         put_all(model, {path: skeleton(recipe, like).requires_grad_(like.requires_grad)})
+    _narrow_caches(model, {path: recipe for path, recipe in recipes.items() if recipe.form == "cache"})
+
+
+def _caches(model: nn.Module, graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, Recipe]]:
+    """The attention whose heads have become narrower, and the features that its cache needs."""
+    layouts = graph_record(graph_module).layouts
+    sizes: dict[str, dict[str, int]] = defaultdict(dict)
+    for width in plan.widths:
+        parents = {layouts[name].path.rpartition(".")[0] for name in width.layers if name in layouts}
+        if width.kind != "channels" and width.is_narrower and len(parents) == 1:
+            sizes[parents.pop()][width.kind] = width.size
+    for path, found in sizes.items():
+        if path and takes_cache(model.get_submodule(path)):
+            yield path, Recipe("cache", ranks=(found.get("queries"), found.get("values")))
+
+
+def _narrow_caches(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
+    for path, recipe in recipes.items():
+        keys, values = recipe.ranks
+        model.get_submodule(path).register_forward_pre_hook(NarrowCache(keys, values), with_kwargs=True)
 
 
 def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

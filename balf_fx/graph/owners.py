@@ -21,7 +21,8 @@ _KINDS: Mapping[type, Kind] = {
     **dict.fromkeys((nn.Linear, *_CONVS), "layer"),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "norm"),
 }
-_LIKE_LINEAR = (  # of transformers, which is not imported for it: linear layers in other words
+_LIKE_LINEAR = (  # of libraries that are not imported for it: linear layers in other words
+    "timm.layers.linear.Linear",
     "transformers.pytorch_utils.Conv1D",
     "transformers.models.falcon.modeling_falcon.FalconLinear",
 )

@@ -32,8 +32,9 @@ _LINEAR = ("in_features", "out_features")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _TRANSPOSED = ("output_padding",)
 
-Written = Literal["layer", "identity", "dense", "pair", "parts", "rows", "columns", "blocks"]
-"""How a map is written: as one stock layer in the old one's place, not at all, or by a `Replacement`."""
+Written = Literal["layer", "identity", "cache", "dense", "pair", "parts", "rows", "columns", "blocks"]
+"""How a map is written: as one stock layer in the old one's place, not at all, or by a `Replacement`. For a "cache",
+attention stays, and what it is given to store its keys and values in becomes narrower (`graph.caches`)."""
 
 Described = Mapping[str, Any]
 """A stock layer as its class and arguments."""
@@ -46,7 +47,8 @@ class Recipe:
     Attributes:
         form: how the map is written.
         layers: the stock layers; an item that is a tuple holds those of the parts of a fused layer.
-        ranks: the rank of each part, None for a dense one; empty where there are no parts.
+        ranks: the rank of each part, None for a dense one; empty where there are no parts. For a cache, the features of
+            keys and of values, None for all.
         heads: for blocks, the number of heads and r for each set.
         axis: the axis of the features, counted from the end.
         values, outputs: the number of features that the layers return, and that the model expects; the others are zero.

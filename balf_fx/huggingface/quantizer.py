@@ -117,7 +117,12 @@ def _check_files(model: Any, recipes: Mapping[str, Recipe], files: Iterable[str]
                     found.update(map(_tail, file.keys()))
             except SafetensorError as error:
                 raise FileError(f"{path} is truncated or not a safetensors file: {error}") from error
-    names = (f"{path}.{name}" for path in recipes for name in model.get_submodule(path).state_dict())
+    names = (
+        f"{path}.{name}"
+        for path, recipe in recipes.items()
+        if recipe.form != "cache"
+        for name in model.get_submodule(path).state_dict()
+    )
     missing = Counter(map(_tail, names)) - found
     if found and missing:
         raise FileError(f"the folder is not complete: there is no tensor {next(iter(missing))} for some of the layers")

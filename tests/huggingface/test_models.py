@@ -149,6 +149,17 @@ def test_padding_on_the_left_changes_nothing(name, compressed):
     assert torch.equal(beside[:, 3:], alone)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_caches_hold_no_zeros_of_narrower_heads(name, compressed):
+    model, small, _ = compressed(name)
+    tokens = batch(name, count=2, length=7, seed=2)["input_ids"]
+    sizes = {width.kind: width.size for width in balf_fx.plan(small).widths if width.kind != "channels"}
+    old, new = (each(tokens, use_cache=True).past_key_values.layers[0] for each in (model, small))
+    for kind, want, got in (("queries", old.keys, new.keys), ("values", old.values, new.values)):
+        assert got.shape == (*want.shape[:-1], sizes.get(kind, want.shape[-1]))
+
+
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma", "Phi3"])
 def test_a_static_cache_gives_what_a_growing_one_gives(name, compressed):
     _, small, _ = compressed(name)
