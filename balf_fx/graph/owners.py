@@ -54,7 +54,7 @@ def owner_of(node: fx.Node) -> str | None:
     if not stack:
         return None
     path, _ = list(stack.values())[-1]
-    return str(path).partition("@")[0]  # torch.export counts the calls of one module
+    return str(path).partition("@")[0] or None  # torch.export counts the calls of one module
 
 
 def fixed_layers(graph_module: fx.GraphModule, nodes: Collection[fx.Node]) -> set[fx.Node]:
