@@ -112,7 +112,7 @@ def _may_fold(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> b
     if known is None:
         return True
     norm, layer = owner_of(node) or "", owner_of(source) or ""
-    uses = [each for each in graph_module.graph.nodes if each.op != "get_attr" and owner_of(each) == norm]
+    uses = [each for each in graph_module.graph.nodes if owner_of(each) == norm and _read_norm(graph_module, each)]
     return known.get(norm) == "norm" and known.get(layer) == "layer" and uses == [node]
 
 

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -18,6 +17,7 @@ from balf_fx.graph.annotation import graph_record
 from balf_fx.graph.caches import NarrowCache, takes_cache
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.layers import layers_of
+from balf_fx.graph.owners import children_after_norm
 from balf_fx.graph.parameters import grouped_bias, grouped_weight, put
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.replacements import Recipe, describe, replacement, skeleton
@@ -54,8 +54,7 @@ def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
             old = model.get_submodule(path)
         except AttributeError as error:
             raise PlanError(f"the model has another architecture: there is no layer {path!r}") from error
-        like = next(old.parameters(), torch.empty(0))
-        put_all(model, {path: skeleton(recipe, like).requires_grad_(like.requires_grad)})
+        put_all(model, {path: skeleton(recipe, old)})
     _narrow_caches(model, {path: recipe for path, recipe in recipes.items() if recipe.form == "cache"})
 
 
@@ -110,7 +109,10 @@ def _replacements(model: nn.Module, graph_module: fx.GraphModule) -> Iterator[tu
     names = {layout.path: name for name, layout in record.layouts.items()}
     layers = layers_of(graph_module)
     for norm, path in record.folded.items():
-        yield norm, (Recipe("identity"), nn.Identity())
+        old = model.get_submodule(norm)
+        children = children_after_norm(old)
+        left = Recipe("children", children=children) if children else Recipe("identity")
+        yield norm, (left, skeleton(left, old))
         if path not in done:
             site, _ = layers[names[path]]
             solution = Solution(None, grouped_weight(graph_module, site), grouped_bias(graph_module, site))

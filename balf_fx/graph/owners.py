@@ -28,6 +28,18 @@ _LIKE_LINEAR = (  # of libraries that are not imported for it: linear layers in 
 )
 
 
+_WITH_CHILDREN = {"timm.layers.norm_act.BatchNormAct2d": ("drop", "act")}  # norms that then run these
+
+
+def children_after_norm(norm: nn.Module) -> tuple[str, ...]:
+    """The names of the children that a BatchNorm runs on its output."""
+    return _WITH_CHILDREN.get(_class_name(norm), ())
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
 def stock_modules(model: nn.Module) -> dict[str, Kind]:
     """The modules of a model whose call does what their class says and no more, by dotted path.
 
@@ -37,8 +49,10 @@ def stock_modules(model: nn.Module) -> dict[str, Kind]:
     found: dict[str, Kind] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         kind = _KINDS.get(type(module))
-        if f"{type(module).__module__}.{type(module).__name__}" in _LIKE_LINEAR:
+        if _class_name(module) in _LIKE_LINEAR:
             kind = "layer"
+        if _class_name(module) in _WITH_CHILDREN:
+            kind = "norm"
         if isinstance(module, _CONVS) and module.padding_mode != "zeros":
             kind = None  # its forward pads before it convolves
         if isinstance(module, nn.Embedding):

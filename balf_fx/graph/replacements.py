@@ -32,7 +32,7 @@ _LINEAR = ("in_features", "out_features")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _TRANSPOSED = ("output_padding",)
 
-Written = Literal["layer", "identity", "cache", "dense", "pair", "parts", "rows", "columns", "blocks"]
+Written = Literal["layer", "identity", "children", "cache", "dense", "pair", "parts", "rows", "columns", "blocks"]
 """How a map is written: as one stock layer in the old one's place, not at all, or by a `Replacement`. For a "cache",
 attention stays, and what it is given to store its keys and values in becomes narrower (`graph.caches`)."""
 
@@ -55,6 +55,7 @@ class Recipe:
         reads: the number of features that are read, where these are selected; None where all are, in their order.
         places: whether the outputs are brought into the original's places.
         answers: attributes of the original module, for code that asks for them.
+        children: the children of a norm that run without it.
     """
 
     form: Written
@@ -67,13 +68,22 @@ class Recipe:
     reads: int | None = None
     places: bool = False
     answers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    children: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `dataclasses.asdict`, also after JSON."""
         layers = tuple(tuple(each) if isinstance(each, list | tuple) else each for each in data["layers"])
         heads = tuple((int(count), int(size)) for count, size in data["heads"])
-        return cls(**{**data, "layers": layers, "ranks": tuple(data["ranks"]), "heads": heads})
+        return cls(
+            **{
+                **data,
+                "layers": layers,
+                "ranks": tuple(data["ranks"]),
+                "heads": heads,
+                "children": tuple(data["children"]),
+            }
+        )
 
 
 class Replacement(nn.Sequential):
@@ -224,21 +234,26 @@ def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original:
     return recipe, Replacement(recipe, layers, reads, places.to(device) if gathers else None)
 
 
-def skeleton(recipe: Recipe, like: Tensor) -> nn.Module:
+def skeleton(recipe: Recipe, old: nn.Module) -> nn.Module:
     """The module of a recipe with parameters of the right shapes and arbitrary values.
 
     Args:
-        like: a tensor whose dtype and device they get.
+        old: the module whose place it takes; its parameters have their dtype, device and requires_grad.
 
     Raises:
         PlanError: a layer is of no class that balf_fx writes.
     """
     if recipe.form == "identity":
         return nn.Identity()
+    if recipe.form == "children":
+        return nn.Sequential(*map(old.get_submodule, recipe.children))
+    like = next(old.parameters())
     layers = [
         nn.ModuleList([_build(each, like) for each in layer]) if isinstance(layer, tuple) else _build(layer, like)
         for layer in recipe.layers
     ]
+    for layer in layers:
+        layer.requires_grad_(like.requires_grad)
     if recipe.form == "layer":
         return layers[0]
     zeros = partial(torch.zeros, dtype=torch.int64, device=like.device)

@@ -70,6 +70,19 @@ def test_layers_stand_under_their_own_names(images):
     assert sum(isinstance(module, nn.BatchNorm2d) for module in compress(model, images, fold_batchnorm=False).modules())
 
 
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_what_a_folded_norm_runs_besides_stays(capture, graphs, images, tmp_path):
+    timm = pytest.importorskip("timm")
+    norms = [timm.layers.BatchNormAct2d(16) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), norms[0], nn.Conv2d(16, 16, 3), norms[1], nn.Conv2d(16, 8, 1))
+    model = randomise_batchnorm(model).eval()
+    small = compress(model, images, capture=capture)
+    assert [type(small[index]) for index in (1, 3)] == [nn.Sequential] * 2
+    torch.testing.assert_close(small(images[0]), graphs[0](images[0]), rtol=1e-4, atol=1e-5)
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(balf_fx.load(tmp_path / "small.safetensors", model)(images[0]), small(images[0]))
+
+
 def test_the_result_is_an_ordinary_module(images):
     model = randomise_batchnorm(ConvNet()).eval()
     small = compress(model, images)
