@@ -110,7 +110,7 @@ def compress(output: Path, html: Path | None, as_json: bool, validation: int, **
     model = given.load_model()
     if not output.suffix and not hasattr(model, "save_pretrained"):
         raise click.UsageError("only models of transformers have folders: pass an --output ending in .safetensors")
-    if options.get("result") == "module" or given.text is not None:
+    if given.text is not None:
         options["forward"] = forward_for(model, **cache_arguments(model))
     if limited:
         options["validation"], _ = given.evaluation(model, None, None, None, validation)
