@@ -4,6 +4,7 @@ from balf_fx.api import calibrate, compile, convert, plan, prepare, report, save
 from balf_fx.errors import BalfError
 from balf_fx.files.storage import load
 from balf_fx.graph.plan import Plan
+from balf_fx.huggingface.registry import watch as _watch
 from balf_fx.presets import AIR, BALF
 from balf_fx.version import __version__ as __version__
 
@@ -21,3 +22,5 @@ __all__ = [
     "report",
     "save",
 ]
+
+_watch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from balf_fx.calibration.batches import (
     Forward,
     Stream,
     batch_count,
+    cache_arguments,
     forward_for,
     is_empty,
     iterate,
@@ -29,16 +31,19 @@ from balf_fx.capture.checks import check_values
 from balf_fx.capture.models import cuda_devices, plain_model
 from balf_fx.capture.normal_form import capture
 from balf_fx.engine import compress
+from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
-from balf_fx.engine.rewriting import finish
+from balf_fx.engine.rewriting import finish, with_plan
 from balf_fx.engine.run import run, solve
 from balf_fx.engine.settings import FEW_SAMPLES, Settings
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import storage
-from balf_fx.files.restore import Stored, stored
+from balf_fx.files.restore import Stored, recorded_call, stored
 from balf_fx.graph.annotation import graph_record, record_graph
-from balf_fx.graph.plan import Plan
+from balf_fx.graph.owners import stock_modules
+from balf_fx.graph.parameters import count_parameters
+from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.passes.score import Factors
 from balf_fx.progress import progress_bar
 from balf_fx.refit.offload import Shelved
@@ -48,7 +53,7 @@ _NOTHING = object()
 
 
 @takes_settings()
-def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = None, **options: Any) -> fx.GraphModule:
+def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = None, **options: Any) -> nn.Module:
     """Make a trained model smaller and faster without fine-tuning.
 
     Args:
@@ -63,7 +68,8 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
 
     Returns:
         A GraphModule of stock modules. A site `name` with a lower rank is replaced by `name.0` and `name.1`; everything
-        else keeps its name. `balf_fx.report` shows what was done.
+        else keeps its name. `balf_fx.report` shows what was done. With result="module", a copy of the model in which
+        this was done.
 
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.
@@ -72,7 +78,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     settings.allocate()  # checks the budget before any work is done
     model = plain_model(model)
     check_values(model)
-    forward = forward or forward_for(model)
+    forward = forward or _forward_for(model, settings)
     with ExitStack() as closing:
         for context in (torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_devices(model))):
             closing.enter_context(context)
@@ -94,8 +100,13 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         calibration = _calibration(kept, forward, settings)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar)
-        # 5. Leave a plain module with its plan.
-        return finish(compressed.graph_modules[0], plan)
+        # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
+        graph_module = compressed.graph_modules[0]
+        return (
+            finish(graph_module, plan)
+            if settings.result == "graph"
+            else _grafted(model, graph_module, plan, first, forward)
+        )
 
 
 @takes_settings("prepare")
@@ -132,7 +143,7 @@ def prepare(
     model = plain_model(model)
     check_values(model)
     with torch.inference_mode(False), torch.no_grad():
-        return _prepared(model, example, forward or forward_for(model), settings, wanted)
+        return _prepared(model, example, forward or _forward_for(model, settings), settings, wanted)
 
 
 @takes_settings("calibrate")
@@ -157,8 +168,13 @@ def calibrate(
 
 @takes_settings("convert", factors=None)
 def convert(
-    prepared: fx.GraphModule, *, batches: Iterable[Any] = (), forward: Forward | None = None, **options: Any
-) -> fx.GraphModule:
+    prepared: fx.GraphModule,
+    *,
+    batches: Iterable[Any] = (),
+    forward: Forward | None = None,
+    model: nn.Module | None = None,
+    **options: Any,
+) -> nn.Module:
     """Compress a calibrated graph; the graph itself is not changed, so it can be converted or calibrated again.
 
     By default, factors are the best that the calibration allows, and layers are refitted if there are batches.
@@ -168,6 +184,7 @@ def convert(
         batches: the calibration batches again, to measure allocations and refit the layers on them. Without batches,
             neither is done.
         forward: as in `compile`.
+        model: the model that was prepared, for result="module" here and there.
         {options}
 
     Raises:
@@ -185,11 +202,19 @@ def convert(
         settings = dataclasses.replace(settings, refit=refit)
     if settings.refit and not seen:
         raise OptionError("a refit needs the calibration batches: pass batches=")
-    forward = forward or forward_for(prepared)
+    if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
+        raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
+    given, forward = forward, forward or forward_for(prepared)
     with torch.inference_mode(False), torch.no_grad(), progress_bar(settings.progress, "compressing") as bar:
         calibration = _calibration(seen, forward, settings)
         compressed, plan = solve(_program(prepared, forward), settings, calibration, bar)
-        return finish(compressed.graph_modules[0], plan)
+        graph_module = compressed.graph_modules[0]
+        if settings.result == "graph" or model is None:
+            return finish(graph_module, plan)
+        model = plain_model(model)
+        if seen:
+            return _grafted(model, graph_module, plan, seen[0], given or _forward_for(model, settings))
+        return _grafted(model, graph_module, plan, (), recorded_call(plan.origin, model))
 
 
 def plan(source: Any) -> Plan:
@@ -207,7 +232,7 @@ def plan(source: Any) -> Plan:
     """
     if isinstance(source, str | os.PathLike):
         return storage.read_plan(Path(source))
-    return _stored(source).plan if not isinstance(source, fx.GraphModule) else Plan.of(source)
+    return Plan.of(source) if _has_plan(source) else _stored(source).plan
 
 
 def report(compressed: Any) -> Report:
@@ -238,9 +263,14 @@ def save(compressed: Any, path: str | os.PathLike[str]) -> None:
     storage.write(_stored(compressed), path)
 
 
+def _has_plan(compressed: Any) -> bool:
+    """Whether it is a graph, which may have a plan, or a model that has one."""
+    return isinstance(compressed, fx.GraphModule) or PLAN_ATTRIBUTE in getattr(compressed, "__dict__", {})
+
+
 def _stored(compressed: Any) -> Stored:
     """The plan and the tensors of a compressed model."""
-    if isinstance(compressed, fx.GraphModule):
+    if _has_plan(compressed):
         return stored(compressed)
     from balf_fx import backend  # only here: it imports Dynamo
 
@@ -254,9 +284,35 @@ def _prepared(
     if is_empty(example):
         raise CalibrationError("the example batch has no samples: pass one with samples")
     graph_module = capture(model, example, forward, settings.capture)
+    if settings.result == "module":
+        unused = count_parameters(model) - count_parameters(graph_module)
+        record_graph(graph_module, modules=stock_modules(model), unused=unused)
     record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
     compress.observe(_program(graph_module, forward), settings, factors)
     return graph_module
+
+
+def _forward_for(model: nn.Module, settings: Settings) -> Forward:
+    """The default way to call the model; one that becomes a model again is captured without its cache."""
+    return forward_for(model, **(cache_arguments(model) if settings.result == "module" else {}))
+
+
+def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: Any, forward: Forward) -> nn.Module:
+    """A copy of the model with the layers of a compressed graph, after a comparison of both on a batch."""
+    compressed, recipes = graft(model, graph_module, plan)
+    plan = dataclasses.replace(plan, modules=recipes)
+    check_same(compressed, finish(graph_module, plan), batch, forward)
+    _describe(compressed, plan)
+    return with_plan(compressed, plan)
+
+
+def _describe(compressed: nn.Module, plan: Plan) -> None:
+    """Let transformers write the plan into the model's folder."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
+        from balf_fx.huggingface.quantizer import BalfConfig  # only here: it imports transformers
+
+        compressed.config.quantization_config = BalfConfig.of(plan)
 
 
 def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:

@@ -38,6 +38,10 @@ class CaptureError(BalfError, RuntimeError):
     """The model cannot be turned into an FX graph that computes the same."""
 
 
+class GraftError(BalfError, RuntimeError):
+    """The compressed layers cannot go back into the model: it would not compute what their graph computes."""
+
+
 class TrainingModeError(BalfError, RuntimeError):
     """A layer whose output differs in training mode is in training mode."""
 

@@ -15,6 +15,7 @@ from balf_fx.errors import PassError, UnknownSiteError
 from balf_fx.graph.annotation import annotate, sites
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import read_layer, read_parts, read_site
+from balf_fx.graph.owners import fixed_layers
 from balf_fx.graph.parameters import get_tensor, parameter_users
 from balf_fx.graph.routers import routers
 from balf_fx.graph.site import Reason, Refusal, Site, exclusion
@@ -52,11 +53,13 @@ class Annotate(Pass):
         if not self.partial:
             self.check(list(layers.values()))
         _find_parts(marks)
-        choosing = routers(graph_module, layers)
+        choosing, fixed = routers(graph_module, layers), fixed_layers(graph_module, layers)
         for node, mark in marks.items():
             chosen = self._selected(mark, layers[node]) if node in layers and mark is not None else mark
             if isinstance(chosen, Site) and node in choosing:
                 chosen = Refusal(chosen.name, chosen.kind, Reason.ROUTER)
+            if chosen is not None and node in fixed:
+                chosen = chosen if isinstance(chosen, Refusal) and chosen.keeps_weights else _fixed(chosen)
             site = chosen if isinstance(chosen, Site) else None
             annotate(node, site=site, refusal=chosen if isinstance(chosen, Refusal) else None)
         return PassResult(graph_module, False)
@@ -86,6 +89,10 @@ class Annotate(Pass):
         if isinstance(mark, Site) and any(fnmatchcase(name, pattern) for pattern in self.dense):
             return dataclasses.replace(mark, keeps_rank=True)
         return mark
+
+
+def _fixed(mark: Site | Refusal) -> Refusal:
+    return Refusal(mark.name, mark.kind, Reason.FIXED)
 
 
 def _layer_name(graph_module: fx.GraphModule, node: fx.Node, mark: Site | Refusal | None) -> str | None:

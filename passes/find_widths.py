@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.graph.annotation import annotation, record_graph
+from balf_fx.graph.annotation import annotation, graph_record, record_graph
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Reader, Width, joint_widths
 from balf_fx.passes.base import Pass
 from balf_fx.widths.channels import feature_axis_of, find_channels
 from balf_fx.widths.heads import find_heads
+from balf_fx.widths.layouts import fits
 from balf_fx.widths.moves import Moves
 from balf_fx.widths.orders import find_orders
 
@@ -30,14 +31,18 @@ class FindWidths(Pass):
     A layer may lie between two widths, like the middle one of a bottleneck. In longer chains, the widths that affect
     the most FLOPs are taken. The other rows of a layer that only partly belongs to widths, such as queries and keys
     behind a rotary embedding, stay as they are; if they cannot be separated from those of its widths, it has no widths.
-    Further sets of channels, such as those of a residual stream, keep their size, but may change their order.
+    Further sets of channels, such as those of a residual stream, keep their size, but may change their order. They do
+    not where layers go back into the user's model, which may return them.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        whole = graph_record(graph_module).modules is None
         found = [*find_channels(graph_module), *find_heads(graph_module)]
+        if not whole:
+            found = [_padded(width) for width in found if fits(graph_module, width)]
         while True:
             chosen = _most_valuable(graph_module, found)
             rests = _find_rests(graph_module, chosen)
@@ -46,7 +51,7 @@ class FindWidths(Pass):
                 break
             found = [width for width in found if torn.isdisjoint(width.producers)]
         taken = {name for width in chosen for name in width.producers}
-        others = [width for width in find_orders(graph_module) if taken.isdisjoint(width.producers)]
+        others = [width for width in find_orders(graph_module) if taken.isdisjoint(width.producers)] if whole else []
         named = tuple(_named(graph_module, [*chosen, *others]))
         record_graph(
             graph_module,
@@ -55,6 +60,11 @@ class FindWidths(Pass):
             rests={name: readers for name, readers in rests.items() if readers},
         )
         return PassResult(graph_module, False)
+
+
+def _padded(width: Width) -> Width:
+    """The width in the user's model, whose code sees heads of the old size."""
+    return dataclasses.replace(width, padded=width.product is not None)
 
 
 def _find_rests(graph_module: fx.GraphModule, widths: Sequence[Width]) -> dict[str, tuple[Reader, ...] | None]:

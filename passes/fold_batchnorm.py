@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.graph.annotation import annotate, annotation
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph
 from balf_fx.graph.edits import erase_unused, set_bias
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.operators import reads_metadata
+from balf_fx.graph.owners import owner_of
 from balf_fx.graph.parameters import get_tensor, is_hooked, locate, parameter_users
 from balf_fx.graph.site import Norm, Site, exclusion
 from balf_fx.passes.base import Pass
@@ -53,7 +54,8 @@ class FoldBatchNorm(Pass):
             layer = None if norm is None or source is None else _foldable_layer(graph_module, source, norm)
             if norm is None or source is None or layer is None:
                 continue
-            if not exclusion(layer.name, self.include, self.exclude):
+            if _may_fold(graph_module, node, source) and not exclusion(layer.name, self.include, self.exclude):
+                _note(graph_module, node, source)
                 _fold(graph_module, source, layer, norm)
                 annotate(source, folded=(*annotation(source).folded, norm))
                 node.replace_all_uses_with(source)
@@ -102,6 +104,23 @@ def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -
     own = [get_tensor(graph_module, path) for path in (layer.weight, layer.bias) if path is not None]
     has_bias_argument = layer.bias is not None or layer.conv is not None or not layer.inputs_first
     return layer if has_bias_argument and all(users[id(tensor)] == {source} for tensor in own) else None
+
+
+def _may_fold(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:
+    """Whether the model can do without the BatchNorm: always for a graph, else if two stock modules are involved."""
+    known = graph_record(graph_module).modules
+    if known is None:
+        return True
+    norm, layer = owner_of(node) or "", owner_of(source) or ""
+    uses = [each for each in graph_module.graph.nodes if owner_of(each) == norm and _read_norm(graph_module, each)]
+    return known.get(norm) == "norm" and known.get(layer) == "layer" and uses == [node]
+
+
+def _note(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
+    record = graph_record(graph_module)
+    norm, layer = owner_of(node), owner_of(source)
+    if record.modules is not None and norm is not None and layer is not None:
+        record_graph(graph_module, folded={**record.folded, norm: layer})
 
 
 def _fold(graph_module: fx.GraphModule, source: fx.Node, layer: Site, norm: Norm) -> None:

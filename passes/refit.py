@@ -44,7 +44,7 @@ from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.masks import mask_inputs
 from balf_fx.graph.parameters import get_tensor, grouped_weight, owns_weight, parameter_users
 from balf_fx.graph.pivoted import feature_axis
-from balf_fx.graph.site import Reason, Site
+from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned
@@ -97,7 +97,7 @@ class Refit(Pass):
         unread = (node for node in graph_module.graph.nodes if node.op == "output" or leads_to_experts(node))
         skipped = {*unread, *filter(observes, graph_module.graph.nodes)}
         nodes = [node for node in graph_module.graph.nodes if node not in skipped]
-        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_excluded(node)}
+        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_kept(node)}
         with torch.no_grad():
             weights = self.weights
             if not len(weights) and mask_inputs(graph_module):
@@ -247,10 +247,10 @@ class _Solver:
         return None if observer is None else observer.positions
 
 
-def _is_excluded(node: fx.Node) -> bool:
-    """Whether the user excluded the layer, so that it keeps its weights and only runs on the compressed values."""
+def _is_kept(node: fx.Node) -> bool:
+    """Whether the layer keeps its weights, and only runs on the compressed values."""
     refusal = annotation(node).refusal
-    return refusal is not None and refusal.reason is Reason.EXCLUDED
+    return refusal is not None and refusal.keeps_weights
 
 
 def _run(substitute: Substitute, reads: Callable[[Batch], Tensor], batch: Batch) -> Tensor:

@@ -265,7 +265,8 @@ def _cluster(
         if width.product is not None:
             mixed.update(width.producers)
             share = 0.5 if is_attention(nodes[width.product]) else 1.0
-            products.setdefault(width.product, []).append((index, share))
+            if not width.padded:
+                products.setdefault(width.product, []).append((index, share))
         shares += [_between(graph_module, nodes[name], index) for name in width.between]
         passing = _passing(width, nodes)
         if passing:

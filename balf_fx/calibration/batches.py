@@ -207,10 +207,13 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
-def forward_for(model: nn.Module) -> Forward:
+def forward_for(model: nn.Module, **fixed: Any) -> Forward:
     """Return the default `forward`, which passes a batch according to the signature of `model.forward`.
 
     Tensors are moved to the model's device if all its parameters are on one device.
+
+    Args:
+        fixed: further arguments of every call.
     """
     parameters = list(inspect.signature(model.forward).parameters.values())
     devices = {parameter.device for parameter in model.parameters()}
@@ -222,12 +225,22 @@ def forward_for(model: nn.Module) -> Forward:
         if device is not None:
             batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
         if isinstance(batch, dict):
-            return module(**_without_labels(batch, parameters))
+            return module(**{**_without_labels(batch, parameters), **fixed})
         if isinstance(batch, tuple | list):
-            return module(*_without_trailing_labels(batch, parameters))
-        return module(batch)
+            return module(*_without_trailing_labels(batch, parameters), **fixed)
+        return module(batch, **fixed)
 
     return forward
+
+
+def cache_arguments(model: nn.Module) -> dict[str, bool]:
+    """The arguments with which a language model of transformers returns no cache, which no graph can return."""
+    config: Any = getattr(model, "config", None)
+    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    caches = any(getattr(each, "use_cache", False) for each in configs)
+    parameters = inspect.signature(model.forward).parameters
+    taken = "use_cache" in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return {"use_cache": False} if caches and taken else {}
 
 
 def _without_labels(batch: Mapping[str, Any], parameters: list[inspect.Parameter]) -> dict[str, Any]:

@@ -103,3 +103,15 @@ def check_functional_training(graph_module: fx.GraphModule) -> None:
                 f"{node.name} runs with training=True, with which its output differs from that in deployment: "
                 "call model.eval() first"
             )
+
+
+def close(want: Tensor, got: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype differ by no more than rounding does in a deep model."""
+    if want.is_complex():
+        want, got = torch.view_as_real(want), torch.view_as_real(got)
+    if not want.is_floating_point():
+        return torch.equal(want, got)
+    tolerance = torch.finfo(want.dtype).eps ** 0.5
+    finite = want[torch.isfinite(want)].abs()
+    scale = float(finite.max()) if finite.numel() else 1.0
+    return torch.allclose(want, got, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for
 from balf_fx.capture.arguments import Call, record_call
-from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights
+from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights, close
 from balf_fx.capture.contexts import cast_explicitly, check_transforms, inline_contexts
 from balf_fx.capture.exporting import export
 from balf_fx.capture.functional import make_functional
@@ -196,19 +196,8 @@ def _check_same_output(expected: Any, actual: Any) -> None:
     """Raise if outputs differ: the graph runs the model's operations in order, so they may only differ by rounding."""
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=False)
     for want, got in ((a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
-        if not (want.shape == got.shape and want.dtype == got.dtype and _close(want, got)):
+        if not (want.shape == got.shape and want.dtype == got.dtype and close(want, got)):
             raise CaptureError(
                 "the output of the captured graph differs from the model's on the example batch: look for hooks on "
                 "the model, for control flow that depends on its inputs, or for state that forward changes"
             )
-
-
-def _close(want: Tensor, got: Tensor) -> bool:
-    if want.is_complex():
-        want, got = torch.view_as_real(want), torch.view_as_real(got)
-    if not want.is_floating_point():
-        return torch.equal(want, got)
-    tolerance = torch.finfo(want.dtype).eps ** 0.5
-    finite = want[torch.isfinite(want)].abs()
-    scale = float(finite.max()) if finite.numel() else 1.0
-    return torch.allclose(want, got, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from balf_fx.api import compile, save
 from balf_fx.api import report as report_of
+from balf_fx.calibration.batches import cache_arguments, forward_for
 from balf_fx.cli.demo import run_demo
 from balf_fx.cli.sweep import SweepData, run_sweep
+from balf_fx.cli.text import open_tokenizer
 from balf_fx.engine.options import settings_from
 from balf_fx.errors import BalfError, OptionError
 from balf_fx.graph.curves import Measure
@@ -77,7 +79,12 @@ def main() -> None:
     show_default=True,
     help="Largest number of samples, of the rest of --data, on which --disagreement or --divergence is tested.",
 )
-@click.option("--output", "-o", type=OutputFile(".safetensors"), required=True, help="File of the result.")
+@click.option(
+    *("--output", "-o"),
+    type=OutputFile(".safetensors", ""),
+    required=True,
+    help="File of the result; or, for a model of transformers, a folder that its from_pretrained reads.",
+)
 @click.option("--html", type=OutputFile(".html"), help="Also write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def compress(output: Path, html: Path | None, as_json: bool, validation: int, **inputs: Any) -> None:
@@ -89,20 +96,27 @@ def compress(output: Path, html: Path | None, as_json: bool, validation: int, **
     balf-fx compress torchvision:resnet18 --pretrained --data images/ --flops 0.6 -o small.safetensors
     balf-fx compress mine:make_net --weights net.pt --data arrays.npz --array x --params 0.5 -o small.safetensors
     balf-fx compress timm:resnet18 --weights net.pt --data images/ --disagreement 0.02 -o small.safetensors
+    balf-fx compress hf:folder --text data.txt --params 0.8 -o small
     """
     if html is not None:
         importlib.import_module("balf_fx.reporting.page")  # fails before any work if a dependency is missing
     given, options = Inputs.split(inputs)
+    if not output.suffix and options.setdefault("result", "module") != "module":
+        raise click.UsageError("a folder holds a model: pass --result module, or an --output ending in .safetensors")
     limited = {"disagreement", "divergence"} & set(options)
     try:
         settings_from({**options, "validation": []} if limited else options).allocate()  # before any work
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     model = given.load_model()
+    if not output.suffix and not hasattr(model, "save_pretrained"):
+        raise click.UsageError("only models of transformers have folders: pass an --output ending in .safetensors")
+    if given.text is not None:
+        options["forward"] = forward_for(model, **cache_arguments(model))
     if limited:
         options["validation"], _ = given.evaluation(model, None, None, None, validation)
     small = compile(model, given.calibration(model), **options)
-    save(small, output)
+    _save(small, output, given)
     found = report_of(small)
     if html is not None:
         _write_page(html, found)
@@ -152,6 +166,7 @@ def sweep(budgets: tuple[float, ...], measure: Any, plot: Path | None, as_json: 
 
     \b
     balf-fx sweep timm:resnet18 --weights net.pt --data images.npz --array x --labels y --plot curve.png
+    balf-fx sweep hf:folder --text data.txt --measure params
     """
     if plot is not None:
         importlib.import_module("balf_fx.reporting.plots")
@@ -159,7 +174,7 @@ def sweep(budgets: tuple[float, ...], measure: Any, plot: Path | None, as_json: 
     given, options = Inputs.split(inputs)
     model = given.load_model()
     evaluation, known = given.evaluation(model, *where.values())
-    data = SweepData(given.calibration(model), evaluation, known)
+    data = SweepData(given.calibration(model), evaluation, known, is_text=given.text is not None)
     found = run_sweep(model, data, budgets, measure, **options)
     if plot is not None:
         from balf_fx.reporting.plots import plot_sweep
@@ -177,6 +192,16 @@ def demo(flops: float, seed: int, epochs: int, as_json: bool) -> None:
     """Train a small net on handwritten digits, compress it, and show its accuracy and cost before and after."""
     result = run_demo(flops, seed=seed, epochs=epochs, progress=not as_json)
     click.echo(result.to_json() if as_json else str(result))
+
+
+def _save(small: Any, output: Path, given: Inputs) -> None:
+    """Write a file or, with the tokenizer that read the text, a folder."""
+    if output.suffix:
+        save(small, output)
+        return
+    small.save_pretrained(output)
+    if given.text is not None:
+        open_tokenizer(given.model).save_pretrained(output)
 
 
 def _write_page(path: Path, found: Report, curve: Sweep | None = None) -> None:

@@ -69,7 +69,8 @@ def default_preprocessing(specification: str, model: nn.Module) -> Preprocessing
     return Preprocessing()
 
 
-def _library(name: str, extra: str) -> Any:
+def library(name: str, extra: str) -> Any:
+    """A library that an extra installs."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -77,7 +78,7 @@ def _library(name: str, extra: str) -> Any:
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    models = _library("torchvision", "cli").models
+    models = library("torchvision", "cli").models
     try:
         model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
     except ValueError as error:
@@ -86,7 +87,7 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    timm = _library("timm", "cli")
+    timm = library("timm", "cli")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, ValueError) as error:
@@ -99,7 +100,7 @@ _LIBRARIES: dict[str, Callable[[str, bool], nn.Module]] = {"torchvision": _from_
 
 def _from_transformers(name: str, with_weights: bool) -> nn.Module:
     """Load the class that the configuration names, whose head is the one that the weights were trained with."""
-    transformers = _library("transformers", "llm")
+    transformers = library("transformers", "llm")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         names = config.architectures or []
@@ -153,7 +154,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _timm_preprocessing(model: nn.Module) -> Preprocessing:
-    found = _library("timm", "cli").data.resolve_model_data_config(model)
+    found = library("timm", "cli").data.resolve_model_data_config(model)
     size = found["input_size"][-1]
     return Preprocessing(
         size, int(size / found["crop_pct"]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"]
@@ -161,7 +162,7 @@ def _timm_preprocessing(model: nn.Module) -> Preprocessing:
 
 
 def _torchvision_preprocessing(name: str) -> Preprocessing:
-    found = _library("torchvision", "cli").models.get_model_weights(name).DEFAULT.transforms()
+    found = library("torchvision", "cli").models.get_model_weights(name).DEFAULT.transforms()
     if not all(hasattr(found, key) for key in ("crop_size", "resize_size", "mean", "std", "interpolation")):
         return Preprocessing()  # segmentation and video have others
     (size,), (resize,) = found.crop_size, found.resize_size
@@ -169,7 +170,7 @@ def _torchvision_preprocessing(name: str) -> Preprocessing:
 
 
 def _transformers_preprocessing(name: str, model: nn.Module) -> Preprocessing:
-    transformers = _library("transformers", "llm")
+    transformers = library("transformers", "llm")
     size = getattr(model.config, "image_size", None)
     try:
         found = transformers.AutoImageProcessor.from_pretrained(name)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from balf_fx.cli.data import Preprocessing, Samples, choose, open_samples, read_labels
 from balf_fx.cli.models import default_preprocessing, load_model, needs_weights
 from balf_fx.cli.settings import settings_from_command
+from balf_fx.cli.text import Text, open_text
 from balf_fx.errors import OptionError
 
 
@@ -29,16 +30,17 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 
 class OutputFile(click.Path):
-    """A file to write, checked before any work is done."""
+    """A file to write, or with the suffix "" a folder, checked before any work is done."""
 
     def __init__(self, *suffixes: str) -> None:
-        super().__init__(dir_okay=False, writable=True, path_type=Path)
+        super().__init__(dir_okay="" in suffixes, writable=True, path_type=Path)
         self.suffixes = suffixes
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(str(super().convert(value, param, ctx)))
         if path.suffix.lower() not in self.suffixes:
-            self.fail(f"{str(path)!r} does not end in {' or '.join(self.suffixes)}", param, ctx)
+            endings = " or ".join(filter(None, self.suffixes))
+            self.fail(f"{str(path)!r} does not end in {endings}", param, ctx)
         if not os.access(path.parent, os.W_OK):
             self.fail(f"there is no folder {str(path.parent)!r} to write to", param, ctx)
         return path
@@ -57,7 +59,11 @@ _OPTIONS = (
     click.argument("model", metavar="MODEL"),
     click.option("--weights", type=_EXISTING_FILE, help="State dict, as .safetensors or by torch.save."),
     click.option("--pretrained", is_flag=True, help="Download the pretrained weights of torchvision or timm."),
-    click.option("--data", type=_EXISTING, required=True, help="Calibration data: folder of images, or .npz file."),
+    click.option("--data", type=_EXISTING, help="Calibration data: folder of images, or .npz file."),
+    click.option(
+        "--text", type=_EXISTING_FILE, help="In place of --data, a text for a language model of transformers."
+    ),
+    click.option("--length", type=_COUNT, default=256, show_default=True, help="Tokens of each sample of --text."),
     click.option("--array", metavar="NAME", help="Array in the .npz file; default: the only one."),
     click.option("--samples", type=_COUNT, default=512, show_default=True, help="Number of random samples to use."),
     click.option("--batch-size", type=_COUNT, default=32, show_default=True),
@@ -81,7 +87,9 @@ class Inputs:
     """The values of the options for the model and the data, with the same names."""
 
     model: str
-    data: Path
+    data: Path | None
+    text: Path | None
+    length: int
     weights: Path | None
     pretrained: bool
     array: str | None
@@ -99,6 +107,8 @@ class Inputs:
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())  # a factory or a loss may lie in the current folder, as for python -m
         own = {field.name: given.pop(field.name) for field in dataclasses.fields(cls)}
+        if (own["data"] is None) == (own["text"] is None):
+            raise click.UsageError("calibration needs --data or, for a language model, --text: pass one of them")
         found = cls(**own)
         return found, {**settings_from_command(given), "seed": found.seed, "progress": not found.quiet}
 
@@ -109,14 +119,14 @@ class Inputs:
             click.echo(f"{self.model} has random weights: pass --weights or --pretrained", err=True)
         return model
 
-    def calibration(self, model: nn.Module) -> list[Tensor]:
+    def calibration(self, model: nn.Module) -> list[Any]:
         """The batches for calibration."""
-        source = open_samples(self.data, self.array)
+        source = self._open(model, self.data or self.text, self.array)
         return self._batches(model, source, choose(len(source), self.samples, self.seed))
 
     def evaluation(
         self, model: nn.Module, data: Path | None, array: str | None, labels: str | None, count: int
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[list[Any], Tensor | None]:
         """Batches that are not used for calibration, and their labels.
 
         Args:
@@ -127,8 +137,8 @@ class Inputs:
         Raises:
             OptionError: there are no samples left, or there are not as many labels as samples.
         """
-        path = self.data if data is None else data
-        source = open_samples(path, array if array is not None or data is not None else self.array)
+        path = data or self.data or self.text
+        source = self._open(model, path, array if array is not None or data is not None else self.array)
         taken = self.samples if data is None else 0
         indices = choose(len(source), taken + count, self.seed)[taken:]
         if not indices:
@@ -136,14 +146,24 @@ class Inputs:
                 f"all {len(source)} samples are used for calibration: pass fewer --samples, or others as --eval-data"
             )
         batches = self._batches(model, source, indices)
-        if labels is None:
+        if labels is None or path is None:
             return batches, None
         known = read_labels(path, labels)
         if len(known) != len(source):
             raise OptionError(f"there are {len(known)} labels for {len(source)} samples")
         return batches, known[indices]
 
-    def _batches(self, model: nn.Module, source: Samples, indices: list[int]) -> list[Tensor]:
+    def _open(self, model: nn.Module, path: Path | None, array: str | None) -> Samples | Text:
+        """The samples at a path, a text if the calibration data are one."""
+        if path is None:
+            raise OptionError("there are no data: pass --data or --text")
+        if self.text is not None:
+            return open_text(path, self.model, model, self.length)
+        return open_samples(path, array)
+
+    def _batches(self, model: nn.Module, source: Samples | Text, indices: list[int]) -> list[Any]:
+        if isinstance(source, Text):
+            return source.batches(indices, self.batch_size)
         preprocessing = self._preprocessing(model) if source.holds_images else Preprocessing()
         return list(torch.split(source.read(indices, preprocessing, not self.quiet), self.batch_size))
 

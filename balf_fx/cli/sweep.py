@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from balf_fx.api import calibrate, convert, plan, prepare
 from balf_fx.calibration.answers import answers, differ, find_logits
-from balf_fx.calibration.batches import forward_for, sample_count
+from balf_fx.calibration.batches import cache_arguments, forward_for, sample_count
 from balf_fx.capture.models import cuda_devices
 from balf_fx.engine.options import options_of, settings_from
 from balf_fx.engine.settings import Stage
@@ -27,11 +28,13 @@ class SweepData:
 
     Attributes:
         labels: the labels of all evaluation samples, in the shape of the model's top-1 predictions.
+        is_text: whether the model predicts the next of `input_ids`, so that it has a perplexity.
     """
 
     calibration: Sequence[Any]
     evaluation: Sequence[Any]
     labels: Tensor | None = None
+    is_text: bool = False
 
 
 def run_sweep(
@@ -52,15 +55,16 @@ def run_sweep(
     if not calibration or not evaluation:
         raise CalibrationError("a sweep needs batches for calibration and others for evaluation")
     settings = settings_from(options)
-    forward = forward_for(model)
+    forward = forward_for(model, **cache_arguments(model))
     references = answers(model, evaluation, forward)
-    judge = _Judge(evaluation, references, data.labels)
+    judge = _Judge(evaluation, references, data)
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        prepared = prepare(model, calibration[0], **{**_for("prepare", options), "factors": settings.chosen_factors})
-        calibrate(prepared, calibration, **_for("calibrate", options))
+        common = {"factors": settings.chosen_factors, "forward": forward}
+        prepared = prepare(model, calibration[0], **{**_for("prepare", options), **common})
+        calibrate(prepared, calibration, forward=forward, **_for("calibrate", options))
         points, out_of_reach, error = [], [], None
         for budget in tqdm(budgets, desc="budgets", unit="budget", disable=not settings.progress, leave=False):
-            asked = {**_for("convert", options), measure: budget, "factors": settings.chosen_factors}
+            asked = {**_for("convert", options), **common, measure: budget, "model": model}
             try:
                 small = convert(prepared, batches=calibration, **{**asked, "refit": settings.refit_mode or False})
             except BudgetError as unreachable:
@@ -77,6 +81,7 @@ def run_sweep(
         effort=settings.effort,
         samples=sum(map(sample_count, evaluation)),
         accuracy=judge.accuracy(references),
+        perplexity=judge.perplexity(references),
         points=tuple(points),
         out_of_reach=tuple(out_of_reach),
         minimum=None if error is None else error.minimum,
@@ -91,26 +96,38 @@ def _for(stage: Stage, options: Mapping[str, Any]) -> dict[str, Any]:
 class _Judge:
     """Compares outputs with the original's, and with labels."""
 
-    def __init__(self, batches: Sequence[Any], references: Sequence[Any], labels: Tensor | None) -> None:
-        self.batches, self.references, self.labels = batches, references, labels
+    def __init__(self, batches: Sequence[Any], references: Sequence[Any], data: SweepData) -> None:
+        labels = data.labels
+        self.batches, self.references, self.labels, self.is_text = batches, references, labels, data.is_text
         self.wanted = self._classes(references)
         if labels is not None and (self.wanted is None or labels.shape != self.wanted.shape):
             shape = "none" if self.wanted is None else tuple(self.wanted.shape)
             raise OptionError(f"labels have shape {tuple(labels.shape)}, but the model's top-1 predictions {shape}")
 
-    def __call__(self, given: Sequence[Any]) -> tuple[float, float | None, float | None]:
-        """Divergence, agreement and accuracy."""
+    def __call__(self, given: Sequence[Any]) -> tuple[float, float | None, float | None, float | None]:
+        """Divergence, agreement, accuracy and perplexity."""
         lost = [float(differ(*each)[0]) for each in zip(self.references, given, self.batches, strict=True)]
         counts = [max(sample_count(batch), 1) for batch in self.batches]
         classes = self._classes(given)
         agreement = None if classes is None or self.wanted is None else _equal(classes, self.wanted)
         mean = sum(loss * count for loss, count in zip(lost, counts, strict=True)) / sum(counts)
-        return mean, agreement, self.accuracy(given)
+        return mean, agreement, self.accuracy(given), self.perplexity(given)
 
     def accuracy(self, given: Sequence[Any]) -> float | None:
         """The share of correct predictions."""
         classes = self._classes(given)
         return None if classes is None or self.labels is None else _equal(classes, self.labels)
+
+    def perplexity(self, given: Sequence[Any]) -> float | None:
+        """The perplexity of each next token; None if the data are no text, or the model predicts none."""
+        lost: list[Tensor] = []
+        for output, batch in zip(given, self.batches, strict=True) if self.is_text else ():
+            logits, tokens = find_logits(output, batch), batch["input_ids"]
+            if logits is None or logits.shape[:-1] != tokens.shape:
+                return None
+            wanted = tokens[:, 1:].to(logits.device).flatten()
+            lost.append(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, reduction="none"))
+        return float(torch.cat(lost).double().mean().exp()) if lost else None
 
     def _classes(self, given: Sequence[Any]) -> Tensor | None:
         """Top-1 predictions of all batches; None if there are no logits."""

@@ -24,6 +24,7 @@ Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 _WHOLE = "mistakes are counted on outputs of the whole model, which balf_fx.compile has"
 _ELSEWHERE = {
     "capture": "Dynamo captures the graphs",
+    "result": "the result is the compiled model",
     **dict.fromkeys(("disagreement", "divergence", "validation", "confidence", "minimise"), _WHOLE),
 }
 """Options of `compile` that the backend does not have, and why."""

@@ -125,7 +125,8 @@ class Program:
     def totals(self) -> Totals:
         """The cost of one call of the whole model."""
         if not self.is_traced:
-            record, now = graph_record(self.graph_modules[0]), count_parameters(self.graph_modules[0])
+            record = graph_record(self.graph_modules[0])
+            now = count_parameters(self.graph_modules[0]) + record.unused
             return Totals(record.flops or 0, record.params or now, now)
         flops = sum(part.calls * (graph_record(part.graph_module).flops or 0) for part in self.parts)
         given = {name: tensor for part in self.parts for name, tensor in (part.originals or {}).items()}

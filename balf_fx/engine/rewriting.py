@@ -36,6 +36,7 @@ from balf_fx.graph.substitute import AnySubstitute, build, features_last, replac
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Pivot
 from balf_fx.passes.observe import remove_observers
+from balf_fx.widths.layouts import find_layouts
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 _LOGGER = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def rewrite(graph_module: fx.GraphModule, pivot: bool) -> fx.GraphModule:
     if sites(graph_module):
         if pivot:
             Pivot()(graph_module)
+        if graph_record(graph_module).modules is not None:
+            record_graph(graph_module, layouts=find_layouts(graph_module))
         Narrow()(graph_module)
         Factorize()(graph_module)
     graph_module.recompile()
@@ -70,6 +73,14 @@ def finish(graph_module: fx.GraphModule, done: Plan) -> fx.GraphModule:
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def with_plan(compressed: nn.Module, done: Plan) -> nn.Module:
+    """Store the plan in a copy of the user's model, as `finish` does in a graph."""
+    if isinstance(compressed, fx.GraphModule):
+        compressed.meta[META_KEY] = done.to_dict()
+    setattr(compressed, PLAN_ATTRIBUTE, done.to_dict())
+    return compressed
 
 
 def normalise(graph_module: fx.GraphModule, origin: Origin, partial: bool = False) -> None:

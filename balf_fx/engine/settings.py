@@ -32,6 +32,9 @@ from balf_fx.progress import SILENT, Progress
 Effort = Literal["fast", "balanced", "best"]
 """The effort, and so the time, that compression spends on accuracy."""
 
+Result = Literal["graph", "module"]
+"""What a compressed model is: a GraphModule, or a copy of the user's model."""
+
 Stage = Literal["prepare", "calibrate", "convert"]
 """The stage that an option affects: capture and observers, running the batches, or everything after that."""
 
@@ -205,6 +208,15 @@ class Settings:
         "(`capture.normal_form`)",
         "prepare",
         values=get_args(CaptureMethod),
+    )
+    result: Result = option(
+        "graph",
+        'what is returned: "graph", a GraphModule that is called with the arguments of the first batch; or "module", a '
+        "copy of the model, of its class, in which compressed layers stand under their own names, so that all of its "
+        "methods work, such as generate. Layers that cannot go back into it stay as they are",
+        "prepare",
+        "convert",
+        values=get_args(Result),
     )
     refit: bool | RefitMode | None = option(
         None,

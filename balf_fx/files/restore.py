@@ -11,9 +11,12 @@ from torch import Tensor, fx, nn
 
 from balf_fx.calibration.batches import Forward
 from balf_fx.capture.arguments import rebuild
+from balf_fx.capture.models import copy_model, plain_model
 from balf_fx.capture.normal_form import Method, capture
-from balf_fx.engine.rewriting import fill, find_features, finish, held_tensors, normalise, rewrite_as
+from balf_fx.engine.grafting import rebuild as rebuild_modules
+from balf_fx.engine.rewriting import fill, find_features, finish, held_tensors, normalise, rewrite_as, with_plan
 from balf_fx.errors import CalibrationError, PlanError
+from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Rank
 from balf_fx.graph.plan import Plan
 
@@ -37,18 +40,16 @@ class Stored:
         return self.plan.ranks
 
 
-def stored(graph_module: fx.GraphModule) -> Stored:
-    """The plan of a compressed graph, and all its tensors.
+def stored(compressed: nn.Module) -> Stored:
+    """The plan of a compressed model, and all its tensors.
 
     Raises:
         PassError: the module has no plan.
     """
-    return Stored(Plan.of(graph_module), dict(held_tensors(graph_module)))
+    return Stored(Plan.of(compressed), dict(held_tensors(compressed)))
 
 
-def restore(
-    found: Stored, model: nn.Module, example: Any | None = None, forward: Forward | None = None
-) -> fx.GraphModule:
+def restore(found: Stored, model: nn.Module, example: Any | None = None, forward: Forward | None = None) -> nn.Module:
     """Rebuild a compressed model.
 
     Args:
@@ -61,12 +62,31 @@ def restore(
         PlanError: the model has another architecture, or was captured as several graphs.
     """
     with torch.inference_mode(False), torch.no_grad():
+        if found.plan.modules is not None:
+            copied = copy_model(plain_model(model))
+            rebuild_modules(copied, found.plan.modules)
+            fill(copied, found.tensors)
+            return with_plan(copied, found.plan)
         graph_module = _captured_again(found.plan, model, example, forward)
         normalise(graph_module, found.plan.origin)
         find_features(graph_module, found.plan)
         rewrite_as(graph_module, found.plan)
         fill(graph_module, found.tensors)
     return finish(graph_module, found.plan)
+
+
+def recorded_call(origin: Origin, model: nn.Module) -> Forward:
+    """A function that calls a model with arguments in the shapes of the first batch.
+
+    Raises:
+        PlanError: these were not recorded.
+    """
+    if origin.arguments is None:
+        raise PlanError("the plan does not record the arguments of the model: pass example=, one batch")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    positional = rebuild(origin.arguments["positional"], device)
+    keywords = rebuild(origin.arguments["keywords"], device)
+    return lambda module, _: module(*positional, **keywords)
 
 
 def _captured_again(planned: Plan, model: nn.Module, example: Any | None, forward: Forward | None) -> fx.GraphModule:
@@ -79,12 +99,7 @@ def _captured_again(planned: Plan, model: nn.Module, example: Any | None, forwar
             + ("; pass options={'plan': ...} to torch.compile" if captured == "dynamo" else "")
         )
     if example is None:
-        if origin.arguments is None:
-            raise PlanError("the plan does not record the arguments of the model: pass example=, one batch")
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        positional = rebuild(origin.arguments["positional"], device)
-        keywords = rebuild(origin.arguments["keywords"], device)
-        example, forward = (), lambda module, _: module(*positional, **keywords)
+        example, forward = (), recorded_call(origin, model)
     try:
         return capture(model, example, forward, methods[captured])
     except CalibrationError as error:

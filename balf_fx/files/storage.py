@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from balf_fx.calibration.batches import Forward
 from balf_fx.errors import FileError
@@ -53,7 +53,7 @@ def write(found: Stored, path: str | os.PathLike[str]) -> None:
 
 def load(
     path: str | os.PathLike[str], model: nn.Module, *, example: Any | None = None, forward: Forward | None = None
-) -> fx.GraphModule:
+) -> nn.Module:
     """Read a compressed model from a file.
 
     Args:
@@ -65,7 +65,7 @@ def load(
         forward: a function forward(model, batch), if the example needs one.
 
     Returns:
-        The model that was saved, bit for bit.
+        The model that was saved, bit for bit: a GraphModule, or a copy of `model` with the compressed layers.
 
     Raises:
         FileError: the file is truncated, was changed, or was not written by balf_fx.

@@ -124,6 +124,26 @@ class Replaced:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The place of a layer and of its features in the user's model.
+
+    Attributes:
+        path: the path of its module.
+        inputs, outputs: the number of features that the model has before and behind it.
+        reads: [D], where the model has the features that the layer reads now; None for all of them, in their order.
+        writes: [O], where the model expects the features that the layer outputs now; None likewise.
+        axis: the axis of the features, counted from the end.
+    """
+
+    path: str
+    inputs: int
+    outputs: int
+    reads: torch.Tensor | None
+    writes: torch.Tensor | None
+    axis: int
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """The record of a whole graph.
 
@@ -142,6 +162,11 @@ class GraphRecord:
         orders: the kept features of widths in their new order, by `Width.key`; set by Pivot.
         hosts: the node in which heads of a width may get identity blocks, by `Width.key`; set by FindPivots.
         bases: C [heads, r, r] for widths whose heads get a new basis, by `Width.key`; set by Pivot (`ranks.bases`).
+        modules: the stock modules of the user's model by path (`graph.owners`), where layers go back into a copy of it;
+            None where the result is a graph.
+        unused: the parameters of such a model that its graph does not have.
+        folded: the path of each BatchNorm that was folded into a layer, with the layer's; set by FoldBatchNorm.
+        layouts: the places of the layers and their features in the user's model (`widths.layouts`), by `Site.name`.
         replaced: set by Factorize.
     """
 
@@ -161,6 +186,10 @@ class GraphRecord:
     orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
     hosts: Mapping[str, str] = field(default_factory=dict)
     bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    modules: Mapping[str, str] | None = None
+    unused: int = 0
+    folded: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     replaced: tuple[Replaced, ...] = ()
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from balf_fx.errors import PassError, PlanError
 from balf_fx.graph.allocation import Allocation, Choice
@@ -16,6 +16,7 @@ from balf_fx.graph.annotation import META_KEY, GraphRecord, Origin, Replaced
 from balf_fx.graph.certificate import Certificate, Tried
 from balf_fx.graph.curves import Candidate, Cost, EnergyCurve, Measure, Rank
 from balf_fx.graph.fingerprint import Fingerprint
+from balf_fx.graph.replacements import Recipe
 from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.graph.timing import Timing
 from balf_fx.version import __version__
@@ -24,7 +25,7 @@ FORMAT = 5
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
-"""The attribute of a finished GraphModule that holds its plan, like `meta`: copies keep `meta`, pickles attributes."""
+"""The attribute of a finished model that holds its plan, like `meta`: copies keep `meta`, pickles attributes."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Plan:
         layers: the layers that were replaced, with fingerprints of the original weights.
         widths: the widths that were narrowed or reordered.
         versions: the versions of balf_fx and torch.
+        modules: what stands in place of which modules of the user's model (`graph.replacements`), by path; None where
+            the result is a graph.
         certificate: what was certified about the mistakes of the model; None for a budget.
         timing: what was measured of its time; None unless the budget was one.
     """
@@ -89,11 +92,12 @@ class Plan:
     layers: tuple[Replaced, ...] = ()
     widths: tuple[PlannedWidth, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    modules: Mapping[str, Recipe] | None = None
     certificate: Certificate | None = None
     timing: Timing | None = None
 
     @classmethod
-    def of(cls, compressed: fx.GraphModule) -> Plan:
+    def of(cls, compressed: nn.Module) -> Plan:
         """The plan of a graph.
 
         Args:
@@ -253,9 +257,14 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         layers=tuple(_layer(layer) for layer in data["layers"]),
         widths=tuple(_width(width) for width in data["widths"]),
         versions=dict(data["versions"]),
+        modules=_recipes(data["modules"]),
         certificate=None if data["certificate"] is None else _certificate(data["certificate"]),
         timing=None if data["timing"] is None else Timing(**data["timing"]),
     )
+
+
+def _recipes(data: Mapping[str, Any] | None) -> Mapping[str, Recipe] | None:
+    return None if data is None else {str(path): Recipe.from_dict(each) for path, each in data.items()}
 
 
 def _certificate(data: Mapping[str, Any]) -> Certificate:

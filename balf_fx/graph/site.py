@@ -53,6 +53,7 @@ class Reason(str, Enum):
     SINGLE_INPUT = "one input value per group"
     TOO_SMALL = "no rank is cheaper than the dense layer"
     EXCLUDED = "excluded by the user"
+    FIXED = "its module does more than this layer, or shares it, so that no other module can take its place"
     ROUTER = "its output chooses experts, of which gradients know nothing"
     UNSEEN = "no finite calibration value has reached it"
 
@@ -72,6 +73,11 @@ class Refusal:
     kind: str
     reason: Reason
     detail: str = ""
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the layer keeps its weights bit for bit, so that it is neither refitted nor made narrower."""
+        return self.reason in (Reason.EXCLUDED, Reason.FIXED)
 
     def __str__(self) -> str:
         return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value

@@ -120,6 +120,7 @@ class Width:
         operands: for heads, how the product reads each producer.
         sequence_first: for heads, whether positions come first in the producers' outputs, before the batch.
         step: sizes below the full one are multiples of it.
+        padded: whether the model pads heads with zeros to their old size, so that their product costs what it did.
         layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In
             other graphs of the same model, nodes may have other names, but layers may not.
     """
@@ -142,6 +143,7 @@ class Width:
     operands: tuple[Operand, ...] = ()
     sequence_first: bool = False
     step: int = 1
+    padded: bool = False
     layer_names: tuple[str, ...] = ()
 
     @property

@@ -23,6 +23,7 @@ class Point:
             for other outputs the squared error relative to the mean square.
         agreement: the share of top-1 predictions that equal the original's; None if the model is not a classifier.
         accuracy: the share of correct top-1 predictions; None without labels.
+        perplexity: that of the next tokens; None if the data are no text.
     """
 
     budget: float
@@ -31,6 +32,7 @@ class Point:
     divergence: float
     agreement: float | None
     accuracy: float | None
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Sweep:
         points: the points for the budgets that can be reached, in their order.
         out_of_reach: the other budgets.
         minimum: the smallest budget that can be reached; None if all of them can.
+        perplexity: that of the original; None if the data are no text.
     """
 
     measure: Measure
@@ -53,6 +56,7 @@ class Sweep:
     points: tuple[Point, ...]
     out_of_reach: tuple[float, ...] = ()
     minimum: float | None = None
+    perplexity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The curve as plain data for JSON."""
@@ -76,14 +80,15 @@ class Sweep:
             raise FileError(f"this is not a sweep as JSON: {type(error).__name__} {error}") from error
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A table: headers, the original if its accuracy is known, and the points."""
-        headers = (self.measure, "FLOPs kept", "params kept", "same top-1", "divergence", "accuracy")
+        """A table: headers, the original if its accuracy or perplexity is known, and the points."""
+        last = "accuracy" if self.perplexity is None else "perplexity"
+        headers = (self.measure, "FLOPs kept", "params kept", "same top-1", "divergence", last)
         found: list[tuple[str, ...]] = [headers]
-        if self.accuracy is not None:
-            found.append(("dense", *(["100.00 %"] * 3), "0", _percent(self.accuracy)))
+        if self.accuracy is not None or self.perplexity is not None:
+            found.append(("dense", *(["100.00 %"] * 3), "0", _judged(self)))
         for point in self.points:
             shares = map(_percent, (point.flops_kept, point.params_kept, point.agreement))
-            found.append((f"{point.budget:g}", *shares, f"{point.divergence:.4g}", _percent(point.accuracy)))
+            found.append((f"{point.budget:g}", *shares, f"{point.divergence:.4g}", _judged(point)))
         return found
 
     @property
@@ -99,6 +104,11 @@ class Sweep:
         headers, *rows = self.rows()
         table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * len(headers))
         return f"{table}\n\n{self.note}"
+
+
+def _judged(found: Point | Sweep) -> str:
+    """The perplexity, or else the accuracy."""
+    return _percent(found.accuracy) if found.perplexity is None else f"{found.perplexity:.2f}"
 
 
 def _percent(share: float | None) -> str:

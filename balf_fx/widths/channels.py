@@ -206,7 +206,7 @@ class Finder:
         layer = read_layer(self.graph_module, node)
         shape = annotation(node).shape or ()
         if isinstance(layer, Site):
-            if _is_depthwise(layer, features) and self._owns(node, layer) and not _is_excluded(node):
+            if _is_depthwise(layer, features) and self._owns(node, layer) and not _is_kept(node):
                 space.between.append(node)
                 return [(site_input(node), axis)]
             if self.is_layer(node, layer) and axis == _feature_axis(layer, shape) and layer.out_features == features:
@@ -358,10 +358,10 @@ def _own_size(user: fx.Node, node: fx.Node, axis: int) -> Size:
     return Size(user.name, node.name, tuple(None if i == axis else i for i in range(len(shape))), shape)
 
 
-def _is_excluded(node: fx.Node) -> bool:
-    """Whether the user excluded the layer."""
+def _is_kept(node: fx.Node) -> bool:
+    """Whether the layer keeps its weights bit for bit."""
     refusal = annotation(node).refusal
-    return refusal is not None and refusal.reason is Reason.EXCLUDED
+    return refusal is not None and refusal.keeps_weights
 
 
 def _is_depthwise(layer: Site, features: int) -> bool:

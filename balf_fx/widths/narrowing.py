@@ -207,7 +207,7 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
     record = graph_record(graph_module)
     if record.allocation is None:
         return {}
-    changed = tuple(_changed(record))
+    changed = tuple(changed_widths(record))
     found: dict[str, Cut] = {}
     for name in dict.fromkeys(name for own in changed for name in own.width.producers):
         found[name] = _written(record, name, {own.width.key: own for own in changed})
@@ -254,7 +254,7 @@ def hosted_rows(graph_module: fx.GraphModule, name: str, cut: Cut) -> tuple[Tens
 
 
 @dataclass(frozen=True)
-class _Changed:
+class Changed:
     """A width that is narrowed or reordered.
 
     Attributes:
@@ -271,12 +271,20 @@ class _Changed:
     kept: Tensor | None
     order: Tensor | None
 
+    def read_places(self) -> Tensor:
+        """The places of the features that are read now among those that were read before."""
+        if self.kept is not None:
+            return self.kept
+        heads = torch.arange(self.width.heads * self.width.repeat).unsqueeze(1) * self.width.features
+        return (heads + torch.arange(self.size)).flatten()
+
     def narrowed(self, rows: Tensor) -> Narrowed:
         """Rows [heads, features] of the width."""
         return Narrowed(rows, None if self.maps is None else self.maps.right, self.kept)
 
 
-def _changed(record: GraphRecord) -> Iterator[_Changed]:
+def changed_widths(record: GraphRecord) -> Iterator[Changed]:
+    """The widths of a graph that its allocation narrows, or that get a new order."""
     curves = dict(zip((width.key for width in record.widths), record.width_curves, strict=False))
     for width in record.all_widths:
         size, order = record.size_of(width), record.orders.get(width.key)
@@ -286,10 +294,10 @@ def _changed(record: GraphRecord) -> Iterator[_Changed]:
         maps = None if curve is None else curve.maps(size)
         kept = None if maps is None else maps.kept
         positions = None if order is None else torch.argsort(torch.argsort(order))
-        yield _Changed(width, size, curve, maps, kept if order is None else order, positions)
+        yield Changed(width, size, curve, maps, kept if order is None else order, positions)
 
 
-def _written(record: GraphRecord, name: str, changed: Mapping[str, _Changed]) -> Cut:
+def _written(record: GraphRecord, name: str, changed: Mapping[str, Changed]) -> Cut:
     """The parts of a layer's output, some of them narrowed or reordered."""
     written: list[Narrowed] = []
     projected: list[Narrowed] = []

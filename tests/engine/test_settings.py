@@ -47,6 +47,7 @@ OTHERS = {
     "dense": ["2"],
     "strict": False,
     "capture": "export",
+    "result": "module",
     "refit": "up",
     "loss": loss,
     "weights": weights,
@@ -86,7 +87,7 @@ def test_prepare_calibrate_and_convert_take_every_option_between_them(prepared):
     doors = {
         "prepare": of_options(balf_fx.prepare, "model", "example", "forward", "sensitivity"),
         "calibrate": of_options(balf_fx.calibrate, "prepared", "batches", "forward"),
-        "convert": of_options(balf_fx.convert, "prepared", "batches", "forward"),
+        "convert": of_options(balf_fx.convert, "prepared", "batches", "forward", "model"),
     }
     assert {name for names in doors.values() for name in names} == set(FIELDS)
     for stage, found in doors.items():
@@ -158,7 +159,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
-    common += ["--multiple-of", "8", "--position-weights", "balf_fx_settings:weights"]
+    common += ["--result", "module", "--multiple-of", "8", "--position-weights", "balf_fx_settings:weights"]
     start = ["balf_fx_settings:net", "--data", "data.npz", "--seed", "3", *common]
     own = ["--params", "0.5", "--allocation", "uniform", "-o", "small.safetensors"]
     own += ["--confidence", "0.9", "--minimise", "params"]

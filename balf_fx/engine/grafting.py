@@ -1,0 +1,138 @@
+"""Puts compressed layers back into a copy of the user's model, which then is called as the model is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.batches import Forward, run_batch
+from balf_fx.capture.checks import close
+from balf_fx.capture.models import copy_model
+from balf_fx.errors import CalibrationError, GraftError, PlanError
+from balf_fx.graph.annotation import graph_record
+from balf_fx.graph.caches import NarrowCache, takes_cache
+from balf_fx.graph.curves import Solution
+from balf_fx.graph.layers import layers_of
+from balf_fx.graph.owners import children_after_norm
+from balf_fx.graph.parameters import grouped_bias, grouped_weight, put
+from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
+from balf_fx.graph.replacements import Recipe, describe, replacement, skeleton
+from balf_fx.graph.substitute import build
+
+_TIES = ("_tied_weights_keys", "all_tied_weights_keys")
+
+
+def graft(model: nn.Module, graph_module: fx.GraphModule, plan: Plan) -> tuple[nn.Module, dict[str, Recipe]]:
+    """A copy of the model with the layers of its compressed graph, and what was put where, now and earlier.
+
+    Args:
+        graph_module: with its records; its layers are used, not copied.
+    """
+    copied = copy_model(model)
+    found = dict(_replacements(copied, graph_module))
+    put_all(copied, {path: module for path, (_, module) in found.items()})
+    caches = dict(_caches(copied, graph_module, plan))
+    _narrow_caches(copied, caches)
+    earlier = Plan.of(model).modules if hasattr(model, PLAN_ATTRIBUTE) else None
+    return copied, {**(earlier or {}), **{path: recipe for path, (recipe, _) in found.items()}, **caches}
+
+
+def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
+    """Put modules with arbitrary weights in place of those of the model, one after another.
+
+    Raises:
+        PlanError: the model has another architecture.
+    """
+    for path, recipe in recipes.items():
+        if recipe.form == "cache":
+            continue
+        try:
+            old = model.get_submodule(path)
+        except AttributeError as error:
+            raise PlanError(f"the model has another architecture: there is no layer {path!r}") from error
+        put_all(model, {path: skeleton(recipe, old)})
+    _narrow_caches(model, {path: recipe for path, recipe in recipes.items() if recipe.form == "cache"})
+
+
+def _caches(model: nn.Module, graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, Recipe]]:
+    """The attention whose heads have become narrower, and the features that its cache needs."""
+    layouts = graph_record(graph_module).layouts
+    sizes: dict[str, dict[str, int]] = defaultdict(dict)
+    for width in plan.widths:
+        parents = {layouts[name].path.rpartition(".")[0] for name in width.layers if name in layouts}
+        if width.kind != "channels" and width.is_narrower and len(parents) == 1:
+            sizes[parents.pop()][width.kind] = width.size
+    for path, found in sizes.items():
+        if path and takes_cache(model.get_submodule(path)):
+            yield path, Recipe("cache", ranks=(found.get("queries"), found.get("values")))
+
+
+def _narrow_caches(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
+    for path, recipe in recipes.items():
+        keys, values = recipe.ranks
+        model.get_submodule(path).register_forward_pre_hook(NarrowCache(keys, values), with_kwargs=True)
+
+
+def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in place of others, under all of their names."""
+    new = {id(model.get_submodule(path)): module for path, module in modules.items()}
+    held = [(path, id(module)) for path, module in model.named_modules(remove_duplicate=False)]
+    for path, key in held:
+        if key in new:
+            new[key].train(model.get_submodule(path).training)
+            put(model, path, new[key])
+    _untie(model, set(modules))
+
+
+def _untie(model: nn.Module, replaced: set[str]) -> None:
+    """Let transformers no longer tie the weight of a layer that was replaced, in this model alone."""
+    for path, module in model.named_modules():
+        own = {name.removeprefix(f"{path}." if path else "") for name in replaced}
+        for name in _TIES:
+            ties = getattr(module, name, None)
+            if isinstance(ties, dict) and any(key.rpartition(".")[0] in own for key in ties):
+                setattr(module, name, {key: ties[key] for key in ties if key.rpartition(".")[0] not in own})
+
+
+def _replacements(model: nn.Module, graph_module: fx.GraphModule) -> Iterator[tuple[str, tuple[Recipe, nn.Module]]]:
+    record = graph_record(graph_module)
+    done = set()
+    for replaced in record.replaced:
+        layout = record.layouts[replaced.name]
+        done.add(layout.path)
+        holder = graph_module.get_submodule(replaced.name)
+        yield layout.path, replacement(holder, replaced, layout, model.get_submodule(layout.path))
+    names = {layout.path: name for name, layout in record.layouts.items()}
+    layers = layers_of(graph_module)
+    for norm, path in record.folded.items():
+        old = model.get_submodule(norm)
+        children = children_after_norm(old)
+        left = Recipe("children", children=children) if children else Recipe("identity")
+        yield norm, (left, skeleton(left, old))
+        if path not in done:
+            site, _ = layers[names[path]]
+            solution = Solution(None, grouped_weight(graph_module, site), grouped_bias(graph_module, site))
+            module = build(graph_module, site, [solution]).module
+            yield path, (Recipe("layer", (describe(module),)), module)
+
+
+def check_same(grafted: nn.Module, graph_module: fx.GraphModule, batch: Any, forward: Forward) -> None:
+    """Check that a model computes what the graph does from which its layers came.
+
+    Raises:
+        GraftError: it cannot run the batch, or returns something else.
+    """
+    cure = "; result='graph' returns the graph, and exclude= leaves layers as they are"
+    try:
+        got = run_batch(grafted, batch, forward, 0)
+    except CalibrationError as error:
+        raise GraftError(f"the model does not run with the compressed layers: {error}{cure}") from error
+    wanted = run_batch(graph_module, batch, forward, 0)
+    pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(got), strict=False)
+    for want, given in ((a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
+        if want.shape != given.shape or not close(want, given):
+            raise GraftError(f"the model with the compressed layers computes something else than their graph{cure}")

@@ -1,0 +1,57 @@
+"""Tells transformers of the method "balf" as soon as something imports transformers.
+
+transformers finds the method of a folder in a registry in memory, so its entry must be there before `from_pretrained`
+runs. Importing transformers for it takes seconds and needs it installed; so a finder waits for the import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from types import ModuleType
+
+_AWAITED = "transformers.quantizers.auto"
+
+
+def watch() -> None:
+    """Register the method now if transformers is imported already, else when it is."""
+    if _AWAITED in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    importlib.import_module("balf_fx.huggingface.quantizer")
+
+
+class _Finder(MetaPathFinder):
+    """Finds only the module that holds the registry, once."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _AWAITED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    """Loads the module as its own loader does, and then registers the method."""
+
+    def __init__(self, own: Loader) -> None:
+        self._own = own
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._own.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._own.exec_module(module)
+        _register()

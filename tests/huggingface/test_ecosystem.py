@@ -1,0 +1,181 @@
+"""What reads, writes, trains, quantizes and serves models of transformers does so with compressed ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_models import TINY_TEXT
+
+import balf_fx
+from balf_fx.errors import BalfError, FileError, PlanError
+from balf_fx.graph.replacements import Replacement
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = TINY_TEXT["vocab_size"]
+OPTIONS = {**TINY_TEXT, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": None}
+OPTIONS |= {"tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**OPTIONS)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(1, WORDS, (16, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def compressed(model, tokens):
+    options = {"flops": 0.6, "effort": "balanced", "progress": False}
+    return balf_fx.compile(model, [{"input_ids": tokens}], result="module", **options)
+
+
+@pytest.fixture
+def small(compressed):
+    return copy.deepcopy(compressed)
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    small.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def logits(net, tokens):
+    with torch.no_grad():
+        return net(tokens).logits
+
+
+def test_an_embedding_that_was_tied_to_the_head_keeps_its_weight(model, tokens, tmp_path):
+    options = {"effort": "fast", "progress": False, "allocation": {"lm_head_factors": 8}}
+    small = balf_fx.compile(model, [{"input_ids": tokens}], result="module", **options)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(small.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    small.tie_weights()
+    small.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for each in (small, again):
+        assert isinstance(each.lm_head, Replacement)
+    assert torch.equal(logits(again, tokens), logits(small, tokens))
+    assert small.config.tie_word_embeddings
+
+
+def test_a_folder_gives_the_model_back(small, folder, tokens):
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(again) is type(small)
+    assert torch.equal(logits(again, tokens), logits(small, tokens))
+    assert balf_fx.report(again).params_after == balf_fx.report(small).params_after
+    again.save_pretrained(folder / "again", max_shard_size="20KB")
+    assert len(list((folder / "again").glob("*.safetensors"))) > 1
+    third = transformers.LlamaForCausalLM.from_pretrained(folder / "again", device_map="cpu")
+    assert torch.equal(logits(third, tokens), logits(small, tokens))
+    half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(half, tokens).float(), logits(small, tokens), rtol=0.1, atol=0.3)
+    base = transformers.AutoModel.from_pretrained(folder)
+    torch.testing.assert_close(base(tokens).last_hidden_state, small.model(tokens).last_hidden_state)
+
+
+def test_importing_balf_fx_is_enough(folder):
+    start = "import balf_fx, sys; assert 'transformers' not in sys.modules; from transformers import AutoModel"
+    code = f"{start}; print(type(AutoModel.from_pretrained({str(folder)!r}).layers[0].self_attn.v_proj).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip().splitlines()[-1:] == ["Replacement"], done.stderr
+
+
+def test_damaged_folders_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, data = load_file(weights), json.loads(config.read_text())
+    path = next(path for path, recipe in balf_fx.Plan.from_dict(data["quantization_config"]["plan"]).modules.items())
+    without = {name: value for name, value in whole.items() if not name.startswith(path)}
+    save_file(without, weights, {"format": "pt"})
+    with pytest.raises(FileError, match="not complete"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    save_file(whole, weights, {"format": "pt"})
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FileError, match="truncated"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for change in ({"format": 99}, {"modules": {"elsewhere": data["quantization_config"]["plan"]["modules"][path]}}):
+        changed = copy.deepcopy(data)
+        changed["quantization_config"]["plan"] |= change
+        config.write_text(json.dumps(changed))
+        with pytest.raises(PlanError):
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_files_of_balf_fx_and_pickles_give_the_model_back(model, small, tokens, tmp_path):
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    again = balf_fx.load(tmp_path / "small.safetensors", model)
+    for other in (again, pickle.loads(pickle.dumps(small))):
+        assert torch.equal(logits(other, tokens), logits(small, tokens))
+        options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 3, "do_sample": False}
+        assert torch.equal(other.generate(tokens, **options), small.generate(tokens, **options))
+
+
+def test_half_precision(small, tokens):
+    want = logits(small, tokens)
+    half = small.to(torch.bfloat16)
+    assert half.dtype is torch.bfloat16
+    torch.testing.assert_close(logits(half, tokens).float(), want, rtol=0.1, atol=0.3)
+
+
+@pytest.mark.slow
+def test_torch_compile(small, tokens):
+    want = logits(small, tokens)
+    torch.testing.assert_close(logits(torch.compile(small, backend="aot_eager"), tokens), want, rtol=1e-4, atol=1e-4)
+
+
+def test_training_with_checkpoints(small, tokens, tmp_path):
+    pytest.importorskip("accelerate")
+    small.gradient_checkpointing_enable()
+    before = {name: value.clone() for name, value in small.named_parameters()}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = transformers.Trainer(small, arguments, train_dataset=rows)
+    trainer.train()
+    assert any(not torch.equal(value, before[name]) for name, value in small.named_parameters())
+    trainer.save_model(str(tmp_path / "trained"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    trained = transformers.Trainer(again, arguments, train_dataset=rows)
+    trained.train()
+
+
+def test_adapters_by_name(small, tokens):
+    peft = pytest.importorskip("peft")
+    names = ["v_proj.0", "q_proj.0", "q_proj.1", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(small, peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM"))
+    assert sum("lora_A" in name for name, _ in adapted.named_modules()) > len(names)
+    adapted(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_" in name)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), tokens), logits(adapted, tokens))
+
+
+def test_quantized_factors(small, tokens):
+    quantization = pytest.importorskip("torchao.quantization")
+    want = logits(small, tokens)
+    quantization.quantize_(small, quantization.Int8WeightOnlyConfig())
+    got = logits(small, tokens)
+    assert (got - want).norm() < 0.05 * want.norm()
+    assert not torch.equal(got, want)
+
+
+def test_a_graph_has_no_folder(tokens, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["plan"]["modules"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BalfError, match='result="module"'):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)

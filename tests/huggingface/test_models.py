@@ -1,0 +1,176 @@
+"""Compressed models of transformers are models of transformers: each family generates, caches and answers as before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import TINY_TEXT
+
+import balf_fx
+
+transformers = pytest.importorskip("transformers")
+
+WORDS, LENGTH = TINY_TEXT["vocab_size"], 8
+_TEXT = {**TINY_TEXT, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_TEXT |= {"max_position_embeddings": 32}
+_DECODER = {**_TEXT, "num_key_value_heads": 2}
+_GPT = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
+_GPT |= {"initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_PATCHES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+_PATCHES |= {"image_size": 16, "patch_size": 4, "initializer_range": 0.2}
+_BART = {"vocab_size": WORDS, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+_BART |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.2}
+_BART |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_BART |= {"forced_eos_token_id": None, "max_position_embeddings": 32}
+_T5 = {"vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+_T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None}
+
+DECODERS = {
+    "Llama": ("LlamaForCausalLM", _DECODER | {"tie_word_embeddings": True}),
+    "Qwen2": ("Qwen2ForCausalLM", _DECODER),
+    "Qwen3": ("Qwen3ForCausalLM", _DECODER | {"head_dim": 8}),
+    "Mistral": ("MistralForCausalLM", _DECODER | {"sliding_window": 5}),
+    "Gemma": ("GemmaForCausalLM", _DECODER | {"head_dim": 8}),
+    "Phi": ("PhiForCausalLM", _DECODER),
+    "Phi3": ("Phi3ForCausalLM", _DECODER),
+    "GPT-2": ("GPT2LMHeadModel", _GPT),
+    "NeoX": ("GPTNeoXForCausalLM", _TEXT),
+    "OPT": ("OPTForCausalLM", _TEXT | {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}),
+    "Falcon": ("FalconForCausalLM", _TEXT),
+}
+TRANSLATORS = {"T5": ("T5ForConditionalGeneration", _T5), "BART": ("BartForConditionalGeneration", _BART)}
+CLASSIFIERS = {
+    "BERT": ("BertForSequenceClassification", _TEXT),
+    "RoBERTa": ("RobertaForSequenceClassification", _TEXT | {"pad_token_id": 1}),
+    "ViT": ("ViTForImageClassification", _PATCHES),
+    "DINOv2": ("Dinov2ForImageClassification", _PATCHES),
+    "CLIP": ("CLIPVisionModel", _PATCHES),
+}
+FAMILIES = {**DECODERS, **TRANSLATORS, **CLASSIFIERS}
+
+
+def build(name):
+    class_name, options = FAMILIES[name]
+    kind = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    return kind(kind.config_class(**options)).eval()
+
+
+def batch(name, count=16, length=LENGTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if name in ("ViT", "DINOv2", "CLIP"):
+        return {"pixel_values": torch.randn(count, 3, 16, 16, generator=generator)}
+    tokens = torch.randint(3, WORDS, (count, length), generator=generator)
+    if name in TRANSLATORS:
+        return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)[:, : length - 2]}
+    return {"input_ids": tokens}
+
+
+@pytest.fixture(scope="module")
+def compressed():
+    """Each family's model, what it was compressed to, and the graph with the same layers."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            graphs = []
+            with pytest.MonkeyPatch.context() as patch:
+                check = balf_fx.api.check_same
+                patch.setattr(balf_fx.api, "check_same", lambda *args: (graphs.append(args[1]), check(*args)))
+                model = build(name)
+                options = {"flops": 0.65, "effort": "balanced", "progress": False}
+                small = balf_fx.compile(model, [batch(name)], result="module", **options)
+            found[name] = model, small, graphs[0]
+        return found[name]
+
+    return of
+
+
+def answer(output):
+    return output[0] if isinstance(output, tuple) else output.get("logits", output[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_compressed_model_is_a_smaller_model_of_its_class(name, compressed):
+    model, small, graph = compressed(name)
+    assert type(small) is type(model)
+    assert small.config.model_type == model.config.model_type
+    assert small.device == model.device
+    assert small.dtype == model.dtype
+    report = balf_fx.report(small)
+    params = sum(parameter.numel() for parameter in small.parameters())
+    assert params == report.params_after
+    assert report.flops_kept <= 0.65
+    for seed in (0, 1):
+        given = batch(name, count=3, seed=seed)
+        fixed = {"use_cache": False} if name in (*DECODERS, *TRANSLATORS) else {}
+        torch.testing.assert_close(answer(small(**given)), answer(graph(**given, **fixed)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_caches_give_what_whole_sequences_give(name, compressed):
+    _, small, _ = compressed(name)
+    tokens = batch(name, count=2, length=7, seed=2)["input_ids"]
+    whole, cache, steps = small(tokens).logits, None, []
+    for index in range(tokens.shape[1]):
+        output = small(tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-4)
+
+
+def generate(model, name, *, count=2, **options):
+    given = {"input_ids": batch(name, count=count, length=5, seed=3)["input_ids"]}
+    given |= {"attention_mask": torch.ones_like(given["input_ids"])}
+    torch.manual_seed(0)
+    return model.generate(**{**given, **options}, max_new_tokens=6, min_new_tokens=6)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *TRANSLATORS])
+def test_greedy_beam_and_sampled_generation(name, compressed):
+    _, small, _ = compressed(name)
+    greedy = generate(small, name, do_sample=False)
+    assert torch.equal(greedy, generate(small, name, do_sample=False, use_cache=False))
+    beams = generate(small, name, num_beams=3, do_sample=False)
+    assert torch.equal(beams, generate(small, name, num_beams=3, do_sample=False, use_cache=False))
+    sampled = generate(small, name, do_sample=True)
+    assert torch.equal(sampled, generate(small, name, do_sample=True, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma", "GPT-2", "NeoX", "OPT"])
+def test_padding_on_the_left_changes_nothing(name, compressed):
+    _, small, _ = compressed(name)
+    tokens = batch(name, count=1, length=5, seed=4)["input_ids"]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), tokens], 1)
+    alone = generate(small, name, input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False)
+    beside = generate(small, name, input_ids=padded, attention_mask=(padded > 0).long(), do_sample=False)
+    assert torch.equal(beside[:, 3:], alone)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_caches_hold_no_zeros_of_narrower_heads(name, compressed):
+    model, small, _ = compressed(name)
+    tokens = batch(name, count=2, length=7, seed=2)["input_ids"]
+    sizes = {width.kind: width.size for width in balf_fx.plan(small).widths if width.kind != "channels"}
+    old, new = (each(tokens, use_cache=True).past_key_values.layers[0] for each in (model, small))
+    for kind, want, got in (("queries", old.keys, new.keys), ("values", old.values, new.values)):
+        assert got.shape == (*want.shape[:-1], sizes.get(kind, want.shape[-1]))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma", "Phi3"])
+def test_a_static_cache_gives_what_a_growing_one_gives(name, compressed):
+    _, small, _ = compressed(name)
+    growing = generate(small, name, do_sample=False)
+    cache = transformers.StaticCache(config=small.config, max_cache_len=16)
+    assert torch.equal(generate(small, name, do_sample=False, past_key_values=cache), growing)
+
+
+def test_hidden_states_and_attentions_keep_their_shapes(compressed):
+    model, small, _ = compressed("BERT")
+    given = batch("BERT", count=2)
+    want, got = (each(**given, output_hidden_states=True) for each in (model, small))
+    assert [value.shape for value in got.hidden_states] == [value.shape for value in want.hidden_states]
+    assert torch.equal(got.hidden_states[0], want.hidden_states[0])  # the embeddings are untouched
