@@ -73,9 +73,12 @@ def test_passes_are_listed_in_the_order_in_which_they_run(ran, images):
     followed = list(ran)
     ran.clear()
     balf_fx.compile(model, images, flops=0.6, progress=False, **balf_fx.AIR)
+    sized = list(ran)
+    ran.clear()
+    balf_fx.compile(model, images, latency=0.9, runner="eager", effort="fast", strict=False, progress=False)
     order = passes.__all__[1:]
     assert passes.__all__[0] == "Pass"
-    for run in (best, followed, ran):
+    for run in (best, followed, sized, ran):
         first = list(dict.fromkeys(run))
         assert [name for name in first if name != "Pivot"] == [  # allocations are tried without it
             name for name in order if name in first and name != "Pivot"
@@ -84,7 +87,7 @@ def test_passes_are_listed_in_the_order_in_which_they_run(ran, images):
         tried = last.index("Factorize") if last.count("Factorize") > 1 else 0  # the last allocation may be a new one
         last = [last[0], *last[tried + 1 :]]
         assert last == [name for name in order if name in last]
-    assert {*best, *followed, *ran} == set(order)
+    assert {*best, *followed, *sized, *ran} == set(order)
 
 
 def test_every_pass_is_listed():

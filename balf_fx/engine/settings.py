@@ -7,7 +7,6 @@ name, with these defaults and these descriptions. An option that is added here i
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ from typing import Any, Literal, get_args
 from balf_fx.calibration.batches import MEMORY, Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
+from balf_fx.engine.units import bytes_of, share_of
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Measure, Rank
@@ -45,11 +45,6 @@ FEW_SAMPLES = 32
 def few_samples(samples: int) -> int:
     """The number of samples for that, so that it takes a small part of the time that calibration takes."""
     return max(min(samples // 8, FEW_SAMPLES), 4)
-
-
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def option(default: Any, text: str, *stages: Stage, values: Collection[Any] = ()) -> Any:
@@ -330,36 +325,13 @@ class Settings:
         return self.latency is not None or (self.limit is not None and self.minimise == "latency")
 
     def latency_share(self, seconds: float | None = None) -> float:
-        """`latency` as a share of the original's time; 1 for a time if the original's is not known.
-
-        Args:
-            seconds: the original's time.
-
-        Raises:
-            OptionError: `latency` is neither a fraction nor a time.
-        """
-        if isinstance(self.latency, int | float) and not isinstance(self.latency, bool):
-            return float(self.latency)
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|us|s)\s*", str(self.latency).lower())
-        if not isinstance(self.latency, str) or found is None or float(found[1]) == 0:
-            raise OptionError(
-                f"latency must be a fraction in (0, 1], such as 0.6, or a time, such as '12ms', not {self.latency!r}"
-            )
-        return 1.0 if seconds is None else float(found[1]) * _SECONDS[found[2]] / seconds
+        """`latency` as a share of the original's time; arguments and errors as in `units.share_of`."""
+        return share_of(self.latency, seconds)
 
     @property
     def memory_bytes(self) -> int:
-        """`memory` as a number.
-
-        Raises:
-            OptionError: `memory` is not a number of bytes.
-        """
-        if isinstance(self.memory, int) and not isinstance(self.memory, bool) and self.memory >= 0:
-            return self.memory
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(self.memory).lower())
-        if not isinstance(self.memory, str) or found is None:
-            raise OptionError(f"memory must be a number of bytes, such as 2147483648 or '2G', not {self.memory!r}")
-        return int(float(found[1]) * _UNITS[found[2]])
+        """`memory` as a number; errors as in `units.bytes_of`."""
+        return bytes_of(self.memory)
 
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""

@@ -146,11 +146,10 @@ class Replacement(nn.Sequential):
         return found
 
     def _columns(self, value: Tensor) -> Tensor:
-        others, rank = features(self[0])
-        moved = value.movedim(self.recipe.axis, -1)
-        pivots, rest = torch.split_with_sizes(moved, [rank, others], -1)
-        output: Tensor = self[1](pivots + self[0](rest)).movedim(-1, self.recipe.axis)
-        return output.contiguous() if value.is_contiguous() else output  # the model may view it
+        (others, rank), axis = features(self[0]), self.recipe.axis
+        pivots, rest = torch.split_with_sizes(value if axis == -1 else value.movedim(axis, -1), [rank, others], -1)
+        output: Tensor = self[1](pivots + self[0](rest))
+        return output if axis == -1 else output.movedim(-1, axis).contiguous()  # the model may view it
 
     def _blocks(self, value: Tensor) -> Tensor:
         heads = self.recipe.heads

@@ -31,6 +31,7 @@ def weights(batch):
 
 OTHERS = {
     "params": 0.5,
+    "runner": "eager",
     "effort": "balanced",
     "factors": "svd",
     "widths": False,
@@ -71,7 +72,7 @@ def of_options(function, *own):
 
 
 def test_every_option_is_tried_here():
-    assert set(OTHERS) == set(FIELDS) - {"flops", "energy", "disagreement", "divergence", "validation"}
+    assert set(OTHERS) == set(FIELDS) - {"flops", "latency", "energy", "disagreement", "divergence", "validation"}
     assert all(value != DEFAULTS[name] for name, value in OTHERS.items())
     assert dataclasses.asdict(settings_from(OTHERS)) == {**dataclasses.asdict(Settings()), **OTHERS}
 
@@ -123,7 +124,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
         "weights": "--position-weights",
         "validation": "--validation-samples",
     }
-    budget = {"flops", "params", "energy", "allocation", *LIMITS}
+    budget = {"flops", "params", "latency", "energy", "allocation", *LIMITS}
     assert [name for name, word in words.items() if f"{word} " not in listed["compress"].replace("/", " ")] == []
     assert {name for name, word in words.items() if f"{word} " not in listed["sweep"].replace("/", " ")} == budget
 
@@ -159,7 +160,16 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
-    common += ["--result", "module", "--multiple-of", "8", "--position-weights", "balf_fx_settings:weights"]
+    common += [
+        "--runner",
+        "eager",
+        "--result",
+        "module",
+        "--multiple-of",
+        "8",
+        "--position-weights",
+        "balf_fx_settings:weights",
+    ]
     start = ["balf_fx_settings:net", "--data", "data.npz", "--seed", "3", *common]
     own = ["--params", "0.5", "--allocation", "uniform", "-o", "small.safetensors"]
     own += ["--confidence", "0.9", "--minimise", "params"]
