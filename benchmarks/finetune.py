@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import peft
 import torch
 from common import write_json
 from tabulate import tabulate
@@ -80,6 +79,8 @@ def fit(model: nn.Module, digits: Digits, rate: float, epochs: int) -> nn.Module
 
 def with_adapters(small: nn.Module) -> nn.Module:
     """A copy in which adapters alone are trained, one for each layer that compression changed."""
+    import peft  # takes long
+
     report = balf_fx.report(small)
     layers = [*report.factor_layers, *(row.name for row in report.sites if row.is_only_narrower)]
     torch.manual_seed(0)
