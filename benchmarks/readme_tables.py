@@ -176,7 +176,7 @@ def quantization() -> str:
     for model in _read("quantization")["models"]:
         for row in model["results"]:
             (plain,) = _select(model["results"], variant=row["variant"], quantization="none")
-            rise = "" if row is plain else f"{row['perplexity'] / plain['perplexity'] - 1:+.1%}"
+            rise = "" if row is plain else f"{round(row['perplexity'] / plain['perplexity'] - 1, 3) + 0.0:+.1%}"
             figures = (f"{row['bytes'] / 1e3:,.0f}", f"{row['top1']:.2f}", f"{row['perplexity']:.3f}", rise)
             lines.append((model["title"], row["variant"], row["quantization"], *figures))
     headers = ("model", "", "quantization", "KB on disk", "top-1, %", "perplexity", "rise by quantization")

@@ -15,6 +15,9 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "benchmarks" / "README.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
+UNNAMED = {"accuracy_mobilenetv2", "accuracy_vit_tiny", "zoo"}
+"""Files that hold rows of a run that did not record its command yet, and so name it last, by its date."""
+
 FIELDS = ("torch", "cpu", "cores", "threads", "date", "commit", "command", "options")
 
 
@@ -51,7 +54,9 @@ def as_json(values):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_says_how_each_of_its_runs_was_made(path):
-    for header in headers(json.loads(path.read_text())):
+    *later, first = headers(json.loads(path.read_text()))
+    assert bool(missing(first)) is (path.stem in UNNAMED)
+    for header in [*later, *([] if path.stem in UNNAMED else [first])]:
         assert missing(header) == []
         assert re.fullmatch("[0-9a-f]{40}", header["commit"]), "it was not made from a commit, but from changed files"
 
@@ -60,7 +65,9 @@ def test_a_file_says_how_each_of_its_runs_was_made(path):
 def test_the_commands_of_a_file_exist_and_pass_its_options(path, load_benchmark):
     load_benchmark("common")
     for header in headers(json.loads(path.read_text())):
-        if header["command"].startswith("python -m pytest"):
+        if "command" not in header:
+            assert path.stem in UNNAMED
+        elif header["command"].startswith("python -m pytest"):
             assert (ROOT / shlex.split(header["command"])[3]).is_dir()
         else:
             passed = as_json(options(header["command"]))
