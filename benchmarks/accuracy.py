@@ -3,8 +3,8 @@
 python benchmarks/accuracy.py --model resnet20 --json benchmarks/results/accuracy_resnet20.json
 
 Every method compresses the same model with the same calibration data, from scratch for every budget. What is kept is
-counted on the result. A method's cost is the time it takes over the time of plain forward passes over the calibration
-data, right before it.
+counted on the result. A method's cost is the processor time it takes over that of plain forward passes over the
+calibration data, right before it: unlike wall-clock time, it does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Row:
         images: calibration samples.
         top1, perplexity, kl: `evaluation.Figures`.
         flops_kept, params_kept: counted on the model, not computed.
-        seconds: of `balf_fx.compile`.
+        seconds: of processor time, of `balf_fx.compile`.
         forward_seconds: of plain forward passes over the calibration data.
     """
 
@@ -116,9 +116,9 @@ class Bench:
         """Compress and judge; a budget that is out of reach gives the closest that is not."""
         options = {measure: budget, "seed": self.seed, "strict": False, "progress": False, **METHODS[method]}
         forward_seconds = self._forward_seconds()
-        start = time.perf_counter()
+        start = time.process_time()
         model = balf_fx.compile(self.task.model, self.task.calibration, **options)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         flops, params = self._count(model)
         return Row(
             method,
@@ -139,11 +139,11 @@ class Bench:
         return flops, sum(parameter.numel() for parameter in model.parameters())
 
     def _forward_seconds(self) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.no_grad():
             for batch in self.task.calibration:
                 self.task.model(batch)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 class Results:

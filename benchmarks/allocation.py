@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from common import count_flops, write_json
@@ -35,6 +35,7 @@ from tqdm import tqdm
 import balf_fx
 from balf_fx.calibration.batches import forward_for, placeholder_values
 from balf_fx.engine.rewriting import rewrite
+from balf_fx.engine.settings import Settings
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.curves import RankCurve
 from balf_fx.passes import Allocate, Refit, Score, ScoreWidths
@@ -102,22 +103,29 @@ class Bench:
         self._forward = forward_for(task.model)
         self._flops = count_flops(task.model, task.calibration[0])
         self._wanted = answers(task.model, task.calibration)
-        self._scored = balf_fx.prepare(task.model, task.calibration[0], sensitivity=True)
-        balf_fx.calibrate(self._scored, task.calibration, seed=seed, progress=False)
-        Score("sensitivity")(self._scored)
-        ScoreWidths()(self._scored)
+        self._calibrated = balf_fx.prepare(task.model, task.calibration[0], sensitivity=True)
+        balf_fx.calibrate(self._calibrated, task.calibration, seed=seed, progress=False)
+        self._scored = {measure: self._score(measure) for measure in get_args(Measure)}
+
+    def _score(self, measure: Measure) -> fx.GraphModule:
+        """A copy with the loss of each rank and size, and the costs that they have under this measure."""
+        model = copy.deepcopy(self._calibrated)
+        for run in (Settings(**{measure: 1.0}).find_pivots(), Score("sensitivity"), ScoreWidths()):
+            run(model)
+        return model
 
     def row(self, weighting: str, measure: Measure, budget: float, refit: bool) -> Row:
         """Compress under a weighting, and judge."""
         batches = self.task.calibration
         if weighting == CHOSEN:
             asked = {measure: budget, "strict": False, "refit": refit, "progress": False}
-            model = balf_fx.convert(self._scored, batches=batches, **asked)
+            model = balf_fx.convert(self._calibrated, batches=batches, **asked)
         else:
-            allocated = self._allocated(Allocate(**{measure: budget}, strict=False, **WEIGHTINGS[weighting]))
+            allocate = Allocate(**{measure: budget}, strict=False, **WEIGHTINGS[weighting])
+            allocated = self._allocated(measure, allocate)
             if refit:
                 Refit([placeholder_values(allocated, batch, self._forward) for batch in batches])(allocated)
-            model = rewrite(allocated, pivot=False)
+            model = rewrite(allocated, pivot=True)
         kept = count_flops(model, self.task.calibration[0]) / self._flops
         figures = self.judge.figures(model)
         kl_calibration = self._divergence(model, self.task.calibration)
@@ -127,14 +135,14 @@ class Bench:
 
     def site_rows(self) -> Iterable[SiteRow]:
         """Compress one site after the other."""
-        for site, nodes in sites(self._scored).items():
+        for site, nodes in sites(self._scored["flops"]).items():
             curve, rank = annotation(nodes[0]).curve, max(site.break_even // 2, 1)
             if curve is not None:
-                model = rewrite(self._allocated(Allocate(ranks={site.name: rank})), pivot=False)
+                model = rewrite(self._allocated("flops", Allocate(ranks={site.name: rank})), pivot=True)
                 yield SiteRow(site.name, rank, self._divergence(model, self.task.calibration[:1]), _terms(curve, rank))
 
-    def _allocated(self, allocate: Allocate) -> fx.GraphModule:
-        model = copy.deepcopy(self._scored)
+    def _allocated(self, measure: Measure, allocate: Allocate) -> fx.GraphModule:
+        model = copy.deepcopy(self._scored[measure])
         allocate(model)
         return model
 

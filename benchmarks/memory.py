@@ -31,7 +31,7 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process: seconds of all, and resident memory before compression and at its peak."""
+    """Of one process: seconds of processor time, and resident memory before compression and at its peak."""
 
     images: int
     batch_size: int
@@ -49,17 +49,17 @@ def measure(images: int, batch_size: int, refit: RefitMode) -> Cost:
     batches = torch.randn(images, 3, 224, 224).split(batch_size)
     before = _peak_gib()
     forward_seconds = _forward_seconds(model, batches[0][:8]) * images / min(8, batch_size)
-    start = time.perf_counter()
+    start = time.process_time()
     balf_fx.compile(model, batches, flops=FLOPS, factors="sensitivity", refit=refit, progress=False)
-    return Cost(images, batch_size, refit, forward_seconds, time.perf_counter() - start, before, _peak_gib())
+    return Cost(images, batch_size, refit, forward_seconds, time.process_time() - start, before, _peak_gib())
 
 
 def _forward_seconds(model: torch.nn.Module, batch: torch.Tensor) -> float:
     with torch.no_grad():
         model(batch)
-        start = time.perf_counter()
+        start = time.process_time()
         model(batch)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def _peak_gib() -> float:

@@ -176,7 +176,7 @@ def quantization() -> str:
     for model in _read("quantization")["models"]:
         for row in model["results"]:
             (plain,) = _select(model["results"], variant=row["variant"], quantization="none")
-            rise = "" if row is plain else f"{row['perplexity'] / plain['perplexity'] - 1:+.1%}"
+            rise = "" if row is plain else f"{round(row['perplexity'] / plain['perplexity'] - 1, 3) + 0.0:+.1%}"
             figures = (f"{row['bytes'] / 1e3:,.0f}", f"{row['top1']:.2f}", f"{row['perplexity']:.3f}", rise)
             lines.append((model["title"], row["variant"], row["quantization"], *figures))
     headers = ("model", "", "quantization", "KB on disk", "top-1, %", "perplexity", "rise by quantization")
@@ -245,6 +245,17 @@ def memory() -> str:
     return markdown(lines, headers)
 
 
+def finetune() -> str:
+    """Top-1 after compression, and after training everything, or adapters alone."""
+    found = _read("finetune")
+    lines = [
+        (row["case"], f"{row['flops_kept']:.2f}", *(f"{row[key]:.1f}" for key in ("compressed", "trained", "adapted")))
+        for row in found["results"]
+    ]
+    headers = ("FLOPs kept", "compressed", "all parameters trained", "adapters alone")
+    return markdown(lines, (f"top-1, % (dense: {found['dense']:.1f})", *headers))
+
+
 def timings() -> str:
     """Times of all cases, and their ratios to what they were measured in turn with."""
     lines = []
@@ -273,6 +284,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "zoo": zoo,
     "memory": memory,
     "timings": timings,
+    "finetune": finetune,
 }
 
 

@@ -9,7 +9,8 @@ over the calibration data (LQER, arXiv 2402.02446; EoRA, arXiv 2410.21271), roun
 what is left moves into the bias. Everything is simulated in float32, and bytes are counted, not measured. Four kinds:
 
 * the dense model, rounded; and with a correction of rank r,
-* a model compressed to each budget, its factors rounded; and the same with a correction.
+* a model compressed to each budget, its factors rounded; and the same with a correction. All factors are pairs, since
+  combinations of pivots multiply their rounding errors.
 """
 
 from __future__ import annotations
@@ -210,10 +211,8 @@ def main(
     forms = [Format(*settings) for settings in itertools.product(bits, groups, ranks)]
     models = {_DENSE: task.model}
     for measure, share in budgets(task, flops, params):
-        options: dict[str, Any] = {measure: share}
-        models[f"{measure} {share:g}"] = balf_fx.compile(
-            task.model, task.calibration, effort=effort, seed=source["seed"], **options
-        )
+        options: dict[str, Any] = {measure: share, "effort": effort, "seed": source["seed"], "pivot": False}
+        models[f"{measure} {share:g}"] = balf_fx.compile(task.model, task.calibration, **options)
     total = len(models) * len(forms)
     found = list(tqdm(rows(task, judge, models, forms), total=total, desc="judging", unit="model", leave=False))
     click.echo(f"{task.title}, calibrated on {task.samples:,} samples; dense: {judge.dense}\n")

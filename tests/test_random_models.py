@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import balf_fx
 from balf_fx.backend import balf
 from balf_fx.errors import CaptureError, NoSiteError
+from balf_fx.graph.curves import each_rank
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1}
 
@@ -50,6 +51,7 @@ def draw(seed: int) -> tuple[RandomModel, list[Any], dict[str, Any]]:
         options |= rng.choice(({"factors": "air", "effort": "fast"}, {"factors": "svd", "effort": "fast"}))
     if rng.random() < 0.15:
         options["weights"] = _weights
+    options |= {"multiple_of": rng.choice((1, 1, 2, 4, 8)), "pivot": rng.random() < 0.7}
     return model, batches, options
 
 
@@ -118,6 +120,7 @@ def test_random_models(model_seed, tmp_path):
     if small is None:
         return
     check_costs(model, small, batches[0], options)
+    check_sizes(small, options)
     check_outputs(model, small, batches)
     check_copies(model, small, batches[0], tmp_path)
     again = balf_fx.compile(model, batches, **options)
@@ -144,6 +147,19 @@ def check_costs(model: RandomModel, small: nn.Module, batch: torch.Tensor, optio
         with pytest.raises(balf_fx.BalfError) as raised:
             balf_fx.compile(model, [batch], **{**options, "strict": True})
         assert getattr(raised.value, "minimum", 1.0) > budget - 1e-9
+
+
+def check_sizes(small: nn.Module, options: dict[str, Any]) -> None:
+    """Ranks, over all groups, and sizes are multiples where they are reduced; without pivots all maps are pairs."""
+    plan = balf_fx.plan(small)
+    for choice in plan.allocation.choices:
+        together = 1 if choice.site.has_experts else choice.site.groups
+        ranks = [rank for rank in each_rank(choice.chosen.rank) if rank is not None]
+        assert not [rank for rank in ranks if rank * together % options["multiple_of"]]
+    reduced = [width for width in plan.widths if width.size != width.features]
+    assert not [width for width in reduced if width.size % options["multiple_of"]]
+    if not options["pivot"]:
+        assert {row.form for row in balf_fx.report(small).sites} <= {"", "pair"}
 
 
 def check_outputs(model: nn.Module, small: nn.Module, batches: list[torch.Tensor]) -> None:

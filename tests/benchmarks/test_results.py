@@ -1,0 +1,101 @@
+"""Every results file says by which command, at which commit and where it was made, and the command still exists."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+COMMANDS = [
+    line
+    for block in re.findall(r"```console\n(.*?)```", (ROOT / "benchmarks" / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+UNNAMED = {"accuracy_mobilenetv2", "accuracy_vit_tiny", "zoo"}
+"""Files that hold rows of a run that did not record its command yet, and so name it last, by its date."""
+
+FIELDS = ("torch", "cpu", "cores", "threads", "date", "commit", "command", "options")
+
+
+def headers(found):
+    """Of a file's run and of those that it continues; pytest-benchmark has a form of its own."""
+    if "machine_info" in found:
+        return [{**found["machine_info"], "commit": found["commit_info"]["id"], "command": found["command"]}]
+    own = [{key: found[key] for key in FIELDS if key in found}]
+    return own + (headers(found["continues"]) if "continues" in found else [])
+
+
+def missing(header):
+    """The fields that a header should have and has not; pytest takes no options but those of the command."""
+    fields = FIELDS[:-1] if str(header.get("command")).startswith("python -m pytest") else FIELDS
+    return [field for field in fields if header.get(field) is None]
+
+
+def options(command):
+    """What a command of a benchmark passes, by name, defaults included; its folder of benchmarks is on the path.
+
+    Raises:
+        click.UsageError: the script has no such option, or the option no such value.
+    """
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    assert (ROOT / script).is_file(), f"{script} does not exist"
+    main = pytest.importorskip(Path(script).stem).main
+    return main.make_context(script, arguments).params
+
+
+def as_json(values):
+    return json.loads(json.dumps({name: value for name, value in values.items() if not isinstance(value, Path)}))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_says_how_each_of_its_runs_was_made(path):
+    *later, first = headers(json.loads(path.read_text()))
+    assert bool(missing(first)) is (path.stem in UNNAMED)
+    for header in [*later, *([] if path.stem in UNNAMED else [first])]:
+        assert missing(header) == []
+        assert re.fullmatch("[0-9a-f]{40}", header["commit"]), "it was not made from a commit, but from changed files"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_commands_of_a_file_exist_and_pass_its_options(path, load_benchmark):
+    load_benchmark("common")
+    for header in headers(json.loads(path.read_text())):
+        if "command" not in header:
+            assert path.stem in UNNAMED
+        elif header["command"].startswith("python -m pytest"):
+            assert (ROOT / shlex.split(header["command"])[3]).is_dir()
+        else:
+            passed = as_json(options(header["command"]))
+            assert {name: passed[name] for name in header["options"]} == header["options"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_exist(command, load_benchmark):
+    load_benchmark("common")
+    if command.startswith("python -m pytest"):
+        assert (ROOT / shlex.split(command)[3]).exists()
+    else:
+        options(command)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_what_a_header_leaves_out_is_noticed(field):
+    header = {**dict.fromkeys(FIELDS, "a"), "options": {}}
+    assert missing(header) == []
+    del header[field]
+    assert missing(header) == [field]
+    assert [missing(each) for each in headers({**dict.fromkeys(FIELDS, "a"), "continues": header})] == [[], [field]]
+
+
+@pytest.mark.parametrize("wrong", ["--no-such-option", "--model no_such_model", "--images many"])
+def test_what_a_script_does_not_take_is_noticed(wrong, load_benchmark):
+    load_benchmark("common")
+    with pytest.raises(click.UsageError):
+        options(f"python benchmarks/accuracy.py {wrong}")
+    with pytest.raises(AssertionError, match="does not exist"):
+        options("python benchmarks/no_such_script.py")
