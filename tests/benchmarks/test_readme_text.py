@@ -16,7 +16,9 @@ from balf_fx.engine.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FRONT, PASSES, MEASUREMENTS = (ROOT / "README.md", ROOT / "passes" / "README.md", ROOT / "benchmarks" / "README.md")
-NAMES = re.compile(r"ResNet-\d+|MobileNetV2|CIFAR-10|ViT-Tiny/16|stories260K|float64|[Tt]op-1|Python 3\.\d+|PyTorch 2\.\d+")
+NAMES = re.compile(
+    r"ResNet-\d+|MobileNetV2|CIFAR-10|ViT-Tiny/16|stories260K|float64|[Tt]op-1|Python 3\.\d+|PyTorch 2\.\d+"
+)
 WORDS = {3: "three", 6: "six", 8: "eight"}
 
 
