@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
+from balf_fx.cli.main import main as cli
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 COMMANDS = [
@@ -15,7 +17,7 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "benchmarks" / "README.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
-UNNAMED = {"accuracy_mobilenetv2", "accuracy_vit_tiny", "zoo"}
+UNNAMED = {"accuracy_mobilenetv2", "accuracy_resnet20", "accuracy_vit_tiny", "memory", "zoo"}
 """Files that hold rows of a run that did not record its command yet, and so name it last, by its date."""
 
 FIELDS = ("torch", "cpu", "cores", "threads", "date", "commit", "command", "options")
@@ -36,13 +38,16 @@ def missing(header):
 
 
 def options(command):
-    """What a command of a benchmark passes, by name, defaults included; its folder of benchmarks is on the path.
+    """What a command of a benchmark passes, by name, defaults included; the folder of benchmarks is on the path.
 
     Raises:
         click.UsageError: the script has no such option, or the option no such value.
     """
-    python, script, *arguments = shlex.split(command)
-    assert python == "python"
+    program, script, *arguments = shlex.split(command)
+    if program == "balf-fx":
+        parser = cli.commands[script].make_parser(click.Context(cli))  # values may name files that are only examples
+        return parser.parse_args(arguments)[0]
+    assert program == "python"
     assert (ROOT / script).is_file(), f"{script} does not exist"
     main = pytest.importorskip(Path(script).stem).main
     return main.make_context(script, arguments).params
