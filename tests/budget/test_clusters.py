@@ -10,6 +10,7 @@ from architectures import EVERYTHING, count_flops, count_params, make, rewritten
 from balf_fx.budget.clusters import find_clusters
 from balf_fx.budget.members import Member
 from balf_fx.graph.annotation import annotation, graph_record, sites
+from balf_fx.graph.curves import Cost
 
 MEASURES = pytest.mark.parametrize("measure", ["flops", "params"])
 
@@ -49,8 +50,8 @@ def test_options_are_efficient_and_their_costs_are_real(name, centred):
         for option in options[:: max(len(options) // 3, 1)]:
             narrow = carried_out(prepared, cluster, option)
             saved = count_flops(base, x) - count_flops(narrow, x)
-            assert saved == pytest.approx((last.flops - option.flops) * share, abs=0.01)
-            assert count_params(base) - count_params(narrow) == last.params - option.params
+            assert saved == pytest.approx((last.total.flops - option.total.flops) * share, abs=0.01)
+            assert count_params(base) - count_params(narrow) == last.total.params - option.total.params
 
 
 @MEASURES
@@ -93,8 +94,8 @@ def test_options_near_one_are_finer_and_their_costs_are_real(measure):
     for option in found[:: max(len(found) // 4, 1)]:
         narrow = carried_out(prepared, cluster, option)
         saved = count_flops(base, batches[0]) - count_flops(narrow, batches[0])
-        assert saved == options[-1].flops - option.flops
-        assert count_params(base) - count_params(narrow) == options[-1].params - option.params
+        assert saved == options[-1].total.flops - option.total.flops
+        assert count_params(base) - count_params(narrow) == options[-1].total.params - option.total.params
 
 
 @MEASURES
@@ -138,12 +139,12 @@ def test_clusters_are_the_joint_widths():
     assert {member.site.name: member.mixed for member in attention.members} == {"qkv": True, "proj": False}
     (share,) = attention.shares  # the product: what is smaller is padded
     assert sorted(part for _, part in share.shrinks) == [0.5, 0.5]
-    assert share.cost([1.0, 1.0]) == (share.flops, 0)
-    assert share.cost([0.5, 0.5]) == (share.flops // 2, 0)
-    assert share.cost([0.5, 1.0]) == share.cost([1.0, 0.5]) == (share.flops, 0)
-    assert share.cost([0.5, 0.75]) == (share.flops * 3 // 4, 0)
+    assert share.cost([1.0, 1.0]) == Cost(share.full.flops)
+    assert share.cost([0.5, 0.5]) == Cost(share.full.flops // 2)
+    assert share.cost([0.5, 1.0]) == share.cost([1.0, 0.5]) == Cost(share.full.flops)
+    assert share.cost([0.5, 0.75]) == Cost(share.full.flops * 3 // 4)
     apart = dataclasses.replace(share, level=False)
-    assert apart.cost([0.5, 1.0]) == (share.flops * 3 // 4, 0)
+    assert apart.cost([0.5, 1.0]) == Cost(share.full.flops * 3 // 4)
 
 
 def test_mixed_layers_have_no_ranks_of_their_own_once_narrowed():

@@ -9,6 +9,7 @@ import balf_fx
 from balf_fx.errors import PassError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import GraphRecord
+from balf_fx.graph.curves import Cost
 from balf_fx.graph.flops import count_flops
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import Plan, plan_of_records
@@ -96,7 +97,7 @@ def test_only_widths_that_have_shrunk_are_listed():
     channels = Width("channels", "fc", 16, ("fc",))
     record = GraphRecord(flops=100, widths=(channels, queries, values), width_curves=(None, curve, curve))
     allocation = Allocation(
-        "budget", "flops", 0.5, (), 0.25, 0.25, sizes={queries.key: 12, values.key: 16}, saved_elsewhere=(20, 3)
+        "budget", "flops", 0.5, (), 0.25, 0.25, sizes={queries.key: 12, values.key: 16}, saved_elsewhere=Cost(20, 3)
     )
     report = Report.of(plan_of_records([record], allocation))
     assert report.widths == (WidthRow("attention", "queries", 16, 12, 4, 0.75),)
