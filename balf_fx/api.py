@@ -36,7 +36,8 @@ from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
 from balf_fx.engine.rewriting import finish, with_plan
 from balf_fx.engine.run import run, solve
-from balf_fx.engine.settings import FEW_SAMPLES, Settings
+from balf_fx.engine.settings import Settings
+from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import storage
 from balf_fx.files.restore import Stored, recorded_call, stored
@@ -74,7 +75,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.
     """
-    settings = settings_from(options)
+    settings = settings_from(options).with_free()
     settings.allocate()  # checks the budget before any work is done
     model = plain_model(model)
     check_values(model)
@@ -191,7 +192,8 @@ def convert(
         NotCalibratedError: the graph has no observers, lacks those that the factors need, or was not calibrated.
         BudgetError: the budget cannot be reached; the message names the smallest one that can.
     """
-    settings, seen = settings_from(options, "convert"), [ordinary(batch) for batch in batches if not is_empty(batch)]
+    settings = settings_from(options, "convert").with_free()
+    seen = [ordinary(batch) for batch in batches if not is_empty(batch)]
     settings.allocate()
     if settings.factors is None and settings.effort != "fast":
         observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]

@@ -7,8 +7,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -24,7 +25,11 @@ from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.site import Site
 from balf_fx.passes.base import Pass
 
-Method = Literal["budget", "uniform", "energy"]
+Method = Literal["budget", "uniform", "energy", "free"]
+
+
+_ROUNDING = torch.finfo(torch.float32).eps ** 2
+"""The share of a weight's energy below which singular values are rounding errors of single precision."""
 
 
 IMPORTANCE = 0.6
@@ -40,7 +45,8 @@ class Allocate(Pass):
             latency, times must be known (`Time`).
         method: "budget" minimises the sum over sites of distortion divided by the site's energy, with the Lagrangian
             dual followed by an exact search (`budget.knapsack`). "uniform" keeps the same share of every site's cost.
-            "energy" keeps the same share of every site's energy.
+            "energy" keeps the same share of every site's energy. "free" takes no budget, but the fewest FLOPs at which
+            the weights change by their own rounding.
         energy: the share of energy to keep, in (0, 1]; with method="energy" and no budget.
         importance: with method="budget", each site's normalised distortion is multiplied by `RankCurve.loss` to this
             power, where gradients are known.
@@ -67,10 +73,9 @@ class Allocate(Pass):
     def __post_init__(self) -> None:
         names = ("flops", "params", "latency", "energy")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if self.method not in ("budget", "uniform", "energy"):
-            raise OptionError(
-                f"allocation must be 'budget', 'uniform', 'energy' or a mapping of ranks, not {self.method!r}"
-            )
+        if self.method not in get_args(Method):
+            listed = ", ".join(map(repr, get_args(Method)))
+            raise OptionError(f"allocation must be one of {listed}, or a mapping of ranks, not {self.method!r}")
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise OptionError(f"{name} must be a fraction in (0, 1], such as 0.55 for 55 %, not {value!r}")
@@ -78,7 +83,9 @@ class Allocate(Pass):
             raise OptionError("energy= requires allocation='energy'")
         if self.ranks is not None and given:
             raise OptionError(f"explicit ranks cannot be combined with a budget: drop {', '.join(given)}")
-        if self.ranks is None and len(given) != 1:
+        if self.method == "free" and given:
+            raise OptionError(f"allocation='free' takes no budget: drop {', '.join(given)}")
+        if self.ranks is None and self.method != "free" and len(given) != 1:
             wanted = "flops=0.55, params=0.55 or latency=0.7"
             wanted += " or energy=0.95" if self.method == "energy" else ""
             raise OptionError(f"give exactly one budget, {wanted}; got {', '.join(given) or 'none'}")
@@ -118,6 +125,9 @@ class Allocate(Pass):
         weights = _weights(list(problem.curves.values()), self.importance)
         if self.method == "budget" and self.ranks is None:
             found = self._least_loss(problem, weights)
+        elif self.method == "free":
+            rows, _ = self._options(problem, weights)
+            found = _Spread([_cheapest_without_loss(row, self.measure) for row in rows])
         elif self.ranks is not None:
             found = _Spread(explicit_candidates(problem.curves, self.ranks))
         elif self.target is None:
@@ -326,6 +336,12 @@ def _mean_loss(curves: Sequence[RankCurve]) -> float:
 def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
     """The ranks that cost less than dense in this measure, ascending, then dense."""
     return [c for c in curve.candidates[:-1] if c.cost(measure) < curve.dense.cost(measure)] + [curve.dense]
+
+
+def _cheapest_without_loss(row: _Row, measure: Measure) -> Candidate:
+    """The cheapest candidate of a site that changes no more than rounding does."""
+    free = (option for option in row.options if option.loss <= _ROUNDING)
+    return min(free, key=lambda option: option.cost(measure)).ranks[0]
 
 
 def _first_with_energy(curve: RankCurve, energy: float) -> Candidate:

@@ -105,7 +105,7 @@ def compress(output: Path, html: Path | None, as_json: bool, validation: int, **
         raise click.UsageError("a folder holds a model: pass --result module, or an --output ending in .safetensors")
     limited = {"disagreement", "divergence"} & set(options)
     try:
-        settings_from({**options, "validation": []} if limited else options).allocate()  # before any work
+        settings_from({**options, "validation": []} if limited else options).with_free().allocate()  # before any work
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     model = given.load_model()

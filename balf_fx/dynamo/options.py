@@ -110,6 +110,7 @@ def parse_options(given: Mapping[str, Any]) -> BackendOptions:
             if name not in (*shared, *own):
                 raise OptionError(f"there is no option {name!r}")
         settings = Settings(**{name: value for name, value in given.items() if name in shared})
+        settings = settings if "plan" in given else settings.with_free()
         return BackendOptions(settings, **{name: value for name, value in given.items() if name in own})
     except OptionError as error:
         listed = ", ".join((*shared, *own))

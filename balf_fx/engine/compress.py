@@ -28,9 +28,9 @@ from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_w
 from balf_fx.calibration.weights import weighing
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.rewriting import normalise
-from balf_fx.engine.settings import Settings, few_samples
+from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled
-from balf_fx.engine.stages import work_of
+from balf_fx.engine.stages import few_samples, work_of
 from balf_fx.engine.timing import Watch
 from balf_fx.engine.trials import allocate_faithfully, plan_trial
 from balf_fx.engine.weighing import call_weights

@@ -38,14 +38,6 @@ Result = Literal["graph", "module"]
 Stage = Literal["prepare", "calibrate", "convert"]
 """The stage that an option affects: capture and observers, running the batches, or everything after that."""
 
-FEW_SAMPLES = 32
-"""The most samples on which allocations without gradients are measured: few, since that is the fast way."""
-
-
-def few_samples(samples: int) -> int:
-    """The number of samples for that, so that it takes a small part of the time that calibration takes."""
-    return max(min(samples // 8, FEW_SAMPLES), 4)
-
 
 def option(default: Any, text: str, *stages: Stage, values: Collection[Any] = ()) -> Any:
     """A field of `Settings`.
@@ -65,8 +57,9 @@ class Settings:
 
     flops: float | None = option(
         None,
-        "the fraction of the whole model's FLOPs to keep, in (0, 1], as torch.utils.flop_counter counts them. This or "
-        "params is the budget",
+        "the fraction of the whole model's FLOPs to keep, in (0, 1], as torch.utils.flop_counter counts them. This, "
+        "params or latency is the budget. Without any, only what is free is removed: what changes the weights by no "
+        "more than their rounding",
         "convert",
     )
     params: float | None = option(
@@ -282,6 +275,19 @@ class Settings:
             )
         if self.limit is None and self.validation is not None:
             raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")
+
+    def with_free(self) -> Settings:
+        """The settings for what is free if there is no budget: it needs no statistics, since any input shall do.
+
+        Raises:
+            OptionError: a refit is asked for without a budget.
+        """
+        budget = (self.flops, self.params, self.latency, self.energy, self.limit)
+        if self.allocation not in ("budget", "free") or any(value is not None for value in budget):
+            return self
+        if self.refit or self.factors not in (None, "svd"):
+            raise OptionError("without a budget, nothing is lost that factors or a refit could recover: give a budget")
+        return dataclasses.replace(self, allocation="free", factors="svd", refit=False, widths=False)
 
     @property
     def limit(self) -> float | None:

@@ -13,8 +13,17 @@ from typing import Any
 
 from balf_fx.calibration.batches import sample_count
 from balf_fx.engine.program import Program
-from balf_fx.engine.settings import FEW_SAMPLES, Settings
+from balf_fx.engine.settings import Settings
 from balf_fx.graph.annotation import annotation, graph_record, sites
+
+FEW_SAMPLES = 32
+"""The most samples on which allocations without gradients are measured: few, since that is the fast way."""
+
+
+def few_samples(samples: int) -> int:
+    """The number of samples for that, so that it takes a small part of the time that calibration takes."""
+    return max(min(samples // 8, FEW_SAMPLES), 4)
+
 
 _EIGENVECTORS = 200.0
 _GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes

@@ -287,7 +287,7 @@ def test_sweep_needs_something_to_compare_on(work):
     ("arguments", "message"),
     [
         (("--flops", "0.5", "--params", "0.5"), "give exactly one budget"),
-        ((), "give exactly one budget"),
+        (("--refit", "up"), "give a budget"),
         (("--flops", "2"), "Invalid value for '--flops'"),
         (("--flops", "0.5", "--output", "small.pt"), "does not end in .safetensors"),
         (("--flops", "0.5", "--output", "no/folder/small.safetensors"), "there is no folder"),

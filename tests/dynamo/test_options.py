@@ -15,7 +15,7 @@ from balf_fx.errors import OptionError, UnknownSiteError
     ("given", "message"),
     [
         ({"flop": 0.5}, "no option 'flop'"),
-        ({"calibration_steps": 4}, "exactly one budget"),
+        ({"calibration_steps": 4, "refit": True}, "give a budget"),
         ({"flops": 0.5, "params": 0.5}, "exactly one budget"),
         ({"flops": 55}, "fraction"),
         ({"flops": 0.5, "calibration_steps": 0}, "calibration_steps"),
@@ -35,9 +35,13 @@ def test_wrong_options_fail_at_compile_time(conv_net, images, given, message):
     assert "flops, params, latency" in str(caught.value)
 
 
-def test_no_options_at_all(conv_net, images):
-    with pytest.raises(OptionError, match="exactly one budget"), torch.no_grad():
-        torch.compile(conv_net, backend=balf)(images[0])
+def test_without_a_budget_what_is_free_is_removed(conv_net, images):
+    with torch.no_grad():
+        conv_net.block[4].weight[1:].zero_()
+        small = torch.compile(conv_net, backend=balf, options={"calibration_steps": 1, "inner": "eager"})
+        small(images[0])
+        torch.testing.assert_close(small(images[1]), conv_net(images[1]))
+    assert balf_fx.report(small).flops_kept < 1
 
 
 def test_include_and_exclude(conv_net, images):

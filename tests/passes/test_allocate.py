@@ -127,13 +127,17 @@ def test_a_budget_below_reach_names_the_reachable_minimum(scored):
     [
         ({}, "exactly one budget.*got none"),
         ({"flops": 0.5, "params": 0.5}, "exactly one budget.*got flops, params"),
+        ({"flops": 0.5, "method": "free"}, "takes no budget: drop flops"),
         ({"flops": 0}, r"fraction in \(0, 1\].*not 0"),
         ({"flops": 55}, r"fraction in \(0, 1\].*not 55"),
         ({"params": -0.1}, r"fraction in \(0, 1\]"),
         ({"flops": float("nan")}, r"fraction in \(0, 1\]"),
         ({"flops": "0.5"}, r"fraction in \(0, 1\]"),
         ({"flops": True}, r"fraction in \(0, 1\]"),
-        ({"flops": 0.5, "method": "best"}, "allocation must be 'budget', 'uniform', 'energy' or a mapping"),
+        (
+            {"flops": 0.5, "method": "best"},
+            "allocation must be one of 'budget', .*, or a mapping",
+        ),
         ({"energy": 0.5}, "requires allocation='energy'"),
         ({"method": "energy"}, "energy=0.95.*got none"),
         ({"method": "energy", "energy": 0.5, "flops": 0.5}, "exactly one"),
