@@ -18,7 +18,7 @@ class Timing:
         asked: the share of the original's time that was asked for.
         predicted: the share of the original's time by the times of single operations (`passes.Time`).
         measured: the median ratio of their times.
-        dense, compressed: the median seconds of each.
+        dense, compressed: the median seconds of each; the original with its BatchNorms folded, if they were.
     """
 
     runner: Runner
