@@ -79,9 +79,9 @@ def test_every_option_is_tried_here():
 
 def test_compile_takes_every_option():
     assert of_options(balf_fx.compile, "model", "calib_batches", "forward") == DEFAULTS
-    for name, value in OTHERS.items():  # without a budget, of which it is told first, or with one too many
+    for name, value in OTHERS.items():  # with one budget too many, of which it is told first
         with pytest.raises(OptionError, match="exactly one budget, flops"):
-            balf_fx.compile(nn.Identity(), [], **{"flops": 0.5 if name == "params" else None, name: value})
+            balf_fx.compile(nn.Identity(), [], **{"flops": 0.5, "params": 0.5, name: value})
 
 
 def test_prepare_calibrate_and_convert_take_every_option_between_them(prepared):
