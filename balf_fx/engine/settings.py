@@ -137,7 +137,7 @@ class Settings:
     allocation: Method | Mapping[str, Rank] | Plan = option(
         "budget",
         'how the budget is distributed over the sites: "budget" (least total loss), "uniform" (the same share of each '
-        "site's cost) or \"energy\" (the same share of each site's energy). Or, without a budget, \"free\", explicit "
+        'site\'s cost) or "energy" (the same share of each site\'s energy). Or, without a budget, "free", explicit '
         "ranks as {site: rank}, or the Plan of a model of the same architecture, whose ranks and widths are used",
         "convert",
     )
