@@ -198,7 +198,7 @@ class Allocate(Pass):
         for site, curve in curves.items():
             if site not in taken:
                 own_options = [
-                    Option((c,), (), cost_of(c), Cost(), weight_of[site] * curve.normalised(c.distortion))
+                    Option((c,), (), cost_of(c), FREE, weight_of[site] * curve.normalised(c.distortion))
                     for c in _cheaper_than_dense(curve, self.measure)
                 ]
                 rows.append(_Row((site,), (), tuple(own_options), FREE))

@@ -268,9 +268,8 @@ def _cluster(
             if not width.padded:
                 products.setdefault(width.product, []).append((index, share))
         shares += [_between(graph_module, nodes[name], index) for name in width.between]
-        passing = _passing(width, nodes)
-        if passing:
-            shares.append(Share(Cost(latency=passing), ((index, 1.0),)))
+        if graph_record(graph_module).nanoseconds is not None:
+            shares.append(Share(Cost(latency=_passing(width, nodes)), ((index, 1.0),)))
     for name, parts in products.items():
         shares.append(Share(_cost(nodes[name]), tuple(parts), has_level_heads(nodes[name])))
     members = []

@@ -75,7 +75,7 @@ class Calibration:
     @property
     def samples(self) -> int:
         """The number of samples that are calibrated on; a batch that cannot be counted is one."""
-        return sum(max(sample_count(batch), 1) for batch in self.batches) if self.seen is None else self.seen
+        return sum(map(samples_of, self.batches)) if self.seen is None else self.seen
 
     def only(self, indices: Sequence[int]) -> Calibration:
         """The same with some of the batches."""
@@ -173,7 +173,7 @@ class Stream:
     def __iter__(self) -> Iterator[Any]:
         left = self.keep
         for batch in self.batches:
-            samples = max(sample_count(batch), 1)
+            samples = samples_of(batch)
             self.sizes.append(samples)
             if left > 0:
                 self.kept.append(batch if samples <= left else some_samples(batch, 0, left))
@@ -267,6 +267,11 @@ def _looks_like_labels(value: Any) -> bool:
 def holds_tensor(value: Any) -> bool:
     """Whether a value, nested or not, contains a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def samples_of(batch: Any) -> int:
+    """The number of samples of a batch; one that cannot be counted is one sample."""
+    return max(sample_count(batch), 1)
 
 
 def sample_count(batch: Any) -> int:

@@ -223,7 +223,8 @@ def convert(
     # 1. Align, FindPivots, Score, ScoreWidths, Time: the loss and the cost of each rank and each size.
     score(program, settings, scoring)
     if watch is not None:
-        watch.measure_sites(trying)
+        measuring, trying = trying.spans([1.0, 2.0], ["timing layers", "trying allocations"])
+        watch.measure_sites(measuring)
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals() if watch is None else watch.totals())
     if isinstance(allocate, Allocate):
@@ -252,15 +253,17 @@ def _chosen(
     progress: Progress,
 ) -> tuple[Allocation, Timing | None]:
     """The allocation, the best of a few where they are compared, and its times where the budget is one."""
+    timed = None
     if watch is not None:  # with a target in the unit of the predictions, so that trials are not too large
-        allocate = watch.corrected(problem, allocate, min(watch.asked, 1.0)).option
+        timed = watch.corrected(problem, allocate, min(watch.asked, 1.0))
+        allocate = timed.option
     best = None
     if settings.measures and len(calibration.batches):
         best = _measured(program, settings, problem, allocate, calibration, progress)
-    if watch is None:
+    if watch is None or timed is None:
         return allocate.solve(problem) if best is None else best[1], None
-    option = allocate if best is None else best[0]
-    timed = watch.corrected(problem, option, option.latency or 1.0)
+    if best is not None and best[0] != timed.option:
+        timed = watch.corrected(problem, best[0], best[0].latency or 1.0)
     return timed.allocation, timed.timing
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from balf_fx.calibration.batches import sample_count
+from balf_fx.calibration.batches import samples_of
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.graph.annotation import annotation, graph_record, sites
@@ -51,7 +51,7 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any], stream
         streamed: the number of those that are read once.
     """
     totals, example = program.totals(), _example_samples(program)
-    samples = sum(max(sample_count(batch), 1) for batch in batches) + streamed * example or 1
+    samples = sum(map(samples_of, batches)) + streamed * example or 1
     forward = float(totals.flops) * samples / example
     gradients = settings.chosen_factors in ("sensitivity", "air")
     cubes = cholesky = 0.0

@@ -16,7 +16,7 @@ from typing import Any
 
 from balf_fx.budget.problem import Problem
 from balf_fx.calibration.answers import answers, divergence
-from balf_fx.calibration.batches import Calibration, sample_count, some_samples
+from balf_fx.calibration.batches import Calibration, samples_of, some_samples
 from balf_fx.calibration.weights import Weights
 from balf_fx.engine.program import Program
 from balf_fx.engine.solving import carry_out, settled, without_observers
@@ -120,15 +120,11 @@ class _Attempt:
 
 def _few(calibration: Calibration, refit: bool, most: int) -> tuple[Calibration, Calibration]:
     """A few samples for the refit, and others for the measurement."""
-    total = sum(map(_count, calibration.batches))
+    total = sum(map(samples_of, calibration.batches))
     if not refit or total < 2:
         return _samples(calibration, 0, 0), _samples(calibration, 0, min(most, total))
     size = min(most, total // 2)
     return _samples(calibration, 0, size), _samples(calibration, size, 2 * size)
-
-
-def _count(batch: Any) -> int:
-    return max(sample_count(batch), 1)
 
 
 def _samples(calibration: Calibration, start: int, stop: int) -> Calibration:
@@ -136,7 +132,7 @@ def _samples(calibration: Calibration, start: int, stop: int) -> Calibration:
     batches, weights = [], []
     seen = 0
     for index, batch in enumerate(calibration.batches):
-        count = _count(batch)
+        count = samples_of(batch)
         first, last = max(start - seen, 0), min(stop - seen, count)
         if first < last:
             given, whole = calibration.given(index, batch), last - first == count

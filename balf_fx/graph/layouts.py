@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from balf_fx.graph.annotation import annotation
+from balf_fx.graph.annotation import annotation, carried_meta
 from balf_fx.graph.operators import changes_in_place, operation
 
 _VIEWS = ("view", "_unsafe_view")
@@ -61,5 +61,5 @@ def allow_any_layout(graph_module: fx.GraphModule) -> None:
         for node in dict.fromkeys(output.all_input_nodes):
             if len(annotation(node).shape or ()) > 2 and operation(node) not in _PERMUTED:
                 made[node] = graph.call_method("contiguous", (node,))
-                made[node].meta = node.meta
+                made[node].meta = carried_meta(node, same_value=True)
     output.args = map_arg(output.args, lambda node: made.get(node, node))

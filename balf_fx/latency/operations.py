@@ -17,6 +17,8 @@ from balf_fx.graph.site import Conv, ConvGeometry, Site
 
 Kind = Literal["linear", Conv, "cat", "gather", "add"]
 
+_AXIS = 1  # of the features of a value
+
 Family = tuple[Kind, tuple[int, ...], bool, torch.dtype]
 """Operations that run the same kernels: the kind, the size of the kernel, whether there are groups, and the type."""
 
@@ -59,12 +61,12 @@ class Operation:
         """
         value = self._value(inputs)
         if self.kind == "cat":
-            return functools.partial(torch.cat, [value, self._value(outputs)], self._axis)
+            return functools.partial(torch.cat, [value, self._value(outputs)], _AXIS)
         if self.kind == "add":
             return functools.partial(torch.add, value, self._value(inputs))
         if self.kind == "gather":
             order = torch.arange(outputs, device=self.device) % inputs
-            return functools.partial(torch.index_select, value, self._axis, order)
+            return functools.partial(torch.index_select, value, _AXIS, order)
         bias = torch.ones(self.groups * outputs, dtype=self.dtype, device=self.device)
         if self.conv is None:
             return functools.partial(F.linear, value, self._ones(outputs, inputs), bias)
@@ -80,10 +82,6 @@ class Operation:
         weight = self._ones(self.groups * inputs, outputs, *kernel)
         added = conv.output_padding
         return functools.partial(convolve, value, weight, bias, conv.stride, padding, added, self.groups, conv.dilation)
-
-    @property
-    def _axis(self) -> int:
-        return 1
 
     def _value(self, features: int) -> Tensor:
         return self._ones(self.positions[0], self.groups * features, *self.positions[1:])

@@ -48,8 +48,13 @@ def seconds(task: Task, device: torch.device, repeats: int = 1) -> float:
 def least_seconds(task: Task, device: torch.device) -> float:
     """The least seconds of a few calls after a first one: what else runs on the machine can only add to them."""
     first = seconds(task, device)
-    repeats = max(1, min(round(_SHORT / max(first, 1e-7)), 100))
-    return min(seconds(task, device, repeats) for _ in range(max(2, min(round(_ENOUGH / max(first, 1e-7)), 8))))
+    repeats, measurements = _fitting(_SHORT, first, 100), max(2, _fitting(_ENOUGH, first, 8))
+    return min(seconds(task, device, repeats) for _ in range(measurements))
+
+
+def _fitting(available: float, each: float, most: int) -> int:
+    """How many times a task fits into the seconds that are available, at least once."""
+    return max(1, min(round(available / max(each, 1e-7)), most))
 
 
 def race(first: Task, second: Task, device: torch.device, rounds: int, warmup: int = 2) -> Race:
@@ -60,7 +65,7 @@ def race(first: Task, second: Task, device: torch.device, rounds: int, warmup: i
     """
     tasks = (first, second)
     for _ in range(warmup):
-        repeats = [max(1, min(round(_SHORT / max(seconds(task, device), 1e-7)), 100)) for task in tasks]
+        repeats = [_fitting(_SHORT, seconds(task, device), 100) for task in tasks]
     pairs = [[seconds(task, device, count) for task, count in zip(tasks, repeats, strict=True)] for _ in range(rounds)]
     medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
     return Race(medians[0], medians[1], statistics.median(other / one for one, other in pairs))
