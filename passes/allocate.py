@@ -7,13 +7,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.budget.clusters import Option, cost_of
+from balf_fx.budget.clusters import Option
 from balf_fx.budget.explicit import explicit_candidates
 from balf_fx.budget.knapsack import dual, minimum_cost, solve
 from balf_fx.budget.problem import Problem, Totals, drawn, pose, settle
@@ -127,7 +128,7 @@ class Allocate(Pass):
             found = self._least_loss(problem, weights)
         elif self.method == "free":
             rows, _ = self._options(problem, weights)
-            found = _Spread([_cheapest_without_loss(row, self.measure) for row in rows])
+            found = _Spread(list(map(_cheapest_without_loss, rows)))
         elif self.ranks is not None:
             found = _Spread(explicit_candidates(problem.curves, self.ranks))
         elif self.target is None:
@@ -154,7 +155,7 @@ class Allocate(Pass):
     def _least_loss(self, problem: Problem, weights: Sequence[float]) -> _Spread:
         """The least total loss within the budget."""
         options, fixed = self._options(problem, weights)
-        budget = self._reachable(self._costs(options), fixed, problem.totals)
+        budget = self._reachable([row.costs for row in options], fixed, problem.totals)
         options = self._even(options, budget)
         picked, multiplier = self._cheapest(options, budget)
         grids, multipliers = [options], [multiplier]
@@ -193,49 +194,36 @@ class Allocate(Pass):
                 self.measure,
                 None if near is None else near[cluster.keys],
             )
-            rows.append(_Row(tuple(own), cluster.keys, tuple(options), cluster.full))
+            rows.append(_Row(tuple(own), cluster.keys, tuple(options), cluster.full, self.measure))
         taken = {site for row in rows for site in row.sites}
         for site, curve in curves.items():
             if site not in taken:
                 own_options = [
-                    Option((c,), (), cost_of(c), FREE, weight_of[site] * curve.normalised(c.distortion))
+                    Option((c,), (), c.total, FREE, weight_of[site] * curve.normalised(c.distortion))
                     for c in _cheaper_than_dense(curve, self.measure)
                 ]
-                rows.append(_Row((site,), (), tuple(own_options), FREE))
+                rows.append(_Row((site,), (), tuple(own_options), FREE, self.measure))
         dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
         return rows, totals.now(self.measure) - dense - sum(row.full.of(self.measure) for row in rows)
 
     def _even(self, rows: list[_Row], budget: int) -> list[_Row]:
         """The rows without options below `evenness`; all options if the budget would be out of reach."""
-        costs = self._costs(rows)
-        share = self.evenness * min(budget / max(sum(row[-1] for row in costs), 1), 1.0)
-        kept = [
-            dataclasses.replace(
-                row, options=tuple(o for o, cost in zip(row.options, own, strict=True) if cost >= share * own[-1])
-            )
-            for row, own in zip(rows, costs, strict=True)
-        ]
-        return kept if minimum_cost(self._costs(kept)) <= budget else rows
-
-    def _costs(self, rows: Sequence[_Row]) -> list[list[int]]:
-        return [[option.cost(self.measure) for option in row.options] for row in rows]
+        share = self.evenness * min(budget / max(sum(row.costs[-1] for row in rows), 1), 1.0)
+        kept = [row.from_cost(share * row.costs[-1]) for row in rows] if share > 0 else rows
+        return kept if minimum_cost([row.costs for row in kept]) <= budget else rows
 
     def _cheapest(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
         """The options with the least total loss within the budget, and the Lagrangian multiplier."""
-        costs = self._costs(rows)
-        if sum(row[-1] for row in costs) <= budget:
+        if sum(row.costs[-1] for row in rows) <= budget:
             return [(row, row.options[-1]) for row in rows], 0.0
-        solution = solve(costs, [[option.loss for option in row.options] for row in rows], budget)
+        solution = solve([row.costs for row in rows], [row.losses for row in rows], budget)
         return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
 
     def _bound(self, grids: Sequence[Sequence[_Row]], budget: int, multipliers: Sequence[float]) -> float:
         """A lower bound, from the dual, on the loss of every choice among the options of all grids."""
-        rows = [
-            dataclasses.replace(same[0], options=tuple(option for row in same for option in row.options))
-            for same in zip(*grids, strict=True)
-        ]
-        losses = [[option.loss for option in row.options] for row in rows]
-        return max(dual(self._costs(rows), losses, budget, multiplier) for multiplier in multipliers)
+        costs = [[cost for row in same for cost in row.costs] for same in zip(*grids, strict=True)]
+        losses = [[loss for row in same for loss in row.losses] for same in zip(*grids, strict=True)]
+        return max(dual(costs, losses, budget, multiplier) for multiplier in multipliers)
 
     def _reachable(self, costs: Sequence[Sequence[int]], fixed: int, totals: Totals) -> int:
         total = totals.of(self.measure)
@@ -314,12 +302,27 @@ class _Row:
 
     Attributes:
         full: the current cost of operations that are not sites but whose cost depends on the widths.
+        measure: what the budget limits.
     """
 
     sites: tuple[Site, ...]
     widths: tuple[str, ...]
     options: tuple[Option, ...]
     full: Cost
+    measure: Measure
+
+    @cached_property
+    def costs(self) -> list[int]:
+        return [option.cost(self.measure) for option in self.options]
+
+    @cached_property
+    def losses(self) -> list[float]:
+        return [option.loss for option in self.options]
+
+    def from_cost(self, least: float) -> _Row:
+        """The row without the options that cost less."""
+        pairs = zip(self.options, self.costs, strict=True)
+        return dataclasses.replace(self, options=tuple(option for option, cost in pairs if cost >= least))
 
 
 def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:
@@ -338,10 +341,10 @@ def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
     return [c for c in curve.candidates[:-1] if c.cost(measure) < curve.dense.cost(measure)] + [curve.dense]
 
 
-def _cheapest_without_loss(row: _Row, measure: Measure) -> Candidate:
+def _cheapest_without_loss(row: _Row) -> Candidate:
     """The cheapest candidate of a site that changes no more than rounding does."""
     free = (option for option in row.options if option.loss <= _ROUNDING)
-    return min(free, key=lambda option: option.cost(measure)).ranks[0]
+    return min(free, key=lambda option: option.cost(row.measure)).ranks[0]
 
 
 def _first_with_energy(curve: RankCurve, energy: float) -> Candidate:

@@ -70,12 +70,7 @@ class Option:
         """The same option with another candidate for one of the members."""
         old = self.ranks[index]
         ranks = (*self.ranks[:index], new, *self.ranks[index + 1 :])
-        return Option(ranks, self.sizes, self.total - cost_of(old) + cost_of(new), self.others, loss)
-
-
-def cost_of(candidate: Candidate) -> Cost:
-    """The cost of a candidate in each measure."""
-    return Cost(candidate.flops, candidate.params, candidate.latency)
+        return Option(ranks, self.sizes, self.total - old.total + new.total, self.others, loss)
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ class _Menu:
     def option(self, picked: Sequence[int], sizes: tuple[int, ...], loss: float) -> Option:
         """The option of one choice at these sizes."""
         ranks = tuple(map(getitem, self.candidates, picked))
-        return Option(ranks, sizes, sum(map(cost_of, ranks), self.others), self.others, loss)
+        return Option(ranks, sizes, sum((each.total for each in ranks), self.others), self.others, loss)
 
 
 @dataclass(frozen=True)

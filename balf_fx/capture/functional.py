@@ -9,6 +9,7 @@ What a graph writes to its inputs and buffers is held back until the graph is fi
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,19 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from balf_fx.calibration.batches import MODEL_ERRORS, sample_count, some_samples
 from balf_fx.capture.arguments import copied
 from balf_fx.capture.outofplace import out_of_place, view_instead
 from balf_fx.errors import CaptureError
 from balf_fx.graph.effects import add_effect
 from balf_fx.graph.operators import AUGMENTED, changes_in_place, is_opaque_call, operation
 from balf_fx.graph.views import view_steps, write_through
+
+_FEW = 2  # samples; with one, more values would share memory
+
+
+_LOGGER = logging.getLogger(__name__)
+
 
 _PIECES = {"chunk": 2, "split": 2, "split_with_sizes": 2, "tensor_split": 2, "unbind": 1}
 """Functions that return a tuple of views, with the position of their argument `dim`."""
@@ -42,12 +50,38 @@ def make_functional(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None
     nodes = graph_module.graph.nodes
     if not any(changes_in_place(graph_module, node) or is_opaque_call(node) for node in nodes):
         return
+    _Rewriter(graph_module, _watched(graph_module, inputs)).run()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _watched(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> _Watch:
+    """Run the graph on the example, or on two of its samples if these show as much."""
+    few = some_samples(tuple(inputs), 0, _FEW)
+    if _writes_plainly(graph_module) and sample_count(inputs) > _FEW:
+        try:
+            return _run(graph_module, few)
+        except MODEL_ERRORS:
+            _LOGGER.debug("the graph does not run on fewer samples than the example has", exc_info=True)
+    return _run(graph_module, inputs)
+
+
+def _writes_plainly(graph_module: fx.GraphModule) -> bool:
+    """Whether all writes are element by element, to whole values: the number of samples then does not matter."""
+    for node in graph_module.graph.nodes:
+        plain = node.op == "call_module" or node.target in AUGMENTED or bool(node.kwargs.get("inplace", False))
+        if operation(node) in _PIECES or is_opaque_call(node):
+            return False
+        if changes_in_place(graph_module, node) and not plain:
+            return False
+    return True
+
+
+def _run(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> _Watch:
     seen = _Watch(graph_module)
     with torch.no_grad():
         seen.run(*copied(tuple(inputs)))
-    _Rewriter(graph_module, seen).run()
-    graph_module.graph.lint()
-    graph_module.recompile()
+    return seen
 
 
 class _Alias(NamedTuple):

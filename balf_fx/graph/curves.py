@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -101,6 +102,11 @@ class Candidate:
     distortion: float
     blocks: bool = False
     latency: int = 0
+
+    @cached_property
+    def total(self) -> Cost:
+        """Its cost in each measure."""
+        return Cost(self.flops, self.params, self.latency)
 
     def cost(self, measure: Measure) -> int:
         return int(getattr(self, measure))

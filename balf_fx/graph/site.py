@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Literal
 
 import torch
 
-from balf_fx.graph.curves import Form, Rank, each_rank
+from balf_fx.graph.curves import Form, Rank
 
 Side = Literal["output", "input"]
 
@@ -202,17 +203,25 @@ class Site:
         """How the map of a rank is written: with pivots, if that saves enough for the values that it moves."""
         if self.pivots is None or rank is None:
             return "pair"
-        form, moved = min(self._moved(rank), key=lambda item: item[1])
-        saved = sum(each * each for each in each_rank(rank) if each is not None)
-        return form if saved >= self.move * moved else "pair"
+        if isinstance(rank, int):
+            form, moved = self._cheapest_form
+            return form if rank * rank >= self.move * moved else "pair"
+        saved = sum(each * each for each in rank if each is not None)
+        return "rows" if saved >= self.move * self._moved_by_rows else "pair"
 
-    def _moved(self, rank: Rank) -> list[tuple[Form, int]]:
-        """The values that each form moves at a position: rows are concatenated, and those out of order are gathered."""
-        outputs = self.out_features * (1 if self.pivots == "rows" else 2)
-        found: list[tuple[Form, int]] = [("rows", outputs)]
-        if self.reads_each_once and not isinstance(rank, tuple):
-            found.append(("columns", 0 if self.pivots == "columns" else self.in_features))
-        return found
+    @property
+    def _moved_by_rows(self) -> int:
+        """The values that rows move at a position: they are concatenated, and those out of order are gathered."""
+        return self.out_features * (1 if self.pivots == "rows" else 2)
+
+    @cached_property
+    def _cheapest_form(self) -> tuple[Form, int]:
+        """The form that moves the fewest values where the whole site has one rank, and their number."""
+        rows: tuple[Form, int] = ("rows", self._moved_by_rows)
+        if not self.reads_each_once:
+            return rows
+        columns: tuple[Form, int] = ("columns", 0 if self.pivots == "columns" else self.in_features)
+        return min(rows, columns, key=lambda item: item[1])
 
     @property
     def has_experts(self) -> bool:

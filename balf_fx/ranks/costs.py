@@ -46,13 +46,17 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
 
 def _spread(rank: Rank) -> tuple[int, int, int]:
     """The first factor's outputs per group, the number of parts, and the number of parts that stay dense."""
+    if isinstance(rank, int):
+        return rank, 1, 0
     ranks = each_rank(rank)
     return sum(r or 0 for r in ranks), len(ranks), ranks.count(None)
 
 
 def _saved(site: Site, rank: Rank) -> int:
     """The numbers of a pair of factors that need not be stored where the map is written in another form, per group."""
-    return 0 if site.form(rank) == "pair" else sum(r * r for r in each_rank(rank) if r is not None)
+    if site.form(rank) == "pair":
+        return 0
+    return rank * rank if isinstance(rank, int) else sum(r * r for r in each_rank(rank) if r is not None)
 
 
 def possible_ranks(site: Site) -> list[int]:
@@ -66,9 +70,11 @@ def possible_ranks(site: Site) -> list[int]:
 
 def useful_ranks(site: Site) -> list[int]:
     """The possible ranks without those for which a higher one costs no more, ascending."""
+    if site.keeps_rank:
+        return []
     found: list[int] = []
     least = site.out_features * site.in_features
-    for rank in reversed(possible_ranks(site)):
+    for rank in reversed(range(site.step, site.full_rank, site.step)):
         cost = rank * (site.out_features + site.in_features) - _saved(site, rank)
         if cost < least:
             found.append(rank)

@@ -258,3 +258,29 @@ def test_a_buffer_that_forward_replaces():
         expected = copy.deepcopy(model)
         for _ in range(2):
             torch.testing.assert_close(again(X), expected(X))
+
+
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [
+        (lambda net, x: net.b(net.relu(net.a(x))), [2]),
+        (lambda net, x: net.b(net.a(x).view(6, 8).relu_()), [6]),  # relu_ may be given a view
+        (lambda net, x: net.b(net.relu(net.a(x)).view(6, 8)), [2, 6]),  # two samples do not have this shape
+        (lambda net, x: torch.cat(net.relu(net.a(x)).split(3)), [6]),  # the number of pieces depends on the samples
+    ],
+    ids=["elementwise", "method", "a fixed shape", "pieces of the batch"],
+)
+def test_memory_is_watched_on_two_samples_where_their_number_does_not_matter(monkeypatch, function, seen):
+    sizes, run = [], fx.Interpreter.run
+
+    def counted(self, *args, **kwargs):
+        if type(self).__name__ == "_Watch":
+            sizes.append(len(args[0]))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(fx.Interpreter, "run", counted)
+    model = Net(function).eval()
+    graph_module = capture(model, X, method="symbolic_trace")
+    assert sizes == seen
+    assert torch.equal(graph_module(X), model(X))
+    assert not any(changes_in_place(graph_module, node) for node in graph_module.graph.nodes)
