@@ -14,7 +14,7 @@ import torch
 from small_models import ConvNet, randomise_batchnorm
 from torch import nn
 
-RANDOM_MODELS = 40
+RANDOM_MODELS = 24
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

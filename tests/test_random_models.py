@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -127,14 +128,14 @@ def test_random_models(model_seed, tmp_path):
     assert_same(state(again), state(small))
     if options.get("factors") != "air":
         check_exact(model, batches, options)
-    if model_seed % 4 == 0:
-        check_backend(model, batches, options)
+    (check_backend, check_module, check_limit, check_latency)[model_seed % 4](model, batches, options)
 
 
 def check_costs(model: RandomModel, small: nn.Module, batch: torch.Tensor, options: dict[str, Any]) -> None:
     """The report says what is counted, and the budget holds or is as near as can be reached."""
     report = balf_fx.report(small)
-    before, after = flops_of(model.live(), batch), flops_of(small, batch)
+    runs = small.live() if isinstance(small, RandomModel) else small  # the user's own forward runs dead steps, too
+    before, after = flops_of(model.live(), batch), flops_of(runs, batch)
     thin = any(row.kind == "experts" and row.rank == 1 for row in report.sites)
     assert report.flops_after == after or (thin and report.flops_after > after)  # einsum multiplies at rank 1: no FLOPs
     assert report.flops_before == before
@@ -177,7 +178,8 @@ def check_copies(model: RandomModel, small: nn.Module, batch: torch.Tensor, fold
     """Copies, pickles and files compute the same, bit for bit."""
     expected = call(small, batch)
     assert_same(call(copy.deepcopy(small), batch), expected)
-    assert_same(call(pickle.loads(pickle.dumps(small)), batch), expected)
+    if not isinstance(small, RandomModel):  # these hold local functions
+        assert_same(call(pickle.loads(pickle.dumps(small)), batch), expected)
     balf_fx.save(small, folder / "small.safetensors")
     assert_same(call(balf_fx.load(folder / "small.safetensors", model), batch), expected)
 
@@ -203,3 +205,43 @@ def check_backend(model: RandomModel, batches: list[torch.Tensor], options: dict
     for leaf, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected[0]), strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
     assert_same(state(model), kept)
+
+
+def check_module(model: RandomModel, batches: list[torch.Tensor], options: dict[str, Any]) -> None:
+    """A copy of the user's own model keeps its class and the budget; its copies and files compute the same."""
+    options = {**options, "result": "module"}
+    small = balf_fx.compile(model, batches, **options)
+    assert type(small) is type(model)
+    check_costs(model, small, batches[0], options)
+    check_outputs(model, small, batches)
+    with TemporaryDirectory() as folder:
+        check_copies(model, small, batches[0], Path(folder))
+
+
+def check_limit(model: RandomModel, batches: list[torch.Tensor], options: dict[str, Any]) -> None:
+    """The chosen model is the last one whose bound keeps the limit, and costs no more than the original."""
+    validation = list(model.batches([40], batches[0].dtype))
+    limited = {name: value for name, value in options.items() if name not in ("flops", "params")}
+    limited |= {"divergence": 0.5, "validation": validation, "confidence": 0.8, "effort": "fast"}
+    small = balf_fx.compile(model, batches, **limited)
+    certificate = balf_fx.report(small).certificate
+    assert certificate is not None
+    assert all(one.bound <= certificate.limit for one in certificate.tried[:-1])
+    shares = [one.share for one in certificate.tried]
+    assert shares == sorted(shares, reverse=True)
+    chosen = 1.0 if certificate.chosen is None else certificate.chosen.share
+    assert flops_of(small, batches[0]) <= chosen * flops_of(model.live(), batches[0])
+    check_outputs(model, small, batches)
+
+
+def check_latency(model: RandomModel, batches: list[torch.Tensor], options: dict[str, Any]) -> None:
+    """A budget of time gives a model that took less time than the original, or the original, with both times."""
+    timed = {name: value for name, value in options.items() if name not in ("flops", "params")}
+    small = balf_fx.compile(model, batches, **{**timed, "latency": 0.7, "runner": "eager", "effort": "fast"})
+    timing = balf_fx.report(small).timing
+    assert timing is not None
+    assert timing.measured > 0
+    if timing.measured > 1:  # the original against itself, on a busy machine
+        assert timing.predicted == 1
+    assert flops_of(small, batches[0]) <= flops_of(model.live(), batches[0])
+    check_outputs(model, small, batches)
