@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import os
@@ -34,12 +35,13 @@ from balf_fx.engine import compress
 from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
+from balf_fx.engine.resuming import check, open_journal, with_validation
 from balf_fx.engine.rewriting import finish, with_plan
 from balf_fx.engine.run import run, solve
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
-from balf_fx.files import storage
+from balf_fx.files import checkpoint, storage
 from balf_fx.files.restore import Stored, recorded_call, stored
 from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import stock_modules
@@ -93,21 +95,31 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
         program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
+        journal = open_journal(program, settings, forward)
+        settings = with_validation(settings, journal)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
-        everything = itertools.chain([first], batches)
-        kept = _kept(calib_batches, everything, settings, closing) if settings.keeps_batches else ()
+        everything = journal.checked(itertools.chain([first], batches))
+        memory = settings.memory_bytes
+        kept = _kept(calib_batches, everything, memory, closing) if settings.keeps_batches else ()
         few = FEW_SAMPLES if settings.measures else 0
         stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
-        calibration = _calibration(kept, forward, settings)
+        finished = checkpoint.read_result(journal)
+        if finished is not None:
+            if stream is not None and settings.calibrates:
+                collections.deque(stream, maxlen=0)  # compares them
+            return _rebuilt(finished, program, model)
+        calibration = _calibration(kept, forward, settings, memory)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
-        compressed, plan = run(program, settings, calibration, stream=stream, progress=bar)
+        compressed, plan = run(program, settings, calibration, stream=stream, progress=bar, journal=journal)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
         graph_module = compressed.graph_modules[0]
-        return (
+        small = (
             finish(graph_module, plan)
             if settings.result == "graph"
             else _grafted(model, graph_module, plan, first, forward)
         )
+        checkpoint.write_result(journal, stored(small))
+        return small
 
 
 @takes_settings("prepare")
@@ -163,7 +175,7 @@ def calibrate(
     settings = settings_from(options, "calibrate")
     forward = forward or forward_for(prepared)
     with torch.inference_mode(False), progress_bar(settings.progress, "calibrating") as bar:
-        calibration = _calibration([], forward, settings)
+        calibration = _calibration([], forward, settings, settings.memory_bytes)
         compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
 
 
@@ -208,15 +220,24 @@ def convert(
         raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
     given, forward = forward, forward or forward_for(prepared)
     with torch.inference_mode(False), torch.no_grad(), progress_bar(settings.progress, "compressing") as bar:
-        calibration = _calibration(seen, forward, settings)
-        compressed, plan = solve(_program(prepared, forward), settings, calibration, bar)
+        program = _program(prepared, forward)
+        journal = open_journal(program, settings, forward)
+        settings = with_validation(settings, journal)
+        check(journal, seen)
+        finished = checkpoint.read_result(journal)
+        if finished is not None:
+            return _rebuilt(finished, program, model)
+        calibration = _calibration(seen, forward, settings, settings.memory_bytes)
+        compressed, plan = solve(program, settings, calibration, bar, journal)
         graph_module = compressed.graph_modules[0]
         if settings.result == "graph" or model is None:
-            return finish(graph_module, plan)
-        model = plain_model(model)
-        if seen:
-            return _grafted(model, graph_module, plan, seen[0], given or _forward_for(model, settings))
-        return _grafted(model, graph_module, plan, (), recorded_call(plan.origin, model))
+            small: nn.Module = finish(graph_module, plan)
+        else:
+            model = plain_model(model)
+            call = (given or _forward_for(model, settings)) if seen else recorded_call(plan.origin, model)
+            small = _grafted(model, graph_module, plan, seen[0] if seen else (), call)
+        checkpoint.write_result(journal, stored(small))
+        return small
 
 
 def plan(source: Any) -> Plan:
@@ -308,6 +329,13 @@ def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: 
     return with_plan(compressed, plan)
 
 
+def _rebuilt(finished: Stored, program: Program, model: nn.Module | None) -> nn.Module:
+    """The result of a run that is complete."""
+    compressed = checkpoint.rebuild(finished, program.graph_modules[0], model)
+    _describe(compressed, finished.plan)
+    return compressed
+
+
 def _describe(compressed: nn.Module, plan: Plan) -> None:
     """Let transformers write the plan into the model's folder."""
     transformers: Any = sys.modules.get("transformers")
@@ -326,15 +354,15 @@ def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:
     return Program((Part(graph_module),), steps)
 
 
-def _kept(given: Any, batches: Iterable[Any], settings: Settings, closing: ExitStack) -> Sequence[Any]:
+def _kept(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) -> Sequence[Any]:
     """All batches, for reading them again; batches from an iterator are kept in files beyond the memory limit."""
     if isinstance(given, torch.Tensor | Mapping | list | tuple):
         return list(batches)
-    shelved = closing.enter_context(Shelved(settings.memory_bytes))
+    shelved = closing.enter_context(Shelved(memory))
     for batch in batches:
         shelved.append(batch)
     return shelved
 
 
-def _calibration(batches: Sequence[Any], forward: Forward, settings: Settings) -> Calibration:
-    return Calibration(batches, forward, settings.loss, settings.memory_bytes, settings.seed, settings.weights)
+def _calibration(batches: Sequence[Any], forward: Forward, settings: Settings, memory: int) -> Calibration:
+    return Calibration(batches, forward, settings.loss, memory, settings.seed, settings.weights)

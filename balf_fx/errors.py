@@ -78,5 +78,9 @@ class FileError(BalfError, ValueError):
     """A file cannot be read as one that balf_fx wrote: it is truncated, changed or of another kind."""
 
 
+class CheckpointError(FileError):
+    """A checkpoint belongs to another run, is damaged, or cannot be written, as on a full disk."""
+
+
 class PassError(BalfError, RuntimeError):
     """A pass was given a graph that lacks the result of an earlier pass, or violated its own postcondition."""

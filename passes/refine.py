@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import get_args
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import Annotation, annotate, annotation
 from balf_fx.graph.curves import Solution, Spectrum
@@ -43,6 +45,7 @@ class Refine(Pass):
         damping: the damping of the inputs' second moment, as a share of its mean eigenvalue.
         dtype: the dtype of the sweeps.
         progress: shows the progress over the sites.
+        journal: has the sites that were solved before a run was killed.
     """
 
     signal: Signal = "weight_gradient"
@@ -53,6 +56,7 @@ class Refine(Pass):
     damping: float = 1e-6
     dtype: torch.dtype = torch.float32
     progress: Progress = field(default=SILENT, repr=False, compare=False)
+    journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
@@ -87,7 +91,8 @@ class Refine(Pass):
                 reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
                 _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
             else:
-                solution = self.solve(graph_module, site, mark.curve.spectrum, rank, *observed)
+                solve = partial(self.solve, graph_module, site, mark.curve.spectrum, rank, *observed)
+                solution = self.journal.remembered(f"layer {site.name}", solve)
                 solution = keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
                 for node in nodes:
                     annotate(node, refit=(solution,))

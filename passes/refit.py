@@ -35,6 +35,7 @@ from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights, read_masks
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import Rank, Solution, Spectrum
@@ -76,6 +77,7 @@ class Refit(Pass):
         weights: the weights of positions by name of a mask, for each batch (`calibration.weights`). Without them, the
             masks among `inputs` say which positions count.
         progress: shows the progress over the nodes.
+        journal: has the layers that were solved before a run was killed.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -84,6 +86,7 @@ class Refit(Pass):
     handed: Sequence[Mapping[str, Any]] = ()
     weights: Sequence[Mapping[str, Weights]] = ()
     progress: Progress = field(default=SILENT, repr=False, compare=False)
+    journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(RefitMode):
@@ -103,7 +106,7 @@ class Refit(Pass):
             if not len(weights) and mask_inputs(graph_module):
                 weights = [read_masks(graph_module, values) for values in self.inputs]
             walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights)
-            solver = _Solver(walk, self.mode)
+            solver = _Solver(walk, self.mode, self.journal)
             samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
             work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))
             walk.run(nodes, layers, solver.replace, partial(self.progress.track, weights=work))
@@ -113,9 +116,10 @@ class Refit(Pass):
 class _Solver:
     """Finds the replacement of each layer in the compressed model."""
 
-    def __init__(self, walk: Lockstep, mode: RefitMode) -> None:
+    def __init__(self, walk: Lockstep, mode: RefitMode, journal: Journal) -> None:
         self.walk = walk
         self.mode = mode
+        self.journal = journal
         self.graph_module = walk.graph_module
         self.users = parameter_users(walk.graph_module)
         self.solved: dict[Site, Substitute] = {}
@@ -163,7 +167,8 @@ class _Solver:
         (solution,) = self._prior(node, site, Cut())
         if moved and self.mode == "full" and self._refittable(node, site, _rank(node)):
             weight = grouped_weight(self.graph_module, site)
-            solution = refit_experts(self.walk, product, weight, solution, curve.spectrum)
+            refitted = partial(refit_experts, self.walk, product, weight, solution, curve.spectrum)
+            solution = self.journal.remembered(f"layer {node.name}", refitted)
             annotate(node, refit=(solution,))
         factors = build_experts(get_tensor(self.graph_module, site.weight), site, solution)
         self.walk.store(node, lambda batch: factors.run(node, batch.current))
@@ -196,7 +201,7 @@ class _Solver:
             prior=prior,
             spectra=_spectra(node, site),
         )
-        solution = problem.solve(self.walk)
+        solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=solution)
         self.walk.store(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
 
@@ -208,7 +213,10 @@ class _Solver:
         before = self._build(thin, as_read, prior)
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
         parts = zip(prior, _spectra(node, thin), strict=True)
-        solution = tuple(self._solve_part(node, thin, index, *part) for index, part in enumerate(parts))
+        solution = tuple(
+            self.journal.remembered(f"layer {node.name}, {index}", partial(self._solve_part, node, thin, index, *part))
+            for index, part in enumerate(parts)
+        )
         annotate(node, refit=solution)
         after = self._build(thin, as_read, solution)
         shifts = [None if old.left is not None else _shift(old, new) for old, new in zip(prior, solution, strict=True)]

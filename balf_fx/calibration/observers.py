@@ -208,15 +208,15 @@ class SensitivityObserver(nn.Module):
         self.halves: list[Sample | None] = [None, None]
         self.sample: Sample | None = None
         self.calls = 0
-        self._squares: tuple[Tensor, Tensor] | None = None
-        self._alike = True
+        self.squares: tuple[Tensor, Tensor] | None = None
+        self.alike = True
 
     @property
     def positions(self) -> Tensor | None:
         """[P], the weights of positions, averaged over all samples; None if batches differ in their positions."""
-        if self._squares is None or not self._alike:
+        if self.squares is None or not self.alike:
             return None
-        total, count = self._squares
+        total, count = self.squares
         return total / count.clamp_min(1)
 
     @contextmanager
@@ -275,11 +275,11 @@ class SensitivityObserver(nn.Module):
 
     def _count(self, squares: Tensor, count: Tensor) -> None:
         """Add the sums over samples of squared gradients at each position, and how many samples these are."""
-        if self._squares is not None:
-            self._alike &= len(squares) == len(self._squares[0])
-            if self._alike:
-                squares, count = squares + self._squares[0], count + self._squares[1]
-        self._squares = squares, count
+        if self.squares is not None:
+            self.alike &= len(squares) == len(self.squares[0])
+            if self.alike:
+                squares, count = squares + self.squares[0], count + self.squares[1]
+        self.squares = squares, count
 
     def _seen(self, recorded: Recorded, gradient: Tensor) -> _Seen:
         """The samples that count, with a gradient of 0 at positions that do not."""

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import Calibration, Forward, graphs_of, run_batch, sample_count, some_samples
+from balf_fx.calibration.batches import (
+    MEMORY,
+    Calibration,
+    Forward,
+    graphs_of,
+    run_batch,
+    sample_count,
+    some_samples,
+)
 from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation
@@ -36,14 +44,15 @@ def pieces_for_walk(prepared: nn.Module, piece: Piece, calibration: Calibration,
 def _pieces(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, nbytes: float) -> Iterator[Piece]:
     """A batch, or the fewest pieces of similar size that each fit into memory.
 
-    A batch is only split if the model computes each sample independently of the others.
+    A batch is only split if the model computes each sample independently of the others. More memory than `MEMORY` does
+    not make pieces larger, so that the result does not depend on it.
 
     Args:
         nbytes: the memory that one sample takes.
     """
     batch, weights = piece
     samples = sample_count(batch)
-    count = min(math.ceil(samples * nbytes / max(calibration.memory, 1)), samples)
+    count = min(math.ceil(samples * nbytes / max(min(calibration.memory, MEMORY), 1)), samples)
     if count <= 1 or not _one_by_one(prepared, batch, calibration.forward, index):
         yield piece
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from balf_fx.calibration.batches import Calibration, Stream
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.certify import certify
 from balf_fx.engine.compress import calibrate, convert
 from balf_fx.engine.program import Program
@@ -22,28 +23,40 @@ def run(
     stream: Stream | None = None,
     lenient: bool = False,
     progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> tuple[Program, Plan]:
     """Calibrate an observed program and convert it.
 
     Args:
         stream: batches to calibrate on, read once, where only the samples that it keeps are needed later.
         lenient: as in `calibrate`.
+        journal: has what a run finished before it was killed.
     """
+    calibration = _with_memory(calibration, journal)
     work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
     shares = [work.calibrating, work.scoring + work.trying + work.solving]
     calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
-    if settings.chosen_factors != "svd":
+    if settings.calibrates:
         batches = calibration.batches if stream is None else stream
-        counted = calibrate(program, batches, calibration, lenient, calibrating)
+        counted = calibrate(program, batches, calibration, lenient, calibrating, journal)
         calibration = calibration.only(counted) if lenient else calibration
         if stream is not None:
             calibration = dataclasses.replace(calibration, batches=stream.kept, seen=sum(stream.sizes))
-    return solve(program, settings, calibration, converting)
+    return solve(program, settings, calibration, converting, journal)
 
 
 def solve(
-    program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT
+    program: Program,
+    settings: Settings,
+    calibration: Calibration,
+    progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget, or as far as the limit of mistakes allows."""
     chosen = convert if settings.limit is None else certify
-    return chosen(program, settings, calibration, progress)
+    return chosen(program, settings, _with_memory(calibration, journal), progress, journal)
+
+
+def _with_memory(calibration: Calibration, journal: Journal) -> Calibration:
+    """Calibration with the memory of the run that was killed, since a share of what is free may be another one now."""
+    return dataclasses.replace(calibration, memory=journal.remembered("memory", lambda: calibration.memory))

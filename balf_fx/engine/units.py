@@ -7,22 +7,7 @@ from typing import Any
 
 from balf_fx.errors import OptionError
 
-_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-
-
-def bytes_of(memory: Any) -> int:
-    """The number of bytes of 2147483648, "2147483648" or "2G".
-
-    Raises:
-        OptionError: it is not a number of bytes.
-    """
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
-        return memory
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(memory).lower())
-    if not isinstance(memory, str) or found is None:
-        raise OptionError(f"memory must be a number of bytes, such as 2147483648 or '2G', not {memory!r}")
-    return int(float(found[1]) * _BYTES[found[2]])
 
 
 def share_of(latency: Any, seconds: float | None) -> float:
