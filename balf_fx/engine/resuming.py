@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from balf_fx.calibration.batches import Forward, iterate
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import (
+    OBSERVERS,
     CovarianceObserver,
     Gradients,
     InfluenceObserver,
@@ -143,10 +144,17 @@ def _model(program: Program) -> Iterator[tuple[str, str]]:
     for index, part in enumerate(program.parts):
         graph_module = part.graph_module
         start = f"part {index}, " if len(program.parts) > 1 else ""
-        yield f"{start}graph", digest_of([graph_module.code, part.calls])
+        yield f"{start}graph", digest_of([graph_module.code, part.calls, list(map(repr, _called(graph_module)))])
         for name, tensor in held_tensors(graph_module):
             yield f"{start}{name}", digest_of(tensor)
     yield "statistics", digest_of(_statistics(program.module))
+
+
+def _called(graph_module: fx.GraphModule) -> Iterator[nn.Module]:
+    """The modules that a graph calls, whose settings its code does not show; without observers."""
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        if not str(node.target).startswith(OBSERVERS):
+            yield graph_module.get_submodule(str(node.target))
 
 
 def _observers(module: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
