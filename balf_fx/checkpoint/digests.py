@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Feed = Callable[[bytes], object]
@@ -51,5 +52,5 @@ def _feed_tensor(tensor: Tensor, feed: Feed) -> None:
         names, context = tensor.__tensor_flatten__()
         _feed([*(getattr(tensor, name) for name in names), str(context)], feed)
     elif tensor.numel():
-        held = tensor.cpu().contiguous()
+        held = (tensor if tensor.layout is torch.strided else tensor.to_dense()).cpu().contiguous()
         feed((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))  # type: ignore[arg-type]

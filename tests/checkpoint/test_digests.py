@@ -53,10 +53,11 @@ def test_different_values_have_different_digests():
         (TENSOR, TENSOR.clone().requires_grad_()),
         (TENSOR, torch.nn.Parameter(TENSOR)),
         (TENSOR.mT, TENSOR.mT.contiguous()),
+        (TENSOR, TENSOR.to_sparse()),
         ((TENSOR, 1), [TENSOR, 1]),
         (object(), object()),
     ],
-    ids=["gradients", "parameter", "strides", "sequences", "objects"],
+    ids=["gradients", "parameter", "strides", "layout", "sequences", "objects"],
 )
 def test_what_does_not_matter_is_left_out(one, other):
     assert digest_of(one) == digest_of(other)
