@@ -34,6 +34,8 @@ def resident_gib() -> float:
 class StageClock:
     """Adds up the seconds of each stage by the names that the progress bar shows.
 
+    "compressing" is what follows the last stage with a name of its own: pivots and new layers, where none are refitted.
+
     Attributes:
         seconds: {stage: seconds} of each compression.
         peaks: {stage: GiB}, the peak of the process at the end of each stage of the last compression.
