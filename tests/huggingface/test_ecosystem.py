@@ -129,6 +129,47 @@ def test_damaged_folders_are_refused(folder):
             transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+def test_changed_tensors_are_refused(small, tokens, size, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    small.save_pretrained(tmp_path, max_shard_size=size)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (size == "20KB")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, tokens), logits(small, tokens))
+    for path in files:
+        whole = load_file(path)
+        for name in whole:
+            changed = {key: value.clone() for key, value in whole.items()}
+            changed[name].view(-1)[-1] += 1
+            save_file(changed, path, {"format": "pt"})
+            with pytest.raises(FileError, match=f"changed since .* checksum of {name} "):
+                transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        save_file(whole, path, {"format": "pt"})
+    assert torch.equal(
+        logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits(small, tokens)
+    )
+
+
+def test_what_became_of_a_model_afterwards_is_saved_with_its_own_checksums(model, small, tmp_path):
+    small.save_pretrained(tmp_path / "first")
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    loaded = balf_fx.load(tmp_path / "small.safetensors", model)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    for index, each in enumerate((small, loaded, again)):
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter.mul_(1.1)
+        each.to(torch.bfloat16).save_pretrained(tmp_path / str(index))
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(index))
+        held = each.state_dict()
+        assert all(torch.equal(value, held[name]) for name, value in read.state_dict().items())
+    small.model.save_pretrained(tmp_path / "base")
+    base, held = transformers.AutoModel.from_pretrained(tmp_path / "base"), small.model.state_dict()
+    assert all(torch.equal(value, held[name]) for name, value in base.state_dict().items())
+
+
 def test_files_of_balf_fx_and_pickles_give_the_model_back(model, small, tokens, tmp_path):
     balf_fx.save(small, tmp_path / "small.safetensors")
     again = balf_fx.load(tmp_path / "small.safetensors", model)
