@@ -25,6 +25,7 @@ from balf_fx.errors import FileError, PlanError
 from balf_fx.files.checksums import checksum
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.replacements import Recipe
+from balf_fx.huggingface.stock import adapt_configuration, missing_biases
 
 METHOD = "balf"
 
@@ -54,9 +55,11 @@ class BalfConfig(QuantizationConfigMixin):
 
 
 def describe(model: Any, plan: Plan) -> None:
-    """Let transformers write the plan and checksums into the model's folder."""
-    model.config.quantization_config = BalfConfig.of(plan)
-    model.hf_quantizer = BalfQuantizer(model.config.quantization_config)
+    """Let transformers write the plan and checksums into the model's folder, unless it reads the folder without."""
+    config = BalfConfig.of(plan)
+    if not adapt_configuration(model, plan):
+        model.config.quantization_config = config
+    model.hf_quantizer = BalfQuantizer(config)
 
 
 @register_quantizer(METHOD)
@@ -83,8 +86,11 @@ class BalfQuantizer(HfQuantizer):
         describe(model, plan)
         return with_plan(model, plan)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Store the checksums in the model's configuration, which transformers writes next, and change nothing."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Store the checksums in the model's configuration, which transformers writes next."""
+        biases = None if hasattr(model.config, "quantization_config") else missing_biases(model, model.config)
+        if biases is not None:  # stock transformers reads the folder: it needs no plan, but some zeros perhaps
+            return ({**model.state_dict(), **biases} if biases else None), {}
         model.config.quantization_config = BalfConfig(self._plan().to_dict(), _checksums(model))
         return None, {}
 
