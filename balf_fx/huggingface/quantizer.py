@@ -70,9 +70,9 @@ class BalfQuantizer(HfQuantizer):
     is_compileable = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        recipes = _recipes(model, self._plan())
+        recipes, config = _recipes(model, self._plan()), self.quantization_config
         rebuild(model, recipes)
-        _check_files(model, recipes, kwargs.get("checkpoint_files") or (), self.quantization_config.sha256)
+        _check_files(model, recipes, kwargs.get("checkpoint_files") or (), getattr(config, "sha256", {}))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from balf_fx.graph.plan import Plan
 
-_SIZES = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim")
+_SIZES = (
+    *("intermediate_size", "shared_expert_intermediate_size", "hidden_dim", "d_ff", "n_inner"),
+    *("ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
+)
 _BIASES = ("mlp_bias",)  # whether the layers of an MLP have biases, of which a narrower one may get its last
 
 
@@ -35,12 +38,11 @@ def adapt_configuration(model: Any, plan: Plan) -> bool:
 
 def _changes(config: Any, plan: Plan) -> Iterator[dict[str, Any]]:
     """The changes of fields to be tried."""
-    sizes = defaultdict(set)
+    sizes: dict[int, set[int]] = defaultdict(set)
     for width in plan.widths:
         if width.kind == "channels":
             sizes[width.features].add(width.size)
-    values = {name: getattr(config, name, None) for name in _SIZES}
-    found = {name: sizes[value] for name, value in values.items() if value in sizes}
+    found = {name: sizes.get(getattr(config, name, None) or 0, set()) for name in _SIZES}
     narrower = {name: min(own) for name, own in found.items() if len(own) == 1}
     biases = {name: True for name in _BIASES if getattr(config, name, None) is False}
     yield narrower
