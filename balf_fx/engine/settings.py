@@ -232,8 +232,9 @@ class Settings:
     memory: int | str = option(
         MEMORY,
         'bytes of memory for intermediate values, such as 2147483648 or "2G". A batch that needs more is run in pieces '
-        "if the model computes each sample independently of the others; values beyond the limit are kept in temporary "
-        "files (in TMPDIR)",
+        "if the model computes each sample independently of the others, and a sequence without padding that needs more "
+        "if the model is causal (`calibration.pieces`); other values beyond the limit are kept in temporary files (in "
+        "TMPDIR)",
         "calibrate",
         "convert",
     )
