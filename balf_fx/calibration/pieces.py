@@ -20,7 +20,7 @@ from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation
 
-_SHORTEST = 32  # positions of a piece of a sequence: they see at most so many
+_SHORTEST = 32  # the fewest positions of a piece of a sequence
 _ALIVE = 8  # values that a walk over two models keeps at once: a residual stream, a layer's input and output, copies
 
 
@@ -50,26 +50,26 @@ def _pieces(prepared: nn.Module, piece: Piece, calibration: Calibration, index: 
     memory, forward = max(calibration.memory, 1), calibration.forward
     nbytes *= _growth(prepared, batch)
     samples, length = sample_count(batch), 0 if weights is not None and weights.dim() > 1 else _length(batch)
-    count = min(math.ceil(samples * nbytes / memory), samples)
+    count = max(min(math.ceil(samples * nbytes / memory), samples), 1)
     if count > 1 and not _one_by_one(prepared, batch, forward, index):
         yield piece
         return
-    windows = min(math.ceil(nbytes / memory), length // _SHORTEST) if samples and count == samples else 1
+    windows = min(math.ceil(nbytes / memory), length // _SHORTEST) if count == samples else 1
     if windows > 1 and not _is_causal(prepared, some_samples(batch, 0, 1), forward, index):
         windows = 1
     for start, stop in _cuts(samples, count):
-        own = (batch, weights) if count <= 1 else (some_samples(batch, start, stop), _some(weights, start, stop))
+        own = piece if count == 1 else _samples(piece, start, stop)
         yield from [own] if windows <= 1 else (_positions(own, *cut) for cut in _cuts(length, windows))
 
 
 def _cuts(length: int, count: int) -> list[tuple[int, int]]:
     """`count` ranges of similar size."""
-    cuts = [length * part // max(count, 1) for part in range(max(count, 1) + 1)]
-    return list(itertools.pairwise(cuts))
+    return list(itertools.pairwise(length * part // count for part in range(count + 1)))
 
 
-def _some(weights: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if weights is None else weights[start:stop]
+def _samples(piece: Piece, start: int, stop: int) -> Piece:
+    batch, weights = piece
+    return some_samples(batch, start, stop), None if weights is None else weights[start:stop]
 
 
 def _positions(piece: Piece, start: int, stop: int) -> Piece:
