@@ -171,15 +171,18 @@ def _check_files(model: Any, recipes: Mapping[str, Recipe], files: Iterable[str]
                     f"{path} has been changed since it was written: the checksum of {changed[0]} does not match"
                 )
             found.update(map(_tail, names))
-    needed = (
-        f"{path}.{name}"
+    held = {
+        f"{path}.{name}": value
         for path, recipe in recipes.items()
         if recipe.form != "cache"
-        for name in model.get_submodule(path).state_dict()
-    )
-    missing = Counter(map(_tail, needed)) - found
-    if found and missing:
-        raise FileError(f"the folder is not complete: there is no tensor {next(iter(missing))} for some of the layers")
+        for name, value in model.get_submodule(path).state_dict().items()
+    }
+    forms = (held, revert_weight_conversion(model, dict(held)))  # names as they are, or those of an earlier version
+    missing = [Counter(map(_tail, names)) - found for names in forms]
+    if found and all(missing):
+        raise FileError(
+            f"the folder is not complete: there is no tensor {next(iter(missing[0]))} for some of the layers"
+        )
 
 
 def _tail(name: str) -> str:
