@@ -42,7 +42,7 @@ from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import checkpoint, storage
-from balf_fx.files.restore import Stored, recorded_call, stored
+from balf_fx.files.restore import Stored, recorded_call, restore, stored
 from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import stock_modules
 from balf_fx.graph.parameters import count_parameters
@@ -286,6 +286,33 @@ def save(compressed: Any, path: str | os.PathLike[str]) -> None:
     storage.write(_stored(compressed), path)
 
 
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, example: Any | None = None, forward: Forward | None = None
+) -> nn.Module:
+    """Read a compressed model from a file.
+
+    Args:
+        path: a file written by `save`.
+        model: a model of the architecture that was compressed, in evaluation mode, with any weights. It is not changed,
+            and the result is on its device.
+        example: one batch, if the model cannot be called with tensors of ones in the shapes of the first calibration
+            batch.
+        forward: a function forward(model, batch), if the example needs one.
+
+    Returns:
+        The model that was saved, bit for bit: a GraphModule, or a copy of `model` with the compressed layers.
+
+    Raises:
+        FileError: the file is truncated, was changed, or was not written by balf_fx.
+        PlanError: the file was written by a later version, or for another architecture.
+    """
+    found = storage.read(path)
+    loaded = restore(found, model, example, forward)
+    if found.plan.modules is not None:
+        _describe(loaded, found.plan)
+    return loaded
+
+
 def _has_plan(compressed: Any) -> bool:
     """Whether it is a graph, which may have a plan, or a model that has one."""
     return isinstance(compressed, fx.GraphModule) or PLAN_ATTRIBUTE in getattr(compressed, "__dict__", {})
@@ -337,12 +364,12 @@ def _rebuilt(finished: Stored, program: Program, model: nn.Module | None) -> nn.
 
 
 def _describe(compressed: nn.Module, plan: Plan) -> None:
-    """Let transformers write the plan into the model's folder."""
+    """Let transformers write the plan and checksums into the model's folder."""
     transformers: Any = sys.modules.get("transformers")
     if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
-        from balf_fx.huggingface.quantizer import BalfConfig  # only here: it imports transformers
+        from balf_fx.huggingface.quantizer import describe  # only here: it imports transformers
 
-        compressed.config.quantization_config = BalfConfig.of(plan)
+        describe(compressed, plan)
 
 
 def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:

@@ -223,8 +223,8 @@ class Settings:
         'memory for intermediate values: bytes, such as 2147483648 or "2GiB", or a share of what is free at the start, '
         "such as 0.25. Values beyond it are kept in temporary files (in TMPDIR), with the same result. A batch that "
         "needs more than it, or than 2 GiB, is run in pieces if the model computes each sample independently of the "
-        "others. Pieces have random probes and held-out samples of their own: with less than 2 GiB, the result differs "
-        "as with another seed",
+        "others, and a sequence without padding if the model is causal (`calibration.pieces`). Pieces have random "
+        "probes and held-out samples of their own: with less than 2 GiB, the result differs as with another seed",
         "calibrate",
         "convert",
     )

@@ -186,8 +186,8 @@ class Replacement(nn.Sequential):
                 return recipe.answers[name]
             raise
 
-    def extra_repr(self) -> str:
-        return self.recipe.form
+    def extra_repr(self) -> str:  # peft shows it when it refuses the container
+        return f"{self.recipe.form}; peft: balf_fx.huggingface.adapters.target_modules names these layers"
 
 
 def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original: nn.Module) -> tuple[Recipe, nn.Module]:
