@@ -157,9 +157,7 @@ def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: R
     return tuple(map(_one_shot, weights, biases, spectra, rank))
 
 
-def _separated(
-    weight: Tensor, bias: Tensor | None, strips: Spectrum, rank: int, taps: tuple[int, int]
-) -> Solution:
+def _separated(weight: Tensor, bias: Tensor | None, strips: Spectrum, rank: int, taps: tuple[int, int]) -> Solution:
     left, right = factors(strips_of(weight, taps), strips, rank)
     lost = corrected_bias(None, strips, rank)
     if lost is not None:

@@ -171,8 +171,8 @@ class Score(Pass):
             return None
         thin = dataclasses.replace(site, separable=True)
         strips = self._strips(graph_module, thin, observer.moments, seen.gradients, curve.energy)
-        found = rank_curve(thin, curve.spectrum, *use(nodes), strips=strips)
-        found = dataclasses.replace(found, loss=curve.loss)
+        found = rank_curve(thin, strips, *use(nodes))
+        found = dataclasses.replace(curve, candidates=found.candidates, strips=strips)
         better = _at_half(found) < _at_half(curve)
         return found if better or isinstance(self.separable, Collection) else None
 

@@ -181,7 +181,7 @@ class Site:
 
     @property
     def can_be_separable(self) -> bool:
-        """Whether it may be a convolution of h x 1 and one of 1 x w, both of which compute as many pixels as it does."""
+        """Whether it may be a convolution of h x 1 and one of 1 x w, whose outputs have as many columns as its own."""
         conv = self.conv
         if conv is None or self.kind != "conv2d" or self.side == "input" or self.groups > 1 or self.parts > 1:
             return False
@@ -218,7 +218,7 @@ class Site:
 
     @property
     def strips(self) -> Site:
-        """The layer that computes, from each strip of h pixels, what it adds to the outputs for each of the w columns."""
+        """The layer that computes what each strip of h pixels adds to the outputs for each of the w columns."""
         outputs, inputs = dataclasses.replace(self, separable=True).factor_sizes
         conv = dataclasses.replace(self, separable=True).factor_convs[0]
         return dataclasses.replace(self, out_features=outputs, in_features=inputs, conv=conv, separable=False)

@@ -44,7 +44,9 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
     total, parts, dense = _spread(rank)
     taps = site.factor_taps[1]
     first = dense_flops // site.factor_sizes[0] * total + dense_flops // parts * dense
-    return first + 2 * (total * taps * output_elements // parts - _saved(site, rank) * (output_elements // site.out_features))
+    return first + 2 * (
+        total * taps * output_elements // parts - _saved(site, rank) * (output_elements // site.out_features)
+    )
 
 
 def _spread(rank: Rank) -> tuple[int, int, int]:
@@ -93,7 +95,6 @@ def rank_curve(
     parts: Spectrum | None = None,
     kept: Mapping[int, int] | None = None,
     blocks: int = 0,
-    strips: Spectrum | None = None,
 ) -> RankCurve:
     """All candidates of a site: its ranks, ranks of its parts, then dense with distortion 0.
 
@@ -101,9 +102,8 @@ def rank_curve(
         parts: the spectrum of the site's parts, if these may have separate factors.
         kept: the FLOPs of each expert that keeps its matrix; None if none does.
         blocks: the number of entries in blocks of the weight that a change of basis can turn into the identity.
-        strips: as in `RankCurve`, for a separable site.
     """
-    tail, energy = tail_energies(strips or spectrum), tail_energies(spectrum)[0]
+    tail = tail_energies(spectrum)
     bias = site.bias is not None or spectrum.mean is not None
     whole = len(kept or ()) * site.out_features * site.in_features
 
@@ -116,7 +116,7 @@ def rank_curve(
     dense = Candidate(None, dense_flops, rank_params(site, None, site.bias is not None), 0.0)
     simpler = with_blocks(dense, blocks, output_elements // site.out_features)
     candidates = (*joint, *split, *simpler, dense)
-    return RankCurve(candidates, energy, output_elements, spectrum, parts, kept=tuple(kept or ()), strips=strips)
+    return RankCurve(candidates, tail[0], output_elements, spectrum, parts, kept=tuple(kept or ()))
 
 
 def with_blocks(dense: Candidate, blocks: int, positions: int) -> list[Candidate]:
