@@ -50,6 +50,7 @@ from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned
 from balf_fx.progress import SILENT, Progress
+from balf_fx.ranks.separable import by_column, by_patch
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.experts import refit_experts
 from balf_fx.refit.lockstep import Batch, Lockstep, sources_of
@@ -230,20 +231,27 @@ class _Solver:
     def _solve_part(self, node: fx.Node, site: Site, index: int, part: Solution, spectrum: Spectrum | None) -> Solution:
         """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
         inner = dataclasses.replace(site, out_features=part.right.shape[1])
+        if part.form == "separable":
+            inner = dataclasses.replace(inner, in_features=inner.out_features * part.taps[1], conv=site.factor_convs[1])
 
         def columns(batch: Batch, window: Window) -> Tensor:
-            return output_columns(window.of(by_sample(batch.compressed[node][index], site)), inner)
+            value = by_sample(batch.compressed[node][index], site)
+            if part.form == "separable":
+                return input_columns(value[window.samples], inner, window.pixels)
+            return output_columns(window.of(value), inner)
 
         def outputs(value: Tensor) -> Tensor:
             found = output_columns(value, site)
-            size = part.right.shape[1] if part.left is None else part.left.shape[1]
+            size = part.right.shape[1] if part.left is None else part.left.shape[1] // part.taps[1]
             return found if size == site.out_features else found[:, index * size : (index + 1) * size]
 
         target, importance = Target.of(self.graph_module, node, site), self._importance(node)
         if part.left is not None:
-            prior = Solution(None, part.left, part.bias)
-            (found,) = Problem(target, importance, columns, outputs, part.left, (prior,), (spectrum,)).solve(self.walk)
-            return Solution(found.right, part.right, found.bias)
+            map_ = by_patch(part.left, site.out_features) if part.form == "separable" else part.left
+            prior = Solution(None, map_, part.bias)
+            (found,) = Problem(target, importance, columns, outputs, map_, (prior,), (spectrum,)).solve(self.walk)
+            left = by_column(found.right, part.taps[1]) if part.form == "separable" else found.right
+            return dataclasses.replace(part, left=left, bias=found.bias)
         if part.bias is None:
             return part
         bias = BiasProblem(target, importance, outputs, columns, part.bias, spectrum).solve(self.walk)

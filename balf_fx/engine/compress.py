@@ -104,7 +104,8 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
         if settings.pivot or (settings.widths and "sensitivity" in factors):
             FindWidths()(graph_module)
         sensitivity, influence = "sensitivity" in factors, "air" in factors
-        InsertObservers(sensitivity, influence, settings.widths, apart=frozenset(shared))(graph_module)
+        strips = sensitivity and settings.separates
+        InsertObservers(sensitivity, influence, settings.widths, apart=frozenset(shared), strips=strips)(graph_module)
     share_observers(program.parts, shared)
 
 

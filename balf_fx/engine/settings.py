@@ -151,6 +151,14 @@ class Settings:
         "convert",
         values=(True, False),
     )
+    separable: bool = option(
+        True,
+        "let a convolution become one along each axis of its kernel, k x 1 and 1 x k, where that loses less than a "
+        'k x k and a 1 x 1 one (`ranks.separable`); with factors="sensitivity" and allocation="budget"',
+        "prepare",
+        "convert",
+        values=(True, False),
+    )
     multiple_of: int | Literal["auto"] = option(
         1,
         "let the rank of each layer, the channels between layers and the features of each head be multiples of this "
@@ -343,7 +351,14 @@ class Settings:
 
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""
-        return Score(self.chosen_factors, self.centred, self.split, progress=progress)
+        names = self.allocation.separable if isinstance(self.allocation, Plan) else self.separates
+        return Score(self.chosen_factors, self.centred, self.split, separable=names, progress=progress)
+
+    @property
+    def separates(self) -> bool:
+        """Whether convolutions may become separable."""
+        chosen = isinstance(self.allocation, Plan) or self.allocation == "budget"
+        return self.separable and chosen and self.chosen_factors == "sensitivity"
 
     def align(self) -> Align:
         """Return the pass that sets the steps of ranks and widths for these settings.
