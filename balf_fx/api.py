@@ -28,9 +28,11 @@ from balf_fx.calibration.batches import (
 )
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.checks import check_values
-from balf_fx.capture.models import cuda_devices, plain_model
+from balf_fx.capture.models import cuda_devices, device_of, plain_model
 from balf_fx.capture.normal_form import capture
+from balf_fx.distributed.group import Group, group_of
 from balf_fx.engine import compress
+from balf_fx.engine.agreement import check_alike
 from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
@@ -77,16 +79,20 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     """
     settings = settings_from(options).with_free()
     settings.allocate()  # checks the budget before any work is done
-    model = plain_model(model)
-    check_values(model)
-    forward = forward or _forward_for(model, settings)
+    group = group_of(device_of(model), settings.distributed)
     with ExitStack() as closing:
         for context in (torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_devices(model))):
             closing.enter_context(context)
-        bar = closing.enter_context(progress_bar(settings.progress, "capturing"))
-        # 1. The first batch determines how the model is called and what it costs.
+        closing.enter_context(group.guarded())
+        bar = closing.enter_context(progress_bar(settings.progress and group.rank == 0, "capturing"))
+        model = plain_model(model)
+        check_values(model)
+        check_alike(model, settings, group)
+        forward = forward or _forward_for(model, settings)
+        # 1. The first batch of all processes determines how the model is called and what it costs.
         batches = iterate(calib_batches)
-        first = next(batches, _NOTHING)
+        own = list(itertools.islice(batches, 1))
+        first = next(itertools.chain.from_iterable(group.gathered(own)), _NOTHING)
         if first is _NOTHING:
             raise CalibrationError(
                 "there are no calibration batches, or all are empty: pass at least one, or a fresh iterator"
@@ -94,11 +100,11 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
         program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
-        everything = itertools.chain([first], batches)
+        everything = itertools.chain(own, batches)
         kept = _kept(calib_batches, everything, settings, closing) if settings.keeps_batches else ()
         few = FEW_SAMPLES if settings.measures else 0
         stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
-        calibration = _calibration(kept, forward, settings)
+        calibration = _calibration(kept, forward, settings, group)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
@@ -162,8 +168,10 @@ def calibrate(
     """
     settings = settings_from(options, "calibrate")
     forward = forward or forward_for(prepared)
-    with torch.inference_mode(False), progress_bar(settings.progress, "calibrating") as bar:
-        calibration = _calibration([], forward, settings)
+    group = group_of(device_of(prepared), settings.distributed)
+    shown = progress_bar(settings.progress and group.rank == 0, "calibrating")
+    with torch.inference_mode(False), group.guarded(), shown as bar:
+        calibration = _calibration([], forward, settings, group)
         compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
 
 
@@ -199,23 +207,27 @@ def convert(
         observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
         observed = any(observer.sample is not None for observer in observers)
         settings = dataclasses.replace(settings, factors="sensitivity" if observed else "activations")
-    if settings.refit is None:
-        refit = bool(seen) and settings.effort == "best" and settings.chosen_factors != "air"
-        settings = dataclasses.replace(settings, refit=refit)
-    if settings.refit and not seen:
-        raise OptionError("a refit needs the calibration batches: pass batches=")
     if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
         raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
     given, forward = forward, forward or forward_for(prepared)
-    with torch.inference_mode(False), torch.no_grad(), progress_bar(settings.progress, "compressing") as bar:
-        calibration = _calibration(seen, forward, settings)
+    group = group_of(device_of(prepared), settings.distributed)
+    shown = progress_bar(settings.progress and group.rank == 0, "compressing")
+    with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar:
+        check_alike(prepared, settings, group)
+        calibration = _calibration(seen, forward, settings, group)
+        first = next(itertools.chain.from_iterable(group.gathered(seen[:1])), _NOTHING)
+        if settings.refit is None:
+            refit = first is not _NOTHING and settings.effort == "best" and settings.chosen_factors != "air"
+            settings = dataclasses.replace(settings, refit=refit)
+        if settings.refit and first is _NOTHING:
+            raise OptionError("a refit needs the calibration batches: pass batches=")
         compressed, plan = solve(_program(prepared, forward), settings, calibration, bar)
         graph_module = compressed.graph_modules[0]
         if settings.result == "graph" or model is None:
             return finish(graph_module, plan)
         model = plain_model(model)
-        if seen:
-            return _grafted(model, graph_module, plan, seen[0], given or _forward_for(model, settings))
+        if first is not _NOTHING:
+            return _grafted(model, graph_module, plan, first, given or _forward_for(model, settings))
         return _grafted(model, graph_module, plan, (), recorded_call(plan.origin, model))
 
 
@@ -336,5 +348,6 @@ def _kept(given: Any, batches: Iterable[Any], settings: Settings, closing: ExitS
     return shelved
 
 
-def _calibration(batches: Sequence[Any], forward: Forward, settings: Settings) -> Calibration:
-    return Calibration(batches, forward, settings.loss, settings.memory_bytes, settings.seed, settings.weights)
+def _calibration(batches: Sequence[Any], forward: Forward, settings: Settings, group: Group) -> Calibration:
+    given = (settings.loss, settings.memory_bytes, settings.seed, settings.weights)
+    return Calibration(batches, forward, *given, group=group)

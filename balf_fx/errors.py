@@ -78,5 +78,9 @@ class FileError(BalfError, ValueError):
     """A file cannot be read as one that balf_fx wrote: it is truncated, changed or of another kind."""
 
 
+class ProcessError(BalfError, RuntimeError):
+    """Another process that compresses the same model has failed, has ended, or does something else."""
+
+
 class PassError(BalfError, RuntimeError):
     """A pass was given a graph that lacks the result of an earlier pass, or violated its own postcondition."""

@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import Annotation, annotate, annotation
 from balf_fx.graph.curves import Solution, Spectrum
@@ -42,6 +43,7 @@ class Refine(Pass):
             time.
         damping: the damping of the inputs' second moment, as a share of its mean eigenvalue.
         dtype: the dtype of the sweeps.
+        group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
     """
 
@@ -52,6 +54,7 @@ class Refine(Pass):
     block: int = 16
     damping: float = 1e-6
     dtype: torch.dtype = torch.float32
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,24 +77,39 @@ class Refine(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        work = [float(_work(site, annotation(nodes[0]))) for site, nodes in found.items()]
-        for site, nodes in self.progress.track(found.items(), work):
-            mark = annotation(nodes[0])
-            rank = None if mark.choice is None else mark.choice.chosen.rank
-            observed = _observed(graph_module, mark)
-            if rank is None or mark.curve is None:
-                continue
-            if isinstance(rank, tuple):
-                _LOGGER.info("the parts of %s have separate ranks: it keeps its one-shot factors", site.name)
-            elif observed is None:
-                reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
-                _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
-            else:
-                solution = self.solve(graph_module, site, mark.curve.spectrum, rank, *observed)
-                solution = keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
-                for node in nodes:
-                    annotate(node, refit=(solution,))
+        solvable = [site for site, nodes in found.items() if self._is_refined(graph_module, site, nodes[0])]
+        work = [float(_work(site, annotation(found[site][0]))) for site in solvable]
+
+        def refined(site: Site) -> Solution:
+            return self._refined(graph_module, site, annotation(found[site][0]))
+
+        for site, solution in zip(solvable, self.group.shared_out(solvable, work, refined, self.progress), strict=True):
+            for node in found[site]:
+                annotate(node, refit=(solution,))
         return PassResult(graph_module, False)
+
+    def _is_refined(self, graph_module: fx.GraphModule, site: Site, node: fx.Node) -> bool:
+        """Whether a site has a lower rank and what its refinement needs; logs what is missing."""
+        mark = annotation(node)
+        rank = None if mark.choice is None else mark.choice.chosen.rank
+        if rank is None or mark.curve is None:
+            return False
+        if isinstance(rank, tuple):
+            _LOGGER.info("the parts of %s have separate ranks: it keeps its one-shot factors", site.name)
+            return False
+        if _observed(graph_module, mark) is None:
+            reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
+            _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
+            return False
+        return True
+
+    def _refined(self, graph_module: fx.GraphModule, site: Site, mark: Annotation) -> Solution:
+        rank = None if mark.choice is None else mark.choice.chosen.rank
+        observed = _observed(graph_module, mark)
+        if not isinstance(rank, int) or mark.curve is None or observed is None:
+            raise PassError(f"Refine: site {site.name!r} has nothing to refine")
+        solution = self.solve(graph_module, site, mark.curve.spectrum, rank, *observed)
+        return keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
 
     def solve(
         self,

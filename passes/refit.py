@@ -35,6 +35,7 @@ from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights, read_masks
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import Rank, Solution, Spectrum
@@ -75,6 +76,7 @@ class Refit(Pass):
             are none.
         weights: the weights of positions by name of a mask, for each batch (`calibration.weights`). Without them, the
             masks among `inputs` say which positions count.
+        group: the processes that refit together, each on its own batches: all sums are over the batches of all.
         progress: shows the progress over the nodes.
     """
 
@@ -83,6 +85,7 @@ class Refit(Pass):
     memory: int = MEMORY
     handed: Sequence[Mapping[str, Any]] = ()
     weights: Sequence[Mapping[str, Weights]] = ()
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +105,7 @@ class Refit(Pass):
             weights = self.weights
             if not len(weights) and mask_inputs(graph_module):
                 weights = [read_masks(graph_module, values) for values in self.inputs]
-            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights)
+            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights, self.group)
             solver = _Solver(walk, self.mode)
             samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
             work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))

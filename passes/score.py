@@ -16,7 +16,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver, observer_of
+from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
+from balf_fx.calibration.sample import Gradients, Sample
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.curves import RankCurve, Spectrum
@@ -79,6 +81,7 @@ class Score(Pass):
             second moments and leaves the bias unchanged, as BALF (arXiv 2509.25136) does.
         split: whether the parts of a fused projection may have separate factors where that is better.
         damping: the value added to the eigenvalues of the gradients' second moment, as a share of their mean.
+        group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
 
     A site whose statistics and options have not changed since its last score is not scored again.
@@ -88,6 +91,7 @@ class Score(Pass):
     centred: bool = True
     split: bool = True
     damping: float = 0.1
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,17 +110,23 @@ class Score(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        work = [float(site.full_rank) ** 3 * site.groups for site in found]
-        for site, nodes in self.progress.track(found.items(), work):
-            mark, seen = annotation(nodes[0]), self._seen(graph_module, nodes[0], site)
-            blocks = block_entries(graph_module, nodes[0])
-            options = (self.factors, self.centred, self.split, self.damping, site, blocks)
-            scored_with = (options, seen.moments, seen.gradients)
-            if mark.scored_with is not None and _same(mark.scored_with, scored_with):
-                continue
-            curve = self.score(graph_module, site, seen, use(nodes), blocks)
-            for node in nodes:
-                annotate(node, curve=curve, scored_with=scored_with)
+        seen = {site: self._seen(graph_module, nodes[0], site) for site, nodes in found.items()}
+        blocks = {site: block_entries(graph_module, nodes[0]) for site, nodes in found.items()}
+        scored_with, changed = {}, []
+        for site, nodes in found.items():
+            options = (self.factors, self.centred, self.split, self.damping, site, blocks[site])
+            scored_with[site] = (options, seen[site].moments, seen[site].gradients)
+            known = annotation(nodes[0]).scored_with
+            if known is None or not _same(known, scored_with[site]):
+                changed.append(site)
+
+        def curve_of(site: Site) -> RankCurve:
+            return self.score(graph_module, site, seen[site], use(found[site]), blocks[site])
+
+        work = [float(site.full_rank) ** 3 * site.groups for site in changed]
+        for site, curve in zip(changed, self.group.shared_out(changed, work, curve_of, self.progress), strict=True):
+            for node in found[site]:
+                annotate(node, curve=curve, scored_with=scored_with[site])
         return PassResult(graph_module, False)
 
     def score(

@@ -23,6 +23,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.weights import WeightsOf
+from balf_fx.distributed.group import ALONE, Group
+from balf_fx.distributed.shares import starts_in_turn
 from balf_fx.errors import BalfError, CalibrationError
 
 MODEL_ERRORS = (
@@ -61,6 +63,7 @@ class Calibration:
         weigh: the user's weights of a batch's positions; None if masks alone decide.
         weights: what `weigh` returns for each of the batches; empty where it has not been called.
         seen: the number of samples that were calibrated on, if the batches are only some of them.
+        group: the processes that calibrate together, each on its own batches.
     """
 
     batches: Sequence[Any]
@@ -71,11 +74,21 @@ class Calibration:
     weigh: WeightsOf | None = None
     weights: Sequence[Tensor] = ()
     seen: int | None = None
+    group: Group = ALONE
 
-    @property
     def samples(self) -> int:
-        """The number of samples that are calibrated on; a batch that cannot be counted is one."""
-        return sum(map(samples_of, self.batches)) if self.seen is None else self.seen
+        """The number of samples that are calibrated on, in all processes; a batch that cannot be counted is one."""
+        own = sum(map(samples_of, self.batches)) if self.seen is None else self.seen
+        return sum(self.group.gathered(own))
+
+    def has_batches(self) -> bool:
+        """Whether any process has batches."""
+        return any(self.group.gathered(len(self.batches) > 0))
+
+    def numbered(self) -> tuple[list[int], int]:
+        """The number of samples before each batch, and in all, where the processes take turns with their batches."""
+        counts = self.group.gathered(list(map(samples_of, self.batches)))
+        return starts_in_turn(counts)[self.group.rank], sum(map(sum, counts))
 
     def only(self, indices: Sequence[int]) -> Calibration:
         """The same with some of the batches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from balf_fx.calibration.batches import Calibration, Stream
+from balf_fx.engine.agreement import give_alike
 from balf_fx.engine.certify import certify
 from balf_fx.engine.compress import calibrate, convert
 from balf_fx.engine.program import Program
@@ -46,4 +47,6 @@ def solve(
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget, or as far as the limit of mistakes allows."""
     chosen = convert if settings.limit is None else certify
-    return chosen(program, settings, calibration, progress)
+    compressed, plan = chosen(program, settings, calibration, progress)
+    give_alike(compressed, plan, calibration.group)
+    return compressed, plan

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from balf_fx.calibration.batches import MEMORY, Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
-from balf_fx.engine.units import bytes_of, share_of
+from balf_fx.engine.units import bytes_of, check_patterns, share_of
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Measure, Rank
@@ -237,7 +237,15 @@ class Settings:
         "calibrate",
         "convert",
     )
-    seed: int = option(0, "the seed of the random probes", "calibrate")
+    distributed: bool = option(
+        True,
+        "where torch.distributed has several processes, compress one model in all of them, each of which passes its "
+        "own batches and gets the same model, bit for bit. False compresses in this process alone",
+        "calibrate",
+        "convert",
+        values=(True, False),
+    )
+    seed: int = option(0, "the seed of the random probes, to which each process adds its rank", "calibrate")
     progress: bool = option(True, "show a progress bar on stderr", "calibrate", "convert", values=(True, False))
 
     def __post_init__(self) -> None:
@@ -246,7 +254,7 @@ class Settings:
             if values and not any(given is value or (isinstance(given, str) and given == value) for value in values):
                 raise OptionError(f"{each.name} must be one of {', '.join(map(repr, values))}, not {given!r}")
         for name in ("include", "exclude", "dense"):
-            _check_patterns(name, getattr(self, name))
+            check_patterns(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise OptionError(f"seed must be a whole number, not {self.seed!r}")
         self._check_limit()
@@ -385,11 +393,3 @@ class Settings:
         """
         include = None if self.include is None else tuple(self.include)
         return Origin(arguments, self.fold_batchnorm, include, tuple(self.exclude), tuple(self.dense))
-
-
-def _check_patterns(name: str, patterns: Any) -> None:
-    if patterns is None and name == "include":
-        return
-    listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
-    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
-        raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")

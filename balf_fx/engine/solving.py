@@ -69,7 +69,7 @@ def carry_out(
             graph_module = program.graph_modules[index]
             if sites(graph_module):
                 inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
-                Refit(inputs, mode, calibration.memory, handed, weights, progress=span)(graph_module)
+                Refit(inputs, mode, calibration.memory, handed, weights, calibration.group, span)(graph_module)
             rewrite(graph_module, pivot)
             relay.run(index)
             span.done()

@@ -37,7 +37,8 @@ def test_samples_are_those_in_between(sizes, data):
     batches = list(torch.arange(float(sum(sizes))).split(sizes))
     start = data.draw(st.integers(0, sum(sizes)))
     stop = data.draw(st.integers(start, sum(sizes)))
-    found = _samples(Calibration(batches, None), start, stop).batches
+    calibration = Calibration(batches, None)
+    found = _samples(calibration, calibration.numbered()[0], start, stop).batches
     assert torch.equal(torch.cat([torch.zeros(0), *found]), torch.arange(float(start), float(stop)))
     assert all(len(batch) for batch in found)
 
