@@ -39,8 +39,8 @@ def gathered_copy(model: nn.Module) -> nn.Module:
             memo[id(module)].__dict__.update(copy.deepcopy(_own_attributes(module), memo))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"the weights that fully_shard has spread over the processes cannot be gathered: {error}. Pass a model with "
-            "all its weights, from torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True)"
+            f"the weights that fully_shard has spread over the processes cannot be gathered: {error}. Pass a model "
+            "with all its weights: torch.distributed.checkpoint.state_dict.get_model_state_dict gathers them"
         ) from error
     copied: nn.Module = memo[id(model)]
     return copied

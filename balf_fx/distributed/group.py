@@ -11,6 +11,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -268,7 +269,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def _told(error: Exception) -> tuple[type[BalfError] | None, str]:
     """What other processes are told of an error: its kind, if they can raise it, and its message."""
-    if isinstance(error, BalfError) and type(error).__init__ is BalfError.__init__:
+    if isinstance(error, BalfError) and not isinstance(type(error).__init__, FunctionType):  # a message is all it takes
         return type(error), str(error)
     return None, f"{type(error).__name__}: {error}"
 

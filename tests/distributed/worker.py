@@ -4,7 +4,6 @@ python worker.py RANK SIZE FOLDER
 """
 
 import datetime
-import os
 import sys
 import time
 from pathlib import Path
@@ -61,6 +60,8 @@ EFFORTS = {
     "few": {"effort": "best", "loss": loss},
 }
 """Options whose result does not depend on random probes."""
+IN_FOUR = ("fast", "few")
+"""Those that four processes run."""
 FEW = 1
 """Batches of "few": all processes but the first have none."""
 
@@ -70,7 +71,7 @@ def batches_for(name):
 
 
 def compiled(batches, model=None, **options):
-    return balf_fx.compile(model or make_net(), batches, **{"flops": 0.5, "progress": False, **options})
+    return balf_fx.compile(model or make_net(), batches, **{"flops": 0.7, "progress": False, **options})
 
 
 def described(small):
@@ -120,7 +121,7 @@ def statistics(batches, model=None, **options):
         if isinstance(module, SensitivityObserver):
             gradients = module.sample.gradients
             found[name] = (gradients.samples, gradients.total, gradients.scatter, module.positions)
-    small = balf_fx.convert(prepared, flops=0.5, effort="balanced", progress=False, **options)
+    small = balf_fx.convert(prepared, flops=0.7, effort="balanced", progress=False, **options)
     return {"statistics": found, "ranks": balf_fx.plan(small).ranks}
 
 
@@ -140,7 +141,7 @@ def bad_function(rank, own):
 
 
 def certified(validation):
-    small = compiled(make_batches(2), effort="fast", flops=None, disagreement=0.3, validation=validation)
+    small = compiled(make_batches(2), effort="fast", flops=None, disagreement=0.05, validation=validation)
     return balf_fx.plan(small).certificate
 
 
@@ -157,10 +158,8 @@ def wrapped(rank, own):
     return {"ddp": found, "fsdp": shards, "kinds": kinds}
 
 
-def dead(rank, own):
+def dead(own):
     """The last process ends while the others wait for it."""
-    if rank == dist.get_world_size() - 1:
-        os._exit(3)
     start = time.monotonic()
     return error_of(lambda: compiled(own, effort="fast")), time.monotonic() - start
 
@@ -172,22 +171,25 @@ def main(rank, size, folder):
     batches = make_batches()
     own = batches[rank::size]
     found = {"exchanges": exchanges(rank, size)}
-    for name, options in EFFORTS.items():
-        found[name] = described(compiled(batches_for(name)[rank::size], **options))
-    found["probe"] = described(compiled(own, effort="best"))
-    found["alone"] = described(compiled(batches, effort="fast", distributed=False))
+    for name in EFFORTS if size == 2 else IN_FOUR:
+        found[name] = described(compiled(batches_for(name)[rank::size], **EFFORTS[name]))
     found["bad batch"] = bad_batch(rank, own)
     if size == 2:
+        found["probe"] = described(compiled(own, effort="balanced"))
+        found["alone"] = described(compiled(batches, effort="fast", distributed=False))
         found["statistics"] = statistics([batches[rank:2:size], batches[2 + rank :: size]])
         found["bad function"] = bad_function(rank, own)
         found["options"] = error_of(lambda: compiled(own, effort="fast" if rank else "best"))
         found["models"] = error_of(lambda: compiled(own, make_net(rank), effort="fast"))
         found["nothing"] = error_of(lambda: compiled([], effort="fast"))
         found["certificate"] = certified(make_batches(8)[rank::size])
-        found["latency"] = described(compiled(own, flops=None, latency=0.9, runner="eager", effort="fast", strict=False))
+        found["latency"] = described(
+            compiled(own, flops=None, latency=0.9, runner="eager", effort="fast", strict=False)
+        )
         found["auto"] = described(compiled(own, effort="fast", multiple_of="auto"))
         found["wrapped"] = wrapped(rank, own)
-        found["dead"] = dead(rank, own)
+        if rank < size - 1:
+            found["dead"] = dead(own)
     torch.save(found, folder / f"{rank}.pt")
 
 
