@@ -26,16 +26,20 @@ def test_the_exchange_grows_with_the_logarithm(scaling):
     assert scaling.simulate(stage, [1.0] * 64, 64).seconds == 8 / 64 + 6 * 0.5
 
 
-@pytest.mark.slow
-def test_two_processes_are_measured(scaling, tmp_path, load_benchmark):
-    pytest.importorskip("transformers")
+def test_the_file_has_what_was_measured_and_what_follows(scaling, tmp_path, load_benchmark, monkeypatch):
+    stages = [scaling.Stage(name, 2, 8.0, 5.0, 0.8) for name in ("calibration", "linear algebra")]
+    found = {"stages": [vars(stage) for stage in stages], "costs": [1.0] * 16, "batches": 16}
+    asked = []
+    monkeypatch.setattr(scaling, "run", lambda processes, options: (asked.append((processes, options)), found)[1])
     output = tmp_path / "scaling.json"
-    sizes = ["--layers", "1", "--width", "32", "--samples", "4", "--rounds", "1"]
-    result = load_benchmark("click.testing").CliRunner().invoke(scaling.main, [*sizes, "--json", str(output)])
+    result = load_benchmark("click.testing").CliRunner().invoke(scaling.main, ["--width", "64", "--json", str(output)])
     assert result.exit_code == 0, result.output
-    found = json.loads(output.read_text())
-    assert [(row["name"], row["processes"]) for row in found["measured"]] == [("calibration", 2), ("linear algebra", 2)]
-    assert [row["processes"] for row in found["simulated"]] == [8, 64, 8, 64]
-    for row in found["measured"]:
-        assert row["alone"] > 0
-        assert row["efficiency"] > 0
+    assert asked == [(2, ["--layers", "4", "--width", "64", "--samples", "32", "--rounds", "3"])]
+    written = json.loads(output.read_text())
+    assert written["measured"] == found["stages"]
+    assert [(row["name"], row["processes"], row["seconds"]) for row in written["simulated"]] == [
+        ("calibration", 8, 4.0),
+        ("calibration", 64, 6.125),
+        ("linear algebra", 8, 4.0),
+        ("linear algebra", 64, 6.5),
+    ]
