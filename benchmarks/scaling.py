@@ -162,7 +162,7 @@ def run(processes: int, options: Sequence[str]) -> dict[str, Any]:
 @click.command()
 @click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--width", type=click.IntRange(min=32), default=256, show_default=True)
-@click.option("--samples", type=click.IntRange(min=2), default=32, show_default=True)
+@click.option("--samples", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--processes", type=click.IntRange(min=2), default=2, show_default=True)
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")

@@ -7,7 +7,6 @@ well, so that an error of one is raised in all of them, and none waits for a pro
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from balf_fx.distributed.packing import packed, unpacked
 from balf_fx.distributed.shares import assigned
 from balf_fx.errors import BalfError, ProcessError
 from balf_fx.progress import SILENT, Progress
@@ -117,13 +116,13 @@ class Processes(Group):
     def gathered(self, value: _T) -> list[_T]:
         self._meet("gather")
         with self._talking():
-            own = _packed(value).to(self._channel)
+            own = packed(value).to(self._channel)
             lengths = self._each(torch.tensor([len(own)]))
             padded = own.new_zeros(max(lengths))
             padded[: len(own)] = own
             rows = [torch.empty_like(padded) for _ in range(self.size)]
             dist.all_gather(rows, padded)
-        found = [self._unpacked(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+        found = [unpacked(row[:length].cpu(), self._device) for row, length in zip(rows, lengths, strict=True)]
         found[self.rank] = value
         return found
 
@@ -223,16 +222,16 @@ class Processes(Group):
 
     def _from(self, source: int, value: Any) -> Any:
         """The value of a process, which keeps its own."""
-        own = _packed(value).to(self._channel) if self.rank == source else None
+        own = packed(value).to(self._channel) if self.rank == source else None
         with self._talking():
             length = torch.tensor([0 if own is None else len(own)], device=self._channel)
             dist.broadcast(length, source)
             data = torch.empty(int(length), dtype=torch.uint8, device=self._channel) if own is None else own
             dist.broadcast(data, source)
-        return value if own is not None else self._unpacked(data)
+        return value if own is not None else unpacked(data.cpu(), self._device)
 
     def _send(self, value: Any, target: int) -> None:
-        data = _packed(value).to(self._channel)
+        data = packed(value).to(self._channel)
         with self._talking():
             dist.send(torch.tensor([len(data)], device=self._channel), target)
             dist.send(data, target)
@@ -243,28 +242,7 @@ class Processes(Group):
             dist.recv(length, source)
             data = torch.empty(int(length), dtype=torch.uint8, device=self._channel)
             dist.recv(data, source)
-        return self._unpacked(data)
-
-    def _unpacked(self, data: Tensor) -> Any:
-        own = self._device
-
-        def placed(storage: Any, location: str) -> Any:
-            return storage if location == "cpu" or own.type == "cpu" else storage.to(device=own)
-
-        return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), placed, weights_only=False)
-
-
-def _packed(value: Any) -> Tensor:
-    """A value as bytes, uint8 [n]; of views, only what they show."""
-    buffer = io.BytesIO()
-    torch.save(pytree.tree_map_only(Tensor, _alone, value), buffer)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """A tensor in a storage that holds nothing else."""
-    whole = type(tensor) is not Tensor or tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+        return unpacked(data.cpu(), self._device)
 
 
 def _told(error: Exception) -> tuple[type[BalfError] | None, str]:

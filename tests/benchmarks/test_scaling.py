@@ -34,7 +34,7 @@ def test_the_file_has_what_was_measured_and_what_follows(scaling, tmp_path, load
     output = tmp_path / "scaling.json"
     result = load_benchmark("click.testing").CliRunner().invoke(scaling.main, ["--width", "64", "--json", str(output)])
     assert result.exit_code == 0, result.output
-    assert asked == [(2, ["--layers", "4", "--width", "64", "--samples", "32", "--rounds", "3"])]
+    assert asked == [(2, ["--layers", "4", "--width", "64", "--samples", "128", "--rounds", "3"])]
     written = json.loads(output.read_text())
     assert written["measured"] == found["stages"]
     assert [(row["name"], row["processes"], row["seconds"]) for row in written["simulated"]] == [
