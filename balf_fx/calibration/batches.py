@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from balf_fx.calibration.describing import describe
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.distributed.shares import starts_in_turn
@@ -334,28 +334,6 @@ def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradi
 
 def _with_ordinary_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return ordinary((args, kwargs))
-
-
-_LONG = 8  # how many items of a batch an error message describes
-
-
-def describe(batch: Any) -> str:
-    """Describe a batch briefly, for error messages."""
-    if isinstance(batch, Tensor):
-        return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
-    if isinstance(batch, Mapping):
-        items = [f"{key}: {describe(value)}" for key, value in itertools.islice(batch.items(), _LONG)]
-        return "a mapping of " + _and_more(items, len(batch))
-    if isinstance(batch, tuple | list):
-        items = [describe(value) for value in batch[:_LONG]]
-        if len(batch) > 1 and len({type(value) for value in batch}) == 1 and not isinstance(batch[0], Tensor):
-            return f"a {type(batch).__name__} of {len(batch)} times {items[0]}"
-        return f"a {type(batch).__name__} of ({_and_more(items, len(batch))})"
-    return f"a {type(batch).__name__}"
-
-
-def _and_more(items: Sequence[str], count: int) -> str:
-    return ", ".join(items) + (f" and {count - len(items)} more" if count > len(items) else "")
 
 
 class _Recorded(BaseException):
