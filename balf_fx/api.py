@@ -81,11 +81,11 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     settings.allocate()  # checks the budget before any work is done
     group = group_of(device_of(model), settings.distributed)
     with ExitStack() as closing:
-        for context in (torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_devices(model))):
+        for context in (torch.inference_mode(False), torch.no_grad(), group.guarded()):
             closing.enter_context(context)
-        closing.enter_context(group.guarded())
         bar = closing.enter_context(progress_bar(settings.progress and group.rank == 0, "capturing"))
         model = plain_model(model)
+        closing.enter_context(torch.random.fork_rng(cuda_devices(model)))
         check_values(model)
         check_alike(model, settings, group)
         forward = forward or _forward_for(model, settings)

@@ -110,7 +110,7 @@ def compress(output: Path, html: Path | None, as_json: bool, validation: int, **
         settings_from({**options, "validation": []} if limited else options).with_free().allocate()  # before any work
     except OptionError as error:
         raise click.UsageError(str(error)) from error
-    with joined() as rank:
+    with joined(options.get("distributed", True)) as rank:
         model = given.load_model(rank)
         if not output.suffix and not hasattr(model, "save_pretrained"):
             raise click.UsageError("only models of transformers have folders: pass an --output ending in .safetensors")

@@ -14,9 +14,9 @@ _STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
-def joined() -> Iterator[int]:
+def joined(wanted: bool = True) -> Iterator[int]:
     """Join the processes that torchrun has started, for the context; yields the rank of this one, 0 if it is alone."""
-    several = set(_STARTED) <= set(os.environ) and os.environ["WORLD_SIZE"] != "1"
+    several = wanted and set(_STARTED) <= set(os.environ) and os.environ["WORLD_SIZE"] != "1"
     if not (several and dist.is_available()) or dist.is_initialized():
         yield _rank_and_size()[0]
         return

@@ -18,13 +18,8 @@ from balf_fx.errors import OptionError
 SHARE = click.FloatRange(0, 1, min_open=True)
 """A fraction in (0, 1]."""
 
-_SPECIAL = {
-    "progress": "--quiet",
-    "seed": "--seed",
-    "validation": "--validation-samples",
-    "distributed": "torchrun",
-}
-"""Options that commands have already, for both data and compression, or that follow from how they are started."""
+_SPECIAL = {"progress": "--quiet", "seed": "--seed", "validation": "--validation-samples"}
+"""Options that commands have already, for both data and compression."""
 _TYPES: Mapping[str, Any] = {
     "flops": SHARE,
     "params": SHARE,
