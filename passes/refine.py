@@ -77,37 +77,31 @@ class Refine(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        solvable = [site for site, nodes in found.items() if self._is_refined(graph_module, site, nodes[0])]
-        work = [float(_work(site, annotation(found[site][0]))) for site in solvable]
+        items = list(found.items())
+        work = [float(_work(site, annotation(nodes[0]))) for site, nodes in items]
 
-        def refined(site: Site) -> Solution:
-            return self._refined(graph_module, site, annotation(found[site][0]))
+        def refined(item: tuple[Site, list[fx.Node]]) -> Solution | None:
+            site, nodes = item
+            return self._refined(graph_module, site, annotation(nodes[0]))
 
-        for site, solution in zip(solvable, self.group.shared_out(solvable, work, refined, self.progress), strict=True):
-            for node in found[site]:
+        for (_, nodes), solution in zip(items, self.group.shared_out(items, work, refined, self.progress), strict=True):
+            for node in nodes if solution is not None else ():
                 annotate(node, refit=(solution,))
         return PassResult(graph_module, False)
 
-    def _is_refined(self, graph_module: fx.GraphModule, site: Site, node: fx.Node) -> bool:
-        """Whether a site has a lower rank and what its refinement needs; logs what is missing."""
-        mark = annotation(node)
-        rank = None if mark.choice is None else mark.choice.chosen.rank
-        if rank is None or mark.curve is None:
-            return False
-        if isinstance(rank, tuple):
-            _LOGGER.info("the parts of %s have separate ranks: it keeps its one-shot factors", site.name)
-            return False
-        if _observed(graph_module, mark) is None:
-            reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
-            _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
-            return False
-        return True
-
-    def _refined(self, graph_module: fx.GraphModule, site: Site, mark: Annotation) -> Solution:
+    def _refined(self, graph_module: fx.GraphModule, site: Site, mark: Annotation) -> Solution | None:
+        """The refined factors of a site; None if it keeps what it has."""
         rank = None if mark.choice is None else mark.choice.chosen.rank
         observed = _observed(graph_module, mark)
-        if not isinstance(rank, int) or mark.curve is None or observed is None:
-            raise PassError(f"Refine: site {site.name!r} has nothing to refine")
+        if rank is None or mark.curve is None:
+            return None
+        if isinstance(rank, tuple):
+            _LOGGER.info("the parts of %s have separate ranks: it keeps its one-shot factors", site.name)
+            return None
+        if observed is None:
+            reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
+            _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
+            return None
         solution = self.solve(graph_module, site, mark.curve.spectrum, rank, *observed)
         return keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
 
