@@ -112,7 +112,7 @@ class Lockstep:
         self._batches: list[Batch] = []
         self._nbytes: list[int] = []
         self.group = group
-        samples = sample_count(inputs[0]) * len(inputs) if len(inputs) else 0
+        samples = sample_count(inputs[0]) * len(inputs) if group.size > 1 and len(inputs) else 0
         found = group.gathered((len(inputs), samples, {name for values in handed for name in values}))
         self.runs = sum(runs for runs, _, _ in found)
         self.before = sum(count for _, count, _ in found[: group.rank])
