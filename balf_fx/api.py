@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import itertools
 import os
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,16 +24,17 @@ from balf_fx.calibration.batches import (
     is_empty,
     iterate,
     ordinary,
-    placeholder_values,
 )
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.checks import check_values
-from balf_fx.capture.models import cuda_devices, plain_model
+from balf_fx.capture.models import cuda_devices, device_of, plain_model
 from balf_fx.capture.normal_form import capture
+from balf_fx.distributed.group import Group, group_of
 from balf_fx.engine import compress
+from balf_fx.engine.agreement import check_alike
 from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.options import settings_from, takes_settings
-from balf_fx.engine.program import Part, Program, Step, Trace
+from balf_fx.engine.program import Program, whole_model
 from balf_fx.engine.resuming import check, open_journal, with_validation
 from balf_fx.engine.rewriting import finish, with_plan
 from balf_fx.engine.run import run, solve
@@ -47,6 +47,7 @@ from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import stock_modules
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
+from balf_fx.huggingface.describing import describe
 from balf_fx.passes.score import Factors
 from balf_fx.progress import progress_bar
 from balf_fx.refit.offload import Shelved
@@ -79,26 +80,30 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     """
     settings = settings_from(options).with_free()
     settings.allocate()  # checks the budget before any work is done
-    model = plain_model(model)
-    check_values(model)
-    forward = forward or _forward_for(model, settings)
+    group = group_of(device_of(model), settings.distributed)
     with ExitStack() as closing:
-        for context in (torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_devices(model))):
+        for context in (torch.inference_mode(False), torch.no_grad(), group.guarded()):
             closing.enter_context(context)
-        bar = closing.enter_context(progress_bar(settings.progress, "capturing"))
-        # 1. The first batch determines how the model is called and what it costs.
+        bar = closing.enter_context(progress_bar(settings.progress and group.rank == 0, "capturing"))
+        model = plain_model(model)
+        closing.enter_context(torch.random.fork_rng(cuda_devices(model)))
+        check_values(model)
+        check_alike(model, settings, group)
+        forward = forward or _forward_for(model, settings)
+        # 1. The first batch of all processes determines how the model is called and what it costs.
         batches = iterate(calib_batches)
-        first = next(batches, _NOTHING)
+        own = list(itertools.islice(batches, 1))
+        first = _first(own, group)
         if first is _NOTHING:
             raise CalibrationError(
                 "there are no calibration batches, or all are empty: pass at least one, or a fresh iterator"
             )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
-        program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
+        program = whole_model(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
         journal = open_journal(program, settings, forward)
         settings = with_validation(settings, journal)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
-        everything = journal.checked(itertools.chain([first], batches))
+        everything = journal.checked(itertools.chain(own, batches))
         memory = settings.memory_bytes
         kept = _kept(calib_batches, everything, memory, closing) if settings.keeps_batches else ()
         few = FEW_SAMPLES if settings.measures else 0
@@ -108,7 +113,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             if stream is not None and settings.calibrates:
                 collections.deque(stream, maxlen=0)  # compares them
             return _rebuilt(finished, program, model)
-        calibration = _calibration(kept, forward, settings, memory)
+        calibration = _calibration(kept, forward, settings, memory, group)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar, journal=journal)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
@@ -174,9 +179,11 @@ def calibrate(
     """
     settings = settings_from(options, "calibrate")
     forward = forward or forward_for(prepared)
-    with torch.inference_mode(False), progress_bar(settings.progress, "calibrating") as bar:
-        calibration = _calibration([], forward, settings, settings.memory_bytes)
-        compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
+    group = group_of(device_of(prepared), settings.distributed)
+    shown = progress_bar(settings.progress and group.rank == 0, "calibrating")
+    with torch.inference_mode(False), group.guarded(), shown as bar:
+        calibration = _calibration([], forward, settings, settings.memory_bytes, group)
+        compress.calibrate(whole_model(prepared, forward), batches, calibration, progress=bar)
 
 
 @takes_settings("convert", factors=None)
@@ -211,31 +218,35 @@ def convert(
         observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
         observed = any(observer.sample is not None for observer in observers)
         settings = dataclasses.replace(settings, factors="sensitivity" if observed else "activations")
-    if settings.refit is None:
-        refit = bool(seen) and settings.effort == "best" and settings.chosen_factors != "air"
-        settings = dataclasses.replace(settings, refit=refit)
-    if settings.refit and not seen:
-        raise OptionError("a refit needs the calibration batches: pass batches=")
     if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
         raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
     given, forward = forward, forward or forward_for(prepared)
-    with torch.inference_mode(False), torch.no_grad(), progress_bar(settings.progress, "compressing") as bar:
-        program = _program(prepared, forward)
+    group = group_of(device_of(prepared), settings.distributed)
+    shown = progress_bar(settings.progress and group.rank == 0, "compressing")
+    with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar:
+        check_alike(prepared, settings, group)
+        first = _first(seen[:1], group)
+        if settings.refit is None:
+            refit = first is not _NOTHING and settings.effort == "best" and settings.chosen_factors != "air"
+            settings = dataclasses.replace(settings, refit=refit)
+        if settings.refit and first is _NOTHING:
+            raise OptionError("a refit needs the calibration batches: pass batches=")
+        program = whole_model(prepared, forward)
         journal = open_journal(program, settings, forward)
         settings = with_validation(settings, journal)
         check(journal, seen)
         finished = checkpoint.read_result(journal)
         if finished is not None:
             return _rebuilt(finished, program, model)
-        calibration = _calibration(seen, forward, settings, settings.memory_bytes)
+        calibration = _calibration(seen, forward, settings, settings.memory_bytes, group)
         compressed, plan = solve(program, settings, calibration, bar, journal)
         graph_module = compressed.graph_modules[0]
         if settings.result == "graph" or model is None:
             small: nn.Module = finish(graph_module, plan)
         else:
-            model = plain_model(model)
-            call = (given or _forward_for(model, settings)) if seen else recorded_call(plan.origin, model)
-            small = _grafted(model, graph_module, plan, seen[0] if seen else (), call)
+            model, known = plain_model(model), first is not _NOTHING
+            call = (given or _forward_for(model, settings)) if known else recorded_call(plan.origin, model)
+            small = _grafted(model, graph_module, plan, first if known else (), call)
         checkpoint.write_result(journal, stored(small))
         return small
 
@@ -309,7 +320,7 @@ def load(
     found = storage.read(path)
     loaded = restore(found, model, example, forward)
     if found.plan.modules is not None:
-        _describe(loaded, found.plan)
+        describe(loaded, found.plan)
     return loaded
 
 
@@ -338,7 +349,7 @@ def _prepared(
         unused = count_parameters(model) - count_parameters(graph_module)
         record_graph(graph_module, modules=stock_modules(model), unused=unused)
     record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
-    compress.observe(_program(graph_module, forward), settings, factors)
+    compress.observe(whole_model(graph_module, forward), settings, factors)
     return graph_module
 
 
@@ -352,33 +363,15 @@ def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: 
     compressed, recipes = graft(model, graph_module, plan)
     plan = dataclasses.replace(plan, modules=recipes)
     check_same(compressed, finish(graph_module, plan), batch, forward)
-    _describe(compressed, plan)
+    describe(compressed, plan)
     return with_plan(compressed, plan)
 
 
 def _rebuilt(finished: Stored, program: Program, model: nn.Module | None) -> nn.Module:
     """The result of a run that is complete."""
     compressed = checkpoint.rebuild(finished, program.graph_modules[0], model)
-    _describe(compressed, finished.plan)
+    describe(compressed, finished.plan)
     return compressed
-
-
-def _describe(compressed: nn.Module, plan: Plan) -> None:
-    """Let transformers write the plan and checksums into the model's folder."""
-    transformers: Any = sys.modules.get("transformers")
-    if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
-        from balf_fx.huggingface.quantizer import describe  # only here: it imports transformers
-
-        describe(compressed, plan)
-
-
-def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:
-    """The whole model as one part."""
-
-    def steps(graph: fx.GraphModule, batch: Any) -> Trace:
-        return (Step(0, tuple(placeholder_values(graph, batch, forward).values())),)
-
-    return Program((Part(graph_module),), steps)
 
 
 def _kept(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) -> Sequence[Any]:
@@ -391,5 +384,12 @@ def _kept(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) -
     return shelved
 
 
-def _calibration(batches: Sequence[Any], forward: Forward, settings: Settings, memory: int) -> Calibration:
-    return Calibration(batches, forward, settings.loss, memory, settings.seed, settings.weights)
+def _first(own: Sequence[Any], group: Group) -> Any:
+    """The first of the batches of all processes."""
+    return next(itertools.chain.from_iterable(group.gathered(own)), _NOTHING)
+
+
+def _calibration(
+    batches: Sequence[Any], forward: Forward, settings: Settings, memory: int, group: Group
+) -> Calibration:
+    return Calibration(batches, forward, settings.loss, memory, settings.seed, settings.weights, group=group)

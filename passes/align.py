@@ -11,6 +11,7 @@ from typing import Literal
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import annotate, graph_record, record_graph, sites
 from balf_fx.graph.parameters import get_tensor
@@ -35,6 +36,7 @@ class Align(Pass):
             the features of each head of attention are multiples, except where they stay as they are. Or "auto": what
             is measured here for each layer (`latency.granules`), at most an eighth of its full rank or features.
         table: for "auto", the known times; by default, those of this machine.
+        group: the processes that share them.
         progress: shows the progress of the measurements.
 
     Raises:
@@ -43,6 +45,7 @@ class Align(Pass):
 
     multiple_of: int | Literal["auto"] = 1
     table: Table | None = None
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +95,7 @@ class Align(Pass):
         if not runs:
             return {}
         device = get_tensor(graph_module, next(iter(runs)).weight).device
-        table = open_table(device) if self.table is None else self.table
+        table = open_table(device, self.group) if self.table is None else self.table
         table.probe([run for pair in runs.values() for run in pair], self.progress)
         known = table.granules
         return {

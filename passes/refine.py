@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import Annotation, annotate, annotation
 from balf_fx.graph.curves import Solution, Spectrum
@@ -44,6 +45,7 @@ class Refine(Pass):
             time.
         damping: the damping of the inputs' second moment, as a share of its mean eigenvalue.
         dtype: the dtype of the sweeps.
+        group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
         journal: has the sites that were solved before a run was killed.
     """
@@ -55,6 +57,7 @@ class Refine(Pass):
     block: int = 16
     damping: float = 1e-6
     dtype: torch.dtype = torch.float32
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
     journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
 
@@ -78,25 +81,34 @@ class Refine(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        work = [float(_work(site, annotation(nodes[0]))) for site, nodes in found.items()]
-        for site, nodes in self.progress.track(found.items(), work):
-            mark = annotation(nodes[0])
-            rank = None if mark.choice is None else mark.choice.chosen.rank
-            observed = _observed(graph_module, mark)
-            if rank is None or mark.curve is None:
-                continue
-            if isinstance(rank, tuple):
-                _LOGGER.info("the parts of %s have separate ranks: it keeps its one-shot factors", site.name)
-            elif observed is None:
-                reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
-                _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
-            else:
-                solve = partial(self.solve, graph_module, site, mark.curve.spectrum, rank, *observed)
-                solution = self.journal.remembered(f"layer {site.name}", solve)
-                solution = keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
-                for node in nodes:
-                    annotate(node, refit=(solution,))
+        items = list(found.items())
+        work = [float(_work(site, annotation(nodes[0]))) for site, nodes in items]
+
+        def refined(item: tuple[Site, list[fx.Node]]) -> Solution | None:
+            site, nodes = item
+            return self._refined(graph_module, site, annotation(nodes[0]))
+
+        for (_, nodes), solution in zip(items, self.group.shared_out(items, work, refined, self.progress), strict=True):
+            for node in nodes if solution is not None else ():
+                annotate(node, refit=(solution,))
         return PassResult(graph_module, False)
+
+    def _refined(self, graph_module: fx.GraphModule, site: Site, mark: Annotation) -> Solution | None:
+        """The refined factors of a site; None if it keeps what it has."""
+        rank = None if mark.choice is None else mark.choice.chosen.rank
+        observed = _observed(graph_module, mark)
+        if rank is None or mark.curve is None:
+            return None
+        if isinstance(rank, tuple):
+            _LOGGER.info("the parts of %s have separate ranks: it keeps its one-shot factors", site.name)
+            return None
+        if observed is None:
+            reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
+            _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
+            return None
+        solve = partial(self.solve, graph_module, site, mark.curve.spectrum, rank, *observed)
+        solution = self.journal.remembered(f"layer {site.name}", solve)
+        return keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
 
     def solve(
         self,

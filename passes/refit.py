@@ -36,6 +36,7 @@ from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights, read_masks
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.curves import Rank, Solution, Spectrum
@@ -77,6 +78,7 @@ class Refit(Pass):
             are none.
         weights: the weights of positions by name of a mask, for each batch (`calibration.weights`). Without them, the
             masks among `inputs` say which positions count.
+        group: the processes that refit together, each on its own batches: all sums are over the batches of all.
         progress: shows the progress over the nodes.
         journal: has the layers that were solved before a run was killed.
     """
@@ -86,6 +88,7 @@ class Refit(Pass):
     memory: int = MEMORY
     handed: Sequence[Mapping[str, Any]] = ()
     weights: Sequence[Mapping[str, Weights]] = ()
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
     journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
 
@@ -106,7 +109,7 @@ class Refit(Pass):
             weights = self.weights
             if not len(weights) and mask_inputs(graph_module):
                 weights = [read_masks(graph_module, values) for values in self.inputs]
-            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights)
+            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights, self.group)
             solver = _Solver(walk, self.mode, self.journal)
             samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
             work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))

@@ -17,7 +17,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import CovarianceObserver, Gradients, Sample, SensitivityObserver, observer_of
+from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
+from balf_fx.calibration.sample import Gradients, Sample
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.curves import RankCurve, Spectrum
@@ -83,6 +85,7 @@ class Score(Pass):
         damping: the value added to the eigenvalues of the gradients' second moment, as a share of their mean.
         separable: whether a convolution may become one along each axis of its kernel where that loses less, with
             factors="sensitivity" (`ranks.separable`); or the names of those that do.
+        group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
 
     A site whose statistics and options have not changed since its last score is not scored again.
@@ -93,6 +96,7 @@ class Score(Pass):
     split: bool = True
     damping: float = 0.1
     separable: bool | Collection[str] = False
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -111,21 +115,27 @@ class Score(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
-        work = [float(site.full_rank) ** 3 * site.groups for site in found]
-        for site, nodes in self.progress.track(found.items(), work):
-            mark, seen = annotation(nodes[0]), self._seen(graph_module, nodes[0], site)
-            blocks = block_entries(graph_module, nodes[0])
+        seen = {site: self._seen(graph_module, nodes[0], site) for site, nodes in found.items()}
+        blocks = {site: block_entries(graph_module, nodes[0]) for site, nodes in found.items()}
+        scored_with, changed = {}, []
+        for site, nodes in found.items():
             plain = dataclasses.replace(site, separable=False)
-            options = (self.factors, self.centred, self.split, self.damping, plain, blocks, self.separable)
-            scored_with = (options, seen.moments, seen.gradients)
-            if mark.scored_with is not None and _same(mark.scored_with, scored_with):
-                continue
-            curve = self.score(graph_module, plain, seen, use(nodes), blocks)
-            apart = self._apart(graph_module, nodes, plain, curve, seen) if self.separable else None
-            for node in nodes:
-                annotate(node, site=plain, curve=curve, scored_with=scored_with)
-                if apart is not None:
-                    annotate(node, site=dataclasses.replace(plain, separable=True), curve=apart)
+            options = (self.factors, self.centred, self.split, self.damping, plain, blocks[site], self.separable)
+            scored_with[site] = (options, seen[site].moments, seen[site].gradients)
+            known = annotation(nodes[0]).scored_with
+            if known is None or not _same(known, scored_with[site]):
+                changed.append(site)
+
+        def curve_of(site: Site) -> RankCurve:
+            plain = dataclasses.replace(site, separable=False)
+            curve = self.score(graph_module, plain, seen[site], use(found[site]), blocks[site])
+            return self._apart(graph_module, found[site], plain, curve, seen[site]) if self.separable else curve
+
+        work = [float(site.full_rank) ** 3 * site.groups for site in changed]
+        for site, curve in zip(changed, self.group.shared_out(changed, work, curve_of, self.progress), strict=True):
+            form = dataclasses.replace(site, separable=curve.strips is not None)
+            for node in found[site]:
+                annotate(node, site=form, curve=curve, scored_with=scored_with[site])
         return PassResult(graph_module, False)
 
     def score(
@@ -163,18 +173,18 @@ class Score(Pass):
 
     def _apart(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
-    ) -> RankCurve | None:
-        """The curve of a separable convolution where that loses less at half of the cost; None elsewhere."""
+    ) -> RankCurve:
+        """The curve of a separable convolution where that loses less at half of the cost; else the known one."""
         observer = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver)
         named = self.separable if isinstance(self.separable, Collection) else (site.name,)
         if observer is None or observer.moments is None or site.name not in named:
-            return None
+            return curve
         thin = dataclasses.replace(site, separable=True)
         strips = self._strips(graph_module, thin, observer.moments, seen.gradients, curve.energy)
         found = rank_curve(thin, strips, *use(nodes))
         found = dataclasses.replace(curve, candidates=found.candidates, strips=strips)
         better = _at_half(found) < _at_half(curve)
-        return found if better or isinstance(self.separable, Collection) else None
+        return found if better or isinstance(self.separable, Collection) else curve
 
     def _strips(
         self, graph_module: fx.GraphModule, site: Site, moments: Moments, gradients: Gradients | None, energy: float

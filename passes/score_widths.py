@@ -7,13 +7,16 @@ import itertools
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import Sample, SensitivityObserver, observer_of
+from balf_fx.calibration.observers import SensitivityObserver, observer_of
+from balf_fx.calibration.sample import Sample
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.graph.annotation import annotation, graph_record, record_graph
 from balf_fx.graph.curves import Spectrum
 from balf_fx.graph.parameters import grouped_bias, grouped_weight
@@ -41,13 +44,14 @@ class ScoreWidths(Pass):
     Metric and unit are the same as for the ranks of these layers (`Score`), so that the two are comparable.
 
     Attributes:
-        damping: as in `Score`.
+        damping, group: as in `Score`.
         progress: shows the progress over the widths.
 
     Widths are not scored again if the statistics have not changed since the last score.
     """
 
     damping: float = 0.1
+    group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -59,8 +63,9 @@ class ScoreWidths(Pass):
         if known and all(a is b for a, b in zip(record.widths_scored_with, scored_with, strict=True)):
             return PassResult(graph_module, False)
         effort = [float(width.features) ** 3 for width in record.widths]
-        curves = tuple(self._score(graph_module, nodes, width) for width in self.progress.track(record.widths, effort))
-        record_graph(graph_module, width_curves=curves, widths_scored_with=scored_with)
+        score = partial(self._score, graph_module, nodes)
+        curves = self.group.shared_out(record.widths, effort, score, self.progress)
+        record_graph(graph_module, width_curves=tuple(curves), widths_scored_with=scored_with)
         return PassResult(graph_module, False)
 
     def _score(self, graph_module: fx.GraphModule, nodes: dict[str, fx.Node], width: Width) -> WidthCurve | None:

@@ -59,21 +59,28 @@ def divergence(
     """The mean loss of a model's outputs over batches; infinite if it is NaN.
 
     The loss is the user's, if given. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row of all
-    batches, and the squared error relative to the mean square for other outputs. Padding does not count in either.
+    batches, and the squared error relative to the mean square for other outputs. Padding does not count in either. The
+    mean is over the batches of all processes.
 
     Args:
         calibration: the batches.
         references: the original model's `answers`.
         weigh: the weights of the outputs for the batch of an index.
     """
-    total = count = 0.0
-    for index, (batch, reference) in enumerate(zip(calibration.batches, references, strict=True)):
-        output = run_batch(model, batch, calibration.forward, index)
-        if calibration.loss is None:
-            lost, share = differ(reference, output, batch, weigh(index))
-        else:
-            lost, share = calibration.loss(output, batch), 1.0
-        total, count = total + share * float(lost), count + share
+
+    def summed() -> tuple[float, float]:
+        total = count = 0.0
+        for index, (batch, reference) in enumerate(zip(calibration.batches, references, strict=True)):
+            output = run_batch(model, batch, calibration.forward, index)
+            if calibration.loss is None:
+                lost, share = differ(reference, output, batch, weigh(index))
+            else:
+                lost, share = calibration.loss(output, batch), 1.0
+            total, count = total + share * float(lost), count + share
+        return total, count
+
+    group = calibration.group
+    total, count = map(sum, zip(*group.gathered(group.together(summed)), strict=True))
     mean = total / (count or 1.0)
     return mean if mean == mean else torch.inf
 

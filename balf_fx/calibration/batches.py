@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from balf_fx.calibration.describing import describe
 from balf_fx.calibration.weights import WeightsOf
+from balf_fx.distributed.group import ALONE, Group
+from balf_fx.distributed.shares import starts_in_turn
 from balf_fx.errors import BalfError, CalibrationError
 
 MODEL_ERRORS = (
@@ -64,6 +66,7 @@ class Calibration:
         weigh: the user's weights of a batch's positions; None if masks alone decide.
         weights: what `weigh` returns for each of the batches; empty where it has not been called.
         seen: the number of samples that were calibrated on, if the batches are only some of them.
+        group: the processes that calibrate together, each on its own batches.
     """
 
     batches: Sequence[Any]
@@ -74,11 +77,21 @@ class Calibration:
     weigh: WeightsOf | None = None
     weights: Sequence[Tensor] = ()
     seen: int | None = None
+    group: Group = ALONE
 
-    @property
     def samples(self) -> int:
-        """The number of samples that are calibrated on; a batch that cannot be counted is one."""
-        return sum(map(samples_of, self.batches)) if self.seen is None else self.seen
+        """The number of samples that are calibrated on, in all processes; a batch that cannot be counted is one."""
+        own = sum(map(samples_of, self.batches)) if self.seen is None else self.seen
+        return sum(self.group.gathered(own))
+
+    def has_batches(self) -> bool:
+        """Whether any process has batches."""
+        return any(self.group.gathered(len(self.batches) > 0))
+
+    def numbered(self) -> tuple[list[int], int]:
+        """The number of samples before each batch, and in all, where the processes take turns with their batches."""
+        counts = self.group.gathered(list(map(samples_of, self.batches)))
+        return starts_in_turn(counts)[self.group.rank], sum(map(sum, counts))
 
     def only(self, indices: Sequence[int]) -> Calibration:
         """The same with some of the batches."""
@@ -324,28 +337,6 @@ def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradi
 
 def _with_ordinary_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return ordinary((args, kwargs))
-
-
-_LONG = 8  # how many items of a batch an error message describes
-
-
-def describe(batch: Any) -> str:
-    """Describe a batch briefly, for error messages."""
-    if isinstance(batch, Tensor):
-        return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
-    if isinstance(batch, Mapping):
-        items = [f"{key}: {describe(value)}" for key, value in itertools.islice(batch.items(), _LONG)]
-        return "a mapping of " + _and_more(items, len(batch))
-    if isinstance(batch, tuple | list):
-        items = [describe(value) for value in batch[:_LONG]]
-        if len(batch) > 1 and len({type(value) for value in batch}) == 1 and not isinstance(batch[0], Tensor):
-            return f"a {type(batch).__name__} of {len(batch)} times {items[0]}"
-        return f"a {type(batch).__name__} of ({_and_more(items, len(batch))})"
-    return f"a {type(batch).__name__}"
-
-
-def _and_more(items: Sequence[str], count: int) -> str:
-    return ", ".join(items) + (f" and {count - len(items)} more" if count > len(items) else "")
 
 
 class _Recorded(BaseException):

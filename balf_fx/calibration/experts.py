@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from balf_fx.calibration.moments import CHUNK_ELEMENTS, Moments, sum_moments
-from balf_fx.calibration.observers import CovarianceObserver, Gradients, Recorded, Sample, SensitivityObserver
+from balf_fx.calibration.observers import CovarianceObserver, Recorded, SensitivityObserver
+from balf_fx.calibration.sample import Gradients, Sample
 from balf_fx.graph.expert_rows import ExpertRows
 from balf_fx.graph.site import Side, Site
 

@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
-from balf_fx.calibration.batches import Calibration, describe, graphs_of, run_batch, sample_count
+from balf_fx.calibration.batches import Calibration, graphs_of, run_batch, sample_count
+from balf_fx.calibration.describing import describe
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.calibration.weights import Weights, counted
 from balf_fx.errors import CalibrationError, ModelError, NonFiniteError

@@ -22,6 +22,7 @@ from balf_fx.calibration.moments import (
     sum_moments,
     with_batch,
 )
+from balf_fx.calibration.sample import Gradients, Positions, Sample, Statistics
 from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
 from balf_fx.graph.parameters import site_matrix
@@ -49,6 +50,15 @@ class CovarianceObserver(nn.Module):
         self.side: Side = side or site.side
         self.skip_non_finite = skip_non_finite
         self.moments: Moments | None = None
+
+    @property
+    def statistics(self) -> Statistics:
+        """All that has been gathered, which can be merged one by one and set again."""
+        return (self.moments,)
+
+    @statistics.setter
+    def statistics(self, values: Statistics) -> None:
+        (self.moments,) = values  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
         count = 0.0 if self.moments is None else self.moments.count
@@ -83,59 +93,6 @@ class CovarianceObserver(nn.Module):
 
     def _moments(self, value: Tensor, dtype: torch.dtype, weights: Tensor | None) -> Moments | None:
         return batch_moments(value, self.site, self.side, dtype, weights)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Second moments of the gradient g at a site's output, summed over the positions and samples that count.
-
-    Attributes:
-        samples: the number of samples that count.
-        total: the sum of |g|^2.
-        scatter: [G, m, m], the sum of h h^T, where h = g on the output side and h = Q^T g, W = Q R, on the input side;
-            m = min(O, D).
-        parts: [parts, O / parts, O / parts], the same for the parts of g, for sites that have parts.
-    """
-
-    samples: float
-    total: float
-    scatter: Tensor
-    parts: Tensor | None
-
-    def merge(self, other: Gradients) -> Gradients:
-        """Both samples together."""
-        parts = None if self.parts is None or other.parts is None else self.parts + other.parts
-        return Gradients(self.samples + other.samples, self.total + other.total, self.scatter + other.scatter, parts)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Gradients:
-        return self
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The statistics of a site over some of the samples.
-
-    Attributes:
-        gradients: the gradients at the output.
-        moments: the moments on the site's side, with positions weighted by their squared gradients, times the weights
-            of the call's positions (`calibration.weights`).
-        features: the moments of the input's features, for a convolution those of pixels, not of patches; None if they
-            are not needed.
-    """
-
-    gradients: Gradients
-    moments: Moments
-    features: Moments | None
-
-    def merge(self, other: Sample) -> Sample:
-        """Statistics of both samples together."""
-        features = self.features if other.features is None else other.features
-        if self.features is not None and other.features is not None:
-            features = self.features.merge(other.features)
-        return Sample(self.gradients.merge(other.gradients), self.moments.merge(other.moments), features)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
-        return self
 
 
 class Recorded(NamedTuple):
@@ -208,16 +165,22 @@ class SensitivityObserver(nn.Module):
         self.halves: list[Sample | None] = [None, None]
         self.sample: Sample | None = None
         self.calls = 0
-        self.squares: tuple[Tensor, Tensor] | None = None
-        self.alike = True
+        self.squares: Positions | None = None
 
     @property
     def positions(self) -> Tensor | None:
         """[P], the weights of positions, averaged over all samples; None if batches differ in their positions."""
-        if self.squares is None or not self.alike:
-            return None
-        total, count = self.squares
-        return total / count.clamp_min(1)
+        return None if self.squares is None else self.squares.mean
+
+    @property
+    def statistics(self) -> Statistics:
+        """All that has been gathered, which can be merged one by one and set again."""
+        return (self.sample, *self.halves, self.squares)
+
+    @statistics.setter
+    def statistics(self, values: Statistics) -> None:
+        self.sample, first, second, self.squares = values  # type: ignore[assignment]
+        self.halves = [first, second]  # type: ignore[list-item]
 
     @contextmanager
     def recording(self, samples: int = 0) -> Iterator[Sequence[Recorded]]:
@@ -271,15 +234,8 @@ class SensitivityObserver(nn.Module):
                 used = True
             self.calls += 1
         if used:
-            self._count(squares.sum(0), count)
-
-    def _count(self, squares: Tensor, count: Tensor) -> None:
-        """Add the sums over samples of squared gradients at each position, and how many samples these are."""
-        if self.squares is not None:
-            self.alike &= len(squares) == len(self.squares[0])
-            if self.alike:
-                squares, count = squares + self.squares[0], count + self.squares[1]
-        self.squares = squares, count
+            own = Positions((squares.sum(0), count))
+            self.squares = own if self.squares is None else self.squares.merge(own)
 
     def _seen(self, recorded: Recorded, gradient: Tensor) -> _Seen:
         """The samples that count, with a gradient of 0 at positions that do not."""
@@ -374,6 +330,15 @@ class InfluenceObserver(nn.Module):
         super().__init__()
         self.site = site
         self.gradients: WeightGradients | None = None
+
+    @property
+    def statistics(self) -> Statistics:
+        """All that has been gathered, which can be merged one by one and set again."""
+        return (self.gradients,)
+
+    @statistics.setter
+    def statistics(self, values: Statistics) -> None:
+        (self.gradients,) = values  # type: ignore[assignment]
 
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from balf_fx.calibration.batches import MODEL_ERRORS
+from balf_fx.capture.sharding import gathered_copy, is_sharded
 from balf_fx.errors import ModelError
 from balf_fx.graph.parameters import computed_tensors, is_quantized
 from balf_fx.passes.fold_constants import Deterministic, NotConstantError
@@ -21,6 +23,8 @@ from balf_fx.passes.fold_constants import Deterministic, NotConstantError
 
 def plain_model(model: Any) -> nn.Module:
     """The model inside the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    A model that is sharded by `fully_shard` is gathered in each process, which must all call this.
 
     Raises:
         ModelError: it is no module, or is wrapped in a way that cannot be undone here; the message says what to pass.
@@ -39,7 +43,12 @@ def plain_model(model: Any) -> nn.Module:
             "the model is compiled by TorchScript, and its code cannot be captured: pass the original module"
         )
     if name == "FullyShardedDataParallel":
-        raise ModelError("the model is sharded by FullyShardedDataParallel: pass a model with all its weights")
+        raise ModelError(
+            "the model is sharded by FullyShardedDataParallel: shard it by torch.distributed.fsdp.fully_shard, or pass "
+            "a model with all its weights"
+        )
+    if is_sharded(model):
+        return plain_model(gathered_copy(model))
     if library == "peft" and hasattr(model, "merge_and_unload"):
         raise ModelError("the model has adapters of peft: pass model.merge_and_unload(), or model.get_base_model()")
     if any(type(each).__name__ == "OptimizedModule" for each in model.modules()):
@@ -114,6 +123,12 @@ def _fold(module: nn.Module, parametrizations: nn.ModuleDict, limit: int) -> Non
             setattr(module, name, nn.Parameter(value, any(source.requires_grad for source in sources)))
         else:
             module.register_buffer(name, value)
+
+
+def device_of(model: Any) -> torch.device:
+    """The device of the first tensor of a model; the CPU if there is none."""
+    tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else iter(())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -10,6 +10,7 @@ from balf_fx.api import compile, save
 from balf_fx.api import report as report_of
 from balf_fx.calibration.batches import cache_arguments, forward_for
 from balf_fx.cli.demo import run_demo
+from balf_fx.cli.processes import joined
 from balf_fx.cli.sweep import SweepData, run_sweep
 from balf_fx.cli.text import open_tokenizer
 from balf_fx.engine.options import settings_from
@@ -97,6 +98,7 @@ def compress(output: Path, html: Path | None, as_json: bool, validation: int, **
     balf-fx compress mine:make_net --weights net.pt --data arrays.npz --array x --params 0.5 -o small.safetensors
     balf-fx compress timm:resnet18 --weights net.pt --data images/ --disagreement 0.02 -o small.safetensors
     balf-fx compress hf:folder --text data.txt --params 0.8 -o small
+    torchrun --nproc-per-node 2 -m balf_fx.cli compress hf:folder --text data.txt --params 0.8 -o small
     """
     if html is not None:
         importlib.import_module("balf_fx.reporting.page")  # fails before any work if a dependency is missing
@@ -108,14 +110,17 @@ def compress(output: Path, html: Path | None, as_json: bool, validation: int, **
         settings_from({**options, "validation": []} if limited else options).with_free().allocate()  # before any work
     except OptionError as error:
         raise click.UsageError(str(error)) from error
-    model = given.load_model()
-    if not output.suffix and not hasattr(model, "save_pretrained"):
-        raise click.UsageError("only models of transformers have folders: pass an --output ending in .safetensors")
-    if given.text is not None:
-        options["forward"] = forward_for(model, **cache_arguments(model))
-    if limited:
-        options["validation"], _ = given.evaluation(model, None, None, None, validation)
-    small = compile(model, given.calibration(model), **options)
+    with joined(options.get("distributed", True)) as rank:
+        model = given.load_model(rank)
+        if not output.suffix and not hasattr(model, "save_pretrained"):
+            raise click.UsageError("only models of transformers have folders: pass an --output ending in .safetensors")
+        if given.text is not None:
+            options["forward"] = forward_for(model, **cache_arguments(model))
+        if limited:
+            options["validation"], _ = given.evaluation(model, None, None, None, validation)
+        small = compile(model, given.calibration(model), **options)
+    if rank > 0:
+        return
     _save(small, output, given)
     found = report_of(small)
     if html is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from balf_fx.cli.data import Preprocessing, Samples, choose, open_samples, read_labels
 from balf_fx.cli.models import default_preprocessing, load_model, needs_weights
+from balf_fx.cli.processes import own_share, share_weights
 from balf_fx.cli.settings import settings_from_command
 from balf_fx.cli.text import Text, open_text
 from balf_fx.errors import OptionError
@@ -112,15 +113,16 @@ class Inputs:
         found = cls(**own)
         return found, {**settings_from_command(given), "seed": found.seed, "progress": not found.quiet}
 
-    def load_model(self) -> nn.Module:
-        """Load the model; prints a note if its weights are random."""
+    def load_model(self, rank: int = 0) -> nn.Module:
+        """Load the model, of several processes the same; the first prints a note if its weights are random."""
         model = load_model(self.model, self.weights, self.pretrained)
-        if needs_weights(self.model) and self.weights is None and not self.pretrained:
+        share_weights(model)
+        if rank == 0 and needs_weights(self.model) and self.weights is None and not self.pretrained:
             click.echo(f"{self.model} has random weights: pass --weights or --pretrained", err=True)
         return model
 
     def calibration(self, model: nn.Module) -> list[Any]:
-        """The batches for calibration."""
+        """The batches for calibration, of several processes those of this one."""
         source = self._open(model, self.data or self.text, self.array)
         return self._batches(model, source, choose(len(source), self.samples, self.seed))
 
@@ -162,6 +164,9 @@ class Inputs:
         return open_samples(path, array)
 
     def _batches(self, model: nn.Module, source: Samples | Text, indices: list[int]) -> list[Any]:
+        indices = own_share(indices, self.batch_size)
+        if not indices:
+            return []
         if isinstance(source, Text):
             return source.batches(indices, self.batch_size)
         preprocessing = self._preprocessing(model) if source.holds_images else Preprocessing()

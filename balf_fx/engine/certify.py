@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class _Judge:
         calibration: the validation batches and how they are run.
         answers: of the original, for each batch.
         single: whether each sample has one answer.
+        samples: the number of samples, in all processes.
     """
 
     mistakes: Mistakes
@@ -125,6 +127,7 @@ class _Judge:
     calibration: Calibration
     answers: Sequence[_Answers] = ()
     single: bool = False
+    samples: int = 0
 
     @classmethod
     def of(cls, program: Program, settings: Settings, calibration: Calibration) -> _Judge:
@@ -135,7 +138,9 @@ class _Judge:
         blank = cls(kind, settings.limit or 0.0, settings.confidence, validation)
         answers = blank.run(without_observers(program))
         single = kind == "disagreement" and all(each.values.shape[1] == 1 for each in answers)
-        found = dataclasses.replace(blank, answers=answers, single=single)
+        single = all(calibration.group.gathered(single))
+        samples = sum(calibration.group.gathered(sum(len(each.values) for each in answers)))
+        found = dataclasses.replace(blank, answers=answers, single=single, samples=samples)
         needed = least_samples(found.limit, found.confidence, single)
         if found.samples < needed:
             raise OptionError(
@@ -144,14 +149,11 @@ class _Judge:
             )
         return found
 
-    @property
-    def samples(self) -> int:
-        return sum(len(each.values) for each in self.answers)
-
     def test(self, program: Program, share: float) -> Tried:
-        """The mistakes of a compressed program."""
+        """The mistakes of a compressed program, on the samples of all processes."""
         pairs = zip(self.answers, self.run(program), strict=True)
-        values = [value for own, other in pairs for value in own.mistakes(other.values, self.mistakes)]
+        own = [value for one, other in pairs for value in one.mistakes(other.values, self.mistakes)]
+        values = list(chain.from_iterable(self.calibration.group.gathered(own)))
         mean = sum(values) / len(values)
         if self.single:
             return Tried(share, mean, clopper_pearson(round(sum(values)), len(values), self.confidence))

@@ -1,4 +1,4 @@
-"""Checks of options that are not numbers."""
+"""Checks of options."""
 
 from __future__ import annotations
 
@@ -32,3 +32,21 @@ def check_folder(name: str, folder: Any) -> None:
     """Check the path of a folder, or None."""
     if folder is not None and not isinstance(folder, str | os.PathLike):
         raise OptionError(f"{name} must be the path of a folder, not {folder!r}")
+
+
+def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation: Any) -> None:
+    """Check a limit of mistakes and what it takes."""
+    given = {"disagreement": disagreement, "divergence": divergence, "confidence": confidence}
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < 1):
+            raise OptionError(f"{name} must be a number between 0 and 1, such as 0.02, not {value!r}")
+    if disagreement is not None and divergence is not None:
+        raise OptionError("give one limit, disagreement= for choices among classes or divergence= for others")
+    limited = disagreement is not None or divergence is not None
+    if limited and validation is None:
+        raise OptionError(
+            "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
+        )
+    if validation is not None and not limited:
+        raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")

@@ -18,6 +18,7 @@ from balf_fx.budget.problem import Problem, drawn, pose
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
 from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
+from balf_fx.calibration.merging import check_merged, merging
 from balf_fx.calibration.observers import (
     OBSERVERS,
     CovarianceObserver,
@@ -28,6 +29,7 @@ from balf_fx.calibration.observers import (
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import weighing
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.distributed.group import Group
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.resuming import Resumption
 from balf_fx.engine.rewriting import normalise
@@ -135,6 +137,9 @@ def calibrate(
     model computes each sample independently of the others. Loss and squared gradients of positions are then those of
     each piece.
 
+    Each process of the calibration's group runs its own batches, with probes of its own; all then have the statistics
+    of all batches.
+
     Args:
         batches: read one at a time, in place of the calibration's own; those without samples are skipped.
         lenient: skip batches with NaN or infinity at a site, and run without gradients if none flow through the
@@ -149,34 +154,35 @@ def calibrate(
             weights of its positions.
     """
     module = program.module
-    generator = torch.Generator().manual_seed(calibration.seed)
+    generator = torch.Generator().manual_seed(calibration.seed + calibration.group.rank)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
     state = Resumption(journal, module, generator, gradients)
     index = -1
-    for index, made in enumerate(progress.track(batches)):
-        batch = ordinary(made)
-        if is_empty(batch) or state.has(index):
-            continue
-        given = calibration.given(index, batch)
-        try:
-            if state.gradients:
-                for piece in pieces_for_gradients(module, (batch, given), calibration, index):
-                    _run(program, piece, calibration, index, generator)
-            else:
+    with merging(module, calibration.group):
+        for index, made in enumerate(progress.track(batches)):
+            batch = ordinary(made)
+            if is_empty(batch) or state.has(index):
+                continue
+            given = calibration.given(index, batch)
+            try:
+                if state.gradients:
+                    for piece in pieces_for_gradients(module, (batch, given), calibration, index):
+                        _run(program, piece, calibration, index, generator)
+                else:
+                    _run(program, (batch, given), calibration, index, None)
+            except NonFiniteError as error:
+                if not lenient:
+                    raise
+                _LOGGER.warning("%s: this call is not used for calibration", error)
+                continue
+            except CalibrationError as error:
+                if not (lenient and state.gradients):
+                    raise
+                _LOGGER.warning("there are no gradients, so factors minimise the plain output error: %s", error)
+                state.gradients = False
                 _run(program, (batch, given), calibration, index, None)
-        except NonFiniteError as error:
-            if not lenient:
-                raise
-            _LOGGER.warning("%s: this call is not used for calibration", error)
-            continue
-        except CalibrationError as error:
-            if not (lenient and state.gradients):
-                raise
-            _LOGGER.warning("there are no gradients, so factors minimise the plain output error: %s", error)
-            state.gradients = False
-            _run(program, (batch, given), calibration, index, None)
-        state.counted.append(index)
-    state.done(index + 1)
+            state.counted.append(index)
+        state.done(index + 1)
     return state.counted
 
 
@@ -226,6 +232,7 @@ def convert(
         raise NotCalibratedError(
             "this is not a prepared graph: call balf_fx.prepare first and run a few batches through it"
         )
+    check_merged(program.module, calibration.group)
     allocate, mode = settings.allocate(), settings.refit_mode
     program = program if settings.chosen_factors == "svd" else _seen_only(program)
     watch = Watch.start(program, settings, calibration) if settings.times else None
@@ -235,7 +242,7 @@ def convert(
     shares = [work.scoring, work.trying, work.solving]
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
     # 1. Align, FindPivots, Score, ScoreWidths, Time: the loss and the cost of each rank and each size.
-    score(program, settings, scoring)
+    score(program, settings, calibration.group, scoring)
     if watch is not None:
         measuring, trying = trying.spans([1.0, 2.0], ["timing layers", "trying allocations"])
         watch.measure_sites(measuring)
@@ -247,7 +254,7 @@ def convert(
     # 3. Refine or Refit: solve for the layers' weights. Pivot, Narrow, Factorize: rewrite the graphs.
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
-            Refine(progress=solving, journal=journal)(graph_module)
+            Refine(group=calibration.group, progress=solving, journal=journal)(graph_module)
     pivot = settings.pivot or isinstance(allocate, Follow)
     carry_out(compressed, mode, calibration, solving, pivot=pivot, journal=journal)
     progress.done()
@@ -274,7 +281,7 @@ def _chosen(
         timed = watch.corrected(problem, allocate, min(watch.asked, 1.0))
         allocate = timed.option
     best = None
-    if settings.measures and len(calibration.batches):
+    if settings.measures and calibration.has_batches():
         best = _measured(program, settings, problem, allocate, calibration, progress, journal)
     if watch is None or timed is None:
         return allocate.solve(problem) if best is None else best[1], None
@@ -298,24 +305,24 @@ def _measured(
         trial = plan_trial(program, calibration, refit, journal=journal)
         return allocate_faithfully(program, problem, allocate, trial, progress)
     try:
-        trial = plan_trial(program, calibration, refit, few_samples(calibration.samples), journal)
+        trial = plan_trial(program, calibration, refit, few_samples(calibration.samples()), journal)
         return allocate_faithfully(program, problem, allocate, trial, progress)
     except CalibrationError as error:
         _LOGGER.warning("allocations are not compared, since the compressed model does not run: %s", error)
         return None
 
 
-def score(program: Program, settings: Settings, progress: Progress = SILENT) -> None:
-    """Score the ranks and widths of all parts."""
+def score(program: Program, settings: Settings, group: Group, progress: Progress = SILENT) -> None:
+    """Score the ranks and widths of all parts, shared out over the processes of a group."""
     found = [graph_module for graph_module in program.graph_modules if sites(graph_module)]
     for graph_module, span in zip(found, progress.spans([1.0] * len(found)), strict=True):
         ranks, sizes = span.spans([1.0, 2.0])
-        scored = settings.score(ranks)
-        settings.align()(graph_module)
+        scored = dataclasses.replace(settings.score(ranks), group=group)
+        dataclasses.replace(settings.align(), group=group)(graph_module)
         settings.find_pivots()(graph_module)
         scored(graph_module)
         if scored.factors == "sensitivity" and settings.widths:
-            ScoreWidths(scored.damping, progress=sizes)(graph_module)
+            ScoreWidths(scored.damping, group, sizes)(graph_module)
         else:
             record_graph(graph_module, width_curves=(), widths_scored_with=())
 

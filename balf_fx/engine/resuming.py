@@ -22,12 +22,11 @@ from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import (
     OBSERVERS,
     CovarianceObserver,
-    Gradients,
     InfluenceObserver,
-    Sample,
     SensitivityObserver,
     WeightGradients,
 )
+from balf_fx.calibration.sample import Gradients, Positions, Sample
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
 from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, Journal, difference
@@ -47,7 +46,7 @@ CALIBRATION = "calibration"
 _OTHERS = ("checkpoint", "progress", "validation")  # options on which the result does not depend, and data
 _STATISTICS: Mapping[type[nn.Module], tuple[str, ...]] = {
     CovarianceObserver: ("moments",),
-    SensitivityObserver: ("halves", "sample", "calls", "squares", "alike"),
+    SensitivityObserver: ("halves", "sample", "calls", "squares"),
     InfluenceObserver: ("gradients",),
 }
 """The attributes of each kind of observer that calibration changes."""
@@ -73,7 +72,7 @@ class Gathered:
 
 
 _RECORDS = (
-    *(Gathered, Moments, Sample, Gradients, WeightGradients),
+    *(Gathered, Moments, Sample, Gradients, Positions, WeightGradients),
     *(Allocation, Choice, Site, ConvGeometry, Candidate, Cost, EnergyCurve, Timing),
     *(Solution, Kept),
 )

@@ -6,6 +6,7 @@ import dataclasses
 
 from balf_fx.calibration.batches import Calibration, Stream
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.engine.agreement import give_alike
 from balf_fx.engine.certify import certify
 from balf_fx.engine.compress import calibrate, convert
 from balf_fx.engine.program import Program
@@ -54,7 +55,9 @@ def solve(
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget, or as far as the limit of mistakes allows."""
     chosen = convert if settings.limit is None else certify
-    return chosen(program, settings, _with_memory(calibration, journal), progress, journal)
+    compressed, plan = chosen(program, settings, _with_memory(calibration, journal), progress, journal)
+    give_alike(compressed, plan, calibration.group)
+    return compressed, plan
 
 
 def _with_memory(calibration: Calibration, journal: Journal) -> Calibration:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from balf_fx.calibration.batches import Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
-from balf_fx.engine.checks import check_folder, check_function, check_patterns
+from balf_fx.engine.checks import check_folder, check_function, check_limit, check_patterns
 from balf_fx.engine.fields import option
 from balf_fx.engine.memory import SHARE, bytes_of, check_memory
 from balf_fx.engine.units import share_of
@@ -236,7 +236,15 @@ class Settings:
         "calibrate",
         "convert",
     )
-    seed: int = option(0, "the seed of the random probes", "calibrate")
+    distributed: bool = option(
+        True,
+        "where torch.distributed has several processes, compress one model in all of them, each of which passes its "
+        "own batches and gets the same model, bit for bit. False compresses in this process alone",
+        "calibrate",
+        "convert",
+        values=(True, False),
+    )
+    seed: int = option(0, "the seed of the random probes, to which each process adds its rank", "calibrate")
     checkpoint: str | os.PathLike[str] | None = option(
         None,
         "a folder for what is finished: statistics, the allocation, refitted layers, the result. If the run is killed, "
@@ -255,7 +263,7 @@ class Settings:
             check_patterns(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise OptionError(f"seed must be a whole number, not {self.seed!r}")
-        self._check_limit()
+        check_limit(self.disagreement, self.divergence, self.confidence, self.validation)
         check_function("loss", self.loss, "the output and the batch")
         check_function("weights", self.weights, "the batch")
         check_folder("checkpoint", self.checkpoint)
@@ -265,21 +273,6 @@ class Settings:
         _ = self.align()
         if self.refit and self.chosen_factors == "air":
             raise OptionError("a refit would replace the factors of factors='air': drop one of them")
-
-    def _check_limit(self) -> None:
-        for name in ("disagreement", "divergence", "confidence"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value < 1):
-                raise OptionError(f"{name} must be a number between 0 and 1, such as 0.02, not {value!r}")
-        if self.disagreement is not None and self.divergence is not None:
-            raise OptionError("give one limit, disagreement= for choices among classes or divergence= for others")
-        if self.limit is not None and self.validation is None:
-            raise OptionError(
-                "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
-            )
-        if self.limit is None and self.validation is not None:
-            raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")
 
     def with_free(self) -> Settings:
         """The settings for what is free if there is no budget: it needs no statistics, since any input shall do.

@@ -72,8 +72,8 @@ def carry_out(
             graph_module = program.graph_modules[index]
             if sites(graph_module):
                 inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
-                own = journal.within(f"part {index}")
-                Refit(inputs, mode, calibration.memory, handed, weights, progress=span, journal=own)(graph_module)
+                own, group = journal.within(f"part {index}"), calibration.group
+                Refit(inputs, mode, calibration.memory, handed, weights, group, span, own)(graph_module)
             rewrite(graph_module, pivot)
             relay.run(index)
             span.done()

@@ -70,15 +70,20 @@ class Watch:
         Raises:
             OptionError: there is no batch to run.
         """
-        if not len(calibration.batches):
-            raise OptionError("latency= is measured on a batch: pass the calibration batches as batches=")
-        trace, original = program.trace(calibration.batches[0]), without_observers(program)
+        group = calibration.group
+        batch = group.once(lambda: next(iter(calibration.batches), None))
+        if batch is None:
+            raise OptionError(
+                "latency= is measured on a batch: pass the calibration batches as batches=, of several processes at "
+                "least to the first"
+            )
+        trace, original = program.trace(batch), without_observers(program)
         device = next(parameter.device for graph in original.graph_modules for parameter in graph.parameters())
         tasks = {
             runner: _task(original, trace, runner) for runner in get_args(Runner) if settings.runner in (runner, None)
         }
         eager = tasks.get("eager") or _task(original, trace, "eager")
-        races = {runner: _race(eager, task, device) for runner, task in tasks.items()}
+        races = group.once(lambda: {runner: _race(eager, task, device) for runner, task in tasks.items()})
         runner: Runner = min(tasks, key=lambda each: races[each].ratio)
         seconds, relative = races[runner].second, races[runner].ratio
         _LOGGER.info("the model takes %.4g ms (%s)", 1e3 * seconds, runner)
@@ -87,7 +92,7 @@ class Watch:
 
     def measure_sites(self, progress: Progress = SILENT) -> None:
         """Measure the times of the candidates of all sites (`passes.Time`)."""
-        table = open_table(self.device)
+        table = open_table(self.device, self.calibration.group)
         parts = [index for index, graph in enumerate(self.program.graph_modules) if sites(graph)]
         for index, span in zip(parts, progress.spans([1.0] * len(parts)), strict=True):
             inputs = next((step.args for step in self.trace if step.part == index), None)
@@ -140,7 +145,10 @@ class Watch:
         return Timed(option, allocation, self.time(problem, allocation))
 
     def time(self, problem: Problem, allocation: Allocation) -> Timing:
-        """The times of an allocation; they depend on its sizes alone, so its one-shot weights will do."""
+        """The times of an allocation in process 0; they depend on its sizes alone, so its one-shot weights will do."""
+        return self.calibration.group.once(lambda: self._time(problem, allocation))
+
+    def _time(self, problem: Problem, allocation: Allocation) -> Timing:
         compressed = settled(self.program, problem, allocation)
         carry_out(compressed, None, self.calibration, pivot=self.pivot)
         found = _race(self.task, _task(compressed, self.trace, self.runner), self.device)

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -43,12 +44,14 @@ class Trial:
         fit: batches on which an allocation is refitted before it is measured; empty for no refit.
         judge: batches on which it is measured.
         references: the original's outputs for `judge`.
+        refit: whether any process has batches in `fit`.
         journal: has what was measured before a run was killed.
     """
 
     fit: Calibration
     judge: Calibration
     references: Sequence[Any]
+    refit: bool
     journal: Journal = FORGETFUL
 
     def measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
@@ -58,7 +61,7 @@ class Trial:
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
         tried = settled(program, problem, allocation)
-        carry_out(tried, "up" if self.fit.batches else None, self.fit)
+        carry_out(tried, "up" if self.refit else None, self.fit)
 
         def weigh(index: int) -> Weights | None:
             batch = self.judge.batches[index]
@@ -77,7 +80,7 @@ def plan_trial(
     """Choose the samples for the measurement, and run the original on them.
 
     Args:
-        calibration: has at least one batch.
+        calibration: has at least one batch, in one of the processes. Samples are taken from all processes in turn.
         refit: whether the chosen allocation will be refitted.
         most: the largest number of samples for each purpose.
         journal: as in `Trial`.
@@ -85,13 +88,14 @@ def plan_trial(
     original = without_observers(program)
     fit, judge = _few(calibration, refit, most)
     try:
-        references = answers(original.module, judge.batches, calibration.forward)
+        run = partial(answers, original.module, judge.batches, calibration.forward)
+        references = calibration.group.together(run)
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
         half = count // 2 if refit else 0
         fit, judge = calibration.only(range(half)), calibration.only(range(half, count))
         references = answers(original.module, judge.batches, calibration.forward)
-    return Trial(fit, judge, references, journal)
+    return Trial(fit, judge, references, fit.has_batches(), journal)
 
 
 def allocate_faithfully(
@@ -140,18 +144,21 @@ class _Attempt:
 
 def _few(calibration: Calibration, refit: bool, most: int) -> tuple[Calibration, Calibration]:
     """A few samples for the refit, and others for the measurement."""
-    total = sum(map(samples_of, calibration.batches))
+    starts, total = calibration.numbered()
     if not refit or total < 2:
-        return _samples(calibration, 0, 0), _samples(calibration, 0, min(most, total))
+        return _samples(calibration, starts, 0, 0), _samples(calibration, starts, 0, min(most, total))
     size = min(most, total // 2)
-    return _samples(calibration, 0, size), _samples(calibration, size, 2 * size)
+    return _samples(calibration, starts, 0, size), _samples(calibration, starts, size, 2 * size)
 
 
-def _samples(calibration: Calibration, start: int, stop: int) -> Calibration:
-    """The samples with numbers start .. stop - 1, in batches; a batch that cannot be counted is one sample."""
+def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: int) -> Calibration:
+    """The samples with numbers start .. stop - 1, in batches; a batch that cannot be counted is one sample.
+
+    Args:
+        starts: the number of the first sample of each batch.
+    """
     batches, weights = [], []
-    seen = 0
-    for index, batch in enumerate(calibration.batches):
+    for index, (seen, batch) in enumerate(zip(starts, calibration.batches, strict=True)):
         count = samples_of(batch)
         first, last = max(start - seen, 0), min(stop - seen, count)
         if first < last:
@@ -159,5 +166,4 @@ def _samples(calibration: Calibration, start: int, stop: int) -> Calibration:
             batches.append(batch if whole else some_samples(batch, first, last))
             if given is not None:
                 weights.append(given if whole else given[first:last])
-        seen += count
     return dataclasses.replace(calibration, batches=batches, weights=weights)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.latency.granules import granule, probes
 from balf_fx.latency.operations import Family, Operation, Run
 from balf_fx.latency.stopwatch import least_seconds
@@ -40,6 +41,7 @@ class Table:
         known: the measured points of each operation by its key.
         limit: seconds after which nothing is measured a second time.
         path: the file where points are kept; None for no file.
+        group: the processes that use the same times: process 0 measures them. What they know must be the same.
         grids: the lines of inputs and of outputs between which each operation is interpolated.
         granules: those of inputs and of outputs for each family of operations.
     """
@@ -47,6 +49,7 @@ class Table:
     known: dict[str, Points] = field(default_factory=dict)
     limit: float = 60.0
     path: Path | None = None
+    group: Group = ALONE
     grids: dict[Operation, tuple[list[int], list[int]]] = field(default_factory=dict, init=False)
     granules: dict[Family, tuple[int, int]] = field(default_factory=dict, init=False)
 
@@ -99,9 +102,11 @@ class Table:
             if (run.inputs, run.outputs) not in self.known.setdefault(run.operation.key, {})
         ]
         if missing:
-            for run, nanoseconds in zip(missing, self._measured(missing, progress), strict=True):
+            times = self.group.once(lambda: self._measured(missing, progress))
+            for run, nanoseconds in zip(missing, times, strict=True):
                 self.known[run.operation.key][run.inputs, run.outputs] = nanoseconds
-            self._write()
+            if self.group.rank == 0:
+                self._write()
         progress.done()
 
     def _measured(self, runs: Sequence[Run], progress: Progress) -> list[float]:
@@ -129,8 +134,10 @@ class Table:
         os.replace(file.name, self.path)
 
 
-def open_table(device: torch.device) -> Table:
+def open_table(device: torch.device, group: Group = ALONE) -> Table:
     """The table of this machine, device, version of torch and number of threads, in the user's cache folder.
+
+    Of several processes, all have the table of the first.
 
     The folder is `balf_fx` beside that of `torch.hub`, which follows TORCH_HOME and XDG_CACHE_HOME.
     """
@@ -138,7 +145,7 @@ def open_table(device: torch.device) -> Table:
     words = f"{name} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {torch.get_num_threads()}"
     stem = "".join(letter if letter.isalnum() else "-" for letter in words)
     path = Path(torch.hub.get_dir()).parent.with_name("balf_fx") / f"times-{stem}.json"
-    return Table(_read(path), path=path)
+    return Table(group.once(lambda: _read(path)), path=path, group=group)
 
 
 def lines(sizes: Iterable[int]) -> list[int]:

@@ -28,19 +28,25 @@ def refit_experts(
         prior: the solution so far, with factors.
     """
     biased = operation(product.node) == "baddbmm"
-    if prior.left is None or biased or not all(_same_rows(product, batch) for batch in walk.batches()):
+    same = all(_same_rows(product, batch) for batch in walk.batches())
+    if prior.left is None or biased or not all(walk.group.gathered(same)):
         return prior
     shares = _sums(walk, product, (weight.shape[1], weight.shape[2]))
     left, right = prior.left.clone(), prior.right.clone()
     kept = () if prior.kept is None else prior.kept.experts
-    for expert in range(len(left)):
-        train, held_out = (share[expert].joint() for share in shares)
+    for sums in (*shares[0], *shares[1]):
+        sums.merge(walk.group)
+    solved = [each for each in range(len(left)) if each not in kept and all(share[each].count for share in shares)]
+
+    def solve(expert: int) -> Solution:
         own = slice(expert, expert + 1)
-        if train.count and held_out.count and expert not in kept:
-            old = Solution(left[own], right[own], None)
-            found = _best(train, held_out, weight[own], old, spectrum.only(expert))
-            if found.left is not None:
-                left[own], right[own] = found.left, found.right
+        old = Solution(left[own], right[own], None)
+        train, held_out = (share[expert].joint() for share in shares)
+        return _best(train, held_out, weight[own], old, spectrum.only(expert))
+
+    for expert, found in zip(solved, walk.group.shared_out(solved, [1.0] * len(solved), solve), strict=True):
+        if found.left is not None:
+            left[expert], right[expert] = found.left[0], found.right[0]
     return Solution(left, right, prior.bias, prior.kept)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import MEMORY
+from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.weights import Weights
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.graph.experts import leads_to_experts
 from balf_fx.graph.masks import mask_names
 from balf_fx.graph.operators import changes_in_place, operation
@@ -73,7 +74,7 @@ class Batch:
 
 
 class Lockstep:
-    """Runs the nodes of a graph.
+    """Runs the nodes of a graph, in all processes of a group at once.
 
     Args:
         inputs: the values of the graph's placeholders by name, for each batch; an item is only read when one of its
@@ -82,9 +83,12 @@ class Lockstep:
             are none.
         memory: bytes of values that may be in memory, apart from those of the batch that is being run.
         weights: {name of a mask: the weights of values with its positions} for each batch; empty if all count.
+        group: the processes that walk together, each over its own batches.
 
     Attributes:
-        inputs, handed: as above.
+        inputs, handed, group: as above.
+        runs: the number of batches in all processes.
+        before: the number of samples in the processes before this one, if batches are of one size.
         moved: the nodes whose values differ between the models.
     """
 
@@ -95,6 +99,7 @@ class Lockstep:
         handed: Sequence[Mapping[str, Any]] = (),
         memory: int = MEMORY,
         weights: Sequence[Mapping[str, Weights]] = (),
+        group: Group = ALONE,
     ) -> None:
         self.graph_module = graph_module
         self.moved: set[fx.Node] = set()
@@ -106,7 +111,12 @@ class Lockstep:
         self._interpreter = fx.Interpreter(graph_module)
         self._batches: list[Batch] = []
         self._nbytes: list[int] = []
-        self._handed_names = {name for values in handed for name in values}
+        self.group = group
+        samples = sample_count(inputs[0]) * len(inputs) if group.size > 1 and len(inputs) else 0
+        found = group.gathered((len(inputs), samples, {name for values in handed for name in values}))
+        self.runs = sum(runs for runs, _, _ in found)
+        self.before = sum(count for _, count, _ in found[: group.rank])
+        self._handed_names = {name for _, _, names in found for name in names}
 
     def is_handed(self, node: fx.Node) -> bool:
         """Whether a node is a placeholder whose value differs in the compressed model."""

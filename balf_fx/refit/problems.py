@@ -43,16 +43,16 @@ class Problem:
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
         """The solution with the least error on the held-out share; a part without a bias gets none."""
         train, held_out = self._sums(walk, None, (None, None))
-        solution = best(train, held_out, self.toward, self.prior, self.spectra)
+        solution = best(train, held_out, self.toward, self.prior, self.spectra, walk.group)
         if self.target.limits is None:
             return solution
         train, held_out = self._sums(walk, solution, (train.inputs, held_out.inputs))
-        return best(train, held_out, self.toward, self.prior, self.spectra)
+        return best(train, held_out, self.toward, self.prior, self.spectra, walk.group)
 
     def _sums(
         self, walk: Lockstep, earlier: Sequence[Solution] | None, known: tuple[Inputs | None, Inputs | None]
     ) -> tuple[Joint, Joint]:
-        """The sums over the training share and over the held-out share of all batches.
+        """The sums over the training share and over the held-out share of all batches, in all processes.
 
         Args:
             earlier: a first solution, which decides what errors count beyond the limits of the target; or None.
@@ -68,6 +68,8 @@ class Problem:
             y = self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
             weights = None if visit.weights is None else visit.weights.to(x.dtype)
             shares[visit.share].add(visit.keep(x), visit.keep(y).to(x.dtype), weights)
+        for each in shares:
+            each.merge(walk.group)
         return shares[0].joint(), shares[1].joint()
 
 
@@ -97,12 +99,16 @@ class BiasProblem:
         return self.bias + shift
 
     def _residuals(self, walk: Lockstep, earlier: Tensor | None) -> tuple[Residual, Residual]:
-        """The residuals of the training and of the held-out share; `earlier` is a first shift of the bias [G, O]."""
+        """The residuals of the training and of the held-out share; `earlier` is a first shift of the bias [G, O].
+
+        They are those of all processes.
+        """
         nothing = Residual(0.0, torch.zeros_like(self.bias))
         shares = [nothing, nothing]
         for visit in visits(walk, self.target.node, self.target.site, (self.bias.shape[-1], 0), self.importance):
             shares[visit.share] += Residual.of(visit.keep(self._residual(visit, earlier)), visit.weights)
-        return shares[0], shares[1]
+        train, held_out = (walk.group.merged(share, Residual.__add__) for share in shares)
+        return train, held_out
 
     def _residual(self, visit: Visit, earlier: Tensor | None) -> Tensor:
         present = self.present(visit.batch, visit.window)

@@ -18,6 +18,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.ranks.separable import separated, whole
 
@@ -110,6 +111,9 @@ class JointSums:
     Args:
         x, y: (G, D) and (G, O); one group of x may be shared by all groups of y.
         known: the sums over the same x, if they are already known.
+
+    Attributes:
+        count: the sum of weights.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class JointSums:
         groups, size = x
         rows = y[0] * y[1] // groups
         self._known, self._shape = known, (*y, size)
-        self._count = 0.0
+        self.count = 0.0
         self._y = zeros(groups, rows)
         # products of x, y and 1 with x, stacked in this order; only of y if the sums over x are known
         self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
@@ -132,7 +136,7 @@ class JointSums:
             weights: [n], None for 1 each.
         """
         y = y.reshape(len(x), -1, y.shape[-1])
-        self._count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
+        self.count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
         if self._known is not None:
             y = y if weights is None else y * weights
             self._y += y.sum(-1)
@@ -148,13 +152,24 @@ class JointSums:
             block = slice(start, min(start + width, size))
             self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
 
+    def merge(self, group: Group) -> None:
+        """Add the sums of the other processes; the sums over known x must be those of all processes."""
+        self.count, self._y, self._products = group.merged((self.count, self._y, self._products), _added)
+
     def joint(self) -> Joint:
         """The sums so far."""
         inputs, yx = self._known, self._products
         if inputs is None:
             lower, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
-            inputs = Inputs(self._count, x.squeeze(1), lower.tril() + lower.tril(-1).mT)
+            inputs = Inputs(self.count, x.squeeze(1), lower.tril() + lower.tril(-1).mT)
         return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
+
+
+_Sums = tuple[float, Tensor, Tensor]
+
+
+def _added(first: _Sums, second: _Sums) -> _Sums:
+    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
 
 def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
@@ -210,7 +225,12 @@ def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
 
 
 def best(
-    train: Joint, held_out: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None]
+    train: Joint,
+    held_out: Joint,
+    toward: Tensor,
+    prior: Sequence[Solution],
+    spectra: Sequence[Spectrum | None],
+    group: Group = ALONE,
 ) -> tuple[Solution, ...]:
     """The solution with the least held-out error, solved again on all samples; the prior if its error is no larger.
 
@@ -218,19 +238,24 @@ def best(
         toward: [G, O, D], the map toward which the ridge shrinks.
         prior: the solution so far, one for each part of the outputs; parts with a left factor are solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
+        group: the processes over which the strengths of the ridge are shared out; their sums are the same.
     """
     metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
     strength = 1.0
+
+    def judged(each: float) -> float:
+        return total_error(held_out, solutions(train, toward, prior, spectra, each), metrics)
+
     if held_out.count:  # nothing is held out of fewer than four samples
-        options = [solutions(train, toward, prior, spectra, strength) for strength in _STRENGTHS]
-        errors = [total_error(held_out, option, metrics) for option in (prior, *options)]
+        found = group.shared_out(_STRENGTHS, [1.0] * len(_STRENGTHS), judged)
+        errors = [total_error(held_out, prior, metrics), *found]
         least = min(range(len(errors)), key=errors.__getitem__)
         if least == 0:
             return tuple(prior)
         strength = _STRENGTHS[least - 1]
     seen = train + held_out
-    found = solutions(seen, toward, prior, spectra, strength)
-    return found if total_error(seen, found, metrics) < total_error(seen, prior, metrics) else tuple(prior)
+    solved = solutions(seen, toward, prior, spectra, strength)
+    return solved if total_error(seen, solved, metrics) < total_error(seen, prior, metrics) else tuple(prior)
 
 
 @dataclass(frozen=True)

@@ -88,14 +88,14 @@ def visits(
             with another number of positions.
     """
     outputs, inputs = shape
-    seen = turn = 0  # the grid is shifted each turn, so that together the windows read all pixels
+    seen, turn = walk.before, walk.group.rank  # the grid is shifted each turn: together they read all pixels
     for batch in walk.batches():
         original = by_sample(batch.original[node], site)
         sizes = tuple(original.shape[2:] if site.conv is not None else original.shape[1:2])
         counted = _counted(walk, node, site, batch, (len(original), *sizes))
         numbers = _present(counted)
         samples = len(original) if numbers is None else len(numbers)
-        step = pixel_step(len(walk.inputs) * samples, sizes, inputs) if site.conv is not None else 1
+        step = pixel_step(walk.runs * samples, sizes, inputs) if site.conv is not None else 1
         positions = math.prod(-(-size // step) for size in sizes)
         weights = None if importance is None else position_weights(importance, sizes)
         for share, span in chunks(seen, samples, positions, max(inputs, outputs)):

@@ -70,9 +70,11 @@ def test_models_that_are_distributed():
     assert torch.equal(found(X), expected(X))
     assert list(found.state_dict()) == list(expected.state_dict())
     fsdp = pytest.importorskip("torch.distributed.fsdp")
-    with pytest.raises(ModelError, match="DTensor in place of a plain tensor: compress the model with plain weights"):
-        small(fsdp.fully_shard(mlp()))
-    with pytest.raises(ModelError, match="sharded by FullyShardedDataParallel: pass a model with all its weights"):
+    sharded = fsdp.fully_shard(copy.deepcopy(model))
+    found = small(sharded)
+    assert torch.equal(found(X), expected(X))
+    assert type(sharded[0].weight).__name__ == "DTensor"
+    with pytest.raises(ModelError, match="sharded by FullyShardedDataParallel: shard it by"):
         small(fsdp.FullyShardedDataParallel(mlp(), device_id=torch.device("cpu")))
 
 

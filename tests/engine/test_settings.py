@@ -53,6 +53,7 @@ OTHERS = {
     "loss": loss,
     "weights": weights,
     "memory": "2G",
+    "distributed": False,
     "seed": 3,
     "checkpoint": "folder",
     "progress": False,
@@ -158,6 +159,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
         "--no-centred",
         "--no-split",
         "--no-strict",
+        "--no-distributed",
     ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]

@@ -62,7 +62,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(module, "_race", race)
     monkeypatch.setattr(table, "_seconds", seconds)
     monkeypatch.setattr(time, "node_seconds", node_seconds)
-    monkeypatch.setattr(module, "open_table", lambda device: table.Table())
+    monkeypatch.setattr(module, "open_table", lambda device, group: table.Table())
     return found
 
 

@@ -1,0 +1,100 @@
+"""What observers gather of gradients: immutable values that merge, over batches and over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from balf_fx.calibration.moments import Moments
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Second moments of the gradient g at a site's output, summed over the positions and samples that count.
+
+    Attributes:
+        samples: the number of samples that count.
+        total: the sum of |g|^2.
+        scatter: [G, m, m], the sum of h h^T, where h = g on the output side and h = Q^T g, W = Q R, on the input side;
+            m = min(O, D).
+        parts: [parts, O / parts, O / parts], the same for the parts of g, for sites that have parts.
+    """
+
+    samples: float
+    total: float
+    scatter: Tensor
+    parts: Tensor | None
+
+    def merge(self, other: Gradients) -> Gradients:
+        """Both samples together."""
+        parts = None if self.parts is None or other.parts is None else self.parts + other.parts
+        return Gradients(self.samples + other.samples, self.total + other.total, self.scatter + other.scatter, parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gradients:
+        return self
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The statistics of a site over some of the samples.
+
+    Attributes:
+        gradients: the gradients at the output.
+        moments: the moments on the site's side, with positions weighted by their squared gradients, times the weights
+            of the call's positions (`calibration.weights`).
+        features: the moments of the input's features, for a convolution those of pixels, not of patches; None if they
+            are not needed.
+    """
+
+    gradients: Gradients
+    moments: Moments
+    features: Moments | None
+
+    def merge(self, other: Sample) -> Sample:
+        """Statistics of both samples together."""
+        features = self.features if other.features is None else other.features
+        if self.features is not None and other.features is not None:
+            features = self.features.merge(other.features)
+        return Sample(self.gradients.merge(other.gradients), self.moments.merge(other.moments), features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
+        return self
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Squared gradients at each position of a sample, summed over samples.
+
+    Attributes:
+        sums: the sums [P], and the numbers of samples for which each position counts, [P]; None where samples differ
+            in their positions.
+    """
+
+    sums: tuple[Tensor, Tensor] | None
+
+    @property
+    def mean(self) -> Tensor | None:
+        """[P], averaged over samples."""
+        return None if self.sums is None else self.sums[0] / self.sums[1].clamp_min(1)
+
+    def merge(self, other: Positions) -> Positions:
+        """Both samples together."""
+        if self.sums is None or other.sums is None or len(self.sums[0]) != len(other.sums[0]):
+            return Positions(None)
+        return Positions((self.sums[0] + other.sums[0], self.sums[1] + other.sums[1]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Positions:
+        return self
+
+
+class Mergeable(Protocol):
+    """Statistics of some samples."""
+
+    def merge(self, other: Any) -> Any:
+        """Statistics of both samples together."""
+
+
+Statistics = tuple[Mergeable | None, ...]
+"""All statistics of an observer, None for those that no value has reached."""
