@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -36,20 +37,20 @@ from balf_fx.engine.agreement import check_alike
 from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
+from balf_fx.engine.resuming import check, open_journal, with_validation
 from balf_fx.engine.rewriting import finish, with_plan
-from balf_fx.engine.run import run, solve
+from balf_fx.engine.run import keep, run, solve, with_refit
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
-from balf_fx.files import storage
-from balf_fx.files.restore import Stored, recorded_call, stored
+from balf_fx.files import checkpoint, storage
+from balf_fx.files.restore import Stored, recorded_call, restore, stored
 from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import stock_modules
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.passes.score import Factors
 from balf_fx.progress import progress_bar
-from balf_fx.refit.offload import Shelved
 from balf_fx.reporting.report import Report
 
 _NOTHING = object()
@@ -99,21 +100,31 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
         program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
+        journal = open_journal(program, settings, forward)
+        settings = with_validation(settings, journal)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
-        everything = itertools.chain(own, batches)
-        kept = _kept(calib_batches, everything, settings, closing) if settings.keeps_batches else ()
+        everything = journal.checked(itertools.chain(own, batches))
+        memory = settings.memory_bytes
+        kept = keep(calib_batches, everything, memory, closing) if settings.keeps_batches else ()
         few = FEW_SAMPLES if settings.measures else 0
         stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
-        calibration = _calibration(kept, forward, settings, group)
+        finished = checkpoint.read_result(journal)
+        if finished is not None:
+            if stream is not None and settings.calibrates:
+                collections.deque(stream, maxlen=0)  # compares them
+            return _rebuilt(finished, program, model)
+        calibration = _calibration(kept, forward, settings, memory, group)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
-        compressed, plan = run(program, settings, calibration, stream=stream, progress=bar)
+        compressed, plan = run(program, settings, calibration, stream=stream, progress=bar, journal=journal)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
         graph_module = compressed.graph_modules[0]
-        return (
+        small = (
             finish(graph_module, plan)
             if settings.result == "graph"
             else _grafted(model, graph_module, plan, first, forward)
         )
+        checkpoint.write_result(journal, stored(small))
+        return small
 
 
 @takes_settings("prepare")
@@ -171,7 +182,7 @@ def calibrate(
     group = group_of(device_of(prepared), settings.distributed)
     shown = progress_bar(settings.progress and group.rank == 0, "calibrating")
     with torch.inference_mode(False), group.guarded(), shown as bar:
-        calibration = _calibration([], forward, settings, group)
+        calibration = _calibration([], forward, settings, settings.memory_bytes, group)
         compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
 
 
@@ -214,21 +225,26 @@ def convert(
     shown = progress_bar(settings.progress and group.rank == 0, "compressing")
     with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar:
         check_alike(prepared, settings, group)
-        calibration = _calibration(seen, forward, settings, group)
         first = next(itertools.chain.from_iterable(group.gathered(seen[:1])), _NOTHING)
-        if settings.refit is None:
-            refit = first is not _NOTHING and settings.effort == "best" and settings.chosen_factors != "air"
-            settings = dataclasses.replace(settings, refit=refit)
-        if settings.refit and first is _NOTHING:
-            raise OptionError("a refit needs the calibration batches: pass batches=")
-        compressed, plan = solve(_program(prepared, forward), settings, calibration, bar)
+        settings = with_refit(settings, first is not _NOTHING)
+        program = _program(prepared, forward)
+        journal = open_journal(program, settings, forward)
+        settings = with_validation(settings, journal)
+        check(journal, seen)
+        finished = checkpoint.read_result(journal)
+        if finished is not None:
+            return _rebuilt(finished, program, model)
+        calibration = _calibration(seen, forward, settings, settings.memory_bytes, group)
+        compressed, plan = solve(program, settings, calibration, bar, journal)
         graph_module = compressed.graph_modules[0]
         if settings.result == "graph" or model is None:
-            return finish(graph_module, plan)
-        model = plain_model(model)
-        if first is not _NOTHING:
-            return _grafted(model, graph_module, plan, first, given or _forward_for(model, settings))
-        return _grafted(model, graph_module, plan, (), recorded_call(plan.origin, model))
+            small: nn.Module = finish(graph_module, plan)
+        else:
+            model, alone = plain_model(model), first is _NOTHING
+            call = recorded_call(plan.origin, model) if alone else (given or _forward_for(model, settings))
+            small = _grafted(model, graph_module, plan, () if alone else first, call)
+        checkpoint.write_result(journal, stored(small))
+        return small
 
 
 def plan(source: Any) -> Plan:
@@ -277,6 +293,33 @@ def save(compressed: Any, path: str | os.PathLike[str]) -> None:
     storage.write(_stored(compressed), path)
 
 
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, example: Any | None = None, forward: Forward | None = None
+) -> nn.Module:
+    """Read a compressed model from a file.
+
+    Args:
+        path: a file written by `save`.
+        model: a model of the architecture that was compressed, in evaluation mode, with any weights. It is not changed,
+            and the result is on its device.
+        example: one batch, if the model cannot be called with tensors of ones in the shapes of the first calibration
+            batch.
+        forward: a function forward(model, batch), if the example needs one.
+
+    Returns:
+        The model that was saved, bit for bit: a GraphModule, or a copy of `model` with the compressed layers.
+
+    Raises:
+        FileError: the file is truncated, was changed, or was not written by balf_fx.
+        PlanError: the file was written by a later version, or for another architecture.
+    """
+    found = storage.read(path)
+    loaded = restore(found, model, example, forward)
+    if found.plan.modules is not None:
+        _describe(loaded, found.plan)
+    return loaded
+
+
 def _has_plan(compressed: Any) -> bool:
     """Whether it is a graph, which may have a plan, or a model that has one."""
     return isinstance(compressed, fx.GraphModule) or PLAN_ATTRIBUTE in getattr(compressed, "__dict__", {})
@@ -320,13 +363,20 @@ def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: 
     return with_plan(compressed, plan)
 
 
+def _rebuilt(finished: Stored, program: Program, model: nn.Module | None) -> nn.Module:
+    """The result of a run that is complete."""
+    compressed = checkpoint.rebuild(finished, program.graph_modules[0], model)
+    _describe(compressed, finished.plan)
+    return compressed
+
+
 def _describe(compressed: nn.Module, plan: Plan) -> None:
-    """Let transformers write the plan into the model's folder."""
+    """Let transformers write the plan and checksums into the model's folder."""
     transformers: Any = sys.modules.get("transformers")
     if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
-        from balf_fx.huggingface.quantizer import BalfConfig  # only here: it imports transformers
+        from balf_fx.huggingface.quantizer import describe  # only here: it imports transformers
 
-        compressed.config.quantization_config = BalfConfig.of(plan)
+        describe(compressed, plan)
 
 
 def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:
@@ -338,16 +388,7 @@ def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:
     return Program((Part(graph_module),), steps)
 
 
-def _kept(given: Any, batches: Iterable[Any], settings: Settings, closing: ExitStack) -> Sequence[Any]:
-    """All batches, for reading them again; batches from an iterator are kept in files beyond the memory limit."""
-    if isinstance(given, torch.Tensor | Mapping | list | tuple):
-        return list(batches)
-    shelved = closing.enter_context(Shelved(settings.memory_bytes))
-    for batch in batches:
-        shelved.append(batch)
-    return shelved
-
-
-def _calibration(batches: Sequence[Any], forward: Forward, settings: Settings, group: Group) -> Calibration:
-    given = (settings.loss, settings.memory_bytes, settings.seed, settings.weights)
-    return Calibration(batches, forward, *given, group=group)
+def _calibration(
+    batches: Sequence[Any], forward: Forward, settings: Settings, memory: int, group: Group
+) -> Calibration:
+    return Calibration(batches, forward, settings.loss, memory, settings.seed, settings.weights, group=group)

@@ -82,5 +82,9 @@ class ProcessError(BalfError, RuntimeError):
     """Another process that compresses the same model has failed, has ended, or does something else."""
 
 
+class CheckpointError(FileError):
+    """A checkpoint belongs to another run, is damaged, or cannot be written, as on a full disk."""
+
+
 class PassError(BalfError, RuntimeError):
     """A pass was given a graph that lacks the result of an earlier pass, or violated its own postcondition."""

@@ -16,9 +16,10 @@ import click
 import pytest
 import torch
 from common import ROOT, environment
+from stages import StageClock
 from subjects import SUBJECTS, Subject
 from tabulate import tabulate
-from timing import Measure, Rivals, Task
+from timing import Measure, Ratio, Rivals, Task
 
 _RATIOS = pytest.StashKey[list[tuple[str, ...]]]()
 _STATISTICS = ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3", "rounds", "iterations")
@@ -26,6 +27,7 @@ _STATISTICS = ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3", "rou
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long to measure."""
+    parser.addoption("--large", action="store_true", help="Also compress large models, each once, for hours in all.")
     parser.addoption("--rounds", type=int, help="Rounds of every case, in place of its own number: 2 for a quick look.")
 
 
@@ -47,10 +49,18 @@ def subject() -> Callable[[str], Subject]:
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
     """Times a task, and in turn with it the tasks that it is compared with.
 
-    Called as `measure(group, task, rounds, rivals={"eager": other})`, with `warmup` rounds that are not counted.
+    Called as `measure(group, task, rounds, rivals={"eager": other})`, with `warmup` rounds that are not counted. With a
+    `clock` around the task, its stages are compared, too.
     """
 
-    def run(group: str, task: Task, rounds: int, rivals: dict[str, Task] | None = None, warmup: int = 1) -> None:
+    def run(
+        group: str,
+        task: Task,
+        rounds: int,
+        rivals: dict[str, Task] | None = None,
+        warmup: int = 1,
+        clock: StageClock | None = None,
+    ) -> None:
         opponents = Rivals(rivals or {})
         benchmark.group = group
         rounds = request.config.getoption("--rounds") or rounds
@@ -60,11 +70,26 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
             return
         ratios = opponents.ratios(benchmark.stats.stats.data)
         benchmark.extra_info["ratios"] = {name: asdict(found) for name, found in ratios.items()}
+        stages = {} if clock is None else _stages(clock, opponents, rounds)
+        if stages:
+            benchmark.extra_info["stages"] = {
+                name: {rival: asdict(each) for rival, each in own.items()} for name, own in stages.items()
+            }
         rows = request.config.stash.setdefault(_RATIOS, [])
         for name, found in ratios.items():
             rows.append((group, request.node.name, name, *map("{:.3f}".format, asdict(found).values())))
+        for stage, own in stages.items():
+            for name, found in own.items():
+                rows.append((group, f"  {stage}", name, *map("{:.3f}".format, asdict(found).values())))
 
     return run
+
+
+def _stages(clock: StageClock, rivals: Rivals, rounds: int) -> dict[str, dict[str, Ratio]]:
+    """The ratios of the times of each stage in the rounds that count."""
+    counted = clock.seconds[-rounds:]
+    names = dict.fromkeys(name for times in counted for name in times)
+    return {name: rivals.ratios([times.get(name, 0.0) for times in counted]) for name in names}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

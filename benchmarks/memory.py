@@ -9,7 +9,6 @@ reported is the most memory that the process has had resident, imports, model an
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 import click
 import torch
 from common import write_json
+from stages import peak_gib, resident_gib
+from subjects import SUBJECTS
 from tabulate import tabulate
 from torchvision.models import resnet50
 
@@ -26,7 +27,6 @@ import balf_fx
 from balf_fx.passes.refit import RefitMode
 
 FLOPS = 0.6
-_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def measure(images: int, batch_size: int, refit: RefitMode) -> Cost:
     torch.manual_seed(0)
     model = resnet50().eval()
     batches = torch.randn(images, 3, 224, 224).split(batch_size)
-    before = _peak_gib()
+    before = peak_gib()
     forward_seconds = _forward_seconds(model, batches[0][:8]) * images / min(8, batch_size)
     start = time.process_time()
     balf_fx.compile(model, batches, flops=FLOPS, factors="sensitivity", refit=refit, progress=False)
-    return Cost(images, batch_size, refit, forward_seconds, time.process_time() - start, before, _peak_gib())
+    return Cost(images, batch_size, refit, forward_seconds, time.process_time() - start, before, peak_gib())
 
 
 def _forward_seconds(model: torch.nn.Module, batch: torch.Tensor) -> float:
@@ -62,8 +62,32 @@ def _forward_seconds(model: torch.nn.Module, batch: torch.Tensor) -> float:
         return time.process_time() - start
 
 
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT / 2**30
+@dataclass(frozen=True)
+class Footprint:
+    """Of one process, in GiB: a model's weights, and the most that its compression had resident above what was before.
+
+    The forward passes are run before, so that what these take is not counted.
+    """
+
+    weights: float
+    above: float
+
+
+def footprint(name: str, effort: str) -> Footprint:
+    """Compress a model of `subjects` in this process."""
+    subject = SUBJECTS[name]()
+    subject.run()
+    before = resident_gib()
+    balf_fx.compile(subject.model, subject.calibration, flops=FLOPS, effort=effort, progress=False)
+    weights = sum(parameter.nbytes for parameter in subject.model.parameters()) / 2**30
+    return Footprint(weights, peak_gib() - before)
+
+
+def footprint_apart(name: str, effort: str) -> Footprint:
+    """Compress it in a process of its own."""
+    command = [sys.executable, __file__, "--subject", name, "--effort", effort, "--here"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Footprint(**json.loads(done.stdout))
 
 
 def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
@@ -78,9 +102,22 @@ def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
 @click.option("--batch-size", "sizes", type=click.IntRange(min=1), multiple=True, default=(32, 256), show_default=True)
 @click.option("--refit", type=click.Choice(["full", "up"]), default="full", show_default=True)
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")
+@click.option("--subject", type=click.Choice(list(SUBJECTS)), help="A model of the timings in place of ResNet-50.")
+@click.option("--effort", type=click.Choice(["fast", "balanced", "best"]), default="fast", show_default=True)
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
-def main(images: int, sizes: tuple[int, ...], refit: RefitMode, output: Path | None, here: bool) -> None:
+def main(
+    images: int,
+    sizes: tuple[int, ...],
+    refit: RefitMode,
+    output: Path | None,
+    subject: str | None,
+    effort: str,
+    here: bool,
+) -> None:
     """Measure the memory of a compression for each size of batches."""
+    if subject is not None:
+        click.echo(json.dumps(asdict((footprint if here else footprint_apart)(subject, effort))))
+        return
     if here:
         click.echo(json.dumps(asdict(measure(images, sizes[0], refit))))
         return

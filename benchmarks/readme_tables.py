@@ -94,6 +94,20 @@ def accuracy(name: str, images: int, digits: int = 2) -> str:
     return markdown(lines, (title, *(f"{budget:g}" for budget in budgets)))
 
 
+def llama() -> str:
+    """Methods x budgets: the perplexity of a model that was trained here."""
+    found = _read("llama")
+    rows = found["results"]
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    titles = {**METHODS, "air, labels": "AIR preset, with the loss of training", "mlp": "balf_fx, narrower MLPs alone"}
+    lines = [
+        (titles[method], *(_figure(rows, "perplexity", 2, method=method, budget=budget) for budget in budgets))
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    title = f"perplexity (dense: {found['dense']['perplexity']:.2f})"
+    return markdown(lines, (title, *(f"{budget:g}" for budget in budgets)))
+
+
 def _nearest(reference: Mapping[float, float], budget: float, digits: int) -> str:
     """The reference's figure at a budget, or at a share that is close to it, which is then shown, too."""
     near = {share: top1 for share, top1 in reference.items() if abs(share - budget) < _NEAR}
@@ -273,6 +287,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "vit_tiny": lambda: accuracy("vit_tiny", 512, digits=1),
     "mobilenetv2": lambda: accuracy("mobilenetv2", 512, digits=1),
     "stories": lambda: accuracy("stories", 160, digits=1),
+    "llama": llama,
     "samples": samples,
     "padding": padding,
     "published": published,

@@ -1,27 +1,38 @@
-"""The small models of the timings, each with its calibration batches."""
+"""The models of the timings, each with its calibration batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import cifar
 import imagenet
 import torch
 from task import Source
-from torch import Tensor, nn
-from torchvision.models import resnet18
+from torch import nn
+from torchvision.models import resnet18, resnet50, vit_b_16
 
 FLOPS = 0.55
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, and batches of images [N, 3, H, W]; `batch`, a part of the first, is for latency."""
+    """A model in evaluation mode, and batches of images [N, 3, H, W] or of a mapping with tokens [N, L].
+
+    `batch`, a part of the first, is for latency.
+    """
 
     model: nn.Module
-    calibration: Sequence[Tensor]
-    batch: Tensor
+    calibration: Sequence[Any]
+    batch: Any
+
+    def run(self) -> None:
+        """A plain forward pass over the calibration batches."""
+        with torch.no_grad():
+            for batch in self.calibration:
+                self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
 
 
 def _resnet20() -> Subject:
@@ -43,9 +54,31 @@ def _vit_tiny() -> Subject:
     return Subject(task.model, task.calibration, task.calibration[0][:4])
 
 
+def _large(make: Callable[[], nn.Module]) -> Subject:
+    """An image classifier with random weights, 16 random images of 224 x 224."""
+    torch.manual_seed(0)
+    calibration = torch.randn(16, 3, 224, 224).split(8)
+    return Subject(make().eval(), calibration, calibration[0][:4])
+
+
+def _llama(dtype: torch.dtype) -> Subject:
+    """100 million random weights in the shape of Llama, 16 sequences of 256 random tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # an extra of its own
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 12, "num_attention_heads": 10}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, max_position_embeddings=256, use_cache=False, **shape))
+    calibration = [{"input_ids": tokens} for tokens in torch.randint(32_000, (16, 256)).split(4)]
+    return Subject(model.to(dtype).eval(), calibration, calibration[0])
+
+
 SUBJECTS: Mapping[str, Callable[[], Subject]] = {
     "ResNet-20": _resnet20,
     "ResNet-18": _resnet18,
     "ViT-Tiny": _vit_tiny,
+    "ResNet-50": partial(_large, resnet50),
+    "ViT-B": partial(_large, vit_b_16),
+    "Llama-100M": partial(_llama, torch.float32),
+    "Llama-100M-bfloat16": partial(_llama, torch.bfloat16),
 }
 """Makes each; raises click.ClickException where its data are missing."""

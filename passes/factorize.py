@@ -21,6 +21,7 @@ from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import AnySubstitute, build, features_last, replace_site
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.pivots import written_as_columns, written_as_rows
+from balf_fx.ranks.separable import strips_of
 from balf_fx.ranks.spectra import corrected_bias, factors, in_parts
 from balf_fx.widths.elementwise import table_of
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
@@ -144,6 +145,8 @@ def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: R
     """The one-shot optimum: one solution, or one for each part where the parts have separate ranks."""
     weight = grouped_weight(graph_module, site)
     bias = grouped_bias(graph_module, site)
+    if curve.strips is not None and isinstance(rank, int):
+        return (_separated(weight, bias, curve.strips, rank, site.factor_taps),)
     if not isinstance(rank, tuple):
         return (keeping(_one_shot(weight, bias, curve.spectrum, rank), weight, curve.kept),)
     if curve.parts is None:
@@ -152,6 +155,15 @@ def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: R
     biases = [None] * site.parts if bias is None else list(in_parts(bias, site.parts).unsqueeze(1))
     spectra = [curve.parts.only(index) for index in range(site.parts)]
     return tuple(map(_one_shot, weights, biases, spectra, rank))
+
+
+def _separated(weight: Tensor, bias: Tensor | None, strips: Spectrum, rank: int, taps: tuple[int, int]) -> Solution:
+    left, right = factors(strips_of(weight, taps), strips, rank)
+    lost = corrected_bias(None, strips, rank)
+    if lost is not None:
+        lost = lost.reshape(1, -1, taps[1]).sum(-1)
+        bias = lost if bias is None else bias + lost
+    return Solution(left, right, bias, form="separable", taps=taps)
 
 
 def _one_shot(weight: Tensor, bias: Tensor | None, spectrum: Spectrum, rank: int | None) -> Solution:

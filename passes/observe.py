@@ -46,6 +46,7 @@ class InsertObservers(Pass):
             of all sites except transposed convolutions, as factors="air" requires.
         widths: with `sensitivity`, observe what it takes to score the sizes of widths, too.
         skip_non_finite: skip batches with NaN or infinity and log a warning, in place of an error.
+        strips: whether to observe the inputs of convolutions that may become separable, too.
         apart: names of sites that share no observer with other sites, so that another graph with the same weights can
             be given the same observers.
 
@@ -58,6 +59,7 @@ class InsertObservers(Pass):
     widths: bool = True
     skip_non_finite: bool = False
     apart: Collection[str] = ()
+    strips: bool = False
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
@@ -87,6 +89,11 @@ class InsertObservers(Pass):
             if self.sensitivity:
                 features = any(node.name in readers for node in nodes)
                 _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}", features, weights)
+            if self.strips and site.can_be_separable and len(nodes) == 1 and site.name not in self.apart:
+                path = f"{OBSERVERS}.strips_{number}"
+                graph_module.add_submodule(path, CovarianceObserver(site.strips, self.skip_non_finite, "input"))
+                _observe(graph_module.graph, nodes[0], "input", path, weights.get(nodes[0], ()))
+                annotate(nodes[0], strips=path)
             if self.influence and not site.transposed:
                 _observe_weight(graph_module, site, nodes, f"{OBSERVERS}.{len(found) + number}")
         return PassResult(graph_module, True)

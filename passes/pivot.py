@@ -80,7 +80,7 @@ class Pivot(Pass):
             cut = cuts.get(node.name, Cut())
             form = cut.outputs(cut.inputs(choice.site)).form(choice.chosen.rank)
             form = "blocks" if choice.chosen.blocks else form
-            if form == "pair":
+            if form in ("pair", "separable"):
                 continue
             width = (written if form == "rows" else read).get(node.name)
             free = width is not None and (form == "blocks" or choice.site.pivots == form)

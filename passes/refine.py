@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import get_args
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import Annotation, annotate, annotation
@@ -45,6 +47,7 @@ class Refine(Pass):
         dtype: the dtype of the sweeps.
         group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
+        journal: has the sites that were solved before a run was killed.
     """
 
     signal: Signal = "weight_gradient"
@@ -56,6 +59,7 @@ class Refine(Pass):
     dtype: torch.dtype = torch.float32
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
+    journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
@@ -102,7 +106,8 @@ class Refine(Pass):
             reason = "it is a transposed convolution" if site.transposed else "no gradient has reached its weight"
             _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
             return None
-        solution = self.solve(graph_module, site, mark.curve.spectrum, rank, *observed)
+        solve = partial(self.solve, graph_module, site, mark.curve.spectrum, rank, *observed)
+        solution = self.journal.remembered(f"layer {site.name}", solve)
         return keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
 
     def solve(

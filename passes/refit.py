@@ -35,6 +35,7 @@ from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights, read_masks
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
@@ -50,6 +51,7 @@ from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned
 from balf_fx.progress import SILENT, Progress
+from balf_fx.ranks.separable import by_column, by_patch
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.experts import refit_experts
 from balf_fx.refit.lockstep import Batch, Lockstep, sources_of
@@ -78,6 +80,7 @@ class Refit(Pass):
             masks among `inputs` say which positions count.
         group: the processes that refit together, each on its own batches: all sums are over the batches of all.
         progress: shows the progress over the nodes.
+        journal: has the layers that were solved before a run was killed.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -87,6 +90,7 @@ class Refit(Pass):
     weights: Sequence[Mapping[str, Weights]] = ()
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
+    journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(RefitMode):
@@ -106,7 +110,7 @@ class Refit(Pass):
             if not len(weights) and mask_inputs(graph_module):
                 weights = [read_masks(graph_module, values) for values in self.inputs]
             walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights, self.group)
-            solver = _Solver(walk, self.mode)
+            solver = _Solver(walk, self.mode, self.journal)
             samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
             work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))
             walk.run(nodes, layers, solver.replace, partial(self.progress.track, weights=work))
@@ -116,9 +120,10 @@ class Refit(Pass):
 class _Solver:
     """Finds the replacement of each layer in the compressed model."""
 
-    def __init__(self, walk: Lockstep, mode: RefitMode) -> None:
+    def __init__(self, walk: Lockstep, mode: RefitMode, journal: Journal) -> None:
         self.walk = walk
         self.mode = mode
+        self.journal = journal
         self.graph_module = walk.graph_module
         self.users = parameter_users(walk.graph_module)
         self.solved: dict[Site, Substitute] = {}
@@ -166,7 +171,8 @@ class _Solver:
         (solution,) = self._prior(node, site, Cut())
         if moved and self.mode == "full" and self._refittable(node, site, _rank(node)):
             weight = grouped_weight(self.graph_module, site)
-            solution = refit_experts(self.walk, product, weight, solution, curve.spectrum)
+            refitted = partial(refit_experts, self.walk, product, weight, solution, curve.spectrum)
+            solution = self.journal.remembered(f"layer {node.name}", refitted)
             annotate(node, refit=(solution,))
         factors = build_experts(get_tensor(self.graph_module, site.weight), site, solution)
         self.walk.store(node, lambda batch: factors.run(node, batch.current))
@@ -199,7 +205,7 @@ class _Solver:
             prior=prior,
             spectra=_spectra(node, site),
         )
-        solution = problem.solve(self.walk)
+        solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=solution)
         self.walk.store(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
 
@@ -211,7 +217,10 @@ class _Solver:
         before = self._build(thin, as_read, prior)
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
         parts = zip(prior, _spectra(node, thin), strict=True)
-        solution = tuple(self._solve_part(node, thin, index, *part) for index, part in enumerate(parts))
+        solution = tuple(
+            self.journal.remembered(f"layer {node.name}, {index}", partial(self._solve_part, node, thin, index, *part))
+            for index, part in enumerate(parts)
+        )
         annotate(node, refit=solution)
         after = self._build(thin, as_read, solution)
         shifts = [None if old.left is not None else _shift(old, new) for old, new in zip(prior, solution, strict=True)]
@@ -225,20 +234,27 @@ class _Solver:
     def _solve_part(self, node: fx.Node, site: Site, index: int, part: Solution, spectrum: Spectrum | None) -> Solution:
         """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
         inner = dataclasses.replace(site, out_features=part.right.shape[1])
+        if part.form == "separable":
+            inner = dataclasses.replace(inner, in_features=inner.out_features * part.taps[1], conv=site.factor_convs[1])
 
         def columns(batch: Batch, window: Window) -> Tensor:
-            return output_columns(window.of(by_sample(batch.compressed[node][index], site)), inner)
+            value = by_sample(batch.compressed[node][index], site)
+            if part.form == "separable":
+                return input_columns(value[window.samples], inner, window.pixels)
+            return output_columns(window.of(value), inner)
 
         def outputs(value: Tensor) -> Tensor:
             found = output_columns(value, site)
-            size = part.right.shape[1] if part.left is None else part.left.shape[1]
+            size = part.right.shape[1] if part.left is None else part.left.shape[1] // part.taps[1]
             return found if size == site.out_features else found[:, index * size : (index + 1) * size]
 
         target, importance = Target.of(self.graph_module, node, site), self._importance(node)
         if part.left is not None:
-            prior = Solution(None, part.left, part.bias)
-            (found,) = Problem(target, importance, columns, outputs, part.left, (prior,), (spectrum,)).solve(self.walk)
-            return Solution(found.right, part.right, found.bias)
+            map_ = by_patch(part.left, site.out_features) if part.form == "separable" else part.left
+            prior = Solution(None, map_, part.bias)
+            (found,) = Problem(target, importance, columns, outputs, map_, (prior,), (spectrum,)).solve(self.walk)
+            left = by_column(found.right, part.taps[1]) if part.form == "separable" else found.right
+            return dataclasses.replace(part, left=left, bias=found.bias)
         if part.bias is None:
             return part
         bias = BiasProblem(target, importance, outputs, columns, part.bias, spectrum).solve(self.walk)

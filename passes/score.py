@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -29,6 +30,7 @@ from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass
 from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.costs import rank_curve
+from balf_fx.ranks.separable import over_taps, strips_of
 from balf_fx.ranks.spectra import (
     convex_energies,
     damped,
@@ -81,6 +83,8 @@ class Score(Pass):
             second moments and leaves the bias unchanged, as BALF (arXiv 2509.25136) does.
         split: whether the parts of a fused projection may have separate factors where that is better.
         damping: the value added to the eigenvalues of the gradients' second moment, as a share of their mean.
+        separable: whether a convolution may become one along each axis of its kernel where that loses less, with
+            factors="sensitivity" (`ranks.separable`); or the names of those that do.
         group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
 
@@ -91,6 +95,7 @@ class Score(Pass):
     centred: bool = True
     split: bool = True
     damping: float = 0.1
+    separable: bool | Collection[str] = False
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
@@ -114,19 +119,26 @@ class Score(Pass):
         blocks = {site: block_entries(graph_module, nodes[0]) for site, nodes in found.items()}
         scored_with, changed = {}, []
         for site, nodes in found.items():
-            options = (self.factors, self.centred, self.split, self.damping, site, blocks[site])
+            plain = dataclasses.replace(site, separable=False)
+            options = (self.factors, self.centred, self.split, self.damping, plain, blocks[site], self.separable)
             scored_with[site] = (options, seen[site].moments, seen[site].gradients)
             known = annotation(nodes[0]).scored_with
             if known is None or not _same(known, scored_with[site]):
                 changed.append(site)
 
-        def curve_of(site: Site) -> RankCurve:
-            return self.score(graph_module, site, seen[site], use(found[site]), blocks[site])
+        def curves_of(site: Site) -> tuple[RankCurve, RankCurve | None]:
+            plain, nodes = dataclasses.replace(site, separable=False), found[site]
+            curve = self.score(graph_module, plain, seen[site], use(nodes), blocks[site])
+            return curve, self._apart(graph_module, nodes, plain, curve, seen[site]) if self.separable else None
 
         work = [float(site.full_rank) ** 3 * site.groups for site in changed]
-        for site, curve in zip(changed, self.group.shared_out(changed, work, curve_of, self.progress), strict=True):
+        curves = self.group.shared_out(changed, work, curves_of, self.progress)
+        for site, (curve, apart) in zip(changed, curves, strict=True):
+            plain = dataclasses.replace(site, separable=False)
             for node in found[site]:
-                annotate(node, curve=curve, scored_with=scored_with[site])
+                annotate(node, site=plain, curve=curve, scored_with=scored_with[site])
+                if apart is not None:
+                    annotate(node, site=dataclasses.replace(plain, separable=True), curve=apart)
         return PassResult(graph_module, False)
 
     def score(
@@ -161,6 +173,39 @@ class Score(Pass):
         # S is scaled to a mean square of 1: each energy is what it would be for gradients with a mean square of 1.
         per_sample = gradients.total / gradients.samples
         return dataclasses.replace(curve, loss=0.5 * per_sample * curve.energy / spectrum.energies.shape[-1])
+
+    def _apart(
+        self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
+    ) -> RankCurve | None:
+        """The curve of a separable convolution where that loses less at half of the cost; None elsewhere."""
+        observer = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver)
+        named = self.separable if isinstance(self.separable, Collection) else (site.name,)
+        if observer is None or observer.moments is None or site.name not in named:
+            return None
+        thin = dataclasses.replace(site, separable=True)
+        strips = self._strips(graph_module, thin, observer.moments, seen.gradients, curve.energy)
+        found = rank_curve(thin, strips, *use(nodes))
+        found = dataclasses.replace(curve, candidates=found.candidates, strips=strips)
+        better = _at_half(found) < _at_half(curve)
+        return found if better or isinstance(self.separable, Collection) else None
+
+    def _strips(
+        self, graph_module: fx.GraphModule, site: Site, moments: Moments, gradients: Gradients | None, energy: float
+    ) -> Spectrum:
+        """The spectrum of a site for strips, with energies scaled to the energy of its output."""
+        weight = strips_of(grouped_weight(graph_module, site), site.factor_taps)
+        moment = moments.covariance() if self.centred else moments.second_moment()
+        roots = None
+        if gradients is not None:
+            plain = damped_roots(gradients.scatter, self.damping)
+            roots = (over_taps(plain[0], site.factor_taps[1]), over_taps(plain[1], site.factor_taps[1]))
+        mean = (weight @ moments.mean.unsqueeze(-1)).squeeze(-1) if self.centred else None
+        spectrum = spectrum_from_output(weight @ moment @ weight.mT, mean, roots)
+        total = float(spectrum.energies.sum())
+        size = min(weight.shape[1:])  # of the rest, which is beyond the rank of the weight, nothing is kept
+        left, right = spectrum.maps(size)
+        energies = spectrum.energies[:, :size] * (energy / total if total > 0 else 0.0)
+        return Spectrum(energies, left, mean, right)
 
     def _seen(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Observed:
         """The statistics that the chosen factors need."""
@@ -223,6 +268,12 @@ class Score(Pass):
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
         return observer.moments, observer.side
+
+
+def _at_half(curve: RankCurve) -> float:
+    """The least distortion at half of the dense layer's FLOPs."""
+    affordable = [each.distortion for each in curve.candidates if 2 * each.flops <= curve.dense.flops]
+    return min(affordable, default=math.inf)
 
 
 def block_entries(graph_module: fx.GraphModule, node: fx.Node) -> int:

@@ -47,7 +47,10 @@ Loss = Callable[[Any, Any], Tensor]
 """`loss(output, batch)` returns a scalar to keep small, in place of the loss without labels."""
 
 MEMORY = 2 << 30
-"""Default limit on the bytes of intermediate values that are kept in memory."""
+"""The bytes of intermediate values in the largest piece of a batch, and those that a pass by itself keeps in memory.
+
+A constant, since pieces have random probes and held-out samples of their own: results would depend on the free memory.
+"""
 
 
 @dataclass(frozen=True)

@@ -165,21 +165,21 @@ class SensitivityObserver(nn.Module):
         self.halves: list[Sample | None] = [None, None]
         self.sample: Sample | None = None
         self.calls = 0
-        self._squares: Positions | None = None
+        self.squares: Positions | None = None
 
     @property
     def positions(self) -> Tensor | None:
         """[P], the weights of positions, averaged over all samples; None if batches differ in their positions."""
-        return None if self._squares is None else self._squares.mean
+        return None if self.squares is None else self.squares.mean
 
     @property
     def statistics(self) -> Statistics:
         """All that has been gathered, which can be merged one by one and set again."""
-        return (self.sample, *self.halves, self._squares)
+        return (self.sample, *self.halves, self.squares)
 
     @statistics.setter
     def statistics(self, values: Statistics) -> None:
-        self.sample, first, second, self._squares = values  # type: ignore[assignment]
+        self.sample, first, second, self.squares = values  # type: ignore[assignment]
         self.halves = [first, second]  # type: ignore[list-item]
 
     @contextmanager
@@ -235,7 +235,7 @@ class SensitivityObserver(nn.Module):
             self.calls += 1
         if used:
             own = Positions((squares.sum(0), count))
-            self._squares = own if self._squares is None else self._squares.merge(own)
+            self.squares = own if self.squares is None else self.squares.merge(own)
 
     def _seen(self, recorded: Recorded, gradient: Tensor) -> _Seen:
         """The samples that count, with a gradient of 0 at positions that do not."""

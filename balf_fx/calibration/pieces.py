@@ -1,21 +1,34 @@
-"""Batches that need more memory than there is, in pieces of some samples."""
+"""Batches that need more memory than there is, in pieces: some samples, or some positions of long sequences.
+
+A sequence is only cut where the model is causal and nothing is padded. The positions of a piece then see those of their
+own piece alone, as in a shorter text.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import Calibration, Forward, graphs_of, run_batch, sample_count, some_samples
+from balf_fx.calibration.batches import (
+    MEMORY,
+    Calibration,
+    Forward,
+    graphs_of,
+    run_batch,
+    sample_count,
+    some_samples,
+)
 from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation
 
+_SHORTEST = 32  # the fewest positions of a piece of a sequence
 _ALIVE = 8  # values that a walk over two models keeps at once: a residual stream, a layer's input and output, copies
 
 
@@ -36,20 +49,68 @@ def pieces_for_walk(prepared: nn.Module, piece: Piece, calibration: Calibration,
 def _pieces(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, nbytes: float) -> Iterator[Piece]:
     """A batch, or the fewest pieces of similar size that each fit into memory.
 
-    A batch is only split if the model computes each sample independently of the others.
+    A batch is only split if the model computes each sample independently of the others. More memory than `MEMORY` does
+    not make pieces larger, so that the result does not depend on it.
 
     Args:
-        nbytes: the memory that one sample takes.
+        nbytes: the memory that one sample of the example takes.
     """
     batch, weights = piece
-    samples = sample_count(batch)
-    count = min(math.ceil(samples * nbytes / max(calibration.memory, 1)), samples)
-    if count <= 1 or not _one_by_one(prepared, batch, calibration.forward, index):
+    memory, forward = max(min(calibration.memory, MEMORY), 1), calibration.forward
+    nbytes *= _growth(prepared, batch)
+    samples, length = sample_count(batch), 0 if weights is not None and weights.dim() > 1 else _length(batch)
+    count = max(min(math.ceil(samples * nbytes / memory), samples), 1)
+    if count > 1 and not _one_by_one(prepared, batch, forward, index):
         yield piece
         return
-    cuts = [samples * part // count for part in range(count + 1)]
-    for start, stop in itertools.pairwise(cuts):
-        yield some_samples(batch, start, stop), None if weights is None else weights[start:stop]
+    windows = min(math.ceil(nbytes / memory), length // _SHORTEST) if count == samples else 1
+    if windows > 1 and not _is_causal(prepared, some_samples(batch, 0, 1), forward, index):
+        windows = 1
+    for start, stop in _cuts(samples, count):
+        own = piece if count == 1 else _samples(piece, start, stop)
+        yield from [own] if windows <= 1 else (_positions(own, *cut) for cut in _cuts(length, windows))
+
+
+def _cuts(length: int, count: int) -> list[tuple[int, int]]:
+    """`count` ranges of similar size."""
+    return list(itertools.pairwise(length * part // count for part in range(count + 1)))
+
+
+def _samples(piece: Piece, start: int, stop: int) -> Piece:
+    batch, weights = piece
+    return some_samples(batch, start, stop), None if weights is None else weights[start:stop]
+
+
+def _positions(piece: Piece, start: int, stop: int) -> Piece:
+    """Some positions of sequences [N, L] with weights for whole samples."""
+    batch, weights = piece
+    cut = pytree.tree_map_only(Tensor, lambda tensor: tensor[:, start:stop], _plain(batch))
+    return cut, weights
+
+
+def _length(batch: Any) -> int:
+    """The length of the batch's sequences: all tensors are [N, L], and nothing is padded; 0 for other batches."""
+    batch = _plain(batch)
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    lengths = {leaf.shape[1] if leaf.dim() == 2 and not leaf.is_floating_point() else 0 for leaf in leaves}
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    padded = isinstance(mask, Tensor) and not bool((mask != 0).all())
+    return 0 if padded or len(lengths) != 1 else lengths.pop()
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
+
+
+def _growth(prepared: nn.Module, batch: Any) -> float:
+    """How many times as large a sample of the batch is as one of the example, such as a longer sequence."""
+    samples = sample_count(batch)
+    if not isinstance(prepared, fx.GraphModule) or not samples:
+        return 1.0
+    shapes = [annotation(node).shape or () for node in prepared.graph.find_nodes(op="placeholder")]
+    first = max((math.prod(shape) / shape[0] for shape in shapes if shape and shape[0]), default=0.0)
+    leaves = [leaf for leaf in pytree.tree_leaves(_plain(batch)) if isinstance(leaf, Tensor)]
+    return max(leaf.numel() for leaf in leaves) / samples / first if first else 1.0
 
 
 def _value_sizes(program: nn.Module) -> list[float]:
@@ -65,21 +126,37 @@ def _value_sizes(program: nn.Module) -> list[float]:
 
 
 def _one_by_one(prepared: nn.Module, batch: Any, forward: Forward, index: int) -> bool:
-    """Whether the first few samples have the same outputs together and apart; observers are restored afterwards."""
-    moments = {module: module.moments for module in prepared.modules() if isinstance(module, CovarianceObserver)}
+    """Whether the first few samples have the same outputs together and apart."""
     half = min(sample_count(batch) // 2, 2)
+    whole, *parts = (some_samples(batch, *span) for span in ((0, 2 * half), (0, half), (half, 2 * half)))
+    leaves = _outputs(prepared, [whole, *parts], forward, index)
+    return leaves is not None and all(_alike(whole, parts) for whole, *parts in zip(*leaves, strict=True))
+
+
+def _is_causal(prepared: nn.Module, batch: Any, forward: Forward, index: int) -> bool:
+    """Whether the first few positions of a sequence have the same outputs with those behind them and without."""
+    runs = [_positions((batch, None), 0, stop)[0] for stop in (2 * _SHORTEST, _SHORTEST)]
+    leaves = _outputs(prepared, runs, forward, index)
+    return leaves is not None and all(
+        whole.dim() > 2 and _alike(whole[:, :_SHORTEST], [start]) for whole, start in zip(*leaves, strict=True)
+    )
+
+
+def _outputs(prepared: nn.Module, batches: Sequence[Any], forward: Forward, index: int) -> list[list[Tensor]] | None:
+    """The tensors that the model returns for each batch, equally many; observers are restored afterwards.
+
+    None if it cannot run one of them: it may only run on batches of one size.
+    """
+    moments = {module: module.moments for module in prepared.modules() if isinstance(module, CovarianceObserver)}
     try:
-        spans = ((0, 2 * half), (0, half), (half, 2 * half))
-        runs = [run_batch(prepared, some_samples(batch, *span), forward, index) for span in spans]
-    except CalibrationError:  # the model may only run on batches of one size
-        return False
+        runs = [run_batch(prepared, batch, forward, index) for batch in batches]
+    except CalibrationError:
+        return None
     finally:
         for observer, seen in moments.items():
             observer.moments = seen
     leaves = [[leaf for leaf in pytree.tree_leaves(run) if isinstance(leaf, Tensor)] for run in runs]
-    if len(set(map(len, leaves))) > 1:
-        return False
-    return all(_alike(whole, parts) for whole, *parts in zip(*leaves, strict=True))
+    return leaves if len(set(map(len, leaves))) == 1 else None
 
 
 def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:

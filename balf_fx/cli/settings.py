@@ -31,6 +31,7 @@ _TYPES: Mapping[str, Any] = {
     "allocation": str,
     "multiple_of": str,
     "memory": str,
+    "checkpoint": str,
     "loss": str,
     "weights": str,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from balf_fx.api import calibrate, convert, plan, prepare
 from balf_fx.calibration.answers import answers, differ, find_logits
 from balf_fx.calibration.batches import cache_arguments, forward_for, sample_count
 from balf_fx.capture.models import cuda_devices
+from balf_fx.engine.fields import Stage
 from balf_fx.engine.options import options_of, settings_from
-from balf_fx.engine.settings import Stage
 from balf_fx.errors import BudgetError, CalibrationError, OptionError
 from balf_fx.graph.curves import Measure
 from balf_fx.reporting.curve import Point, Sweep
@@ -65,6 +66,8 @@ def run_sweep(
         points, out_of_reach, error = [], [], None
         for budget in tqdm(budgets, desc="budgets", unit="budget", disable=not settings.progress, leave=False):
             asked = {**_for("convert", options), **common, measure: budget, "model": model}
+            if settings.checkpoint is not None:  # each budget is a run of its own
+                asked["checkpoint"] = Path(settings.checkpoint) / f"{measure} {budget}"
             try:
                 small = convert(prepared, batches=calibration, **{**asked, "refit": settings.refit_mode or False})
             except BudgetError as unreachable:

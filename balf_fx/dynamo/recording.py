@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from balf_fx.calibration.batches import Loss
+from balf_fx.calibration.weights import WeightsOf
 from balf_fx.dynamo.binding import Binding
 from balf_fx.engine.program import Link, Step, Trace
 from balf_fx.refit.offload import Shelved
@@ -124,3 +126,29 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other)
     scale = float(one.abs().max()) if one.numel() else 0.0
     return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+
+
+def on_inputs(loss: Loss | None) -> Loss | None:
+    """The user's loss, called with the arguments of the model's first graph in place of a trace."""
+    if loss is None:
+        return None
+
+    def of_inputs(output: Any, trace: Trace) -> Tensor:
+        return loss(output, _first_inputs(trace))
+
+    return of_inputs
+
+
+def weights_of_inputs(weights: WeightsOf) -> WeightsOf:
+    """The user's weights, called with the arguments of the model's first graph in place of a trace."""
+
+    def of_inputs(trace: Trace) -> Tensor:
+        return weights(_first_inputs(trace))
+
+    return of_inputs
+
+
+def _first_inputs(trace: Trace) -> Any:
+    """The arguments of the first graph, without the sizes that Dynamo adds; the argument itself if there is one."""
+    args = tuple(argument for argument in trace[0].args if not isinstance(argument, int | float))
+    return args[0] if len(args) == 1 else args

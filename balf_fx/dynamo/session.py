@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from balf_fx.calibration.batches import Calibration, Loss, is_empty
-from balf_fx.calibration.weights import WeightsOf
+from balf_fx.calibration.batches import Calibration, is_empty
 from balf_fx.capture.checks import check_values
 from balf_fx.capture.names import legal_path
 from balf_fx.dynamo.binding import Binding, computing, watched_by
 from balf_fx.dynamo.frames import Request, WeightInput, is_training, name_arguments, weight_inputs
 from balf_fx.dynamo.options import BackendOptions
-from balf_fx.dynamo.recording import Recording, confirmed
+from balf_fx.dynamo.recording import Recording, confirmed, on_inputs, weights_of_inputs
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
-from balf_fx.engine.program import Key, Program, Trace, keys_of, name_alike, per_call, run_trace
+from balf_fx.engine.program import Key, Program, keys_of, name_alike, per_call, run_trace
+from balf_fx.engine.resuming import check, open_journal
 from balf_fx.engine.rewriting import applicable, fill, find_features, held_tensors, normalise, rewrite_as
 from balf_fx.engine.run import run
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
+from balf_fx.files.checkpoint import read_result, write_result
 from balf_fx.files.restore import Stored
 from balf_fx.graph.annotation import sites
 from balf_fx.graph.layers import layers_of
@@ -83,6 +84,7 @@ class Session:
     def __init__(self, options: BackendOptions, owner: object | None) -> None:
         self.options = options
         self.settings = options.settings
+        self._memory = options.settings.memory_bytes
         self._owner = owner
         self._lock = threading.RLock()
         self._warned = False
@@ -94,7 +96,7 @@ class Session:
         self._taken: set[str] = set()
         self._sites: dict[Key, str] = {}
         self._step = 0
-        self._recording = Recording(self.settings.memory_bytes)
+        self._recording = Recording(self._memory)
         self._entered: list[tuple[Any, ...]] = []  # the frames of the current call
         self._failure: BalfError | None = None
         self._stored: Stored | None = self.options.stored
@@ -207,7 +209,7 @@ class Session:
         _LOGGER.warning("%s changed: calibration starts again", ", ".join(changed))
         self._step, self._entered = 0, []
         self._recording.close()
-        self._recording = Recording(self.settings.memory_bytes)
+        self._recording = Recording(self._memory)
         for region in self._regions:
             region.bindings.clear()
 
@@ -254,20 +256,24 @@ class Session:
         program = Program(tuple(parts), lambda _, batch: batch)
         for graph_module in program.graph_modules:
             check_values(graph_module)
-        with confirmed(program.graph_modules, traces, settings.memory_bytes) as batches:
+        with confirmed(program.graph_modules, traces, self._memory) as batches:
             # 2. Observe, calibrate and convert, as for a model that is captured as a whole.
             compress.observe(program, settings, {settings.chosen_factors})
-            self._sites = keys_of(parts)
+            journal = open_journal(program, settings, run_trace)
+            check(journal, batches)
+            self._sites, self._stored = keys_of(parts), read_result(journal)
+            if self._stored is not None:
+                return
             unchanged = sum(not sites(graph_module) for graph_module in program.graph_modules)
             calibration = Calibration(
                 batches,
                 run_trace,
-                _on_inputs(settings.loss),
-                settings.memory_bytes,
+                on_inputs(settings.loss),
+                self._memory,
                 settings.seed,
-                None if settings.weights is None else _weights_of_inputs(settings.weights),
+                None if settings.weights is None else weights_of_inputs(settings.weights),
             )
-            compressed, plan = run(program, settings, calibration, lenient=True, progress=progress)
+            compressed, plan = run(program, settings, calibration, lenient=True, progress=progress, journal=journal)
         # 3. Run each graph with its new layers, and watch the tensors that these replace.
         replaced = {layer.name for layer in plan.layers}
         tensors: dict[str, Tensor] = {}
@@ -278,6 +284,7 @@ class Session:
             tensors |= _tensors_of(graph_module, replaced)
             bound.finish(graph_module, part, own)
         self._watch, self._stored = Watch(watched), Stored(plan, tensors)
+        write_result(journal, self._stored)
         self._log_switch(plan, len(bindings), unchanged)
 
     def _log_switch(self, plan: Plan, graphs: int, unchanged: int) -> None:
@@ -341,32 +348,6 @@ class Session:
                 raise OptionError(
                     f"the plan was made for other weights than those of site {layer.name!r}: calibrate again"
                 )
-
-
-def _on_inputs(loss: Loss | None) -> Loss | None:
-    """The user's loss, called with the arguments of the model's first graph in place of a trace."""
-    if loss is None:
-        return None
-
-    def on_inputs(output: Any, trace: Trace) -> Tensor:
-        return loss(output, _first_inputs(trace))
-
-    return on_inputs
-
-
-def _weights_of_inputs(weights: WeightsOf) -> WeightsOf:
-    """The user's weights, called with the arguments of the model's first graph in place of a trace."""
-
-    def of_inputs(trace: Trace) -> Tensor:
-        return weights(_first_inputs(trace))
-
-    return of_inputs
-
-
-def _first_inputs(trace: Trace) -> Any:
-    """The arguments of the first graph, without the sizes that Dynamo adds; the argument itself if there is one."""
-    args = tuple(argument for argument in trace[0].args if not isinstance(argument, int | float))
-    return args[0] if len(args) == 1 else args
 
 
 def _tensors_of(graph_module: fx.GraphModule, replaced: set[str]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein, least_sa
 from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
 from balf_fx.calibration.batches import Calibration, is_empty, iterate, ordinary, run_batch
 from balf_fx.calibration.weights import Weights
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.compress import convert
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
@@ -37,7 +38,11 @@ _SHARES = tuple(share / 100 for share in range(95, 0, -5))
 
 
 def certify(
-    program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT
+    program: Program,
+    settings: Settings,
+    calibration: Calibration,
+    progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program as far as the user's limit of mistakes allows; the program itself is unchanged.
 
@@ -54,7 +59,9 @@ def certify(
     tried: list[Tried] = []
     for share, span in zip(_SHARES, progress.spans([1.0] * len(_SHARES)), strict=True):
         try:
-            candidate = convert(program, settings.at(share), calibration, span)
+            candidate = convert(
+                program, settings.at(share), calibration, span, journal.within(f"{settings.minimise} {share}")
+            )
         except BudgetError:
             break
         tried.append(judge.test(candidate[0], share))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from balf_fx.calibration.observers import (
 )
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import weighing
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.distributed.group import Group
 from balf_fx.engine.program import Program, join, share_observers
+from balf_fx.engine.resuming import Resumption
 from balf_fx.engine.rewriting import normalise
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled
@@ -103,7 +106,8 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
         if settings.pivot or (settings.widths and "sensitivity" in factors):
             FindWidths()(graph_module)
         sensitivity, influence = "sensitivity" in factors, "air" in factors
-        InsertObservers(sensitivity, influence, settings.widths, apart=frozenset(shared))(graph_module)
+        strips = sensitivity and settings.separates
+        InsertObservers(sensitivity, influence, settings.widths, apart=frozenset(shared), strips=strips)(graph_module)
     share_observers(program.parts, shared)
 
 
@@ -125,6 +129,7 @@ def calibrate(
     calibration: Calibration,
     lenient: bool = False,
     progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> list[int]:
     """Run batches through an observed program, with gradients if it has observers of gradients.
 
@@ -139,6 +144,7 @@ def calibrate(
         batches: read one at a time, in place of the calibration's own; those without samples are skipped.
         lenient: skip batches with NaN or infinity at a site, and run without gradients if none flow through the
             program.
+        journal: has the statistics of the first batches if a run was killed; these are read, but not run again.
 
     Returns:
         The indices of the batches that were used.
@@ -147,17 +153,19 @@ def calibrate(
         CalibrationError: a batch cannot be run, or holds NaN or infinity at a site; or the user's weights are no
             weights of its positions.
     """
-    module, counted = program.module, []
+    module = program.module
     generator = torch.Generator().manual_seed(calibration.seed + calibration.group.rank)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
     with merging(module, calibration.group):
+        state = Resumption(journal, module, generator, gradients)
+        index = -1
         for index, made in enumerate(progress.track(batches)):
             batch = ordinary(made)
-            if is_empty(batch):
+            if is_empty(batch) or state.has(index):
                 continue
             given = calibration.given(index, batch)
             try:
-                if gradients:
+                if state.gradients:
                     for piece in pieces_for_gradients(module, (batch, given), calibration, index):
                         _run(program, piece, calibration, index, generator)
                 else:
@@ -168,13 +176,14 @@ def calibrate(
                 _LOGGER.warning("%s: this call is not used for calibration", error)
                 continue
             except CalibrationError as error:
-                if not (lenient and gradients):
+                if not (lenient and state.gradients):
                     raise
                 _LOGGER.warning("there are no gradients, so factors minimise the plain output error: %s", error)
-                gradients = False
+                state.gradients = False
                 _run(program, (batch, given), calibration, index, None)
-            counted.append(index)
-    return counted
+            state.counted.append(index)
+        state.done(index + 1)
+    return state.counted
 
 
 def _run(
@@ -200,12 +209,17 @@ def _run(
 
 
 def convert(
-    program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT
+    program: Program,
+    settings: Settings,
+    calibration: Calibration,
+    progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget; the program itself is unchanged.
 
     Args:
         calibration: its batches are used to measure allocations and to refit layers; without batches, neither is done.
+        journal: has the allocation and the layers that a run finished before it was killed.
 
     Returns:
         The rewritten parts, and the plan that was carried out.
@@ -234,16 +248,15 @@ def convert(
         watch.measure_sites(measuring)
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals() if watch is None else watch.totals())
-    if isinstance(allocate, Allocate):
-        allocation, timing = _chosen(program, settings, problem, allocate, calibration, watch, trying)
-    else:
-        allocation, timing = allocate.solve(problem), None
+    choose = partial(_chosen, program, settings, problem, calibration, watch, trying, journal)
+    allocation, timing = journal.remembered("allocation", choose)
     compressed = settled(program, problem, drawn(problem, allocation))
     # 3. Refine or Refit: solve for the layers' weights. Pivot, Narrow, Factorize: rewrite the graphs.
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
-            Refine(group=calibration.group, progress=solving)(graph_module)
-    carry_out(compressed, mode, calibration, solving, pivot=settings.pivot or isinstance(allocate, Follow))
+            Refine(group=calibration.group, progress=solving, journal=journal)(graph_module)
+    pivot = settings.pivot or isinstance(allocate, Follow)
+    carry_out(compressed, mode, calibration, solving, pivot=pivot, journal=journal)
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     plan = plan_of_records(records, records[0].allocation or allocation)
@@ -254,19 +267,22 @@ def _chosen(
     program: Program,
     settings: Settings,
     problem: Problem,
-    allocate: Allocate,
     calibration: Calibration,
     watch: Watch | None,
     progress: Progress,
+    journal: Journal,
 ) -> tuple[Allocation, Timing | None]:
     """The allocation, the best of a few where they are compared, and its times where the budget is one."""
+    allocate = settings.allocate()
+    if isinstance(allocate, Follow):
+        return allocate.solve(problem), None
     timed = None
     if watch is not None:  # with a target in the unit of the predictions, so that trials are not too large
         timed = watch.corrected(problem, allocate, min(watch.asked, 1.0))
         allocate = timed.option
     best = None
     if settings.measures and calibration.has_batches():
-        best = _measured(program, settings, problem, allocate, calibration, progress)
+        best = _measured(program, settings, problem, allocate, calibration, progress, journal)
     if watch is None or timed is None:
         return allocate.solve(problem) if best is None else best[1], None
     if best is not None and best[0] != timed.option:
@@ -281,13 +297,15 @@ def _measured(
     allocate: Allocate,
     calibration: Calibration,
     progress: Progress,
+    journal: Journal,
 ) -> tuple[Allocate, Allocation] | None:
     """The best of a few allocations; None if the fast effort cannot run a compressed model with the user's function."""
     refit = settings.refit_mode is not None
     if settings.chosen_factors == "sensitivity":
-        return allocate_faithfully(program, problem, allocate, plan_trial(program, calibration, refit), progress)
+        trial = plan_trial(program, calibration, refit, journal=journal)
+        return allocate_faithfully(program, problem, allocate, trial, progress)
     try:
-        trial = plan_trial(program, calibration, refit, few_samples(calibration.samples()))
+        trial = plan_trial(program, calibration, refit, few_samples(calibration.samples()), journal)
         return allocate_faithfully(program, problem, allocate, trial, progress)
     except CalibrationError as error:
         _LOGGER.warning("allocations are not compared, since the compressed model does not run: %s", error)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from typing import Any, TypeVar
 
-from balf_fx.engine.settings import Settings, Stage
+from balf_fx.engine.fields import Stage
+from balf_fx.engine.settings import Settings
 from balf_fx.errors import OptionError
 
 _WRAPPER = textwrap.TextWrapper(120, initial_indent=" " * 8, subsequent_indent=" " * 12)

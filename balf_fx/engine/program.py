@@ -7,19 +7,18 @@ graph that Dynamo captured; a call of the model is then a *trace*, the sequence 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.budget.problem import Totals
 from balf_fx.calibration.batches import graphs_of
+from balf_fx.checkpoint.digests import digest_of
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import computed_tensors, count_parameters, get_tensor, put, readers
@@ -195,7 +194,7 @@ class Key:
     """
 
     tensors: tuple[int, ...]
-    digest: bytes | None
+    digest: str | None
     kind: str
     groups: int
     conv: ConvGeometry | None
@@ -205,7 +204,7 @@ class Key:
 def key_of(part: Part, site: Site, node: fx.Node) -> Key:
     """The key of a site of a part, given one of its nodes."""
     weight: Tensor = get_tensor(part.graph_module, site.weight)
-    digest = _digest(weight) if part.original(weight) is weight else None
+    digest = digest_of(weight) if part.original(weight) is weight else None
     tensors = tuple(map(id, site_originals(part, site, node).values()))
     return Key(tensors, digest, site.kind, site.groups, site.conv, site.inputs_first)
 
@@ -285,12 +284,6 @@ def join(parts: Sequence[Part]) -> set[str]:
             for node in nodes:
                 annotate(node, site=changed)
     return joined
-
-
-def _digest(tensor: Tensor) -> bytes:
-    """A digest of the values of a tensor, bit for bit."""
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest()
 
 
 def _holders(tensors: Sequence[Iterable[Tensor]]) -> dict[int, set[int]]:

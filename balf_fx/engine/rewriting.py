@@ -203,6 +203,11 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
             site.in_features,
             rank or 0,
         )
+        if form == "separable":
+            second, first = (apart := replace(site, separable=True)).factor_sizes
+            bias, factors = zeros(1, outputs) if biased else None, (zeros(1, second, own), zeros(1, own, first))
+            found.append(Solution(*factors, bias, form=form, taps=apart.factor_taps))
+            continue
         left = None if rank is None else zeros(groups, outputs - own * (form == "rows"), own)
         right = zeros(groups, outputs if rank is None else own, inputs - own * (form == "columns"))
         whole = Kept(layer.kept, zeros(len(layer.kept), outputs, inputs)) if layer.kept else None

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
 
 from balf_fx.calibration.batches import Calibration, Stream
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.agreement import give_alike
 from balf_fx.engine.certify import certify
 from balf_fx.engine.compress import calibrate, convert
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import work_of
+from balf_fx.errors import OptionError
 from balf_fx.graph.plan import Plan
 from balf_fx.progress import SILENT, Progress
+from balf_fx.refit.offload import Shelved
 
 
 def run(
@@ -23,30 +31,69 @@ def run(
     stream: Stream | None = None,
     lenient: bool = False,
     progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> tuple[Program, Plan]:
     """Calibrate an observed program and convert it.
 
     Args:
         stream: batches to calibrate on, read once, where only the samples that it keeps are needed later.
         lenient: as in `calibrate`.
+        journal: has what a run finished before it was killed.
     """
+    calibration = _with_memory(calibration, journal)
     work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
     shares = [work.calibrating, work.scoring + work.trying + work.solving]
     calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
-    if settings.chosen_factors != "svd":
+    if settings.calibrates:
         batches = calibration.batches if stream is None else stream
-        counted = calibrate(program, batches, calibration, lenient, calibrating)
+        counted = calibrate(program, batches, calibration, lenient, calibrating, journal)
         calibration = calibration.only(counted) if lenient else calibration
         if stream is not None:
             calibration = dataclasses.replace(calibration, batches=stream.kept, seen=sum(stream.sizes))
-    return solve(program, settings, calibration, converting)
+    return solve(program, settings, calibration, converting, journal)
 
 
 def solve(
-    program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT
+    program: Program,
+    settings: Settings,
+    calibration: Calibration,
+    progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget, or as far as the limit of mistakes allows."""
     chosen = convert if settings.limit is None else certify
-    compressed, plan = chosen(program, settings, calibration, progress)
+    compressed, plan = chosen(program, settings, _with_memory(calibration, journal), progress, journal)
     give_alike(compressed, plan, calibration.group)
     return compressed, plan
+
+
+def _with_memory(calibration: Calibration, journal: Journal) -> Calibration:
+    """Calibration with the memory of the run that was killed, since a share of what is free may be another one now."""
+    return dataclasses.replace(calibration, memory=journal.remembered("memory", lambda: calibration.memory))
+
+
+def keep(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) -> Sequence[Any]:
+    """All batches, for reading them again; batches from an iterator are kept in files beyond the memory limit."""
+    if isinstance(given, torch.Tensor | Mapping | list | tuple):
+        return list(batches)
+    shelved = closing.enter_context(Shelved(memory))
+    for batch in batches:
+        shelved.append(batch)
+    return shelved
+
+
+def with_refit(settings: Settings, batches: bool) -> Settings:
+    """The settings of a conversion, in which only batches allow a refit.
+
+    Args:
+        batches: whether there are any.
+
+    Raises:
+        OptionError: a refit is asked for without batches.
+    """
+    if settings.refit is None:
+        refit = batches and settings.effort == "best" and settings.chosen_factors != "air"
+        settings = dataclasses.replace(settings, refit=refit)
+    if settings.refit and not batches:
+        raise OptionError("a refit needs the calibration batches: pass batches=")
+    return settings

@@ -7,14 +7,18 @@ name, with these defaults and these descriptions. An option that is added here i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from balf_fx.calibration.batches import MEMORY, Loss
+from balf_fx.calibration.batches import Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
-from balf_fx.engine.units import bytes_of, check_patterns, share_of
+from balf_fx.engine.checks import check_folder, check_function, check_limit, check_patterns
+from balf_fx.engine.fields import option
+from balf_fx.engine.memory import SHARE, bytes_of, check_memory
+from balf_fx.engine.units import share_of
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
 from balf_fx.graph.curves import Measure, Rank
@@ -34,21 +38,6 @@ Effort = Literal["fast", "balanced", "best"]
 
 Result = Literal["graph", "module"]
 """What a compressed model is: a GraphModule, or a copy of the user's model."""
-
-Stage = Literal["prepare", "calibrate", "convert"]
-"""The stage that an option affects: capture and observers, running the batches, or everything after that."""
-
-
-def option(default: Any, text: str, *stages: Stage, values: Collection[Any] = ()) -> Any:
-    """A field of `Settings`.
-
-    Args:
-        text: its description, for docstrings and the command line.
-        stages: the stages that it affects.
-        values: the allowed values; empty if they are checked elsewhere.
-    """
-    metadata = {"text": text, "stages": stages, "values": tuple(values)}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -162,6 +151,14 @@ class Settings:
         "convert",
         values=(True, False),
     )
+    separable: bool = option(
+        True,
+        "let a convolution become one along each axis of its kernel, k x 1 and 1 x k, where that loses less than a "
+        'k x k and a 1 x 1 one (`ranks.separable`); with factors="sensitivity" and allocation="budget"',
+        "prepare",
+        "convert",
+        values=(True, False),
+    )
     multiple_of: int | Literal["auto"] = option(
         1,
         "let the rank of each layer, the channels between layers and the features of each head be multiples of this "
@@ -229,11 +226,13 @@ class Settings:
         "calibrate",
         "convert",
     )
-    memory: int | str = option(
-        MEMORY,
-        'bytes of memory for intermediate values, such as 2147483648 or "2G". A batch that needs more is run in pieces '
-        "if the model computes each sample independently of the others; values beyond the limit are kept in temporary "
-        "files (in TMPDIR)",
+    memory: int | float | str = option(
+        SHARE,
+        'memory for intermediate values: bytes, such as 2147483648 or "2GiB", or a share of what is free at the start, '
+        "such as 0.25. Values beyond it are kept in temporary files (in TMPDIR), with the same result. A batch that "
+        "needs more than it, or than 2 GiB, is run in pieces if the model computes each sample independently of the "
+        "others, and a sequence without padding if the model is causal (`calibration.pieces`). Pieces have random "
+        "probes and held-out samples of their own: with less than 2 GiB, the result differs as with another seed",
         "calibrate",
         "convert",
     )
@@ -246,6 +245,13 @@ class Settings:
         values=(True, False),
     )
     seed: int = option(0, "the seed of the random probes, to which each process adds its rank", "calibrate")
+    checkpoint: str | os.PathLike[str] | None = option(
+        None,
+        "a folder for what is finished: statistics, the allocation, refitted layers, the result. If the run is killed, "
+        "the same call goes on from there to the same model; once it is complete, it returns that model at once. "
+        "Another model, other options or other data are an error (`engine.resuming`). For one process",
+        "convert",
+    )
     progress: bool = option(True, "show a progress bar on stderr", "calibrate", "convert", values=(True, False))
 
     def __post_init__(self) -> None:
@@ -257,32 +263,16 @@ class Settings:
             check_patterns(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise OptionError(f"seed must be a whole number, not {self.seed!r}")
-        self._check_limit()
-        if self.loss is not None and not callable(self.loss):
-            raise OptionError(f"loss must be a function of the output and the batch, not {self.loss!r}")
-        if self.weights is not None and not callable(self.weights):
-            raise OptionError(f"weights must be a function of the batch, not {self.weights!r}")
+        check_limit(self.disagreement, self.divergence, self.confidence, self.validation)
+        check_function("loss", self.loss, "the output and the batch")
+        check_function("weights", self.weights, "the batch")
+        check_folder("checkpoint", self.checkpoint)
         if isinstance(self.allocation, Mapping) and not all(isinstance(name, str) for name in self.allocation):
             raise OptionError(f"allocation must map names of layers to ranks, not {self.allocation!r}")
-        _ = self.memory_bytes
+        check_memory(self.memory)
         _ = self.align()
         if self.refit and self.chosen_factors == "air":
             raise OptionError("a refit would replace the factors of factors='air': drop one of them")
-
-    def _check_limit(self) -> None:
-        for name in ("disagreement", "divergence", "confidence"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value < 1):
-                raise OptionError(f"{name} must be a number between 0 and 1, such as 0.02, not {value!r}")
-        if self.disagreement is not None and self.divergence is not None:
-            raise OptionError("give one limit, disagreement= for choices among classes or divergence= for others")
-        if self.limit is not None and self.validation is None:
-            raise OptionError(
-                "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
-            )
-        if self.limit is None and self.validation is not None:
-            raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")
 
     def with_free(self) -> Settings:
         """The settings for what is free if there is no budget: it needs no statistics, since any input shall do.
@@ -327,6 +317,11 @@ class Settings:
         return self.refit_mode is not None or self.chosen_factors == "sensitivity" or self.times
 
     @property
+    def calibrates(self) -> bool:
+        """Whether statistics of the batches are needed."""
+        return self.chosen_factors != "svd"
+
+    @property
     def measures(self) -> bool:
         """Whether a few allocations are measured on batches, where there are any."""
         allocate = self.allocate()
@@ -344,12 +339,19 @@ class Settings:
 
     @property
     def memory_bytes(self) -> int:
-        """`memory` as a number; errors as in `units.bytes_of`."""
+        """`memory` as a number; of a share, what is free now."""
         return bytes_of(self.memory)
 
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""
-        return Score(self.chosen_factors, self.centred, self.split, progress=progress)
+        names = self.allocation.separable if isinstance(self.allocation, Plan) else self.separates
+        return Score(self.chosen_factors, self.centred, self.split, separable=names, progress=progress)
+
+    @property
+    def separates(self) -> bool:
+        """Whether convolutions may become separable."""
+        chosen = isinstance(self.allocation, Plan) or self.allocation == "budget"
+        return self.separable and chosen and self.chosen_factors == "sensitivity"
 
     def align(self) -> Align:
         """Return the pass that sets the steps of ranks and widths for these settings.

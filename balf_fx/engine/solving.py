@@ -12,6 +12,7 @@ from balf_fx.budget.problem import Problem, settle
 from balf_fx.calibration.batches import Calibration
 from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.calibration.weights import Weights
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.program import Program, Step, Trace, linked
 from balf_fx.engine.rewriting import rewrite
 from balf_fx.engine.weighing import call_weights
@@ -47,6 +48,7 @@ def carry_out(
     calibration: Calibration,
     progress: Progress = SILENT,
     pivot: bool = False,
+    journal: Journal = FORGETFUL,
 ) -> None:
     """Solve and rewrite each part, in the order in which they run.
 
@@ -57,6 +59,7 @@ def carry_out(
         mode: the mode of the refit; None for no refit.
         calibration: has batches if there is a refit.
         pivot: as in `rewrite`; the outputs are the same.
+        journal: has the layers that were refitted before a run was killed.
     """
     if mode is None:
         for graph_module in program.graph_modules:
@@ -69,7 +72,8 @@ def carry_out(
             graph_module = program.graph_modules[index]
             if sites(graph_module):
                 inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
-                Refit(inputs, mode, calibration.memory, handed, weights, calibration.group, span)(graph_module)
+                own, group = journal.within(f"part {index}"), calibration.group
+                Refit(inputs, mode, calibration.memory, handed, weights, group, span, own)(graph_module)
             rewrite(graph_module, pivot)
             relay.run(index)
             span.done()

@@ -19,6 +19,8 @@ from balf_fx.budget.problem import Problem
 from balf_fx.calibration.answers import answers, divergence
 from balf_fx.calibration.batches import Calibration, samples_of, some_samples
 from balf_fx.calibration.weights import Weights
+from balf_fx.checkpoint.digests import digest_of
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.program import Program
 from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.engine.weighing import call_weights
@@ -43,15 +45,21 @@ class Trial:
         judge: batches on which it is measured.
         references: the original's outputs for `judge`.
         refit: whether any process has batches in `fit`.
+        journal: has what was measured before a run was killed.
     """
 
     fit: Calibration
     judge: Calibration
     references: Sequence[Any]
     refit: bool
+    journal: Journal = FORGETFUL
 
     def measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
         """The distance of the outputs from the original's; the program is unchanged."""
+        stage = f"trial {digest_of(_chosen(allocation))}"
+        return self.journal.remembered(stage, lambda: self._measure(program, problem, allocation))
+
+    def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
         tried = settled(program, problem, allocation)
         carry_out(tried, "up" if self.refit else None, self.fit)
 
@@ -62,13 +70,20 @@ class Trial:
         return divergence(tried.module, self.judge, self.references, weigh)
 
 
-def plan_trial(program: Program, calibration: Calibration, refit: bool, most: int = _SAMPLES) -> Trial:
+def plan_trial(
+    program: Program,
+    calibration: Calibration,
+    refit: bool,
+    most: int = _SAMPLES,
+    journal: Journal = FORGETFUL,
+) -> Trial:
     """Choose the samples for the measurement, and run the original on them.
 
     Args:
         calibration: has at least one batch, in one of the processes. Samples are taken from all processes in turn.
         refit: whether the chosen allocation will be refitted.
         most: the largest number of samples for each purpose.
+        journal: as in `Trial`.
     """
     original = without_observers(program)
     fit, judge = _few(calibration, refit, most)
@@ -80,7 +95,7 @@ def plan_trial(program: Program, calibration: Calibration, refit: bool, most: in
         half = count // 2 if refit else 0
         fit, judge = calibration.only(range(half)), calibration.only(range(half, count))
         references = answers(original.module, judge.batches, calibration.forward)
-    return Trial(fit, judge, references, fit.has_batches())
+    return Trial(fit, judge, references, fit.has_batches(), journal)
 
 
 def allocate_faithfully(
@@ -95,7 +110,7 @@ def allocate_faithfully(
 
     def attempt(option: Allocate) -> _Attempt:
         allocation = option.solve(problem)
-        chosen = (*(choice.chosen.rank for choice in allocation.choices), *sorted(allocation.sizes.items()))
+        chosen = _chosen(allocation)
         if chosen not in measured:
             measured[chosen] = trial.measure(program, problem, allocation)
         tried = (option.importance, option.caution, option.evenness, measured[chosen])
@@ -113,6 +128,11 @@ def allocate_faithfully(
         option = min(attempts, key=attrgetter("lost")).option
     best = min(attempts, key=attrgetter("lost"))
     return best.option, best.allocation
+
+
+def _chosen(allocation: Allocation) -> tuple[Any, ...]:
+    """The ranks and the sizes of an allocation."""
+    return (*(choice.chosen.rank for choice in allocation.choices), *sorted(allocation.sizes.items()))
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,13 @@
-"""Options that are written with a unit, or as patterns."""
+"""Options that are written with a unit."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from balf_fx.errors import OptionError
 
-_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-
-
-def bytes_of(memory: Any) -> int:
-    """The number of bytes of 2147483648, "2147483648" or "2G".
-
-    Raises:
-        OptionError: it is not a number of bytes.
-    """
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
-        return memory
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(memory).lower())
-    if not isinstance(memory, str) or found is None:
-        raise OptionError(f"memory must be a number of bytes, such as 2147483648 or '2G', not {memory!r}")
-    return int(float(found[1]) * _BYTES[found[2]])
 
 
 def share_of(latency: Any, seconds: float | None) -> float:
@@ -43,16 +27,3 @@ def share_of(latency: Any, seconds: float | None) -> float:
             f"latency must be a fraction in (0, 1], such as 0.6, or a time, such as '12ms', not {latency!r}"
         )
     return 1.0 if seconds is None else float(found[1]) * _SECONDS[found[2]] / seconds
-
-
-def check_patterns(name: str, patterns: Any) -> None:
-    """Check the value of `include`, `exclude` or `dense`.
-
-    Raises:
-        OptionError: it is not a list of patterns.
-    """
-    if patterns is None and name == "include":
-        return
-    listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
-    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
-        raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")

@@ -6,24 +6,20 @@ file is first written under another name and then replaces the old one in one st
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from balf_fx.calibration.batches import Forward
 from balf_fx.errors import FileError
-from balf_fx.files.restore import Stored, restore
+from balf_fx.files.checksums import checksum
+from balf_fx.files.restore import Stored
 from balf_fx.graph.plan import Plan
 
 _PLAN, _ORDERS, _CHECKSUM = "balf_fx.plan", "balf_fx.orders", "balf_fx.sha256"
@@ -38,7 +34,7 @@ def write(found: Stored, path: str | os.PathLike[str]) -> None:
     tensors = {name: _plain(name, value) for name, value in found.tensors.items()}
     text = found.plan.to_json(indent=None)
     orders = {name: order for name, value in found.tensors.items() if (order := _order(value)) != sorted(order)}
-    metadata = {_PLAN: text, _ORDERS: json.dumps(orders), _CHECKSUM: _checksum(text, tensors)}
+    metadata = {_PLAN: text, _ORDERS: json.dumps(orders), _CHECKSUM: checksum(tensors, text)}
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=".balf_fx-", dir=path.parent) as folder:
         written = Path(folder) / path.name
@@ -51,29 +47,6 @@ def write(found: Stored, path: str | os.PathLike[str]) -> None:
         written.replace(path)
 
 
-def load(
-    path: str | os.PathLike[str], model: nn.Module, *, example: Any | None = None, forward: Forward | None = None
-) -> nn.Module:
-    """Read a compressed model from a file.
-
-    Args:
-        path: a file written by `save`.
-        model: a model of the architecture that was compressed, in evaluation mode, with any weights. It is not changed,
-            and the result is on its device.
-        example: one batch, if the model cannot be called with tensors of ones in the shapes of the first calibration
-            batch.
-        forward: a function forward(model, batch), if the example needs one.
-
-    Returns:
-        The model that was saved, bit for bit: a GraphModule, or a copy of `model` with the compressed layers.
-
-    Raises:
-        FileError: the file is truncated, was changed, or was not written by balf_fx.
-        PlanError: the file was written by a later version, or for another architecture.
-    """
-    return restore(read(path), model, example, forward)
-
-
 def read(path: str | os.PathLike[str]) -> Stored:
     """The plan and the tensors in a file."""
     try:
@@ -84,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise FileError(f"{path} is truncated or not a safetensors file: {error}") from error
     if _PLAN not in metadata or _CHECKSUM not in metadata:
         raise FileError(f"{path} contains tensors but no plan: was it written by balf_fx.save?")
-    if _checksum(metadata[_PLAN], tensors) != metadata[_CHECKSUM]:
+    if checksum(tensors, metadata[_PLAN]) != metadata[_CHECKSUM]:
         raise FileError(f"{path} has been changed since it was written: its checksum does not match")
     orders = json.loads(metadata.get(_ORDERS, "{}"))
     tensors.update({name: _in_order(tensors[name], order) for name, order in orders.items()})
@@ -121,13 +94,3 @@ def _in_order(value: Tensor, order: list[int]) -> Tensor:
     """The same tensor with its dimensions in this order in memory."""
     strides = [math.prod(value.shape[inner] for inner in order[order.index(dim) + 1 :]) for dim in range(value.dim())]
     return torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if value.numel():
-            digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
-    return digest.hexdigest()

@@ -53,6 +53,7 @@ class Annotation:
             change then, unless both graphs replace them by the same factors.
         site, refusal: set by Annotate; at most one of them.
         observer: path of the observer of the site's statistics; set by InsertObservers.
+        strips: path of the observer of the strips that the layer reads, if it may become separable.
         sensitivity: path of the observer of its gradients, if there is one.
         influence: path of the observer of its weight's gradients, if there is one.
         curve, scored_with: set by Score; scored_with identifies the statistics and options of the score.
@@ -73,6 +74,7 @@ class Annotation:
     site: Site | None = None
     refusal: Refusal | None = None
     observer: str | None = None
+    strips: str | None = None
     sensitivity: str | None = None
     influence: str | None = None
     curve: RankCurve | None = None

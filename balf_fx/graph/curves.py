@@ -126,6 +126,7 @@ class RankCurve:
             are no gradients.
         parts: the spectrum of the site's parts, if these may have separate factors.
         kept: the experts that keep their matrices, since they have seen too few positions.
+        strips: the spectrum of a separable convolution for strips; its energies are in the unit of `spectrum`.
         clock: the time of the site; None where times have not been measured.
     """
 
@@ -136,11 +137,17 @@ class RankCurve:
     parts: Spectrum | None = None
     loss: float | None = None
     kept: tuple[int, ...] = ()
+    strips: Spectrum | None = None
     clock: Clock | None = None
 
     @property
     def dense(self) -> Candidate:
         return self.candidates[-1]
+
+    @property
+    def ranked(self) -> Spectrum:
+        """The spectrum whose components the ranks count."""
+        return self.spectrum if self.strips is None else self.strips
 
     def normalised(self, distortion: float) -> float:
         """`distortion` as a share of the site's energy; 0 for a site without energy."""
@@ -155,9 +162,9 @@ class Kept:
     weight: torch.Tensor
 
 
-Form = Literal["pair", "rows", "columns", "blocks"]
+Form = Literal["pair", "rows", "columns", "blocks", "separable"]
 """How a low-rank map is written: as two factors, or with some of its own rows or columns (`ranks.pivots`). Or that of a
-dense map with identity blocks (`ranks.bases`)."""
+dense map with identity blocks (`ranks.bases`), or that of a convolution along each axis (`ranks.separable`)."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,8 @@ class Solution:
     * "rows": the outputs P, p = right x + bias_P, then the others, left p + bias_rest, with left [G, O - r, r] and
       right [G, r, D];
     * "columns": left (x_P + right x_rest) + bias, with left [1, O, r] and right [1, r, D - r];
-    * "blocks": right x + bias, where the columns P of right [1, O, D] are the identity in each head of some rows.
+    * "blocks": right x + bias, where the columns P of right [1, O, D] are the identity in each head of some rows;
+    * "separable": two convolutions, with left [1, O w, r] and right [1, r, C h] (`ranks.separable`).
 
     Attributes:
         left: None for a dense layer.
@@ -178,6 +186,7 @@ class Solution:
         kept: the experts that keep their matrices; their factors are zero.
         order: for rows, [G, O], the rows as [P, rest]; for columns and blocks, [1, D], the columns in the same way.
             None if the graph already has the features in this order.
+        taps: for a separable convolution, the pixels that right and left read, h and w.
         blocks: for blocks, the rows [heads, r] of each set of heads, whose first r columns in `order` are the identity.
     """
 
@@ -188,6 +197,7 @@ class Solution:
     form: Form = "pair"
     order: torch.Tensor | None = None
     blocks: tuple[torch.Tensor, ...] = ()
+    taps: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

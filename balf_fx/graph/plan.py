@@ -21,7 +21,7 @@ from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.graph.timing import Timing
 from balf_fx.version import __version__
 
-FORMAT = 5
+FORMAT = 6
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
@@ -113,6 +113,11 @@ class Plan:
         if isinstance(found, Mapping):
             return cls.from_dict(found)
         raise PassError("there is no plan and nothing to report: pass the result of balf_fx.compile, convert or load")
+
+    @property
+    def separable(self) -> frozenset[str]:
+        """The names of the convolutions that are separable."""
+        return frozenset(choice.site.name for choice in self.allocation.choices if choice.site.separable)
 
     @property
     def ranks(self) -> dict[str, Rank]:

@@ -186,8 +186,8 @@ class Replacement(nn.Sequential):
                 return recipe.answers[name]
             raise
 
-    def extra_repr(self) -> str:
-        return self.recipe.form
+    def extra_repr(self) -> str:  # peft shows it when it refuses the container
+        return f"{self.recipe.form}; peft: balf_fx.huggingface.adapters.target_modules names these layers"
 
 
 def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original: nn.Module) -> tuple[Recipe, nn.Module]:
@@ -205,7 +205,7 @@ def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original:
         layers = [holder]
     else:
         split = replaced.form == "pair" and isinstance(replaced.rank, tuple)
-        form = "parts" if split else replaced.form
+        form = "parts" if split else "pair" if replaced.form == "separable" else replaced.form
         layers = list(holder.children())
     read = torch.arange(layout.inputs) if layout.reads is None else layout.reads.cpu()
     if form in ("columns", "blocks") and order is not None:

@@ -8,6 +8,7 @@ expert is a group with positions of its own (`graph.experts`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ class Site:
         multiple_of: the number of which the user wants ranks, over all groups, to be multiples.
         pivots: the order that is free where its low-rank maps are written with their own rows or columns; None for
             pairs of factors only.
+        separable: whether its ranks are those of a convolution along each axis of the kernel (`ranks.separable`).
         move: the multiplications that such a form must save for each value that it moves at a position; 0 where only
             parameters count.
     """
@@ -153,6 +155,7 @@ class Site:
     multiple_of: int = 1
     pivots: FreeOrder | None = None
     move: int = MOVE
+    separable: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -175,6 +178,50 @@ class Site:
     def taps(self) -> int:
         """The number of pixels in a patch; 1 for a linear layer."""
         return 1 if self.conv is None else math.prod(self.conv.kernel_size)
+
+    @property
+    def can_be_separable(self) -> bool:
+        """Whether it may be a convolution of h x 1 and one of 1 x w, whose outputs have as many columns as its own."""
+        conv = self.conv
+        if conv is None or self.kind != "conv2d" or self.side == "input" or self.groups > 1 or self.parts > 1:
+            return False
+        zeros = conv.padding_mode == "zeros" and all(before == after for before, after in conv.padding)
+        same = conv.stride[1] == 1 and sum(conv.padding[1]) == conv.dilation[1] * (conv.kernel_size[1] - 1)
+        return zeros and same and min(conv.kernel_size) > 1 and not (self.keeps_rank or self.keeps_weight)
+
+    @property
+    def factor_taps(self) -> tuple[int, int]:
+        """The pixels that each of its two factors reads."""
+        if self.conv is None or not self.separable:
+            return self.taps, 1
+        return self.conv.kernel_size[0], self.conv.kernel_size[1]
+
+    @property
+    def factor_sizes(self) -> tuple[int, int]:
+        """The numbers of the second factor and of the first for each component, per group; O and D for a pair."""
+        first, second = self.factor_taps
+        return self.out_features * second, self.in_features // self.taps * first
+
+    @property
+    def factor_convs(self) -> tuple[ConvGeometry, ConvGeometry]:
+        """The geometry of the convolutions of a separable site."""
+        if self.conv is None:
+            raise TypeError(f"{self.name} is not a convolution")
+        height, width = (
+            (self.conv.kernel_size[i], self.conv.stride[i], self.conv.padding[i], self.conv.dilation[i]) for i in (0, 1)
+        )
+        (h, down, above, spread), (w, along, beside, apart), none = height, width, (0, 0)
+        return (
+            ConvGeometry((h, 1), (down, 1), (above, none), (spread, 1), "zeros"),
+            ConvGeometry((1, w), (1, along), (none, beside), (1, apart), "zeros"),
+        )
+
+    @property
+    def strips(self) -> Site:
+        """The layer that computes what each strip of h pixels adds to the outputs for each of the w columns."""
+        outputs, inputs = dataclasses.replace(self, separable=True).factor_sizes
+        conv = dataclasses.replace(self, separable=True).factor_convs[0]
+        return dataclasses.replace(self, out_features=outputs, in_features=inputs, conv=conv, separable=False)
 
     @property
     def break_even(self) -> int:
@@ -201,6 +248,8 @@ class Site:
 
     def form(self, rank: Rank) -> Form:
         """How the map of a rank is written: with pivots, if that saves enough for the values that it moves."""
+        if self.separable and rank is not None:
+            return "separable"
         if self.pivots is None or rank is None:
             return "pair"
         if isinstance(rank, int):
@@ -230,7 +279,7 @@ class Site:
 
     @property
     def full_rank(self) -> int:
-        return min(self.out_features, self.in_features)
+        return min(self.factor_sizes)
 
     @property
     def shape(self) -> tuple[int, int, int]:

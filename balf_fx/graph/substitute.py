@@ -119,6 +119,8 @@ def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]
         built = _parts(site, original, solution)
     elif solution[0].left is None:
         built = _dense(site, original, solution[0])
+    elif "separable" in forms:
+        built = _separable(site, original, solution[0], solution[0].left)
     else:
         built = _pair(site, original, solution[0], solution[0].left)
     built.module.train(graph_module.training)
@@ -141,6 +143,26 @@ def _pair(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Sub
     if solution.bias is not None:
         _assign(second, "bias", solution.bias, original)
     return Substitute(nn.Sequential(first, second), first, (second,), (left.shape[-1],))
+
+
+def _separable(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Substitute:
+    along, across = dataclasses.replace(site, separable=True).factor_convs
+    rank, taps = left.shape[-1], across.kernel_size[1]
+    inputs = site.in_features // site.taps
+    first = _empty_conv(along, inputs, rank, False, original)
+    second = _empty_conv(across, rank, site.out_features, solution.bias is not None, original)
+    _assign(first, "weight", solution.right, original)
+    _assign(second, "weight", left.reshape(-1, taps, rank).transpose(1, 2), original)
+    if solution.bias is not None:
+        _assign(second, "bias", solution.bias, original)
+    return Substitute(nn.Sequential(first, second), first, (second,), (rank,))
+
+
+def _empty_conv(conv: ConvGeometry, inputs: int, outputs: int, bias: bool, original: Tensor) -> nn.Module:
+    make: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
+    geometry: dict[str, Any] = {"stride": conv.stride, "padding": _module_padding(conv), "dilation": conv.dilation}
+    properties: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
+    return make(nn.Conv2d, inputs, outputs, conv.kernel_size, bias=bias, **geometry, **properties)
 
 
 def _rows(site: Site, original: Tensor, solution: Sequence[Solution]) -> Rows:

@@ -1,7 +1,8 @@
 """The method "balf" of transformers: layers are replaced before the weights of a folder are read.
 
-`config.json` holds the plan, with what stands in place of which layers; the weights are plain safetensors. The model
-that is returned is not a quantized one: it can be trained, cast and saved again.
+`config.json` holds the plan, with what stands in place of which layers, and a checksum of each tensor; the weights are
+plain safetensors. The model that is returned is not a quantized one: it can be trained, cast and saved again. It keeps
+its quantizer all the same, since transformers asks that for metadata when it writes a model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,8 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from balf_fx.engine.grafting import rebuild
 from balf_fx.engine.rewriting import with_plan
 from balf_fx.errors import FileError, PlanError
+from balf_fx.files.checksums import checksum
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.replacements import Recipe
+from balf_fx.huggingface.stock import adapt_configuration, missing_biases
 
 METHOD = "balf"
 
@@ -31,11 +36,15 @@ class BalfConfig(QuantizationConfigMixin):
 
     Attributes:
         plan: `Plan.to_dict`.
+        sha256: the checksums of the tensors that were written with it, by name.
     """
 
-    def __init__(self, plan: Mapping[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self, plan: Mapping[str, Any] | None = None, sha256: Mapping[str, str] | None = None, **_: Any
+    ) -> None:
         self.quant_method: Any = METHOD
         self.plan = plan
+        self.sha256 = dict(sha256 or {})
 
     @classmethod
     def of(cls, plan: Plan) -> BalfConfig:
@@ -45,29 +54,45 @@ class BalfConfig(QuantizationConfigMixin):
         return cls(dataclasses.replace(plan, allocation=allocation).to_dict())
 
 
+def describe(model: Any, plan: Plan) -> None:
+    """Let transformers write the plan and checksums into the model's folder, unless it reads the folder without."""
+    config = BalfConfig.of(plan)
+    if not adapt_configuration(model, plan):
+        model.config.quantization_config = config
+    model.hf_quantizer = BalfQuantizer(config)
+
+
 @register_quantizer(METHOD)
 class BalfQuantizer(HfQuantizer):
     """Builds the compressed layers of a folder."""
 
     requires_calibration = True
+    is_compileable = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        recipes = _recipes(model, self._plan())
+        recipes, config = _recipes(model, self._plan()), self.quantization_config
         rebuild(model, recipes)
-        _check_files(model, recipes, kwargs.get("checkpoint_files") or ())
+        _check_files(model, recipes, kwargs.get("checkpoint_files") or (), getattr(config, "sha256", {}))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name in ("hf_quantizer", "quantization_method"):
-            delattr(model, name)
+        del model.quantization_method
         model.is_quantized = False
         for module in model.modules():
             if hasattr(module, "config"):
                 module.config._is_quantized = False
         plan = self._plan()
         plan = dataclasses.replace(plan, modules=_recipes(model, plan))
-        model.config.quantization_config = BalfConfig.of(plan)
+        describe(model, plan)
         return with_plan(model, plan)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Store the checksums in the model's configuration, which transformers writes next."""
+        biases = None if hasattr(model.config, "quantization_config") else missing_biases(model, model.config)
+        if biases is not None:  # stock transformers reads the folder: it needs no plan, but some zeros perhaps
+            return ({**model.state_dict(), **biases} if biases else None), {}
+        model.config.quantization_config = BalfConfig(self._plan().to_dict(), _checksums(model))
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -103,29 +128,61 @@ def _recipes(model: Any, plan: Plan) -> dict[str, Recipe]:
     return found
 
 
-def _check_files(model: Any, recipes: Mapping[str, Recipe], files: Iterable[str]) -> None:
-    """Check that the files hold all tensors of the replaced layers, which transformers would draw at random.
+def _checksums(model: Any) -> dict[str, str]:
+    """The checksums of all tensors under the names that they may have in files.
+
+    Some classes write their tensors in the form of an earlier version: under other names, or divided.
+    """
+    held = {
+        name: value
+        for name, value in model.state_dict().items()
+        if type(value.data) is Tensor and value.device.type != "meta"
+    }
+    found = {name: checksum({name: value}) for name, value in held.items()}
+    for name, value in revert_weight_conversion(model, dict(held)).items():
+        if value is not held.get(name):
+            own = checksum({name: value})
+            if found.setdefault(name, own) != own:
+                del found[name]  # which of the two is written depends on an argument of save_pretrained
+    return found
+
+
+def _check_files(model: Any, recipes: Mapping[str, Recipe], files: Iterable[str], checksums: Mapping[str, str]) -> None:
+    """Check that the files hold all tensors of the replaced layers, which transformers would draw at random, unchanged.
 
     Raises:
-        FileError: some are missing, or a file cannot be read.
+        FileError: some are missing or were changed, or a file cannot be read.
     """
     found: Counter[str] = Counter()
     for path in files:
         if str(path).endswith(".safetensors"):
             try:
                 with safe_open(path, "pt") as file:
-                    found.update(map(_tail, file.keys()))
+                    names = list(file.keys())
+                    changed = [
+                        name
+                        for name in names
+                        if name in checksums and checksum({name: file.get_tensor(name)}) != checksums[name]
+                    ]
             except SafetensorError as error:
                 raise FileError(f"{path} is truncated or not a safetensors file: {error}") from error
-    names = (
-        f"{path}.{name}"
+            if changed:
+                raise FileError(
+                    f"{path} has been changed since it was written: the checksum of {changed[0]} does not match"
+                )
+            found.update(map(_tail, names))
+    held = {
+        f"{path}.{name}": value
         for path, recipe in recipes.items()
         if recipe.form != "cache"
-        for name in model.get_submodule(path).state_dict()
-    )
-    missing = Counter(map(_tail, names)) - found
-    if found and missing:
-        raise FileError(f"the folder is not complete: there is no tensor {next(iter(missing))} for some of the layers")
+        for name, value in model.get_submodule(path).state_dict().items()
+    }
+    forms = (held, revert_weight_conversion(model, dict(held)))  # names as they are, or those of an earlier version
+    missing = [Counter(map(_tail, names)) - found for names in forms]
+    if found and all(missing):
+        raise FileError(
+            f"the folder is not complete: there is no tensor {next(iter(missing[0]))} for some of the layers"
+        )
 
 
 def _tail(name: str) -> str:

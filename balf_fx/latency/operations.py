@@ -132,6 +132,10 @@ class Use:
             yield Run(self._operation("linear", rows, 1, None), inputs - rank, rank)
             yield Run(self._moves("add", rows), rank, rank)
             yield Run(self._operation("linear", rows, 1, None), rank, outputs)
+        elif form == "separable":
+            along, across = site.factor_convs
+            yield Run(self._operation("conv2d", self.before, 1, along), inputs, rank)
+            yield Run(self._operation("conv2d", self.after, 1, across), rank, outputs)
         elif form == "rows":
             yield Run(first, inputs, rank)
             yield Run(self._second(site), rank, outputs - rank)

@@ -19,8 +19,9 @@ _POINTS = 64  # points of an energy curve: enough for a plot, few enough to stor
 def rank_params(site: Site, rank: Rank, bias: bool) -> int:
     """Parameters of a site at a rank; with `bias`, a site without a bias gets one for its parts that are not dense."""
     outputs, inputs = site.out_features, site.in_features
+    second, first = site.factor_sizes
     total, parts, dense = _spread(rank)
-    weights = total * (outputs // parts + inputs) + dense * (outputs // parts * inputs) - _saved(site, rank)
+    weights = total * (second // parts + first) + dense * (outputs // parts * inputs) - _saved(site, rank)
     if site.keeps_weight and rank is not None:
         weights += outputs * inputs
     biased = outputs if site.bias is not None else outputs // parts * (parts - dense) * bias
@@ -32,7 +33,8 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
 
     The first factor is the layer itself with r outputs per group in place of O. The second needs r multiply-adds for
     each element of the output, or of the part of the output to which the rank belongs. Where the map is written with
-    its own rows or columns, r of these elements need none.
+    its own rows or columns, r of these elements need none. Each factor of a separable convolution reads the pixels on
+    its own axis.
 
     Args:
         dense_flops, output_elements: sums over all uses of the site.
@@ -40,8 +42,11 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
     if dense_flops == 0:
         return 0
     total, parts, dense = _spread(rank)
-    first = dense_flops // site.out_features * total + dense_flops // parts * dense
-    return first + 2 * (total * output_elements // parts - _saved(site, rank) * (output_elements // site.out_features))
+    taps = site.factor_taps[1]
+    first = dense_flops // site.factor_sizes[0] * total + dense_flops // parts * dense
+    return first + 2 * (
+        total * taps * output_elements // parts - _saved(site, rank) * (output_elements // site.out_features)
+    )
 
 
 def _spread(rank: Rank) -> tuple[int, int, int]:
@@ -54,7 +59,7 @@ def _spread(rank: Rank) -> tuple[int, int, int]:
 
 def _saved(site: Site, rank: Rank) -> int:
     """The numbers of a pair of factors that need not be stored where the map is written in another form, per group."""
-    if site.form(rank) == "pair":
+    if site.form(rank) in ("pair", "separable"):
         return 0
     return rank * rank if isinstance(rank, int) else sum(r * r for r in each_rank(rank) if r is not None)
 
@@ -63,9 +68,9 @@ def possible_ranks(site: Site) -> list[int]:
     """The ranks whose factors have fewer numbers than the dense weight, ascending."""
     if site.keeps_rank:
         return []
-    outputs, inputs = site.out_features, site.in_features
+    dense = site.out_features * site.in_features
     ranks = range(site.step, site.full_rank, site.step)
-    return [rank for rank in ranks if rank * (outputs + inputs) - _saved(site, rank) < outputs * inputs]
+    return [rank for rank in ranks if rank * sum(site.factor_sizes) - _saved(site, rank) < dense]
 
 
 def useful_ranks(site: Site) -> list[int]:
@@ -75,7 +80,7 @@ def useful_ranks(site: Site) -> list[int]:
     found: list[int] = []
     least = site.out_features * site.in_features
     for rank in reversed(range(site.step, site.full_rank, site.step)):
-        cost = rank * (site.out_features + site.in_features) - _saved(site, rank)
+        cost = rank * sum(site.factor_sizes) - _saved(site, rank)
         if cost < least:
             found.append(rank)
             least = cost
@@ -130,7 +135,7 @@ def timed(candidates: Sequence[Candidate], site: Site, clock: Clock | None) -> l
 
 def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:
     """The share of energy kept by ranks of the whole site, up to full rank; 1 for a site without energy."""
-    tail = tail_energies(curve.spectrum)
+    tail = tail_energies(curve.ranked)
     steps = min(_POINTS - 1, site.full_rank)
     ranks = sorted({max(i, round(site.full_rank * (i / steps) ** 2)) for i in range(steps + 1)})
     return EnergyCurve(tuple(ranks), tuple(round(1.0 - curve.normalised(tail[rank]), 5) for rank in ranks))
@@ -140,7 +145,7 @@ def rank_candidate(site: Site, curve: RankCurve, rank: int) -> Candidate:
     """The candidate of any possible rank of a site without experts."""
     flops = rank_flops(site, rank, curve.dense.flops, curve.output_elements)
     params = rank_params(site, rank, site.bias is not None or curve.spectrum.mean is not None)
-    return Candidate(rank, flops, params, tail_energies(curve.spectrum)[rank])
+    return Candidate(rank, flops, params, tail_energies(curve.ranked)[rank])
 
 
 def largest_part_rank(site: Site) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.graph.curves import Solution, Spectrum
+from balf_fx.ranks.separable import separated, whole
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # c of the ridge, in units of the mean variance of x'
 _BLOCK = 48  # columns of x x^T that are computed at a time, or a multiple of it
@@ -203,7 +204,8 @@ def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
     Args:
         metric: M [G, O, O], symmetric; None for the identity.
     """
-    left, count = solution.left, seen.count
+    solution, count = whole(solution), seen.count
+    left = solution.left
     if left is None:  # the map itself is A, and B is the identity
         left, products, cross, mean = solution.right, seen.inputs.xx, seen.yx, seen.inputs.mean.unsqueeze(-1)
     else:
@@ -320,15 +322,28 @@ def solutions(
         own = slice(index * groups, (index + 1) * groups)
         if part.left is None or spectrum is None:
             left, right = None, full[own]
+        elif part.form == "separable":
+            left, right = _separated(sums, full, product, spectrum, part, strength)
         else:
             left, right = truncate(full[own], product[own], spectrum, part.left.shape[-1])
         bias = None
         if biased:
             mean = sums.inputs.mean if len(sums.inputs.mean) == 1 else sums.inputs.mean[own]
-            fitted = right if left is None else left @ right
-            bias = sums.mean_y[own] - (fitted @ mean.unsqueeze(-1)).squeeze(-1)
-        found.append(Solution(left, right, bias))
+            fitted = whole(Solution(left, right, None, form=part.form, taps=part.taps))
+            map_ = fitted.right if fitted.left is None else fitted.left @ fitted.right
+            bias = sums.mean_y[own] - (map_ @ mean.unsqueeze(-1)).squeeze(-1)
+        found.append(Solution(left, right, bias, form=part.form, taps=part.taps))
     return tuple(found)
+
+
+def _separated(
+    sums: Joint, full: Tensor, product: Tensor, spectrum: Spectrum, part: Solution, strength: float
+) -> tuple[Tensor, Tensor]:
+    """The factors of a separable convolution, from the results of `ridge`."""
+    moment = sums.inputs.covariance.clone()
+    moment.diagonal(dim1=-2, dim2=-1).add_(sums.inputs.ridge(strength).squeeze(-1))
+    _, metric = spectrum.maps(spectrum.energies.shape[-1])
+    return separated(full, product, moment, metric, part.right.shape[1], part.taps)
 
 
 def metric_of(spectrum: Spectrum) -> Tensor:
@@ -349,7 +364,7 @@ def total_error(seen: Joint, solution: Sequence[Solution], metrics: Sequence[Ten
 def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:
     """The output of a solution, [G, O, n], in the precision of its input [G, D, n]."""
     found = []
-    for part in solution:
+    for part in map(whole, solution):
         y = part.right.to(x.dtype) @ x
         y = y if part.left is None else part.left.to(x.dtype) @ y
         found.append(y if part.bias is None else y + part.bias.to(x.dtype).unsqueeze(-1))

@@ -131,20 +131,23 @@ class Cut:
         if self.read is None:
             return solution
         left = _over_heads(self.read.left, self.repeat)
-        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, site.taps)
+        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, _taps(solution, site))
         right = torch.einsum("gofk,fr->gork", by_tap, left).flatten(-2)
         if self.read.mean is None:
             return dataclasses.replace(solution, right=right)
         seen = _over_heads(self.read.right, self.repeat) @ self.read.mean
         lost = torch.einsum("gofk,f->go", by_tap, self.read.mean - left @ seen)
         lost = lost if solution.left is None else (solution.left @ lost.unsqueeze(-1)).squeeze(-1)
-        return Solution(solution.left, right, lost if solution.bias is None else solution.bias + lost)
+        if solution.form == "separable":
+            lost = lost.reshape(1, site.out_features, -1).sum(-1)
+        bias = lost if solution.bias is None else solution.bias + lost
+        return dataclasses.replace(solution, right=right, bias=bias)
 
     def order_inputs(self, solution: Solution, site: Site) -> Solution:
         """The layer's solution for the kept features in their new order."""
         if self.order is None:
             return solution
-        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, site.taps)[..., self.order, :]
+        by_tap = solution.right.reshape(*solution.right.shape[:-1], -1, _taps(solution, site))[..., self.order, :]
         return dataclasses.replace(solution, right=by_tap.flatten(-2))
 
     def narrow_outputs(self, solution: Solution) -> Solution:
@@ -154,7 +157,13 @@ class Cut:
         bias = None if solution.bias is None else self._written_rows(solution.bias)
         if solution.left is None:
             return Solution(None, self._written_rows(solution.right), bias)
-        return Solution(self._written_rows(solution.left), solution.right, bias)
+        left, rank = solution.left, solution.left.shape[-1]
+        if solution.form == "separable":
+            outputs = sum(own.rows.numel() for own in self.written)
+            left = self._written_rows(left.reshape(1, outputs, -1)).reshape(1, -1, rank)
+        else:
+            left = self._written_rows(left)
+        return dataclasses.replace(solution, left=left, bias=bias)
 
     def turn(self, solution: Solution) -> Solution:
         """The layer's solution, with reduced inputs and outputs, in the new bases of heads on both sides."""
@@ -194,6 +203,11 @@ class Cut:
             if bias is not None:
                 bias[0][rows] = own.of(bias[0])
         return Solution(None, right, bias)
+
+
+def _taps(solution: Solution, site: Site) -> int:
+    """The pixels that a solution's right factor reads."""
+    return solution.taps[0] if solution.form == "separable" else site.taps
 
 
 def _over_heads(maps: Tensor, repeat: int) -> Tensor:

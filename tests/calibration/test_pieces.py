@@ -71,6 +71,62 @@ def test_pieces_for_gradients_leave_no_trace_of_the_samples_that_are_tried(model
     assert before == {name: module.moments for name, module in prepared.named_modules() if hasattr(module, "moments")}
 
 
+class Text(nn.Module):
+    """Each token sees those before it, or all others too."""
+
+    def __init__(self, causal):
+        super().__init__()
+        self.causal, self.embedding, self.head = causal, nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, tokens, attention_mask=None):
+        x = self.embedding(tokens)
+        x = torch.tanh(torch.cumsum(x, 1)) if self.causal else x + x.mean(1, keepdim=True)
+        return self.head(x if attention_mask is None else x * attention_mask.unsqueeze(-1))
+
+
+TOKEN = 4 * 20 * 8  # bytes that are counted for a walk over one token
+
+
+def cut_text(model, batch, memory, *, masked=False, weights=None):
+    example = {"tokens": torch.randint(20, (3, 50))}
+    example |= {"attention_mask": torch.ones(3, 50)} if masked else {}
+    prepared = balf_fx.prepare(model.eval(), example, sensitivity=True, widths=False)
+    before = {module: module.moments for module in prepared.modules() if hasattr(module, "moments")}
+    found = list(pieces_for_walk(prepared, (batch, weights), Calibration([], forward_for(model), memory=memory), 0))
+    assert all(module.moments is moments for module, moments in before.items())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "fitting", "count"), [(1, 400, 100, 4), (3, 400, 100, 12), (1, 70, 1, 2)]
+)
+def test_long_sequences_of_a_causal_model_are_cut(samples, length, fitting, count):
+    tokens = torch.randint(20, (samples, length))
+    found = [piece["tokens"] for piece, _ in cut_text(Text(True), {"tokens": tokens}, fitting * TOKEN)]
+    assert len(found) == count
+    parts = len(found) // samples
+    assert torch.equal(torch.cat([torch.cat(found[i : i + parts], 1) for i in range(0, len(found), parts)]), tokens)
+    assert {piece.shape[0] for piece in found} == {1}
+    assert max(piece.shape[1] for piece in found) <= max(fitting, 63)  # half of less than 64 is not enough to see
+
+
+def test_other_sequences_stay_whole():
+    tokens = torch.randint(20, (1, 400))
+    mask = torch.ones(1, 400, dtype=torch.int64)
+    padded = mask.clone()
+    padded[:, :30] = 0
+    assert len(cut_text(Text(False), {"tokens": tokens}, TOKEN)) == 1
+    assert len(cut_text(Text(True), {"tokens": tokens, "attention_mask": mask}, TOKEN, masked=True)) == 400 // 32
+    assert len(cut_text(Text(True), {"tokens": tokens, "attention_mask": padded}, TOKEN, masked=True)) == 1
+    assert len(cut_text(Text(True), {"tokens": tokens}, TOKEN, weights=mask.float())) == 1
+
+
+def test_longer_sequences_than_the_example_take_more_memory():
+    tokens = torch.randint(20, (6, 200))
+    assert [len(piece["tokens"]) for piece, _ in cut_text(Text(False), {"tokens": tokens}, 2 * 200 * TOKEN)] == [2] * 3
+    assert [len(piece["tokens"]) for piece, _ in cut_text(Text(False), {"tokens": tokens[:, :25]}, 150 * TOKEN)] == [6]
+
+
 def test_a_conversion_takes_a_large_batch_as_it_takes_its_pieces(model, batch):
     prepared = balf_fx.prepare(model, batch[:4], factors="sensitivity")
     balf_fx.calibrate(prepared, [batch], progress=False)

@@ -123,3 +123,12 @@ def test_tables_and_plain_data_say_the_same(classifier, batches):
 def test_what_is_no_sweep_is_refused(text):
     with pytest.raises(FileError, match="not a sweep"):
         Sweep.from_json(text)
+
+
+def test_each_budget_has_a_checkpoint_of_its_own(classifier, batches, tmp_path):
+    options = {"effort": "fast", "checkpoint": tmp_path / "sweep"}
+    found = sweep(classifier, batches, [0.7, 0.5], **options)
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["flops 0.5", "flops 0.7"]
+    assert all((path / "model.safetensors").exists() for path in (tmp_path / "sweep").iterdir())
+    assert sweep(classifier, batches, [0.7, 0.5], **options) == found
+    assert found == sweep(classifier, batches, [0.7, 0.5], effort="fast")

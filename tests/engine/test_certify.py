@@ -8,6 +8,7 @@ import balf_fx
 from balf_fx.api import _program
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein
 from balf_fx.calibration.batches import Calibration, forward_for
+from balf_fx.checkpoint.journal import FORGETFUL
 from balf_fx.engine import certify
 from balf_fx.engine.settings import Settings
 from balf_fx.errors import CalibrationError, OptionError
@@ -61,9 +62,9 @@ class Remembered:
     def __init__(self):
         self.convert, self.found = certify.convert, {}
 
-    def __call__(self, program, settings, calibration, progress=SILENT):
+    def __call__(self, program, settings, calibration, progress=SILENT, journal=FORGETFUL):
         if settings.flops not in self.found:
-            self.found[settings.flops] = self.convert(program, settings, calibration, progress)
+            self.found[settings.flops] = self.convert(program, settings, calibration, progress, journal)
         return self.found[settings.flops]
 
 

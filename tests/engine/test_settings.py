@@ -55,6 +55,7 @@ OTHERS = {
     "memory": "2G",
     "distributed": False,
     "seed": 3,
+    "checkpoint": "folder",
     "progress": False,
 }
 """Another value than the default of every option but for those that exclude each other."""
@@ -162,6 +163,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
+    common += ["--checkpoint", "folder"]
     common += [
         "--runner",
         "eager",
@@ -232,9 +234,18 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
         ({"widths": 1}, "widths must be one of True, False, not 1"),
         ({"seed": "a"}, "seed must be a whole number, not 'a'"),
         ({"seed": True}, "seed must be a whole number, not True"),
-        ({"memory": -1}, "memory must be a number of bytes, such as 2147483648 or '2G', not -1"),
-        ({"memory": "lots"}, "memory must be a number of bytes, such as 2147483648 or '2G', not 'lots'"),
-        ({"memory": True}, "memory must be a number of bytes, such as 2147483648 or '2G', not True"),
+        ({"memory": -1}, "memory must be a number of bytes, .* or a share of .*, such as 0.25, not -1"),
+        (
+            {"memory": "lots"},
+            "memory must be a number of bytes, .* or a share of .*, such as 0.25, not 'lots'",
+        ),
+        (
+            {"memory": True},
+            "memory must be a number of bytes, .* or a share of .*, such as 0.25, not True",
+        ),
+        ({"memory": 1.5}, "memory must be a number of bytes, .*, not 1.5"),
+        ({"memory": float("nan")}, "memory must be a number of bytes, .*, not nan"),
+        ({"checkpoint": 3}, "checkpoint must be the path of a folder, not 3"),
         ({"exclude": "head"}, r"exclude must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
         ({"dense": "head"}, r"dense must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
         ({"include": [1]}, r"include must be a list of patterns, such as \['head', 'blocks.\*'\], not \[1\]"),
@@ -258,11 +269,3 @@ def test_a_wrong_value_is_told_before_any_work(wrong, message):
     if "capture" not in wrong:
         with pytest.raises(OptionError, match=message):
             parse_options({"flops": 0.5, **wrong})
-
-
-@pytest.mark.parametrize(
-    ("memory", "count"),
-    [("2G", 2 << 30), ("1.5 GiB", 3 << 29), ("64mb", 64 << 20), ("3k", 3 << 10), ("512", 512), (0, 0), (7, 7)],
-)
-def test_memory_is_a_number_of_bytes(memory, count):
-    assert Settings(memory=memory).memory_bytes == count

@@ -13,8 +13,9 @@ import torch
 from small_models import TINY_TEXT
 
 import balf_fx
-from balf_fx.errors import BalfError, FileError, PlanError
+from balf_fx.errors import BalfError, FileError, OptionError, PlanError
 from balf_fx.graph.replacements import Replacement
+from balf_fx.huggingface.adapters import target_modules
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,6 +44,19 @@ def compressed(model, tokens):
 @pytest.fixture
 def small(compressed):
     return copy.deepcopy(compressed)
+
+
+@pytest.fixture(scope="module")
+def with_pairs(model, tokens):
+    ranks = {"model.layers.0.self_attn.q_proj": 6, "model.layers.0.mlp.up_proj": 8}
+    options = {"effort": "fast", "progress": False, "allocation": ranks}
+    return balf_fx.compile(model, [{"input_ids": tokens}], result="module", **options)
+
+
+@pytest.fixture
+def pairs(with_pairs):
+    """The model with two layers in place of two."""
+    return copy.deepcopy(with_pairs)
 
 
 @pytest.fixture
@@ -115,6 +129,47 @@ def test_damaged_folders_are_refused(folder):
             transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+def test_changed_tensors_are_refused(small, tokens, size, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    small.save_pretrained(tmp_path, max_shard_size=size)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (size == "20KB")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, tokens), logits(small, tokens))
+    for path in files:
+        whole = load_file(path)
+        for name in whole:
+            changed = {key: value.clone() for key, value in whole.items()}
+            changed[name].view(-1)[-1] += 1
+            save_file(changed, path, {"format": "pt"})
+            with pytest.raises(FileError, match=f"changed since .* checksum of {name} "):
+                transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        save_file(whole, path, {"format": "pt"})
+    assert torch.equal(
+        logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits(small, tokens)
+    )
+
+
+def test_what_became_of_a_model_afterwards_is_saved_with_its_own_checksums(model, small, tmp_path):
+    small.save_pretrained(tmp_path / "first")
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    loaded = balf_fx.load(tmp_path / "small.safetensors", model)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    for index, each in enumerate((small, loaded, again)):
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter.mul_(1.1)
+        each.to(torch.bfloat16).save_pretrained(tmp_path / str(index))
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(index))
+        held = each.state_dict()
+        assert all(torch.equal(value, held[name]) for name, value in read.state_dict().items())
+    small.model.save_pretrained(tmp_path / "base")
+    base, held = transformers.AutoModel.from_pretrained(tmp_path / "base"), small.model.state_dict()
+    assert all(torch.equal(value, held[name]) for name, value in base.state_dict().items())
+
+
 def test_files_of_balf_fx_and_pickles_give_the_model_back(model, small, tokens, tmp_path):
     balf_fx.save(small, tmp_path / "small.safetensors")
     again = balf_fx.load(tmp_path / "small.safetensors", model)
@@ -154,14 +209,48 @@ def test_training_with_checkpoints(small, tokens, tmp_path):
     trained.train()
 
 
-def test_adapters_by_name(small, tokens):
+def test_adapters_by_name(pairs, tokens, tmp_path):
     peft = pytest.importorskip("peft")
-    names = ["v_proj.0", "q_proj.0", "q_proj.1", "up_proj", "down_proj"]
-    adapted = peft.get_peft_model(small, peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM"))
-    assert sum("lora_A" in name for name, _ in adapted.named_modules()) > len(names)
+    names = target_modules(pairs, ["q_proj", "up_proj", "down_proj"])
+    assert {type(pairs.get_submodule(name)) for name in names} == {torch.nn.Linear}
+    path = "model.layers.0"
+    both = [f"{path}.{name}.{index}" for name in ("self_attn.q_proj", "mlp.up_proj") for index in (0, 1)]
+    assert names == [*both, f"{path}.mlp.down_proj"]
+    before, again = logits(pairs, tokens), copy.deepcopy(pairs)
+    adapted = peft.get_peft_model(pairs, peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM"))
+    assert sum(name.endswith("lora_A.default") for name, _ in adapted.named_modules()) == len(names)
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=1.0)
     adapted(tokens, labels=tokens).loss.backward()
-    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_" in name)
-    torch.testing.assert_close(logits(adapted.merge_and_unload(), tokens), logits(adapted, tokens))
+    optimizer.step()
+    after = logits(adapted, tokens)
+    assert not torch.allclose(after, before, atol=1e-3)
+    adapted.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(again, tmp_path), tokens), after)
+    merged = adapted.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits(merged, tokens), after, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_all_linear_layers(pairs, tokens):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    after = logits(adapted := peft.get_peft_model(pairs, config), tokens)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), tokens), after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_of_a_compressed_layer_is_refused_with_what_to_do(pairs):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"balf_fx.huggingface.adapters.target_modules"):
+        peft.get_peft_model(pairs, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_names_of_layers_for_adapters(model, pairs):
+    assert target_modules(pairs, "embed_tokens") == ["model.embed_tokens"]
+    assert target_modules(pairs, "q_proj.1") == ["model.layers.0.self_attn.q_proj.1"]
+    assert target_modules(model, ["q_proj", "self_attn.q_proj"]) == ["model.layers.0.self_attn.q_proj"]
+    for wrong in ("elsewhere", "proj", ""):
+        with pytest.raises(OptionError, match="no module"):
+            target_modules(pairs, wrong)
 
 
 def test_quantized_factors(small, tokens):

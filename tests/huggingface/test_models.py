@@ -175,3 +175,12 @@ def test_hidden_states_and_attentions_keep_their_shapes(compressed):
     want, got = (each(**given, output_hidden_states=True) for each in (model, small))
     assert [value.shape for value in got.hidden_states] == [value.shape for value in want.hidden_states]
     assert torch.equal(got.hidden_states[0], want.hidden_states[0])  # the embeddings are untouched
+
+
+@pytest.mark.parametrize("name", ["DINOv2", "T5"])  # the first has other names in files than in memory
+@torch.no_grad()
+def test_folders_give_models_of_each_kind_back(name, compressed, tmp_path):
+    _, small, _ = compressed(name)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path)
+    assert torch.equal(answer(again(**batch(name, count=2))), answer(small(**batch(name, count=2))))

@@ -52,6 +52,15 @@ def test_operations_cost_what_the_site_does_at_each_rank(case, pivots):
         assert counted(own.runs(site, rank)) == rank_flops(site, rank, flops, elements)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), ((3, 5), (2, 1), (0, 2))])
+def test_operations_of_separable_convolutions(kernel, stride, padding):
+    site, nodes, own = found(nn.Conv2d(8, 9, kernel, stride, padding), (2, 8, 7, 6))
+    assert site.can_be_separable
+    site = dataclasses.replace(site, separable=True)
+    for rank in possible_ranks(site):
+        assert counted(own.runs(site, rank)) == rank_flops(site, rank, *use(nodes))
+
+
 @pytest.mark.parametrize("pivots", [None, "none"])
 @pytest.mark.parametrize("ranks", [(2, 3, 1), (None, 2, 4), (3, None, None)])
 def test_operations_of_parts(ranks, pivots):

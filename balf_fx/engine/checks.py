@@ -1,0 +1,52 @@
+"""Checks of options that are not numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from balf_fx.errors import OptionError
+
+
+def check_patterns(name: str, patterns: Any) -> None:
+    """Check a list of glob patterns; `include` may be None."""
+    if patterns is None and name == "include":
+        return
+    listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
+    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
+        raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")
+
+
+def check_function(name: str, function: Any, arguments: str) -> None:
+    """Check a function of the user's, or None.
+
+    Args:
+        arguments: what it is a function of.
+    """
+    if function is not None and not callable(function):
+        raise OptionError(f"{name} must be a function of {arguments}, not {function!r}")
+
+
+def check_folder(name: str, folder: Any) -> None:
+    """Check the path of a folder, or None."""
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise OptionError(f"{name} must be the path of a folder, not {folder!r}")
+
+
+def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation: Any) -> None:
+    """Check the options of a limit of mistakes, which belong together."""
+    values = {"disagreement": disagreement, "divergence": divergence, "confidence": confidence}
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < 1):
+            raise OptionError(f"{name} must be a number between 0 and 1, such as 0.02, not {value!r}")
+    if disagreement is not None and divergence is not None:
+        raise OptionError("give one limit, disagreement= for choices among classes or divergence= for others")
+    limited = disagreement is not None or divergence is not None
+    if limited and validation is None:
+        raise OptionError(
+            "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
+        )
+    if not limited and validation is not None:
+        raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")

@@ -1,0 +1,67 @@
+"""The result in the folder of a checkpoint: a file as `save` writes it, with which the run is complete."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch import fx, nn
+
+from balf_fx.calibration.observers import OBSERVERS
+from balf_fx.checkpoint.journal import Journal
+from balf_fx.engine.program import copy_graph
+from balf_fx.engine.rewriting import fill, find_features, finish, rewrite_as
+from balf_fx.errors import CheckpointError, FileError
+from balf_fx.files.restore import Stored, restore
+from balf_fx.files.storage import read, write
+from balf_fx.passes.observe import remove_observers
+
+_LOGGER = logging.getLogger(__name__)
+_NAME = "model.safetensors"
+
+
+def read_result(journal: Journal) -> Stored | None:
+    """The result of a run; None if it is not complete.
+
+    Raises:
+        FileError: the file was changed.
+    """
+    path = _path(journal)
+    return read(path) if path is not None and path.exists() else None
+
+
+def write_result(journal: Journal, found: Stored) -> None:
+    """Write the result of a run, in place of the statistics and layers from which it was made.
+
+    Raises:
+        CheckpointError: the disk is full, for instance.
+    """
+    path = _path(journal)
+    if path is None or journal.folder is None:
+        return
+    try:
+        with journal.folder.writing():
+            write(found, path)
+    except CheckpointError:
+        raise
+    except FileError as error:  # a quantized weight; the stages stay, so that another call takes little time
+        _LOGGER.warning("the checkpoint has no finished model: %s", error)
+        return
+    journal.folder.clear()
+
+
+def rebuild(found: Stored, prepared: fx.GraphModule, model: nn.Module | None) -> nn.Module:
+    """The model of a result, from the graph that was compressed or, for result="module", from the model."""
+    if found.plan.modules is not None and model is not None:
+        return restore(found, model)
+    graph_module = copy_graph(prepared)
+    if hasattr(graph_module, OBSERVERS):
+        remove_observers(graph_module)
+    find_features(graph_module, found.plan)
+    rewrite_as(graph_module, found.plan)
+    fill(graph_module, found.tensors)
+    return finish(graph_module, found.plan)
+
+
+def _path(journal: Journal) -> Path | None:
+    return None if journal.folder is None else journal.folder.path / _NAME

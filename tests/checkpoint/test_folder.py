@@ -1,0 +1,103 @@
+import json
+import os
+
+import pytest
+import torch
+
+from balf_fx.checkpoint.folder import Folder
+from balf_fx.errors import CheckpointError
+
+RUN = {"option": {"flops": "0.5"}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "made" / "here", RUN)
+
+
+def stage(folder):
+    (path,) = folder.path.glob("stages/*.safetensors")
+    return path
+
+
+def test_a_stage_is_read_as_it_was_written(folder):
+    assert folder.get("layer 0") is None
+    folder.put("layer 0", {"a": [1, None]}, {"0": torch.eye(3), "1": torch.ones(2, dtype=torch.bfloat16)})
+    value, tensors = folder.get("layer 0")
+    assert value == {"a": [1, None]}
+    assert torch.equal(tensors["0"], torch.eye(3))
+    assert tensors["1"].dtype == torch.bfloat16
+    folder.put("layer 0", 2, {})
+    assert Folder(folder.path, {"other": {}}).get("layer 0") == (2, {})  # of the run that began it
+    assert Folder(folder.path, {"other": {}}).before == RUN
+
+
+def test_stages_whose_names_look_alike_have_files_of_their_own(folder):
+    names = ["part 0, layer a", "part 0, layer/a", "part 0 layer a", "x" * 300, "x" * 301]
+    for name in names:
+        folder.put(name, name, {})
+    assert [folder.get(name) for name in names] == [(name, {}) for name in names]
+
+
+@pytest.mark.parametrize("place", [0, 40, -1])
+def test_a_file_that_was_changed_is_told(folder, place):
+    folder.put("layer", 1, {"0": torch.ones(4)})
+    content = bytearray(stage(folder).read_bytes())
+    content[place] ^= 1
+    stage(folder).write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        folder.get("layer")
+
+
+def test_a_file_of_another_run_is_told(folder, tmp_path):
+    folder.put("layer", 1, {})
+    other = Folder(tmp_path / "other", {"option": {"flops": "0.6"}})
+    os.link(stage(folder), other.path / "stages" / stage(folder).name)
+    with pytest.raises(CheckpointError, match="not written by the run of this checkpoint"):
+        other.get("layer")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"run": {}, "format": 99}'])
+def test_a_damaged_manifest_is_told(folder, text):
+    (folder.path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"damaged|another version"):
+        Folder(folder.path, RUN)
+
+
+def test_the_manifest_is_json(folder):
+    assert json.loads((folder.path / "manifest.json").read_text()) == {"format": 1, "run": RUN}
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace", "save"])
+def test_what_cannot_be_written_leaves_what_was_there(folder, monkeypatch, fails):
+    folder.put("layer", 1, {"0": torch.zeros(4)})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    targets = {"fsync": "os.fsync", "replace": "pathlib.Path.replace", "save": "balf_fx.checkpoint.folder.save_file"}
+    with monkeypatch.context() as patched:
+        patched.setattr(targets[fails], full)
+        with pytest.raises(CheckpointError, match=r"cannot be written.*No space left.*make room and call again"):
+            folder.put("layer", 2, {"0": torch.ones(4)})
+    value, tensors = folder.get("layer")
+    assert value == 1
+    assert not tensors["0"].any()
+    folder.put("layer", 3, {})
+    assert folder.get("layer") == (3, {})
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        Folder(tmp_path / "file", RUN)
+
+
+def test_large_files_go_and_small_ones_stay(folder):
+    folder.put("statistics", 1, {"0": torch.ones(4)})
+    folder.put("trial", 0.5, {})
+    (folder.path / "stages" / "left.tmp").write_text("")
+    folder.clear()
+    assert folder.get("statistics") is None
+    assert folder.get("trial") == (0.5, {})
+    assert len(list((folder.path / "stages").iterdir())) == 1

@@ -1,0 +1,139 @@
+"""Convolutions that become separable: what they cost and compute, through refits, widths, files and plans."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import balf_fx
+from balf_fx.errors import BalfError
+
+GENERATOR = torch.Generator().manual_seed(0)
+BATCHES = list(torch.randn(32, 3, 10, 11, generator=GENERATOR).split(16))
+
+
+class Block(nn.Module):
+    """Convolutions whose kernels are products of a column and a row, up to some noise, and a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(16, 24, 3, padding=1)
+        self.down = nn.Conv2d(24, 16, (3, 5), stride=(2, 1), padding=(1, 2), bias=False)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.down(torch.relu(self.conv1(x)))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = Block().double().eval()
+    with torch.no_grad():
+        for conv in (model.conv1, model.down):
+            columns, rows = torch.randn(*conv.weight.shape[:3], 1).double(), torch.randn(1, 1, 1, conv.kernel_size[1])
+            conv.weight.copy_((columns * rows.double() + 0.01 * torch.randn_like(conv.weight)) / 10)
+    return model
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [batch.double() for batch in BATCHES]
+
+
+def compress(model, batches, **options):
+    return balf_fx.compile(model, batches, **{"flops": 0.55, "progress": False, **options})
+
+
+@pytest.fixture(scope="module")
+def small(model, batches):
+    return compress(model, batches)
+
+
+def distance(model, other, batches):
+    with torch.no_grad():
+        return max(float((model(batch) - other(batch)).abs().max()) for batch in batches)
+
+
+def forms(small):
+    return {row.name: row.form for row in balf_fx.report(small).sites}
+
+
+def counted(model, batch):
+    from balf_fx.graph.flops import count_flops
+
+    return count_flops(model, batch)
+
+
+def test_layers_are_two_stock_convolutions_of_the_counted_cost(model, small, batches):
+    assert forms(small)["conv1"] == forms(small)["down"] == "separable"
+    first, second = small.down
+    assert (type(first), type(second)) == (nn.Conv2d, nn.Conv2d)
+    assert (first.kernel_size, first.stride, first.padding) == ((3, 1), (2, 1), (1, 0))
+    assert (second.kernel_size, second.stride, second.padding) == ((1, 5), (1, 1), (0, 2))
+    report = balf_fx.report(small)
+    assert report.flops_after == counted(small, batches[0]) <= 0.55 * counted(model, batches[0])
+    assert report.params_after == sum(parameter.numel() for parameter in small.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"effort": "balanced"}, {"refit": "up"}, {}, {"widths": False}, {"centred": False}]
+)
+def test_kernels_of_a_column_and_a_row_lose_less(model, batches, options):
+    lost = distance(compress(model, batches, **options), model, batches)
+    assert lost < 0.5 * distance(compress(model, batches, separable=False, **options), model, batches)
+
+
+def test_narrower_channels_around_them(model, batches):
+    small = compress(model, batches, flops=0.3)
+    assert forms(small)["down"] == "separable"
+    assert any(width.size < width.features for width in balf_fx.plan(small).widths)
+    assert balf_fx.report(small).flops_after == counted(small, batches[0])
+
+
+def test_files_copies_and_plans(model, small, batches, tmp_path):
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    loaded = balf_fx.load(tmp_path / "small.safetensors", model)
+    for other in (loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert distance(other, small, batches) == 0
+    again = compress(model, batches, flops=None, allocation=balf_fx.plan(small))
+    assert forms(again) == forms(small)
+    assert distance(again, small, batches) < 1e-9
+
+
+def test_a_module_of_the_models_own_class(model, small, batches):
+    grafted = compress(model, batches, result="module")
+    assert type(grafted) is Block
+    assert distance(grafted, small, batches) < 1e-9
+
+
+@pytest.mark.parametrize("options", [{"separable": False}, {"effort": "fast"}, balf_fx.BALF, balf_fx.AIR])
+def test_without_gradients_or_by_choice_there_are_none(model, batches, options):
+    assert "separable" not in forms(compress(model, batches, **options)).values()
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(16, 16, 1),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        nn.Conv2d(16, 16, 3),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(16, 16, 3, padding=1, groups=2),
+        nn.Conv2d(16, 16, (5, 1), padding=(2, 0)),
+        nn.Conv2d(16, 16, 2, padding="same"),
+        nn.ConvTranspose2d(16, 16, 3, padding=1),
+    ],
+    ids=str,
+)
+def test_others_stay_as_they_are(conv):
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    try:
+        small = compress(model, BATCHES, effort="balanced", flops=0.7)
+    except BalfError as error:
+        pytest.fail(str(error))
+    assert "separable" not in forms(small).values()
