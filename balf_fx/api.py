@@ -6,7 +6,8 @@ import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from balf_fx.calibration.batches import (
     is_empty,
     iterate,
     ordinary,
+    placeholder_values,
 )
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.checks import check_values
@@ -34,10 +36,10 @@ from balf_fx.engine import compress
 from balf_fx.engine.agreement import check_alike
 from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.options import settings_from, takes_settings
-from balf_fx.engine.program import Program, whole_model
+from balf_fx.engine.program import Part, Program, Step, Trace
 from balf_fx.engine.resuming import check, open_journal, with_validation
 from balf_fx.engine.rewriting import finish, with_plan
-from balf_fx.engine.run import run, solve
+from balf_fx.engine.run import keep, run, solve, with_refit
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
@@ -47,10 +49,8 @@ from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import stock_modules
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
-from balf_fx.huggingface.describing import describe
 from balf_fx.passes.score import Factors
 from balf_fx.progress import progress_bar
-from balf_fx.refit.offload import Shelved
 from balf_fx.reporting.report import Report
 
 _NOTHING = object()
@@ -93,19 +93,19 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         # 1. The first batch of all processes determines how the model is called and what it costs.
         batches = iterate(calib_batches)
         own = list(itertools.islice(batches, 1))
-        first = _first(own, group)
+        first = next(itertools.chain.from_iterable(group.gathered(own)), _NOTHING)
         if first is _NOTHING:
             raise CalibrationError(
                 "there are no calibration batches, or all are empty: pass at least one, or a fresh iterator"
             )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
-        program = whole_model(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
+        program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
         journal = open_journal(program, settings, forward)
         settings = with_validation(settings, journal)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
         everything = journal.checked(itertools.chain(own, batches))
         memory = settings.memory_bytes
-        kept = _kept(calib_batches, everything, memory, closing) if settings.keeps_batches else ()
+        kept = keep(calib_batches, everything, memory, closing) if settings.keeps_batches else ()
         few = FEW_SAMPLES if settings.measures else 0
         stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
         finished = checkpoint.read_result(journal)
@@ -183,7 +183,7 @@ def calibrate(
     shown = progress_bar(settings.progress and group.rank == 0, "calibrating")
     with torch.inference_mode(False), group.guarded(), shown as bar:
         calibration = _calibration([], forward, settings, settings.memory_bytes, group)
-        compress.calibrate(whole_model(prepared, forward), batches, calibration, progress=bar)
+        compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
 
 
 @takes_settings("convert", factors=None)
@@ -225,13 +225,9 @@ def convert(
     shown = progress_bar(settings.progress and group.rank == 0, "compressing")
     with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar:
         check_alike(prepared, settings, group)
-        first = _first(seen[:1], group)
-        if settings.refit is None:
-            refit = first is not _NOTHING and settings.effort == "best" and settings.chosen_factors != "air"
-            settings = dataclasses.replace(settings, refit=refit)
-        if settings.refit and first is _NOTHING:
-            raise OptionError("a refit needs the calibration batches: pass batches=")
-        program = whole_model(prepared, forward)
+        first = next(itertools.chain.from_iterable(group.gathered(seen[:1])), _NOTHING)
+        settings = with_refit(settings, first is not _NOTHING)
+        program = _program(prepared, forward)
         journal = open_journal(program, settings, forward)
         settings = with_validation(settings, journal)
         check(journal, seen)
@@ -244,9 +240,9 @@ def convert(
         if settings.result == "graph" or model is None:
             small: nn.Module = finish(graph_module, plan)
         else:
-            model, known = plain_model(model), first is not _NOTHING
-            call = (given or _forward_for(model, settings)) if known else recorded_call(plan.origin, model)
-            small = _grafted(model, graph_module, plan, first if known else (), call)
+            model, alone = plain_model(model), first is _NOTHING
+            call = recorded_call(plan.origin, model) if alone else (given or _forward_for(model, settings))
+            small = _grafted(model, graph_module, plan, () if alone else first, call)
         checkpoint.write_result(journal, stored(small))
         return small
 
@@ -320,7 +316,7 @@ def load(
     found = storage.read(path)
     loaded = restore(found, model, example, forward)
     if found.plan.modules is not None:
-        describe(loaded, found.plan)
+        _describe(loaded, found.plan)
     return loaded
 
 
@@ -349,7 +345,7 @@ def _prepared(
         unused = count_parameters(model) - count_parameters(graph_module)
         record_graph(graph_module, modules=stock_modules(model), unused=unused)
     record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
-    compress.observe(whole_model(graph_module, forward), settings, factors)
+    compress.observe(_program(graph_module, forward), settings, factors)
     return graph_module
 
 
@@ -363,30 +359,33 @@ def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: 
     compressed, recipes = graft(model, graph_module, plan)
     plan = dataclasses.replace(plan, modules=recipes)
     check_same(compressed, finish(graph_module, plan), batch, forward)
-    describe(compressed, plan)
+    _describe(compressed, plan)
     return with_plan(compressed, plan)
 
 
 def _rebuilt(finished: Stored, program: Program, model: nn.Module | None) -> nn.Module:
     """The result of a run that is complete."""
     compressed = checkpoint.rebuild(finished, program.graph_modules[0], model)
-    describe(compressed, finished.plan)
+    _describe(compressed, finished.plan)
     return compressed
 
 
-def _kept(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) -> Sequence[Any]:
-    """All batches, for reading them again; batches from an iterator are kept in files beyond the memory limit."""
-    if isinstance(given, torch.Tensor | Mapping | list | tuple):
-        return list(batches)
-    shelved = closing.enter_context(Shelved(memory))
-    for batch in batches:
-        shelved.append(batch)
-    return shelved
+def _describe(compressed: nn.Module, plan: Plan) -> None:
+    """Let transformers write the plan and checksums into the model's folder."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
+        from balf_fx.huggingface.quantizer import describe  # only here: it imports transformers
+
+        describe(compressed, plan)
 
 
-def _first(own: Sequence[Any], group: Group) -> Any:
-    """The first of the batches of all processes."""
-    return next(itertools.chain.from_iterable(group.gathered(own)), _NOTHING)
+def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:
+    """The whole model as one part."""
+
+    def steps(graph: fx.GraphModule, batch: Any) -> Trace:
+        return (Step(0, tuple(placeholder_values(graph, batch, forward).values())),)
+
+    return Program((Part(graph_module),), steps)
 
 
 def _calibration(

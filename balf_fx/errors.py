@@ -78,12 +78,12 @@ class FileError(BalfError, ValueError):
     """A file cannot be read as one that balf_fx wrote: it is truncated, changed or of another kind."""
 
 
-class CheckpointError(FileError):
-    """A checkpoint belongs to another run, is damaged, or cannot be written, as on a full disk."""
-
-
 class ProcessError(BalfError, RuntimeError):
     """Another process that compresses the same model has failed, has ended, or does something else."""
+
+
+class CheckpointError(FileError):
+    """A checkpoint belongs to another run, is damaged, or cannot be written, as on a full disk."""
 
 
 class PassError(BalfError, RuntimeError):

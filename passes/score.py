@@ -126,16 +126,19 @@ class Score(Pass):
             if known is None or not _same(known, scored_with[site]):
                 changed.append(site)
 
-        def curve_of(site: Site) -> RankCurve:
-            plain = dataclasses.replace(site, separable=False)
-            curve = self.score(graph_module, plain, seen[site], use(found[site]), blocks[site])
-            return self._apart(graph_module, found[site], plain, curve, seen[site]) if self.separable else curve
+        def curves_of(site: Site) -> tuple[RankCurve, RankCurve | None]:
+            plain, nodes = dataclasses.replace(site, separable=False), found[site]
+            curve = self.score(graph_module, plain, seen[site], use(nodes), blocks[site])
+            return curve, self._apart(graph_module, nodes, plain, curve, seen[site]) if self.separable else None
 
         work = [float(site.full_rank) ** 3 * site.groups for site in changed]
-        for site, curve in zip(changed, self.group.shared_out(changed, work, curve_of, self.progress), strict=True):
-            form = dataclasses.replace(site, separable=curve.strips is not None)
+        curves = self.group.shared_out(changed, work, curves_of, self.progress)
+        for site, (curve, apart) in zip(changed, curves, strict=True):
+            plain = dataclasses.replace(site, separable=False)
             for node in found[site]:
-                annotate(node, site=form, curve=curve, scored_with=scored_with[site])
+                annotate(node, site=plain, curve=curve, scored_with=scored_with[site])
+                if apart is not None:
+                    annotate(node, site=dataclasses.replace(plain, separable=True), curve=apart)
         return PassResult(graph_module, False)
 
     def score(
@@ -173,18 +176,18 @@ class Score(Pass):
 
     def _apart(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
-    ) -> RankCurve:
-        """The curve of a separable convolution where that loses less at half of the cost; else the known one."""
+    ) -> RankCurve | None:
+        """The curve of a separable convolution where that loses less at half of the cost; None elsewhere."""
         observer = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver)
         named = self.separable if isinstance(self.separable, Collection) else (site.name,)
         if observer is None or observer.moments is None or site.name not in named:
-            return curve
+            return None
         thin = dataclasses.replace(site, separable=True)
         strips = self._strips(graph_module, thin, observer.moments, seen.gradients, curve.energy)
         found = rank_curve(thin, strips, *use(nodes))
         found = dataclasses.replace(curve, candidates=found.candidates, strips=strips)
         better = _at_half(found) < _at_half(curve)
-        return found if better or isinstance(self.separable, Collection) else curve
+        return found if better or isinstance(self.separable, Collection) else None
 
     def _strips(
         self, graph_module: fx.GraphModule, site: Site, moments: Moments, gradients: Gradients | None, energy: float

@@ -1,4 +1,4 @@
-"""Checks of options."""
+"""Checks of options that are not numbers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def check_folder(name: str, folder: Any) -> None:
 
 
 def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation: Any) -> None:
-    """Check a limit of mistakes and what it takes."""
-    given = {"disagreement": disagreement, "divergence": divergence, "confidence": confidence}
-    for name, value in given.items():
+    """Check the options of a limit of mistakes, which belong together."""
+    values = {"disagreement": disagreement, "divergence": divergence, "confidence": confidence}
+    for name, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < 1):
             raise OptionError(f"{name} must be a number between 0 and 1, such as 0.02, not {value!r}")
@@ -48,5 +48,5 @@ def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation:
         raise OptionError(
             "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
         )
-    if validation is not None and not limited:
+    if not limited and validation is not None:
         raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")

@@ -156,9 +156,9 @@ def calibrate(
     module = program.module
     generator = torch.Generator().manual_seed(calibration.seed + calibration.group.rank)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
-    state = Resumption(journal, module, generator, gradients)
-    index = -1
     with merging(module, calibration.group):
+        state = Resumption(journal, module, generator, gradients)
+        index = -1
         for index, made in enumerate(progress.track(batches)):
             batch = ordinary(made)
             if is_empty(batch) or state.has(index):

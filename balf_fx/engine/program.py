@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.budget.problem import Totals
-from balf_fx.calibration.batches import Forward, graphs_of, placeholder_values
+from balf_fx.calibration.batches import graphs_of
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
 from balf_fx.graph.layers import layers_of
@@ -137,15 +137,6 @@ class Program:
     def trace(self, batch: Any) -> Trace:
         """A batch as a trace; nothing is run."""
         return self.steps(self.graph_modules[0], batch)
-
-
-def whole_model(graph_module: fx.GraphModule, forward: Forward) -> Program:
-    """The graph of a whole model as a program of one part."""
-
-    def steps(graph: fx.GraphModule, batch: Any) -> Trace:
-        return (Step(0, tuple(placeholder_values(graph, batch, forward).values())),)
-
-    return Program((Part(graph_module),), steps)
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:

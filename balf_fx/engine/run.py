@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
 
 from balf_fx.calibration.batches import Calibration, Stream
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
@@ -12,8 +17,10 @@ from balf_fx.engine.compress import calibrate, convert
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import work_of
+from balf_fx.errors import OptionError
 from balf_fx.graph.plan import Plan
 from balf_fx.progress import SILENT, Progress
+from balf_fx.refit.offload import Shelved
 
 
 def run(
@@ -63,3 +70,30 @@ def solve(
 def _with_memory(calibration: Calibration, journal: Journal) -> Calibration:
     """Calibration with the memory of the run that was killed, since a share of what is free may be another one now."""
     return dataclasses.replace(calibration, memory=journal.remembered("memory", lambda: calibration.memory))
+
+
+def keep(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) -> Sequence[Any]:
+    """All batches, for reading them again; batches from an iterator are kept in files beyond the memory limit."""
+    if isinstance(given, torch.Tensor | Mapping | list | tuple):
+        return list(batches)
+    shelved = closing.enter_context(Shelved(memory))
+    for batch in batches:
+        shelved.append(batch)
+    return shelved
+
+
+def with_refit(settings: Settings, batches: bool) -> Settings:
+    """The settings of a conversion, in which only batches allow a refit.
+
+    Args:
+        batches: whether there are any.
+
+    Raises:
+        OptionError: a refit is asked for without batches.
+    """
+    if settings.refit is None:
+        refit = batches and settings.effort == "best" and settings.chosen_factors != "air"
+        settings = dataclasses.replace(settings, refit=refit)
+    if settings.refit and not batches:
+        raise OptionError("a refit needs the calibration batches: pass batches=")
+    return settings

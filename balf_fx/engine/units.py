@@ -1,9 +1,8 @@
-"""Options that are written with a unit, or as patterns."""
+"""Options that are written with a unit."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from balf_fx.errors import OptionError
@@ -28,16 +27,3 @@ def share_of(latency: Any, seconds: float | None) -> float:
             f"latency must be a fraction in (0, 1], such as 0.6, or a time, such as '12ms', not {latency!r}"
         )
     return 1.0 if seconds is None else float(found[1]) * _SECONDS[found[2]] / seconds
-
-
-def check_patterns(name: str, patterns: Any) -> None:
-    """Check the value of `include`, `exclude` or `dense`.
-
-    Raises:
-        OptionError: it is not a list of patterns.
-    """
-    if patterns is None and name == "include":
-        return
-    listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
-    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
-        raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")

@@ -114,6 +114,7 @@ def test_an_error_of_the_users_function_is_told(found):
     ("name", "kind", "message"),
     [
         ("options", "OptionError", "the same effort"),
+        ("checkpoint", "OptionError", "for one process"),
         ("models", "ModelError", "conv.weight"),
         ("nothing", "CalibrationError", "no calibration batches"),
     ],

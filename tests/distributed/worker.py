@@ -180,6 +180,7 @@ def main(rank, size, folder):
         found["statistics"] = statistics([batches[rank:2:size], batches[2 + rank :: size]])
         found["bad function"] = bad_function(rank, own)
         found["options"] = error_of(lambda: compiled(own, effort="fast" if rank else "best"))
+        found["checkpoint"] = error_of(lambda: compiled(own, effort="fast", checkpoint=folder / "checkpoint"))
         found["models"] = error_of(lambda: compiled(own, make_net(rank), effort="fast"))
         found["nothing"] = error_of(lambda: compiled([], effort="fast"))
         found["certificate"] = certified(make_batches(8)[rank::size])

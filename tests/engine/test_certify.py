@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import balf_fx
+from balf_fx.api import _program
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein
 from balf_fx.calibration.batches import Calibration, forward_for
 from balf_fx.checkpoint.journal import FORGETFUL
 from balf_fx.engine import certify
-from balf_fx.engine.program import whole_model
 from balf_fx.engine.settings import Settings
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.progress import SILENT
@@ -75,7 +75,7 @@ def test_the_limit_is_missed_as_rarely_as_the_confidence_says(model, batches, mo
     prepared = balf_fx.prepare(model, batches[0])
     balf_fx.calibrate(prepared, batches, progress=False)
     forward = forward_for(model)
-    calibration, program = Calibration(batches, forward), whole_model(prepared, forward)
+    calibration, program = Calibration(batches, forward), _program(prepared, forward)
 
     def certificate(limit, validation):
         settings = Settings(disagreement=limit, validation=[validation], effort="fast")

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import balf_fx
+from balf_fx.api import _program
 from balf_fx.budget.problem import pose
 from balf_fx.calibration.batches import Calibration, forward_for
-from balf_fx.engine.program import whole_model
 from balf_fx.engine.trials import Trial, _samples, allocate_faithfully, plan_trial
 from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Allocate, Score, ScoreWidths
@@ -29,7 +29,7 @@ def scored(name="transformer", count=4, **options):
 def trial_of(model, prepared, batches, refit, forward=None):
     forward = forward or forward_for(model)
     with torch.no_grad():
-        return plan_trial(whole_model(prepared, forward), Calibration(batches, forward), refit)
+        return plan_trial(_program(prepared, forward), Calibration(batches, forward), refit)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
@@ -82,7 +82,7 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
 @pytest.mark.parametrize("refit", [True, False])
 def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
     model, prepared, batches = scored()
-    program = whole_model(prepared, forward_for(model))
+    program = _program(prepared, forward_for(model))
     problem, allocate, measured = pose(program.counted, program.totals()), Allocate(flops=0.5), []
     measure = Trial.measure
 
@@ -107,7 +107,7 @@ def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
 
 def test_the_original_loses_nothing():
     model, prepared, batches = scored()
-    program = whole_model(prepared, forward_for(model))
+    program = _program(prepared, forward_for(model))
     problem, trial = pose(program.counted, program.totals()), trial_of(model, prepared, batches, False)
     with torch.no_grad():
         assert trial.measure(program, problem, Allocate(ranks={}).solve(problem)) == pytest.approx(0, abs=1e-6)
