@@ -88,20 +88,27 @@ def basis_of(heads: Tensor, order: Tensor) -> Tensor:
 
 
 def _first_order(bases: Sequence[Tensor]) -> Tensor:
-    """Choose rows of Q [heads, D, r] one by one: the one with the largest product of lengths outside of the spans."""
+    """Choose rows of Q [heads, D, r] one by one: the one with the largest product of lengths outside of the spans.
+
+    Lengths are updated by the component along each new direction, as in QR with column pivoting (Businger and Golub
+    1965), so that Q is read once for each row and nothing of its size is written.
+    """
     features = bases[0].shape[1]
-    rest = [own.clone() for own in bases]
+    squares = [own.square().sum(-1) for own in bases]
+    spans = [own.new_zeros(len(own), own.shape[-1], own.shape[-1]) for own in bases]  # rows: directions, one by one
     taken: list[int] = []
     for size in range(max(own.shape[-1] for own in bases)):
         wanted = [index for index, own in enumerate(bases) if own.shape[-1] > size]
-        lengths = torch.cat([rest[index].norm(dim=-1) for index in wanted])
-        volumes = lengths.clamp_min(_TINY).log().sum(0)
+        volumes = torch.cat([squares[index] for index in wanted]).clamp_min(_TINY).log().sum(0)
         volumes[taken] = -math.inf
         taken.append(int(volumes.argmax()))
         for index in wanted:
-            own = rest[index]
-            direction = own[:, taken[-1]] / own[:, taken[-1]].norm(dim=-1, keepdim=True).clamp_min(_TINY)
-            rest[index] = own - (own @ direction.unsqueeze(-1)) * direction.unsqueeze(-2)
+            span, direction = spans[index][:, :size], bases[index][:, taken[-1]]
+            for _ in range(2):  # once leaves a rounding error where little of the row is outside of the span
+                direction = direction - ((direction.unsqueeze(1) @ span.mT) @ span).squeeze(1)
+            direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+            spans[index][:, size] = direction
+            squares[index] -= (bases[index] @ direction.unsqueeze(-1)).squeeze(-1).square()
     return torch.tensor([*taken, *sorted(set(range(features)) - set(taken))])
 
 
