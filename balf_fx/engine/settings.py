@@ -154,7 +154,8 @@ class Settings:
     separable: bool = option(
         True,
         "let a convolution become one along each axis of its kernel, k x 1 and 1 x k, where that loses less than a "
-        'k x k and a 1 x 1 one (`ranks.separable`); with factors="sensitivity" and allocation="budget"',
+        'k x k and a 1 x 1 one (`ranks.separable`); with factors="sensitivity", allocation="budget" and no latency, '
+        "since it takes longer for the same FLOPs",
         "prepare",
         "convert",
         values=(True, False),
@@ -351,7 +352,7 @@ class Settings:
     def separates(self) -> bool:
         """Whether convolutions may become separable."""
         chosen = isinstance(self.allocation, Plan) or self.allocation == "budget"
-        return self.separable and chosen and self.chosen_factors == "sensitivity"
+        return self.separable and chosen and self.chosen_factors == "sensitivity" and not self.times
 
     def align(self) -> Align:
         """Return the pass that sets the steps of ranks and widths for these settings.

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import balf_fx
+from balf_fx.engine.settings import Settings
 from balf_fx.errors import BalfError
+from balf_fx.graph.flops import count_flops
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCHES = list(torch.randn(32, 3, 10, 11, generator=GENERATOR).split(16))
@@ -63,12 +65,6 @@ def forms(small):
     return {row.name: row.form for row in balf_fx.report(small).sites}
 
 
-def counted(model, batch):
-    from balf_fx.graph.flops import count_flops
-
-    return count_flops(model, batch)
-
-
 def test_layers_are_two_stock_convolutions_of_the_counted_cost(model, small, batches):
     assert forms(small)["conv1"] == forms(small)["down"] == "separable"
     first, second = small.down
@@ -76,7 +72,7 @@ def test_layers_are_two_stock_convolutions_of_the_counted_cost(model, small, bat
     assert (first.kernel_size, first.stride, first.padding) == ((3, 1), (2, 1), (1, 0))
     assert (second.kernel_size, second.stride, second.padding) == ((1, 5), (1, 1), (0, 2))
     report = balf_fx.report(small)
-    assert report.flops_after == counted(small, batches[0]) <= 0.55 * counted(model, batches[0])
+    assert report.flops_after == count_flops(small, batches[0]) <= 0.55 * count_flops(model, batches[0])
     assert report.params_after == sum(parameter.numel() for parameter in small.parameters())
 
 
@@ -92,7 +88,7 @@ def test_narrower_channels_around_them(model, batches):
     small = compress(model, batches, flops=0.3)
     assert forms(small)["down"] == "separable"
     assert any(width.size < width.features for width in balf_fx.plan(small).widths)
-    assert balf_fx.report(small).flops_after == counted(small, batches[0])
+    assert balf_fx.report(small).flops_after == count_flops(small, batches[0])
 
 
 def test_files_copies_and_plans(model, small, batches, tmp_path):
@@ -137,3 +133,8 @@ def test_others_stay_as_they_are(conv):
     except BalfError as error:
         pytest.fail(str(error))
     assert "separable" not in forms(small).values()
+
+
+def test_a_budget_of_time_leaves_them_out():
+    assert not Settings(latency=0.7).separates
+    assert Settings(flops=0.7).separates
