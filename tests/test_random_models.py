@@ -210,7 +210,10 @@ def check_backend(model: RandomModel, batches: list[torch.Tensor], options: dict
 def check_module(model: RandomModel, batches: list[torch.Tensor], options: dict[str, Any]) -> None:
     """A copy of the user's own model keeps its class and the budget; its copies and files compute the same."""
     options = {**options, "result": "module"}
-    small = balf_fx.compile(model, batches, **options)
+    try:
+        small = balf_fx.compile(model, batches, **options)
+    except NoSiteError:  # its layers are all inside modules that do more than they
+        return
     assert type(small) is type(model)
     check_costs(model, small, batches[0], options)
     check_outputs(model, small, batches)

@@ -169,7 +169,7 @@ def test_alternating_least_squares_arrives_at_the_map_of_reduced_rank(rank, weig
     weights = torch.ones(x.shape[-1], dtype=torch.float64) if weights is None else weights
     closed = found[0] @ found[1]
     closed = objective(x, y, weights, closed, bias_of(seen, closed), right)
-    maps = [alternating(seen, right, rank, seed) for seed in range(4)]
+    maps = [alternating(seen, right, rank, seed) for seed in range(2)]
     others = [objective(x, y, weights, fitted, bias_of(seen, fitted), right) for fitted in maps]
     assert min(others) == pytest.approx(closed, rel=1e-6)
     assert closed <= min(others) * (1 + 1e-9)
