@@ -12,7 +12,6 @@ BALF: Mapping[str, object] = MappingProxyType(
         "centred": False,
         "split": False,
         "pivot": False,
-        "separable": False,
         "allocation": "budget",
     }
 )
@@ -31,7 +30,6 @@ AIR: Mapping[str, object] = MappingProxyType(
         "centred": False,
         "split": False,
         "pivot": False,
-        "separable": False,
         "allocation": "uniform",
     }
 )

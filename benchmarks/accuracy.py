@@ -40,13 +40,14 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "ranks": {"effort": "balanced", "widths": False},
     "balanced": {"effort": "balanced"},
     "ranks+refit": {"widths": False},
+    "separable": {"separable": True},
     "ours": {},
 }
 """Keyword arguments of `balf_fx.compile`.
 
 "svd-llm" is SVD-LLM(W): the truncation that whitening finds, with the same share of each layer kept. "uniform" and
 "energy" differ from "fast" in the allocation alone, "ranks" from "balanced" and "ranks+refit" from "ours" in that no
-width shrinks.
+width shrinks, and "separable" in that convolutions may become k x 1 and 1 x k.
 """
 
 REFERENCE: Mapping[str, Mapping[float, float]] = {

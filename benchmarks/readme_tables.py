@@ -30,6 +30,7 @@ METHODS: Mapping[str, str] = {
     "fast": 'balf_fx, `effort="fast"`',
     "balanced": 'balf_fx, `effort="balanced"`',
     "ranks+refit": "balf_fx, `widths=False`",
+    "separable": "balf_fx, `separable=True`",
     "ours": "**balf_fx**",
 }
 """The methods of accuracy.py in the order in which tables show them, and what they are called there."""

@@ -53,6 +53,7 @@ def draw(seed: int) -> tuple[RandomModel, list[Any], dict[str, Any]]:
     if rng.random() < 0.15:
         options["weights"] = _weights
     options |= {"multiple_of": rng.choice((1, 1, 2, 4, 8)), "pivot": rng.random() < 0.7}
+    options |= {"separable": rng.random() < 0.5}
     return model, batches, options
 
 

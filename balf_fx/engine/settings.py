@@ -152,10 +152,10 @@ class Settings:
         values=(True, False),
     )
     separable: bool = option(
-        True,
+        False,
         "let a convolution become one along each axis of its kernel, k x 1 and 1 x k, where that loses less than a "
-        'k x k and a 1 x 1 one (`ranks.separable`); with factors="sensitivity", allocation="budget" and no latency, '
-        "since it takes longer for the same FLOPs",
+        "k x k and a 1 x 1 one (`ranks.separable`). That loses far less for the same FLOPs, but takes longer here: "
+        'not by default, and not with latency. With factors="sensitivity" and allocation="budget"',
         "prepare",
         "convert",
         values=(True, False),

@@ -48,7 +48,7 @@ def batches():
 
 
 def compress(model, batches, **options):
-    return balf_fx.compile(model, batches, **{"flops": 0.55, "progress": False, **options})
+    return balf_fx.compile(model, batches, **{"flops": 0.55, "separable": True, "progress": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,9 @@ def test_a_module_of_the_models_own_class(model, small, batches):
     assert distance(grafted, small, batches) < 1e-9
 
 
-@pytest.mark.parametrize("options", [{"separable": False}, {"effort": "fast"}, balf_fx.BALF, balf_fx.AIR])
+@pytest.mark.parametrize(
+    "options", [{"separable": False}, {"effort": "fast"}, {"factors": "air"}, {"allocation": "uniform"}]
+)
 def test_without_gradients_or_by_choice_there_are_none(model, batches, options):
     assert "separable" not in forms(compress(model, batches, **options)).values()
 
@@ -136,5 +138,6 @@ def test_others_stay_as_they_are(conv):
 
 
 def test_a_budget_of_time_leaves_them_out():
-    assert not Settings(latency=0.7).separates
-    assert Settings(flops=0.7).separates
+    assert not Settings(latency=0.7, separable=True).separates
+    assert Settings(flops=0.7, separable=True).separates
+    assert not Settings(flops=0.7).separates
