@@ -57,10 +57,9 @@ def make_functional(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None
 
 def _watched(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> _Watch:
     """Run the graph on the example, or on two of its samples if these show as much."""
-    few = some_samples(tuple(inputs), 0, _FEW)
     if _writes_plainly(graph_module) and sample_count(inputs) > _FEW:
         try:
-            return _run(graph_module, few)
+            return _run(graph_module, some_samples(tuple(inputs), 0, _FEW))
         except MODEL_ERRORS:
             _LOGGER.debug("the graph does not run on fewer samples than the example has", exc_info=True)
     return _run(graph_module, inputs)

@@ -1,4 +1,4 @@
-"""Checks of options that are not numbers."""
+"""Checks of options."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ class Site:
     def strips(self) -> Site:
         """The layer that computes what each strip of h pixels adds to the outputs for each of the w columns."""
         outputs, inputs = dataclasses.replace(self, separable=True).factor_sizes
-        conv = dataclasses.replace(self, separable=True).factor_convs[0]
+        conv, _ = self.factor_convs
         return dataclasses.replace(self, out_features=outputs, in_features=inputs, conv=conv, separable=False)
 
     @property

@@ -146,7 +146,7 @@ def _pair(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Sub
 
 
 def _separable(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Substitute:
-    along, across = dataclasses.replace(site, separable=True).factor_convs
+    along, across = site.factor_convs
     rank, taps = left.shape[-1], across.kernel_size[1]
     inputs = site.in_features // site.taps
     first = _empty_conv(along, inputs, rank, False, original)
