@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from balf_fx.checkpoint.digests import digest_of
 from balf_fx.distributed.group import Group
 from balf_fx.engine.program import Program
 from balf_fx.engine.rewriting import held_tensors
@@ -53,7 +51,7 @@ def give_alike(compressed: Program, plan: Plan, group: Group) -> None:
     """
     if group.size == 1:
         return
-    plans = group.gathered(hashlib.blake2b(json.dumps(plan.to_dict(), sort_keys=True).encode()).digest())
+    plans = group.gathered(digest_of(plan.to_dict()))
     if any(each != plans[0] for each in plans):
         raise ProcessError(
             "the processes have chosen different ranks, since they compute differently: use the same hardware, "
@@ -82,13 +80,6 @@ def _differing(found: list[dict[str, Any]]) -> list[str]:
     return [key for key in keys if any(each.get(key) != found[0].get(key) for each in found)]
 
 
-def _digests(model: nn.Module) -> dict[str, bytes]:
+def _digests(model: nn.Module) -> dict[str, str]:
     """A digest of each tensor by its name."""
-    return {name: _digest(tensor) for name, tensor in held_tensors(model) if not is_quantized(tensor)}
-
-
-def _digest(tensor: Tensor) -> bytes:
-    values = tensor.detach().cpu().contiguous().flatten()
-    plain = values.view(torch.uint8) if values.numel() and not values.is_quantized else values.new_empty(0)
-    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(head + plain.numpy().tobytes(), digest_size=16).digest()
+    return {name: digest_of(tensor) for name, tensor in held_tensors(model) if not is_quantized(tensor)}
