@@ -16,7 +16,7 @@ from balf_fx.graph.expert_factors import keeping
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.layouts import allow_any_layout
-from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight, put
+from balf_fx.graph.parameters import fingerprint, get_tensor, grouped_bias, grouped_weight, put
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import AnySubstitute, build, features_last, replace_site
 from balf_fx.passes.base import Pass
@@ -65,7 +65,8 @@ class Factorize(Pass):
                 solution = tuple(_written(part, mark.pivots.form, order, blocks) for part, order in parts)
             substitute = build(graph_module, thin, solution)
             built.append(substitute)
-            replaced.append(_replaced(site.name, rank, substitute.biased, fingerprint(graph_module, site), solution))
+            original = mark.fingerprint or fingerprint(graph_module, site)
+            replaced.append(_replaced(site.name, rank, substitute.biased, original, solution))
             replace_site(graph_module, nodes, site, substitute)
         for node in graph_module.graph.nodes:
             if node.name in cuts:
@@ -75,12 +76,6 @@ class Factorize(Pass):
         graph_module.delete_all_unused_submodules()
         record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, *replaced))
         return PassResult(graph_module, bool(replaced))
-
-
-def fingerprint(graph_module: fx.GraphModule, site: Site) -> Fingerprint:
-    """The fingerprint of the layer's current weight and bias."""
-    bias = None if site.bias is None else get_tensor(graph_module, site.bias)
-    return Fingerprint.of(get_tensor(graph_module, site.weight), bias)
 
 
 def _reorder_table(graph_module: fx.GraphModule, node: fx.Node, cut: Cut) -> None:

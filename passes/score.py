@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.curves import RankCurve, Spectrum
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.flops import use
-from balf_fx.graph.parameters import grouped_bias, grouped_weight
+from balf_fx.graph.parameters import fingerprint, grouped_bias, grouped_weight
 from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass
 from balf_fx.progress import SILENT, Progress
@@ -84,7 +83,8 @@ class Score(Pass):
         split: whether the parts of a fused projection may have separate factors where that is better.
         damping: the value added to the eigenvalues of the gradients' second moment, as a share of their mean.
         separable: whether a convolution may become one along each axis of its kernel where that loses less, with
-            factors="sensitivity" (`ranks.separable`); or the names of those that do.
+            factors by statistics (`ranks.separable`); or the names of those that do.
+        by_time: whether `Time` decides that, since less is lost for the same time.
         group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
 
@@ -96,6 +96,7 @@ class Score(Pass):
     split: bool = True
     damping: float = 0.1
     separable: bool | Collection[str] = False
+    by_time: bool = False
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
@@ -120,8 +121,8 @@ class Score(Pass):
         scored_with, changed = {}, []
         for site, nodes in found.items():
             plain = dataclasses.replace(site, separable=False)
-            options = (self.factors, self.centred, self.split, self.damping, plain, blocks[site], self.separable)
-            scored_with[site] = (options, seen[site].moments, seen[site].gradients)
+            options = (self.factors, self.centred, self.split, self.damping, self.separable, self.by_time)
+            scored_with[site] = ((*options, plain, blocks[site]), seen[site].moments, seen[site].gradients)
             known = annotation(nodes[0]).scored_with
             if known is None or not _same(known, scored_with[site]):
                 changed.append(site)
@@ -135,10 +136,13 @@ class Score(Pass):
         curves = self.group.shared_out(changed, work, curves_of, self.progress)
         for site, (curve, apart) in zip(changed, curves, strict=True):
             plain = dataclasses.replace(site, separable=False)
+            scored = {"scored_with": scored_with[site], "fingerprint": fingerprint(graph_module, site)}
+            chosen, other = (plain, curve), None
+            if apart is not None:
+                thin = dataclasses.replace(plain, separable=True), apart
+                chosen, other = (chosen, thin) if self.by_time else (thin, None)
             for node in found[site]:
-                annotate(node, site=plain, curve=curve, scored_with=scored_with[site])
-                if apart is not None:
-                    annotate(node, site=dataclasses.replace(plain, separable=True), curve=apart)
+                annotate(node, site=chosen[0], curve=chosen[1], other=other, **scored)
         return PassResult(graph_module, False)
 
     def score(
@@ -177,7 +181,7 @@ class Score(Pass):
     def _apart(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
     ) -> RankCurve | None:
-        """The curve of a separable convolution where that loses less at half of the cost; None elsewhere."""
+        """The curve of a separable convolution where that may lose less, by FLOPs at half of them; None elsewhere."""
         observer = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver)
         named = self.separable if isinstance(self.separable, Collection) else (site.name,)
         if observer is None or observer.moments is None or site.name not in named:
@@ -186,7 +190,7 @@ class Score(Pass):
         strips = self._strips(graph_module, thin, observer.moments, seen.gradients, curve.energy)
         found = rank_curve(thin, strips, *use(nodes))
         found = dataclasses.replace(curve, candidates=found.candidates, strips=strips)
-        better = _at_half(found) < _at_half(curve)
+        better = self.by_time or found.least_at_half("flops") < curve.least_at_half("flops")
         return found if better or isinstance(self.separable, Collection) else None
 
     def _strips(
@@ -268,12 +272,6 @@ class Score(Pass):
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
         return observer.moments, observer.side
-
-
-def _at_half(curve: RankCurve) -> float:
-    """The least distortion at half of the dense layer's FLOPs."""
-    affordable = [each.distortion for each in curve.candidates if 2 * each.flops <= curve.dense.flops]
-    return min(affordable, default=math.inf)
 
 
 def block_entries(graph_module: fx.GraphModule, node: fx.Node) -> int:

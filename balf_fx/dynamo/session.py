@@ -31,9 +31,8 @@ from balf_fx.files.checkpoint import read_result, write_result
 from balf_fx.files.restore import Stored
 from balf_fx.graph.annotation import sites
 from balf_fx.graph.layers import layers_of
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.parameters import fingerprint, get_tensor
 from balf_fx.graph.plan import Plan
-from balf_fx.passes.factorize import fingerprint
 from balf_fx.progress import Progress, progress_bar
 from balf_fx.reporting.report import Report
 

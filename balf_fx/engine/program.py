@@ -144,7 +144,21 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     tensors = (*graph_module.parameters(), *graph_module.buffers())
     observers = [module for module in graph_module.modules() if getattr(module, "_is_impure", False)]
     kept: dict[int, Any] = {id(value): value for value in (*tensors, *observers)}
-    return copy.deepcopy(graph_module, {**kept, **computed_tensors(graph_module)})
+    layers = {id(module): _copied(module) for module in graph_module.modules() if _is_plain(module)}
+    records = {id(value): value for value in graph_module.meta.values()}
+    return copy.deepcopy(graph_module, {**computed_tensors(graph_module), **records, **layers, **kept})
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+
+
+def _copied(layer: nn.Module) -> nn.Module:
+    """A copy that shares its tensors; much faster than `copy.deepcopy`, which walks through a dozen empty tables."""
+    copied = layer.__new__(type(layer))
+    for name, value in vars(layer).items():
+        copied.__dict__[name] = copy.copy(value) if isinstance(value, dict | list | set) else value
+    return copied
 
 
 def run_trace(program: nn.Module, trace: Trace) -> Any:

@@ -151,14 +151,14 @@ class Settings:
         "convert",
         values=(True, False),
     )
-    separable: bool = option(
-        False,
+    separable: bool | None = option(
+        None,
         "let a convolution become one along each axis of its kernel, k x 1 and 1 x k, where that loses less than a "
-        "k x k and a 1 x 1 one (`ranks.separable`). That loses far less for the same FLOPs, but takes longer here: "
-        'not by default, and not with latency. With factors="sensitivity" and allocation="budget"',
+        "k x k and a 1 x 1 one (`ranks.separable`). That loses far less for the same FLOPs, but takes longer. Default: "
+        'with latency only, where it loses less in its time. With factors by statistics, and allocation="budget"',
         "prepare",
         "convert",
-        values=(True, False),
+        values=(True, False, None),
     )
     multiple_of: int | Literal["auto"] = option(
         1,
@@ -346,13 +346,15 @@ class Settings:
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""
         names = self.allocation.separable if isinstance(self.allocation, Plan) else self.separates
-        return Score(self.chosen_factors, self.centred, self.split, separable=names, progress=progress)
+        by_time = self.times and names is True
+        return Score(self.chosen_factors, self.centred, self.split, separable=names, by_time=by_time, progress=progress)
 
     @property
     def separates(self) -> bool:
         """Whether convolutions may become separable."""
+        wanted = self.times if self.separable is None else self.separable
         chosen = isinstance(self.allocation, Plan) or self.allocation == "budget"
-        return self.separable and chosen and self.chosen_factors == "sensitivity" and not self.times
+        return wanted and chosen and self.chosen_factors in ("sensitivity", "activations")
 
     def align(self) -> Align:
         """Return the pass that sets the steps of ranks and widths for these settings.

@@ -22,7 +22,7 @@ FEW_SAMPLES = 32
 
 def few_samples(samples: int) -> int:
     """The number of samples for that, so that it takes a small part of the time that calibration takes."""
-    return max(min(samples // 8, FEW_SAMPLES), 4)
+    return max(min(samples // 16, FEW_SAMPLES), 4)
 
 
 _EIGENVECTORS = 200.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
@@ -27,7 +27,7 @@ from balf_fx.progress import SILENT, Progress
 _LOGGER = logging.getLogger(__name__)
 _ROUNDS = 15
 _TOLERANCE = 0.03  # of the target
-_CORRECTIONS = 2
+_CORRECTIONS = 3
 
 
 class Timed(NamedTuple):
@@ -129,7 +129,7 @@ class Watch:
             hit = abs(found.timing.measured - self.asked) <= _TOLERANCE * self.asked
             if hit or target >= 1.0 or (fastest and found.timing.measured > self.asked):
                 break
-            target = next_target(self.asked, found.timing.predicted, found.timing.measured)
+            target = next_target(self.asked, [(each.timing.predicted, each.timing.measured) for each in tried])
         kept = [each for each in tried if each.timing.measured <= (1.0 + _TOLERANCE) * self.asked]
         best = max(kept, key=_measured) if kept else min(tried, key=_measured)
         if fastest and not kept and allocate.strict:
@@ -164,15 +164,24 @@ class Watch:
         )
 
 
-def next_target(asked: float, predicted: float, measured: float) -> float:
-    """The share of the predicted time whose measured share is as asked, if savings are in proportion.
+def next_target(asked: float, tried: Sequence[tuple[float, float]]) -> float:
+    """The share of the predicted time whose measured share is as asked, on the line between the nearest models.
 
     Args:
-        predicted, measured: those of another model.
+        tried: the predicted and the measured share of other models; those of the original are 1.
     """
-    if measured >= 1.0 or predicted >= 1.0:
-        return 0.5 * min(predicted, 1.0)  # nothing was saved: there is no proportion
-    return min(max(1.0 - (1.0 - asked) * (1.0 - predicted) / (1.0 - measured), 1e-3), 1.0)
+    slower = min([(1.0, 1.0), *(each for each in tried if each[1] > asked)], key=_second)
+    faster = max((each for each in tried if each[1] <= asked), key=_second, default=None)
+    if faster is None:  # the line from the original, beyond the fastest model
+        faster, slower = slower, (1.0, 1.0)
+    if faster[1] >= 1.0 or faster[0] >= 1.0:
+        return 0.5 * min(tried[-1][0], 1.0)  # nothing was saved: there is no line
+    slope = (slower[0] - faster[0]) / (slower[1] - faster[1])
+    return min(max(faster[0] + slope * (asked - faster[1]), 1e-3), 1.0)
+
+
+def _second(point: tuple[float, float]) -> float:
+    return point[1]
 
 
 def _measured(timed: Timed) -> float:

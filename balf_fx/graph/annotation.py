@@ -57,6 +57,9 @@ class Annotation:
         sensitivity: path of the observer of its gradients, if there is one.
         influence: path of the observer of its weight's gradients, if there is one.
         curve, scored_with: set by Score; scored_with identifies the statistics and options of the score.
+        other: the site and its curve in the other form that a convolution may have (`ranks.separable`), where Time
+            chooses between both; set by Score.
+        fingerprint: of the layer's weight and bias; set by Score.
         nanoseconds: the time of the node alone; set by Time.
         choice: set by Allocate.
         refit: set by Refine or Refit; replaces the one-shot factors or the weight of a dense layer.
@@ -79,6 +82,8 @@ class Annotation:
     influence: str | None = None
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
+    other: tuple[Site, RankCurve] | None = None
+    fingerprint: Fingerprint | None = None
     nanoseconds: int | None = None
     choice: Choice | None = None
     refit: tuple[Solution, ...] | None = None

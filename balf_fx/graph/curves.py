@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,6 +149,11 @@ class RankCurve:
     def ranked(self) -> Spectrum:
         """The spectrum whose components the ranks count."""
         return self.spectrum if self.strips is None else self.strips
+
+    def least_at_half(self, measure: Measure) -> float:
+        """The least distortion at half of the dense site's cost."""
+        half = self.dense.cost(measure) / 2
+        return min((each.distortion for each in self.candidates if each.cost(measure) <= half), default=math.inf)
 
     def normalised(self, distortion: float) -> float:
         """`distortion` as a share of the site's energy; 0 for a site without energy."""

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.experts import leads_to_experts
+from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.operators import is_transposition
 from balf_fx.graph.site import Site
 
@@ -109,6 +110,12 @@ def readers(source: fx.Node) -> set[fx.Node]:
         passes_on = is_transposition(user) or leads_to_experts(user)
         found |= (readers(user) if passes_on else set()) or {user}
     return found
+
+
+def fingerprint(graph_module: fx.GraphModule, site: Site) -> Fingerprint:
+    """The fingerprint of the layer's current weight and bias."""
+    bias = None if site.bias is None else get_tensor(graph_module, site.bias)
+    return Fingerprint.of(get_tensor(graph_module, site.weight), bias)
 
 
 def weight_matrix(weight: Tensor, groups: int, inputs_first: bool = False) -> Tensor:

@@ -174,7 +174,7 @@ class Site:
         narrow = self.in_features < self.out_features or (self.in_features == self.out_features and not patches)
         return "input" if narrow else "output"
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """The number of pixels in a patch; 1 for a linear layer."""
         return 1 if self.conv is None else math.prod(self.conv.kernel_size)
@@ -189,14 +189,14 @@ class Site:
         same = conv.stride[1] == 1 and sum(conv.padding[1]) == conv.dilation[1] * (conv.kernel_size[1] - 1)
         return zeros and same and min(conv.kernel_size) > 1 and not (self.keeps_rank or self.keeps_weight)
 
-    @property
+    @cached_property
     def factor_taps(self) -> tuple[int, int]:
         """The pixels that each of its two factors reads."""
         if self.conv is None or not self.separable:
             return self.taps, 1
         return self.conv.kernel_size[0], self.conv.kernel_size[1]
 
-    @property
+    @cached_property
     def factor_sizes(self) -> tuple[int, int]:
         """The numbers of the second factor and of the first for each component, per group; O and D for a pair."""
         first, second = self.factor_taps

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import skip_init
 
 from balf_fx.graph.annotation import carried_meta
 from balf_fx.graph.curves import PartRanks, Solution
@@ -149,20 +148,13 @@ def _separable(site: Site, original: Tensor, solution: Solution, left: Tensor) -
     along, across = site.factor_convs
     rank, taps = left.shape[-1], across.kernel_size[1]
     inputs = site.in_features // site.taps
-    first = _empty_conv(along, inputs, rank, False, original)
-    second = _empty_conv(across, rank, site.out_features, solution.bias is not None, original)
+    first = _empty_conv(nn.Conv2d, along, inputs, rank, original, bias=False)
+    second = _empty_conv(nn.Conv2d, across, rank, site.out_features, original, bias=solution.bias is not None)
     _assign(first, "weight", solution.right, original)
     _assign(second, "weight", left.reshape(-1, taps, rank).transpose(1, 2), original)
     if solution.bias is not None:
         _assign(second, "bias", solution.bias, original)
     return Substitute(nn.Sequential(first, second), first, (second,), (rank,))
-
-
-def _empty_conv(conv: ConvGeometry, inputs: int, outputs: int, bias: bool, original: Tensor) -> nn.Module:
-    make: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
-    geometry: dict[str, Any] = {"stride": conv.stride, "padding": _module_padding(conv), "dilation": conv.dilation}
-    properties: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
-    return make(nn.Conv2d, inputs, outputs, conv.kernel_size, bias=bias, **geometry, **properties)
 
 
 def _rows(site: Site, original: Tensor, solution: Sequence[Solution]) -> Rows:
@@ -260,36 +252,32 @@ def _kernel(site: Site, weight: Tensor) -> Tensor:
 
 
 def _empty_linear(inputs: int, outputs: int, bias: bool, original: Tensor) -> nn.Linear:
-    make: Callable[..., nn.Linear] = skip_init  # an initialisation would only draw random numbers
-    return make(nn.Linear, inputs, outputs, bias=bias, device=original.device, dtype=original.dtype)
+    return nn.Linear(inputs, outputs, bias=bias, device="meta", dtype=original.dtype)
+
+
+def _empty_conv(
+    kind: type[nn.Module], conv: ConvGeometry, inputs: int, outputs: int, original: Tensor, **options: Any
+) -> nn.Module:
+    options |= {"stride": conv.stride, "padding": _module_padding(conv), "dilation": conv.dilation}
+    return kind(inputs, outputs, conv.kernel_size, device="meta", dtype=original.dtype, **options)
 
 
 def _empty_modules(
     site: Site, original: Tensor, rank: int, bias: bool, first_bias: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """The modules with parameters of the right shape, dtype and device, but arbitrary values."""
-    make: Callable[..., nn.Module] = skip_init  # an initialisation would only draw random numbers
-    options: dict[str, Any] = {"device": original.device, "dtype": original.dtype}
+    """The modules with parameters of the right shape and dtype, but without values, on the meta device."""
     outputs, thin = site.out_features * site.groups, rank * site.groups
     if site.conv is None:
         linear = _empty_linear(site.in_features, thin, first_bias, original)
         return linear, _empty_linear(thin, outputs, bias, original)
     inputs = site.in_features * site.groups // math.prod(site.conv.kernel_size)
-    transposed = site.conv.output_padding is not None
-    geometry: dict[str, Any] = {
-        "stride": site.conv.stride,
-        "padding": _module_padding(site.conv),
-        "dilation": site.conv.dilation,
-        "padding_mode": site.conv.padding_mode,
-    }
-    if transposed:
-        geometry["output_padding"] = site.conv.output_padding
-    conv, conv_transpose = _CONVS[len(site.conv.kernel_size)]
-    options["groups"] = site.groups
-    kernel_size = site.conv.kernel_size
-    geometry["bias"] = first_bias
-    first = make(conv_transpose if transposed else conv, inputs, thin, kernel_size, **geometry, **options)
-    return first, make(conv, thin, outputs, 1, bias=bias, **options)
+    options: dict[str, Any] = {"groups": site.groups, "bias": first_bias, "padding_mode": site.conv.padding_mode}
+    if site.transposed:
+        options["output_padding"] = site.conv.output_padding
+    kind, kind_transposed = _CONVS[len(site.conv.kernel_size)]
+    first = _empty_conv(kind_transposed if site.transposed else kind, site.conv, inputs, thin, original, **options)
+    second = kind(thin, outputs, 1, bias=bias, groups=site.groups, device="meta", dtype=original.dtype)
+    return first, second
 
 
 def _module_padding(conv: ConvGeometry) -> str | tuple[int, ...]:

@@ -77,7 +77,7 @@ def test_layers_are_two_stock_convolutions_of_the_counted_cost(model, small, bat
 
 
 @pytest.mark.parametrize(
-    "options", [{"effort": "balanced"}, {"refit": "up"}, {}, {"widths": False}, {"centred": False}]
+    "options", [{"effort": "fast"}, {"effort": "balanced"}, {"refit": "up"}, {}, {"widths": False}, {"centred": False}]
 )
 def test_kernels_of_a_column_and_a_row_lose_less(model, batches, options):
     lost = distance(compress(model, batches, **options), model, batches)
@@ -108,9 +108,9 @@ def test_a_module_of_the_models_own_class(model, small, batches):
 
 
 @pytest.mark.parametrize(
-    "options", [{"separable": False}, {"effort": "fast"}, {"factors": "air"}, {"allocation": "uniform"}]
+    "options", [{"separable": False}, {"factors": "air"}, {"factors": "svd"}, {"allocation": "uniform"}]
 )
-def test_without_gradients_or_by_choice_there_are_none(model, batches, options):
+def test_by_choice_and_without_statistics_there_are_none(model, batches, options):
     assert "separable" not in forms(compress(model, batches, **options)).values()
 
 
@@ -137,7 +137,10 @@ def test_others_stay_as_they_are(conv):
     assert "separable" not in forms(small).values()
 
 
-def test_a_budget_of_time_leaves_them_out():
-    assert not Settings(latency=0.7, separable=True).separates
+def test_by_default_only_a_budget_of_time_allows_them():
+    assert Settings(latency=0.7).separates
+    assert Settings(disagreement=0.1, minimise="latency", validation=[1]).separates
+    assert not Settings(latency=0.7, separable=False).separates
+    assert not Settings(latency=0.7, factors="air").separates
     assert Settings(flops=0.7, separable=True).separates
     assert not Settings(flops=0.7).separates

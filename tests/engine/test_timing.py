@@ -73,14 +73,21 @@ def fast(model, batches, **options):
 @given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(0.1, 1.5))
 def test_the_next_target_hits_where_savings_are_in_proportion(asked, predicted, scale):
     measured = 1 - scale * (1 - predicted)
-    found = next_target(asked, predicted, measured)
+    found = next_target(asked, [(predicted, measured)])
     assert 0 < found <= 1
     if measured < 1 and 1 - (1 - asked) / scale > 1e-3:
         assert 1 - scale * (1 - found) == pytest.approx(asked)
 
 
 def test_a_model_that_gained_nothing_is_followed_by_a_smaller_one():
-    assert next_target(0.9, 0.8, 1.1) < 0.8
+    assert next_target(0.9, [(0.8, 1.1)]) == 0.4
+    assert next_target(0.9, [(0.8, 1.1), (0.4, 1.2)]) == 0.2
+
+
+def test_the_next_target_lies_between_the_nearest_models():
+    tried = [(0.33, 0.65), (0.8, 0.95), (0.26, 0.4), (0.1, 0.3)]
+    assert next_target(0.6, tried) == pytest.approx(0.26 + 0.07 * 0.2 / 0.25)
+    assert next_target(0.6, tried[::-1]) == next_target(0.6, tried)
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced", "best"])

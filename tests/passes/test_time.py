@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -30,14 +31,20 @@ from balf_fx.passes import (
 from balf_fx.ranks.costs import useful_ranks
 
 
+@functools.cache
+def flops_of_one(operation):
+    """The FLOPs of an operation from one feature to one; others are in proportion to both numbers."""
+    with torch.no_grad(), flop_counter() as counter:
+        operation.task(1, 1)()
+    return counter.get_total_flops()
+
+
 @pytest.fixture(autouse=True)
 def flops_as_times(monkeypatch):
     """An operation takes a nanosecond for each FLOP."""
 
     def seconds(run):
-        with torch.no_grad(), flop_counter() as counter:
-            run.operation.task(run.inputs, run.outputs)()
-        return 1e-9 * counter.get_total_flops()
+        return 1e-9 * run.inputs * run.outputs * flops_of_one(run.operation)
 
     monkeypatch.setattr(module, "_seconds", seconds)
 
@@ -120,6 +127,35 @@ def test_a_budget_of_time_in_a_pass_manager():
     assert found.measure == "latency"
     saved = sum(choice.dense.latency - choice.chosen.latency for choice in found.choices)
     assert saved >= 0.1 * graph_record(small).nanoseconds - 1
+
+
+@pytest.mark.parametrize("slower", [1, 20])
+def test_a_convolution_takes_the_form_that_loses_less_in_its_time(monkeypatch, slower):
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    columns, rows = torch.randn(16, 16, 3, 1), torch.randn(1, 1, 1, 3)
+    conv.weight = nn.Parameter(columns * rows / 10)
+    batches = list(torch.randn(2, 8, 16, 6, 6))
+    graph_module = balf_fx.prepare(nn.Sequential(conv).eval(), batches[0], factors="sensitivity", separable=True)
+    balf_fx.calibrate(graph_module, batches, progress=False)
+    plain = module._seconds
+
+    def seconds(run):
+        along_an_axis = run.operation.conv is not None and run.operation.conv.kernel_size in ((3, 1), (1, 3))
+        return plain(run) * (slower if along_an_axis else 1)
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+    chosen = []
+    for _ in range(2):  # again, from what was chosen before
+        Score(factors="sensitivity", separable=True, by_time=True)(graph_module)
+        Time([batches[0]], Table())(graph_module)
+        ((site, (node,)),) = sites(graph_module).items()
+        chosen.append((site, annotation(node).curve))
+        other, curve = annotation(node).other
+        assert other.separable is not site.separable
+        assert annotation(node).curve.least_at_half("latency") < curve.least_at_half("latency")
+    assert chosen[0][0] == chosen[1][0]
+    assert chosen[0][0].separable is (slower == 1)
+    assert (chosen[0][1].strips is not None) is (slower == 1)
 
 
 def test_time_comes_after_scores_and_before_its_budget(graph_module):
