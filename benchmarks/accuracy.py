@@ -40,6 +40,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "ranks": {"effort": "balanced", "widths": False},
     "balanced": {"effort": "balanced"},
     "ranks+refit": {"widths": False},
+    "fast+separable": {"effort": "fast", "separable": True},
     "separable": {"separable": True},
     "ours": {},
 }
@@ -47,7 +48,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 
 "svd-llm" is SVD-LLM(W): the truncation that whitening finds, with the same share of each layer kept. "uniform" and
 "energy" differ from "fast" in the allocation alone, "ranks" from "balanced" and "ranks+refit" from "ours" in that no
-width shrinks, and "separable" in that convolutions may become k x 1 and 1 x k.
+width shrinks, and "separable" from "ours", and "fast+separable" from "fast", in that convolutions may become k x 1 and
+1 x k.
 """
 
 REFERENCE: Mapping[str, Mapping[float, float]] = {
