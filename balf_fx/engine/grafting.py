@@ -18,9 +18,9 @@ from balf_fx.graph.caches import NarrowCache, takes_cache
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.owners import children_after_norm
-from balf_fx.graph.parameters import grouped_bias, grouped_weight, put
+from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight, put
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
-from balf_fx.graph.replacements import Recipe, describe, replacement, skeleton
+from balf_fx.graph.replacements import Recipe, blank_parameter, describe, parameter_recipe, replacement, skeleton
 from balf_fx.graph.substitute import build
 
 _TIES = ("_tied_weights_keys", "all_tied_weights_keys")
@@ -35,10 +35,11 @@ def graft(model: nn.Module, graph_module: fx.GraphModule, plan: Plan) -> tuple[n
     copied = copy_model(model)
     found = dict(_replacements(copied, graph_module))
     put_all(copied, {path: module for path, (_, module) in found.items()})
+    constants = dict(_narrow_constants(copied, graph_module))
     caches = dict(_caches(copied, graph_module, plan))
     _narrow_caches(copied, caches)
     earlier = Plan.of(model).modules if hasattr(model, PLAN_ATTRIBUTE) else None
-    return copied, {**(earlier or {}), **{path: recipe for path, (recipe, _) in found.items()}, **caches}
+    return copied, {**(earlier or {}), **{path: recipe for path, (recipe, _) in found.items()}, **constants, **caches}
 
 
 def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
@@ -51,11 +52,22 @@ def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
         if recipe.form == "cache":
             continue
         try:
+            if recipe.form == "parameter":
+                put(model, path, blank_parameter(recipe, get_tensor(model, path)))
+                continue
             old = model.get_submodule(path)
         except AttributeError as error:
-            raise PlanError(f"the model has another architecture: there is no layer {path!r}") from error
+            raise PlanError(f"the model has another architecture: there is no {path!r}") from error
         put_all(model, {path: skeleton(recipe, old)})
     _narrow_caches(model, {path: recipe for path, recipe in recipes.items() if recipe.form == "cache"})
+
+
+def _narrow_constants(model: nn.Module, graph_module: fx.GraphModule) -> Iterator[tuple[str, Recipe]]:
+    """Put the parameters along fewer features in place of the model's own; their recipes by path."""
+    for path in graph_record(graph_module).constants:
+        old, new = get_tensor(model, path), get_tensor(graph_module, path)
+        put(model, path, new)
+        yield path, parameter_recipe(old, new)
 
 
 def _caches(model: nn.Module, graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, Recipe]]:

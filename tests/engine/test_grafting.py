@@ -110,6 +110,60 @@ def test_replacements_answer_for_the_layer():
             _ = module.elsewhere
 
 
+class Constant(nn.Module):
+    """Something with one entry for each of 32 hidden features, of which the model needs half."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 32), nn.Linear(32, 10)
+        self.up.weight.data[16:], self.up.bias.data[16:] = 0, 0
+        self.kind = kind
+        if kind == "buffer":
+            self.register_buffer("scale", torch.rand(32) + 0.5)
+        else:
+            self.scales = nn.ParameterDict({"first": nn.Parameter(torch.rand(1, 32) + 0.5)})
+
+    def forward(self, x):
+        hidden = F.gelu(self.up(x))
+        if self.kind == "buffer":
+            return self.down(hidden * self.scale)
+        scale = self.scales["first"]
+        if self.kind == "twice":
+            return self.down(hidden * scale) + scale.mean()
+        return self.down(hidden * scale)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_constants_become_narrower_with_their_features_or_keep_their_places(kind, capture, graphs, tmp_path):
+    model, batches = Constant(kind).eval(), [torch.randn(64, 12)]
+    small = compress(model, batches, capture=capture, params=0.55)
+    (width,) = balf_fx.plan(small).widths
+    assert width.size < 20
+    sizes = {name: value.shape[-1] for name, value in small.state_dict().items() if name.startswith("scale")}
+    assert list(sizes.values()) == [width.size if kind == "parameter" else 32]
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(small(x), graphs[0](x), rtol=1e-5, atol=1e-6)
+    assert sum(parameter.numel() for parameter in small.parameters()) == balf_fx.plan(small).params_after
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(balf_fx.load(tmp_path / "small.safetensors", model)(x), small(x))
+
+
+def test_a_constant_that_something_else_reads_keeps_its_features():
+    small = compress(Constant("twice").eval(), [torch.randn(64, 12)], params=0.55)
+    assert not balf_fx.plan(small).widths
+    assert small.scales["first"].shape == (1, 32)
+
+
+def test_a_parameter_does_not_become_narrower_than_it_is(tmp_path):
+    small = compress(Constant("parameter").eval(), [torch.randn(64, 12)], params=0.55)
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    other = Constant("parameter").eval()
+    other.scales["first"] = nn.Parameter(torch.ones(1, 4))
+    with pytest.raises(PlanError, match="another architecture"):
+        balf_fx.load(tmp_path / "small.safetensors", other)
+
+
 class Odd(nn.Module):
     """Layers that nothing may replace, and one that something may."""
 
