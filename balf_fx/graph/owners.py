@@ -63,7 +63,7 @@ def stock_modules(model: nn.Module) -> dict[str, Kind]:
 
 
 def parameters_named_once(model: nn.Module) -> frozenset[str]:
-    """The paths of the parameters of a model that it holds under one name alone, so that others may take their place."""
+    """The paths of the parameters that a model holds under one name alone, so that others may take their place."""
     named = list(model.named_parameters(remove_duplicate=False))
     names = Counter(id(parameter) for _, parameter in named)
     return frozenset(path for path, parameter in named if names[id(parameter)] == 1)
