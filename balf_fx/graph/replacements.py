@@ -252,9 +252,7 @@ def blank_parameter(recipe: Recipe, old: Tensor) -> nn.Parameter:
         PlanError: the model's own parameter has fewer features.
     """
     if recipe.axis < -old.dim() or recipe.outputs > old.shape[recipe.axis]:
-        raise PlanError(
-            f"the model has another architecture: a parameter of shape {tuple(old.shape)} is to be narrower"
-        )
+        raise PlanError(f"the model has another architecture: a parameter has the shape {tuple(old.shape)}")
     return nn.Parameter(old.detach().narrow(recipe.axis, 0, recipe.outputs).clone(), old.requires_grad)
 
 

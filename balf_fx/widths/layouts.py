@@ -1,9 +1,9 @@
 """Where the features of narrower layers lie in the user's model, whose code between the layers stays as it is.
 
-Code that treats each hidden feature alike runs on fewer of them as on all: such a width *passes*, and its layers become
-narrower, as do the parameters with one entry for each feature. Other code gets features in their old places, zeros elsewhere: the layers before a width write them there, and
-the layers behind it read them from there. Heads of attention are of this kind: zeros add nothing to a product of
-queries and keys, and zeros of values stay zeros.
+Code that treats each hidden feature alike runs on fewer of them as on all: such a width *passes*. Its layers become
+narrower, as do the parameters with one entry for each feature. Other code gets features in their old places, zeros
+elsewhere: the layers before a width write them there, and the layers behind it read them from there. Heads of attention
+are of this kind: zeros add nothing to a product of queries and keys, and zeros of values stay zeros.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def passes(graph_module: fx.GraphModule, width: Width) -> bool:
 
 def find_layouts(graph_module: fx.GraphModule) -> dict[str, Layout]:
     """The layout of each layer that may be replaced, by `Site.name`, in a graph whose sizes have been chosen."""
-    nodes = {node.name: node for node in graph_module.graph.nodes}
     cuts = find_cuts(graph_module)
     reads: dict[str, _Found] = {}
     writes: dict[str, _Found] = {}
