@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import balf_fx
+from balf_fx.engine import grafting
 from balf_fx.errors import GraftError, OptionError, PlanError
 from balf_fx.graph.replacements import Replacement
 from balf_fx.graph.site import Reason
@@ -240,6 +241,25 @@ def test_a_difference_is_an_error(monkeypatch):
     monkeypatch.setattr(Replacement, "forward", lambda self, value: value @ value)
     with pytest.raises(GraftError, match="does not run with the compressed layers"):
         compress(model, batches, allocation={"up": 4}, effort="fast")
+
+
+class Amplified(Fused):
+    """Rounding errors grow ten thousandfold, and the model with narrower heads adds zeros that its graph has not."""
+
+    def forward(self, x):
+        return torch.sin(1e5 * super().forward(x))
+
+
+def test_rounding_is_told_from_a_difference(graphs, monkeypatch):
+    batches = [torch.randn(64, *TOKENS)]
+    options = {"dense": ["*"], "flops": 0.8}
+    small = compress(Amplified().eval(), batches, **options)
+    x = batches[0][:5]
+    assert any(width.kind != "channels" for width in balf_fx.plan(small).widths)
+    assert not torch.allclose(small(x), graphs[0](x), atol=1e-3)
+    monkeypatch.setattr(grafting, "_same_in_doubles", lambda *args: False)
+    with pytest.raises(GraftError, match="computes something else"):
+        compress(Amplified().eval(), batches, **options)
 
 
 def test_prepared_graphs_are_converted_to_models():
