@@ -90,13 +90,15 @@ def _narrow_caches(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
 
 
 def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in place of others, under all of their names."""
-    new = {id(model.get_submodule(path)): module for path, module in modules.items()}
-    held = [(path, id(module)) for path, module in model.named_modules(remove_duplicate=False)]
-    for path, key in held:
-        if key in new:
-            new[key].train(model.get_submodule(path).training)
-            put(model, path, new[key])
+    """Put modules in place of others, under all of their names, and in lists and dictionaries of the model's code."""
+    old = {path: model.get_submodule(path) for path in modules}
+    new = {id(old[path]): module.train(old[path].training) for path, module in modules.items()}
+    for holder in list(model.modules()):
+        for held in vars(holder).values():  # registered modules are in a dictionary, too
+            if isinstance(held, list | dict):
+                for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+                    if id(value) in new:
+                        held[key] = new[id(value)]
     _untie(model, set(modules))
 
 

@@ -227,6 +227,29 @@ def test_shared_modules_stay_shared(capture, graphs):
     torch.testing.assert_close(small(x), graphs[0](x), rtol=1e-4, atol=1e-5)
 
 
+class Listed(nn.Module):
+    """Layers that the code reads from a list and a dictionary of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.layers, self.named = [self.first, nn.ReLU()], {"last": self.last}
+
+    def forward(self, x):
+        for layer in (*self.layers, self.named["last"]):
+            x = layer(x)
+        return x
+
+
+def test_layers_in_lists_are_replaced_there(graphs):
+    small = compress(Listed().eval(), [torch.randn(64, 32)], flops=0.7)
+    assert small.layers[0] is small.first
+    assert small.named["last"] is small.last
+    assert {"first", "last"} <= set(balf_fx.plan(small).modules)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(small(x), graphs[0](x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_is_one_layer_has_no_place_for_another():
     with pytest.raises(balf_fx.BalfError, match="so that no other module can take its place"):
         compress(nn.Linear(32, 32).eval(), [torch.randn(64, 32)])
