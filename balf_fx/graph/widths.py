@@ -52,6 +52,9 @@ class Reader:
     """A node that reads some rows of a value, the output features of a layer on one of its axes.
 
     The node's value is source[rows].unflatten(axis, sizes).permute(axes), with rows on the source's axis.
+
+    Attributes:
+        layers: the nodes of the layers that output the rows.
     """
 
     source: str
@@ -60,6 +63,7 @@ class Reader:
     rows: tuple[int, ...]
     sizes: tuple[int, ...]
     axes: tuple[int, ...]
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
