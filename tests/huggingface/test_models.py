@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from small_models import TINY_TEXT
 
 import balf_fx
+from balf_fx.huggingface.adapters import target_modules
 
 transformers = pytest.importorskip("transformers")
 
@@ -228,3 +231,44 @@ def test_folders_give_models_of_each_kind_back(name, compressed, tmp_path):
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path)
     assert torch.equal(answer(again(**batch(name, count=2))), answer(small(**batch(name, count=2))))
+
+
+def half(value):
+    return value.to(torch.bfloat16) if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_training_and_quantization(name, compressed):
+    quantization = pytest.importorskip("torchao.quantization")
+    small = copy.deepcopy(compressed(name)[1])
+    given = batch(name, count=2)
+    with torch.no_grad():
+        want = answer(small(**given))
+        halved = answer(copy.deepcopy(small).to(torch.bfloat16)(**{key: half(value) for key, value in given.items()}))
+        assert halved.dtype is torch.bfloat16
+        assert torch.isfinite(halved).all()
+        rounded = copy.deepcopy(small)
+        quantization.quantize_(rounded, quantization.Int8WeightOnlyConfig())
+        assert 0 < (answer(rounded(**given)) - want).norm() < 0.1 * want.norm()
+    if small.supports_gradient_checkpointing:
+        small.gradient_checkpointing_enable()
+    answer(small.train()(**given)).square().mean().backward()
+    changed = [path for path, recipe in balf_fx.plan(small).modules.items() if recipe.form != "cache"]
+    found = [parameter for path in changed for parameter in small.get_submodule(path).parameters()]
+    assert found
+    assert all(parameter.grad is not None for parameter in found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_adapters_by_name(name, compressed):
+    peft = pytest.importorskip("peft")
+    small = copy.deepcopy(compressed(name)[1])
+    given, forms = batch(name, count=2), {path: recipe.form for path, recipe in balf_fx.plan(small).modules.items()}
+    names = target_modules(small, [path for path, form in forms.items() if form != "cache"])
+    names = [path for path in names if not isinstance(small.get_submodule(path), torch.nn.Conv2d)]
+    config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    adapted = peft.get_peft_model(small, config)
+    assert sum(path.endswith("lora_A.default") for path, _ in adapted.named_modules()) == len(names) > 0
+    after = answer(adapted(**given))
+    torch.testing.assert_close(answer(adapted.merge_and_unload()(**given)), after, rtol=1e-3, atol=1e-4)
