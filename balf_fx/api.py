@@ -46,7 +46,7 @@ from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import checkpoint, storage
 from balf_fx.files.restore import Stored, recorded_call, restore, stored
 from balf_fx.graph.annotation import graph_record, record_graph
-from balf_fx.graph.owners import stock_modules
+from balf_fx.graph.owners import parameters_named_once, stock_modules
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.passes.score import Factors
@@ -343,7 +343,8 @@ def _prepared(
     graph_module = capture(model, example, forward, settings.capture)
     if settings.result == "module":
         unused = count_parameters(model) - count_parameters(graph_module)
-        record_graph(graph_module, modules=stock_modules(model), unused=unused)
+        names = parameters_named_once(model)
+        record_graph(graph_module, modules=stock_modules(model), parameters=names, unused=unused)
     record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
     compress.observe(_program(graph_module, forward), settings, factors)
     return graph_module

@@ -17,7 +17,7 @@ from balf_fx.graph.widths import Reader, Width, joint_widths
 from balf_fx.passes.base import Pass
 from balf_fx.widths.channels import feature_axis_of, find_channels
 from balf_fx.widths.heads import find_heads
-from balf_fx.widths.layouts import fits
+from balf_fx.widths.layouts import fits, passes
 from balf_fx.widths.moves import Moves
 from balf_fx.widths.orders import find_orders
 
@@ -42,7 +42,7 @@ class FindWidths(Pass):
         whole = graph_record(graph_module).modules is None
         found = [*find_channels(graph_module), *find_heads(graph_module)]
         if not whole:
-            found = [_padded(width) for width in found if fits(graph_module, width)]
+            found = [_in_model(graph_module, width) for width in found if fits(graph_module, width)]
         while True:
             chosen = _most_valuable(graph_module, found)
             rests = _find_rests(graph_module, chosen)
@@ -62,9 +62,9 @@ class FindWidths(Pass):
         return PassResult(graph_module, False)
 
 
-def _padded(width: Width) -> Width:
-    """The width in the user's model, whose code sees heads of the old size."""
-    return dataclasses.replace(width, padded=width.product is not None)
+def _in_model(graph_module: fx.GraphModule, width: Width) -> Width:
+    """The width in the user's model, whose code may need all features."""
+    return dataclasses.replace(width, padded=not passes(graph_module, width))
 
 
 def _find_rests(graph_module: fx.GraphModule, widths: Sequence[Width]) -> dict[str, tuple[Reader, ...] | None]:

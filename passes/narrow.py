@@ -132,7 +132,8 @@ def _rewire_outputs(record: GraphRecord, nodes: Mapping[str, fx.Node], name: str
     readers: dict[str, Reader] = {reader.node: reader for reader in record.rests.get(name, ())}
     for width in record.widths:
         own_rows = [rows for producer, rows in zip(width.producers, width.rows, strict=True) if producer == name]
-        readers |= {reader.node: reader for reader in width.readers if reader.rows in own_rows}
+        own = (reader for reader in width.readers if name in reader.layers and reader.rows in own_rows)
+        readers |= {reader.node: reader for reader in own}
         if width.product is None:
             continue
         for producer, rows, operand in zip(width.producers, width.rows, width.operands, strict=True):

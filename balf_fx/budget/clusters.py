@@ -262,7 +262,8 @@ def _cluster(
             share = 0.5 if is_attention(nodes[width.product]) else 1.0
             if not width.padded:
                 products.setdefault(width.product, []).append((index, share))
-        shares += [_between(graph_module, nodes[name], index) for name in width.between]
+        along = [nodes[name] for name in width.between if not (width.padded and nodes[name].op == "get_attr")]
+        shares += [_between(graph_module, node, index) for node in along]
         if graph_record(graph_module).nanoseconds is not None:
             shares.append(Share(Cost(latency=_passing(width, nodes)), ((index, 1.0),)))
     for name, parts in products.items():

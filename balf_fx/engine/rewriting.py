@@ -36,7 +36,7 @@ from balf_fx.graph.substitute import AnySubstitute, build, features_last, replac
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Pivot
 from balf_fx.passes.observe import remove_observers
-from balf_fx.widths.layouts import find_layouts
+from balf_fx.widths.layouts import find_constants, find_layouts
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ def rewrite(graph_module: fx.GraphModule, pivot: bool) -> fx.GraphModule:
         if pivot:
             Pivot()(graph_module)
         if graph_record(graph_module).modules is not None:
-            record_graph(graph_module, layouts=find_layouts(graph_module))
+            constants = find_constants(graph_module)
+            record_graph(graph_module, layouts=find_layouts(graph_module), constants=constants)
         Narrow()(graph_module)
         Factorize()(graph_module)
     graph_module.recompile()

@@ -171,9 +171,11 @@ class GraphRecord:
         bases: C [heads, r, r] for widths whose heads get a new basis, by `Width.key`; set by Pivot (`ranks.bases`).
         modules: the stock modules of the user's model by path (`graph.owners`), where layers go back into a copy of it;
             None where the result is a graph.
-        unused: the parameters of such a model that its graph does not have.
+        parameters: the paths of the parameters that this model holds under one name.
+        unused: the number of parameters of such a model that its graph does not have.
         folded: the path of each BatchNorm that was folded into a layer, with the layer's; set by FoldBatchNorm.
         layouts: the places of the layers and their features in the user's model (`widths.layouts`), by `Site.name`.
+        constants: the paths of the parameters along features that become fewer in the user's model, too.
         replaced: set by Factorize.
     """
 
@@ -194,9 +196,11 @@ class GraphRecord:
     hosts: Mapping[str, str] = field(default_factory=dict)
     bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     modules: Mapping[str, str] | None = None
+    parameters: frozenset[str] = frozenset()
     unused: int = 0
     folded: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
     replaced: tuple[Replaced, ...] = ()
 
     @property

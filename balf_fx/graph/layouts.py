@@ -41,9 +41,8 @@ def depends_on_layout(graph_module: fx.GraphModule) -> bool:
     return False
 
 
-def allow_any_layout(graph_module: fx.GraphModule) -> None:
-    """Let views copy where they must, and return outputs in the usual order; the caller recompiles the graph."""
-    graph = graph_module.graph
+def views_to_reshapes(graph: fx.Graph) -> None:
+    """Let views copy where they must, in a graph that changes no values through them; the caller recompiles it."""
     for node in graph.nodes:
         if operation(node) in _VIEWS and not any(isinstance(value, torch.dtype) for value in node.args):
             sizes = node.args[1:]
@@ -55,6 +54,12 @@ def allow_any_layout(graph_module: fx.GraphModule) -> None:
             new.meta = node.meta
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+
+
+def allow_any_layout(graph_module: fx.GraphModule) -> None:
+    """Let views copy where they must, and return outputs in the usual order; the caller recompiles the graph."""
+    graph = graph_module.graph
+    views_to_reshapes(graph)
     (output,) = graph.find_nodes(op="output")
     made: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(output):

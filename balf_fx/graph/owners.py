@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -60,6 +60,13 @@ def stock_modules(model: nn.Module) -> dict[str, Kind]:
         if path and kind is not None and not is_hooked(module):
             found[path] = kind
     return found
+
+
+def parameters_named_once(model: nn.Module) -> frozenset[str]:
+    """The paths of the parameters that a model holds under one name alone, so that others may take their place."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    names = Counter(id(parameter) for _, parameter in named)
+    return frozenset(path for path, parameter in named if names[id(parameter)] == 1)
 
 
 def owner_of(node: fx.Node) -> str | None:

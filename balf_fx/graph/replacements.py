@@ -32,9 +32,12 @@ _LINEAR = ("in_features", "out_features")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _TRANSPOSED = ("output_padding",)
 
-Written = Literal["layer", "identity", "children", "cache", "dense", "pair", "parts", "rows", "columns", "blocks"]
+Written = Literal[
+    "layer", "identity", "children", "cache", "parameter", "dense", "pair", "parts", "rows", "columns", "blocks"
+]
 """How a map is written: as one stock layer in the old one's place, not at all, or by a `Replacement`. For a "cache",
-attention stays, and what it is given to store its keys and values in becomes narrower (`graph.caches`)."""
+attention stays, and what it is given to store its keys and values in becomes narrower (`graph.caches`). A "parameter"
+has one entry for each of some features, and becomes narrower with them; its module stays."""
 
 Described = Mapping[str, Any]
 """A stock layer as its class and arguments."""
@@ -52,6 +55,7 @@ class Recipe:
         heads: for blocks, the number of heads and r for each set.
         axis: the axis of the features, counted from the end.
         values, outputs: the number of features that the layers return, and that the model expects; the others are zero.
+            For a parameter, `outputs` is its length along `axis`.
         reads: the number of features that are read, where these are selected; None where all are, in their order.
         places: whether the outputs are brought into the original's places.
         answers: attributes of the original module, for code that asks for them.
@@ -232,6 +236,24 @@ def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original:
         answers=answers_of(original),
     )
     return recipe, Replacement(recipe, layers, reads, places.to(device) if gathers else None)
+
+
+def parameter_recipe(old: Tensor, new: Tensor) -> Recipe:
+    """The recipe of a parameter that became narrower along at most one axis."""
+    axes = [axis for axis in range(-old.dim(), 0) if old.shape[axis] != new.shape[axis]]
+    axis = axes[0] if axes else -1
+    return Recipe("parameter", axis=axis, outputs=new.shape[axis])
+
+
+def blank_parameter(recipe: Recipe, old: Tensor) -> nn.Parameter:
+    """The parameter of a recipe with arbitrary values.
+
+    Raises:
+        PlanError: the model's own parameter has fewer features.
+    """
+    if recipe.axis < -old.dim() or recipe.outputs > old.shape[recipe.axis]:
+        raise PlanError(f"the model has another architecture: a parameter has the shape {tuple(old.shape)}")
+    return nn.Parameter(old.detach().narrow(recipe.axis, 0, recipe.outputs).clone(), old.requires_grad)
 
 
 def skeleton(recipe: Recipe, old: nn.Module) -> nn.Module:

@@ -52,6 +52,9 @@ class Reader:
     """A node that reads some rows of a value, the output features of a layer on one of its axes.
 
     The node's value is source[rows].unflatten(axis, sizes).permute(axes), with rows on the source's axis.
+
+    Attributes:
+        layers: the nodes of the layers that output the rows.
     """
 
     source: str
@@ -60,6 +63,7 @@ class Reader:
     rows: tuple[int, ...]
     sizes: tuple[int, ...]
     axes: tuple[int, ...]
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class Width:
         operands: for heads, how the product reads each producer.
         sequence_first: for heads, whether positions come first in the producers' outputs, before the batch.
         step: sizes below the full one are multiples of it.
-        padded: whether the model pads heads with zeros to their old size, so that their product costs what it did.
+        padded: whether the model has zeros in the places of removed features, so that products of heads and constants
+            along the features keep their size.
         layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In
             other graphs of the same model, nodes may have other names, but layers may not.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -114,7 +114,8 @@ def _recipes(model: Any, plan: Plan) -> dict[str, Recipe]:
     Raises:
         PlanError: the model has none of the layers.
     """
-    names, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    prefix = f"{model.base_model_prefix}."
     found = {}
     for path, recipe in (plan.modules or {}).items():
         for name in (path, path.removeprefix(prefix), prefix + path):
@@ -171,18 +172,21 @@ def _check_files(model: Any, recipes: Mapping[str, Recipe], files: Iterable[str]
                     f"{path} has been changed since it was written: the checksum of {changed[0]} does not match"
                 )
             found.update(map(_tail, names))
-    held = {
-        f"{path}.{name}": value
-        for path, recipe in recipes.items()
-        if recipe.form != "cache"
-        for name, value in model.get_submodule(path).state_dict().items()
-    }
+    paths = {path for path, recipe in recipes.items() if recipe.form != "cache"}
+    held = {name: value for name, value in model.state_dict().items() if not paths.isdisjoint(_starts(name))}
     forms = (held, revert_weight_conversion(model, dict(held)))  # names as they are, or those of an earlier version
     missing = [Counter(map(_tail, names)) - found for names in forms]
     if found and all(missing):
         raise FileError(
             f"the folder is not complete: there is no tensor {next(iter(missing[0]))} for some of the layers"
         )
+
+
+def _starts(name: str) -> Iterator[str]:
+    """A name and the paths of all modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _tail(name: str) -> str:

@@ -25,7 +25,7 @@ _BIASES = ("mlp_bias",)  # whether the layers of an MLP have biases, of which a 
 
 def adapt_configuration(model: Any, plan: Plan) -> bool:
     """Let a model's configuration describe its layers as they are now, if it can; else it stays as it is."""
-    if any(recipe.form != "layer" for recipe in (plan.modules or {}).values()):
+    if any(recipe.form not in ("layer", "parameter") for recipe in (plan.modules or {}).values()):
         return False
     for changes in _changes(model.config, plan):
         candidate = copy.deepcopy(model.config)

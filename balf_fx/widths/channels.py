@@ -7,6 +7,7 @@ parts (`widths.moves`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,10 +111,16 @@ def _width(space: Space, wide: Sequence[Space], features: int) -> Width | None:
         between=tuple(node.name for node in space.between),
         fused=tuple(node.name for each in wide for node in each.between),
         fused_layer=next((each.producers[0].name for each in wide if each.between), ""),
-        readers=tuple(own.reader for own in space.selections if own.reader is not None),
+        readers=tuple(_reader(own.reader, own.source, wide) for own in space.selections if own.reader is not None),
         sizes=tuple(size for each in (space, *wide) for size in each.sizes),
         views=(*space.views(), *(view for each in wide for view in each.views(each.producers[0].name))),
     )
+
+
+def _reader(reader: Reader, source: fx.Node, wide: Sequence[Space]) -> Reader:
+    """The reader with the layers that output what it reads."""
+    layers = (producer.name for each in wide if source in each.axes for producer in each.producers)
+    return dataclasses.replace(reader, layers=tuple(layers))
 
 
 def feature_axis_of(layer: fx.Node) -> int:

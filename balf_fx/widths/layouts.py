@@ -1,9 +1,9 @@
 """Where the features of narrower layers lie in the user's model, whose code between the layers stays as it is.
 
-Code that treats each hidden feature alike runs on fewer of them as on all: such a width *passes*, and its layers become
-narrower. Other code gets features in their old places, zeros elsewhere: the layers before a width write them there, and
-the layers behind it read them from there. Heads of attention are of this kind: zeros add nothing to a product of
-queries and keys, and zeros of values stay zeros.
+Code that treats each hidden feature alike runs on fewer of them as on all: such a width *passes*. Its layers become
+narrower, as do the parameters with one entry for each feature. Other code gets features in their old places, zeros
+elsewhere: the layers before a width write them there, and the layers behind it read them from there. Heads of attention
+are of this kind: zeros add nothing to a product of queries and keys, and zeros of values stay zeros.
 """
 
 from __future__ import annotations
@@ -29,26 +29,51 @@ _CHUNKS = ("chunk", torch.chunk, aten.chunk.default)
 
 
 def fits(graph_module: fx.GraphModule, width: Width) -> bool:
-    """Whether a width may become narrower in the user's model: the constants along its features may not."""
+    """Whether a width may become narrower in the user's model: all layers along its features can be replaced."""
+    return all(_is_replaceable(graph_module, node) for node in _between(graph_module, width) if node.op != "get_attr")
+
+
+def passes(graph_module: fx.GraphModule, width: Width) -> bool:
+    """Whether the model's code works for any number of a width's features."""
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    constants = any(nodes[name].op == "get_attr" for name in (*width.between, *width.fused))
-    return not constants and all(_is_replaceable(graph_module, nodes[name]) for name in (*width.between, *width.fused))
+    rows: dict[str, set[int]] = defaultdict(set)
+    for name, own in zip(width.producers, width.rows, strict=True):
+        rows[name] |= set(own)
+    whole = all(
+        isinstance(layer := read_layer(graph_module, nodes[name]), Site)
+        and len(found) == layer.out_features * layer.groups
+        for name, found in rows.items()
+    )
+    shaped = [*(view.node for view in width.views), *(size.node for size in width.sizes)]
+    return (
+        width.kind == "channels"
+        and whole
+        and all(_is_replaceable(graph_module, nodes[name]) for name in shaped)
+        and all(_is_chunk(nodes[reader.node], width) for reader in width.readers)
+        and all(_is_own(graph_module, node) for node in _between(graph_module, width) if node.op == "get_attr")
+    )
 
 
 def find_layouts(graph_module: fx.GraphModule) -> dict[str, Layout]:
     """The layout of each layer that may be replaced, by `Site.name`, in a graph whose sizes have been chosen."""
-    nodes = {node.name: node for node in graph_module.graph.nodes}
     cuts = find_cuts(graph_module)
     reads: dict[str, _Found] = {}
     writes: dict[str, _Found] = {}
     for own in changed_widths(graph_record(graph_module)):
-        width, passes = own.width, _passes(graph_module, nodes, own.width)
+        width, any_size = own.width, passes(graph_module, own.width)
         between = (*width.between, *width.fused)
-        written = {name: _Found.of(_places(cuts[name].written), passes) for name in (*between, *width.producers)}
-        reads |= dict.fromkeys(width.consumers, _Found.of(own.read_places(), passes))
+        written = {name: _Found.of(_places(cuts[name].written), any_size) for name in (*between, *width.producers)}
+        reads |= dict.fromkeys(width.consumers, _Found.of(own.read_places(), any_size))
         reads |= {name: written[name] for name in between}
         writes |= written
     return dict(_layouts(graph_module, reads, writes))
+
+
+def find_constants(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """The paths of the parameters that become narrower in the user's model, in a graph whose sizes have been chosen."""
+    changed = [own.width for own in changed_widths(graph_record(graph_module)) if passes(graph_module, own.width)]
+    between = [node for width in changed for node in _between(graph_module, width)]
+    return tuple(dict.fromkeys(str(node.target) for node in between if node.op == "get_attr"))
 
 
 @dataclass(frozen=True)
@@ -88,31 +113,22 @@ def _places(written: tuple[Narrowed, ...]) -> Tensor:
     )
 
 
-def _passes(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> bool:
-    """Whether the model's code works for any number of a width's features."""
-    rows: dict[str, set[int]] = defaultdict(set)
-    for name, own in zip(width.producers, width.rows, strict=True):
-        rows[name] |= set(own)
-    whole = all(
-        isinstance(layer := read_layer(graph_module, nodes[name]), Site)
-        and len(found) == layer.out_features * layer.groups
-        for name, found in rows.items()
-    )
-    shaped = [*(view.node for view in width.views), *(size.node for size in width.sizes)]
-    parts = [nodes[reader.node] for reader in width.readers]
-    return (
-        width.kind == "channels"
-        and whole
-        and all(_is_replaceable(graph_module, nodes[name]) for name in shaped)
-        and all(_is_chunk(node, width) for node in parts)
-    )
-
-
 def _is_replaceable(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node belongs to a layer, all of whose code is replaced with it."""
     known = graph_record(graph_module).modules or {}
     refusal = annotation(node).refusal
     return known.get(owner_of(node) or "") == "layer" and not (refusal is not None and refusal.keeps_weights)
+
+
+def _between(graph_module: fx.GraphModule, width: Width) -> list[fx.Node]:
+    """The layers and constants along a width's features."""
+    names = {*width.between, *width.fused}
+    return [node for node in graph_module.graph.nodes if node.name in names]
+
+
+def _is_own(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a constant is a parameter of the user's model itself, so that a narrower one may take its place."""
+    return str(node.target) in graph_record(graph_module).parameters and not annotation(node).computed_from
 
 
 def _is_chunk(node: fx.Node, width: Width) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import balf_fx
+from balf_fx.capture.normal_form import capture
 
 
 class Constants(nn.Module):
@@ -44,3 +45,17 @@ def test_a_pickled_copy_has_the_same_constants():
 
     small = balf_fx.compile(Indexed().eval(), torch.randn(8, 16), flops=0.6, capture="export", progress=False)
     assert set(pickle.loads(pickle.dumps(small)).state_dict()) == set(small.state_dict())
+
+
+class Turned(nn.Module):
+    """What is viewed is made contiguous before."""
+
+    def forward(self, x):
+        return x.transpose(1, 2).contiguous().view(len(x), 48)
+
+
+def test_values_may_lie_in_memory_otherwise_than_the_examples():
+    x = torch.randn(4, 8, 6)
+    graph_module = capture(Turned().eval(), x.transpose(1, 2), method="export")
+    for value in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
+        assert torch.equal(graph_module(value), x.flatten(1))

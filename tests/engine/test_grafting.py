@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import balf_fx
+from balf_fx.engine import grafting
 from balf_fx.errors import GraftError, OptionError, PlanError
 from balf_fx.graph.replacements import Replacement
 from balf_fx.graph.site import Reason
@@ -110,6 +111,60 @@ def test_replacements_answer_for_the_layer():
             _ = module.elsewhere
 
 
+class Constant(nn.Module):
+    """Something with one entry for each of 32 hidden features, of which the model needs half."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 32), nn.Linear(32, 10)
+        self.up.weight.data[16:], self.up.bias.data[16:] = 0, 0
+        self.kind = kind
+        if kind == "buffer":
+            self.register_buffer("scale", torch.rand(32) + 0.5)
+        else:
+            self.scales = nn.ParameterDict({"first": nn.Parameter(torch.rand(1, 32) + 0.5)})
+
+    def forward(self, x):
+        hidden = F.gelu(self.up(x))
+        if self.kind == "buffer":
+            return self.down(hidden * self.scale)
+        scale = self.scales["first"]
+        if self.kind == "twice":
+            return self.down(hidden * scale) + scale.mean()
+        return self.down(hidden * scale)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_constants_become_narrower_with_their_features_or_keep_their_places(kind, capture, graphs, tmp_path):
+    model, batches = Constant(kind).eval(), [torch.randn(64, 12)]
+    small = compress(model, batches, capture=capture, params=0.55)
+    (width,) = balf_fx.plan(small).widths
+    assert width.size < 20
+    sizes = {name: value.shape[-1] for name, value in small.state_dict().items() if name.startswith("scale")}
+    assert list(sizes.values()) == [width.size if kind == "parameter" else 32]
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(small(x), graphs[0](x), rtol=1e-5, atol=1e-6)
+    assert sum(parameter.numel() for parameter in small.parameters()) == balf_fx.plan(small).params_after
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(balf_fx.load(tmp_path / "small.safetensors", model)(x), small(x))
+
+
+def test_a_constant_that_something_else_reads_keeps_its_features():
+    small = compress(Constant("twice").eval(), [torch.randn(64, 12)], params=0.55)
+    assert not balf_fx.plan(small).widths
+    assert small.scales["first"].shape == (1, 32)
+
+
+def test_a_parameter_does_not_become_narrower_than_it_is(tmp_path):
+    small = compress(Constant("parameter").eval(), [torch.randn(64, 12)], params=0.55)
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    other = Constant("parameter").eval()
+    other.scales["first"] = nn.Parameter(torch.ones(1, 4))
+    with pytest.raises(PlanError, match="another architecture"):
+        balf_fx.load(tmp_path / "small.safetensors", other)
+
+
 class Odd(nn.Module):
     """Layers that nothing may replace, and one that something may."""
 
@@ -172,6 +227,29 @@ def test_shared_modules_stay_shared(capture, graphs):
     torch.testing.assert_close(small(x), graphs[0](x), rtol=1e-4, atol=1e-5)
 
 
+class Listed(nn.Module):
+    """Layers that the code reads from a list and a dictionary of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.layers, self.named = [self.first, nn.ReLU()], {"last": self.last}
+
+    def forward(self, x):
+        for layer in (*self.layers, self.named["last"]):
+            x = layer(x)
+        return x
+
+
+def test_layers_in_lists_are_replaced_there(graphs):
+    small = compress(Listed().eval(), [torch.randn(64, 32)], flops=0.7)
+    assert small.layers[0] is small.first
+    assert small.named["last"] is small.last
+    assert {"first", "last"} <= set(balf_fx.plan(small).modules)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(small(x), graphs[0](x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_is_one_layer_has_no_place_for_another():
     with pytest.raises(balf_fx.BalfError, match="so that no other module can take its place"):
         compress(nn.Linear(32, 32).eval(), [torch.randn(64, 32)])
@@ -186,6 +264,25 @@ def test_a_difference_is_an_error(monkeypatch):
     monkeypatch.setattr(Replacement, "forward", lambda self, value: value @ value)
     with pytest.raises(GraftError, match="does not run with the compressed layers"):
         compress(model, batches, allocation={"up": 4}, effort="fast")
+
+
+class Amplified(Fused):
+    """Rounding errors grow ten thousandfold, and the model with narrower heads adds zeros that its graph has not."""
+
+    def forward(self, x):
+        return torch.sin(1e5 * super().forward(x))
+
+
+def test_rounding_is_told_from_a_difference(graphs, monkeypatch):
+    batches = [torch.randn(64, *TOKENS)]
+    options = {"dense": ["*"], "flops": 0.8}
+    small = compress(Amplified().eval(), batches, **options)
+    x = batches[0][:5]
+    assert any(width.kind != "channels" for width in balf_fx.plan(small).widths)
+    assert not torch.allclose(small(x), graphs[0](x), atol=1e-3)
+    monkeypatch.setattr(grafting, "_same_in_doubles", lambda *args: False)
+    with pytest.raises(GraftError, match="computes something else"):
+        compress(Amplified().eval(), batches, **options)
 
 
 def test_prepared_graphs_are_converted_to_models():

@@ -6,7 +6,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from balf_fx.capture.normal_form import capture
 from balf_fx.graph.layers import read_layer
-from balf_fx.graph.owners import owner_of, stock_modules
+from balf_fx.graph.owners import owner_of, parameters_named_once, stock_modules
 from balf_fx.graph.site import Site
 
 
@@ -28,6 +28,13 @@ def test_stock_modules():
     model[4]["again"] = model[0]
     found = stock_modules(model)
     assert found == {"0": "layer", "1": "norm", "4.same": "table", "4.again": "layer", "6": "layer"}
+
+
+def test_parameters_with_several_names_are_not_replaced():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.PReLU())
+    model[1].weight = model[0].weight
+    model.append(model[2])
+    assert parameters_named_once(model) == {"0.bias"}
 
 
 class Nested(nn.Module):

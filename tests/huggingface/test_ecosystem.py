@@ -262,6 +262,43 @@ def test_quantized_factors(small, tokens):
     assert not torch.equal(got, want)
 
 
+class Scaled(transformers.PreTrainedModel):
+    """A parameter with one entry for each hidden feature."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up, self.down = torch.nn.Linear(12, 32), torch.nn.Linear(32, 10)
+        self.scale = torch.nn.Parameter(torch.rand(32) + 0.5)
+        self.post_init()
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)) * self.scale)
+
+
+def test_narrower_parameters_in_folders(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    small = balf_fx.compile(
+        Scaled(transformers.LlamaConfig()).eval(),
+        [torch.randn(64, 12)],
+        params=0.5,
+        effort="balanced",
+        result="module",
+        progress=False,
+    )
+    assert small.scale.numel() < 32
+    small.save_pretrained(tmp_path)
+    x = torch.randn(5, 12)
+    assert torch.equal(Scaled.from_pretrained(tmp_path)(x), small(x))
+    whole = load_file(tmp_path / "model.safetensors")
+    save_file({name: value for name, value in whole.items() if name != "scale"}, tmp_path / "model.safetensors")
+    with pytest.raises(FileError, match="not complete: there is no tensor scale"):
+        Scaled.from_pretrained(tmp_path)
+
+
 def test_a_graph_has_no_folder(tokens, folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["plan"]["modules"] = None

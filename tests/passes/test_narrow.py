@@ -17,6 +17,7 @@ from architectures import (
     rewritten,
     scored,
 )
+from families import make_redundant
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -383,3 +384,28 @@ def test_fused_attention_keeps_queries_and_values_of_one_size(name, queries, val
     with torch.no_grad(), Spy():
         narrow(batches[0])
     assert seen == [[max(queries, values)] * 3]
+
+
+class Modulated(nn.Module):
+    """One layer outputs features and what becomes their factor: two layers with the same numbers of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.factor, self.down = nn.Linear(12, 32), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        features, context = self.up(x).split(16, -1)
+        return self.down(features * self.factor(F.gelu(context)))
+
+
+@pytest.mark.parametrize("names", [["down"], ["factor"], ["factor", "down"]])
+def test_each_layer_keeps_its_own_readers(names):
+    model = Modulated().double().eval().requires_grad_(False)
+    prepared = scored(model, list(torch.randn(2, 48, 12, dtype=torch.float64)))
+    sizes = make_redundant(prepared)
+    keys = [key_of(prepared, name) for name in names]
+    whole = rewritten(prepared, {})
+    small = rewritten(prepared, {key: sizes[key] for key in keys})
+    assert count_params(small) < count_params(whole)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    torch.testing.assert_close(small(x), whole(x))
