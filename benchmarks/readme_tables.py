@@ -28,7 +28,7 @@ METHODS: Mapping[str, str] = {
     "reference": "BALF, reference implementation",
     "balf": "BALF preset",
     "fast": 'balf_fx, `effort="fast"`',
-    "fast+separable": 'balf_fx, fast, `separable=True`',
+    "fast+separable": "balf_fx, fast, `separable=True`",
     "balanced": 'balf_fx, `effort="balanced"`',
     "ranks+refit": "balf_fx, `widths=False`",
     "separable": "balf_fx, `separable=True`",
