@@ -162,9 +162,8 @@ class Score(Pass):
             roots = None if gradients is None else self._parts_roots(graph_module, site, gradients)
             parts = _spectrum(graph_module, site, seen, self.centred, site.parts, roots)
         if gradients is not None and len(seen.halves) == 2:
-            unit = gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
             weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
-            judge = partial(self._held_out, site, weight, bias, seen.halves, unit)
+            judge = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
             spectrum = dataclasses.replace(spectrum, energies=judge(1))
             if parts is not None and gradients.parts is not None:
                 parts = dataclasses.replace(parts, energies=judge(site.parts))
@@ -174,9 +173,7 @@ class Score(Pass):
         curve = rank_curve(site, spectrum, *cost, parts, seen.kept, blocks)
         if gradients is None:
             return curve
-        # S is scaled to a mean square of 1: each energy is what it would be for gradients with a mean square of 1.
-        per_sample = gradients.total / gradients.samples
-        return dataclasses.replace(curve, loss=0.5 * per_sample * curve.energy / spectrum.energies.shape[-1])
+        return dataclasses.replace(curve, loss=_loss(gradients, spectrum.energies, site.has_experts))
 
     def _apart(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
@@ -199,16 +196,21 @@ class Score(Pass):
         """The spectrum of a site for strips, with energies scaled to the energy of its output."""
         weight = strips_of(grouped_weight(graph_module, site), site.factor_taps)
         moment = moments.covariance() if self.centred else moments.second_moment()
-        roots = None
+        covariance = weight @ moment @ weight.mT
+        roots, taps = None, site.factor_taps[1]
         if gradients is not None:
             plain = damped_roots(gradients.scatter, self.damping)
-            roots = (over_taps(plain[0], site.factor_taps[1]), over_taps(plain[1], site.factor_taps[1]))
+            roots = (over_taps(plain[0], taps), over_taps(plain[1], taps))
         mean = (weight @ moments.mean.unsqueeze(-1)).squeeze(-1) if self.centred else None
-        spectrum = spectrum_from_output(weight @ moment @ weight.mT, mean, roots)
-        total = float(spectrum.energies.sum())
+        spectrum = spectrum_from_output(covariance, mean, roots)
+        energies = spectrum.energies
+        if gradients is not None:
+            metric = over_taps(damped(gradients.scatter, 0.0, gradients.unit), taps)
+            energies = convex_energies(held_out_errors(spectrum, covariance, None, metric))
+        total = float(energies.sum())
         size = min(weight.shape[1:])  # of the rest, which is beyond the rank of the weight, nothing is kept
         left, right = spectrum.maps(size)
-        energies = spectrum.energies[:, :size] * (energy / total if total > 0 else 0.0)
+        energies = energies[:, :size] * (energy / total if total > 0 else 0.0)
         return Spectrum(energies, left, mean, right)
 
     def _seen(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Observed:
@@ -230,27 +232,30 @@ class Score(Pass):
         """Roots of the parts' metrics in the unit of the whole site, so that the energies of both are comparable."""
         if gradients.parts is None:
             return None
-        own, unit = gradients.parts, gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        own = gradients.parts
         if site.side == "input":
             basis = torch.linalg.qr(in_parts(grouped_weight(graph_module, site), site.parts))[0]
             own = basis.mT @ own @ basis
-        return damped_roots(own, self.damping, unit)
+        return damped_roots(own, self.damping, gradients.unit)
 
     def _held_out(
         self, site: Site, weight: Tensor, bias: Tensor | None, halves: Sequence[Sample], unit: Tensor, parts: int
     ) -> Tensor:
-        """The energies of each half's spectrum on the other half of the samples, averaged."""
+        """The energies of each half's spectrum on the other half of the samples, averaged.
+
+        Damping steadies a spectrum where gradients are few. The error is measured without it.
+        """
         centred = self.centred and not site.has_experts
         seen = [_coordinates(site, weight, bias, half, centred, parts) for half in halves]
         # Second moments of gradients are sums over samples, and the unit is that of both halves together.
         total = sum(half.gradients.samples for half in halves)
         units = [unit * (half.gradients.samples / total) for half in halves]
         if site.has_experts:  # each with another number of positions in either half
-            units = [half.gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) for half in halves]
+            units = [half.gradients.unit for half in halves]
         errors = []
         for (own, own_unit), (other, other_unit) in itertools.permutations(zip(seen, units, strict=True)):
             spectrum = spectrum_from_output(*own[:2], damped_roots(own[2], self.damping, own_unit))
-            errors.append(held_out_errors(spectrum, *other[:2], damped(other[2], self.damping, other_unit)))
+            errors.append(held_out_errors(spectrum, *other[:2], damped(other[2], 0.0, other_unit)))
         return convex_energies((errors[0] + errors[1]) / 2)
 
     def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Sample | None, tuple[Sample, ...]]:
@@ -272,6 +277,18 @@ class Score(Pass):
                 f"no calibration data has reached site {site.name!r}: call the prepared graph on a few batches first"
             )
         return observer.moments, observer.side
+
+
+def _loss(gradients: Gradients, energies: Tensor, shared: bool) -> float:
+    """The loss of a sample, to second order, if the site's output is replaced by its mean.
+
+    Args:
+        energies: [G, m], for gradients that are scaled to a mean square of 1 in each group.
+        shared: whether energies are means over the positions of all groups (`ranks.spectra.shared_energies`).
+    """
+    units = gradients.unit.squeeze(-1)
+    lost = units.sum() * energies.sum() if shared else (units * energies.sum(-1)).sum()
+    return 0.5 * float(lost) / gradients.samples
 
 
 def block_entries(graph_module: fx.GraphModule, node: fx.Node) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 import logging
 import math
@@ -106,6 +107,11 @@ class _Layer:
     loss: float
 
     @property
+    def undamped(self) -> _Layer:
+        """The layer with the metric in which errors are measured."""
+        return dataclasses.replace(self, damping=0.0)
+
+    @property
     def features(self) -> Moments:
         """The moments of the input's features."""
         if self.sample.features is None:
@@ -157,8 +163,8 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     weight, bias = grouped_weight(graph_module, mark.site)[0], grouped_bias(graph_module, mark.site)
     basis, reduced = (None, weight) if mark.site.side == "output" else torch.linalg.qr(weight)
     gradients = observer.sample.gradients
-    unit = gradients.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    loss = 0.5 * gradients.total / gradients.samples / len(reduced)
+    unit = gradients.unit
+    loss = 0.5 * float(unit) / gradients.samples
     bias = None if bias is None else bias[0]
     units = [unit * (sample.gradients.samples / gradients.samples) for sample in samples]  # sums over samples
     return [
@@ -181,8 +187,8 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
         size = len(order)
         sizes = sorted({round(size * share) for share in _JUDGED_SHARES} - {size})
         judged = [0.0] * len(sizes)
-        seen = [(half, *problem(half)) for half in halves]
-        for (own, own_covariances, own_metrics), (other, _, other_metrics) in itertools.permutations(seen):
+        seen = [(half, *problem(half), problem([layer.undamped for layer in half])[1]) for half in halves]
+        for (own, own_covariances, own_metrics, _), (other, _, _, other_metrics) in itertools.permutations(seen):
             own_order, _ = eliminate(own_covariances, own_metrics)
             for layer, judge, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
                 moment = judge.features.second_moment(layer.features.mean)[0]
@@ -224,10 +230,10 @@ def _score_heads(width: Width, layer: _Layer, halves: list[list[_Layer]]) -> Wid
     spectrum = _best_bases(moment, metric)
     energies = spectrum.energies * _mean_diagonal(metric)
     if len(halves) == 2:
-        seen = [_heads(width, half[0]) for half in halves]
         judged = []
-        for own, (other_moment, other_metric) in itertools.permutations(seen):
-            judged.append(held_out_errors(_best_bases(*own), other_moment, None, other_metric))
+        for (own,), (other,) in itertools.permutations(halves):
+            moment, metric = _heads(width, other.undamped)
+            judged.append(held_out_errors(_best_bases(*_heads(width, own)), moment, None, metric))
         energies = convex_energies((judged[0] + judged[1]) / 2)
     tail = [*energies.sum(0).flip(0).cumsum(0).flip(0).tolist(), 0.0]
     means = (layer.features.mean[0],) if width.kind == "values" else ()

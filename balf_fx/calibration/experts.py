@@ -126,8 +126,7 @@ class ExpertSensitivityObserver(SensitivityObserver):
             return None
         inner = gradients if self.basis is None else [g @ q.to(g) for g, q in zip(gradients, self.basis, strict=True)]
         scatter = torch.stack([(own.mT @ own).to(torch.float64) for own in inner])
-        total = sum(float(own.sum(dtype=torch.float64)) for own in weights)
-        return Sample(Gradients(samples, total, scatter, None), moments, None)
+        return Sample(Gradients(samples, scatter, None), moments, None)
 
 
 def _parts(cuts: Sequence[int], first: bool) -> list[slice]:

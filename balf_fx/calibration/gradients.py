@@ -6,7 +6,9 @@ g of the probe (L v)^T z at a site's output satisfies E[g g^T] = J^T H J, where 
 that output: E[g g^T] is the Gauss-Newton matrix there.
 
 For logits the loss is the Kullback-Leibler divergence of softmax(z), whose H = diag(p) - p p^T has the root
-L = diag(sqrt p) - p sqrt(p)^T. For other outputs it is the squared error relative to the output's mean square.
+L = diag(sqrt p) - p sqrt(p)^T. Where the model is confident of its answer, H is nearly zero, although an error that is
+large enough to change the answer costs much. So p is the softmax of z / 4, which is less confident. For other outputs
+the loss is the squared error relative to the output's mean square.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from balf_fx.calibration.observers import InfluenceObserver, Recorded, Sensitivi
 from balf_fx.calibration.weights import Weights, counted
 from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
 from balf_fx.graph.parameters import get_tensor, is_quantized
+
+TEMPERATURE = 4.0
+"""What logits are divided by for the curvature of their loss; with 1, it would be that of infinitesimal errors."""
 
 
 def observe_gradients(
@@ -141,7 +146,7 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
     logits = find_logits(output, batch)
     if logits is not None and logits.requires_grad:
         (rows,), scale = counted((logits,), None if weights is None else weights.of(logits, rows=True), rows=True)
-        p = rows.detach().softmax(-1)
+        p = (rows.detach() / TEMPERATURE).softmax(-1)
         v = _normal(rows, generator)
         direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
         return (rows * (direction if scale is None else direction * scale.sqrt().to(p).unsqueeze(-1))).sum()

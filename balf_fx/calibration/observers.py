@@ -269,12 +269,11 @@ class SensitivityObserver(nn.Module):
         if self.site.parts > 1:
             pieces = columns.reshape(self.site.parts, -1, columns.shape[-1])
             parts = (pieces @ pieces.mT).to(torch.float64)
-        total = float(columns.square().sum(dtype=torch.float64))
         moments = batch_moments(seen.value, self.site, self.site.side, columns.dtype, weights)
         if moments is None:
             return None
         features = None if seen.features is None else self._features(seen, columns.dtype, weights)
-        return Sample(Gradients(samples, total, (inner @ inner.mT).to(torch.float64), parts), moments, features)
+        return Sample(Gradients(samples, (inner @ inner.mT).to(torch.float64), parts), moments, features)
 
     def _features(self, seen: _Seen, dtype: torch.dtype, weights: Tensor) -> Moments | None:
         value: Any = seen.features

@@ -16,21 +16,24 @@ class Gradients:
 
     Attributes:
         samples: the number of samples that count.
-        total: the sum of |g|^2.
         scatter: [G, m, m], the sum of h h^T, where h = g on the output side and h = Q^T g, W = Q R, on the input side;
             m = min(O, D).
         parts: [parts, O / parts, O / parts], the same for the parts of g, for sites that have parts.
     """
 
     samples: float
-    total: float
     scatter: Tensor
     parts: Tensor | None
+
+    @property
+    def unit(self) -> Tensor:
+        """[G, 1], the mean eigenvalue of the scatter of each group."""
+        return self.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
 
     def merge(self, other: Gradients) -> Gradients:
         """Both samples together."""
         parts = None if self.parts is None or other.parts is None else self.parts + other.parts
-        return Gradients(self.samples + other.samples, self.total + other.total, self.scatter + other.scatter, parts)
+        return Gradients(self.samples + other.samples, self.scatter + other.scatter, parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gradients:
         return self

@@ -32,7 +32,7 @@ from balf_fx.progress import SILENT, Progress
 _LOGGER = logging.getLogger(__name__)
 _IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers are better at low budgets, 1 at high budgets
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
-_CAUTIONS = (3.0, 9.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
+_CAUTIONS = (2.0, 4.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
 _SAMPLES = 128
 
 

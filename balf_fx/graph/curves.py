@@ -123,8 +123,8 @@ class RankCurve:
         energy: the mean squared output of the site, centred or not, by which its distortions are normalised.
         output_elements: the number of output elements of all uses of the site, on which FLOPs depend.
         spectrum: the spectrum from which the factors are computed.
-        loss: the increase of the loss, to second order, when the site's output is replaced by its mean; None if there
-            are no gradients.
+        loss: the increase of a sample's loss, to second order, when the site's output is replaced by its mean; None if
+            there are no gradients.
         parts: the spectrum of the site's parts, if these may have separate factors.
         kept: the experts that keep their matrices, since they have seen too few positions.
         strips: the spectrum of a separable convolution for strips; its energies are in the unit of `spectrum`.

@@ -52,7 +52,6 @@ def test_gradients_weight_each_experts_rows(selected):
     observer.take(recorded[0], gradient)
     sample = observer.sample
     g, seen = gradient.squeeze(1), (x if site.side == "input" else output.detach().squeeze(1))
-    torch.testing.assert_close(sample.gradients.total, float(g.square().sum()))
     assert sample.gradients.samples == 8
     for expert in range(2):
         own = ids == expert

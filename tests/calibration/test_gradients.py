@@ -4,7 +4,7 @@ from torch import nn
 
 import balf_fx
 from balf_fx.calibration.answers import find_logits
-from balf_fx.calibration.gradients import probe
+from balf_fx.calibration.gradients import TEMPERATURE, probe
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation, sites
@@ -30,12 +30,19 @@ def observer(graph_module, name):
 
 def test_the_probe_of_logits_has_the_second_moment_of_the_divergence():
     logits = torch.randn(1, 4, dtype=torch.float64)
-    p = logits.softmax(-1)[0]
+    p = (logits / TEMPERATURE).softmax(-1)[0]
     samples, draws = 20_000, generator()
     rows = logits.expand(samples, 4).detach().requires_grad_()
     (gradients,) = torch.autograd.grad(probe(rows, None, draws), rows)
     second = gradients.mT @ gradients / samples
     torch.testing.assert_close(second, torch.diag(p) - p[:, None] * p, rtol=0.05, atol=0.01)
+
+
+def test_a_confident_answer_is_sensitive_too():
+    """The divergence itself has a curvature of 1e-6 there, as if errors of any size changed nothing."""
+    rows = torch.tensor([[14.0, 0.0, 0.0, 0.0]]).expand(2000, 4).double().requires_grad_()
+    (gradients,) = torch.autograd.grad(probe(rows, None, generator()), rows)
+    assert float(gradients.square().sum(1).mean()) > 0.1
 
 
 def test_what_counts_as_logits():
@@ -73,7 +80,7 @@ def test_gradients_tell_positions_and_directions_that_matter():
     assert found.positions[1] == 0
     basis = torch.eye(6, dtype=torch.float64) if found.basis is None else found.basis[0]
     full = basis @ scatter @ basis.mT
-    assert float(full[0, 0]) == pytest.approx(found.sample.gradients.total, rel=1e-4)
+    assert float(full[0, 0]) == pytest.approx(float(scatter.trace()), rel=1e-4)
     torch.testing.assert_close(found.sample.moments.mean[0], x[:, 0].mean(0).double(), rtol=1e-4, atol=1e-5)
 
 
@@ -159,7 +166,7 @@ def test_a_users_loss_takes_the_place_of_ours(conv_net, images):
     labels = torch.zeros(8, dtype=torch.long)
     loss = lambda output, batch: nn.functional.cross_entropy(output, labels)  # noqa: E731
     found = observer(prepared(conv_net, images, loss=loss), "head")
-    assert found.sample.gradients.total > 0
+    assert float(found.sample.gradients.unit) > 0
     with pytest.raises(CalibrationError, match="scalar"):
         prepared(conv_net, images, loss=lambda output, batch: output)
 

@@ -377,7 +377,7 @@ def test_squares_of_gradients_stay_in_range(scale):
     recorded = Recorded(value, value, None, None)
     plain.take(recorded, gradient.double())
     scaled.take(recorded, gradient * scale)
-    unit = scaled.sample.gradients.total / plain.sample.gradients.total
+    unit = float(scaled.sample.gradients.unit / plain.sample.gradients.unit)
     assert unit == pytest.approx(scale**2, rel=1e-5)
     torch.testing.assert_close(
         scaled.sample.gradients.scatter / unit, plain.sample.gradients.scatter, rtol=1e-5, atol=0

@@ -120,7 +120,7 @@ def statistics(batches, model=None, **options):
             found[name] = (module.moments.count, module.moments.mean, module.moments.scatter)
         if isinstance(module, SensitivityObserver):
             gradients = module.sample.gradients
-            found[name] = (gradients.samples, gradients.total, gradients.scatter, module.positions)
+            found[name] = (gradients.samples, gradients.scatter, module.positions)
     small = balf_fx.convert(prepared, flops=0.7, effort="balanced", progress=False, **options)
     return {"statistics": found, "ranks": balf_fx.plan(small).ranks}
 

@@ -265,7 +265,7 @@ class Behind(nn.Module):
 )
 def test_the_residual_stream_is_seen_behind_what_hands_a_value_on(last):
     torch.manual_seed(0)
-    plain, batches = Behind(nn.Sequential()).eval(), list(torch.randn(3, 32, 8))
+    plain, batches = Behind(nn.Sequential()).eval(), list(torch.randn(3, 128, 8))
     model = Behind(last).eval()
     model.load_state_dict(plain.state_dict())
     options = {"allocation": {"stem": 4, "up": 4, "down": 4}, "refit": "full", "progress": False}

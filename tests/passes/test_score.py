@@ -86,6 +86,55 @@ def test_passes_take_a_graph_that_was_traced_elsewhere():
     assert curves(graph_module)["0"].candidates[0].params == 16 + 8
 
 
+LAYERS = {
+    "output side": nn.Linear(16, 6),
+    "input side": nn.Linear(6, 16),
+    "groups": nn.Conv1d(12, 12, 1, groups=3),
+    "wide groups": nn.Conv1d(6, 15, 1, groups=3),
+}
+
+
+def measured(layer: nn.Module, shape: tuple[int, ...], least: float):
+    """The layer's curve, the deviations of its outputs [N, P, O] from their mean, and the scales [O] of gradients.
+
+    Gradients are independent of the outputs, so that half the expected square of an error along them is exact.
+    """
+    draws = torch.Generator().manual_seed(0)
+    model = nn.Sequential(layer).double().requires_grad_(False)
+    layer.weight.copy_(torch.randn(layer.weight.shape, generator=draws))
+    x = torch.randn(shape, generator=draws, dtype=torch.float64)
+    scales = torch.logspace(least, 0, len(layer.weight), dtype=torch.float64)
+
+    def loss(output, batch):
+        random = torch.randn(output.shape, generator=draws, dtype=output.dtype)
+        return (output * random * scales.reshape(-1, *(1,) * (output.dim() - 2))).sum()
+
+    graph_module = balf_fx.prepare(model, x, factors="sensitivity")
+    balf_fx.calibrate(graph_module, [x], loss=loss, progress=False)
+    curve = curves(graph_module, factors="sensitivity")["0"]
+    outputs = model(x).reshape(len(x), len(scales), -1).mT
+    return curve, outputs - outputs.mean((0, 1)), scales
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_loss_of_a_layer_is_what_is_measured(name):
+    layer = LAYERS[name]
+    shape = (3000, layer.in_features) if isinstance(layer, nn.Linear) else (3000, layer.in_channels, 2)
+    curve, outputs, scales = measured(layer, shape, -1)
+    assert curve.loss == pytest.approx(float(0.5 * (outputs * scales).square().sum((1, 2)).mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["output side", "input side"])
+def test_the_loss_of_a_rank_is_what_is_measured(name):
+    """Most directions of the output have nearly no gradient, where damping would see some."""
+    curve, outputs, scales = measured(LAYERS[name], (3000, LAYERS[name].in_features), -3)
+    candidate = next(candidate for candidate in curve.candidates if candidate.rank == 2)
+    left, right = curve.spectrum.maps(2)
+    errors = outputs - outputs @ right[0].mT @ left[0].mT
+    wanted = float(0.5 * (errors * scales).square().sum((1, 2)).mean())
+    assert curve.loss * curve.normalised(candidate.distortion) == pytest.approx(wanted, rel=0.1)
+
+
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=["output side", "input side"])
 @pytest.mark.parametrize("centred", [True, False])
 def test_each_half_of_the_samples_judges_the_other(shape, centred):

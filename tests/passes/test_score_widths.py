@@ -268,7 +268,6 @@ def test_halves_make_up_the_whole():
         first, second = observer.halves
         both = first.merge(second)
         assert first.gradients.samples == second.gradients.samples == 48
-        assert both.gradients.total == pytest.approx(observer.sample.gradients.total)
         torch.testing.assert_close(both.gradients.scatter, observer.sample.gradients.scatter)
         torch.testing.assert_close(both.moments.scatter, observer.sample.moments.scatter)
         assert (observer.sample.features is not None) == (nodes[0].name in readers), site.name
