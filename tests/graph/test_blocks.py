@@ -1,4 +1,4 @@
-"""Blocks: cuts with the fewest bytes alive, against all choices; blocks one after another compute what the graph does."""
+"""Blocks: cuts with the fewest bytes alive, against all choices; run one after another, they are the graph."""
 
 import itertools
 import random
@@ -143,8 +143,7 @@ def test_a_tied_weight_counts_in_each_node_that_reads_it():
     assert found == sorted([table, table, model.layer.weight.nbytes + model.layer.bias.nbytes])
     blocks = find_blocks(graph_module, weight_bytes(graph_module), table)
     assert len(blocks) == 3
-    (constant,) = [node for node in blocks[-1].constants if node.op == "get_attr"]
-    assert graph_module.get_parameter(constant.target).shape == (8, 16)  # computed once, by FoldConstants
+    assert [node.name for node in blocks[-1].constants] == ["table_weight", "t", "mul"]
 
 
 def test_alive_are_the_values_that_are_read_later():
