@@ -25,8 +25,8 @@ from balf_fx.calibration.batches import (
     is_empty,
     iterate,
     ordinary,
-    placeholder_values,
 )
+from balf_fx.calibration.calls import placeholder_values
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.checks import check_values
 from balf_fx.capture.models import cuda_devices, device_of, plain_model

@@ -49,6 +49,7 @@ def find_blocks(graph_module: fx.GraphModule, sizes: Mapping[fx.Node, int], boun
     """
     fixed = constant_nodes(graph_module)
     nodes = [node for node in graph_module.graph.nodes if node not in fixed]
+    nodes.sort(key=lambda node: node.op != "placeholder")  # the first block has all of them
     positions = cut_positions(alive_bytes(graph_module, nodes), [sizes.get(node, 0) for node in nodes], bound)
     edges = [0, *positions, len(nodes)]
     return _blocks([nodes[start:stop] for start, stop in itertools.pairwise(edges)], fixed)
