@@ -45,6 +45,7 @@ from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import checkpoint, storage
 from balf_fx.files.restore import Stored, recorded_call, restore, stored
+from balf_fx.files.weights import with_weights
 from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import parameters_named_once, stock_modules
 from balf_fx.graph.parameters import count_parameters
@@ -85,7 +86,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         for context in (torch.inference_mode(False), torch.no_grad(), group.guarded()):
             closing.enter_context(context)
         bar = closing.enter_context(progress_bar(settings.progress and group.rank == 0, "capturing"))
-        model = plain_model(model)
+        model, pages = with_weights(plain_model(model), settings.safetensors)
         closing.enter_context(torch.random.fork_rng(cuda_devices(model)))
         check_values(model)
         check_alike(model, settings, group)
@@ -114,6 +115,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
                 collections.deque(stream, maxlen=0)  # compares them
             return _rebuilt(finished, program, model)
         calibration = _calibration(kept, forward, settings, memory, group)
+        calibration = dataclasses.replace(calibration, pages=pages)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar, journal=journal)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
@@ -158,7 +160,7 @@ def prepare(
         )
     settings = settings_from(options, "prepare")
     wanted |= {"sensitivity"} if sensitivity else set()
-    model = plain_model(model)
+    model, _pages = with_weights(plain_model(model), settings.safetensors)
     check_values(model)
     with torch.inference_mode(False), torch.no_grad():
         return _prepared(model, example, forward or _forward_for(model, settings), settings, wanted)
@@ -240,7 +242,8 @@ def convert(
         if settings.result == "graph" or model is None:
             small: nn.Module = finish(graph_module, plan)
         else:
-            model, alone = plain_model(model), first is _NOTHING
+            model, _pages = with_weights(plain_model(model), settings.safetensors)
+            alone = first is _NOTHING
             call = recorded_call(plan.origin, model) if alone else (given or _forward_for(model, settings))
             small = _grafted(model, graph_module, plan, () if alone else first, call)
         checkpoint.write_result(journal, stored(small))

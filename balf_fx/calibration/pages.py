@@ -5,22 +5,35 @@ from __future__ import annotations
 import mmap
 import tempfile
 import weakref
+from collections.abc import Iterable
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+_OPEN: weakref.WeakSet[Pages] = weakref.WeakSet()
+
 
 class Pages:
-    """Tensors that are mapped from temporary files, and the memory that these take.
-
-    A file has no name and is gone with the last of its tensors.
-    """
+    """The files that are mapped into memory during one compression."""
 
     def __init__(self) -> None:
-        self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # with their addresses
+        self._maps: weakref.WeakKeyDictionary[mmap.mmap, range] = weakref.WeakKeyDictionary()  # with their addresses
+        _OPEN.add(self)
+
+    def map(self, file: BinaryIO, own: bool = False) -> Tensor:
+        """The bytes of a file as a tensor, uint8 [n].
+
+        Args:
+            own: whether changes of the tensor are written to the file; else the file stays as it is.
+        """
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if own else mmap.ACCESS_COPY)
+        mapped = torch.frombuffer(found, dtype=torch.uint8)
+        self._maps[found] = range(mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes)
+        return mapped
 
     def park(self, tensor: Tensor) -> Tensor:
-        """A tensor with the values of another one, mapped from a new file.
+        """A tensor with the values of another one, mapped from a temporary file, which is gone with the tensor.
 
         Returns:
             The tensor itself if it is empty, not a plain one, or on a device other than the CPU.
@@ -28,16 +41,13 @@ class Pages:
         Raises:
             OSError: the disk is full.
         """
-        if type(tensor) is not Tensor or tensor.device.type != "cpu" or not tensor.numel():
+        if type(tensor) is not Tensor or tensor.device.type != "cpu" or not tensor.numel() or self.has(tensor):
             return tensor
         values = tensor.detach().contiguous()
         with tempfile.TemporaryFile(prefix="balf_fx-") as file:
             file.write(values.reshape(-1).view(torch.uint8).numpy().data)  # not the map: a full disk would kill
             file.flush()
-            found = mmap.mmap(file.fileno(), values.nbytes)
-        parked = torch.frombuffer(found, dtype=values.dtype).reshape(values.shape)
-        self._maps[found] = parked.data_ptr()
-        return parked
+            return self.map(file, own=True).view(values.dtype).reshape(values.shape)
 
     def keep(self, module: nn.Module) -> None:
         """Park the parameters of a module, and give back the memory of all that was read."""
@@ -46,11 +56,22 @@ class Pages:
         self.release()
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether `park` has returned the tensor."""
-        return tensor.data_ptr() in self._maps.values()
+        """Whether a tensor is in one of the files."""
+        return tensor.layout is torch.strided and any(tensor.data_ptr() in found for found in self._maps.values())
 
     def release(self) -> None:
-        """Give back the memory of what was read; it is read again from the files where it is needed."""
+        """Give back the memory of what was read; it is read again from the files where it is needed.
+
+        Changes of tensors that were not written to their file are lost.
+        """
         if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere, the system takes it when it needs some
             for each in list(self._maps):
                 each.madvise(mmap.MADV_DONTNEED)
+
+
+def mapped(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Those of some tensors, by id, that are in the files of a compression that is not finished.
+
+    As the memo of `copy.deepcopy`, so that copies of a model share them.
+    """
+    return {id(tensor): tensor for tensor in tensors if any(pages.has(tensor) for pages in list(_OPEN))}

@@ -27,7 +27,7 @@ def check_weights(model: nn.Module) -> None:
             if nn.parameter.is_lazy(parameter):
                 raise ModelError(f"{label} is lazy and has no weights yet: run one batch through the model first")
             if parameter.device.type == "meta":
-                raise ModelError(f"{label} is on the meta device: load its weights first")
+                raise ModelError(f"{label} is on the meta device: load its weights first, or pass safetensors=")
             if type(parameter.data) is not Tensor and not is_quantized(parameter):
                 raise ModelError(
                     f"{label} has a {type(parameter.data).__name__} in place of a plain tensor: compress the model "

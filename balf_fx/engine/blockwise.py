@@ -36,12 +36,16 @@ from balf_fx.progress import SILENT, Progress
 
 
 def paged(program: Program, settings: Settings, calibration: Calibration) -> Calibration:
-    """Calibration with files for what is scored, if the program goes block by block."""
+    """Calibration with files for what is scored, if the program goes block by block.
+
+    It does where weights, statistics and spectra exceed the memory, and where the calibration has files already.
+    """
     possible = settings.chosen_factors in ("activations", "svd") and not (program.is_traced or settings.times)
     if not possible or calibration.group.size > 1:
-        return calibration
-    needed = sum(_sizes(program.graph_modules[0]).values())
-    return dataclasses.replace(calibration, pages=Pages()) if needed > calibration.memory else calibration
+        return dataclasses.replace(calibration, pages=None)
+    if calibration.pages is None and sum(_sizes(program.graph_modules[0]).values()) > calibration.memory:
+        return dataclasses.replace(calibration, pages=Pages())
+    return calibration
 
 
 def _sizes(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
@@ -144,8 +148,8 @@ def _score(graph_module: fx.GraphModule, score: Score, names: Collection[str], p
         options, moments, gradients = mark.scored_with
         observer = observer_of(graph_module, mark.observer, CovarianceObserver)
         if observer is not None and observer.moments is not None:
-            if not pages.has(observer.moments.scatter):
-                parked = pages.park(observer.moments.scatter)
+            parked = pages.park(observer.moments.scatter)
+            if parked is not observer.moments.scatter:  # not yet, by another site
                 observer.moments = dataclasses.replace(observer.moments, scatter=parked)
             moments = observer.moments
         for node in nodes:
@@ -157,8 +161,8 @@ def _parked(curve: RankCurve, pages: Pages) -> RankCurve:
     """The curve with its directions in files."""
 
     def parked(spectrum: Spectrum | None) -> Spectrum | None:
-        if spectrum is None or pages.has(spectrum.left):
-            return spectrum
+        if spectrum is None:
+            return None
         right = None if spectrum.right is None else pages.park(spectrum.right)
         return dataclasses.replace(spectrum, left=pages.park(spectrum.left), right=right)
 

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from balf_fx.budget.problem import Problem, drawn, pose
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.merging import check_merged, merging
-from balf_fx.calibration.observers import (
-    OBSERVERS,
-    InfluenceObserver,
-    SensitivityObserver,
-)
+from balf_fx.calibration.observers import OBSERVERS, InfluenceObserver, SensitivityObserver
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import check_fit, weighing
@@ -232,12 +229,18 @@ def convert(
         for graph_module in filter(sites, compressed.graph_modules):
             Refine(group=calibration.group, progress=solving, journal=journal)(graph_module)
     pivot = settings.pivot or isinstance(allocate, Follow)
-    pages = calibration.pages or Pages()
-    carry_out(compressed, mode, calibration, solving, pivot, journal, lambda _: pages.release())
+    carry_out(compressed, mode, calibration, solving, pivot, journal, _finishing(settings, calibration.pages))
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     plan = plan_of_records(records, records[0].allocation or allocation)
     return compressed, dataclasses.replace(plan, timing=timing)
+
+
+def _finishing(settings: Settings, pages: Pages | None) -> Callable[[nn.Module], None]:
+    """What is done with new layers: where the model's weights are in files, these stay in files, too."""
+    if pages is None:
+        return lambda _: None
+    return (lambda _: pages.release()) if settings.safetensors is None else pages.keep
 
 
 def _chosen(
