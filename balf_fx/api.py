@@ -35,6 +35,7 @@ from balf_fx.distributed.group import Group, group_of
 from balf_fx.engine import compress
 from balf_fx.engine.agreement import check_alike
 from balf_fx.engine.grafting import check_same, graft
+from balf_fx.engine.memory import bytes_of
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
 from balf_fx.engine.resuming import check, open_journal, with_validation
@@ -280,20 +281,22 @@ def report(compressed: Any) -> Report:
     return Report.of(plan(compressed))
 
 
-def save(compressed: Any, path: str | os.PathLike[str]) -> None:
+def save(compressed: Any, path: str | os.PathLike[str], *, shard: int | str | None = None) -> None:
     """Write a compressed model to a file; of a model that the backend compiled, only the replaced layers.
 
     Args:
         compressed: the result of `compile`, `convert` or `load`, which may have been fine-tuned or cast since; or the
             result of `torch.compile(..., backend="balf")`.
         path: the file, "small.safetensors" for instance; an existing file is replaced once everything is written.
+        shard: the bytes of each of several files, such as "2GiB", that are written one by one to a new folder `path`.
 
     Raises:
         PassError: the module has no plan.
-        FileError: a tensor cannot be stored by safetensors, such as a quantized weight.
+        OptionError: `shard` is no number of bytes.
+        FileError: a tensor cannot be stored by safetensors, such as a quantized weight; or the folder exists.
         NotCalibratedError: the backend is still calibrating.
     """
-    storage.write(_stored(compressed), path)
+    storage.write(_stored(compressed), path, None if shard is None else bytes_of(shard, name="shard"))
 
 
 def load(
@@ -302,7 +305,7 @@ def load(
     """Read a compressed model from a file.
 
     Args:
-        path: a file written by `save`.
+        path: a file or a folder written by `save`.
         model: a model of the architecture that was compressed, in evaluation mode, with any weights. It is not changed,
             and the result is on its device.
         example: one batch, if the model cannot be called with tensors of ones in the shapes of the first calibration

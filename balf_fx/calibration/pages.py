@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable
@@ -60,13 +62,16 @@ class Pages:
         return tensor.layout is torch.strided and any(tensor.data_ptr() in found for found in self._maps.values())
 
     def release(self) -> None:
-        """Give back the memory of what was read; it is read again from the files where it is needed.
+        """Give back the memory of what was read, and memory that is free but still held by the process.
 
-        Changes of tensors that were not written to their file are lost.
+        What is needed is read from the files again. Changes of tensors that `map` has not to write are lost.
         """
         if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere, the system takes it when it needs some
             for each in list(self._maps):
                 each.madvise(mmap.MADV_DONTNEED)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:  # glibc
+            trim(0)
 
 
 def mapped(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
