@@ -72,14 +72,16 @@ def calibrate_in_blocks(
     settings.align()(graph_module)
     settings.find_pivots()(graph_module)
     score = settings.score()
-    calls = _Calls(program, calibration, progress.track(batches))
+    calls = _Calls(program, calibration, batches)
     last = _last_calls(graph_module)
+    blocks = find_blocks(graph_module, _sizes(graph_module), calibration.memory)
+    shares = iter(progress.spans([1.0] * len(blocks)))
 
     def finish(block: Block) -> None:
         own = set(block.nodes)
         _score(graph_module, score, {name for name, node in last.items() if node in own}, calibration.pages)
+        next(shares).done()
 
-    blocks = find_blocks(graph_module, _sizes(graph_module), calibration.memory)
     walk(graph_module, blocks, calls, calibration.memory, finish, calls.around).close()
     calls.check()
 

@@ -43,8 +43,8 @@ def bytes_of(memory: Any, free: int | None = None, name: str = "memory") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(memory).lower())
     if not isinstance(memory, str) or found is None:
         raise OptionError(
-            f"{name} must be a number of bytes, such as 2147483648 or '2G', or a share of the memory that is free, such "
-            f"as 0.25, not {memory!r}"
+            f"{name} must be a number of bytes, such as 2147483648 or '2G', or a share of the memory that is free, "
+            f"such as 0.25, not {memory!r}"
         )
     return int(float(found[1]) * _UNITS[found[2]])
 
