@@ -1,7 +1,7 @@
 """How much memory and time a compression with gradients and refit takes, for ResNet-50 at 224 x 224.
 
 python benchmarks/memory.py --images 256 --batch-size 32 --batch-size 256 --json benchmarks/results/memory.json
-python benchmarks/memory.py --subject Llama-25M --memory 4GiB --memory 64MiB --files --json benchmarks/results/blocks.json
+python benchmarks/memory.py --subject Llama-25M --memory 64MiB --files
 
 Weights and images are random: the cost depends on shapes alone. Each case runs in a process of its own, and what is
 reported is the most memory that the process has had resident, imports, model and images included. Half an hour or so.

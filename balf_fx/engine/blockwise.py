@@ -9,8 +9,8 @@ another order. This needs all layers of a site alone, not the gradients of a los
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -44,7 +44,9 @@ def paged(program: Program, settings: Settings, calibration: Calibration) -> Cal
     if not possible or calibration.group.size > 1:
         return dataclasses.replace(calibration, pages=None)
     if calibration.pages is None and sum(_sizes(program.graph_modules[0]).values()) > calibration.memory:
-        return dataclasses.replace(calibration, pages=Pages())
+        calibration = dataclasses.replace(calibration, pages=Pages())
+    if calibration.pages is not None:
+        calibration.pages.release()  # what capture has read and freed
     return calibration
 
 
@@ -73,13 +75,11 @@ def calibrate_in_blocks(
     settings.find_pivots()(graph_module)
     score = settings.score()
     calls = _Calls(program, calibration, batches)
-    last = _last_calls(graph_module)
     blocks = find_blocks(graph_module, _sizes(graph_module), calibration.memory)
     shares = iter(progress.spans([1.0] * len(blocks)))
 
     def finish(block: Block) -> None:
-        own = set(block.nodes)
-        _score(graph_module, score, {name for name, node in last.items() if node in own}, calibration.pages)
+        _score(graph_module, score, block, calibration.pages)
         next(shares).done()
 
     walk(graph_module, blocks, calls, calibration.memory, finish, calls.around).close()
@@ -88,10 +88,8 @@ def calibrate_in_blocks(
 
 def score_in_blocks(graph_module: fx.GraphModule, score: Score, calibration: Calibration) -> None:
     """Score the sites of a calibrated graph block by block; those that `calibrate_in_blocks` has scored stay so."""
-    last = _last_calls(graph_module)
     for block in find_blocks(graph_module, _sizes(graph_module), calibration.memory):
-        own = set(block.nodes)
-        _score(graph_module, score, {name for name, node in last.items() if node in own}, calibration.pages)
+        _score(graph_module, score, block, calibration.pages)
 
 
 class _Calls:
@@ -113,13 +111,12 @@ class _Calls:
                 self._known.append((index, describe(batch), given, call_weights(self._program, batch, given)))
             yield values
 
-    def around(self, call: int) -> AbstractContextManager[Any]:
+    @contextmanager
+    def around(self, call: int) -> Iterator[None]:
         """The context in which a call runs."""
         index, words, _, weights = self._known[call]
-        stack = ExitStack()
-        stack.enter_context(telling(words, index))
-        stack.enter_context(weighing(self._program.graph_modules, weights))
-        return stack
+        with telling(words, index), weighing(self._program.graph_modules, weights):
+            yield
 
     def check(self) -> None:
         """Raise if the user's weights are no weights of the positions in a call."""
@@ -136,10 +133,12 @@ def _last_calls(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     }
 
 
-def _score(graph_module: fx.GraphModule, score: Score, names: Collection[str], pages: Pages | None) -> None:
-    """Score some sites, and move their statistics and the directions of their ranks to files."""
+def _score(graph_module: fx.GraphModule, score: Score, block: Block, pages: Pages | None) -> None:
+    """Score the sites that are complete with a block; their statistics and directions go to files."""
+    own = set(block.nodes)
+    names = {name for name, node in _last_calls(graph_module).items() if node in own}
     if score.factors != "svd":
-        names = set(names) - set(unseen(graph_module))
+        names -= unseen(graph_module).keys()
     dataclasses.replace(score, only=frozenset(names))(graph_module)
     if pages is None:
         return

@@ -211,6 +211,8 @@ def convert(
     watch = Watch.start(program, settings, calibration) if settings.times else None
     if settings.measures or mode is not None:
         calibration = in_pieces(program, calibration)
+    if calibration.pages is not None:
+        calibration.pages.release()
     work = work_of(program, settings, calibration.batches)
     shares = [work.scoring, work.trying, work.solving]
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])

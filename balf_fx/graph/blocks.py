@@ -119,7 +119,7 @@ def weight_bytes(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
     found: dict[fx.Node, int] = {}
     for node in graph_module.graph.nodes:
         held = dict(itertools.chain.from_iterable(own[each].items() for each in node.all_input_nodes if each in own))
-        held |= {id(tensor): tensor.nbytes for tensor in _tensors(graph_module, node)}
+        held |= {id(each): each.numel() * each.element_size() for each in _tensors(graph_module, node)}
         if node in fixed:
             own[node] = held
         elif held:

@@ -125,8 +125,8 @@ def test_statistics_of_finished_blocks_are_in_files(monkeypatch):
     """At the end of each block, what was scored is in files, and what was not is of blocks to come."""
     held, plain, pages = [], blockwise._score, []
 
-    def score(graph_module, score, names, own):
-        plain(graph_module, score, names, own)
+    def score(graph_module, score, block, own):
+        plain(graph_module, score, block, own)
         pages.append(own)
         for site, nodes in sites(graph_module).items():
             mark = annotation(nodes[0])
