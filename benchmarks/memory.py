@@ -130,7 +130,7 @@ def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
 @click.option("--subject", type=click.Choice(list(SUBJECTS)), help="A model of the timings in place of ResNet-50.")
 @click.option("--effort", type=click.Choice(["fast", "balanced", "best"]), default="fast", show_default=True)
 @click.option("--memory", "bounds", multiple=True, default=("0.25",), help="The option memory, with --subject.")
-@click.option("--files", is_flag=True, help="Read the subject's weights from files, block by block.")
+@click.option("--files", is_flag=True, help="With the last bound, read the weights from files, too.")
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
 def main(
     images: int,
@@ -148,7 +148,7 @@ def main(
         click.echo(json.dumps(asdict(footprint(subject, effort, bounds[0], files))))
         return
     if subject is not None:
-        cases = [(bound, own) for bound in bounds for own in sorted({False, files})]
+        cases = [*((bound, False) for bound in bounds), *[(bounds[-1], True)] * files]
         found = [asdict(footprint_apart(subject, effort, *case)) for case in cases]
         click.echo(tabulate(found, headers="keys", floatfmt=".3f"))
         if output is not None:
