@@ -42,6 +42,9 @@ def with_weights(model: nn.Module, path: str | os.PathLike[str] | None) -> tuple
     if path is None:
         return model, None
     model, pages = copy_model(model), Pages()
+    tie = getattr(model, "tie_weights", None)  # of transformers: files have one of two that accelerate makes apart
+    if callable(tie):
+        tie()
     given = read_tensors(Path(path), pages)
     found: dict[int, Tensor] = {}  # tensors that several names share remain shared
     for held in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):

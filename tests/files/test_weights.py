@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import Mlp, make
 from safetensors.torch import save_file
+from small_models import TINY_TEXT
 from torch import nn
 
 import balf_fx
@@ -187,3 +188,20 @@ def test_a_buffer_without_values_is_refused(tmp_path):
         ModelError, match=r"has no shift, which the model computes when it is made: .* accelerate.init_emp"
     ):
         with_weights(blank, folder)
+
+
+def test_a_language_model_goes_from_its_folder_to_another_one(tmp_path):
+    transformers, accelerate = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    config = transformers.LlamaConfig(**TINY_TEXT, tie_word_embeddings=True, use_cache=False)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "weights", max_shard_size="20KB")
+    with accelerate.init_empty_weights():
+        blank = transformers.LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": ids} for ids in torch.randint(96, (3, 4, 8))]
+    options = {"params": 0.8, "effort": "fast", "progress": False, "result": "module"}
+    lazy = balf_fx.compile(blank, batches, safetensors=tmp_path / "weights", memory=1, **options)
+    torch.testing.assert_close(lazy.state_dict(), balf_fx.compile(model, batches, **options).state_dict())
+    lazy.save_pretrained(tmp_path / "small")
+    small = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(small(**batches[0]).logits, lazy(**batches[0]).logits)
