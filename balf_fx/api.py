@@ -115,8 +115,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             if stream is not None and settings.calibrates:
                 collections.deque(stream, maxlen=0)  # compares them
             return _rebuilt(finished, program, model)
-        calibration = _calibration(kept, forward, settings, memory, group)
-        calibration = dataclasses.replace(calibration, pages=pages)
+        calibration = dataclasses.replace(_calibration(kept, forward, settings, memory, group), pages=pages)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar, journal=journal)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.

@@ -147,12 +147,14 @@ def _score(graph_module: fx.GraphModule, score: Score, block: Block, pages: Page
         if site.name not in names or mark.curve is None or mark.scored_with is None:
             continue
         options, moments, gradients = mark.scored_with
-        observer = observer_of(graph_module, mark.observer, CovarianceObserver)
-        if observer is not None and observer.moments is not None:
+        for path in (mark.strips, mark.observer):
+            observer = observer_of(graph_module, path, CovarianceObserver)
+            if observer is None or observer.moments is None:
+                continue
             parked = pages.park(observer.moments.scatter)
             if parked is not observer.moments.scatter:  # not yet, by another site
                 observer.moments = dataclasses.replace(observer.moments, scatter=parked)
-            moments = observer.moments
+            moments = observer.moments if path == mark.observer else moments
         for node in nodes:
             annotate(node, curve=_parked(mark.curve, pages), scored_with=(options, moments, gradients))
     pages.release()

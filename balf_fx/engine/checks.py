@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from balf_fx.errors import OptionError
+
+
+def check_choice(name: str, given: Any, values: Collection[Any]) -> None:
+    """Check that an option has one of its values, if these are listed; 1 is not True."""
+    if values and not any(given is value or (isinstance(given, str) and given == value) for value in values):
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, values))}, not {given!r}")
 
 
 def check_patterns(**given: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from balf_fx.calibration.batches import Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
-from balf_fx.engine.checks import check_functions, check_limit, check_paths, check_patterns, check_ranks, check_seed
+from balf_fx.engine import checks
 from balf_fx.engine.fields import option
 from balf_fx.engine.memory import SHARE, bytes_of, check_memory
 from balf_fx.engine.units import share_of
@@ -264,15 +264,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            values, given = each.metadata["values"], getattr(self, each.name)
-            if values and not any(given is value or (isinstance(given, str) and given == value) for value in values):
-                raise OptionError(f"{each.name} must be one of {', '.join(map(repr, values))}, not {given!r}")
-        check_patterns(include=self.include, exclude=self.exclude, dense=self.dense)
-        check_seed(self.seed)
-        check_limit(self.disagreement, self.divergence, self.confidence, self.validation)
-        check_functions(loss=(self.loss, "the output and the batch"), weights=(self.weights, "the batch"))
-        check_paths(checkpoint=self.checkpoint, safetensors=self.safetensors)
-        check_ranks(self.allocation)
+            checks.check_choice(each.name, getattr(self, each.name), each.metadata["values"])
+        checks.check_patterns(include=self.include, exclude=self.exclude, dense=self.dense)
+        checks.check_seed(self.seed)
+        checks.check_limit(self.disagreement, self.divergence, self.confidence, self.validation)
+        checks.check_functions(loss=(self.loss, "the output and the batch"), weights=(self.weights, "the batch"))
+        checks.check_paths(checkpoint=self.checkpoint, safetensors=self.safetensors)
+        checks.check_ranks(self.allocation)
         check_memory(self.memory)
         _ = self.align()
         if self.refit and self.chosen_factors == "air":

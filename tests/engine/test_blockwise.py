@@ -67,6 +67,7 @@ OPTIONS = {
     "balf": {**balf_fx.BALF, "params": 0.7},
     "svd": {"factors": "svd", "effort": "fast", "params": 0.6},
     "free": {},
+    "separable": {"effort": "fast", "flops": 0.4, "separable": True},
 }
 
 
@@ -90,7 +91,10 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, "fast") for name in MODELS), ("convolutions", "balf"), ("fused", "svd"), ("padded text", "free")],
+    [
+        *((name, "fast") for name in MODELS),
+        *(("convolutions", "balf"), ("convolutions", "separable"), ("fused", "svd"), ("padded text", "free")),
+    ],
 )
 def test_the_result_is_that_of_all_blocks_at_once(name, options, walks):
     torch.manual_seed(0)
@@ -102,7 +106,7 @@ def test_the_result_is_that_of_all_blocks_at_once(name, options, walks):
     ]
     assert_same(*pair)
     # The statistics; with the fast effort, then the original and one or two allocations on a few samples.
-    assert len(walks) in {"fast": (3, 4), "balf": (1,)}.get(options, (0,))
+    assert len(walks) in {"fast": (3, 4), "separable": (3, 4), "balf": (1,)}.get(options, (0,))
     assert all(count > 2 for count in walks)
 
 
