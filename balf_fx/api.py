@@ -25,8 +25,8 @@ from balf_fx.calibration.batches import (
     is_empty,
     iterate,
     ordinary,
-    placeholder_values,
 )
+from balf_fx.calibration.calls import placeholder_values
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.checks import check_values
 from balf_fx.capture.models import cuda_devices, device_of, plain_model
@@ -35,6 +35,7 @@ from balf_fx.distributed.group import Group, group_of
 from balf_fx.engine import compress
 from balf_fx.engine.agreement import check_alike
 from balf_fx.engine.grafting import check_same, graft
+from balf_fx.engine.memory import bytes_of
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
 from balf_fx.engine.resuming import check, open_journal, with_validation
@@ -45,6 +46,7 @@ from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.files import checkpoint, storage
 from balf_fx.files.restore import Stored, recorded_call, restore, stored
+from balf_fx.files.weights import with_weights
 from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import parameters_named_once, stock_modules
 from balf_fx.graph.parameters import count_parameters
@@ -85,7 +87,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         for context in (torch.inference_mode(False), torch.no_grad(), group.guarded()):
             closing.enter_context(context)
         bar = closing.enter_context(progress_bar(settings.progress and group.rank == 0, "capturing"))
-        model = plain_model(model)
+        model, pages = with_weights(plain_model(model), settings.safetensors)
         closing.enter_context(torch.random.fork_rng(cuda_devices(model)))
         check_values(model)
         check_alike(model, settings, group)
@@ -113,7 +115,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             if stream is not None and settings.calibrates:
                 collections.deque(stream, maxlen=0)  # compares them
             return _rebuilt(finished, program, model)
-        calibration = _calibration(kept, forward, settings, memory, group)
+        calibration = dataclasses.replace(_calibration(kept, forward, settings, memory, group), pages=pages)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar, journal=journal)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
@@ -158,7 +160,7 @@ def prepare(
         )
     settings = settings_from(options, "prepare")
     wanted |= {"sensitivity"} if sensitivity else set()
-    model = plain_model(model)
+    model, _pages = with_weights(plain_model(model), settings.safetensors)
     check_values(model)
     with torch.inference_mode(False), torch.no_grad():
         return _prepared(model, example, forward or _forward_for(model, settings), settings, wanted)
@@ -240,7 +242,8 @@ def convert(
         if settings.result == "graph" or model is None:
             small: nn.Module = finish(graph_module, plan)
         else:
-            model, alone = plain_model(model), first is _NOTHING
+            model, _pages = with_weights(plain_model(model), settings.safetensors)
+            alone = first is _NOTHING
             call = recorded_call(plan.origin, model) if alone else (given or _forward_for(model, settings))
             small = _grafted(model, graph_module, plan, () if alone else first, call)
         checkpoint.write_result(journal, stored(small))
@@ -277,20 +280,22 @@ def report(compressed: Any) -> Report:
     return Report.of(plan(compressed))
 
 
-def save(compressed: Any, path: str | os.PathLike[str]) -> None:
+def save(compressed: Any, path: str | os.PathLike[str], *, shard: int | str | None = None) -> None:
     """Write a compressed model to a file; of a model that the backend compiled, only the replaced layers.
 
     Args:
         compressed: the result of `compile`, `convert` or `load`, which may have been fine-tuned or cast since; or the
             result of `torch.compile(..., backend="balf")`.
         path: the file, "small.safetensors" for instance; an existing file is replaced once everything is written.
+        shard: the bytes of each of several files, such as "2GiB", that are written one by one to a new folder `path`.
 
     Raises:
         PassError: the module has no plan.
-        FileError: a tensor cannot be stored by safetensors, such as a quantized weight.
+        OptionError: `shard` is no number of bytes.
+        FileError: a tensor cannot be stored by safetensors, such as a quantized weight; or the folder exists.
         NotCalibratedError: the backend is still calibrating.
     """
-    storage.write(_stored(compressed), path)
+    storage.write(_stored(compressed), path, None if shard is None else bytes_of(shard, name="shard"))
 
 
 def load(
@@ -299,7 +304,7 @@ def load(
     """Read a compressed model from a file.
 
     Args:
-        path: a file written by `save`.
+        path: a file or a folder written by `save`.
         model: a model of the architecture that was compressed, in evaluation mode, with any weights. It is not changed,
             and the result is on its device.
         example: one batch, if the model cannot be called with tensors of ones in the shapes of the first calibration

@@ -33,7 +33,8 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 import balf_fx
-from balf_fx.calibration.batches import forward_for, placeholder_values
+from balf_fx.calibration.batches import forward_for
+from balf_fx.calibration.calls import placeholder_values
 from balf_fx.engine.rewriting import rewrite
 from balf_fx.engine.settings import Settings
 from balf_fx.graph.annotation import annotation, sites

@@ -1,6 +1,7 @@
 """How much memory and time a compression with gradients and refit takes, for ResNet-50 at 224 x 224.
 
 python benchmarks/memory.py --images 256 --batch-size 32 --batch-size 256 --json benchmarks/results/memory.json
+python benchmarks/memory.py --subject Llama-25M --memory 64MiB --files
 
 Weights and images are random: the cost depends on shapes alone. Each case runs in a process of its own, and what is
 reported is the most memory that the process has had resident, imports, model and images included. Half an hour or so.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +20,15 @@ from pathlib import Path
 import click
 import torch
 from common import write_json
+from safetensors.torch import save_model
 from stages import peak_gib, resident_gib
 from subjects import SUBJECTS
 from tabulate import tabulate
+from torch import nn
 from torchvision.models import resnet50
 
 import balf_fx
+from balf_fx.calibration.pages import Pages
 from balf_fx.passes.refit import RefitMode
 
 FLOPS = 0.6
@@ -66,27 +71,47 @@ def _forward_seconds(model: torch.nn.Module, batch: torch.Tensor) -> float:
 class Footprint:
     """Of one process, in GiB: a model's weights, and the most that its compression had resident above what was before.
 
-    The forward passes are run before, so that what these take is not counted.
+    The forward passes are run before, so that what these take is not counted. Weights that are read from files are not
+    resident before, and count where they are read.
     """
 
+    memory: str
+    files: bool
     weights: float
     above: float
+    seconds: float
 
 
-def footprint(name: str, effort: str) -> Footprint:
-    """Compress a model of `subjects` in this process."""
+def footprint(name: str, effort: str, memory: str, files: bool) -> Footprint:
+    """Compress a model of `subjects` in this process, with its weights in memory or in files."""
     subject = SUBJECTS[name]()
     subject.run()
-    before = resident_gib()
-    balf_fx.compile(subject.model, subject.calibration, flops=FLOPS, effort=effort, progress=False)
     weights = sum(parameter.nbytes for parameter in subject.model.parameters()) / 2**30
-    return Footprint(weights, peak_gib() - before)
+    with tempfile.TemporaryDirectory() as folder:
+        if files:
+            save_model(subject.model, f"{folder}/model.safetensors")
+            _drop_weights(subject.model)
+        before, start = resident_gib(), time.process_time()
+        options = {"safetensors": folder} if files else {}
+        balf_fx.compile(
+            subject.model, subject.calibration, flops=FLOPS, effort=effort, memory=memory, progress=False, **options
+        )
+    return Footprint(memory, files, weights, peak_gib() - before, time.process_time() - start)
 
 
-def footprint_apart(name: str, effort: str) -> Footprint:
+def _drop_weights(model: nn.Module) -> None:
+    """Move the parameters of a model to the meta device, and give their memory back."""
+    meta = {id(parameter): nn.Parameter(parameter.to("meta")) for parameter in model.parameters()}
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, meta[id(parameter)])
+    Pages().release()
+
+
+def footprint_apart(name: str, effort: str, memory: str = "0.25", files: bool = False) -> Footprint:
     """Compress it in a process of its own."""
-    command = [sys.executable, __file__, "--subject", name, "--effort", effort, "--here"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--subject", name, "--effort", effort, "--memory", memory, "--here"]
+    done = subprocess.run([*command, *["--files"] * files], check=True, stdout=subprocess.PIPE, text=True)
     return Footprint(**json.loads(done.stdout))
 
 
@@ -104,6 +129,8 @@ def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")
 @click.option("--subject", type=click.Choice(list(SUBJECTS)), help="A model of the timings in place of ResNet-50.")
 @click.option("--effort", type=click.Choice(["fast", "balanced", "best"]), default="fast", show_default=True)
+@click.option("--memory", "bounds", multiple=True, default=("0.25",), help="The option memory, with --subject.")
+@click.option("--files", is_flag=True, help="With the last bound, read the weights from files, too.")
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
 def main(
     images: int,
@@ -112,11 +139,20 @@ def main(
     output: Path | None,
     subject: str | None,
     effort: str,
+    bounds: tuple[str, ...],
+    files: bool,
     here: bool,
 ) -> None:
-    """Measure the memory of a compression for each size of batches."""
+    """Measure the memory of a compression for each size of batches; of a subject, for each bound of its memory."""
+    if subject is not None and here:
+        click.echo(json.dumps(asdict(footprint(subject, effort, bounds[0], files))))
+        return
     if subject is not None:
-        click.echo(json.dumps(asdict((footprint if here else footprint_apart)(subject, effort))))
+        cases = [*((bound, False) for bound in bounds), *[(bounds[-1], True)] * files]
+        found = [asdict(footprint_apart(subject, effort, *case)) for case in cases]
+        click.echo(tabulate(found, headers="keys", floatfmt=".3f"))
+        if output is not None:
+            write_json(output, {"model": subject, "effort": effort, "flops": FLOPS, "results": found})
         return
     if here:
         click.echo(json.dumps(asdict(measure(images, sizes[0], refit))))

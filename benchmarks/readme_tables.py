@@ -261,6 +261,20 @@ def memory() -> str:
     return markdown(lines, headers)
 
 
+def blocks() -> str:
+    """Resident memory for each bound, with weights in memory and in files."""
+    lines = [
+        (
+            row["memory"],
+            "files" if row["files"] else "memory",
+            *(f"{1024 * row[key]:,.0f}" for key in ("weights", "above")),
+            f"{row['seconds']:,.0f}",
+        )
+        for row in _read("blocks")["results"]
+    ]
+    return markdown(lines, ("`memory=`", "weights in", "weights, MiB", "above what was before, MiB", "compression, s"))
+
+
 def finetune() -> str:
     """Top-1 after compression, and after training everything, or adapters alone."""
     found = _read("finetune")
@@ -300,6 +314,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "residual": residual,
     "zoo": zoo,
     "memory": memory,
+    "blocks": blocks,
     "timings": timings,
     "finetune": finetune,
 }

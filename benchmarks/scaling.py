@@ -31,7 +31,8 @@ from tabulate import tabulate
 from torch import nn
 
 import balf_fx
-from balf_fx.distributed.group import ALONE, group_of
+from balf_fx.calibration.batches import Calibration, forward_for
+from balf_fx.distributed.group import ALONE, Group, group_of
 from balf_fx.distributed.shares import assigned
 from balf_fx.engine.compress import score
 from balf_fx.engine.program import Part, Program
@@ -103,9 +104,12 @@ def measure(layers: int, width: int, samples: int, rounds: int) -> dict[str, Any
     def calibrate(part: list[Any], distributed: bool) -> None:
         balf_fx.calibrate(prepared, part, progress=False, distributed=distributed)
 
+    def scored(group: Group) -> None:
+        score(program, settings, Calibration((), forward_for(prepared), group=group))
+
     tasks: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "calibration": (lambda: calibrate(batches, False), lambda: calibrate(own, True)),
-        "linear algebra": (lambda: score(program, settings, ALONE), lambda: score(program, settings, group)),
+        "linear algebra": (lambda: scored(ALONE), lambda: scored(group)),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
     for _ in range(rounds + 1):

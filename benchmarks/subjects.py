@@ -61,14 +61,17 @@ def _large(make: Callable[[], nn.Module]) -> Subject:
     return Subject(make().eval(), calibration, calibration[0][:4])
 
 
-def _llama(dtype: torch.dtype) -> Subject:
-    """100 million random weights in the shape of Llama, 16 sequences of 256 random tokens."""
+_SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
+_LARGE = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 12, "num_attention_heads": 10}
+
+
+def _llama(dtype: torch.dtype, words: int = 32_000, shape: Mapping[str, int] = _LARGE) -> Subject:
+    """Random weights in the shape of Llama, 100 million by default, and 16 sequences of 256 random tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM  # an extra of its own
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 12, "num_attention_heads": 10}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, max_position_embeddings=256, use_cache=False, **shape))
-    calibration = [{"input_ids": tokens} for tokens in torch.randint(32_000, (16, 256)).split(4)]
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=words, max_position_embeddings=256, use_cache=False, **shape))
+    calibration = [{"input_ids": tokens} for tokens in torch.randint(words, (16, 256)).split(4)]
     return Subject(model.to(dtype).eval(), calibration, calibration[0])
 
 
@@ -78,6 +81,7 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {
     "ViT-Tiny": _vit_tiny,
     "ResNet-50": partial(_large, resnet50),
     "ViT-B": partial(_large, vit_b_16),
+    "Llama-25M": partial(_llama, torch.float32, 16_000, _SMALL),
     "Llama-100M": partial(_llama, torch.float32),
     "Llama-100M-bfloat16": partial(_llama, torch.bfloat16),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
@@ -27,6 +27,9 @@ from balf_fx.widths.elementwise import table_of
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 
+def _nothing(_: nn.Module) -> None: ...
+
+
 @dataclass(frozen=True)
 class Factorize(Pass):
     """Replace every site that was given a rank by `name.0` (D -> r, the layer's own geometry) and `name.1` (r -> O).
@@ -34,7 +37,12 @@ class Factorize(Pass):
     `name` becomes an nn.Sequential of the two, and the graph calls each of them in a separate node. Where the parts
     of a site have separate ranks, `name.1` is a list of layers, one for each part (`Substitute`). Parameters keep
     dtype, device, memory format and requires_grad.
+
+    Attributes:
+        done: called with the modules that replace a layer once they are built.
     """
+
+    done: Callable[[nn.Module], None] = field(default=_nothing, repr=False, compare=False)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
@@ -64,6 +72,7 @@ class Factorize(Pass):
                 blocks = hosted_rows(graph_module, nodes[0].name, cut or Cut())
                 solution = tuple(_written(part, mark.pivots.form, order, blocks) for part, order in parts)
             substitute = build(graph_module, thin, solution)
+            self.done(substitute.module)
             built.append(substitute)
             original = mark.fingerprint or fingerprint(graph_module, site)
             replaced.append(_replaced(site.name, rank, substitute.biased, original, solution))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, fx
@@ -52,12 +53,12 @@ class Pivot(Pass):
         for member in self._members(graph_module):
             if member.width is not None:
                 shared[member.width].append(member)
-        found = {key: _shared_order(members) for key, members in shared.items()}
+        found = {key: _shared_order(shared.pop(key)) for key in list(shared)}  # one width's solutions at a time
         orders = {key: _kept(graph_module, widths[key])[order] for key, (order, _) in found.items()}
         record_graph(graph_module, orders=orders)
         for _, served in found.values():
-            for member in served:
-                _annotate(member.nodes, Pivots(member.form, (None,)))
+            for nodes, form in served:
+                _annotate(nodes, Pivots(form, (None,)))
         # 2. Orders of other layers, for their features in the new order; and bases of heads, which change rows.
         self._give_own_orders(graph_module, {"blocks"})
         record_graph(graph_module, bases=dict(_bases(graph_module)))
@@ -88,7 +89,7 @@ class Pivot(Pass):
             yield _Member(
                 tuple(nodes),
                 form,
-                solution_of(graph_module, node, site, cut),
+                partial(solution_of, graph_module, node, site, cut),
                 self._limit(graph_module, site, form),
                 heads,
                 width.key if width is not None and free else None,
@@ -104,6 +105,7 @@ class _Member:
     """A site that is written with pivots.
 
     Attributes:
+        solve: returns its solution.
         limit: the largest coefficient in a shared order.
         heads: for blocks, the rows of each set of heads.
         width: the key of the width in whose order the pivots are; None if they have an order of their own.
@@ -111,10 +113,14 @@ class _Member:
 
     nodes: tuple[fx.Node, ...]
     form: Form
-    solution: tuple[Solution, ...]
+    solve: Callable[[], tuple[Solution, ...]]
     limit: float
     heads: tuple[Tensor, ...] = ()
     width: str | None = None
+
+    @cached_property
+    def solution(self) -> tuple[Solution, ...]:
+        return self.solve()
 
     @property
     def rows(self) -> list[Tensor]:
@@ -131,7 +137,7 @@ class _Member:
         return tuple(_own_order(part, self.form) for part in self.solution)
 
 
-def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[_Member]]:
+def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[fx.Node, ...], Form]]]:
     """An order of a width's features, and the members around it whose coefficients are bounded in this order."""
     served = list(members)
     while len(served) > 1 or served[0].form == "blocks":
@@ -143,7 +149,7 @@ def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[_Member]]:
         served.pop(worst)
     else:
         order = pivot_rows(served[0].rows[0][0].mT)
-    return order, served
+    return order, [(member.nodes, member.form) for member in served]
 
 
 def _bases(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:

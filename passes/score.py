@@ -85,6 +85,7 @@ class Score(Pass):
         separable: whether a convolution may become one along each axis of its kernel where that loses less, with
             factors by statistics (`ranks.separable`); or the names of those that do.
         by_time: whether `Time` decides that, since less is lost for the same time.
+        only: the names of the sites to score; None for all.
         group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
 
@@ -97,6 +98,7 @@ class Score(Pass):
     damping: float = 0.1
     separable: bool | Collection[str] = False
     by_time: bool = False
+    only: Collection[str] | None = None
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
@@ -105,7 +107,7 @@ class Score(Pass):
             raise OptionError(f"factors must be one of {', '.join(map(repr, get_args(Factors)))}, not {self.factors!r}")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        for site, nodes in self.require_sites(graph_module).items():
+        for site, nodes in self._sites(graph_module).items():
             if self.factors != "svd":
                 self._observed(graph_module, nodes[0], site)
             if self.factors == "air" and annotation(nodes[0]).influence is None and not site.transposed:
@@ -115,7 +117,7 @@ class Score(Pass):
                 )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        found = self.require_sites(graph_module)
+        found = self._sites(graph_module)
         seen = {site: self._seen(graph_module, nodes[0], site) for site, nodes in found.items()}
         blocks = {site: block_entries(graph_module, nodes[0]) for site, nodes in found.items()}
         scored_with, changed = {}, []
@@ -144,6 +146,11 @@ class Score(Pass):
             for node in found[site]:
                 annotate(node, site=chosen[0], curve=chosen[1], other=other, **scored)
         return PassResult(graph_module, False)
+
+    def _sites(self, graph_module: fx.GraphModule) -> dict[Site, list[fx.Node]]:
+        """The sites to score."""
+        found = self.require_sites(graph_module)
+        return {site: nodes for site, nodes in found.items() if self.only is None or site.name in self.only}
 
     def score(
         self, graph_module: fx.GraphModule, site: Site, seen: Observed, cost: tuple[int, int], blocks: int = 0

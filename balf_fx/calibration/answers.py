@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import Calibration, Forward, run_batch
+from balf_fx.calibration.moments import CHUNK_ELEMENTS
 from balf_fx.calibration.weights import Weights, counted
 
 
@@ -94,8 +95,7 @@ def differ(reference: Any, output: Any, batch: Any, weights: Weights | None = No
     if wanted is not None and logits is not None:
         own = None if weights is None else weights.of(logits, rows=True)
         (wanted, logits), own = counted((wanted, logits), own, rows=True)
-        target, given = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
-        rows = (target.exp() * (target - given)).sum(-1)
+        rows = _row_losses(wanted.flatten(0, -2), logits.flatten(0, -2))
         share = float(rows.numel() if own is None else own.sum())
         rows = rows if own is None else rows * own.to(rows)
         return rows.sum() / (share or 1.0), share
@@ -107,6 +107,16 @@ def differ(reference: Any, output: Any, batch: Any, weights: Weights | None = No
         terms.append(error / size.clamp_min(torch.finfo(torch.float32).tiny))
         share = max(share, float(a.numel() > 0))
     return (torch.stack(terms).sum() if terms else torch.zeros(())), share
+
+
+def _row_losses(wanted: Tensor, logits: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of each row of logits [n, classes], [n], a part of the rows at a time."""
+    size = max(CHUNK_ELEMENTS // wanted.shape[-1], 1)
+    found = []
+    for pair in zip(torch.split(wanted, size), torch.split(logits, size), strict=True):
+        target, given = (rows.float().log_softmax(-1) for rows in pair)
+        found.append((target.exp() * (target - given)).sum(-1))
+    return torch.cat(found)
 
 
 def _squares(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:

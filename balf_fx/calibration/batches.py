@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.describing import describe
+from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.distributed.shares import starts_in_turn
@@ -67,6 +69,7 @@ class Calibration:
         weights: what `weigh` returns for each of the batches; empty where it has not been called.
         seen: the number of samples that were calibrated on, if the batches are only some of them.
         group: the processes that calibrate together, each on its own batches.
+        pages: where the model goes block by block (`engine.blockwise`), the files of what is scored.
     """
 
     batches: Sequence[Any]
@@ -78,6 +81,7 @@ class Calibration:
     weights: Sequence[Tensor] = ()
     seen: int | None = None
     group: Group = ALONE
+    pages: Pages | None = None
 
     def samples(self) -> int:
         """The number of samples that are calibrated on, in all processes; a batch that cannot be counted is one."""
@@ -321,60 +325,34 @@ def run_batch(module: nn.Module, batch: Any, forward: Forward, index: int, gradi
     """
     hook = module.register_forward_pre_hook(_with_ordinary_inputs, with_kwargs=True)
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), telling(describe(batch), index):
             return forward(module, batch)
-    except MODEL_ERRORS as error:
-        if isinstance(error, BalfError):
-            raise
-        raise CalibrationError(
-            f"the model cannot run calibration batch {index}, which is {describe(batch)}: {error}. A batch must be a "
-            "tensor, a tuple of positional arguments or a mapping of keyword arguments. To call the model in another "
-            "way, pass forward=lambda model, batch: ..."
-        ) from error
     finally:
         hook.remove()
 
 
+@contextmanager
+def telling(words: str, index: int) -> Iterator[None]:
+    """Turn errors of the model in the context into a CalibrationError.
+
+    Args:
+        words: the batch that is run, as `describe` describes it.
+        index: its index.
+    """
+    try:
+        yield
+    except BalfError:
+        raise
+    except MODEL_ERRORS as error:
+        raise CalibrationError(
+            f"the model cannot run calibration batch {index}, which is {words}: {error}. A batch must be a "
+            "tensor, a tuple of positional arguments or a mapping of keyword arguments. To call the model in another "
+            "way, pass forward=lambda model, batch: ..."
+        ) from error
+
+
 def _with_ordinary_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return ordinary((args, kwargs))
-
-
-class _Recorded(BaseException):
-    """Ends a call once its arguments are recorded; a user's `except Exception` does not catch it."""
-
-
-class _Recorder(nn.Module):
-    """Stands for a module whose attributes it has, and records how it is called."""
-
-    def __init__(self, subject: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_subject", subject)  # no submodule, whose parameters would be this one's
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_subject"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.call = (args, kwargs)
-        raise _Recorded
-
-
-def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forward) -> dict[str, Any]:
-    """The values of a graph's placeholders when `forward` calls it on a batch; the graph is not run.
-
-    Raises:
-        CalibrationError: `forward` does not call the model.
-    """
-    recorder = _Recorder(graph_module)
-    try:
-        forward(recorder, batch)
-    except _Recorded:
-        args, kwargs = recorder.call
-    else:
-        raise CalibrationError("forward(model, batch) did not call the model")
-    args, kwargs = ordinary((args, kwargs))
-    bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
 
 
 def graphs_of(program: nn.Module) -> list[fx.GraphModule]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from balf_fx.errors import CalibrationError
 from balf_fx.graph.masks import mask_inputs
 
 WeightsOf = Callable[[Any], Tensor]
@@ -185,6 +186,19 @@ class PositionWeights(nn.Module):
             return self._given.get(self.name)
         found = read_mask(mask)
         return None if found is None else Weights(found)
+
+
+def check_fit(given: Tensor | None, weights: CallWeights, index: int) -> None:
+    """Check that the user's weights of a batch are those of some positions, once it has run.
+
+    Raises:
+        CalibrationError: they are not.
+    """
+    if given is not None and weights.misfit:
+        raise CalibrationError(
+            f"weights(batch) returned {list(given.shape)} for batch {index}, but no layer has these positions: return "
+            "[N], one weight for each sample, or [N, L], one for each position"
+        )
 
 
 @contextmanager

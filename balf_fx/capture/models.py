@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from balf_fx.calibration.batches import MODEL_ERRORS
+from balf_fx.calibration.pages import mapped
 from balf_fx.capture.sharding import gathered_copy, is_sharded
 from balf_fx.errors import ModelError
 from balf_fx.graph.parameters import computed_tensors, is_quantized
@@ -68,11 +69,14 @@ def _without_compiled_parts(model: nn.Module) -> nn.Module:
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy, also of tensors that hooks compute and store on a module, as `torch.nn.utils.weight_norm` does.
 
+    Tensors that are mapped from files (`calibration.pages`) are shared, not copied.
+
     Raises:
         ModelError: another part of the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model, computed_tensors(model))
+        shared = mapped((*model.parameters(), *model.buffers()))
+        return copy.deepcopy(model, {**computed_tensors(model), **shared})
     except MODEL_ERRORS as error:
         raise ModelError(f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}") from error
 

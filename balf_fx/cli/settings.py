@@ -32,6 +32,7 @@ _TYPES: Mapping[str, Any] = {
     "multiple_of": str,
     "memory": str,
     "checkpoint": str,
+    "safetensors": str,
     "loss": str,
     "weights": str,
 }

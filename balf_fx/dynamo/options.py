@@ -25,6 +25,7 @@ _WHOLE = "mistakes are counted on outputs of the whole model, which balf_fx.comp
 _ELSEWHERE = {
     "capture": "Dynamo captures the graphs",
     "result": "the result is the compiled model",
+    "safetensors": "the model runs, so it must have its weights",
     "distributed": "each process compiles its own calls; balf_fx.compile compresses one model in several processes",
     **dict.fromkeys(("disagreement", "divergence", "validation", "confidence", "minimise"), _WHOLE),
 }

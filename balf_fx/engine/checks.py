@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from balf_fx.errors import OptionError
 
 
-def check_patterns(name: str, patterns: Any) -> None:
-    """Check a list of glob patterns; `include` may be None."""
-    if patterns is None and name == "include":
-        return
-    listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
-    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
-        raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")
+def check_choice(name: str, given: Any, values: Collection[Any]) -> None:
+    """Check that an option has one of its values, if these are listed; 1 is not True."""
+    if values and not any(given is value or (isinstance(given, str) and given == value) for value in values):
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, values))}, not {given!r}")
 
 
-def check_function(name: str, function: Any, arguments: str) -> None:
-    """Check a function of the user's, or None.
+def check_patterns(**given: Any) -> None:
+    """Check lists of glob patterns; `include` may be None."""
+    for name, patterns in given.items():
+        if patterns is None and name == "include":
+            continue
+        listed = not isinstance(patterns, str) and isinstance(patterns, Sequence)
+        if not listed or not all(isinstance(pattern, str) for pattern in patterns):
+            raise OptionError(f"{name} must be a list of patterns, such as ['head', 'blocks.*'], not {patterns!r}")
 
-    Args:
-        arguments: what it is a function of.
-    """
-    if function is not None and not callable(function):
-        raise OptionError(f"{name} must be a function of {arguments}, not {function!r}")
+
+def check_seed(seed: Any) -> None:
+    """Check the seed of the random probes."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise OptionError(f"seed must be a whole number, not {seed!r}")
 
 
-def check_folder(name: str, folder: Any) -> None:
-    """Check the path of a folder, or None."""
-    if folder is not None and not isinstance(folder, str | os.PathLike):
-        raise OptionError(f"{name} must be the path of a folder, not {folder!r}")
+def check_functions(**given: tuple[Any, str]) -> None:
+    """Check functions of the user's, or None, each with what it is a function of."""
+    for name, (function, arguments) in given.items():
+        if function is not None and not callable(function):
+            raise OptionError(f"{name} must be a function of {arguments}, not {function!r}")
+
+
+def check_ranks(allocation: Any) -> None:
+    """Check a mapping of layers to ranks, or something else."""
+    if isinstance(allocation, Mapping) and not all(isinstance(name, str) for name in allocation):
+        raise OptionError(f"allocation must map names of layers to ranks, not {allocation!r}")
+
+
+def check_paths(**given: Any) -> None:
+    """Check paths of folders, or None."""
+    for name, path in given.items():
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise OptionError(f"{name} must be the path of a folder, not {path!r}")
 
 
 def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation: Any) -> None:

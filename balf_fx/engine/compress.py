@@ -7,29 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import nn
 
 from balf_fx.budget.problem import Problem, drawn, pose
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
-from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.merging import check_merged, merging
-from balf_fx.calibration.observers import (
-    OBSERVERS,
-    CovarianceObserver,
-    InfluenceObserver,
-    SensitivityObserver,
-    observer_of,
-)
+from balf_fx.calibration.observers import OBSERVERS, InfluenceObserver, SensitivityObserver
+from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
-from balf_fx.calibration.weights import weighing
+from balf_fx.calibration.weights import check_fit, weighing
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
-from balf_fx.distributed.group import Group
+from balf_fx.engine.blockwise import score_in_blocks, unseen
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.resuming import Resumption
 from balf_fx.engine.rewriting import normalise
@@ -42,10 +36,8 @@ from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
-from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.plan import Plan, plan_of_records
-from balf_fx.graph.site import Reason, Refusal
 from balf_fx.graph.timing import Timing
 from balf_fx.passes import Allocate, Annotate, FindWidths, Follow, InsertObservers, Refine, ScoreWidths
 from balf_fx.passes.score import Factors
@@ -57,7 +49,7 @@ _LOGGER = logging.getLogger(__name__)
 
 def _seen_only(program: Program) -> Program:
     """The program without the sites that no finite value has reached, if there are others; these stay dense."""
-    found = [_unseen(graph_module) for graph_module in program.graph_modules]
+    found = [unseen(graph_module) for graph_module in program.graph_modules]
     if not any(found) or all(len(own) == len(sites(g)) for own, g in zip(found, program.graph_modules, strict=True)):
         return program
     copied = program.copy()
@@ -69,21 +61,6 @@ def _seen_only(program: Program) -> Program:
                 for node in nodes:
                     annotate(node, site=None, refusal=refusal)
     return copied
-
-
-def _unseen(graph_module: fx.GraphModule) -> dict[str, Refusal]:
-    """The refusals of the sites that too few values have reached, by name."""
-    found = {}
-    for site, nodes in sites(graph_module).items():
-        observer = observer_of(graph_module, annotation(nodes[0]).observer, CovarianceObserver)
-        refusal = Refusal(site.name, site.kind, Reason.UNSEEN)
-        if observer is None or observer.moments is None:
-            found[site.name] = refusal
-        elif isinstance(observer.moments.count, Tensor):
-            few, product = too_few(site, observer.moments.count), read_experts(nodes[0])
-            if len(few) == site.groups or (few and not (product is not None and product.rows.splits)):
-                found[site.name] = dataclasses.replace(refusal, detail=f"too few for {len(few)} of its experts")
-    return found
 
 
 def observe(program: Program, settings: Settings, factors: Collection[Factors]) -> None:
@@ -201,11 +178,7 @@ def _run(
             observe_gradients(program.module, batch, calibration, index, generator, weights.outputs)
         else:
             run_batch(program.module, batch, calibration.forward, index)
-    if given is not None and weights.misfit:
-        raise CalibrationError(
-            f"weights(batch) returned {list(given.shape)} for batch {index}, but no layer has these positions: return "
-            "[N], one weight for each sample, or [N, L], one for each position"
-        )
+    check_fit(given, weights, index)
 
 
 def convert(
@@ -238,11 +211,13 @@ def convert(
     watch = Watch.start(program, settings, calibration) if settings.times else None
     if settings.measures or mode is not None:
         calibration = in_pieces(program, calibration)
+    if calibration.pages is not None:
+        calibration.pages.release()
     work = work_of(program, settings, calibration.batches)
     shares = [work.scoring, work.trying, work.solving]
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
     # 1. Align, FindPivots, Score, ScoreWidths, Time: the loss and the cost of each rank and each size.
-    score(program, settings, calibration.group, scoring)
+    score(program, settings, calibration, scoring)
     if watch is not None:
         measuring, trying = trying.spans([1.0, 2.0], ["timing layers", "trying allocations"])
         watch.measure_sites(measuring)
@@ -256,11 +231,18 @@ def convert(
         for graph_module in filter(sites, compressed.graph_modules):
             Refine(group=calibration.group, progress=solving, journal=journal)(graph_module)
     pivot = settings.pivot or isinstance(allocate, Follow)
-    carry_out(compressed, mode, calibration, solving, pivot=pivot, journal=journal)
+    carry_out(compressed, mode, calibration, solving, pivot, journal, _finishing(settings, calibration.pages))
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     plan = plan_of_records(records, records[0].allocation or allocation)
     return compressed, dataclasses.replace(plan, timing=timing)
+
+
+def _finishing(settings: Settings, pages: Pages | None) -> Callable[[nn.Module], None]:
+    """What is done with new layers: where the model's weights are in files, these stay in files, too."""
+    if pages is None:
+        return lambda _: None
+    return (lambda _: pages.release()) if settings.safetensors is None else pages.keep
 
 
 def _chosen(
@@ -312,15 +294,19 @@ def _measured(
         return None
 
 
-def score(program: Program, settings: Settings, group: Group, progress: Progress = SILENT) -> None:
-    """Score the ranks and widths of all parts, shared out over the processes of a group."""
+def score(program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT) -> None:
+    """Score the ranks and widths of all parts, shared out over the processes of the calibration's group."""
+    group = calibration.group
     found = [graph_module for graph_module in program.graph_modules if sites(graph_module)]
     for graph_module, span in zip(found, progress.spans([1.0] * len(found)), strict=True):
         ranks, sizes = span.spans([1.0, 2.0])
         scored = dataclasses.replace(settings.score(ranks), group=group)
         dataclasses.replace(settings.align(), group=group)(graph_module)
         settings.find_pivots()(graph_module)
-        scored(graph_module)
+        if calibration.pages is None:
+            scored(graph_module)
+        else:
+            score_in_blocks(graph_module, scored, calibration)
         if scored.factors == "sensitivity" and settings.widths:
             ScoreWidths(scored.damping, group, sizes)(graph_module)
         else:

@@ -25,11 +25,12 @@ def check_memory(memory: Any) -> None:
     bytes_of(memory, free=0)
 
 
-def bytes_of(memory: Any, free: int | None = None) -> int:
+def bytes_of(memory: Any, free: int | None = None, name: str = "memory") -> int:
     """The number of bytes of 2147483648, "2147483648", "2GiB", or of 0.25 or "0.25", a share of what is free.
 
     Args:
         free: the bytes that are free; None to look.
+        name: what it is, for messages.
 
     Raises:
         OptionError: it is neither a number of bytes nor a share in (0, 1).
@@ -42,8 +43,8 @@ def bytes_of(memory: Any, free: int | None = None) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(memory).lower())
     if not isinstance(memory, str) or found is None:
         raise OptionError(
-            "memory must be a number of bytes, such as 2147483648 or '2G', or a share of the memory that is free, such "
-            f"as 0.25, not {memory!r}"
+            f"{name} must be a number of bytes, such as 2147483648 or '2G', or a share of the memory that is free, "
+            f"such as 0.25, not {memory!r}"
         )
     return int(float(found[1]) * _UNITS[found[2]])
 

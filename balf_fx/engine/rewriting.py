@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -42,11 +42,14 @@ from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 _LOGGER = logging.getLogger(__name__)
 
 
-def rewrite(graph_module: fx.GraphModule, pivot: bool) -> fx.GraphModule:
+def rewrite(
+    graph_module: fx.GraphModule, pivot: bool, done: Callable[[nn.Module], None] = lambda _: None
+) -> fx.GraphModule:
     """Rewrite a graph by the allocation that is recorded in it.
 
     Args:
         pivot: whether to write low-rank maps in the form for which they were priced; False leaves pairs of factors.
+        done: called with the modules that replace a layer once they are built.
     """
     if hasattr(graph_module, OBSERVERS):
         remove_observers(graph_module)
@@ -57,7 +60,7 @@ def rewrite(graph_module: fx.GraphModule, pivot: bool) -> fx.GraphModule:
             constants = find_constants(graph_module)
             record_graph(graph_module, layouts=find_layouts(graph_module), constants=constants)
         Narrow()(graph_module)
-        Factorize()(graph_module)
+        Factorize(done)(graph_module)
     graph_module.recompile()
     return graph_module
 

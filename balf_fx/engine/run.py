@@ -12,6 +12,7 @@ import torch
 from balf_fx.calibration.batches import Calibration, Stream
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.agreement import give_alike
+from balf_fx.engine.blockwise import calibrate_in_blocks, paged
 from balf_fx.engine.certify import certify
 from balf_fx.engine.compress import calibrate, convert
 from balf_fx.engine.program import Program
@@ -40,14 +41,17 @@ def run(
         lenient: as in `calibrate`.
         journal: has what a run finished before it was killed.
     """
-    calibration = _with_memory(calibration, journal)
+    calibration = paged(program, settings, _with_memory(calibration, journal))
     work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
     shares = [work.calibrating, work.scoring + work.trying + work.solving]
     calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
     if settings.calibrates:
         batches = calibration.batches if stream is None else stream
-        counted = calibrate(program, batches, calibration, lenient, calibrating, journal)
-        calibration = calibration.only(counted) if lenient else calibration
+        if calibration.pages is not None:
+            calibrate_in_blocks(program, settings, batches, calibration, calibrating)
+        else:
+            counted = calibrate(program, batches, calibration, lenient, calibrating, journal)
+            calibration = calibration.only(counted) if lenient else calibration
         if stream is not None:
             calibration = dataclasses.replace(calibration, batches=stream.kept, seen=sum(stream.sizes))
     return solve(program, settings, calibration, converting, journal)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from balf_fx.calibration.batches import Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
-from balf_fx.engine.checks import check_folder, check_function, check_limit, check_patterns
+from balf_fx.engine import checks
 from balf_fx.engine.fields import option
 from balf_fx.engine.memory import SHARE, bytes_of, check_memory
 from balf_fx.engine.units import share_of
@@ -195,6 +195,13 @@ class Settings:
         "prepare",
         values=get_args(CaptureMethod),
     )
+    safetensors: str | os.PathLike[str] | None = option(
+        None,
+        "a file or a folder of safetensors, as save_pretrained writes it, with the weights of a model that is on the "
+        "meta device. They are read where they are used, block by block, and the result's weights stay in files",
+        "prepare",
+        "convert",
+    )
     result: Result = option(
         "graph",
         'what is returned: "graph", a GraphModule that is called with the arguments of the first batch; or "module", a '
@@ -229,11 +236,11 @@ class Settings:
     )
     memory: int | float | str = option(
         SHARE,
-        'memory for intermediate values: bytes, such as 2147483648 or "2GiB", or a share of what is free at the start, '
-        "such as 0.25. Values beyond it are kept in temporary files (in TMPDIR), with the same result. A batch that "
-        "needs more than it, or than 2 GiB, is run in pieces if the model computes each sample independently of the "
-        "others, and a sequence without padding if the model is causal (`calibration.pieces`). Pieces have random "
-        "probes and held-out samples of their own: with less than 2 GiB, the result differs as with another seed",
+        'memory for intermediate values: bytes, such as "2GiB", or a share of what is free at the start, such as 0.25. '
+        "Values beyond it are kept in temporary files (in TMPDIR), with the same result, and so are statistics without "
+        "gradients (`engine.blockwise`). A batch that needs more than it, or than 2 GiB, is run in pieces if the model "
+        "computes each sample independently of the others, and a sequence without padding if the model is causal "
+        "(`calibration.pieces`). Pieces have random probes and held-out samples of their own, as with another seed",
         "calibrate",
         "convert",
     )
@@ -257,19 +264,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            values, given = each.metadata["values"], getattr(self, each.name)
-            if values and not any(given is value or (isinstance(given, str) and given == value) for value in values):
-                raise OptionError(f"{each.name} must be one of {', '.join(map(repr, values))}, not {given!r}")
-        for name in ("include", "exclude", "dense"):
-            check_patterns(name, getattr(self, name))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise OptionError(f"seed must be a whole number, not {self.seed!r}")
-        check_limit(self.disagreement, self.divergence, self.confidence, self.validation)
-        check_function("loss", self.loss, "the output and the batch")
-        check_function("weights", self.weights, "the batch")
-        check_folder("checkpoint", self.checkpoint)
-        if isinstance(self.allocation, Mapping) and not all(isinstance(name, str) for name in self.allocation):
-            raise OptionError(f"allocation must map names of layers to ranks, not {self.allocation!r}")
+            checks.check_choice(each.name, getattr(self, each.name), each.metadata["values"])
+        checks.check_patterns(include=self.include, exclude=self.exclude, dense=self.dense)
+        checks.check_seed(self.seed)
+        checks.check_limit(self.disagreement, self.divergence, self.confidence, self.validation)
+        checks.check_functions(loss=(self.loss, "the output and the batch"), weights=(self.weights, "the batch"))
+        checks.check_paths(checkpoint=self.checkpoint, safetensors=self.safetensors)
+        checks.check_ranks(self.allocation)
         check_memory(self.memory)
         _ = self.align()
         if self.refit and self.chosen_factors == "air":
@@ -376,14 +377,13 @@ class Settings:
         """
         latency = None if self.latency is None else self.latency_share()
         budget = {"flops": self.flops, "params": self.params, "latency": latency, "energy": self.energy}
+        given = [name for name, value in budget.items() if value is not None]
         if self.limit is not None:
-            given = [name for name, value in budget.items() if value is not None]
             given += [] if isinstance(self.allocation, str) else ["allocation"]
             if given:
                 raise OptionError(f"a limit of mistakes takes the place of a budget: drop {', '.join(given)}")
             return self.at(1.0).allocate()
         if isinstance(self.allocation, Plan):
-            given = [name for name, value in budget.items() if value is not None]
             if given:
                 raise OptionError(f"a plan cannot be combined with a budget: drop {', '.join(given)}")
             return Follow(self.allocation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -49,6 +49,7 @@ def carry_out(
     progress: Progress = SILENT,
     pivot: bool = False,
     journal: Journal = FORGETFUL,
+    done: Callable[[nn.Module], None] = lambda _: None,
 ) -> None:
     """Solve and rewrite each part, in the order in which they run.
 
@@ -60,10 +61,11 @@ def carry_out(
         calibration: has batches if there is a refit.
         pivot: as in `rewrite`; the outputs are the same.
         journal: has the layers that were refitted before a run was killed.
+        done: as in `rewrite`.
     """
     if mode is None:
         for graph_module in program.graph_modules:
-            rewrite(graph_module, pivot)
+            rewrite(graph_module, pivot, done)
         _share_layers(program)
         return
     with _Relay(program, calibration) as relay:
@@ -74,7 +76,7 @@ def carry_out(
                 inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
                 own, group = journal.within(f"part {index}"), calibration.group
                 Refit(inputs, mode, calibration.memory, handed, weights, group, span, own)(graph_module)
-            rewrite(graph_module, pivot)
+            rewrite(graph_module, pivot, done)
             relay.run(index)
             span.done()
     _share_layers(program)

@@ -17,10 +17,11 @@ from typing import Any
 
 from balf_fx.budget.problem import Problem
 from balf_fx.calibration.answers import answers, divergence
-from balf_fx.calibration.batches import Calibration, samples_of, some_samples
+from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some_samples
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.engine.blockwise import answering
 from balf_fx.engine.program import Program
 from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.engine.weighing import call_weights
@@ -28,6 +29,7 @@ from balf_fx.errors import CalibrationError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.passes.allocate import IMPORTANCE, Allocate
 from balf_fx.progress import SILENT, Progress
+from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
 _IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers are better at low budgets, 1 at high budgets
@@ -61,13 +63,18 @@ class Trial:
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
         tried = settled(program, problem, allocation)
-        carry_out(tried, "up" if self.refit else None, self.fit)
+        if self.judge.pages is None or self.refit:
+            carry_out(tried, "up" if self.refit else None, self.fit)
+            module = tried.module
+        else:  # layers are kept in files, and run block by block
+            carry_out(tried, None, self.fit, done=self.judge.pages.keep)
+            module = answering(tried, self.judge, self.judge.pages)
 
         def weigh(index: int) -> Weights | None:
             batch = self.judge.batches[index]
             return call_weights(program, batch, self.judge.given(index, batch)).outputs
 
-        return divergence(tried.module, self.judge, self.references, weigh)
+        return divergence(module, self.judge, self.references, weigh)
 
 
 def plan_trial(
@@ -88,14 +95,24 @@ def plan_trial(
     original = without_observers(program)
     fit, judge = _few(calibration, refit, most)
     try:
-        run = partial(answers, original.module, judge.batches, calibration.forward)
+        run = partial(_references, original, judge)
         references = calibration.group.together(run)
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
         half = count // 2 if refit else 0
         fit, judge = calibration.only(range(half)), calibration.only(range(half, count))
-        references = answers(original.module, judge.batches, calibration.forward)
+        references = _references(original, judge)
     return Trial(fit, judge, references, fit.has_batches(), journal)
+
+
+def _references(original: Program, judge: Calibration) -> Sequence[Any]:
+    """The original's outputs, within the memory where the model goes block by block."""
+    if judge.pages is None:
+        return answers(original.module, judge.batches, judge.forward)
+    module, found = answering(original, judge, judge.pages), Shelved(judge.memory)
+    for index, batch in enumerate(judge.batches):
+        found.append(run_batch(module, batch, judge.forward, index))
+    return found
 
 
 def allocate_faithfully(

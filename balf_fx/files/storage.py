@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,20 +23,31 @@ from balf_fx.files.checksums import checksum
 from balf_fx.files.restore import Stored
 from balf_fx.graph.plan import Plan
 
+_INDEX = "model.safetensors.index.json"
 _PLAN, _ORDERS, _CHECKSUM = "balf_fx.plan", "balf_fx.orders", "balf_fx.sha256"
 
 
-def write(found: Stored, path: str | os.PathLike[str]) -> None:
+def write(found: Stored, path: str | os.PathLike[str], shard: int | None = None) -> None:
     """Write a compressed model to a file; an existing file is replaced once everything is written.
 
+    Args:
+        shard: the bytes of tensors in each of several files, except for one that is larger; these are written one after
+            another to a new folder, with an index.
+
     Raises:
-        FileError: a tensor cannot be stored by safetensors, such as a quantized weight.
+        FileError: a tensor cannot be stored by safetensors, such as a quantized weight; or the folder exists.
     """
+    if shard is None:
+        _write(found, Path(path))
+    else:
+        _write_folder(found, Path(path), shard)
+
+
+def _write(found: Stored, path: Path) -> None:
     tensors = {name: _plain(name, value) for name, value in found.tensors.items()}
     text = found.plan.to_json(indent=None)
     orders = {name: order for name, value in found.tensors.items() if (order := _order(value)) != sorted(order)}
     metadata = {_PLAN: text, _ORDERS: json.dumps(orders), _CHECKSUM: checksum(tensors, text)}
-    path = Path(path)
     with tempfile.TemporaryDirectory(prefix=".balf_fx-", dir=path.parent) as folder:
         written = Path(folder) / path.name
         written.touch()
@@ -47,8 +59,56 @@ def write(found: Stored, path: str | os.PathLike[str]) -> None:
         written.replace(path)
 
 
+def _write_folder(found: Stored, path: Path, size: int) -> None:
+    if path.exists():
+        raise FileError(f"{path} exists already: pass the path of a new folder")
+    shards = _shards(found.tensors, size)
+    names = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    with tempfile.TemporaryDirectory(prefix=".balf_fx-", dir=path.parent) as outer:
+        folder = Path(outer) / path.name
+        folder.mkdir()
+        for name, shard in zip(names, shards, strict=True):
+            _write(Stored(found.plan, {key: found.tensors[key] for key in shard}), folder / name)
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for tensor in found.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / _INDEX).write_text(json.dumps(index, indent=1))
+        folder.rename(path)
+
+
+def _shards(tensors: Mapping[str, Tensor], size: int) -> list[list[str]]:
+    """The names of the tensors of each file."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and used + tensor.nbytes > size:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += tensor.nbytes
+    return shards
+
+
 def read(path: str | os.PathLike[str]) -> Stored:
-    """The plan and the tensors in a file."""
+    """The plan and the tensors in a file, or in a folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return _read(path)
+    try:
+        places = json.loads((path / _INDEX).read_bytes())["weight_map"]
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{path} has no {_INDEX} that balf_fx.save has written: {error}") from error
+    parts = {name: _read(path / name) for name in names}
+    plans = {part.plan.to_json() for part in parts.values()}
+    held = {key: name for name, part in parts.items() for key in part.tensors}
+    if len(plans) != 1 or held != places:
+        raise FileError(f"the files in {path} are not those of one model: some have been replaced")
+    tensors = {key: tensor for part in parts.values() for key, tensor in part.tensors.items()}
+    return Stored(parts[names[0]].plan, tensors)
+
+
+def _read(path: Path) -> Stored:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

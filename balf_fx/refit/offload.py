@@ -105,10 +105,14 @@ class Shelved(Sequence[Any]):
 
     Args:
         memory: bytes of tensors that may stay in memory.
+
+    Attributes:
+        nbytes: the bytes of tensors in memory.
     """
 
     def __init__(self, memory: int) -> None:
-        self._room = memory
+        self._memory = memory
+        self.nbytes = 0
         self._values: list[Any] = []
         self._folder: Path | None = None
 
@@ -133,15 +137,16 @@ class Shelved(Sequence[Any]):
         """Add a value at the end."""
         spans = _spans(value)
         nbytes = sum(span.stop - span.start for span in spans.values())
-        if nbytes > self._room:
+        if self.nbytes + nbytes > self._memory:
             value = self._copy(value, spans)
         else:
-            self._room -= nbytes
+            self.nbytes += nbytes
         self._values.append(value)
 
     def close(self) -> None:
         """Release all values and remove the files."""
         self._values.clear()
+        self.nbytes = 0
         if self._folder is not None:
             self._remove()
             self._folder = None

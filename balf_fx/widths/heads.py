@@ -119,7 +119,9 @@ class _Finder:
                     found[user, places[0]] = operand
                     others.append(torch.unique(operand.rows))
                 else:
-                    others += [torch.unique(moved % shape[-1]).to(torch.int64)] * 2
+                    whole = moved is numbers  # as of logits, whose numbers are many
+                    rows = torch.arange(shape[-1]) if whole else torch.unique(moved % shape[-1]).to(torch.int64)
+                    others += [rows, rows]
         reads = torch.cat(others).bincount() if others else torch.zeros(0)
         return {place: operand for place, operand in found.items() if (reads[operand.rows.flatten()] == 1).all()}
 

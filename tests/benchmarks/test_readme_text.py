@@ -87,7 +87,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     resnet, vit = read("accuracy_resnet20"), read("accuracy_vit_tiny")
     padding, unlike, memory = read("padding_80"), read("representative"), read("memory")
     quantized = {found["model"]: found for found in read("quantization")["models"]}
-    zoo, texts, tuned = read("zoo"), load_benchmark("stories"), read("finetune")
+    zoo, texts, tuned, blocks = read("zoo"), load_benchmark("stories"), read("finetune"), read("blocks")
     sources = [row["source"] for row in zoo["results"]]
     architectures = {
         row["name"].removesuffix(load_benchmark("zoo_transformers").UNMASKED)
@@ -112,6 +112,8 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"calibrated on {unlike['options']['images']:,} images of all classes",
         f"compressed to {100 * memory['flops']:.0f} % of its FLOPs with a refit",
         f"{memory['results'][0]['images']} images of 224 x 224",
+        f"A Llama shape of {blocks['results'][0]['weights'] * 2**30 / 4e6:.0f} million random weights",
+        f"at {100 * blocks['flops']:.0f} % of the FLOPs",
         "than batches of 32",
         f"at {100 * load_benchmark('subjects').FLOPS:.0f} % of the FLOPs",
         f"is compressed to {quantized['resnet20']['flops']:g} and ViT-Tiny to {quantized['vit_tiny']['flops']:g} of",

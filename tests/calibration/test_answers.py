@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from balf_fx.calibration.answers import answers, divergence
+from balf_fx.calibration.answers import answers, differ, divergence
 from balf_fx.calibration.batches import Calibration, forward_for
 
 
@@ -101,3 +101,18 @@ def test_a_users_loss_takes_the_place():
 def test_no_batches_are_no_difference():
     model = Outputs(FORMS["logits"]).eval()
     assert measured(model, model, []) == 0
+
+
+def test_rows_of_many_classes_are_compared_a_part_at_a_time(monkeypatch):
+    wanted, given = torch.randn(2, 3, 40), torch.randn(2, 3, 40)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    whole, share = differ(wanted, given, ids)
+    assert float(whole) == pytest.approx(float(kl(wanted, given)))
+    assert share == 6
+    monkeypatch.setattr("balf_fx.calibration.answers.CHUNK_ELEMENTS", 90)
+    assert torch.equal(differ(wanted, given, ids)[0], whole)
+
+
+def kl(wanted, given):
+    p = wanted.double().softmax(-1)
+    return (p * (p.log() - given.double().log_softmax(-1))).sum(-1).mean()

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.calibration.batches import forward_for, placeholder_values
+from balf_fx.calibration.batches import forward_for
+from balf_fx.calibration.calls import placeholder_values
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver
 from balf_fx.errors import CalibrationError, NotCalibratedError, OptionError
 from balf_fx.passes import Allocate, Factorize, Refit, RemoveObservers, Score

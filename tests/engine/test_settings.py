@@ -57,6 +57,7 @@ OTHERS = {
     "distributed": False,
     "seed": 3,
     "checkpoint": "folder",
+    "safetensors": "weights",
     "progress": False,
 }
 """Another value than the default of every option but for those that exclude each other."""
@@ -165,7 +166,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
-    common += ["--checkpoint", "folder"]
+    common += ["--checkpoint", "folder", "--safetensors", "weights"]
     common += [
         "--runner",
         "eager",
@@ -248,6 +249,7 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
         ({"memory": 1.5}, "memory must be a number of bytes, .*, not 1.5"),
         ({"memory": float("nan")}, "memory must be a number of bytes, .*, not nan"),
         ({"checkpoint": 3}, "checkpoint must be the path of a folder, not 3"),
+        ({"safetensors": 3}, "safetensors must be the path of a folder, not 3"),
         ({"exclude": "head"}, r"exclude must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
         ({"dense": "head"}, r"dense must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
         ({"include": [1]}, r"include must be a list of patterns, such as \['head', 'blocks.\*'\], not \[1\]"),
@@ -268,6 +270,6 @@ def test_a_wrong_value_is_told_before_any_work(wrong, message):
 
     with pytest.raises(OptionError, match=message):
         balf_fx.compile(Untouched().eval(), torch.randn(4, 8), flops=0.5, **wrong)
-    if "capture" not in wrong:
+    if wrong.keys().isdisjoint({"capture", "safetensors"}):
         with pytest.raises(OptionError, match=message):
             parse_options({"flops": 0.5, **wrong})

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.errors import FileError, PassError, PlanError
+from balf_fx.errors import FileError, OptionError, PassError, PlanError
 from balf_fx.graph.plan import Plan
 
 
@@ -235,3 +235,35 @@ def test_the_order_of_tensors_in_memory_is_kept(dimensions, effort, path):
     for copied in (loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert [p.stride() for p in copied.parameters()] == [p.stride() for p in small.parameters()]
         assert torch.equal(copied(batch), small(batch))
+
+
+@pytest.mark.parametrize("shard", [1, 700, "1GiB"])
+def test_a_folder_of_files_is_read_as_one_file(conv_net, small, tmp_path, shard):
+    balf_fx.save(small, tmp_path / "small", shard=shard)
+    files = sorted(path.name for path in (tmp_path / "small").glob("*.safetensors"))
+    assert len(files) == (1 if shard == "1GiB" else len(small.state_dict()) if shard == 1 else len(files))
+    assert (len(files) > 1) == (shard != "1GiB")
+    loaded = balf_fx.load(tmp_path / "small", fresh(conv_net))
+    torch.testing.assert_close(loaded.state_dict(), small.state_dict(), rtol=0, atol=0)
+    assert balf_fx.plan(tmp_path / "small").to_json() == balf_fx.plan(small).to_json()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == small.state_dict().keys()
+    with pytest.raises(FileError, match="small exists already: pass the path of a new folder"):
+        balf_fx.save(small, tmp_path / "small", shard=shard)
+
+
+def test_a_folder_that_is_not_as_it_was_written_is_refused(conv_net, small, images, tmp_path):
+    other = balf_fx.compile(conv_net, images, flops=0.5, progress=False, effort="fast")
+    balf_fx.save(small, tmp_path / "small", shard=2000)
+    balf_fx.save(other, tmp_path / "other", shard=2000)
+    first = min((tmp_path / "small").glob("*.safetensors"))
+    written = min((tmp_path / "other").glob("*.safetensors"))
+    first.write_bytes(written.read_bytes())
+    with pytest.raises(FileError, match="are not those of one model: some have been replaced"):
+        balf_fx.load(tmp_path / "small", conv_net)
+    (tmp_path / "small" / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileError, match=r"has no model.safetensors.index.json that balf_fx.save has written"):
+        balf_fx.load(tmp_path / "small", conv_net)
+    with pytest.raises(OptionError, match="shard must be a number of bytes"):
+        balf_fx.save(small, tmp_path / "again", shard="many")

@@ -1,0 +1,203 @@
+"""Block by block, the result is that of all blocks at once, bit for bit, and earlier statistics are in files."""
+
+import logging
+
+import pytest
+import torch
+from architectures import make
+from expert_models import Mixture
+from small_models import ConvNet, randomise_batchnorm
+from torch import nn
+from torch.nn import functional as F
+
+import balf_fx
+from balf_fx.calibration.observers import CovarianceObserver, observer_of
+from balf_fx.engine import blockwise, trials
+from balf_fx.errors import CalibrationError, NonFiniteError
+from balf_fx.graph.annotation import annotation, sites
+
+AMPLE, TINY = "1GiB", 1
+
+
+class Text(nn.Module):
+    """A language model with a tied table, whose batches have padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(40, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, input_ids, attention_mask):
+        x = self.table(input_ids) * attention_mask.unsqueeze(-1)
+        return self.head(x + self.down(F.silu(self.up(x))))
+
+
+class Repeated(nn.Module):
+    """A layer that is used in the first block and in the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.layer(x))
+        return self.head(F.relu(self.layer(F.relu(self.other(x)))))
+
+
+def texts():
+    ids = torch.randint(40, (3, 6, 8))
+    return [{"input_ids": each, "attention_mask": (torch.arange(8) < 5 + each[:, :1] % 3).long()} for each in ids]
+
+
+def unequal():
+    mixture = Mixture()
+    nn.init.constant_(mixture.router.bias[-1:], -1000.0)  # the last expert is never chosen
+    return mixture
+
+
+MODELS = {
+    **{name: lambda name=name: make(name) for name in ("mlp", "squeeze and excite", "fused", "grouped", "transformer")},
+    "convolutions": lambda: (randomise_batchnorm(ConvNet()), list(torch.randn(3, 8, 3, 12, 12))),
+    "padded text": lambda: (Text(), texts()),
+    "experts": lambda: (unequal(), list(torch.randn(3, 8, 6, 16))),
+}
+OPTIONS = {
+    "fast": {"effort": "fast", "params": 0.6},
+    "balf": {**balf_fx.BALF, "params": 0.7},
+    "svd": {"factors": "svd", "effort": "fast", "params": 0.6},
+    "free": {},
+    "separable": {"effort": "fast", "flops": 0.4, "separable": True},
+}
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """How many blocks each walk over a model had."""
+    found, plain = [], blockwise.walk
+    monkeypatch.setattr(blockwise, "walk", lambda *args: (found.append(len(args[1])), plain(*args))[1])
+    return found
+
+
+def compressed(model, batches, **options):
+    return balf_fx.compile(model, batches, **{"progress": False, "effort": "fast", "params": 0.6, **options})
+
+
+def assert_same(one, other):
+    assert one.code == other.code
+    assert balf_fx.plan(one).to_json() == balf_fx.plan(other).to_json()
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, "fast") for name in MODELS),
+        *(("convolutions", "balf"), ("convolutions", "separable"), ("fused", "svd"), ("padded text", "free")),
+    ],
+)
+def test_the_result_is_that_of_all_blocks_at_once(name, options, walks):
+    torch.manual_seed(0)
+    model, batches = MODELS[name]()
+    model.eval()
+    pair = [
+        balf_fx.compile(model, iter(batches), memory=memory, progress=False, **OPTIONS[options])
+        for memory in (AMPLE, TINY)
+    ]
+    assert_same(*pair)
+    # The statistics; with the fast effort, then the original and one or two allocations on a few samples.
+    assert len(walks) in {"fast": (3, 4), "separable": (3, 4), "balf": (1,)}.get(options, (0,))
+    assert all(count > 2 for count in walks)
+
+
+def test_a_layer_in_several_blocks_has_sums_in_another_order():
+    model, batches = Repeated().eval(), list(torch.randn(2, 30, 12))
+    one, other = (compressed(model, batches, memory=memory) for memory in (AMPLE, TINY))
+    assert balf_fx.plan(one).ranks == balf_fx.plan(other).ranks
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
+def test_a_module_and_a_checkpoint_are_the_same_too(tmp_path):
+    model, batches = make("transformer")
+    plain = compressed(model, batches, result="module", memory=AMPLE)
+    for _ in range(2):
+        again = compressed(model, batches, result="module", memory=TINY, checkpoint=tmp_path)
+        torch.testing.assert_close(plain.state_dict(), again.state_dict(), rtol=0, atol=0)
+
+
+def test_statistics_of_finished_blocks_are_in_files(monkeypatch):
+    """At the end of each block, what was scored is in files, and what was not is of blocks to come."""
+    held, plain, pages = [], blockwise._score, []
+
+    def score(graph_module, score, block, own):
+        plain(graph_module, score, block, own)
+        pages.append(own)
+        for site, nodes in sites(graph_module).items():
+            mark = annotation(nodes[0])
+            observer = observer_of(graph_module, mark.observer, CovarianceObserver)
+            if observer.moments is not None:
+                held.append((site.name, own.has(observer.moments.scatter), own.has(mark.curve.spectrum.left)))
+
+    monkeypatch.setattr(blockwise, "_score", score)
+    model, batches = make("transformer")
+    compressed(model, batches, memory=TINY)
+    assert len(held) > 10
+    assert all(scatter and left for _, scatter, left in held)
+    assert len(set(map(id, pages))) == 1
+
+
+def test_ample_memory_and_gradients_go_as_before(walks):
+    model, batches = make("mlp")
+    compressed(model, batches, memory=AMPLE)
+    compressed(model, batches, memory=TINY, effort="balanced")
+    assert walks == []
+
+
+def errors(run):
+    found = []
+    for memory in (AMPLE, TINY):
+        with pytest.raises(CalibrationError) as error:
+            run(memory)
+        found.append(error.value)
+    return found
+
+
+def test_errors_are_the_same():
+    model, batches = make("transformer")
+    wrong = [batches[0], batches[0][..., :7]]
+    for one in errors(lambda memory: compressed(model, wrong, memory=memory)):
+        assert str(one).startswith("the model cannot run calibration batch 1, which is a float32 tensor of shape")
+    broken = [batches[0], batches[0] * float("nan")]
+    one, other = errors(lambda memory: compressed(model, broken, memory=memory))
+    assert isinstance(one, NonFiniteError)
+    assert str(one) == str(other)
+    one, other = errors(lambda memory: compressed(model, batches, memory=memory, weights=lambda _: torch.ones(48, 5)))
+    assert "no layer has these positions" in str(one)
+    assert str(one) == str(other)
+
+
+def test_a_layer_that_nothing_has_reached_stays_dense(caplog):
+    mixture = Mixture(experts=2)
+    nn.init.constant_(mixture.router.bias, 0.0)
+    few = [torch.randn(1, 1, 16)]
+    with caplog.at_level(logging.WARNING):
+        pair = [compressed(mixture.eval(), few, memory=memory, params=0.9) for memory in (AMPLE, TINY)]
+    assert_same(*pair)
+    assert caplog.text.count("site up stays dense") == 2
+
+
+def test_outputs_of_trials_are_kept_within_the_memory(monkeypatch):
+    """Of all samples' outputs, as of a language model, no more than the memory are held at once."""
+    kept, plain = [], trials.answering
+
+    def answering(program, calibration, pages):
+        module = plain(program, calibration, pages)
+        kept.append((module.outputs.nbytes, len(module.outputs)))
+        return module
+
+    monkeypatch.setattr(trials, "answering", answering)
+    model, batches = make("mlp")
+    memory = 4 * 10 * 4  # the outputs of a batch of 4 samples
+    compressed(model, list(torch.cat(batches).split(4)), memory=memory)
+    assert len(kept) == 3
+    assert all(nbytes <= memory < count * memory for nbytes, count in kept)
