@@ -62,7 +62,7 @@ def _option(name: str, each: dataclasses.Field[Any]) -> Callable[..., Any]:
         f"{each.metadata['text'][0].upper()}{each.metadata['text'][1:]}.",
     )
     values = each.metadata["values"]
-    if set(values) == {True, False}:
+    if {True, False} <= set(values) <= {True, False, None}:
         return click.option(f"--{dashed}/--no-{dashed}", name, default=each.default, show_default=True, help=text)
     if name in _PATTERNS:
         return click.option(f"--{dashed}", name, metavar="GLOB", multiple=True, help=f"{text} Repeatable.")
