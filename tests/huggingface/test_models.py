@@ -230,11 +230,20 @@ def test_folders_give_models_of_each_kind_back(name, compressed, tmp_path):
     _, small, _ = compressed(name)
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path)
-    assert torch.equal(answer(again(**batch(name, count=2))), answer(small(**batch(name, count=2))))
+    state = small.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    # Products of odd sizes are rounded by where their weights lie in memory.
+    torch.testing.assert_close(answer(again(**batch(name, count=2))), answer(small(**batch(name, count=2))))
 
 
 def half(value):
     return value.to(torch.bfloat16) if value.is_floating_point() else value
+
+
+def has_several_inputs(module, _):
+    """Whether torchao can quantize a layer: it fails where the rank is 1."""
+    return isinstance(module, torch.nn.Linear) and module.in_features > 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -248,7 +257,7 @@ def test_half_precision_training_and_quantization(name, compressed):
         assert halved.dtype is torch.bfloat16
         assert torch.isfinite(halved).all()
         rounded = copy.deepcopy(small)
-        quantization.quantize_(rounded, quantization.Int8WeightOnlyConfig())
+        quantization.quantize_(rounded, quantization.Int8WeightOnlyConfig(), has_several_inputs)
         assert 0 < (answer(rounded(**given)) - want).norm() < 0.1 * want.norm()
     if small.supports_gradient_checkpointing:
         small.gradient_checkpointing_enable()
