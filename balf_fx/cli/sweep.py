@@ -60,12 +60,12 @@ def run_sweep(
     references = answers(model, evaluation, forward)
     judge = _Judge(evaluation, references, data)
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        common = {"factors": settings.chosen_factors, "forward": forward}
-        prepared = prepare(model, calibration[0], **{**_for("prepare", options), **common})
+        factors = {"factors": settings.chosen_factors}
+        prepared = prepare(model, calibration[0], **{**_for("prepare", options), **factors, "forward": forward})
         calibrate(prepared, calibration, forward=forward, **_for("calibrate", options))
         points, out_of_reach, error = [], [], None
         for budget in tqdm(budgets, desc="budgets", unit="budget", disable=not settings.progress, leave=False):
-            asked = {**_for("convert", options), **common, measure: budget, "model": model}
+            asked = {**_for("convert", options), "forward": forward, measure: budget, "model": model}
             if settings.checkpoint is not None:  # each budget is a run of its own
                 asked["checkpoint"] = Path(settings.checkpoint) / f"{measure} {budget}"
             try:

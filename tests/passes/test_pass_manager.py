@@ -134,12 +134,12 @@ def test_each_pass_leaves_what_the_documentation_says(batches):
     FindPivots()(graph_module)
     assert all(site.pivots is not None for site in sites(graph_module))
     Score("sensitivity")(graph_module)
-    assert filled(graph_module) == {*observed, "curve", "scored_with"}
+    assert filled(graph_module) == {*observed, "curve", "scored_with", "fingerprint"}
     assert all(annotation(nodes[0]).curve.loss > 0 for nodes in sites(graph_module).values())
     ScoreWidths()(graph_module)
     assert len(graph_record(graph_module).width_curves) == len(graph_record(graph_module).widths)
     Allocate(flops=0.6)(graph_module)
-    assert filled(graph_module) == {*observed, "curve", "scored_with", "choice"}
+    assert filled(graph_module) == {*observed, "curve", "scored_with", "fingerprint", "choice"}
     kept = {node.name for nodes in sites(graph_module).values() for node in nodes if annotation(node).choice}
     RemoveObservers()(graph_module)
     Pivot()(graph_module)

@@ -40,10 +40,10 @@ def test_elementwise_code_runs_on_fewer_features(name):
         assert not recipe.places, path
 
 
-def test_constants_along_features_keep_a_width_out():
-    x = torch.randn(64, 12)
-    assert [width.kind for width in prepared(GatedMlp().eval(), x).widths] == ["channels"]
-    assert prepared(ScaledMlp().eval(), x).widths == ()
+@pytest.mark.parametrize("kind", [GatedMlp, ScaledMlp])
+def test_parameters_along_features_let_a_width_pass(kind):
+    (width,) = prepared(kind().eval(), torch.randn(64, 12)).widths
+    assert (width.kind, width.padded) == ("channels", False)
 
 
 def test_code_that_names_the_number_of_features_sees_all_of_them():
