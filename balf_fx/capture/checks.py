@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, fx, nn
 
+from balf_fx.calibration.moments import CHUNK_ELEMENTS
 from balf_fx.errors import ModelError, TrainingModeError
 from balf_fx.graph.parameters import FLOATS, is_quantized
 
-_CHUNK = 1 << 20  # elements that are compared at once: logits are large
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
 
 
@@ -113,7 +113,8 @@ def close(want: Tensor, got: Tensor) -> bool:
     if not want.is_floating_point():
         return torch.equal(want, got)
     tolerance = torch.finfo(want.dtype).eps ** 0.5
-    pairs = list(zip(torch.split(want.flatten(), _CHUNK), torch.split(got.flatten(), _CHUNK), strict=True))
+    parts = (torch.split(each.flatten(), CHUNK_ELEMENTS) for each in (want, got))
+    pairs = list(zip(*parts, strict=True))
     found = [finite.abs().max() for one, _ in pairs if (finite := one[torch.isfinite(one)]).numel()]
     scale = float(max(found, default=1.0))
     limits = {"rtol": tolerance, "atol": tolerance * scale}

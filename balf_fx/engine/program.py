@@ -145,8 +145,8 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     observers = [module for module in graph_module.modules() if getattr(module, "_is_impure", False)]
     kept: dict[int, Any] = {id(value): value for value in (*tensors, *observers)}
     layers = {id(module): _copied(module) for module in graph_module.modules() if _is_plain(module)}
-    records = {id(value): value for value in graph_module.meta.values()}
-    return copy.deepcopy(graph_module, {**computed_tensors(graph_module), **records, **layers, **kept})
+    record = graph_record(graph_module)  # it is frozen
+    return copy.deepcopy(graph_module, {**computed_tensors(graph_module), id(record): record, **layers, **kept})
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -170,18 +171,14 @@ def next_target(asked: float, tried: Sequence[tuple[float, float]]) -> float:
     Args:
         tried: the predicted and the measured share of other models; those of the original are 1.
     """
-    slower = min([(1.0, 1.0), *(each for each in tried if each[1] > asked)], key=_second)
-    faster = max((each for each in tried if each[1] <= asked), key=_second, default=None)
+    slower = min([(1.0, 1.0), *(each for each in tried if each[1] > asked)], key=itemgetter(1))
+    faster = max((each for each in tried if each[1] <= asked), key=itemgetter(1), default=None)
     if faster is None:  # the line from the original, beyond the fastest model
         faster, slower = slower, (1.0, 1.0)
     if faster[1] >= 1.0 or faster[0] >= 1.0:
         return 0.5 * min(tried[-1][0], 1.0)  # nothing was saved: there is no line
     slope = (slower[0] - faster[0]) / (slower[1] - faster[1])
     return min(max(faster[0] + slope * (asked - faster[1]), 1e-3), 1.0)
-
-
-def _second(point: tuple[float, float]) -> float:
-    return point[1]
 
 
 def _measured(timed: Timed) -> float:
