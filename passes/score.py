@@ -253,7 +253,8 @@ class Score(Pass):
         Damping steadies a spectrum where gradients are few. The error is measured without it.
         """
         centred = self.centred and not site.has_experts
-        seen = [_coordinates(site, weight, bias, half, centred, parts) for half in halves]
+        thin = torch.linalg.qr(in_parts(weight, parts)) if site.side == "input" else None
+        seen = [_coordinates(thin, bias, half, centred, parts) for half in halves]
         # Second moments of gradients are sums over samples, and the unit is that of both halves together.
         total = sum(half.gradients.samples for half in halves)
         units = [unit * (half.gradients.samples / total) for half in halves]
@@ -341,15 +342,19 @@ def _spectrum(
 
 
 def _coordinates(
-    site: Site, weight: Tensor, bias: Tensor | None, sample: Sample, centred: bool, parts: int
+    thin: tuple[Tensor, Tensor] | None, bias: Tensor | None, sample: Sample, centred: bool, parts: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Moment and mean of W x, and E[g g^T]; in a basis of the range of W where statistics are on the input side."""
+    """Moment and mean of W x, and E[g g^T].
+
+    Args:
+        thin: Q and R of W = Q R where statistics are on the input side: all are in the basis Q.
+    """
     gradient = sample.gradients.scatter
     if parts > 1 and sample.gradients.parts is not None:
         gradient = sample.gradients.parts
     moments = sample.moments
-    if site.side == "input":
-        basis, reduced = torch.linalg.qr(in_parts(weight, parts))
+    if thin is not None:
+        basis, reduced = thin
         gradient = gradient if parts == 1 else basis.mT @ gradient @ basis
         moment = moments.covariance() if centred else moments.second_moment()
         mean = (reduced @ moments.mean.unsqueeze(-1)).squeeze(-1)

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,7 @@ from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes.base import Pass
 from balf_fx.progress import SILENT, Progress
-from balf_fx.ranks.spectra import convex_energies, damped_roots, held_out_errors, spectrum_from_output
+from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 
 _LOGGER = logging.getLogger(__name__)
@@ -90,10 +90,10 @@ class _Layer:
 
     Attributes:
         weight, bias: [O, D] and [O].
-        reduced: [m, D], R of W = Q R on the input side, W itself on the output side. Errors are those of S R x.
+        reduced: [m, D], R of W = Q R on the input side, W itself on the output side. Errors are those of R x.
         basis: Q [O, m], or None on the output side.
         unit: [1, 1], the scale by which second moments of gradients are divided.
-        loss: the loss of an error of 1 in the metric S S.
+        loss: the loss of an error of 1 in the metric M.
     """
 
     site: Site
@@ -118,17 +118,17 @@ class _Layer:
             raise ValueError(f"the input of {self.site.name} was not observed")
         return self.sample.features
 
-    def seen(self) -> Tensor:
-        """S R [m, D], the map from the input to the output in the metric."""
-        root, _ = damped_roots(self.sample.gradients.scatter, self.damping, self.unit)
-        seen: Tensor = root[0] @ self.reduced
-        return seen
+    @cached_property
+    def weighed(self) -> Tensor:
+        """M R [m, D], for the metric M of errors: an error e of the input costs e^T R^T M R e."""
+        weighed: Tensor = damped(self.sample.gradients.scatter, self.damping, self.unit)[0] @ self.reduced
+        return weighed
 
     def metric(self) -> Tensor:
         """A [F, F], the metric of errors in the input's features; the taps of a kernel count as independent."""
-        seen = self.seen()
-        by_tap = seen.reshape(len(seen), -1, self.site.taps).permute(2, 0, 1)
-        return (by_tap.mT @ by_tap).sum(0)
+        by_tap = [each.reshape(len(each), -1, self.site.taps).permute(2, 0, 1) for each in (self.reduced, self.weighed)]
+        found = (by_tap[0].mT @ by_tap[1]).sum(0)
+        return (found + found.mT) / 2
 
     def output_moment(self) -> Tensor:
         """E[y y^T], [O, O] float64, with the observer's weights of positions."""
@@ -252,13 +252,13 @@ def _mean_diagonal(matrices: Tensor) -> Tensor:
 def _heads(width: Width, layer: _Layer) -> tuple[Tensor, Tensor]:
     """The second moment of each head's features and the metric of errors in them, both [heads, F, F]."""
     if width.kind == "values":
-        moment, seen = layer.features.covariance()[0], layer.seen()
+        moment, seen, weighed = layer.features.covariance()[0], layer.reduced, layer.weighed
         rows = torch.arange(len(moment)).reshape(width.heads, width.repeat, -1)
-        costs = [[seen[:, own].mT @ seen[:, own] for own in head] for head in rows]
+        costs = [[seen[:, own].mT @ weighed[:, own] for own in head] for head in rows]
     else:
         moment = layer.output_moment()
         rows = torch.tensor(width.rows[0]).reshape(width.heads, width.repeat, width.features)
-        floor = layer.damping * torch.eye(width.features, dtype=moment.dtype)
+        floor = layer.damping * torch.eye(width.features, dtype=moment.dtype, device=moment.device)
         unit = layer.unit.clamp_min(torch.finfo(moment.dtype).tiny)
         costs = [[(layer.gradient_block(own) / unit + floor) / (1 + layer.damping) for own in head] for head in rows]
     moments = torch.stack([torch.stack([moment[own][:, own] for own in head]).sum(0) for head in rows])

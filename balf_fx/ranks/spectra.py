@@ -51,28 +51,40 @@ def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped_roots(gradient: Tensor, damping: float, unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The square root S of a second moment of gradients, and its inverse.
+    """A root S of the damped second moment M of gradients, S^T S = M, and its inverse.
+
+    It is the transposed Cholesky factor, or the symmetric root where M is singular up to rounding. Roots differ by
+    rotations, which change no energy and no product of factors.
 
     Args:
-        gradient: E[g g^T] [G, m, m]; where its unit is zero, S is the identity.
-        damping: the share of the unit that is added to each eigenvalue.
-        unit: [G, 1], the eigenvalue that is scaled to 1; None for the mean eigenvalue, so that S S has trace m.
+        gradient, damping, unit: as in `damped`.
 
     Returns:
         S and S^-1, [G, m, m].
     """
-    values, vectors = _descending_eigh(gradient)
-    unit = values.mean(-1, keepdim=True) if unit is None else unit
-    known = unit > 0
-    values = torch.where(known, (values / torch.where(known, unit, 1.0) + damping) / (1 + damping), 1.0)
+    metric = damped(gradient, damping, unit)
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    if not bool(failed.any()):
+        identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
+        return lower.mT, torch.linalg.solve_triangular(lower, identity, upper=False).mT
+    values, vectors = _descending_eigh(metric)
     roots = values.sqrt().unsqueeze(-2)
     return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
 
 
-def damped(gradient: Tensor, damping: float, unit: Tensor) -> Tensor:
-    """S S of `damped_roots`, [G, m, m]."""
-    root, _ = damped_roots(gradient, damping, unit)
-    return root @ root
+def damped(gradient: Tensor, damping: float, unit: Tensor | None = None) -> Tensor:
+    """The metric M [G, m, m] of errors: the second moment of gradients, scaled and with a share of the unit added.
+
+    Args:
+        gradient: E[g g^T] [G, m, m]; where its unit is zero, M is the identity.
+        damping: the share of the unit that is added to each eigenvalue.
+        unit: [G, 1], the eigenvalue that is scaled to 1; None for the mean eigenvalue, so that M has trace m.
+    """
+    unit = gradient.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) if unit is None else unit
+    unit = unit.unsqueeze(-1)
+    identity = torch.eye(gradient.shape[-1], dtype=gradient.dtype, device=gradient.device)
+    scaled = (gradient + gradient.mT) / (2 * torch.where(unit > 0, unit, 1.0))
+    return torch.where(unit > 0, (scaled + damping * identity) / (1 + damping), identity)
 
 
 def held_out_errors(spectrum: Spectrum, covariance: Tensor, mean: Tensor | None, metric: Tensor) -> Tensor:
@@ -91,8 +103,9 @@ def held_out_errors(spectrum: Spectrum, covariance: Tensor, mean: Tensor | None,
         shift = (mean - spectrum.mean).unsqueeze(-1)
         covariance = covariance + shift @ shift.mT
     whole = (metric * covariance).sum((-2, -1)).unsqueeze(-1)
-    crossed = (right @ covariance @ metric @ left).diagonal(dim1=-2, dim2=-1).cumsum(-1)
-    squared = (left.mT @ metric @ left) * (right @ covariance @ right.mT)
+    seen, weighed = right @ covariance, metric @ left
+    crossed = (seen * weighed.mT).sum(-1).cumsum(-1)
+    squared = (left.mT @ weighed) * (seen @ right.mT)
     squared = squared.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
     return torch.cat([whole, whole - 2 * crossed + squared], -1).clamp_min(0)
 
@@ -116,13 +129,14 @@ def spectrum_from_output(
     Args:
         covariance: [G, O, O], centred or not.
         mean: E[W x] [G, O], for the correction of the bias; None leaves the bias unchanged.
-        roots: S and S^-1 [G, O, O], which weight errors by the sensitivity of the loss; None for plain squared errors.
+        roots: S and S^-1 [G, O, O], which weight errors by the sensitivity of the loss: the error e costs |S e|^2;
+            None for plain squared errors.
     """
     if roots is None:
         energies, left = _descending_eigh(covariance)
         return Spectrum(energies, left, mean)
     root, inverse = roots
-    energies, vectors = _descending_eigh(root @ covariance @ root)
+    energies, vectors = _descending_eigh(root @ covariance @ root.mT)
     return Spectrum(energies, inverse @ vectors, mean, vectors.mT @ root)
 
 

@@ -98,11 +98,11 @@ def test_two_sided_factors_lose_least_of_what_the_loss_minds(shape):
     if inputs < outputs:
         basis = torch.linalg.qr(weight)[0]
         roots = damped_roots(basis.mT @ second @ basis, 0.0)
-        metric = basis @ roots[0] @ roots[0] @ basis.mT
+        metric = basis @ roots[0].mT @ roots[0] @ basis.mT
         spectrum = spectrum_from_input(weight, x @ x.mT / 200, None, roots)
     else:
         roots = damped_roots(second, 0.0)
-        metric = roots[0] @ roots[0]
+        metric = roots[0].mT @ roots[0]
         spectrum = spectrum_from_output(y @ y.mT / 200, None, roots)
     for rank in (1, 2, 4):
         left, right = spectrum.maps(rank)

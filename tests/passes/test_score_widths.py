@@ -56,7 +56,7 @@ def test_held_out_errors_on_the_very_samples_are_the_dropped_energies(sensitive)
     torch.testing.assert_close(found[:, -1], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_damped_is_the_square_of_the_root():
+def test_damped_adds_a_share_of_the_unit():
     gradient, unit = moment(5, 3), torch.tensor([[0.7], [0.0]], dtype=torch.float64)
     found = damped(gradient, 0.2, unit)
     identity = torch.eye(5, dtype=torch.float64)
@@ -102,7 +102,7 @@ def linear_mlp(hidden=16):
 def test_the_loss_of_a_width_is_what_is_measured(monkeypatch):
     """A linear network whose metric is exact: the error at every size is that of the output."""
     module = "balf_fx.passes.score_widths"
-    monkeypatch.setattr(f"{module}.damped_roots", lambda g, *_: (torch.eye(g.shape[-1])[None].double(),) * 2)
+    monkeypatch.setattr(f"{module}.damped", lambda g, *_: torch.eye(g.shape[-1])[None].double())
     monkeypatch.setattr(f"{module}.conditioned", lambda c: conditioned(c, 1e-7, 1e-9))
     model = linear_mlp(12)
     batches = [torch.randn(200, 12, dtype=torch.float64)]

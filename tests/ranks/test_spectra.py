@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from balf_fx.graph.parameters import weight_matrix
 from balf_fx.ranks.spectra import (
     corrected_bias,
+    damped,
     damped_roots,
     factors,
     spectrum_from_input,
@@ -221,8 +222,28 @@ def test_roots_and_maps_are_inverse_to_each_other():
     identity = torch.eye(4, dtype=torch.float64).expand(2, -1, -1)
     torch.testing.assert_close(root @ inverse, identity)
     unit = (gradient @ gradient.mT).diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    torch.testing.assert_close(root @ root, (gradient @ gradient.mT / unit + 0.1 * identity) / 1.1)
+    torch.testing.assert_close(root.mT @ root, (gradient @ gradient.mT / unit + 0.1 * identity) / 1.1)
     spectrum = spectrum_from_input(weight, x @ x.mT / 20, None, (root, inverse))
     left, right = spectrum.maps(4)
     torch.testing.assert_close(right @ left, identity)
     torch.testing.assert_close(left @ (right @ weight), weight)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_root_of_a_singular_metric_is_symmetric(rank):
+    gradient = random(5, 1, 4, rank)
+    root, _ = damped_roots(gradient @ gradient.mT, 0.0)
+    torch.testing.assert_close(root, root.mT)
+    torch.testing.assert_close(root.mT @ root, damped(gradient @ gradient.mT, 0.0))
+
+
+def test_the_optimum_is_that_of_the_symmetric_root():
+    gradient, y = random(1, 2, 5, 9), random(2, 2, 5, 40)
+    values, vectors = torch.linalg.eigh(damped(gradient @ gradient.mT, 0.1))
+    root = vectors * values.sqrt().unsqueeze(-2) @ vectors.mT
+    wanted = spectrum_from_output(y @ y.mT, None, (root, root.inverse()))
+    found = spectrum_from_output(y @ y.mT, None, damped_roots(gradient @ gradient.mT, 0.1))
+    torch.testing.assert_close(found.energies, wanted.energies)
+    for rank in range(6):
+        (left, right), (left_wanted, right_wanted) = found.maps(rank), wanted.maps(rank)
+        torch.testing.assert_close(left @ right, left_wanted @ right_wanted)

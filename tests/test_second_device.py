@@ -1,0 +1,149 @@
+"""The whole compiler with models on another device than the CPU: it mixes no devices, and finds the same model."""
+
+import copy
+
+import pytest
+import torch
+from architectures import ATTENTIONS, EVERYTHING, make
+from expert_models import Loop, Mixture
+from second_device import DEVICE, MixedDevices, second_device
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import balf_fx
+
+
+class Tagger(nn.Module):
+    """An embedding that is tied to the last layer, and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(40, 24), nn.LayerNorm(24)
+        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, 40, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids, attention_mask):
+        x = self.table(ids)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head(x * attention_mask.unsqueeze(-1))
+
+
+class Images(nn.Module):
+    """Convolutions of several kinds: strided, depthwise, grouped, 1 x 1 with BatchNorm, and transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point, self.norm = nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32)
+        self.grouped, self.whole = nn.Conv2d(32, 32, 3, padding=1, groups=4), nn.Conv2d(32, 32, 3, padding=1)
+        self.up, self.head = nn.ConvTranspose2d(32, 16, 2, stride=2), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        x = F.silu(self.norm(self.point(F.relu6(self.depthwise(self.stem(x))))))
+        return self.head(F.relu(self.up(x + F.relu(self.whole(self.grouped(x))))))
+
+
+def subject(name):
+    """A model and batches on the CPU."""
+    if name in EVERYTHING:
+        model, batches = make(name, count=3)
+        return model, list(batches)
+    draws = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    if name == "tagger":
+        lengths = torch.tensor([[4], [9], [6], [7]])
+        mask = (torch.arange(9) < lengths).long()
+        ids = [torch.randint(0, 40, (4, 9), generator=draws) for _ in range(3)]
+        return Tagger().eval(), [{"ids": each, "attention_mask": mask} for each in ids]
+    shape = (4, 3, 12, 12) if name == "images" else (6, 5, 16)
+    build = {"images": Images, "experts in rows": Mixture, "experts in groups": lambda: Mixture(grouped=True)}
+    model = build.get(name, lambda: Loop(False))()
+    return model.eval(), [torch.randn(shape, generator=draws) for _ in range(3)]
+
+
+def on_second(value):
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), value)
+
+
+def run(model, batch):
+    return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+OPTIONS = {
+    "fast": {"effort": "fast", "flops": 0.6},
+    "balanced": {"effort": "balanced", "flops": 0.6},
+    "best": {"flops": 0.6},
+    "air": {**balf_fx.AIR, "flops": 0.6},
+    "free": {},
+    "module": {"effort": "balanced", "params": 0.6, "result": "module"},
+    "separable": {"effort": "balanced", "flops": 0.6, "separable": True},
+    "on the shelf": {"effort": "balanced", "flops": 0.6, "memory": 20_000},
+}
+CASES = [
+    *((name, "balanced") for name in EVERYTHING),
+    *((name, effort) for name in ("images", "tagger", "transformer") for effort in ("fast", "best", "module", "free")),
+    *((name, effort) for name in ("experts in rows", "experts in groups", "loop") for effort in ("balanced", "module")),
+    *(("images", effort) for effort in ("air", "separable", "on the shelf")),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_model_on_another_device_becomes_the_same_model(name, options, tmp_path):
+    model, batches = subject(name)
+    given = {**OPTIONS[options], "capture": "symbolic_trace", "strict": False, "progress": False}
+    wanted = balf_fx.compile(model, batches, **given)
+    with second_device() as marks:
+        moved = copy.deepcopy(model).to(DEVICE)
+        found = balf_fx.compile(moved, batches, **given)  # batches follow the model
+        assert all(map(marks.has, found.state_dict().values()))
+        assert all(map(marks.has, moved.state_dict().values()))
+        output = run(found, on_second(batches[0]))
+        assert marks.has(output)
+        balf_fx.save(found, tmp_path / "model.balf")
+        loaded = balf_fx.load(tmp_path / "model.balf", moved)
+        assert all(map(marks.has, loaded.state_dict().values()))
+        assert torch.equal(run(loaded, on_second(batches[0])), output)
+        states = found.state_dict()
+    assert states.keys() == wanted.state_dict().keys()
+    for key, value in wanted.state_dict().items():
+        assert torch.equal(states[key], value), key
+    assert torch.equal(output, run(wanted, batches[0]))
+
+
+def test_steps_by_hand_mix_no_devices():
+    model, batches = subject(next(iter(ATTENTIONS)))
+    with second_device() as marks:
+        prepared = balf_fx.prepare(model.to(DEVICE), batches[0], factors="sensitivity", capture="symbolic_trace")
+        balf_fx.calibrate(prepared, batches, progress=False)
+        small = balf_fx.convert(prepared, flops=0.6, progress=False)
+        assert all(map(marks.has, small.state_dict().values()))
+
+
+def test_devices_are_not_mixed():
+    cpu = torch.ones(3)
+    with second_device() as marks:
+        second = torch.arange(3.0, device=DEVICE)
+        assert second.device == DEVICE
+        assert cpu.device.type == "cpu"
+        for mixed in (
+            lambda: second + cpu,
+            lambda: cpu + second.sum(),
+            lambda: second.index_put((torch.tensor([0, 1]),), cpu[:2]),
+            lambda: cpu[second.long()],
+            lambda: cpu.sum().add_(second.sum()),
+            lambda: torch.randn(3, device=DEVICE, generator=torch.Generator()),
+            lambda: second + torch.eye(3),
+            second.numpy,
+        ):
+            with pytest.raises(MixedDevices):
+                mixed()
+        assert marks.has(second[torch.tensor([0, 2])] * torch.tensor(2.0))
+        assert marks.has(torch.zeros_like(second).view(3, 1))
+        assert marks.has(copy.deepcopy(nn.Linear(3, 2).to(DEVICE)).weight)
+        assert not marks.has(second.cpu())
+        assert not marks.has(second.to("cpu", torch.float64))
+        assert second.cpu().numpy().tolist() == [0.0, 1.0, 2.0]
+        assert marks.has(cpu.to(second))
+        copied = cpu.clone().copy_(second)
+        assert not marks.has(copied)
