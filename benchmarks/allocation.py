@@ -52,8 +52,8 @@ POWERS: Mapping[str, float] = {
 
 WEIGHTINGS: Mapping[str, Mapping[str, float]] = {
     **{name: {"importance": power} for name, power in POWERS.items()},
-    "times loss^0.3, widths x 3": {"importance": 0.3, "caution": 3.0},
-    "times loss^0.3, widths x 9": {"importance": 0.3, "caution": 9.0},
+    "times loss^0.3, widths x 2": {"importance": 0.3, "caution": 2.0},
+    "times loss^0.3, widths x 4": {"importance": 0.3, "caution": 4.0},
 }
 """Options of `Allocate`."""
 
