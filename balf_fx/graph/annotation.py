@@ -47,6 +47,7 @@ class Annotation:
         number: the node's output on the example batch if it is a whole number, for example a size.
         loads: the number of rows of each expert on the example batch, where they are assigned to experts.
         argument: the name of the model's argument that an input takes, where the input's own name does not tell it.
+        discarded: whether the model's own code reads the node for results that it discards, which no graph computes.
         computed_from: the tensors from which a parameter was computed; set by FoldConstants on the node that reads it.
         folded: the BatchNorms that were folded into the node, in their order; set by FoldBatchNorm.
         shared: whether another graph of the program reads the node's weights too. Their shapes and values do not
@@ -71,6 +72,7 @@ class Annotation:
     number: int | None = None
     loads: tuple[int, ...] = ()
     argument: str | None = None
+    discarded: bool = False
     computed_from: tuple[torch.Tensor, ...] = ()
     folded: tuple[Norm, ...] = ()
     shared: bool = False

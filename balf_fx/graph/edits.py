@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from balf_fx.graph.annotation import annotate
 from balf_fx.graph.layers import argument_position, read_layer
 from balf_fx.graph.operators import changes_in_place, is_identity, is_opaque_call
 from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
@@ -61,9 +62,13 @@ def _delete_tensor(graph_module: fx.GraphModule, path: str) -> None:
 
 def drop_dead_code(graph_module: fx.GraphModule) -> None:
     """Erase the nodes whose values nothing reads, and the modules and tensors that no node reads."""
+    readers = {node: list(node.users) for node in graph_module.graph.nodes}
     graph_module.graph.eliminate_dead_code(lambda node: _has_effects(graph_module, node))
     graph_module.delete_all_unused_submodules()
     nodes = list(graph_module.graph.nodes)
+    for node in nodes:
+        if not set(readers[node]) <= set(node.users):
+            annotate(node, discarded=True)
     held = (*graph_module.named_parameters(remove_duplicate=False), *graph_module.named_buffers(remove_duplicate=False))
     for path, _ in held:
         if not any(_fetches(node, path) for node in nodes):

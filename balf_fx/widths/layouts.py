@@ -48,10 +48,23 @@ def passes(graph_module: fx.GraphModule, width: Width) -> bool:
     return (
         width.kind == "channels"
         and whole
+        and not any(annotation(node).discarded for node in _carriers(nodes, width))
         and all(_is_replaceable(graph_module, nodes[name]) for name in shaped)
         and all(_is_chunk(nodes[reader.node], width) for reader in width.readers)
         and all(_is_own(graph_module, node) for node in _between(graph_module, width) if node.op == "get_attr")
     )
+
+
+def _carriers(nodes: Mapping[str, fx.Node], width: Width) -> set[fx.Node]:
+    """The nodes from a width's first layers to its last ones, among them all that carry its features."""
+    found: set[fx.Node] = set()
+    pending = [nodes[name] for name in width.producers]
+    while pending:
+        node = pending.pop()
+        if node not in found and node.name not in width.consumers:
+            found.add(node)
+            pending += node.users
+    return found
 
 
 def find_layouts(graph_module: fx.GraphModule) -> dict[str, Layout]:

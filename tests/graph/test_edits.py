@@ -71,6 +71,17 @@ def test_dead_branches_are_dropped_before_costs_are_counted(capture):
     assert report.params_after == sum(parameter.numel() for parameter in compressed.parameters())
 
 
+@CAPTURES
+def test_code_that_the_graph_drops_still_runs_in_the_model(capture):
+    model, x = Dead().eval(), torch.randn(64, 16)
+    options = {"flops": 0.5, "dense": ["*"], "effort": "balanced", "capture": capture, "progress": False}
+    graph_module = balf_fx.compile(model, x, **options)
+    assert graph_module.used.out_features <= 16
+    compressed = balf_fx.compile(model, x, **options, result="module")
+    assert compressed.unused.in_features == 32
+    torch.testing.assert_close(compressed(x), graph_module(x))
+
+
 class DeadRecurrent(nn.Module):
     def __init__(self):
         super().__init__()
