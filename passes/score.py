@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.calibration.experts import too_few
+from balf_fx.calibration.coverage import too_few
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.calibration.sample import Gradients, Sample

@@ -25,7 +25,7 @@ _MOVING = {_ATEN.copy_.default, _ATEN._to_copy.default}
 _INDEXING = {_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN.index_put.default, _ATEN._index_put_impl_.default}
 
 
-class MixedDevices(RuntimeError):
+class MixedDevicesError(RuntimeError):
     """An operation got tensors of both devices."""
 
 
@@ -63,15 +63,17 @@ class _Operations(TorchDispatchMode):
         second = any(map(self.marks.has, _tensors((args, kwargs))))
         if second and func not in _MOVING:
             checked = (args[0], args[2:]) if func in _INDEXING else (args, kwargs)
-            written = _tensors([value for value, spec in zip(args, func._schema.arguments, strict=False) if spec.is_write])
+            written = _tensors(
+                [value for value, spec in zip(args, func._schema.arguments, strict=False) if spec.is_write]
+            )
             others = [each for each in _tensors(checked) if each.dim() > 0]
             if not all(map(self.marks.has, [*others, *written])):
-                raise MixedDevices(f"{func} got tensors on {DEVICE} and on the CPU")
+                raise MixedDevicesError(f"{func} got tensors on {DEVICE} and on the CPU")
         made = func(*args, **kwargs)
         place = second if self.place is None else self.place
         if place and func is not _ATEN.copy_.default:
             if kwargs.get("generator") is not None:
-                raise MixedDevices(f"{func} got a generator of the CPU for a tensor on {DEVICE}")
+                raise MixedDevicesError(f"{func} got a generator of the CPU for a tensor on {DEVICE}")
             for each in _tensors(made):
                 self.marks.add(each)
         return made
@@ -92,7 +94,7 @@ class _Functions(TorchFunctionMode):
         if func == Tensor.device.__get__:  # a new object each time
             return DEVICE if second else func(*args)
         if func in (Tensor.numpy, Tensor.__array__) and second:
-            raise MixedDevices(f"NumPy cannot read a tensor on {DEVICE}")
+            raise MixedDevicesError(f"NumPy cannot read a tensor on {DEVICE}")
         asked = self._asked(func, args, kwargs)
         if asked is not None:
             args, kwargs = pytree.tree_map(_on_cpu, (args, kwargs))

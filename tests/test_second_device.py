@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import ATTENTIONS, EVERYTHING, make
 from expert_models import Loop, Mixture
-from second_device import DEVICE, MixedDevices, second_device
+from second_device import DEVICE, MixedDevicesError, second_device
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -136,7 +136,7 @@ def test_devices_are_not_mixed():
             lambda: second + torch.eye(3),
             second.numpy,
         ):
-            with pytest.raises(MixedDevices):
+            with pytest.raises(MixedDevicesError):
                 mixed()
         assert marks.has(second[torch.tensor([0, 2])] * torch.tensor(2.0))
         assert marks.has(torch.zeros_like(second).view(3, 1))

@@ -13,8 +13,6 @@ from balf_fx.calibration.sample import Gradients, Sample
 from balf_fx.graph.expert_rows import ExpertRows
 from balf_fx.graph.site import Side, Site
 
-_FEWEST = 4
-
 
 def expert_moments(
     rows: Sequence[Tensor], dtype: torch.dtype, weights: Sequence[Tensor] | None = None
@@ -38,16 +36,6 @@ def expert_moments(
         if seen is not None:
             count[index], mean[index], scatter[index] = seen.count, seen.mean[0], seen.scatter[0]
     return Moments(count, mean, scatter) if float(count.sum()) > 0 else None
-
-
-def too_few(site: Site, count: Tensor) -> list[int]:
-    """The experts that have seen too few positions to choose components by: fewer than a quarter of the full rank.
-
-    Args:
-        count: [E], the number of positions of each expert.
-    """
-    fewest = max(site.full_rank // _FEWEST, 1)
-    return [expert for expert, seen in enumerate(count.tolist()) if seen < fewest]
 
 
 class ExpertObserver(CovarianceObserver):

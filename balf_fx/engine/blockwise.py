@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, telling
 from balf_fx.calibration.calls import Answering, placeholder_values
+from balf_fx.calibration.coverage import unseen
 from balf_fx.calibration.describing import describe
-from balf_fx.calibration.experts import too_few
 from balf_fx.calibration.observers import CovarianceObserver, observer_of
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.weights import CallWeights, check_fit, weighing
@@ -29,8 +29,6 @@ from balf_fx.engine.weighing import call_weights
 from balf_fx.graph.annotation import annotate, annotation, sites
 from balf_fx.graph.blocks import Block, find_blocks, weight_bytes
 from balf_fx.graph.curves import RankCurve, Spectrum
-from balf_fx.graph.experts import read_experts
-from balf_fx.graph.site import Reason, Refusal
 from balf_fx.passes import Score
 from balf_fx.progress import SILENT, Progress
 
@@ -171,21 +169,6 @@ def _parked(curve: RankCurve, pages: Pages) -> RankCurve:
 
     spectrum = parked(curve.spectrum) or curve.spectrum
     return dataclasses.replace(curve, spectrum=spectrum, parts=parked(curve.parts), strips=parked(curve.strips))
-
-
-def unseen(graph_module: fx.GraphModule) -> dict[str, Refusal]:
-    """The refusals of the sites that too few values have reached, by name."""
-    found = {}
-    for site, nodes in sites(graph_module).items():
-        observer = observer_of(graph_module, annotation(nodes[0]).observer, CovarianceObserver)
-        refusal = Refusal(site.name, site.kind, Reason.UNSEEN)
-        if observer is None or observer.moments is None:
-            found[site.name] = refusal
-        elif isinstance(observer.moments.count, Tensor):
-            few, product = too_few(site, observer.moments.count), read_experts(nodes[0])
-            if len(few) == site.groups or (few and not (product is not None and product.rows.splits)):
-                found[site.name] = dataclasses.replace(refusal, detail=f"too few for {len(few)} of its experts")
-    return found
 
 
 def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import nn
 
 from balf_fx.budget.problem import Problem, drawn, pose
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
+from balf_fx.calibration.coverage import unseen
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.merging import check_merged, merging
 from balf_fx.calibration.observers import OBSERVERS, InfluenceObserver, SensitivityObserver
@@ -23,7 +24,7 @@ from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import check_fit, weighing
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
-from balf_fx.engine.blockwise import score_in_blocks, unseen
+from balf_fx.engine.blockwise import score_in_blocks
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.resuming import Resumption
 from balf_fx.engine.rewriting import normalise

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from balf_fx.calibration.moments import by_sample, leading_sizes
+from balf_fx.calibration.moments import CHUNK_ELEMENTS, by_sample, leading_sizes
 from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch, Lockstep
 
 _HELD_OUT = 4  # one sample in four
 _ENOUGH = 600  # positions per column; more pixels of a convolution add little, since neighbours are similar
 _FEWEST = 32  # the least number of columns for which positions are counted
-_CHUNK_ELEMENTS = 1 << 19  # small enough that a chunk's columns stay in the cache
 _CHUNK_POSITIONS = 2048  # enough that adding up products costs little compared to computing them
 
 
@@ -141,7 +140,7 @@ def chunks(seen: int, samples: int, positions: int, features: int) -> Iterator[t
         features: the number of features at each position.
     """
     cut = samples - ((seen + samples) // _HELD_OUT - seen // _HELD_OUT)
-    size = max(_CHUNK_ELEMENTS // max(features * positions, 1), _CHUNK_POSITIONS // max(positions, 1), 1)
+    size = max(CHUNK_ELEMENTS // max(features * positions, 1), _CHUNK_POSITIONS // max(positions, 1), 1)
     for share, (start, stop) in enumerate(((0, cut), (cut, samples))):
         for begin in range(start, stop, size):
             yield share, slice(begin, min(begin + size, stop))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from expert_models import EXPERTS, INPUTS, OUTPUTS, Batched, Selected, SelectedTwo
 
-from balf_fx.calibration.experts import ExpertObserver, ExpertSensitivityObserver, expert_moments, too_few
+from balf_fx.calibration.experts import ExpertObserver, ExpertSensitivityObserver, expert_moments
 from balf_fx.capture.normal_form import capture
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import read_site
@@ -86,8 +86,3 @@ def test_a_row_counts_for_each_expert_that_sees_it(form, repeats):
     assert observer.moments.count.sum() == repeats * len(flat)
     first = flat[(chosen == 0).any(-1)] if repeats == 2 else flat
     torch.testing.assert_close(observer.moments.second_moment()[0], first.T @ first / len(first))
-
-
-def test_an_expert_needs_a_quarter_of_its_full_rank(selected):
-    site, *_ = selected
-    assert too_few(site, torch.tensor([INPUTS / 4, INPUTS / 4 - 1, 0])) == [1, 2]
