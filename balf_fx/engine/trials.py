@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -32,7 +32,8 @@ from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
-_IMPORTANCES = (IMPORTANCE, 0.3, 1.0, 0.15)  # small powers are better at low budgets, 1 at high budgets
+_IMPORTANCES = (IMPORTANCE, 0.3, 1.0)  # small powers are better at low budgets, 1 at high budgets
+_BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (2.0, 4.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
 _SAMPLES = 128
@@ -120,6 +121,8 @@ def allocate_faithfully(
 ) -> tuple[Allocate, Allocation]:
     """Choose the best of a few allocations: over `importance`, then `caution`; without gradients, over `evenness`.
 
+    Each round changes one option of the best allocation so far.
+
     Returns:
         The options that choose it, and the allocation.
     """
@@ -134,14 +137,18 @@ def allocate_faithfully(
         _LOGGER.info("importance %s, caution %s, evenness %s: %.4g", *tried)
         return _Attempt(measured[chosen], option, allocation)
 
-    sensitive = allocate.importance > 0
-    first: list[dict[str, Any]] = [{"evenness": evenness} for evenness in _EVENNESSES]
-    if sensitive:
-        first = [{"importance": importance} for importance in _IMPORTANCES]
-    second = [{"caution": caution} for caution in _CAUTIONS] if problem.clusters and sensitive else []
+    rounds: list[Callable[[Allocate], list[dict[str, Any]]]] = [
+        lambda _: [{"evenness": evenness} for evenness in _EVENNESSES]
+    ]
+    if allocate.importance > 0:
+        rounds = [
+            lambda _: [{"importance": importance} for importance in _IMPORTANCES],
+            lambda best: [{"importance": _BESIDE[best.importance]}],
+            lambda _: [{"caution": caution} for caution in _CAUTIONS] if problem.clusters else [],
+        ]
     option, attempts = allocate, list[_Attempt]()
-    for changes, span in zip((first, second), progress.spans([len(first), len(second)]), strict=True):
-        attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes)]
+    for changes, span in zip(rounds, progress.spans([3.0, 1.0, 2.0][: len(rounds)]), strict=True):
+        attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
         option = min(attempts, key=attrgetter("lost")).option
     best = min(attempts, key=attrgetter("lost"))
     return best.option, best.allocation

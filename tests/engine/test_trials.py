@@ -129,3 +129,23 @@ def test_caution_spares_widths():
         sizes.append([allocation.sizes[width.key] < width.features for width in widths])
     assert any(sizes[0])
     assert sum(sizes[1]) < sum(sizes[0])
+
+
+@pytest.mark.parametrize(("best", "beside"), [(0.3, 0.15), (0.6, 0.8), (1.0, 0.8)])
+def test_one_more_power_is_tried_beside_the_best(best, beside, monkeypatch):
+    model, prepared, batches = scored()
+    program = _program(prepared, forward_for(model))
+    problem, tried = pose(program.counted, program.totals()), []
+    solve = Allocate.solve
+
+    def spy(self, posed):
+        tried.append((self.importance, self.caution))
+        return solve(self, posed)
+
+    monkeypatch.setattr(Allocate, "solve", spy)
+    monkeypatch.setattr(Trial, "measure", lambda *_: float(abs(tried[-1][0] - best) + tried[-1][1]))
+    trial = trial_of(model, prepared, batches, False)
+    monkeypatch.setattr("balf_fx.engine.trials._chosen", lambda _: len(tried))  # no two are the same
+    option, _ = allocate_faithfully(program, problem, Allocate(flops=0.5, importance=0.6), trial)
+    assert tried == [(0.6, 1.0), (0.3, 1.0), (1.0, 1.0), (beside, 1.0), (best, 2.0), (best, 4.0)]
+    assert option.importance == best
