@@ -38,11 +38,13 @@ class Time(Pass):
         inputs: a value for each placeholder, of the shapes on which FLOPs were counted; nodes are timed on them.
         table: the known times; new ones are added to it.
         progress: shows the progress over the operations.
+        compiled: as in `latency.uses.use_of`.
     """
 
     inputs: Sequence[Any]
     table: Table
     progress: Progress = field(default=SILENT, repr=False, compare=False)
+    compiled: bool = False
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
@@ -56,7 +58,9 @@ class Time(Pass):
         for node in graph_module.graph.nodes:
             annotate(node, nanoseconds=round(1e9 * times.get(node.name, 0.0)))
         record_graph(graph_module, nanoseconds=round(1e9 * sum(times.values())))
-        uses = {site: [use_of(graph_module, site, node) for node in nodes] for site, nodes in found.items()}
+        uses = {
+            site: [use_of(graph_module, site, node, self.compiled) for node in nodes] for site, nodes in found.items()
+        }
         forms = {site: _forms(site, nodes) for site, nodes in found.items()}
         largest = [run for site in found for form in forms[site] for run in _largest(*form, uses[site])]
         self.table.measure(largest, self.progress)

@@ -98,7 +98,7 @@ class Watch:
         for index, span in zip(parts, progress.spans([1.0] * len(parts)), strict=True):
             inputs = next((step.args for step in self.trace if step.part == index), None)
             if inputs is not None:
-                Time(inputs, table, span)(self.program.graph_modules[index])
+                Time(inputs, table, span, self.runner == "inductor")(self.program.graph_modules[index])
 
     def totals(self) -> Totals:
         """The cost of one call of the whole model, with the time of its nodes, if these run as fast as the model.

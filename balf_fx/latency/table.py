@@ -28,6 +28,7 @@ from balf_fx.progress import SILENT, Progress
 _ROUNDS = 3
 _LEAST = 4  # smaller sizes take as long as this one
 _DEPTH = 16  # the smallest line is at this fraction of the largest size
+_FEW = 64  # features
 
 Points = dict[tuple[int, int], float]
 """Nanoseconds by inputs and outputs."""
@@ -149,12 +150,15 @@ def open_table(device: torch.device, group: Group = ALONE) -> Table:
 
 
 def lines(sizes: Iterable[int]) -> list[int]:
-    """The lines of a grid on one axis: these sizes, and powers of two below the largest of them."""
+    """The lines of a grid on one axis: these sizes, and powers of two below the largest of them.
+
+    Up to a few features, blocks of a kernel are large steps, so there are lines in the middle, too.
+    """
     found = set(sizes)
     size, largest = _LEAST, max(found)
     while size < largest:
         if size * _DEPTH >= largest:
-            found.add(size)
+            found |= {size, *([size + size // 2] if largest <= _FEW and 3 * size < 2 * largest else [])}
         size *= 2
     return sorted(size for size in found if size > 0)
 

@@ -12,12 +12,16 @@ from balf_fx.graph.site import Site
 from balf_fx.latency.operations import Use
 
 
-def use_of(graph_module: fx.GraphModule, site: Site, node: fx.Node) -> Use:
-    """How a node uses a site, from the shapes of its input and output."""
+def use_of(graph_module: fx.GraphModule, site: Site, node: fx.Node, compiled: bool = False) -> Use:
+    """How a node uses a site, from the shapes of its input and output.
+
+    Args:
+        compiled: whether inductor compiles the graph: on a CPU, it gives images to convolutions features last.
+    """
     weight: Tensor = get_tensor(graph_module, site.weight)
     last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     before, after = annotation(site_input(node)).shape or (), annotation(node).shape or ()
-    layout = last and not weight.is_contiguous()
+    layout = (last and not weight.is_contiguous()) or (compiled and weight.dim() == 4 and weight.device.type == "cpu")
     return Use(_positions(site, before), _positions(site, after), weight.dtype, weight.device, layout)
 
 

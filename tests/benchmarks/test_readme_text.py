@@ -184,11 +184,15 @@ def test_what_is_said_of_allocations(read):
     tables = [
         {row["weighting"]: row["top1"] for row in rows if (row["budget"], row["refit"]) == column} for column in columns
     ]
-    chosen = [table.pop("as measured") for table in tables]
+    for table in tables:
+        del table["as measured"]
     best = [max(table, key=table.get) for table in tables]
     assert best[0] != best[1]  # it differs from budget to budget,
     assert best[:2] != best[2:]  # and what is best before a refit is not after it
-    assert all(own > sorted(table.values())[len(table) // 2] for own, table in zip(chosen, tables, strict=True))
+    for column in columns:  # three lowest divergences on test images
+        lost = {row["weighting"]: row["kl"] for row in rows if (row["budget"], row["refit"]) == column}
+        own = lost.pop("as measured")
+        assert sum(other < own for other in lost.values()) <= 2
 
 
 def test_what_is_said_of_quantization(read):

@@ -97,3 +97,15 @@ def test_values_have_the_layout_of_the_model():
     assert value.dtype is torch.bfloat16
     assert value.is_contiguous(memory_format=torch.channels_last)
     assert not value.is_contiguous()
+
+
+@pytest.mark.parametrize("case", ["conv2d", "linear"])
+def test_inductor_gives_images_to_convolutions_features_last(case):
+    layer, shape = {"conv2d": (nn.Conv2d(8, 6, 3), (2, 8, 5, 5)), "linear": (nn.Linear(8, 6), (4, 8))}[case]
+    graph = balf_fx.prepare(nn.Sequential(layer), torch.randn(shape))
+    (site, nodes), *_ = sites(graph).items()
+    for compiled in (False, True):
+        own = use_of(graph, site, nodes[0], compiled)
+        assert own.channels_last is (compiled and case == "conv2d")
+        operation = own.layers(site)[0]
+        assert operation.channels_last is own.channels_last
