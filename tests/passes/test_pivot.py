@@ -149,7 +149,7 @@ def test_identity_blocks_cost_nothing_but_save_something(name, effort):
 
 def test_the_entries_of_the_blocks_are_counted_by_hand():
     model, batches = made(Attention()), [randn(4, 10, 48, seed=i) for i in range(4)]
-    small = balf_fx.compile(model, batches, params=0.999, effort="fast", progress=False)
+    small = balf_fx.compile(model, batches, params=0.97, effort="fast", progress=False)  # more than other layers give
     assert count_parameters(model) - count_parameters(small) == 2 * 4 * 12**2  # keys and values, 4 heads, 12 features
 
 

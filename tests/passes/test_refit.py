@@ -123,7 +123,7 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
         assert max(parked) > 0
         parked.clear()
-    for name, value in (("_CHUNK_ELEMENTS", 5_000), ("_CHUNK_POSITIONS", 1)):
+    for name, value in (("CHUNK_ELEMENTS", 5_000), ("_CHUNK_POSITIONS", 1)):
         monkeypatch.setattr(f"balf_fx.refit.windows.{name}", value)
         torch.testing.assert_close(balf_fx.convert(prepared, **options).state_dict(), expected, rtol=1e-9, atol=1e-10)
 
