@@ -95,7 +95,8 @@ class Folder:
         except SafetensorError as error:
             raise self._damaged(path) from error
         value = metadata.get("value", "")
-        if metadata.get("run") != self._run or metadata.get("digest") != _digest(value, tensors):
+        known = {"stage": stage, "run": self._run, "value": value, "digest": _digest(value, tensors)}
+        if metadata != known:
             raise self._damaged(path)
         return json.loads(value), tensors
 

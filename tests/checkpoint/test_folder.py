@@ -39,14 +39,16 @@ def test_stages_whose_names_look_alike_have_files_of_their_own(folder):
     assert [folder.get(name) for name in names] == [(name, {}) for name in names]
 
 
-@pytest.mark.parametrize("place", [0, 40, -1])
-def test_a_file_that_was_changed_is_told(folder, place):
+def test_a_file_that_was_changed_is_told(folder):
     folder.put("layer", 1, {"0": torch.ones(4)})
-    content = bytearray(stage(folder).read_bytes())
-    content[place] ^= 1
-    stage(folder).write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        folder.get("layer")
+    content = stage(folder).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place, byte in enumerate(content):
+        if place < header and chr(byte).isspace():
+            continue  # that fills up the header, and says nothing
+        stage(folder).write_bytes(content[:place] + bytes([byte ^ 1]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            folder.get("layer")
 
 
 def test_a_file_of_another_run_is_told(folder, tmp_path):
