@@ -42,9 +42,6 @@ class Marks:
         storage = tensor.untyped_storage()
         self._held.setdefault(storage._cdata, StorageWeakRef(storage))
 
-    def drop_expired(self) -> None:
-        self._held = {address: ref for address, ref in self._held.items() if not ref.expired()}
-
 
 class _Operations(TorchDispatchMode):
     """Refuses to mix devices, and marks what is computed from marked tensors.
