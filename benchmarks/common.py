@@ -22,7 +22,7 @@ from balf_fx.graph.flops import flop_counter
 ROOT = Path(__file__).resolve().parents[1]
 Batch = Tensor | dict[str, Tensor]
 
-_HEADER = ("torch", "cpu", "cores", "threads", "date", "commit", "command", "options", "continues")
+_HEADER = ("torch", "cpu", "accelerator", "cores", "threads", "date", "commit", "command", "options", "continues")
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -60,6 +60,7 @@ def environment() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "cpu": cpu_name(),
+        **({"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

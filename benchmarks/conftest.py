@@ -19,7 +19,7 @@ from common import ROOT, environment
 from stages import StageClock
 from subjects import SUBJECTS, Subject
 from tabulate import tabulate
-from timing import Measure, Ratio, Rivals, Task
+from timing import Measure, Ratio, Rivals, Task, finished
 
 _RATIOS = pytest.StashKey[list[tuple[str, ...]]]()
 _STATISTICS = ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3", "rounds", "iterations")
@@ -29,6 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """How long to measure."""
     parser.addoption("--large", action="store_true", help="Also compress large models, each once, for hours in all.")
     parser.addoption("--rounds", type=int, help="Rounds of every case, in place of its own number: 2 for a quick look.")
+    parser.addoption("--device", type=torch.device, help="Where models and inputs are made, such as cuda, not the CPU.")
+    parser.addoption("--dtype", default="float32", choices=["float32", "bfloat16"], help="Of the realised speed-ups.")
+    parser.addoption("--images", type=int, action="append", help="Of the realised speed-ups; repeatable.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make everything on the device."""
+    if config.getoption("--device") is not None:
+        torch.set_default_device(config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +74,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
         benchmark.group = group
         rounds = request.config.getoption("--rounds") or rounds
         with torch.no_grad():
-            benchmark.pedantic(task, setup=opponents.run, rounds=rounds, warmup_rounds=warmup)
+            benchmark.pedantic(finished(task), setup=opponents.run, rounds=rounds, warmup_rounds=warmup)
         if benchmark.disabled:  # --benchmark-disable: one call, no times
             return
         ratios = opponents.ratios(benchmark.stats.stats.data)

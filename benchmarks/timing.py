@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Task = Callable[[], Any]
 
 Measure = Callable[..., None]
@@ -27,10 +29,22 @@ class Ratio:
     upper: float
 
 
+def finished(task: Task) -> Task:
+    """The task and the wait for an accelerator that works on it, where there is one."""
+
+    def run() -> Any:
+        found = task()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return found
+
+    return run
+
+
 def seconds(task: Task) -> float:
     """Wall-clock time of one call."""
     start = time.perf_counter()
-    task()
+    finished(task)()
     return time.perf_counter() - start
 
 

@@ -20,6 +20,7 @@ RANDOM_MODELS = 24
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--models", type=int, help="How many new random models to draw, in place of the fixed ones.")
     parser.addoption("--first", type=int, help="The seed of the first of them; by default, another one each time.")
+    parser.addoption("--device", type=torch.device, help="Where models and values are made, such as cuda, not the CPU.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,7 +31,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("model_seed", range(start, start + (count or RANDOM_MODELS)))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device is not None:
+        torch.set_default_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # results are compared with those of the CPU
+        draws = torch.Generator
+        torch.Generator = lambda device=device: draws(device)  # type: ignore[misc, assignment]
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of each would wait for those of others
         torch.set_num_threads(1)
 

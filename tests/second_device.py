@@ -32,6 +32,8 @@ class MixedDevicesError(RuntimeError):
 class Marks:
     """The storages on the second device. A weak reference keeps the address of a storage from being used again."""
 
+    device, rounds = DEVICE, False
+
     def __init__(self) -> None:
         self._held: dict[int, StorageWeakRef] = {}
 
@@ -41,6 +43,18 @@ class Marks:
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._held.setdefault(storage._cdata, StorageWeakRef(storage))
+
+
+class Real:
+    """In place of marks, a device that is really there and rounds in its own way."""
+
+    rounds = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def has(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self.device.type
 
 
 class _Operations(TorchDispatchMode):

@@ -1,12 +1,13 @@
 """The whole compiler with models on another device than the CPU: it mixes no devices, and finds the same model."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from architectures import ATTENTIONS, EVERYTHING, make
 from expert_models import Loop, Mixture
-from second_device import DEVICE, MixedDevicesError, second_device
+from second_device import DEVICE, MixedDevicesError, Real, second_device
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -62,8 +63,21 @@ def subject(name):
     return model.eval(), [torch.randn(shape, generator=draws) for _ in range(3)]
 
 
-def on_second(value):
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), value)
+@pytest.fixture
+def other(request):
+    """Another device than the CPU: that of the option, or a pretended one."""
+    device = request.config.getoption("--device")
+    return second_device if device is None else lambda: nullcontext(Real(device))
+
+
+@pytest.fixture(autouse=True)
+def _made_on_cpu():
+    with torch.device("cpu"):
+        yield
+
+
+def moved(value, device):
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
 
 
 def run(model, batch):
@@ -89,32 +103,35 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_a_model_on_another_device_becomes_the_same_model(name, options, tmp_path):
+def test_a_model_on_another_device_becomes_the_same_model(name, options, other, tmp_path):
     model, batches = subject(name)
     given = {**OPTIONS[options], "capture": "symbolic_trace", "strict": False, "progress": False}
     wanted = balf_fx.compile(model, batches, **given)
-    with second_device() as marks:
-        moved = copy.deepcopy(model).to(DEVICE)
-        found = balf_fx.compile(moved, batches, **given)  # batches follow the model
+    with other() as marks:
+        elsewhere = copy.deepcopy(model).to(marks.device)
+        found = balf_fx.compile(elsewhere, batches, **given)  # batches follow the model
         assert all(map(marks.has, found.state_dict().values()))
-        assert all(map(marks.has, moved.state_dict().values()))
-        output = run(found, on_second(batches[0]))
+        assert all(map(marks.has, elsewhere.state_dict().values()))
+        output = run(found, moved(batches[0], marks.device))
         assert marks.has(output)
         balf_fx.save(found, tmp_path / "model.balf")
-        loaded = balf_fx.load(tmp_path / "model.balf", moved)
+        loaded = balf_fx.load(tmp_path / "model.balf", elsewhere)
         assert all(map(marks.has, loaded.state_dict().values()))
-        assert torch.equal(run(loaded, on_second(batches[0])), output)
+        assert torch.equal(run(loaded, moved(batches[0], marks.device)), output)
         states = found.state_dict()
+    if marks.rounds:
+        torch.testing.assert_close(output.cpu(), run(wanted, batches[0]), rtol=1e-2, atol=1e-3)
+        return
     assert states.keys() == wanted.state_dict().keys()
     for key, value in wanted.state_dict().items():
         assert torch.equal(states[key], value), key
     assert torch.equal(output, run(wanted, batches[0]))
 
 
-def test_steps_by_hand_mix_no_devices():
+def test_steps_by_hand_mix_no_devices(other):
     model, batches = subject(next(iter(ATTENTIONS)))
-    with second_device() as marks:
-        prepared = balf_fx.prepare(model.to(DEVICE), batches[0], factors="sensitivity", capture="symbolic_trace")
+    with other() as marks:
+        prepared = balf_fx.prepare(model.to(marks.device), batches[0], factors="sensitivity", capture="symbolic_trace")
         balf_fx.calibrate(prepared, batches, progress=False)
         small = balf_fx.convert(prepared, flops=0.6, progress=False)
         assert all(map(marks.has, small.state_dict().values()))

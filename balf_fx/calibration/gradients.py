@@ -163,7 +163,7 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Normal random numbers, drawn on the CPU so that a seed gives the same probe on every device."""
-    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+    return torch.randn(like.shape, generator=generator, device="cpu").to(like.device, like.dtype)
 
 
 def _accurate(value: Tensor) -> Tensor:

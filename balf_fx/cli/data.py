@@ -146,7 +146,7 @@ def read_labels(path: Path, name: str) -> Tensor:
 
 def choose(available: int, count: int, seed: int) -> list[int]:
     """The indices of `count` random samples, or of all if there are fewer, in the order in which they are drawn."""
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(available, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return [int(index) for index in order[:count]]
 
 

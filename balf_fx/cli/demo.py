@@ -131,7 +131,7 @@ def load_digits(seed: int = 0) -> Digits:
     except ImportError as error:
         raise BalfError('the demo needs scikit-learn: pip install "balf-fx[cli]"') from error
     loaded = datasets.load_digits()
-    order = torch.randperm(len(loaded.target), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(loaded.target), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     images = torch.from_numpy(loaded.images).to(torch.float32).unsqueeze(1)[order] / 16
     labels = torch.from_numpy(loaded.target)[order]
     return Digits(images[:_TRAIN], labels[:_TRAIN], images[:_CALIBRATION], images[_TRAIN:], labels[_TRAIN:])

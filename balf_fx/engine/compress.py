@@ -132,7 +132,7 @@ def calibrate(
             weights of its positions.
     """
     module = program.module
-    generator = torch.Generator().manual_seed(calibration.seed + calibration.group.rank)
+    generator = torch.Generator("cpu").manual_seed(calibration.seed + calibration.group.rank)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
     with merging(module, calibration.group):
         state = Resumption(journal, module, generator, gradients)

@@ -1,0 +1,174 @@
+"""What a compression of a large language model costs: its stages, its memory, and a part of its layers for the rest.
+
+python benchmarks/large.py --shape 1B --effort fast --json benchmarks/results/large.json
+python benchmarks/large.py --shape 7B --effort fast --device cuda
+
+Shapes are those of Llama, in bfloat16; weights and tokens are random, since the cost depends on shapes alone. Each case
+runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import write_json
+from stages import StageClock, peak_gib, resident_gib
+from tabulate import tabulate
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import balf_fx
+from balf_fx.latency.stopwatch import synchronise
+
+PARAMS = 0.8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama."""
+
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    words: int
+
+    def config(self, layers: int | None = None) -> LlamaConfig:
+        """Of the model, or of one with other layers."""
+        return LlamaConfig(
+            vocab_size=self.words,
+            hidden_size=self.width,
+            intermediate_size=self.hidden,
+            num_hidden_layers=layers or self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            use_cache=False,
+        )
+
+
+SHAPES: Mapping[str, Shape] = {
+    "100M": Shape(640, 1_728, 12, 10, 10, 32_000),
+    "1B": Shape(2_048, 5_632, 22, 32, 4, 32_000),
+    "7B": Shape(4_096, 11_008, 32, 32, 32, 32_000),
+    "70B": Shape(8_192, 28_672, 80, 64, 8, 32_000),
+}
+"""1B is that of TinyLlama; the others but the first are Llama 2's."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process: seconds, and GiB above what the model itself takes.
+
+    Attributes:
+        layers: of the model that was compressed.
+        weights, peak, device_peak: of the model, of the process, and of the accelerator's memory.
+        forward: seconds of one pass over the calibration batches.
+        stages: seconds of each stage.
+        kept: the share of the parameters.
+    """
+
+    shape: str
+    layers: int
+    effort: str
+    device: str
+    weights: float
+    peak: float
+    device_peak: float
+    forward: float
+    seconds: float
+    stages: Mapping[str, float]
+    kept: float
+
+
+def build(shape: Shape, layers: int | None, device: torch.device) -> nn.Module:
+    """The model with random weights in bfloat16, and made where it is."""
+    torch.manual_seed(0)
+    with device:
+        return LlamaForCausalLM._from_config(shape.config(layers), dtype=torch.bfloat16).eval()
+
+
+def measure(name: str, layers: int | None, effort: str, device: torch.device, sequences: int, length: int) -> Cost:
+    """Compress in this process."""
+    shape = SHAPES[name]
+    model = build(shape, layers, device)
+    tokens = torch.randint(shape.words, (sequences, length), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": each.to(device)} for each in tokens.split(4)]
+    with torch.no_grad():
+        model(**batches[0])
+        start = _now(device)
+        for batch in batches:
+            model(**batch)
+        forward = _now(device) - start
+    weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+    before, clock = resident_gib(), StageClock()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    kept: list[float] = []
+
+    @clock.around
+    def compress() -> None:
+        small = balf_fx.compile(model, batches, params=PARAMS, effort=effort, strict=False)
+        kept.append(balf_fx.report(small).params_kept)
+
+    start = _now(device)
+    compress()
+    seconds = _now(device) - start
+    above = torch.cuda.max_memory_allocated(device) / 2**30 - weights if device.type == "cuda" else 0.0
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    stages = dict(clock.seconds[-1])
+    count = layers or shape.layers
+    return Cost(name, count, effort, where, weights, peak_gib() - before, above, forward, seconds, stages, kept[0])
+
+
+def _now(device: torch.device) -> float:
+    synchronise(device)
+    return time.perf_counter()
+
+
+@click.command()
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="100M", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), help="Fewer of the same layers; by default, all.")
+@click.option("--effort", type=click.Choice(["fast", "balanced", "best"]), default="fast", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--sequences", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--length", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of each.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Add the result to this file.")
+@click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
+def main(output: Path | None, here: bool, **case: Any) -> None:
+    """Compress a model of a shape, and print what it took."""
+    if here:
+        found = measure(
+            case["shape"],
+            case["layers"],
+            case["effort"],
+            torch.device(case["device"]),
+            case["sequences"],
+            case["length"],
+        )
+        click.echo(json.dumps(asdict(found)))
+        return
+    words = [f"--{name}={value}" for name, value in case.items() if value is not None]
+    done = subprocess.run([sys.executable, __file__, *words, "--here"], check=True, stdout=subprocess.PIPE, text=True)
+    cost = json.loads(done.stdout)
+    stages = cost["stages"]
+    click.echo(tabulate([{name: value for name, value in cost.items() if name != "stages"}], "keys", floatfmt=".3f"))
+    click.echo(tabulate(list(stages.items()), ["stage", "seconds"], floatfmt=".1f"))
+    if output is not None:
+        earlier = json.loads(output.read_text()) if output.exists() else {}
+        same = ("shape", "layers", "effort", "device")
+        kept = [row for row in earlier.get("results", []) if any(row[name] != cost[name] for name in same)]
+        write_json(output, {"params": PARAMS, "results": [*kept, cost]}, earlier or None)
+
+
+if __name__ == "__main__":
+    main()
