@@ -125,10 +125,10 @@ class _Member:
     @property
     def rows(self) -> list[Tensor]:
         """Matrices [heads, r, features] that need r independent columns in common."""
-        left, right = self.solution[0].left, self.solution[0].right.detach().cpu()
+        left, right = self.solution[0].left, self.solution[0].right.detach()
         if self.form == "blocks":
             return [right[0, rows] for rows in self.heads]
-        return [right] if self.form == "columns" or left is None else [left.detach().cpu().mT]
+        return [right] if self.form == "columns" or left is None else [left.detach().mT]
 
     def own_orders(self) -> tuple[Tensor | None, ...]:
         """The order of the features for each part, pivots first; None for a dense part."""
@@ -161,7 +161,7 @@ def _bases(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
             continue
         cut = cuts.get(node.name, Cut())
         (solution,) = solution_of(graph_module, node, site, cut)
-        right = solution.right[0].detach().cpu()
+        right = solution.right[0].detach()
         order = torch.arange(right.shape[1]) if pivots.orders[0] is None else pivots.orders[0][0]
         for width, rows in zip(record.hosted(node.name), hosted_rows(graph_module, node.name, cut), strict=True):
             yield width.key, basis_of(right[rows], order)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from balf_fx.ranks.pivots import GAIN, interchanged
+from balf_fx.ranks.pivots import GAIN, interchange
 
 BOUND = 64.0
 """The largest entry of T: rounding errors grow with it."""
@@ -31,6 +31,8 @@ BOUND = 64.0
 
 _CONDITION = 1e4  # the largest condition number of C
 _TINY = 1e-300
+_CANDIDATES = 48
+_LITTLE = 1e-6  # the share of a squared length
 _LEAST = 1e-6  # singular values of C below this share of the largest one are raised to it
 
 
@@ -46,12 +48,12 @@ def shared_columns(heads: Sequence[Tensor]) -> Tensor:
     Returns:
         [D]: the columns of the smallest size, then the others of each larger one, then the rest.
     """
-    bases = [torch.linalg.qr(own.detach().to("cpu", torch.float64).mT)[0] for own in heads]
+    bases = [torch.linalg.qr(own.detach().to(torch.float64).mT)[0] for own in heads]
     order = _first_order(bases)
     others = [_solved(basis[:, order]) for basis in bases]
     widest = max(own.shape[-1] for own in bases)
     for _ in range(len(order) * widest):
-        gains = torch.zeros(len(order), widest, dtype=torch.float64)
+        gains = bases[0].new_zeros(len(order), widest)
         for own in others:
             rank = own.shape[-1]
             gains[rank:, :rank] += own.abs().clamp_min(_TINY).log().sum(0)
@@ -59,10 +61,10 @@ def shared_columns(heads: Sequence[Tensor]) -> Tensor:
         if not math.log(GAIN) < float(gains[place, pivot]) < math.inf:
             break
         order[[pivot, place]] = order[[place, pivot]]
-        for index, own in enumerate(others):
+        for own in others:
             rank = own.shape[-1]
             if pivot < rank <= place:
-                others[index] = interchanged(own, place - rank, pivot)
+                interchange(own, place - rank, pivot)
     return order
 
 
@@ -90,26 +92,50 @@ def basis_of(heads: Tensor, order: Tensor) -> Tensor:
 def _first_order(bases: Sequence[Tensor]) -> Tensor:
     """Choose rows of Q [heads, D, r] one by one: the one with the largest product of lengths outside of the spans.
 
-    Lengths are updated by the component along each new direction, as in QR with column pivoting (Businger and Golub
-    1965), so that Q is read once for each row and nothing of its size is written.
+    These lengths only decrease. So rows are chosen among a few of the longest, whose parts outside of the spans are at
+    hand, until one of the others may be longer (Minoux 1978); then all lengths are brought up to date at once.
     """
-    features = bases[0].shape[1]
+    features, rank = bases[0].shape[1], max(own.shape[-1] for own in bases)
     squares = [own.square().sum(-1) for own in bases]
     spans = [own.new_zeros(len(own), own.shape[-1], own.shape[-1]) for own in bases]  # rows: directions, one by one
     taken: list[int] = []
-    for size in range(max(own.shape[-1] for own in bases)):
+    while len(taken) < rank:
+        size = len(taken)
         wanted = [index for index, own in enumerate(bases) if own.shape[-1] > size]
-        volumes = torch.cat([squares[index] for index in wanted]).clamp_min(_TINY).log().sum(0)
+        most = min(bases[index].shape[-1] for index in wanted)
+        volumes = _volumes([squares[index] for index in wanted])
         volumes[taken] = -math.inf
-        taken.append(int(volumes.argmax()))
+        longest = volumes.topk(min(_CANDIDATES + 1, features))
+        places, others = longest.indices[:_CANDIDATES], longest.values[_CANDIDATES:]
+        outside = {index: _outside(bases[index][:, places], spans[index][:, :size]) for index in wanted}
+        while len(taken) < most:
+            volumes = _volumes([own.square().sum(-1) for own in outside.values()])
+            volumes[[place for place, row in enumerate(places.tolist()) if row in taken]] = -math.inf
+            best = int(volumes.argmax())
+            if len(taken) > size and bool((volumes[best] < others).any()):
+                break
+            for index, own in outside.items():
+                direction = own[:, best, :, None]
+                direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(_TINY)
+                spans[index][:, len(taken)] = direction.squeeze(-1)
+                own.baddbmm_(own @ direction, direction.mT, alpha=-1)
+            taken.append(int(places[best]))
         for index in wanted:
-            span, direction = spans[index][:, :size], bases[index][:, taken[-1]]
-            for _ in range(2):  # once leaves a rounding error where little of the row is outside of the span
-                direction = direction - ((direction.unsqueeze(1) @ span.mT) @ span).squeeze(1)
-            direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-            spans[index][:, size] = direction
-            squares[index] -= (bases[index] @ direction.unsqueeze(-1)).squeeze(-1).square()
+            squares[index] -= (bases[index] @ spans[index][:, size : len(taken)].mT).square().sum(-1)
     return torch.tensor([*taken, *sorted(set(range(features)) - set(taken))])
+
+
+def _volumes(squares: Sequence[Tensor]) -> Tensor:
+    """The logarithms of products of lengths, for squared lengths [heads, rows]."""
+    return torch.cat(list(squares)).clamp_min(_TINY).log().sum(0)
+
+
+def _outside(rows: Tensor, span: Tensor) -> Tensor:
+    """Rows [heads, rows, r] without their parts in a span [heads, directions, r]."""
+    found = rows - (rows @ span.mT) @ span
+    if bool((found.square().sum(-1) > _LITTLE * rows.square().sum(-1)).all()):
+        return found
+    return found - (found @ span.mT) @ span  # for what is left of rounding errors
 
 
 def _solved(basis: Tensor) -> Tensor:
@@ -121,6 +147,6 @@ def _solved(basis: Tensor) -> Tensor:
 
 def largest_entry(heads: Tensor, order: Tensor) -> float:
     """The largest entry of T for W [heads, r, D] and an order of the columns that starts with P."""
-    basis, _ = torch.linalg.qr(heads.detach().to("cpu", torch.float64).mT)
+    basis, _ = torch.linalg.qr(heads.detach().to(torch.float64).mT)
     others = _solved(basis[:, order])
     return float(others.abs().max()) if others.numel() else 0.0

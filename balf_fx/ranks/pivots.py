@@ -23,7 +23,7 @@ from balf_fx.graph.curves import Solution
 GAIN = 1.01
 """The least factor by which an interchange increases a volume; without a bound above 1, rounding could repeat them."""
 
-_LEAST = 1e-10  # singular values of the pivots that are smaller than the largest one by this factor count as zero
+_LEAST = 1e-10  # singular values of a factor that are smaller than the largest one by this factor count as zero
 
 
 def pivot_rows(factor: Tensor) -> Tensor:
@@ -35,28 +35,27 @@ def pivot_rows(factor: Tensor) -> Tensor:
         [O]: the pivots, ascending, then the other rows, ascending.
     """
     rows, rank = factor.shape
-    basis, _ = torch.linalg.qr(factor.detach().to("cpu", torch.float64))  # also spans rows of a lower rank
+    basis, _ = torch.linalg.qr(factor.detach().to(torch.float64))  # also spans rows of a lower rank
     _, exchanged = torch.linalg.lu_factor(basis)
     order = _permutation(exchanged, rows)
     others = torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
-    for _ in range(rows * rank):
-        if not others.numel() or float(others.abs().max()) <= GAIN:
-            break
+    for _ in range(rows * rank if others.numel() else 0):
         row, column = divmod(int(others.abs().argmax()), rank)
+        if abs(float(others[row, column])) <= GAIN:
+            break
         order[[column, rank + row]] = order[[rank + row, column]]
-        others = interchanged(others, row, column)
+        interchange(others, row, column)
     return torch.cat([order[:rank].sort().values, order[rank:].sort().values])
 
 
-def interchanged(others: Tensor, row: int, column: int) -> Tensor:
-    """T [..., O - r, r] after an interchange of one of the other rows with a pivot, as in the simplex method."""
+def interchange(others: Tensor, row: int, column: int) -> None:
+    """Interchange one of the other rows with a pivot in T [..., O - r, r], in place, as in the simplex method."""
     pivot = others[..., row, column, None].clone()
     scaled, coefficients = others[..., row, :] / pivot, others[..., column].clone()
-    others = others - coefficients.unsqueeze(-1) * scaled.unsqueeze(-2)
+    others.sub_(coefficients.unsqueeze(-1) * scaled.unsqueeze(-2))
     others[..., column] = coefficients / pivot
     others[..., row, :] = -scaled
     others[..., row, column] = 1 / pivot[..., 0]
-    return others
 
 
 def written_as_rows(solution: Solution, orders: Tensor | None) -> Solution:
@@ -99,11 +98,17 @@ def written_as_columns(solution: Solution, order: Tensor | None) -> Solution:
 
 
 def _combined(factor: Tensor, rank: int) -> Tensor:
-    """T [..., O - r, r] with A_rest = T A_P, for A [..., O, r] whose first r rows P span all of them."""
-    pivots, rest = factor[..., :rank, :], factor[..., rank:, :]
-    # The rows may have a lower rank than r. This solver is not available elsewhere than on the CPU.
-    solved = torch.linalg.lstsq(pivots.mT.cpu(), rest.mT.cpu(), rcond=_LEAST, driver="gelsy").solution
-    return torch.as_tensor(solved).mT.to(factor)
+    """T [..., O - r, r] with A_rest = T A_P, for A [..., O, r] whose first r rows P span all of them.
+
+    T is the same for A = Q R and for Q, whose pivots are well-conditioned unless A has a lower rank.
+    """
+    basis, triangle = torch.linalg.qr(factor.to(torch.float64))
+    sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    solved, failed = torch.linalg.solve_ex(basis[..., :rank, :], basis[..., rank:, :], left=False)
+    if bool(failed.any()) or bool((sizes.amin(-1) <= _LEAST * sizes.amax(-1)).any()):
+        pivots, rest = factor[..., :rank, :].mT.cpu(), factor[..., rank:, :].mT.cpu()
+        solved = torch.linalg.lstsq(pivots, rest, rcond=_LEAST, driver="gelsy").solution.mT  # is on the CPU alone
+    return torch.as_tensor(solved).to(factor)
 
 
 def _permutation(exchanged: Tensor, rows: int) -> Tensor:

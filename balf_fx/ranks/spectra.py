@@ -154,8 +154,10 @@ def spectrum_from_input(
         mean: E[x] [G, D] or [1, D], for the correction of the bias; None leaves the bias unchanged.
         roots: S and S^-1 [G, m, m] of the gradient Q^T g in the range of Q.
     """
-    basis, reduced = torch.linalg.qr(weight)
     output_mean = None if mean is None else (weight @ mean.unsqueeze(-1)).squeeze(-1)
+    if roots is None and weight.shape[-2] <= weight.shape[-1]:  # Q is square: a rotation, which changes nothing
+        return spectrum_from_output(weight @ covariance @ weight.mT, output_mean)
+    basis, reduced = torch.linalg.qr(weight)
     inner = spectrum_from_output(reduced @ covariance @ reduced.mT, output_mean, roots)
     right = None if inner.right is None else inner.right @ basis.mT
     return Spectrum(inner.energies, basis @ inner.left, output_mean, right)
