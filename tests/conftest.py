@@ -15,6 +15,7 @@ from small_models import ConvNet, randomise_batchnorm
 from torch import nn
 
 RANDOM_MODELS = 24
+_GENERATOR = torch.Generator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,15 +32,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("model_seed", range(start, start + (count or RANDOM_MODELS)))
 
 
+def _generator_on(device: torch.device) -> type[torch.Generator]:
+    """A generator that draws there by default."""
+
+    class Generator(torch.Generator):
+        def __new__(cls, device=device):
+            return super().__new__(cls, device)
+
+    return Generator
+
+
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if device is not None:
         torch.set_default_device(device)
         torch.backends.cudnn.allow_tf32 = False  # results are compared with those of the CPU
-        draws = torch.Generator
-        torch.Generator = lambda device=device: draws(device)  # type: ignore[misc, assignment]
+        torch.Generator = _generator_on(device)  # type: ignore[misc]
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of each would wait for those of others
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Tests of what is on the CPU make everything there, whatever the device of the others."""
+    if request.node.get_closest_marker("cpu") is None:
+        yield
+        return
+    monkeypatch.setattr(torch, "Generator", _GENERATOR)
+    with torch.device("cpu"):
+        yield
 
 
 @pytest.fixture(autouse=True)

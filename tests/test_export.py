@@ -181,7 +181,7 @@ def test_onnx(compressed, case, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for samples in (6, 3):
         (want,) = _tensors(subject.call(subject.module, samples))
-        (got,) = session.run(None, {session.get_inputs()[0].name: subject.batch[:samples].numpy()})
+        (got,) = session.run(None, {session.get_inputs()[0].name: subject.batch[:samples].cpu().numpy()})
         torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=1e-4)
 
 

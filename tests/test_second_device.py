@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 import balf_fx
 
+pytestmark = pytest.mark.cpu
+
 
 class Tagger(nn.Module):
     """An embedding that is tied to the last layer, and a mask."""
@@ -68,12 +70,6 @@ def other(request):
     """Another device than the CPU: that of the option, or a pretended one."""
     device = request.config.getoption("--device")
     return second_device if device is None else lambda: nullcontext(Real(device))
-
-
-@pytest.fixture(autouse=True)
-def _made_on_cpu():
-    with torch.device("cpu"):
-        yield
 
 
 def moved(value, device):

@@ -86,7 +86,7 @@ def positions(y, groups):
 
 def direct(samples):
     """Moments of [G, F, n] by numpy, from float64 copies of the values."""
-    values = samples.detach().double().numpy()
+    values = samples.detach().double().cpu().numpy()
     scatter = [np.atleast_2d(np.cov(group, bias=True)) * values.shape[-1] for group in values]
     return Moments(values.shape[-1], torch.tensor(values.mean(-1)), torch.tensor(np.stack(scatter)))
 
@@ -275,7 +275,7 @@ def test_autocast_does_not_reach_the_statistics():
     _, site = linear("input")
     value = random(0, 40, 4).float()
     alone = observe(site, value)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(value.device.type, dtype=torch.bfloat16):
         assert (value.mT @ value).dtype == torch.bfloat16
         inside = observe(site, value)
     assert torch.equal(inside.scatter, alone.scatter)

@@ -9,6 +9,8 @@ from torch import nn
 
 from balf_fx.calibration.pages import Pages
 
+pytestmark = pytest.mark.cpu
+
 MAPPED, FULL = Path("/proc/self/smaps_rollup"), Path("/dev/full")
 
 

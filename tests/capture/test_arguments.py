@@ -14,7 +14,7 @@ from balf_fx.errors import CaptureError
 
 def test_calls_are_described_by_shapes_and_plain_values():
     call = ({"ids": torch.zeros(2, 3, dtype=torch.int64), "flag": True}, [torch.zeros(4), None, "mean"], 2.5)
-    again = rebuild(json.loads(json.dumps(describe(call))), torch.device("cpu"))
+    again = rebuild(json.loads(json.dumps(describe(call))), call[0]["ids"].device)
     ids, rest = again[0]["ids"], again[1]
     assert (type(again), type(rest), again[2]) == (tuple, list, 2.5)
     assert (ids.shape, ids.dtype, again[0]["flag"]) == ((2, 3), torch.int64, True)

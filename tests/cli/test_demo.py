@@ -29,8 +29,8 @@ def test_digits_are_split_without_overlap():
     assert digits.train.shape[1:] == (1, 8, 8)
     assert digits.train.min() == 0
     assert digits.train.max() == 1
-    held_out = {image.numpy().tobytes() for image in digits.test}
-    assert not held_out & {image.numpy().tobytes() for image in digits.train}
+    held_out = {image.cpu().numpy().tobytes() for image in digits.test}
+    assert not held_out & {image.cpu().numpy().tobytes() for image in digits.train}
 
 
 def test_split_follows_the_seed():

@@ -9,7 +9,7 @@ VALUES = torch.arange(6.0).view(2, 3)
 
 
 def test_it_is_the_sha256_of_what_a_tensor_is():
-    own = hashlib.sha256(b"text" + b"a torch.float32 (2, 3)" + VALUES.numpy().tobytes())
+    own = hashlib.sha256(b"text" + b"a torch.float32 (2, 3)" + VALUES.cpu().numpy().tobytes())
     assert checksum({"a": VALUES}, "text") == own.hexdigest()
 
 

@@ -14,6 +14,8 @@ from balf_fx.calibration.pages import Pages
 from balf_fx.errors import FileError, ModelError, OptionError
 from balf_fx.files.weights import read_tensors, with_weights
 
+pytestmark = pytest.mark.cpu
+
 
 class Tied(nn.Module):
     """Two names of one weight, of which files have one, and buffers, one of which is in no file."""

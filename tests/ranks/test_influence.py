@@ -144,12 +144,12 @@ def svd_llm(weight, x, rank):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_without_influence_it_is_activation_aware_truncation(dtype):
     weight, x = random(0, 8, 6), random(1, 6, 50)
-    expected, u = svd_llm(weight.numpy(), x.numpy(), 3)
+    expected, u = svd_llm(weight.cpu().numpy(), x.cpu().numpy(), 3)
     root = cholesky_root((x @ x.mT / 50)[None], damping=1e-14)
     weights = error_weights(random(2, 1, 8, 6).abs(), 0.0, 100.0)
     left, right = refined_factors(weight[None], root, weights, torch.from_numpy(u)[None], 2, 2, dtype)
     tolerance = 1e-9 if dtype is torch.float64 else 1e-4
-    np.testing.assert_allclose((left @ right)[0].numpy(), expected, atol=tolerance)
+    np.testing.assert_allclose((left @ right)[0].cpu().numpy(), expected, atol=tolerance)
     assert left.dtype == right.dtype == torch.float64
 
 

@@ -172,7 +172,7 @@ def test_spectrum_from_weight_is_the_truncated_svd(shape):
     for rank in range(1, min(shape[1:]) + 1):
         a, b = factors(weight, spectrum, rank)
         for group in range(shape[0]):
-            u, s, vh = np.linalg.svd(weight[group].numpy(), full_matrices=False)
+            u, s, vh = np.linalg.svd(weight[group].cpu().numpy(), full_matrices=False)
             np.testing.assert_allclose((a @ b)[group], (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-12)
         assert float((weight - a @ b).square().sum()) == pytest.approx(tail[rank], abs=1e-12)
         rival = best_affine_map(random(7, shape[0], rank, shape[2]), weight, centred=False)
