@@ -254,12 +254,11 @@ def _heads(width: Width, layer: _Layer) -> tuple[Tensor, Tensor]:
     if width.kind == "values":
         moment, seen, weighed = layer.features.covariance()[0], layer.reduced, layer.weighed
         rows = torch.arange(len(moment)).reshape(width.heads, width.repeat, -1)
-        costs = [[seen[:, own].mT @ weighed[:, own] for own in head] for head in rows]
+        metrics = torch.stack([seen[:, own].mT @ weighed[:, own] for own in rows.flatten(0, 1)])
     else:
         moment = layer.output_moment()
         rows = torch.tensor(width.rows[0]).reshape(width.heads, width.repeat, width.features)
-        floor = layer.damping * torch.eye(width.features, dtype=moment.dtype, device=moment.device)
-        unit = layer.unit.clamp_min(torch.finfo(moment.dtype).tiny)
-        costs = [[(layer.gradient_block(own) / unit + floor) / (1 + layer.damping) for own in head] for head in rows]
-    moments = torch.stack([torch.stack([moment[own][:, own] for own in head]).sum(0) for head in rows])
-    return moments, torch.stack([torch.stack(head).mean(0) for head in costs])
+        blocks = torch.stack([layer.gradient_block(own) for own in rows.flatten(0, 1)])
+        metrics = damped(blocks, layer.damping, layer.unit.expand(len(blocks), 1))
+    moments = torch.stack([moment[own][:, own] for own in rows.flatten(0, 1)])
+    return moments.unflatten(0, rows.shape[:2]).sum(1), metrics.unflatten(0, rows.shape[:2]).mean(1)
