@@ -8,6 +8,7 @@ measured on others; this ranks allocations as a full refit on all samples does.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,11 @@ class Trial:
             batch = self.judge.batches[index]
             return call_weights(program, batch, self.judge.given(index, batch)).outputs
 
-        return divergence(module, self.judge, self.references, weigh)
+        lost = divergence(module, self.judge, self.references, weigh)
+        if self.judge.pages is not None:  # a graph and its module refer to each other, and so would keep all layers
+            del tried, module
+            gc.collect()
+        return lost
 
 
 def plan_trial(
