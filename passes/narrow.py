@@ -24,6 +24,11 @@ from balf_fx.widths.moves import rebuild, redirect, resize
 from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
 
 
+_ALIGNMENT = 8
+"""The features at whose multiples kernels of attention may read heads on a GPU: 16 bytes in half precision. Elsewhere
+these kernels fail, or the process loses the device."""
+
+
 @dataclass(frozen=True)
 class Narrow(Pass):
     """Apply the allocation's sizes to what is not a layer: constants between layers, reshapes, and attention.
@@ -59,6 +64,9 @@ class Narrow(Pass):
             left = {width.kind: record.size_of(width) for width in own}
             full = own[0].features
             _level(graph_module.graph, product, left.get("queries", full), left.get("values", full))
+            written = [cuts[name].written for width in own for name in width.producers if name in cuts]
+            if any(len(parts) > 1 and sum(part.total for part in parts) % _ALIGNMENT for parts in written):
+                _copy(graph_module.graph, product)
         return PassResult(graph_module, bool(cuts))
 
 
@@ -206,6 +214,14 @@ def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node
             view = graph.call_method(name, (view, *arguments))
             view.meta = carried_meta(product)
     _replace_argument(reader, reader.args.index(old), view)
+
+
+def _copy(graph: fx.Graph, product: fx.Node) -> None:
+    """Copy the operands of attention that are parts of a layer's output, which may start anywhere."""
+    with graph.inserting_before(product):
+        for position, operand in enumerate(product.args[:3]):
+            if isinstance(operand, fx.Node) and operand.target is not F.pad:
+                product.update_arg(position, graph.call_method("contiguous", (operand,)))
 
 
 def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None:

@@ -106,20 +106,21 @@ def _first_order(bases: Sequence[Tensor]) -> Tensor:
         volumes = _volumes([squares[index] for index in wanted])
         volumes[taken] = -math.inf
         longest = volumes.topk(min(_CANDIDATES + 1, features))
-        places, others = longest.indices[:_CANDIDATES], longest.values[_CANDIDATES:]
+        places, limits = longest.indices[:_CANDIDATES].tolist(), longest.values.tolist()[_CANDIDATES:]
         outside = {index: _outside(bases[index][:, places], spans[index][:, :size]) for index in wanted}
-        while len(taken) < most:
-            volumes = _volumes([own.square().sum(-1) for own in outside.values()])
-            volumes[[place for place, row in enumerate(places.tolist()) if row in taken]] = -math.inf
-            best = int(volumes.argmax())
-            if len(taken) > size and bool((volumes[best] < others).any()):
+        gone = volumes.new_zeros(len(places))
+        while len(taken) < min(most, size + len(places)):
+            volume, best = (_volumes([own.square().sum(-1) for own in outside.values()]) + gone).max(0)
+            if len(taken) > size and any(float(volume) < limit for limit in limits):
                 break
+            row = int(best)
             for index, own in outside.items():
-                direction = own[:, best, :, None]
+                direction = own[:, row, :, None]
                 direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(_TINY)
                 spans[index][:, len(taken)] = direction.squeeze(-1)
                 own.baddbmm_(own @ direction, direction.mT, alpha=-1)
-            taken.append(int(places[best]))
+            gone[row] = -math.inf
+            taken.append(places[row])
         for index in wanted:
             squares[index] -= (bases[index] @ spans[index][:, size : len(taken)].mT).square().sum(-1)
     return torch.tensor([*taken, *sorted(set(range(features)) - set(taken))])

@@ -193,7 +193,7 @@ def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int) -> tu
     """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from the results of `ridge`."""
     left, right = spectrum.maps(spectrum.energies.shape[-1])
     seen = right @ full
-    _, vectors = torch.linalg.eigh(right @ product @ seen.mT)
+    _, vectors = torch.linalg.eigh((right @ product @ seen.mT).nan_to_num())  # fails for NaN on some devices
     leading = vectors.flip(-1)[..., :rank]
     return left @ leading, leading.mT @ seen
 
