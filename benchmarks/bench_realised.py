@@ -53,7 +53,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     """A model in evaluation mode, features last on an accelerator, where its convolutions are made for that."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = MODELS[request.param]().eval().to(getattr(torch, request.config.getoption("--dtype")))
+    own = getattr(torch, request.config.getoption("--dtype"))
+    model = MODELS[request.param]().eval().to(request.config.getoption("--device"), own)
     return request.param, model.to(memory_format=_layout(model))
 
 
@@ -65,7 +66,7 @@ def _layout(model: nn.Module) -> torch.memory_format:
 def images(count: int, model: nn.Module) -> Tensor:
     """Random images where the model is, in its type and layout."""
     like = next(model.parameters())
-    found = torch.randn(count, 3, 224, 224, generator=torch.Generator("cpu").manual_seed(count), device="cpu")
+    found = torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(count))
     return found.to(like).contiguous(memory_format=_layout(model))
 
 

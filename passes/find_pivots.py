@@ -91,7 +91,10 @@ class FindPivots(Pass):
         weight = grouped_weight(graph_module, site)[0]
         if get_tensor(graph_module, site.weight).dtype not in (torch.float32, torch.float64):
             return False  # products of the blocks' entries would be rounded too coarsely
-        heads = [weight[torch.tensor(width.rows[HOSTS[width.kind]]).reshape(width.heads, -1)] for width in widths]
+        heads = [
+            weight[torch.tensor(width.rows[HOSTS[width.kind]], device="cpu").reshape(width.heads, -1)]
+            for width in widths
+        ]
         return has_blocks(heads, self.bound)
 
 

@@ -23,7 +23,6 @@ from balf_fx.widths.heads import has_level_heads, is_attention
 from balf_fx.widths.moves import rebuild, redirect, resize
 from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
 
-
 _ALIGNMENT = 8
 """The features at whose multiples kernels of attention may read heads on a GPU: 16 bytes in half precision. Elsewhere
 these kernels fail, or the process loses the device."""

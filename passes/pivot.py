@@ -162,7 +162,7 @@ def _bases(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
         cut = cuts.get(node.name, Cut())
         (solution,) = solution_of(graph_module, node, site, cut)
         right = solution.right[0].detach()
-        order = torch.arange(right.shape[1]) if pivots.orders[0] is None else pivots.orders[0][0]
+        order = torch.arange(right.shape[1], device="cpu") if pivots.orders[0] is None else pivots.orders[0][0]
         for width, rows in zip(record.hosted(node.name), hosted_rows(graph_module, node.name, cut), strict=True):
             yield width.key, basis_of(right[rows], order)
 
@@ -184,7 +184,7 @@ def _kept(graph_module: fx.GraphModule, width: Width) -> Tensor:
     record = graph_record(graph_module)
     size = record.size_of(width)
     if size == width.features:
-        return torch.arange(size)
+        return torch.arange(size, device="cpu")
     curves = dict(zip((own.key for own in record.widths), record.width_curves, strict=False))
     curve = curves[width.key]
     kept = None if curve is None else curve.kept(size)

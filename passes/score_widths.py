@@ -253,12 +253,13 @@ def _heads(width: Width, layer: _Layer) -> tuple[Tensor, Tensor]:
     """The second moment of each head's features and the metric of errors in them, both [heads, F, F]."""
     if width.kind == "values":
         moment, seen, weighed = layer.features.covariance()[0], layer.reduced, layer.weighed
-        rows = torch.arange(len(moment)).reshape(width.heads, width.repeat, -1)
+        rows = torch.arange(len(moment), device="cpu").reshape(width.heads, width.repeat, -1)
         metrics = torch.stack([seen[:, own].mT @ weighed[:, own] for own in rows.flatten(0, 1)])
     else:
         moment = layer.output_moment()
-        rows = torch.tensor(width.rows[0]).reshape(width.heads, width.repeat, width.features)
+        rows = torch.tensor(width.rows[0], device="cpu").reshape(width.heads, width.repeat, width.features)
         blocks = torch.stack([layer.gradient_block(own) for own in rows.flatten(0, 1)])
         metrics = damped(blocks, layer.damping, layer.unit.expand(len(blocks), 1))
     moments = torch.stack([moment[own][:, own] for own in rows.flatten(0, 1)])
-    return moments.unflatten(0, rows.shape[:2]).sum(1), metrics.unflatten(0, rows.shape[:2]).mean(1)
+    shape = (*rows.shape[:2], *moments.shape[1:])
+    return moments.reshape(shape).sum(1), metrics.reshape(shape).mean(1)

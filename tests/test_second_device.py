@@ -124,6 +124,22 @@ def test_a_model_on_another_device_becomes_the_same_model(name, options, other, 
     assert torch.equal(output, run(wanted, batches[0]))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("images", "best"), ("tagger", "best"), ("fused", "best"), ("loop", "module")]
+)
+def test_it_may_be_the_default_device(name, options, other, tmp_path):
+    model, batches = subject(name)
+    given = {**OPTIONS[options], "capture": "symbolic_trace", "strict": False, "progress": False}
+    with other() as marks, torch.device(marks.device):
+        elsewhere = copy.deepcopy(model).to(marks.device)
+        found = balf_fx.compile(elsewhere, batches, **given)
+        output = run(found, moved(batches[0], marks.device))
+        balf_fx.save(found, tmp_path / "model.balf")
+        again = run(balf_fx.load(tmp_path / "model.balf", elsewhere), moved(batches[0], marks.device))
+        assert torch.equal(again, output)
+        assert all(map(marks.has, found.state_dict().values()))
+
+
 def test_steps_by_hand_mix_no_devices(other):
     model, batches = subject(next(iter(ATTENTIONS)))
     with other() as marks:

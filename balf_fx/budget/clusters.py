@@ -103,7 +103,7 @@ class _Menu:
         costs, losses = ([row.tolist() for row in rows] for rows in (self.costs, lost))
         picks = list(_on_hull(costs, losses))
         cost, loss = ([sum(map(getitem, rows, picked)) for picked in picks] for rows in (costs, losses))
-        return torch.tensor(cost), torch.tensor(loss, dtype=torch.float64), picks
+        return torch.tensor(cost, device="cpu"), torch.tensor(loss, dtype=torch.float64, device="cpu"), picks
 
     def pick(self, index: int) -> tuple[int, ...]:
         """The choice with this index among all choices."""
@@ -169,8 +169,8 @@ class Cluster:
             builders.append(partial(_built, menu, picks, sizes))
         if near is not None:
             neighbours = list(self._neighbours(near, curves, weights, measure))
-            costs.append(torch.tensor([cost for cost, _, _ in neighbours], dtype=torch.int64))
-            lost.append(torch.tensor([loss for _, loss, _ in neighbours], dtype=torch.float64))
+            costs.append(torch.tensor([cost for cost, _, _ in neighbours], dtype=torch.int64, device="cpu"))
+            lost.append(torch.tensor([loss for _, loss, _ in neighbours], dtype=torch.float64, device="cpu"))
             builders.append(lambda index, _: neighbours[index][2]())
         starts = [0, *itertools.accumulate(map(len, costs))]
         loss = torch.cat(lost)
@@ -191,9 +191,9 @@ class Cluster:
         others = sum((share.cost(kept) for share in self.shares), FREE)
         pairs = zip(self.members, curves, strict=True)
         rows = tuple(tuple(member.candidates(curve, kept)) for member, curve in pairs)
-        costs = tuple(torch.tensor([candidate.cost(measure) for candidate in row]) for row in rows)
+        costs = tuple(torch.tensor([candidate.cost(measure) for candidate in row], device="cpu") for row in rows)
         losses = tuple(
-            torch.tensor([curve.normalised(c.distortion) for c in row], dtype=torch.float64)
+            torch.tensor([curve.normalised(c.distortion) for c in row], dtype=torch.float64, device="cpu")
             for curve, row in zip(curves, rows, strict=True)
         )
         return _Menu(curves, others, rows, costs, losses)
@@ -365,7 +365,7 @@ def _built(
 
 def _all_sums(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The sums of one item from each row, [product of lengths], in the order of `itertools.product`."""
-    return reduce(lambda total, row: (total[:, None] + row).flatten(), rows, torch.zeros(1, dtype=dtype))
+    return reduce(lambda total, row: (total[:, None] + row).flatten(), rows, torch.zeros(1, dtype=dtype, device="cpu"))
 
 
 def _efficient(costs: Tensor, losses: Tensor) -> Tensor:

@@ -145,13 +145,13 @@ def _pareto(
         for row, floor in zip(penalised, floors, strict=True)
     ]
     rest_cost = sum(min(costs[row][j] for j in indices) for row, indices in enumerate(kept))
-    front_cost = torch.zeros(1, dtype=torch.int64)
-    front_value = torch.zeros(1, dtype=torch.float64)
+    front_cost = torch.zeros(1, dtype=torch.int64, device="cpu")
+    front_value = torch.zeros(1, dtype=torch.float64, device="cpu")
     trail: list[tuple[Tensor, Tensor]] = []
     rest_floor = sum(floors)
     for row, indices in enumerate(kept):
-        row_cost = torch.tensor([costs[row][j] for j in indices], dtype=torch.int64)
-        row_value = torch.tensor([values[row][j] for j in indices], dtype=torch.float64)
+        row_cost = torch.tensor([costs[row][j] for j in indices], dtype=torch.int64, device="cpu")
+        row_value = torch.tensor([values[row][j] for j in indices], dtype=torch.float64, device="cpu")
         rest_cost -= int(row_cost.min())
         rest_floor -= floors[row]
         cost = (front_cost[:, None] + row_cost).flatten()
@@ -182,5 +182,7 @@ def _efficient(cost: Tensor, value: Tensor) -> Tensor:
     if len(order) < 2:
         return order
     ordered = value[order]
-    best_before = torch.cat([torch.full((1,), torch.inf, dtype=ordered.dtype), ordered.cummin(0).values[:-1]])
+    best_before = torch.cat(
+        [torch.full((1,), torch.inf, dtype=ordered.dtype, device="cpu"), ordered.cummin(0).values[:-1]]
+    )
     return order[ordered < best_before]

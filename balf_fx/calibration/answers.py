@@ -106,7 +106,7 @@ def differ(reference: Any, output: Any, batch: Any, weights: Weights | None = No
         error, size = ((value if own is None else value * own.to(value)).sum() for value in _squares(a, b))
         terms.append(error / size.clamp_min(torch.finfo(torch.float32).tiny))
         share = max(share, float(a.numel() > 0))
-    return (torch.stack(terms).sum() if terms else torch.zeros(())), share
+    return (torch.stack(terms).sum() if terms else torch.zeros((), device="cpu")), share
 
 
 def _row_losses(wanted: Tensor, logits: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
         random = random if counts is None else random * counts.sqrt().to(random)
         if scale > 0:  # an output of zeros, as of a black image in a net without biases, has no gradient
             terms.append((values * (random / scale)).sum())
-    return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
+    return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros((), device="cpu")
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

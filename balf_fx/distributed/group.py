@@ -117,7 +117,7 @@ class Processes(Group):
         self._meet("gather")
         with self._talking():
             own = packed(value).to(self._channel)
-            lengths = self._each(torch.tensor([len(own)]))
+            lengths = self._each(torch.tensor([len(own)], device="cpu"))
             padded = own.new_zeros(max(lengths))
             padded[: len(own)] = own
             rows = [torch.empty_like(padded) for _ in range(self.size)]
@@ -188,7 +188,7 @@ class Processes(Group):
             BalfError: another one has failed.
         """
         with self._talking():
-            places = self._each(torch.tensor([-1 if failure is not None else zlib.crc32(step.encode())]))
+            places = self._each(torch.tensor([-1 if failure is not None else zlib.crc32(step.encode())], device="cpu"))
         failed = [rank for rank, place in enumerate(places) if place < 0]
         told = self._from(failed[0], None if failure is None else _told(failure)) if failed else None
         if failure is not None:

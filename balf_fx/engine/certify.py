@@ -101,7 +101,7 @@ class _Answers:
 
     def mistakes(self, given: Tensor, kind: Mistakes) -> list[float]:
         """For each sample, the share of other choices, or the relative error, at most 1."""
-        own = torch.ones((), dtype=torch.float64) if self.weights is None else self.weights
+        own = torch.ones((), dtype=torch.float64, device="cpu") if self.weights is None else self.weights
         if kind == "disagreement":
             wrong, size = own * (given != self.values), own.expand(self.values.shape)
             return [float(share) for share in wrong.sum(1) / size.sum(1)]

@@ -113,7 +113,9 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     """
     kept = {planned.key: planned.kept for planned in plan.widths}
     curves = tuple(_blank_curve(width, kept.get(width.key)) for width in graph_record(graph_module).widths)
-    orders = {planned.key: torch.tensor(planned.kept) for planned in plan.widths if planned.kept is not None}
+    orders = {
+        planned.key: torch.tensor(planned.kept, device="cpu") for planned in plan.widths if planned.kept is not None
+    }
     record_graph(graph_module, width_curves=curves, orders=orders)
     if sites(graph_module):
         Follow(plan)(graph_module)
@@ -175,13 +177,13 @@ def _dense_where_unknown(graph_module: fx.GraphModule, plan: Plan, torn: Collect
 
 def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
     """A curve that narrows a width to these features, or to any; its values are arbitrary."""
-    identity = torch.eye(width.features, dtype=torch.float64)
+    identity = torch.eye(width.features, dtype=torch.float64, device="cpu")
     nothing = (0.0,) * (width.features + 1)
     if width.kind != "channels":
         heads = identity.expand(width.heads, -1, -1)
         return WidthCurve(nothing, 0.0, left=heads, right=heads)
     chosen = kept or ()
-    order = torch.tensor([*chosen, *sorted(set(range(width.features)) - set(chosen))], dtype=torch.int64)
+    order = torch.tensor([*chosen, *sorted(set(range(width.features)) - set(chosen))], dtype=torch.int64, device="cpu")
     return WidthCurve(nothing, 0.0, order=order, covariances=(identity,) * len(width.consumers))
 
 
@@ -192,7 +194,10 @@ def _blank_bases(graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str
     record = graph_record(graph_module)
     for width in record.widths:
         if record.hosts.get(width.key) in hosts:
-            yield width.key, torch.eye(record.size_of(width), dtype=torch.float64).expand(width.heads, -1, -1)
+            yield (
+                width.key,
+                torch.eye(record.size_of(width), dtype=torch.float64, device="cpu").expand(width.heads, -1, -1),
+            )
 
 
 def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[Solution, ...]:
@@ -216,7 +221,7 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
         right = zeros(groups, outputs if rank is None else own, inputs - own * (form == "columns"))
         whole = Kept(layer.kept, zeros(len(layer.kept), outputs, inputs)) if layer.kept else None
         length = outputs if form == "rows" else inputs
-        order = torch.arange(length).expand(groups, -1) if layer.ordered and form != "pair" else None
+        order = torch.arange(length, device="cpu").expand(groups, -1) if layer.ordered and form != "pair" else None
         bias = zeros(groups, outputs) if biased else None
         found.append(Solution(left, right, bias, whole, form, order))
     return tuple(found)

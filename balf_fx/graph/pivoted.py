@@ -161,11 +161,11 @@ def gather_rows(solution: Sequence[Solution], groups: int) -> Tensor | None:
     places, start = [], 0
     for part in solution:
         outputs = part.right.shape[1] if part.left is None else sum(part.left.shape[1:])
-        identity = torch.arange(outputs).expand(groups, -1)
+        identity = torch.arange(outputs, device="cpu").expand(groups, -1)
         order = identity if part.order is None or part.left is None else part.order.cpu()
         place = torch.argsort(order, dim=1)
         rank = outputs if part.left is None else part.left.shape[-1]
-        group = torch.arange(groups).unsqueeze(-1)
+        group = torch.arange(groups, device="cpu").unsqueeze(-1)
         pivots, others = group * rank + place, groups * rank + group * (outputs - rank) + place - rank
         places.append(start + torch.where(place < rank, pivots, others).flatten())
         start += groups * outputs

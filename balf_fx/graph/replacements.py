@@ -211,16 +211,16 @@ def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original:
         split = replaced.form == "pair" and isinstance(replaced.rank, tuple)
         form = "parts" if split else "pair" if replaced.form == "separable" else replaced.form
         layers = list(holder.children())
-    read = torch.arange(layout.inputs) if layout.reads is None else layout.reads.cpu()
+    read = torch.arange(layout.inputs, device="cpu") if layout.reads is None else layout.reads.cpu()
     if form in ("columns", "blocks") and order is not None:
         read = read[order.cpu()]
         if form == "blocks" and _rest_first(layers, len(read)):
             layers[0] = _with_columns(layers[0], order)
     made = _outputs(order if form == "rows" else rows, layers, form)
-    places = torch.full((layout.outputs,), len(made))
-    places[torch.arange(layout.outputs) if layout.writes is None else layout.writes.cpu()] = made
-    reads = None if torch.equal(read, torch.arange(layout.inputs)) else read.to(device)
-    gathers = len(made) != layout.outputs or not torch.equal(places, torch.arange(layout.outputs))
+    places = torch.full((layout.outputs,), len(made), device="cpu")
+    places[torch.arange(layout.outputs, device="cpu") if layout.writes is None else layout.writes.cpu()] = made
+    reads = None if torch.equal(read, torch.arange(layout.inputs, device="cpu")) else read.to(device)
+    gathers = len(made) != layout.outputs or not torch.equal(places, torch.arange(layout.outputs, device="cpu"))
     if form == "dense" and reads is None and not gathers:
         return Recipe("layer", (describe(holder),)), holder
     recipe = Recipe(
@@ -326,7 +326,7 @@ def _outputs(order: Tensor | None, layers: Sequence[nn.Module], form: Written) -
         return order.cpu()
     returned = layers if form in ("rows", "blocks") else layers[-1:]
     flat = [each for layer in returned for each in (layer if isinstance(layer, nn.ModuleList) else [layer])]
-    return torch.arange(sum(features(layer)[1] for layer in flat))
+    return torch.arange(sum(features(layer)[1] for layer in flat), device="cpu")
 
 
 def _rest_first(layers: Sequence[nn.Module], inputs: int) -> bool:

@@ -205,10 +205,10 @@ def _columns(site: Site, original: Tensor, solution: Solution) -> Columns:
 
 def _blocks(original: Tensor, solution: Solution) -> Blocks:
     weight = solution.right[0]
-    order = torch.arange(weight.shape[1]) if solution.order is None else solution.order[0].cpu()
+    order = torch.arange(weight.shape[1], device="cpu") if solution.order is None else solution.order[0].cpu()
     in_blocks = torch.cat([rows.flatten() for rows in solution.blocks])
-    others = torch.ones(len(weight), dtype=torch.bool).index_fill(0, in_blocks, False).nonzero().flatten()
-    layers = [(others, torch.arange(weight.shape[1]))] if len(others) else []
+    others = torch.ones(len(weight), dtype=torch.bool, device="cpu").index_fill(0, in_blocks, False).nonzero().flatten()
+    layers = [(others, torch.arange(weight.shape[1], device="cpu"))] if len(others) else []
     layers += [(rows.flatten(), order[rows.shape[1] :]) for rows in solution.blocks]
     module = nn.ModuleList()
     for rows, columns in layers:
@@ -220,7 +220,7 @@ def _blocks(original: Tensor, solution: Solution) -> Blocks:
     if solution.order is not None:
         module.register_buffer(ORDER, order.to(original.device))
     places = torch.argsort(torch.cat([others, in_blocks]))
-    if not torch.equal(places, torch.arange(len(places))):
+    if not torch.equal(places, torch.arange(len(places), device="cpu")):
         module.register_buffer(ROWS, places.to(original.device))
     heads = tuple((rows.shape[0], rows.shape[1]) for rows in solution.blocks)
     return Blocks(module, (solution.bias is not None,), heads, weight.shape[1], len(others) > 0)

@@ -123,7 +123,7 @@ def _first_order(bases: Sequence[Tensor]) -> Tensor:
             taken.append(places[row])
         for index in wanted:
             squares[index] -= (bases[index] @ spans[index][:, size : len(taken)].mT).square().sum(-1)
-    return torch.tensor([*taken, *sorted(set(range(features)) - set(taken))])
+    return torch.tensor([*taken, *sorted(set(range(features)) - set(taken))], device="cpu")
 
 
 def _volumes(squares: Sequence[Tensor]) -> Tensor:

@@ -70,7 +70,7 @@ def written_as_rows(solution: Solution, orders: Tensor | None) -> Solution:
     rank = solution.left.shape[-1]
     left, bias = solution.left, solution.bias
     if orders is not None:
-        groups = torch.arange(len(orders)).unsqueeze(-1)
+        groups = torch.arange(len(orders), device="cpu").unsqueeze(-1)
         left, bias = left[groups, orders], None if bias is None else bias[groups, orders]
     others = _combined(left, rank)
     if bias is not None:
@@ -116,4 +116,4 @@ def _permutation(exchanged: Tensor, rows: int) -> Tensor:
     order = list(range(rows))
     for row, other in enumerate(exchanged.tolist()):
         order[row], order[other - 1] = order[other - 1], order[row]
-    return torch.tensor(order)
+    return torch.tensor(order, device="cpu")

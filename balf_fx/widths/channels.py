@@ -286,7 +286,7 @@ class Finder:
                 break
             source, own = following, kept
         shape = annotation(source).shape or ()
-        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape)
+        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device="cpu").view(shape)
         moved = self.moves.run_chain(chain[chain.index(source) :], numbers)
         layout = None if moved is None else read_layout(moved[chain[-1]], shape, own)
         if layout is None or len(layout.sizes) != 1:

@@ -90,7 +90,7 @@ def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple
     state = _Elimination(torch.stack(inverses), torch.stack(scaled).div_(whole))
     gone, costs = zip(*(state.remove_cheapest() for _ in range(len(covariances[0]))), strict=True)
     errors = itertools.accumulate(costs, initial=0.0)
-    return torch.tensor(gone[::-1]), [float(whole) * error for error in errors][::-1]
+    return torch.tensor(gone[::-1], device="cpu"), [float(whole) * error for error in errors][::-1]
 
 
 def _inverse(covariance: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class _Elimination:
 
     def __init__(self, inverse: Tensor, metric: Tensor) -> None:
         self.inverse, self.metric = inverse, metric
-        self.features = torch.arange(inverse.shape[-1])
+        self.features = torch.arange(inverse.shape[-1], device="cpu")
         self.gone = torch.zeros(inverse.shape[-1], dtype=torch.bool, device=inverse.device)
         self._restart()
 

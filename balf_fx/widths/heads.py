@@ -110,7 +110,7 @@ class _Finder:
         others: list[Tensor] = []  # rows that are read in other ways, or twice
         for root in self.roots(writer):
             shape = annotation(root).shape or ()
-            numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
+            numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device="cpu").reshape(shape)
             sized = partial(_size_before, root, shape)
             for user, source, moved, scale in self._follow(root, numbers, sized):
                 places = [] if user is None else [i for i in _slots(user) if user.args[i] is source]
@@ -120,9 +120,13 @@ class _Finder:
                     others.append(torch.unique(operand.rows))
                 else:
                     whole = moved is numbers  # as of logits, whose numbers are many
-                    rows = torch.arange(shape[-1]) if whole else torch.unique(moved % shape[-1]).to(torch.int64)
+                    rows = (
+                        torch.arange(shape[-1], device="cpu")
+                        if whole
+                        else torch.unique(moved % shape[-1]).to(torch.int64)
+                    )
                     others += [rows, rows]
-        reads = torch.cat(others).bincount() if others else torch.zeros(0)
+        reads = torch.cat(others).bincount() if others else torch.zeros(0, device="cpu")
         return {place: operand for place, operand in found.items() if (reads[operand.rows.flatten()] == 1).all()}
 
     def roots(self, writer: fx.Node) -> list[fx.Node]:
@@ -221,7 +225,7 @@ class _Finder:
         if v.merged:
             shape = (shape[0] // len(v.rows), len(v.rows), *shape[1:])
         heads, features = shape[-3], shape[-1]
-        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
+        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device="cpu").reshape(shape)
         merged = (numbers.movedim(-2, 0) if v.sequence_first else numbers.transpose(-3, -2)).flatten(-2)
         sized = partial(_size_behind, product, v, merged)
         arrived = self._follow(product, numbers.flatten(0, 1) if v.merged else numbers, sized)
@@ -300,8 +304,8 @@ def _size_behind(product: fx.Node, v: _Operand, merged: Tensor, user: fx.Node, m
     """
     if not isinstance(moved, Tensor):
         return None
-    place = torch.empty(merged.numel(), dtype=torch.int32)
-    place[merged.flatten().to(torch.int64)] = torch.arange(merged.numel(), dtype=torch.int32)
+    place = torch.empty(merged.numel(), dtype=torch.int32, device="cpu")
+    place[merged.flatten().to(torch.int64)] = torch.arange(merged.numel(), dtype=torch.int32, device="cpu")
     size = read_size(user, product, place[moved.to(torch.int64)], merged.shape, merged.dim() - 1)
     batch, positions = (1, 0) if v.sequence_first else (0, 1)
     leading = {batch: None if v.merged else 0, positions: 1 if v.merged else 2}

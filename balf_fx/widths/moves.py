@@ -125,7 +125,7 @@ class Moves:
             return None
         line = [1] * len(shape)
         line[axis] = shape[axis]
-        return torch.arange(shape[axis], dtype=torch.int32).view(line).expand(shape)
+        return torch.arange(shape[axis], dtype=torch.int32, device="cpu").view(line).expand(shape)
 
     def keeps(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
         """The axis on which a move leaves all features of an axis of its source, in their order; None if it does not.
@@ -171,10 +171,12 @@ class Moves:
         shape = annotation(source).shape
         if shape is None or math.prod(shape) == 0:
             return None
-        is_covered = torch.zeros(shape[axis], dtype=torch.bool)
+        is_covered = torch.zeros(shape[axis], dtype=torch.bool, device="cpu")
         is_covered[list(covered)] = True
         unit = math.prod(shape[axis + 1 :])
-        values: dict[fx.Node, Any] = {source: torch.arange(math.prod(shape), dtype=torch.int32).view(shape)}
+        values: dict[fx.Node, Any] = {
+            source: torch.arange(math.prod(shape), dtype=torch.int32, device="cpu").view(shape)
+        }
         found: list[Reader] = []
         sizes: list[Size] = []
         pending = [source]
@@ -252,10 +254,10 @@ def read_layout(moved: Tensor, shape: Sequence[int], axis: int) -> Layout | None
         int(moved[tuple(int(i == j) for j in range(moved.dim()))]) - offset if size > 1 else 0
         for i, size in enumerate(moved.shape)
     ]
-    expected = torch.tensor(offset, dtype=moved.dtype).expand(moved.shape)
+    expected = torch.tensor(offset, dtype=moved.dtype, device="cpu").expand(moved.shape)
     for i, (step, size) in enumerate(zip(steps, moved.shape, strict=True)):
         line = [-1 if i == j else 1 for j in range(moved.dim())]
-        expected = expected + step * torch.arange(size, dtype=moved.dtype).view(line)
+        expected = expected + step * torch.arange(size, dtype=moved.dtype, device="cpu").view(line)
     if not torch.equal(moved, expected) or offset % unit or offset >= whole:
         return None
     leading = {strides[i]: i for i in range(len(shape)) if i != axis and shape[i] > 1}

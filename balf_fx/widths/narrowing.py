@@ -181,7 +181,7 @@ class Cut:
         start = 0
         for own in self.written:
             if torch.equal(own.rows, rows):
-                return torch.arange(start, start + own.total).reshape(len(rows), -1)
+                return torch.arange(start, start + own.total, device="cpu").reshape(len(rows), -1)
             start += own.total
         return rows
 
@@ -232,7 +232,7 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
             cut = found.get(name, Cut())
             found[name] = dataclasses.replace(cut, read=read, repeat=width.repeat, order=own.order)
         for name in width.between:
-            found[name] = Cut(written=(own.narrowed(torch.arange(width.features).unsqueeze(0)),))
+            found[name] = Cut(written=(own.narrowed(torch.arange(width.features, device="cpu").unsqueeze(0)),))
         for name in width.fused:
             found[name] = Cut(written=found[width.fused_layer].written)
     for width in record.widths:
@@ -252,7 +252,7 @@ def _turn(found: dict[str, Cut], width: Width, basis: Tensor) -> None:
         queries = width.kind == "queries" and position == 0
         maps = basis.mT.repeat_interleave(width.repeat, 0) if queries else inverse
         cut = found.get(name, Cut())
-        rows = cut.rows_of(torch.tensor(width.rows[position]).reshape(len(maps), -1))
+        rows = cut.rows_of(torch.tensor(width.rows[position], device="cpu").reshape(len(maps), -1))
         found[name] = dataclasses.replace(cut, turned=(*cut.turned, Turned(rows, maps)))
     for name in width.consumers:
         read_in = basis.repeat_interleave(width.repeat, 0)
@@ -262,7 +262,7 @@ def _turn(found: dict[str, Cut], width: Width, basis: Tensor) -> None:
 def hosted_rows(graph_module: fx.GraphModule, name: str, cut: Cut) -> tuple[Tensor, ...]:
     """The rows [heads, r], among its reduced outputs, of each set of heads that gets identity blocks in a layer."""
     return tuple(
-        cut.rows_of(torch.tensor(width.rows[HOSTS[width.kind]]).reshape(width.heads, -1))
+        cut.rows_of(torch.tensor(width.rows[HOSTS[width.kind]], device="cpu").reshape(width.heads, -1))
         for width in graph_record(graph_module).hosted(name)
     )
 
@@ -289,8 +289,8 @@ class Changed:
         """The places of the features that are read now among those that were read before."""
         if self.kept is not None:
             return self.kept
-        heads = torch.arange(self.width.heads * self.width.repeat).unsqueeze(1) * self.width.features
-        return (heads + torch.arange(self.size)).flatten()
+        heads = torch.arange(self.width.heads * self.width.repeat, device="cpu").unsqueeze(1) * self.width.features
+        return (heads + torch.arange(self.size, device="cpu")).flatten()
 
     def narrowed(self, rows: Tensor) -> Narrowed:
         """Rows [heads, features] of the width."""
@@ -322,7 +322,7 @@ def _written(record: GraphRecord, name: str, changed: Mapping[str, Changed]) -> 
                 continue
             queries = width.kind == "queries" and position == 0
             repeat = width.repeat if queries else 1
-            rows = torch.tensor(width.rows[position]).reshape(width.heads * repeat, width.features)
+            rows = torch.tensor(width.rows[position], device="cpu").reshape(width.heads * repeat, width.features)
             maps = None if own is None else own.maps
             if own is None or maps is None:
                 written.append(Narrowed(rows) if own is None else own.narrowed(rows))
@@ -332,5 +332,5 @@ def _written(record: GraphRecord, name: str, changed: Mapping[str, Changed]) -> 
             if queries:
                 projected.append(Narrowed(rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
     rests = dict.fromkeys(reader.rows for reader in record.rests.get(name, ()))
-    written += [Narrowed(torch.tensor(rows).unsqueeze(0)) for rows in rests]
+    written += [Narrowed(torch.tensor(rows, device="cpu").unsqueeze(0)) for rows in rests]
     return Cut(written=tuple(written), projected=tuple(projected))
