@@ -2,9 +2,18 @@
 
 python benchmarks/large.py --shape 1B --effort fast --json benchmarks/results/large.json
 python benchmarks/large.py --shape 7B --effort fast --device cuda
+python benchmarks/large.py --paper --json benchmarks/results/large.json
 
 Shapes are those of Llama, in bfloat16; weights and tokens are random, since the cost depends on shapes alone. Each case
-runs in a process of its own.
+runs in a process of its own. On paper, each stage of a measured case takes longer by the ratio of its operations:
+
+    calibrating, trying     P           a forward pass over P parameters, for as many tokens
+    scoring                 sum m^2 (m + O + D)       eigenvectors and products for each layer [O, D], m = min(O, D)
+    compressing             sum m^2 (O + D)           pivots and factors
+    capturing, rewriting    layers
+
+Statistics and directions of effort "fast" take 8 m (m + O) bytes for each layer. They are in memory, or on the disk
+where they exceed `memory`; then the weights and `memory` are what is in memory.
 """
 
 from __future__ import annotations
@@ -54,6 +63,35 @@ class Shape:
             num_key_value_heads=self.key_value_heads,
             use_cache=False,
         )
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """[O, D] of all linear layers."""
+        narrow = self.width // self.heads * self.key_value_heads
+        attention = [(self.width, self.width)] * 2 + [(narrow, self.width)] * 2
+        layer = [*attention, *[(self.hidden, self.width)] * 2, (self.width, self.hidden)]
+        return [*layer * self.layers, (self.words, self.width)]
+
+    @property
+    def statistics(self) -> int:
+        """The bytes of statistics and of directions, with effort "fast"."""
+        return sum(8 * min(matrix) * (min(matrix) + matrix[0]) for matrix in self.matrices)
+
+    @property
+    def weights(self) -> int:
+        """The bytes of the weights of linear layers and of the embedding, in bfloat16."""
+        return 2 * (sum(rows * columns for rows, columns in self.matrices) + self.words * self.width)
+
+    def operations(self, stage: str) -> float:
+        """What a stage's time grows with."""
+        small = [min(matrix) for matrix in self.matrices]
+        sums = [sum(matrix) for matrix in self.matrices]
+        return {
+            "calibrating": float(self.weights),
+            "trying allocations": float(self.weights),
+            "scoring": float(sum(m**2 * (m + both) for m, both in zip(small, sums, strict=True))),
+            "compressing": float(sum(m**2 * both for m, both in zip(small, sums, strict=True))),
+        }.get(stage, float(self.layers))
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -130,6 +168,18 @@ def measure(name: str, layers: int | None, effort: str, device: torch.device, se
     return Cost(name, count, effort, where, weights, peak_gib() - before, above, forward, seconds, stages, kept[0])
 
 
+def on_paper(cost: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What all shapes would cost from what one of them, with all of its layers, has cost on the same machine."""
+    measured = SHAPES[cost["shape"]]
+    rows = []
+    for name, shape in SHAPES.items():
+        ratios = {stage: shape.operations(stage) / measured.operations(stage) for stage in cost["stages"]}
+        hours = sum(cost["stages"][stage] * ratio for stage, ratio in ratios.items()) / 3600
+        gib = {"weights, GiB": shape.weights / 2**30, "statistics, GiB": shape.statistics / 2**30}
+        rows.append({"shape": name, "from": cost["shape"], "hours": hours, **gib})
+    return rows
+
+
 def _now(device: torch.device) -> float:
     synchronise(device)
     return time.perf_counter()
@@ -143,9 +193,20 @@ def _now(device: torch.device) -> float:
 @click.option("--sequences", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--length", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of each.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Add the result to this file.")
+@click.option("--paper", is_flag=True, help="Print what all shapes would cost, from the complete cases in the file.")
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
-def main(output: Path | None, here: bool, **case: Any) -> None:
+def main(output: Path | None, paper: bool, here: bool, **case: Any) -> None:
     """Compress a model of a shape, and print what it took."""
+    if paper:
+        if output is None or not output.exists():
+            raise click.UsageError("--paper needs the file of measured cases: pass it with --json")
+        for cost in json.loads(output.read_text())["results"]:
+            if cost["layers"] == SHAPES[cost["shape"]].layers:
+                click.echo(
+                    f"{cost['effort']}, {cost['device']}, from {cost['shape']}: {cost['seconds'] / 3600:.3f} hours"
+                )
+                click.echo(tabulate(on_paper(cost), "keys", floatfmt=".3f"))
+        return
     if here:
         found = measure(
             case["shape"],

@@ -115,8 +115,9 @@ def test_a_model_on_another_device_becomes_the_same_model(name, options, other, 
         assert all(map(marks.has, loaded.state_dict().values()))
         assert torch.equal(run(loaded, moved(batches[0], marks.device)), output)
         states = found.state_dict()
-    if marks.rounds:
-        torch.testing.assert_close(output.cpu(), run(wanted, batches[0]), rtol=1e-2, atol=1e-3)
+    if marks.rounds:  # where candidates are as good as each other, another one may be chosen
+        dense, own = run(model, batches[0]), run(wanted, batches[0])
+        assert float((output.cpu() - dense).norm()) <= 1.2 * float((own - dense).norm()) + 1e-3 * float(dense.norm())
         return
     assert states.keys() == wanted.state_dict().keys()
     for key, value in wanted.state_dict().items():
