@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from shapes import SHAPES, on_paper
 from tabulate import tabulate
 
 README = Path(__file__).with_name("README.md")
 _RESULTS = Path(__file__).with_name("results")
 _NEAR = 0.03  # of shares kept
+_MEASURED = "1B"  # the shape from which the others' costs are computed
 
 METHODS: Mapping[str, str] = {
     "svd": "SVD of the weights",
@@ -275,6 +277,25 @@ def blocks() -> str:
     return markdown(lines, ("`memory=`", "weights in", "weights, MiB", "above what was before, MiB", "compression, s"))
 
 
+def large() -> str:
+    """What each shape of Llama takes, measured and on paper."""
+    found = _read("large")["results"]
+    complete = {row["shape"]: row for row in found if row["layers"] == SHAPES[row["shape"]].layers}
+    paper = {row["shape"]: row for row in on_paper(complete[_MEASURED])}
+    lines = [
+        (
+            name,
+            *(f"{paper[name][f'{key}, GiB']:,.1f}" for key in ("weights", "statistics")),
+            *(f"{complete[name][key]:,.1f}" if name in complete else "" for key in ("peak", "forward")),
+            f"{complete[name]['seconds'] / 60:,.1f}" if name in complete else "",
+            f"{60 * paper[name]['hours']:,.1f}",
+        )
+        for name in SHAPES
+    ]
+    measured = ("GiB above the model", "forward passes, s", "compression, min")
+    return markdown(lines, ("shape", "weights, GiB", "statistics, GiB", *measured, f"from {_MEASURED}, min"))
+
+
 def finetune() -> str:
     """Top-1 after compression, and after training everything, or adapters alone."""
     found = _read("finetune")
@@ -317,6 +338,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "blocks": blocks,
     "timings": timings,
     "finetune": finetune,
+    "large": large,
 }
 
 

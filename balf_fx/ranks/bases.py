@@ -53,12 +53,12 @@ def shared_columns(heads: Sequence[Tensor]) -> Tensor:
     others = [_solved(basis[:, order]) for basis in bases]
     widest = max(own.shape[-1] for own in bases)
     for _ in range(len(order) * widest):
-        gains = bases[0].new_zeros(len(order), widest)
+        gains = bases[0].new_ones(len(order), widest)
         for own in others:
             rank = own.shape[-1]
-            gains[rank:, :rank] += own.abs().clamp_min(_TINY).log().sum(0)
+            gains[rank:, :rank] *= own.abs().clamp_min(_TINY).prod(0)
         place, pivot = divmod(int(gains.argmax()), widest)
-        if not math.log(GAIN) < float(gains[place, pivot]) < math.inf:
+        if not GAIN < float(gains[place, pivot]) < math.inf:
             break
         order[[pivot, place]] = order[[place, pivot]]
         for own in others:
