@@ -58,14 +58,9 @@ class Narrow(Pass):
                 _rewire_outputs(record, nodes, name, cut)
         for width, product in attentions:
             _rewire_product(nodes, width, product)
-        for product in level:
+        for product in filter(is_attention, dict.fromkeys(product for _, product in attentions)):
             own = [width for width, other in attentions if other is product]
-            left = {width.kind: record.size_of(width) for width in own}
-            full = own[0].features
-            _level(graph_module.graph, product, left.get("queries", full), left.get("values", full))
-            written = [cuts[name].written for width in own for name in width.producers if name in cuts]
-            if any(len(parts) > 1 and sum(part.total for part in parts) % _ALIGNMENT for parts in written):
-                _copy(graph_module.graph, product)
+            _finish(record, product, own, product in level, cuts)
         return PassResult(graph_module, bool(cuts))
 
 
@@ -213,6 +208,22 @@ def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node
             view = graph.call_method(name, (view, *arguments))
             view.meta = carried_meta(product)
     _replace_argument(reader, reader.args.index(old), view)
+
+
+def _finish(
+    record: GraphRecord, product: fx.Node, widths: Sequence[Width], level: bool, cuts: Mapping[str, Cut]
+) -> None:
+    """Let attention in one node read its new heads as its kernels need them."""
+    if level:
+        left = {width.kind: record.size_of(width) for width in widths}
+        _level(product.graph, product, *(left.get(kind, widths[0].features) for kind in ("queries", "values")))
+    if any(_starts_anywhere(cuts[name]) for width in widths for name in width.producers if name in cuts):
+        _copy(product.graph, product)
+
+
+def _starts_anywhere(cut: Cut) -> bool:
+    """Whether parts of a layer's new output may start where kernels of attention cannot read them."""
+    return len(cut.written) > 1 and sum(part.total for part in cut.written) % _ALIGNMENT > 0
 
 
 def _copy(graph: fx.Graph, product: fx.Node) -> None:
