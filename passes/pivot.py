@@ -100,7 +100,7 @@ class Pivot(Pass):
         return BOUND if form == "blocks" else min(self.bound, _HALF) if half else self.bound
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Member:
     """A site that is written with pivots.
 
@@ -119,13 +119,10 @@ class _Member:
     width: str | None = None
 
     @cached_property
-    def solution(self) -> tuple[Solution, ...]:
-        return self.solve()
-
-    @property
     def rows(self) -> list[Tensor]:
         """Matrices [heads, r, features] that need r independent columns in common."""
-        left, right = self.solution[0].left, self.solution[0].right.detach()
+        solution = self.solve()[0]  # not kept: those of all layers around a residual stream take much memory
+        left, right = solution.left, solution.right.detach()
         if self.form == "blocks":
             return [right[0, rows] for rows in self.heads]
         return [right] if self.form == "columns" or left is None else [left.detach().mT]
@@ -134,7 +131,7 @@ class _Member:
         """The order of the features for each part, pivots first; None for a dense part."""
         if self.form == "blocks":
             return (shared_columns(self.rows).unsqueeze(0),)
-        return tuple(_own_order(part, self.form) for part in self.solution)
+        return tuple(_own_order(part, self.form) for part in self.solve())
 
 
 def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[fx.Node, ...], Form]]]:
@@ -142,11 +139,12 @@ def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[
     served = list(members)
     while len(served) > 1 or served[0].form == "blocks":
         order = shared_columns([rows for member in served for rows in member.rows])
-        excess = [max(largest_entry(rows, order) for rows in member.rows) / member.limit for member in served]
-        worst = max(range(len(served)), key=excess.__getitem__)
-        if excess[worst] <= 1 or len(served) == 1:
+        excess = {member: max(largest_entry(r, order) for r in member.rows) / member.limit for member in served}
+        beyond = sorted((member for member in served if excess[member] > 1), key=excess.__getitem__, reverse=True)
+        if not beyond or len(served) == 1:
             break
-        served.pop(worst)
+        leaving = beyond[: -(-len(beyond) // 2)]  # half of them: there may be hundreds around a residual stream
+        served = [member for member in served if member not in leaving]
     else:
         order = pivot_rows(served[0].rows[0][0].mT)
     return order, [(member.nodes, member.form) for member in served]
