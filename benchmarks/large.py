@@ -1,6 +1,6 @@
 """What a compression of a large language model costs: its stages, its memory, and a part of its layers for the rest.
 
-python benchmarks/large.py --shape 1B --effort fast --json benchmarks/results/large.json
+python benchmarks/large.py --shape 100M --effort fast --json benchmarks/results/large.json
 python benchmarks/large.py --shape 7B --effort fast --device cuda
 python benchmarks/large.py --paper --json benchmarks/results/large.json
 
