@@ -98,8 +98,11 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     (grown,) = re.findall(r"in float64 by (\S+)", problem["problems"][0])
     share = vit["dense"]["top1"] / 100
     error = 100 * math.sqrt(share * (1 - share) / vit["answers"])
-    settings = padding["options"]
+    settings, large = padding["options"], read("large")
     claims = [
+        "Llama in bfloat16",  # of `large.build`
+        f"at {100 * large['params']:.0f} % of the parameters",
+        f"{large['options']['sequences']} sequences of {large['options']['length']} tokens",
         f"top-1 on {resnet['answers']:,} test images",
         f"the same {rows('accuracy_resnet20')[1]:,} training images",
         f"top-1 on {vit['answers']:,} validation images after calibration on {rows('accuracy_vit_tiny')[1]} training",
