@@ -19,7 +19,7 @@ from balf_fx.graph.widths import Width
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import solution_of
 from balf_fx.passes.find_pivots import writers_and_readers
-from balf_fx.ranks.bases import BOUND, basis_of, largest_entry, shared_columns
+from balf_fx.ranks.bases import BOUND, basis_of, largest_entry, row_space, shared_columns
 from balf_fx.ranks.pivots import pivot_rows
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
@@ -119,18 +119,17 @@ class _Member:
     width: str | None = None
 
     @cached_property
-    def rows(self) -> list[Tensor]:
-        """Matrices [heads, r, features] that need r independent columns in common."""
+    def bases(self) -> list[Tensor]:
+        """Q [heads, features, r] of matrices that need r independent columns in common (`ranks.bases.row_space`)."""
         solution = self.solve()[0]  # not kept: those of all layers around a residual stream take much memory
-        left, right = solution.left, solution.right.detach()
         if self.form == "blocks":
-            return [right[0, rows] for rows in self.heads]
-        return [right] if self.form == "columns" or left is None else [left.detach().mT]
+            return [row_space(solution.right[0, rows]) for rows in self.heads]
+        return [row_space(solution.right if self.form == "columns" or solution.left is None else solution.left.mT)]
 
     def own_orders(self) -> tuple[Tensor | None, ...]:
         """The order of the features for each part, pivots first; None for a dense part."""
         if self.form == "blocks":
-            return (shared_columns(self.rows).unsqueeze(0),)
+            return (shared_columns(self.bases).unsqueeze(0),)
         return tuple(_own_order(part, self.form) for part in self.solve())
 
 
@@ -138,15 +137,15 @@ def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[
     """An order of a width's features, and the members around it whose coefficients are bounded in this order."""
     served = list(members)
     while len(served) > 1 or served[0].form == "blocks":
-        order = shared_columns([rows for member in served for rows in member.rows])
-        excess = {member: max(largest_entry(r, order) for r in member.rows) / member.limit for member in served}
+        order = shared_columns([basis for member in served for basis in member.bases])
+        excess = {member: max(largest_entry(q, order) for q in member.bases) / member.limit for member in served}
         beyond = sorted((member for member in served if excess[member] > 1), key=excess.__getitem__, reverse=True)
         if not beyond or len(served) == 1:
             break
         leaving = beyond[: -(-len(beyond) // 2)]  # half of them: there may be hundreds around a residual stream
         served = [member for member in served if member not in leaving]
     else:
-        order = pivot_rows(served[0].rows[0][0].mT)
+        order = pivot_rows(served[0].bases[0][0])
     return order, [(member.nodes, member.form) for member in served]
 
 

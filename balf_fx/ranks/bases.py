@@ -36,19 +36,24 @@ _LITTLE = 1e-6  # the share of a squared length
 _LEAST = 1e-6  # singular values of C below this share of the largest one are raised to it
 
 
-def shared_columns(heads: Sequence[Tensor]) -> Tensor:
+def row_space(heads: Tensor) -> Tensor:
+    """Q [heads, D, r] in float64, whose orthonormal columns span the rows of W [heads, r, D]."""
+    basis: Tensor = torch.linalg.qr(heads.detach().to(torch.float64).mT)[0]
+    return basis
+
+
+def shared_columns(bases: Sequence[Tensor]) -> Tensor:
     """The order of the columns of several sets of heads that starts with columns P for which C is well-conditioned.
 
     The columns of a larger size contain those of a smaller one. As in `ranks.pivots.pivot_rows`, columns are
     interchanged until the volume of the blocks, here the product of those of all heads, is locally maximal.
 
     Args:
-        heads: W [heads, r, D] of each set.
+        bases: Q [heads, D, r] of each set, from `row_space`.
 
     Returns:
         [D]: the columns of the smallest size, then the others of each larger one, then the rest.
     """
-    bases = [torch.linalg.qr(own.detach().to(torch.float64).mT)[0] for own in heads]
     order = _first_order(bases)
     others = [_solved(basis[:, order]) for basis in bases]
     widest = max(own.shape[-1] for own in bases)
@@ -70,11 +75,12 @@ def shared_columns(heads: Sequence[Tensor]) -> Tensor:
 
 def has_blocks(heads: Sequence[Tensor], bound: float) -> bool:
     """Whether all heads W [heads, r, D] of some sets can get identity blocks without large rounding errors."""
-    order = shared_columns(heads)
+    bases = [row_space(own) for own in heads]
+    order = shared_columns(bases)
     return all(
-        largest_entry(own, order) <= bound
+        largest_entry(basis, order) <= bound
         and float(torch.linalg.cond(own[..., order[: own.shape[1]]]).max()) < _CONDITION
-        for own in heads
+        for own, basis in zip(heads, bases, strict=True)
     )
 
 
@@ -146,8 +152,7 @@ def _solved(basis: Tensor) -> Tensor:
     return torch.where((info == 0)[:, None, None] & solved.isfinite(), solved, math.inf)
 
 
-def largest_entry(heads: Tensor, order: Tensor) -> float:
-    """The largest entry of T for W [heads, r, D] and an order of the columns that starts with P."""
-    basis, _ = torch.linalg.qr(heads.detach().to(torch.float64).mT)
+def largest_entry(basis: Tensor, order: Tensor) -> float:
+    """The largest entry of T for Q [heads, D, r] of `row_space` and an order of the columns that starts with P."""
     others = _solved(basis[:, order])
     return float(others.abs().max()) if others.numel() else 0.0
