@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": COMMIT,
     }
+
+
+def run_apart(script: str, *words: Any) -> dict[str, Any]:
+    """What a benchmark prints as JSON, in its last line, when it runs in a process of its own."""
+    command = [sys.executable, script, *map(str, words)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # linear algebra libraries may print, too
+    return found
 
 
 def cpu_name() -> str:

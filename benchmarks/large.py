@@ -1,4 +1,4 @@
-"""What a compression of a large language model costs: its stages, its memory, and a part of its layers for the rest.
+"""What a compression of a large language model costs: the time of its stages, and its memory.
 
 python benchmarks/large.py --shape 100M --effort fast --json benchmarks/results/large.json
 python benchmarks/large.py --shape 7B --effort fast --device cuda
@@ -11,9 +11,6 @@ runs in a process of its own.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import click
 import torch
-from common import write_json
+from common import run_apart, write_json
 from shapes import SHAPES, Shape, on_paper
 from stages import StageClock, peak_gib, resident_gib
 from tabulate import tabulate
@@ -29,7 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import balf_fx
-from balf_fx.latency.stopwatch import synchronise
+from balf_fx.latency.stopwatch import seconds as seconds_of
 
 PARAMS = 0.8
 
@@ -75,18 +72,20 @@ def build(shape: Shape, layers: int | None, device: torch.device) -> nn.Module:
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
-def measure(name: str, layers: int | None, effort: str, device: torch.device, sequences: int, length: int) -> Cost:
+def measure(shape: str, layers: int | None, effort: str, device: torch.device, sequences: int, length: int) -> Cost:
     """Compress in this process."""
-    shape = SHAPES[name]
-    model = build(shape, layers, device)
-    tokens = torch.randint(shape.words, (sequences, length), generator=torch.Generator().manual_seed(0))
+    sizes = SHAPES[shape]
+    model = build(sizes, layers, device)
+    tokens = torch.randint(sizes.words, (sequences, length), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": each.to(device)} for each in tokens.split(4)]
-    with torch.no_grad():
-        model(**batches[0])
-        start = _now(device)
+
+    def run() -> None:
         for batch in batches:
             model(**batch)
-        forward = _now(device) - start
+
+    with torch.no_grad():
+        model(**batches[0])
+        forward = seconds_of(run, device)
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
     before, clock = resident_gib(), StageClock()
     if device.type == "cuda":
@@ -98,19 +97,12 @@ def measure(name: str, layers: int | None, effort: str, device: torch.device, se
         small = balf_fx.compile(model, batches, params=PARAMS, effort=effort, strict=False)
         kept.append(balf_fx.report(small).params_kept)
 
-    start = _now(device)
-    compress()
-    seconds = _now(device) - start
+    seconds = seconds_of(compress, device)
     above = torch.cuda.max_memory_allocated(device) / 2**30 - weights if device.type == "cuda" else 0.0
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     stages = dict(clock.seconds[-1])
-    count = layers or shape.layers
-    return Cost(name, count, effort, where, weights, peak_gib() - before, above, forward, seconds, stages, kept[0])
-
-
-def _now(device: torch.device) -> float:
-    synchronise(device)
-    return time.perf_counter()
+    count = layers or sizes.layers
+    return Cost(shape, count, effort, where, weights, peak_gib() - before, above, forward, seconds, stages, kept[0])
 
 
 @click.command()
@@ -136,19 +128,10 @@ def main(output: Path | None, paper: bool, here: bool, **case: Any) -> None:
                 click.echo(tabulate(on_paper(cost), "keys", floatfmt=".3f"))
         return
     if here:
-        found = measure(
-            case["shape"],
-            case["layers"],
-            case["effort"],
-            torch.device(case["device"]),
-            case["sequences"],
-            case["length"],
-        )
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(measure(**{**case, "device": torch.device(case["device"])}))))
         return
     words = [f"--{name}={value}" for name, value in case.items() if value is not None]
-    done = subprocess.run([sys.executable, __file__, *words, "--here"], check=True, stdout=subprocess.PIPE, text=True)
-    cost = json.loads(done.stdout.splitlines()[-1])  # linear algebra libraries may print, too
+    cost = run_apart(__file__, *words, "--here")
     stages = cost["stages"]
     click.echo(tabulate([{name: value for name, value in cost.items() if name != "stages"}], "keys", floatfmt=".3f"))
     click.echo(tabulate(list(stages.items()), ["stage", "seconds"], floatfmt=".1f"))

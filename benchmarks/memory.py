@@ -10,8 +10,6 @@ reported is the most memory that the process has had resident, imports, model an
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import write_json
+from common import run_apart, write_json
 from safetensors.torch import save_model
 from stages import peak_gib, resident_gib
 from subjects import SUBJECTS
@@ -110,16 +108,14 @@ def _drop_weights(model: nn.Module) -> None:
 
 def footprint_apart(name: str, effort: str, memory: str = "0.25", files: bool = False) -> Footprint:
     """Compress it in a process of its own."""
-    command = [sys.executable, __file__, "--subject", name, "--effort", effort, "--memory", memory, "--here"]
-    done = subprocess.run([*command, *["--files"] * files], check=True, stdout=subprocess.PIPE, text=True)
-    return Footprint(**json.loads(done.stdout))
+    words = ["--subject", name, "--effort", effort, "--memory", memory, *["--files"] * files]
+    return Footprint(**run_apart(__file__, *words, "--here"))
 
 
 def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
     """Compress in a process of its own."""
-    command = [sys.executable, __file__, "--images", images, "--batch-size", batch_size, "--refit", refit, "--here"]
-    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
-    return Cost(**json.loads(done.stdout))
+    words = ["--images", images, "--batch-size", batch_size, "--refit", refit]
+    return Cost(**run_apart(__file__, *words, "--here"))
 
 
 @click.command()

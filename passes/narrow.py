@@ -216,9 +216,9 @@ def _finish(
     """Let attention in one node read its new heads as its kernels need them."""
     if level:
         left = {width.kind: record.size_of(width) for width in widths}
-        _level(product.graph, product, *(left.get(kind, widths[0].features) for kind in ("queries", "values")))
+        _level(product, *(left.get(kind, widths[0].features) for kind in ("queries", "values")))
     if any(_starts_anywhere(cuts[name]) for width in widths for name in width.producers if name in cuts):
-        _copy(product.graph, product)
+        _copy(product)
 
 
 def _starts_anywhere(cut: Cut) -> bool:
@@ -226,16 +226,17 @@ def _starts_anywhere(cut: Cut) -> bool:
     return len(cut.written) > 1 and sum(part.total for part in cut.written) % _ALIGNMENT > 0
 
 
-def _copy(graph: fx.Graph, product: fx.Node) -> None:
+def _copy(product: fx.Node) -> None:
     """Copy the operands of attention that are parts of a layer's output, which may start anywhere."""
-    with graph.inserting_before(product):
+    with product.graph.inserting_before(product):
         for position, operand in enumerate(product.args[:3]):
             if isinstance(operand, fx.Node) and operand.target is not F.pad:
-                product.update_arg(position, graph.call_method("contiguous", (operand,)))
+                product.update_arg(position, product.graph.call_method("contiguous", (operand,)))
 
 
-def _level(graph: fx.Graph, product: fx.Node, queries: int, values: int) -> None:
+def _level(product: fx.Node, queries: int, values: int) -> None:
     """Pad the smaller heads with zeros, since attention is slow where queries and values differ in size."""
+    graph = product.graph
     with graph.inserting_before(product):
         for position in (0, 1) if queries < values else (2,) if values < queries else ():
             padded = graph.call_function(F.pad, (product.args[position], (0, abs(values - queries))))

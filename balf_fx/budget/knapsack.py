@@ -182,7 +182,5 @@ def _efficient(cost: Tensor, value: Tensor) -> Tensor:
     if len(order) < 2:
         return order
     ordered = value[order]
-    best_before = torch.cat(
-        [torch.full((1,), torch.inf, dtype=ordered.dtype, device="cpu"), ordered.cummin(0).values[:-1]]
-    )
+    best_before = torch.cat([ordered.new_full((1,), torch.inf), ordered.cummin(0).values[:-1]])
     return order[ordered < best_before]

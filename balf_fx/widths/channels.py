@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from balf_fx.graph.annotation import annotation
@@ -21,7 +20,7 @@ from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size, View, Width
 from balf_fx.widths.elementwise import is_elementwise, is_glu, passes_on
-from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, read_layout, reads_size
+from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, numbered, read_layout, reads_size
 
 _LEAST = 8  # the least number of features that is worth reducing
 
@@ -286,7 +285,7 @@ class Finder:
                 break
             source, own = following, kept
         shape = annotation(source).shape or ()
-        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device="cpu").view(shape)
+        numbers = numbered(shape)
         moved = self.moves.run_chain(chain[chain.index(source) :], numbers)
         layout = None if moved is None else read_layout(moved[chain[-1]], shape, own)
         if layout is None or len(layout.sizes) != 1:

@@ -23,7 +23,7 @@ from balf_fx.graph.layers import site_input
 from balf_fx.graph.operators import aten, operation
 from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.widths import Operand, Size, View, Width
-from balf_fx.widths.moves import Moves, is_harmless, is_shaped, read_size
+from balf_fx.widths.moves import Moves, is_harmless, is_shaped, numbered, read_size
 
 _ATTENTIONS = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 
@@ -110,7 +110,7 @@ class _Finder:
         others: list[Tensor] = []  # rows that are read in other ways, or twice
         for root in self.roots(writer):
             shape = annotation(root).shape or ()
-            numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device="cpu").reshape(shape)
+            numbers = numbered(shape)
             sized = partial(_size_before, root, shape)
             for user, source, moved, scale in self._follow(root, numbers, sized):
                 places = [] if user is None else [i for i in _slots(user) if user.args[i] is source]
@@ -225,7 +225,7 @@ class _Finder:
         if v.merged:
             shape = (shape[0] // len(v.rows), len(v.rows), *shape[1:])
         heads, features = shape[-3], shape[-1]
-        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device="cpu").reshape(shape)
+        numbers = numbered(shape)
         merged = (numbers.movedim(-2, 0) if v.sequence_first else numbers.transpose(-3, -2)).flatten(-2)
         sized = partial(_size_behind, product, v, merged)
         arrived = self._follow(product, numbers.flatten(0, 1) if v.merged else numbers, sized)
@@ -304,8 +304,8 @@ def _size_behind(product: fx.Node, v: _Operand, merged: Tensor, user: fx.Node, m
     """
     if not isinstance(moved, Tensor):
         return None
-    place = torch.empty(merged.numel(), dtype=torch.int32, device="cpu")
-    place[merged.flatten().to(torch.int64)] = torch.arange(merged.numel(), dtype=torch.int32, device="cpu")
+    place = merged.new_empty(merged.numel())
+    place[merged.flatten().to(torch.int64)] = numbered(place.shape)
     size = read_size(user, product, place[moved.to(torch.int64)], merged.shape, merged.dim() - 1)
     batch, positions = (1, 0) if v.sequence_first else (0, 1)
     leading = {batch: None if v.merged else 0, positions: 1 if v.merged else 2}

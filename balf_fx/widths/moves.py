@@ -174,9 +174,7 @@ class Moves:
         is_covered = torch.zeros(shape[axis], dtype=torch.bool, device="cpu")
         is_covered[list(covered)] = True
         unit = math.prod(shape[axis + 1 :])
-        values: dict[fx.Node, Any] = {
-            source: torch.arange(math.prod(shape), dtype=torch.int32, device="cpu").view(shape)
-        }
+        values: dict[fx.Node, Any] = {source: numbered(shape)}
         found: list[Reader] = []
         sizes: list[Size] = []
         pending = [source]
@@ -235,6 +233,11 @@ def feature_axis(labels: Tensor) -> tuple[int, tuple[int, ...]] | None:
             if torch.equal(labels, line.view(shape).expand_as(labels)) and len(torch.unique(line)) == len(line):
                 return axis, tuple(line.tolist())
     return None
+
+
+def numbered(shape: Sequence[int]) -> Tensor:
+    """The numbers of a value's entries, on which moves are run, in its shape."""
+    return torch.arange(math.prod(shape), dtype=torch.int32, device="cpu").view(tuple(shape))
 
 
 def read_layout(moved: Tensor, shape: Sequence[int], axis: int) -> Layout | None:
