@@ -32,6 +32,7 @@ BOUND = 64.0
 _CONDITION = 1e4  # the largest condition number of C
 _TINY = 1e-300
 _CANDIDATES = 48
+_SLACK = 0.1  # the logarithm by which a squared length may be less than another that is not up to date
 _LITTLE = 1e-6  # the share of a squared length
 _LEAST = 1e-6  # singular values of C below this share of the largest one are raised to it
 
@@ -114,22 +115,34 @@ def _first_order(bases: Sequence[Tensor]) -> Tensor:
         longest = volumes.topk(min(_CANDIDATES + 1, features))
         places, limits = longest.indices[:_CANDIDATES].tolist(), longest.values.tolist()[_CANDIDATES:]
         outside = {index: _outside(bases[index][:, places], spans[index][:, :size]) for index in wanted}
-        gone = volumes.new_zeros(len(places))
-        while len(taken) < min(most, size + len(places)):
-            volume, best = (_volumes([own.square().sum(-1) for own in outside.values()]) + gone).max(0)
-            if len(taken) > size and any(float(volume) < limit for limit in limits):
-                break
-            row = int(best)
-            for index, own in outside.items():
-                direction = own[:, row, :, None]
-                direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(_TINY)
-                spans[index][:, len(taken)] = direction.squeeze(-1)
-                own.baddbmm_(own @ direction, direction.mT, alpha=-1)
-            gone[row] = -math.inf
-            taken.append(places[row])
+        products = torch.cat([own @ own.mT for own in outside.values()])
+        least = limits[0] - len(products) * _SLACK if limits else -math.inf
+        rows = _longest(products, least)[: most - size]
+        for index, own in outside.items():
+            spans[index][:, size : size + len(rows)] = torch.linalg.qr(own[:, rows].mT)[0].mT
+        taken += [places[row] for row in rows]
         for index in wanted:
             squares[index] -= (bases[index] @ spans[index][:, size : len(taken)].mT).square().sum(-1)
     return torch.tensor([*taken, *sorted(set(range(features)) - set(taken))], device="cpu")
+
+
+def _longest(products: Tensor, least: float) -> list[int]:
+    """The rows of each head in the order of their volumes, by their inner products [heads, rows, rows], changed in place.
+
+    At least one; the others while their volumes are not below `least`.
+    """
+    taken: list[int] = []
+    squares = products.diagonal(dim1=-2, dim2=-1)
+    gone = products.new_zeros(products.shape[-1])
+    while len(taken) < len(gone):
+        volume, row = (_volumes([squares]) + gone).max(0)
+        if taken and float(volume) < least:
+            break
+        column = products[:, row, :, None] / products[:, row, row, None, None].clamp_min(_TINY).sqrt()
+        products -= column @ column.mT
+        gone[row] = -math.inf
+        taken.append(int(row))
+    return taken
 
 
 def _volumes(squares: Sequence[Tensor]) -> Tensor:
