@@ -127,7 +127,7 @@ def _first_order(bases: Sequence[Tensor]) -> Tensor:
 
 
 def _longest(products: Tensor, least: float) -> list[int]:
-    """The rows of each head in the order of their volumes, by their inner products [heads, rows, rows], changed in place.
+    """Rows in the order of their volumes, by their inner products [heads, rows, rows], which are changed.
 
     At least one; the others while their volumes are not below `least`.
     """
