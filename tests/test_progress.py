@@ -73,6 +73,14 @@ def test_shares_add_up_and_never_go_back(tree):
     assert Bar.last.total == 100
 
 
+def test_calibration_and_scores_of_blocks_take_turns(bar):
+    model, batches = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), [torch.randn(9, 8)]
+    balf_fx.compile(model, batches, params=0.7, effort="fast", memory=1)
+    names = [name for name, _ in itertools.groupby(bar().names)]
+    assert names[:5] == ["capturing", *["calibrating", "scoring"] * 2]
+    assert bar().places[-1] == pytest.approx(100)
+
+
 @given(WEIGHTS)
 def test_a_share_is_as_long_as_its_weight(weights):
     with pytest.MonkeyPatch.context() as patch:

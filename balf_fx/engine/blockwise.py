@@ -24,6 +24,7 @@ from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.weights import CallWeights, check_fit, weighing
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
+from balf_fx.engine.stages import Work
 from balf_fx.engine.walking import walk
 from balf_fx.engine.weighing import call_weights
 from balf_fx.graph.annotation import annotate, annotation, sites
@@ -58,12 +59,18 @@ def _sizes(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
 
 
 def calibrate_in_blocks(
-    program: Program, settings: Settings, batches: Iterable[Any], calibration: Calibration, progress: Progress = SILENT
+    program: Program,
+    settings: Settings,
+    batches: Iterable[Any],
+    calibration: Calibration,
+    work: Work,
+    progress: Progress = SILENT,
 ) -> None:
     """Run batches through an observed program of one graph and score its sites, block by block.
 
     Args:
         batches: read once.
+        work: how long both take, for the progress bar.
 
     Raises:
         CalibrationError: as `compress.calibrate`.
@@ -74,11 +81,12 @@ def calibrate_in_blocks(
     score = settings.score()
     calls = _Calls(program, calibration, batches)
     blocks = find_blocks(graph_module, _sizes(graph_module), calibration.memory)
-    shares = iter(progress.spans([1.0] * len(blocks)))
+    times, names = [work.calibrating, work.scoring], ["calibrating", "scoring"]
+    shares = iter(progress.spans(times * len(blocks), names * len(blocks)))
 
     def finish(block: Block) -> None:
-        _score(graph_module, score, block, calibration.pages)
         next(shares).done()
+        _score(graph_module, dataclasses.replace(score, progress=next(shares)), block, calibration.pages)
 
     walk(graph_module, blocks, calls, calibration.memory, finish, calls.around).close()
     calls.check()

@@ -43,12 +43,13 @@ def run(
     """
     calibration = paged(program, settings, _with_memory(calibration, journal))
     work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
-    shares = [work.calibrating, work.scoring + work.trying + work.solving]
+    first = work.calibrating if calibration.pages is None else work.calibrating + work.scoring
+    shares = [first, work.scoring + work.trying + work.solving]
     calibrating, converting = progress.spans(shares, ["calibrating", "compressing"])
     if settings.calibrates:
         batches = calibration.batches if stream is None else stream
         if calibration.pages is not None:
-            calibrate_in_blocks(program, settings, batches, calibration, calibrating)
+            calibrate_in_blocks(program, settings, batches, calibration, work, calibrating)
         else:
             counted = calibrate(program, batches, calibration, lenient, calibrating, journal)
             calibration = calibration.only(counted) if lenient else calibration
