@@ -21,7 +21,6 @@ from tabulate import tabulate
 README = Path(__file__).with_name("README.md")
 _RESULTS = Path(__file__).with_name("results")
 _NEAR = 0.03  # of shares kept
-_MEASURED = "100M"  # the shape from which the others' costs are computed
 
 METHODS: Mapping[str, str] = {
     "svd": "SVD of the weights",
@@ -281,19 +280,21 @@ def large() -> str:
     """What each shape of Llama takes, measured and on paper."""
     found = _read("large")["results"]
     complete = {row["shape"]: row for row in found if row["layers"] == SHAPES[row["shape"]].layers}
-    paper = {row["shape"]: row for row in on_paper(complete[_MEASURED])}
+    paper = {base: {row["shape"]: row for row in on_paper(complete[base])} for base in complete}
+    sizes = paper[next(iter(complete))]  # the same from each
     lines = [
         (
             name,
-            *(f"{paper[name][f'{key}, GiB']:,.1f}" for key in ("weights", "statistics")),
+            *(f"{sizes[name][f'{key}, GiB']:,.1f}" for key in ("weights", "statistics")),
             *(f"{complete[name][key]:,.1f}" if name in complete else "" for key in ("peak", "forward")),
             f"{complete[name]['seconds'] / 60:,.1f}" if name in complete else "",
-            f"{60 * paper[name]['hours']:,.1f}",
+            *(f"{60 * rows[name]['hours']:,.1f}" for rows in paper.values()),
         )
         for name in SHAPES
     ]
     measured = ("GiB above the model", "forward passes, s", "compression, min")
-    return markdown(lines, ("shape", "weights, GiB", "statistics, GiB", *measured, f"from {_MEASURED}, min"))
+    computed = (f"from {base}, min" for base in paper)
+    return markdown(lines, ("shape", "weights, GiB", "statistics, GiB", *measured, *computed))
 
 
 def finetune() -> str:

@@ -99,8 +99,12 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     share = vit["dense"]["top1"] / 100
     error = 100 * math.sqrt(share * (1 - share) / vit["answers"])
     settings, large = padding["options"], read("large")
+    small, billion = large["results"]
+    (_, paper, *_) = load_benchmark("shapes").on_paper(small)
+    longer = 3600 * paper["hours"] / billion["seconds"]
     claims = [
         "Llama in bfloat16",  # of `large.build`
+        f"{small['shape']}, {billion['shape']} would take {longer:.1f} times as long as it does",
         f"at {100 * large['params']:.0f} % of the parameters",
         f"{large['options']['sequences']} sequences of {large['options']['length']} tokens",
         f"top-1 on {resnet['answers']:,} test images",
