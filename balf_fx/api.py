@@ -218,7 +218,7 @@ def convert(
     settings.allocate()
     if settings.factors is None and settings.effort != "fast":
         observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
-        observed = any(observer.sample is not None for observer in observers)
+        observed = any(half is not None for observer in observers for half in observer.halves)
         settings = dataclasses.replace(settings, factors="sensitivity" if observed else "activations")
     if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
         raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')

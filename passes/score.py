@@ -118,21 +118,21 @@ class Score(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self._sites(graph_module)
-        seen = {site: self._seen(graph_module, nodes[0], site) for site, nodes in found.items()}
         blocks = {site: block_entries(graph_module, nodes[0]) for site, nodes in found.items()}
         scored_with, changed = {}, []
         for site, nodes in found.items():
             plain = dataclasses.replace(site, separable=False)
             options = (self.factors, self.centred, self.split, self.damping, self.separable, self.by_time)
-            scored_with[site] = ((*options, plain, blocks[site]), seen[site].moments, seen[site].gradients)
+            scored_with[site] = ((*options, plain, blocks[site]), *self._statistics(graph_module, nodes[0], site))
             known = annotation(nodes[0]).scored_with
             if known is None or not _same(known, scored_with[site]):
                 changed.append(site)
 
         def curves_of(site: Site) -> tuple[RankCurve, RankCurve | None]:
             plain, nodes = dataclasses.replace(site, separable=False), found[site]
-            curve = self.score(graph_module, plain, seen[site], use(nodes), blocks[site])
-            return curve, self._apart(graph_module, nodes, plain, curve, seen[site]) if self.separable else None
+            seen = self._seen(graph_module, nodes[0], site)
+            curve = self.score(graph_module, plain, seen, use(nodes), blocks[site])
+            return curve, self._apart(graph_module, nodes, plain, curve, seen) if self.separable else None
 
         work = [float(site.full_rank) ** 3 * site.groups for site in changed]
         curves = self.group.shared_out(changed, work, curves_of, self.progress)
@@ -220,6 +220,14 @@ class Score(Pass):
         energies = energies[:, :size] * (energy / total if total > 0 else 0.0)
         return Spectrum(energies, left, mean, right)
 
+    def _statistics(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[Any, ...]:
+        """What `_seen` is made of: the same objects, as long as nothing is added to them."""
+        if self.factors == "svd":
+            return (None,)
+        observer = observer_of(graph_module, annotation(node).sensitivity, SensitivityObserver)
+        used = self.factors == "sensitivity" and observer is not None
+        return (self._observed(graph_module, node, site)[0], *(observer.halves if used and observer else ()))
+
     def _seen(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Observed:
         """The statistics that the chosen factors need."""
         if self.factors == "svd":
@@ -269,8 +277,9 @@ class Score(Pass):
     def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Sample | None, tuple[Sample, ...]]:
         """The statistics of all samples, and of each half of them."""
         observer = observer_of(graph_module, annotation(node).sensitivity, SensitivityObserver)
-        if observer is not None and observer.sample is not None:
-            return observer.sample, tuple(half for half in observer.halves if half is not None)
+        sample = None if observer is None else observer.sample
+        if observer is not None and sample is not None:
+            return sample, tuple(half for half in observer.halves if half is not None)
         _LOGGER.info("no gradient has reached %s: its factors minimise the plain output error", node.name)
         return None, ()
 

@@ -59,7 +59,7 @@ class ScoreWidths(Pass):
         nodes = {node.name: node for node in graph_module.graph.nodes}
         record = graph_record(graph_module)
         observers = [module for module in graph_module.modules() if isinstance(module, SensitivityObserver)]
-        scored_with = (self.damping, *(observer.sample for observer in observers))
+        scored_with = (self.damping, *(half for observer in observers for half in observer.halves))
         known = len(record.widths_scored_with) == len(scored_with)
         if known and all(a is b for a, b in zip(record.widths_scored_with, scored_with, strict=True)):
             return PassResult(graph_module, False)
@@ -155,14 +155,15 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     """The layer with the statistics of all samples, then with those of each half."""
     mark = annotation(node)
     observer = observer_of(graph_module, mark.sensitivity, SensitivityObserver)
-    if mark.site is None or observer is None or observer.sample is None:
+    whole = None if observer is None else observer.sample
+    if mark.site is None or observer is None or whole is None:
         return None
-    samples = [observer.sample, *(half for half in observer.halves if half is not None)]
+    samples = [whole, *(half for half in observer.halves if half is not None)]
     if observer.wants_features and any(sample.features is None for sample in samples):
         return None
     weight, bias = grouped_weight(graph_module, mark.site)[0], grouped_bias(graph_module, mark.site)
     basis, reduced = (None, weight) if mark.site.side == "output" else torch.linalg.qr(weight)
-    gradients = observer.sample.gradients
+    gradients = whole.gradients
     unit = gradients.unit
     loss = 0.5 * float(unit) / gradients.samples
     bias = None if bias is None else bias[0]

@@ -103,7 +103,6 @@ class ExpertSensitivityObserver(SensitivityObserver):
             if seen is not None:
                 before = self.halves[half]
                 self.halves[half] = seen if before is None else before.merge(seen)
-                self.sample = seen if self.sample is None else self.sample.merge(seen)
         self.calls += 1
 
     def _rows(self, values: Sequence[Tensor], gradients: Sequence[Tensor], samples: float) -> Sample | None:

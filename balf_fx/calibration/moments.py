@@ -39,8 +39,10 @@ class Moments:
         count = self.count + other.count
         share = other.count / _positive(count)
         delta = other.mean - self.mean
-        between = delta.unsqueeze(-1) * delta.unsqueeze(-2) * _columns(self.count * share, 2)
-        return Moments(count, self.mean + delta * _columns(share, 1), self.scatter + other.scatter + between)
+        scatter = (delta.unsqueeze(-1) * delta.unsqueeze(-2)).mul_(_columns(self.count * share, 2))
+        scatter += self.scatter
+        scatter += other.scatter
+        return Moments(count, self.mean + delta * _columns(share, 1), scatter)
 
     def affine(self, scale: Tensor, shift: Tensor) -> Moments:
         """Moments of `scale * v + shift`, both [G, F]."""
@@ -152,7 +154,7 @@ def sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor | 
     if shift is None or total is None or scatter is None or count <= 0:
         return None
     drift = total / count
-    scatter -= drift.unsqueeze(-1) * drift.unsqueeze(-2) * count
+    scatter -= (drift.unsqueeze(-1) * drift.unsqueeze(-2)).mul_(count)
     return Moments(count, shift.to(torch.float64) + drift, scatter)
 
 

@@ -163,9 +163,14 @@ class SensitivityObserver(nn.Module):
         self._recorded: list[Recorded] | None = None
         self.batch_samples = 0
         self.halves: list[Sample | None] = [None, None]
-        self.sample: Sample | None = None
         self.calls = 0
         self.squares: Positions | None = None
+
+    @property
+    def sample(self) -> Sample | None:
+        """The statistics of all samples: those of both halves, merged anew, since they would take as much memory."""
+        first, second = self.halves
+        return first.merge(second) if first is not None and second is not None else first or second
 
     @property
     def positions(self) -> Tensor | None:
@@ -175,11 +180,11 @@ class SensitivityObserver(nn.Module):
     @property
     def statistics(self) -> Statistics:
         """All that has been gathered, which can be merged one by one and set again."""
-        return (self.sample, *self.halves, self.squares)
+        return (*self.halves, self.squares)
 
     @statistics.setter
     def statistics(self, values: Statistics) -> None:
-        self.sample, first, second, self.squares = values  # type: ignore[assignment]
+        first, second, self.squares = values  # type: ignore[assignment]
         self.halves = [first, second]  # type: ignore[list-item]
 
     @contextmanager
@@ -230,7 +235,6 @@ class SensitivityObserver(nn.Module):
                 half = self.calls % 2
                 before = self.halves[half]
                 self.halves[half] = sample if before is None else before.merge(sample)
-                self.sample = sample if self.sample is None else self.sample.merge(sample)
                 used = True
             self.calls += 1
         if used:

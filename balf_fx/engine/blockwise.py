@@ -152,7 +152,7 @@ def _score(graph_module: fx.GraphModule, score: Score, block: Block, pages: Page
         mark = annotation(nodes[0])
         if site.name not in names or mark.curve is None or mark.scored_with is None:
             continue
-        options, moments, gradients = mark.scored_with
+        options, moments = mark.scored_with
         for path in (mark.strips, mark.observer):
             observer = observer_of(graph_module, path, CovarianceObserver)
             if observer is None or observer.moments is None:
@@ -162,7 +162,7 @@ def _score(graph_module: fx.GraphModule, score: Score, block: Block, pages: Page
                 observer.moments = dataclasses.replace(observer.moments, scatter=parked)
             moments = observer.moments if path == mark.observer else moments
         for node in nodes:
-            annotate(node, curve=_parked(mark.curve, pages), scored_with=(options, moments, gradients))
+            annotate(node, curve=_parked(mark.curve, pages), scored_with=(options, moments))
     pages.release()
 
 

@@ -46,7 +46,7 @@ CALIBRATION = "calibration"
 _OTHERS = ("checkpoint", "progress", "validation")  # options on which the result does not depend, and data
 _STATISTICS: Mapping[type[nn.Module], tuple[str, ...]] = {
     CovarianceObserver: ("moments",),
-    SensitivityObserver: ("halves", "sample", "calls", "squares"),
+    SensitivityObserver: ("halves", "calls", "squares"),
     InfluenceObserver: ("gradients",),
 }
 """The attributes of each kind of observer that calibration changes."""

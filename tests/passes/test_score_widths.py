@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import pytest
@@ -110,7 +109,7 @@ def test_the_loss_of_a_width_is_what_is_measured(monkeypatch):
     balf_fx.calibrate(prepared, batches, loss=lambda output, _: output.sum(), progress=False)
     for module in prepared.modules():
         if isinstance(module, SensitivityObserver):
-            module.halves = [None, None]
+            module.halves = [module.sample, None]
     Score("sensitivity")(prepared)
     ScoreWidths()(prepared)
     (curve,) = graph_record(prepared).width_curves
@@ -152,8 +151,7 @@ def test_halves_count_samples_as_the_whole_does():
         found.append([*(c.energy for c in ranks), graph_record(prepared).width_curves[0].distortion[0]])
         for module in prepared.modules():
             if isinstance(module, SensitivityObserver):
-                module.halves = [None, None]
-                module.sample = dataclasses.replace(module.sample)
+                module.halves = [module.sample, None]
         for node in prepared.graph.nodes:
             if annotation(node).site is not None:
                 annotate(node, scored_with=None)
