@@ -6,6 +6,7 @@ The steps are the passes in the order of `balf_fx.passes`, run on one part after
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
@@ -188,12 +189,14 @@ def convert(
     calibration: Calibration,
     progress: Progress = SILENT,
     journal: Journal = FORGETFUL,
+    once: bool = False,
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget; the program itself is unchanged.
 
     Args:
         calibration: its batches are used to measure allocations and to refit layers; without batches, neither is done.
         journal: has the allocation and the layers that a run finished before it was killed.
+        once: whether this is the only time, so that the program's statistics of gradients are deleted after the score.
 
     Returns:
         The rewritten parts, and the plan that was carried out.
@@ -219,6 +222,8 @@ def convert(
     scoring, trying, solving = progress.spans(shares, ["scoring", "trying allocations", "solving layers"])
     # 1. Align, FindPivots, Score, ScoreWidths, Time: the loss and the cost of each rank and each size.
     score(program, settings, calibration, scoring)
+    if once:
+        _delete_gradients(program)
     if watch is not None:
         measuring, trying = trying.spans([1.0, 2.0], ["timing layers", "trying allocations"])
         watch.measure_sites(measuring)
@@ -312,6 +317,17 @@ def score(program: Program, settings: Settings, calibration: Calibration, progre
             ScoreWidths(scored.damping, group, sizes)(graph_module)
         else:
             record_graph(graph_module, width_curves=(), widths_scored_with=())
+
+
+def _delete_gradients(program: Program) -> None:
+    """Delete the statistics of gradients, which nothing reads once all ranks and widths are scored."""
+    for module in program.module.modules():
+        if isinstance(module, SensitivityObserver):
+            module.halves = [None, None]
+    for graph_module in program.graph_modules:
+        record_graph(graph_module, widths_scored_with=())
+        for node in itertools.chain.from_iterable(sites(graph_module).values()):
+            annotate(node, scored_with=None)
 
 
 def in_pieces(program: Program, calibration: Calibration) -> Calibration:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def run(
             calibration = calibration.only(counted) if lenient else calibration
         if stream is not None:
             calibration = dataclasses.replace(calibration, batches=stream.kept, seen=sum(stream.sizes))
-    return solve(program, settings, calibration, converting, journal)
+    return solve(program, settings, calibration, converting, journal, once=True)
 
 
 def solve(
@@ -64,9 +65,10 @@ def solve(
     calibration: Calibration,
     progress: Progress = SILENT,
     journal: Journal = FORGETFUL,
+    once: bool = False,
 ) -> tuple[Program, Plan]:
-    """Compress a calibrated program to the budget, or as far as the limit of mistakes allows."""
-    chosen = convert if settings.limit is None else certify
+    """Compress a calibrated program to the budget, or as far as a limit of mistakes allows (`once`: see `convert`)."""
+    chosen = partial(convert, once=once) if settings.limit is None else certify
     compressed, plan = chosen(program, settings, _with_memory(calibration, journal), progress, journal)
     give_alike(compressed, plan, calibration.group)
     return compressed, plan

@@ -4,12 +4,14 @@ import os
 
 import pytest
 import torch
+from architectures import make
 from torch import nn
 
 import balf_fx
 from balf_fx.calibration import pieces
 from balf_fx.calibration.batches import MEMORY, Calibration, forward_for
-from balf_fx.engine import memory
+from balf_fx.calibration.observers import SensitivityObserver
+from balf_fx.engine import compress, memory
 from balf_fx.engine.memory import bytes_of, free_memory
 from balf_fx.engine.settings import Settings
 
@@ -47,6 +49,34 @@ def test_a_share_is_taken_once_at_the_start_of_a_run(monkeypatch):
         balf_fx.compile(nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(4, 8), flops=0.5, progress=False)
     assert seen == [16 * GIB]
     assert asked == [1]
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """Of each run, how many observers of gradients have statistics when allocations are tried."""
+    found, plain = [], compress.plan_trial
+
+    def plan_trial(program, *args, **options):
+        observers = [each for each in program.module.modules() if isinstance(each, SensitivityObserver)]
+        assert len(observers) > 1
+        found.append(sum(each.sample is not None for each in observers))
+        return plain(program, *args, **options)
+
+    monkeypatch.setattr(compress, "plan_trial", plan_trial)
+    return found
+
+
+def test_statistics_of_gradients_are_deleted_once_they_are_scored(alive):
+    model, batches = make("mlp")
+    options = {"params": 0.6, "effort": "balanced", "progress": False}
+    small = balf_fx.compile(model, batches, **options)
+    assert alive == [0]
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, progress=False)
+    again = [balf_fx.convert(prepared, batches=batches, **options) for _ in range(2)]
+    assert all(alive[1:])
+    for each in again:
+        torch.testing.assert_close(each.state_dict(), small.state_dict(), rtol=0, atol=0)
 
 
 @pytest.fixture
