@@ -6,7 +6,7 @@ A graph runs node by node, for many batches at once and with gradients, so no no
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,19 @@ def check_transforms(graph_module: fx.GraphModule) -> None:
     Raises:
         CaptureError: it does.
     """
-    for node in graph_module.graph.nodes:
+    transform = next(transforms(graph_module.graph), None)
+    if transform is not None:
+        raise CaptureError(
+            f"the model uses a transform of torch.func ({transform.name}), such as vmap, whose operations belong to no "
+            "graph: write it with operations on batches"
+        )
+
+
+def transforms(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes where a transform of `torch.func` begins."""
+    for node in graph.nodes:
         if node.op == "call_function" and str(getattr(node.target, "__name__", "")).endswith("_increment_nesting"):
-            raise CaptureError(
-                f"the model uses a transform of torch.func ({node.name}), such as vmap, whose operations belong to no "
-                "graph: write it with operations on batches"
-            )
+            yield node
 
 
 def inline_contexts(graph_module: fx.GraphModule) -> None:

@@ -1,8 +1,8 @@
 """Capture by torch.export: every operation becomes an ATen operator, and weights are read by `get_attr`.
 
 Sizes of inputs are fixed to those of the example. Only the batch dimension and, for integer inputs [batch, length], the
-length may vary, if the model's code allows it. The ranges that export found for these are asserted in the graph, so
-that a call with other sizes fails and does not return a wrong result.
+length may vary, if the model's code allows it; vmap does not, for the dimension that it maps. The ranges that export
+found for these are asserted in the graph, so that a call with other sizes fails and does not return a wrong result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
+from balf_fx.capture.contexts import transforms
 from balf_fx.capture.names import illegal_name
 from balf_fx.capture.tracing import guard_constant, plain, user_line
 from balf_fx.errors import CaptureError
@@ -55,6 +56,8 @@ def export(model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[st
     shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, batch), dict(bound))
     try:
         program = _exported(model, args, kwargs, shapes)
+        if any(transforms(program.graph)):  # those of vmap become operations on batches
+            program = program.run_decompositions({})
         exported = program.module()
     # Export raises errors of many classes, most of them private; all are treated in the same way here.
     except (*MODEL_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:

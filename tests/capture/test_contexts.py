@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import balf_fx
+from balf_fx.capture.contexts import check_transforms
 from balf_fx.capture.normal_form import capture
 from balf_fx.errors import CaptureError
 
@@ -84,10 +85,22 @@ def test_the_backend_leaves_no_context_open():
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_transforms_of_functions_are_named():
-    class Mapped(Net):
-        def forward(self, x):
-            return torch.vmap(self.block)(self.first(x))
+class Mapped(Net):
+    def forward(self, x):
+        return torch.vmap(self.block)(self.first(x))
 
+
+def test_operations_of_vmap_become_operations_on_batches():
+    model = Mapped().eval()
+    assert torch.equal(capture(model, X)(X + 1), model(X + 1))
+    small = balf_fx.compile(model, [X, X + 1], params=0.7, progress=False)
+    assert balf_fx.report(small).params_kept <= 0.7
+    assert small(X).shape == model(X).shape
+
+
+def test_transforms_that_stay_in_a_graph_are_named():
+    graph = fx.Graph()
+    graph.placeholder("x")
+    graph.call_function(torch._C._functorch._vmap_increment_nesting, (3, "error"))
     with pytest.raises(CaptureError, match=r"transform of torch\.func.*operations on batches"):
-        capture(Mapped().eval(), X)
+        check_transforms(fx.GraphModule(nn.Module(), graph))
