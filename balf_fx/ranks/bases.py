@@ -34,6 +34,7 @@ _TINY = 1e-300
 _CANDIDATES = 48
 _SLACK = 0.1  # the logarithm by which a squared length may be less than another that is not up to date
 _LITTLE = 1e-6  # the share of a squared length
+_NOISE = 1e-14  # squared lengths below this one are rounding errors
 _LEAST = 1e-6  # singular values of C below this share of the largest one are raised to it
 
 
@@ -138,7 +139,8 @@ def _longest(products: Tensor, least: float) -> list[int]:
         volume, row = (_volumes([squares]) + gone).max(0)
         if taken and float(volume) < least:
             break
-        column = products[:, row, :, None] / products[:, row, row, None, None].clamp_min(_TINY).sqrt()
+        square = squares[:, row, None, None]
+        column = torch.where(square > _NOISE, products[:, row, :, None] / square.sqrt(), 0.0)  # not of rounding errors
         products -= column @ column.mT
         gone[row] = -math.inf
         taken.append(int(row))

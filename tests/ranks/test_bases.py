@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from balf_fx.ranks.bases import BOUND, basis_of, has_blocks, largest_entry, row_space, shared_columns
+from balf_fx.ranks.bases import (
+    _SLACK,
+    BOUND,
+    _first_order,
+    basis_of,
+    has_blocks,
+    largest_entry,
+    row_space,
+    shared_columns,
+)
 from balf_fx.ranks.pivots import pivot_rows
 
 
@@ -18,6 +27,29 @@ def test_columns_are_a_permutation_and_well_conditioned_for_each_head(sets):
     order = shared_columns(bases)
     assert sorted(order.tolist()) == list(range(24))
     assert max(largest_entry(own, order) for own in bases) < 16
+
+
+@pytest.mark.parametrize("sets", [[(1, 30)], [(3, 20), (2, 60)], [(20, 70)]])
+def test_each_of_the_first_columns_is_nearly_the_longest(sets):
+    """By the definition, one by one: its part outside of the span of those before, in all heads that need more."""
+    found = [row_space(randn(count, size, 200, seed=index)) for index, (count, size) in enumerate(sets)]
+    order = _first_order(found)
+    for step in range(max(own.shape[-1] for own in found)):
+        volumes, heads = torch.zeros(200, dtype=torch.float64), 0
+        for own in (own for own in found if own.shape[-1] > step):
+            span = torch.linalg.qr(own[:, order[:step]].mT)[0]
+            outside = own - own @ span @ span.mT
+            volumes += outside.square().sum(-1).clamp_min(1e-300).log().sum(0)
+            heads += len(own)
+        assert volumes[order[step]] >= volumes.max() - heads * _SLACK - 1e-6, step
+
+
+def test_heads_that_have_no_column_in_common_get_an_order():
+    apart = torch.zeros(2, 4, 12, dtype=torch.float64)
+    apart[0, :, :6], apart[1, :, 6:] = randn(4, 6, seed=1), randn(4, 6, seed=2)
+    order = shared_columns([row_space(apart)])
+    assert sorted(order.tolist()) == list(range(12))
+    assert not has_blocks([apart], BOUND)
 
 
 def test_one_head_gets_the_columns_of_its_own_pivots():
