@@ -225,8 +225,8 @@ class Score(Pass):
         if self.factors == "svd":
             return (None,)
         observer = observer_of(graph_module, annotation(node).sensitivity, SensitivityObserver)
-        used = self.factors == "sensitivity" and observer is not None
-        return (self._observed(graph_module, node, site)[0], *(observer.halves if used and observer else ()))
+        halves = observer.halves if self.factors == "sensitivity" and observer is not None else ()
+        return (self._observed(graph_module, node, site)[0], *halves)
 
     def _seen(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Observed:
         """The statistics that the chosen factors need."""
