@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.latency.operations import Operation, Run, Use
 from balf_fx.latency.profile import node_seconds
+from balf_fx.latency.stopwatch import Task
 from balf_fx.latency.table import Table
 from balf_fx.latency.uses import use_of
 from balf_fx.passes.base import Pass
@@ -34,17 +35,20 @@ class Time(Pass):
     (`latency.table`); that of experts, whose positions the inputs decide, is in proportion to FLOPs. A convolution
     that may be one along each axis of its kernel takes the form that loses less at half of its time.
 
+    In a graph that inductor compiles, what is between the layers is fused: all nodes that are not sites share what the
+    sites leave of the graph's time.
+
     Attributes:
         inputs: a value for each placeholder, of the shapes on which FLOPs were counted; nodes are timed on them.
         table: the known times; new ones are added to it.
         progress: shows the progress over the operations.
-        compiled: as in `latency.uses.use_of`.
+        compiled: runs the graph compiled by inductor, on the same inputs; None where the nodes run one by one.
     """
 
     inputs: Sequence[Any]
     table: Table
     progress: Progress = field(default=SILENT, repr=False, compare=False)
-    compiled: bool = False
+    compiled: Task | None = None
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
@@ -54,13 +58,16 @@ class Time(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = self.require_sites(graph_module)
         device = next(get_tensor(graph_module, site.weight).device for site in found)
-        times = self.table.group.once(lambda: node_seconds(graph_module, self.inputs, device, f"{OBSERVERS}."))
+        times, whole = self.table.group.once(
+            lambda: node_seconds(graph_module, self.inputs, device, f"{OBSERVERS}.", self.compiled)
+        )
+        if whole is not None:
+            times = _fused(times, {node.name for nodes in found.values() for node in nodes}, whole)
         for node in graph_module.graph.nodes:
             annotate(node, nanoseconds=round(1e9 * times.get(node.name, 0.0)))
         record_graph(graph_module, nanoseconds=round(1e9 * sum(times.values())))
-        uses = {
-            site: [use_of(graph_module, site, node, self.compiled) for node in nodes] for site, nodes in found.items()
-        }
+        compiled = self.compiled is not None
+        uses = {site: [use_of(graph_module, site, node, compiled) for node in nodes] for site, nodes in found.items()}
         forms = {site: _forms(site, nodes) for site, nodes in found.items()}
         largest = [run for site in found for form in forms[site] for run in _largest(*form, uses[site])]
         self.table.measure(largest, self.progress)
@@ -89,6 +96,19 @@ class Time(Pass):
             return round(measured * by_table(site, rank) / dense)
 
         return clock
+
+
+def _fused(times: Mapping[str, float], layers: Collection[str], whole: float) -> Mapping[str, float]:
+    """The seconds of nodes in a compiled graph.
+
+    Args:
+        times: those of nodes that run one by one.
+        layers: the names of those that are not fused.
+        whole: the seconds of the graph.
+    """
+    others = sum(seconds for name, seconds in times.items() if name not in layers)
+    left = max(whole - sum(times[name] for name in layers), 0.0)
+    return {name: seconds if name in layers else left * seconds / others for name, seconds in times.items()}
 
 
 def _of_experts(measured: int, curve: RankCurve) -> Clock:

@@ -13,7 +13,7 @@ import torch
 
 from balf_fx.budget.problem import Problem, Totals
 from balf_fx.calibration.batches import Calibration
-from balf_fx.engine.program import Program, Trace, run_steps
+from balf_fx.engine.program import Program, Step, Trace, run_steps
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.errors import BudgetError, OptionError
@@ -46,10 +46,9 @@ class Watch:
     Attributes:
         calibration: its first batch is the call that is timed.
         trace: this call.
-        task: runs the original on it.
-        seconds: the original's time.
-        relative: its ratio to the time node by node.
-        asked: the share of it to keep.
+        original: the program without observers.
+        task: runs it on this call.
+        asked: the share of its time to keep.
         pivot: as in `solving.carry_out`.
     """
 
@@ -58,9 +57,8 @@ class Watch:
     trace: Trace
     runner: Runner
     device: torch.device
+    original: Program
     task: Task
-    seconds: float
-    relative: float
     asked: float
     pivot: bool
 
@@ -86,10 +84,10 @@ class Watch:
         eager = tasks.get("eager") or _task(original, trace, "eager")
         races = group.once(lambda: {runner: _race(eager, task, device) for runner, task in tasks.items()})
         runner: Runner = min(tasks, key=lambda each: races[each].ratio)
-        seconds, relative = races[runner].second, races[runner].ratio
+        seconds = races[runner].second
         _LOGGER.info("the model takes %.4g ms (%s)", 1e3 * seconds, runner)
         asked, task = settings.latency_share(seconds), tasks[runner]
-        return cls(program, calibration, trace, runner, device, task, seconds, relative, asked, settings.pivot)
+        return cls(program, calibration, trace, runner, device, original, task, asked, settings.pivot)
 
     def measure_sites(self, progress: Progress = SILENT) -> None:
         """Measure the times of the candidates of all sites (`passes.Time`)."""
@@ -98,15 +96,17 @@ class Watch:
         for index, span in zip(parts, progress.spans([1.0] * len(parts)), strict=True):
             inputs = next((step.args for step in self.trace if step.part == index), None)
             if inputs is not None:
-                Time(inputs, table, span, self.runner == "inductor")(self.program.graph_modules[index])
+                step = (Step(index, inputs),)
+                compiled = _task(self.original, step, self.runner) if self.runner == "inductor" else None
+                Time(inputs, table, span, compiled)(self.program.graph_modules[index])
 
     def totals(self) -> Totals:
-        """The cost of one call of the whole model, with the time of its nodes, if these run as fast as the model.
+        """The cost of one call of the whole model, whose time is that of its nodes.
 
-        Single nodes are timed as candidates are: on a busy machine, they take less time than the model as a whole.
+        Nodes are timed one by one, as candidates are, or beside the model where it is compiled.
         """
         nodes = sum(part.calls * (graph_record(part.graph_module).nanoseconds or 0) for part in self.program.parts)
-        return dataclasses.replace(self.program.totals(), latency=round(self.relative * nodes))
+        return dataclasses.replace(self.program.totals(), latency=nodes)
 
     def corrected(self, problem: Problem, allocate: Allocate, target: float) -> Timed:
         """Choose an allocation, measure it, and correct the target until the measured share is as asked.
@@ -171,10 +171,12 @@ def next_target(asked: float, tried: Sequence[tuple[float, float]]) -> float:
     Args:
         tried: the predicted and the measured share of other models; those of the original are 1.
     """
-    slower = min([(1.0, 1.0), *(each for each in tried if each[1] > asked)], key=itemgetter(1))
-    faster = max((each for each in tried if each[1] <= asked), key=itemgetter(1), default=None)
-    if faster is None:  # the line from the original, beyond the fastest model
-        faster, slower = slower, (1.0, 1.0)
+    slow = [(1.0, 1.0), *(each for each in tried if each[1] > asked)]
+    fast = [each for each in tried if each[1] <= asked]
+    if fast:
+        slower, faster = min(slow, key=itemgetter(1)), max(fast, key=itemgetter(1))
+    else:  # the line from the original, beyond the smallest model
+        slower, faster = slow[0], min(slow, key=itemgetter(0))
     if faster[1] >= 1.0 or faster[0] >= 1.0:
         return 0.5 * min(tried[-1][0], 1.0)  # nothing was saved: there is no line
     slope = (slower[0] - faster[0]) / (slower[1] - faster[1])

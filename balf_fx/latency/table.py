@@ -27,7 +27,7 @@ from balf_fx.progress import SILENT, Progress
 
 _ROUNDS = 3
 _LEAST = 4  # smaller sizes take as long as this one
-_DEPTH = 16  # the smallest line is at this fraction of the largest size
+_DEPTH = 64  # the smallest line is at this fraction of the largest size
 _FEW = 64  # features
 
 Points = dict[tuple[int, int], float]

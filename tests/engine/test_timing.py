@@ -55,8 +55,9 @@ def clock(monkeypatch):
             run.operation.task(run.inputs, run.outputs)()
         return 1e-9 * counter.get_total_flops()
 
-    def node_seconds(graph_module, inputs, device, skipped):
-        return {node.name: 1e-9 * (annotation(node).flops or 0) for node in graph_module.graph.nodes}
+    def node_seconds(graph_module, inputs, device, skipped, compiled):
+        times = {node.name: 1e-9 * (annotation(node).flops or 0) for node in graph_module.graph.nodes}
+        return times, None if compiled is None else 1e-9 * compiled.flops
 
     monkeypatch.setattr(module, "_task", task)
     monkeypatch.setattr(module, "_race", race)
@@ -88,6 +89,12 @@ def test_the_next_target_lies_between_the_nearest_models():
     tried = [(0.33, 0.65), (0.8, 0.95), (0.26, 0.4), (0.1, 0.3)]
     assert next_target(0.6, tried) == pytest.approx(0.26 + 0.07 * 0.2 / 0.25)
     assert next_target(0.6, tried[::-1]) == next_target(0.6, tried)
+
+
+def test_models_that_are_still_too_slow_are_followed_by_smaller_ones():
+    tried = [(0.6, 0.631), (0.566, 0.619), (0.545, 0.627)]
+    assert next_target(0.6, tried) < 0.545
+    assert next_target(0.6, tried) == next_target(0.6, tried[::-1])
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced", "best"])

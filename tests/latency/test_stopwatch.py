@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from balf_fx.latency import stopwatch
-from balf_fx.latency.profile import node_seconds
 
 CPU = torch.device("cpu")
 
@@ -47,20 +46,3 @@ def test_short_tasks_are_repeated(clock):
     task = clock(1e-5)
     stopwatch.race(lambda: (calls.append(1), task()), lambda: task(), CPU, rounds=2, warmup=1)
     assert len(calls) == 1 + 2 * 20
-
-
-def test_nodes_are_timed_one_by_one_and_some_are_left_out():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left_out = torch.nn.Linear(4, 4)
-            self.layer = torch.nn.Linear(4, 4)
-
-        def forward(self, x):
-            self.left_out(x)
-            return self.layer(x).relu()
-
-    graph_module = torch.fx.symbolic_trace(Model())
-    times = node_seconds(graph_module, [torch.randn(2, 4)], CPU, "left_out")
-    assert set(times) == {node.name for node in graph_module.graph.nodes} - {"left_out"}
-    assert all(time >= 0 for time in times.values())

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import balf_fx
+from balf_fx import passes
 from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotation, graph_record, sites
@@ -83,6 +84,19 @@ def test_every_node_has_a_time_and_observers_see_nothing(graph_module):
     times = [annotation(node).nanoseconds for node in graph_module.graph.nodes]
     assert sum(times) == pytest.approx(graph_record(graph_module).nanoseconds, rel=1e-3)
     assert all(annotation(node).nanoseconds > 0 for nodes in sites(graph_module).values() for node in nodes)
+
+
+@pytest.mark.parametrize("whole", [1e-9, 10.0])
+def test_what_is_not_a_site_has_the_rest_of_a_compiled_graph(graph_module, monkeypatch, whole):
+    names = {node.name for nodes in sites(graph_module).values() for node in nodes}
+    times = {node.name: 1e-3 for node in graph_module.graph.nodes}
+    monkeypatch.setattr(passes.time, "node_seconds", lambda *arguments: (times, whole))
+    Time([torch.randn(4, 3, 8, 8)], Table(), compiled=lambda: None)(graph_module)
+    found = {node.name: 1e-9 * annotation(node).nanoseconds for node in graph_module.graph.nodes}
+    assert all(found[name] == pytest.approx(1e-3) for name in names)
+    assert sum(found.values()) == pytest.approx(max(whole, 1e-3 * len(names)))
+    others = [seconds for name, seconds in found.items() if name not in names]
+    assert max(others) == pytest.approx(min(others), abs=1e-9)
 
 
 @pytest.mark.parametrize("pivot", [True, False])
