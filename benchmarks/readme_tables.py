@@ -320,6 +320,18 @@ def timings() -> str:
     return markdown(lines, ("group", "case", "median, ms", "median ratio"))
 
 
+def pivots() -> str:
+    """The times of models with pivots relative to those of plain pairs of the same FLOPs, and to the dense models'."""
+    lines: dict[str, list[str]] = {}
+    headers: dict[str, None] = {}
+    for case in _read("pivots")["benchmarks"]:
+        _, model, count, _ = case["group"].split(", ")
+        for rival, found in sorted(case["extra_info"]["ratios"].items(), reverse=True):
+            lines.setdefault(model, []).append(f"{found['median']:.2f}")
+            headers[f"x {rival}, {count.replace('1 images', '1 image')}"] = None
+    return markdown([(model, *cells) for model, cells in lines.items()], ("time of pivots, inductor", *headers))
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "resnet20": lambda: accuracy("resnet20", 1024),
     "vit_tiny": lambda: accuracy("vit_tiny", 512, digits=1),
@@ -338,6 +350,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "memory": memory,
     "blocks": blocks,
     "timings": timings,
+    "pivots": pivots,
     "finetune": finetune,
     "large": large,
 }
