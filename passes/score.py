@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.coverage import too_few
+from balf_fx.calibration.freed import give_back
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.calibration.sample import Gradients, Sample
@@ -132,7 +133,9 @@ class Score(Pass):
             plain, nodes = dataclasses.replace(site, separable=False), found[site]
             seen = self._seen(graph_module, nodes[0], site)
             curve = self.score(graph_module, plain, seen, use(nodes), blocks[site])
-            return curve, self._apart(graph_module, nodes, plain, curve, seen) if self.separable else None
+            apart = self._apart(graph_module, nodes, plain, curve, seen) if self.separable else None
+            give_back()
+            return curve, apart
 
         work = [float(site.full_rank) ** 3 * site.groups for site in changed]
         curves = self.group.shared_out(changed, work, curves_of, self.progress)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.calibration.freed import give_back
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.sample import Sample
@@ -78,6 +79,7 @@ class ScoreWidths(Pass):
             return None
         whole, *halves = ([layer[i] for layer in known] for i in range(min(map(len, known))))
         curve = _score_channels(whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
+        give_back()
         if all(map(math.isfinite, (curve.loss, *curve.distortion))):
             return curve
         _LOGGER.warning("the loss of narrowing %s is NaN or infinite: it keeps its width", width.name)

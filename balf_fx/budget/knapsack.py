@@ -15,7 +15,7 @@ with a certificate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +25,8 @@ from torch import Tensor
 from balf_fx.ranks.hulls import lower_hull, segments, steepest_first
 
 _FRONT_LIMIT = 1 << 14
+_PIECE = 1 << 20  # states
+_BINS = 1 << 14
 
 
 _Number = TypeVar("_Number", int, float)
@@ -154,16 +156,21 @@ def _pareto(
         row_value = torch.tensor([values[row][j] for j in indices], dtype=torch.float64, device="cpu")
         rest_cost -= int(row_cost.min())
         rest_floor -= floors[row]
-        cost = (front_cost[:, None] + row_cost).flatten()
-        value = (front_value[:, None] + row_value).flatten()
-        reachable = value + slope * cost + rest_floor - slope * budget
-        state = torch.nonzero((cost + rest_cost <= budget) & (reachable <= upper + gap * 1e-9)).flatten()
-        state = state[_efficient(cost[state], value[state])]
-        if len(state) > _FRONT_LIMIT:
-            state = state[torch.argsort(reachable[state], stable=True)[:_FRONT_LIMIT].sort().values]
-        if len(state) == 0:
+
+        def reachable(cost: Tensor, value: Tensor, floor: float = rest_floor) -> Tensor:
+            return value + slope * cost + floor - slope * budget
+
+        def fits(cost: Tensor, value: Tensor, least: int = rest_cost) -> Tensor:
+            return (cost + least <= budget) & (reachable(cost, value) <= upper + gap * 1e-9)
+
+        state, cost, value = _extended((front_cost, front_value), (row_cost, row_value), fits)
+        own = _efficient(cost, value)
+        if len(own) > _FRONT_LIMIT:
+            order = torch.argsort(reachable(cost[own], value[own]), stable=True)
+            own = own[order[:_FRONT_LIMIT].sort().values]
+        if len(own) == 0:
             return incumbent
-        front_cost, front_value = cost[state], value[state]
+        front_cost, front_value, state = cost[own], value[own], state[own]
         trail.append((state // len(indices), state % len(indices)))
     best = int(front_value.argmin())
     if float(front_value[best]) >= upper:
@@ -173,6 +180,44 @@ def _pareto(
         choice.append(indices[int(candidate[best])])
         best = int(parent[best])
     return choice[::-1]
+
+
+def _extended(
+    front: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor], fits: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states that a row's candidates make of those of a front, in their order, but for many that are dominated.
+
+    They are made and dropped in pieces, since there may be millions.
+
+    Args:
+        front, row: cost and value of each state, and of each candidate.
+        fits: which of some states to keep, given cost and value.
+
+    Returns:
+        The number of each state, which is that of the old one times the number of candidates plus that of the
+        candidate; its cost and its value.
+    """
+    states, candidates = len(front[0]), len(row[0])
+    found: list[tuple[Tensor, ...]] = []
+    for piece in torch.split(torch.arange(candidates, device="cpu"), max(_PIECE // states, 1)):
+        cost, value = ((old[:, None] + new[piece]).flatten() for old, new in zip(front, row, strict=True))
+        kept = torch.nonzero(fits(cost, value)).flatten()
+        kept = kept[_hopeful(cost[kept], value[kept])]
+        found.append((kept // len(piece) * candidates + piece[kept % len(piece)], cost[kept], value[kept]))
+    state, cost, value = map(torch.cat, zip(*found, strict=True))
+    order = torch.argsort(state)
+    return state[order], cost[order], value[order]
+
+
+def _hopeful(cost: Tensor, value: Tensor) -> Tensor:
+    """The indices of states, without those whose value some state in a bin of cheaper ones reaches: no need to sort."""
+    if len(cost) == 0:
+        return cost
+    low, high = int(cost.min()), int(cost.max())
+    bins = ((cost - low).double() * ((_BINS - 1) / max(high - low, 1))).long()
+    least = value.new_full((_BINS,), torch.inf).scatter_reduce(0, bins, value, "amin")
+    before = torch.cat([least.new_full((1,), torch.inf), least.cummin(0).values[:-1]])
+    return torch.nonzero(value < before[bins]).flatten()
 
 
 def _efficient(cost: Tensor, value: Tensor) -> Tensor:

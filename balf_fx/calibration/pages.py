@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import sys
 import tempfile
 import weakref
 from collections.abc import Iterable
@@ -12,6 +10,8 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
+
+from balf_fx.calibration.freed import give_back
 
 _OPEN: weakref.WeakSet[Pages] = weakref.WeakSet()
 
@@ -69,9 +69,7 @@ class Pages:
         if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere, the system takes it when it needs some
             for each in list(self._maps):
                 each.madvise(mmap.MADV_DONTNEED)
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        if trim is not None:  # glibc
-            trim(0)
+        give_back()
 
 
 def mapped(tensors: Iterable[Tensor]) -> dict[int, Tensor]:

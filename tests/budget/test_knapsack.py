@@ -3,6 +3,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -181,6 +182,32 @@ def test_a_front_cut_short_stays_feasible_with_a_valid_bound_and_beats_greedy(se
     assert cut.cost == total(costs, cut.choice) <= budget
     assert cut.bound <= best
     assert upgrades(costs, values, cut.choice, budget - cut.cost) == []
+
+
+def points(size):
+    """Costs and values, with ties."""
+    return st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9).map(float)), min_size=1, max_size=size)
+
+
+@PROPERTY
+@given(points(8), points(8), st.integers(1, 5), st.integers(1, 4), st.integers(0, 18))
+def test_states_made_in_pieces_have_the_front_of_all_of_them(front, row, piece, bins, most):
+    both = [(one + other, value + more) for one, value in front for other, more in row]
+    fitting = [(cost, value, number) for number, (cost, value) in enumerate(both) if cost <= most]
+    best = []
+    for one in sorted(fitting):  # of equal ones, the first
+        best += [one] if not best or one[1] < best[-1][1] else []
+    tables = [
+        (torch.tensor([cost for cost, _ in each]), torch.tensor([value for _, value in each], dtype=torch.float64))
+        for each in (front, row)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "_PIECE", piece)
+        patch.setattr(knapsack, "_BINS", bins)
+        state, cost, value = knapsack._extended(*tables, lambda cost, _: cost <= most)
+        own = knapsack._efficient(cost, value)
+    assert state.tolist() == sorted(state.tolist())
+    assert list(zip(cost[own].tolist(), value[own].tolist(), state[own].tolist(), strict=True)) == best
 
 
 @pytest.mark.parametrize("seed", range(3))
