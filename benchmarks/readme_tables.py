@@ -320,6 +320,19 @@ def timings() -> str:
     return markdown(lines, ("group", "case", "median, ms", "median ratio"))
 
 
+def realised() -> str:
+    """The FLOPs and the time that are left for each budget, and, by FLOPs, how much of what these promise is real."""
+    lines: dict[str, list[str]] = {}
+    for case in _read("realised")["benchmarks"]:
+        _, model, *budget, _, runner = case["group"].split(", ")
+        found = case["extra_info"]
+        figures = [found["flops_kept"], found["ratios"]["dense"]["median"]]
+        figures += [found["realised"]] if budget[0] == "flops" else []
+        lines.setdefault(f"{model}, {runner}", []).extend(f"{figure:.2f}" for figure in figures)
+    headers = ("0.5 of FLOPs: FLOPs", "time", "realised", "0.5 of time: FLOPs", "time")
+    return markdown([(name, *cells) for name, cells in lines.items()], ("16 images", *headers))
+
+
 def pivots() -> str:
     """The times of models with pivots relative to those of plain pairs of the same FLOPs, and to the dense models'."""
     lines: dict[str, list[str]] = {}
@@ -350,6 +363,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "memory": memory,
     "blocks": blocks,
     "timings": timings,
+    "realised": realised,
     "pivots": pivots,
     "finetune": finetune,
     "large": large,

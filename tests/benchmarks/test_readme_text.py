@@ -102,7 +102,11 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     small, billion = large["results"]
     (_, paper, *_) = load_benchmark("shapes").on_paper(small)
     longer = 3600 * paper["hours"] / billion["seconds"]
+    pivots = [(case["group"], case["extra_info"]["ratios"]) for case in read("pivots")["benchmarks"]]
+    (slow,) = (words for words, ratios in pivots if ratios["dense"]["median"] > 1)
+    slow_images, slow_budget = re.fullmatch(r"pivots, MobileNetV2 at (\S+), (\d+) images, inductor", slow).group(2, 1)
     claims = [
+        f"With {slow_images} images at {slow_budget}, MobileNetV2 is slower than the dense model, with pivots and without",
         "Llama in bfloat16",  # of `large.build`
         f"{small['shape']}, {billion['shape']} would take {longer:.1f} times as long as it does",
         f"at {100 * large['params']:.0f} % of the parameters",
@@ -136,6 +140,8 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"of rank {load_benchmark('finetune').RANK} on the layers",
     ]
     assert left_over(prose(MEASUREMENTS), claims) == []
+    assert dict(pivots)[slow]["dense"]["median"] > dict(pivots)[slow]["pairs"]["median"]  # so pairs are slower, too
+    assert [read(name)["machine_info"]["threads"] for name in ("realised", "pivots")] == [1, 2]
     assert f"{WORDS[tuned['options']['tune']]} epochs, of all parameters" in prose(MEASUREMENTS)
     assert f"The one with a problem is `{problem['name']}`" in MEASUREMENTS.read_text()
     assert rows("accuracy_mobilenetv2")[1] == rows("accuracy_vit_tiny")[1]
