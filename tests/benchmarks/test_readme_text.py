@@ -106,7 +106,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     (slow,) = (words for words, ratios in pivots if ratios["dense"]["median"] > 1)
     slow_images, slow_budget = re.fullmatch(r"pivots, MobileNetV2 at (\S+), (\d+) images, inductor", slow).group(2, 1)
     claims = [
-        f"With {slow_images} images at {slow_budget}, MobileNetV2 is slower than the dense model, with pivots and without",
+        f"With {slow_images} images at {slow_budget}, MobileNetV2 is slower than the dense model",
         "Llama in bfloat16",  # of `large.build`
         f"{small['shape']}, {billion['shape']} would take {longer:.1f} times as long as it does",
         f"at {100 * large['params']:.0f} % of the parameters",
