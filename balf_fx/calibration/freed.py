@@ -5,12 +5,38 @@ from __future__ import annotations
 import ctypes
 import sys
 
+_MUCH = 1 << 28  # bytes, from which on the system is asked: pages that are taken again cost time
+
+
+class _Counts(ctypes.Structure):
+    """What mallinfo2 of glibc counts; `fordblks` are the bytes that are free."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
 
 def give_back() -> None:
     """Give memory that is free back to the system, where that is glibc's: it keeps it for tensors up to 32 MiB.
 
-    What a large layer leaves is in pieces, so that the next one takes new memory. A call takes about ten milliseconds.
+    What a large layer leaves is in pieces, so that the next one takes new memory.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    trim, count = (getattr(library, name, None) for name in ("malloc_trim", "mallinfo2"))
+    if trim is None or count is None:
+        return
+    count.restype = _Counts
+    if count().fordblks >= _MUCH:
         trim(0)

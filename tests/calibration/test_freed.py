@@ -1,0 +1,46 @@
+import types
+
+import pytest
+
+from balf_fx.calibration import freed
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A C library of glibc's kind that holds `.free` bytes, and counts how often it gives them back."""
+    found = types.SimpleNamespace(free=0, given=[])
+
+    def count():
+        return types.SimpleNamespace(fordblks=found.free)
+
+    own = types.SimpleNamespace(malloc_trim=found.given.append, mallinfo2=count)
+    monkeypatch.setattr(freed.sys, "platform", "linux")
+    monkeypatch.setattr(freed.ctypes, "CDLL", lambda name: own)
+    found.own = own
+    return found
+
+
+@pytest.mark.parametrize(("free", "given"), [(freed._MUCH - 1, []), (freed._MUCH, [0])])
+def test_only_much_memory_is_given_back(library, free, given):
+    library.free = free
+    freed.give_back()
+    assert library.given == given
+
+
+def test_another_library_is_left_alone(library, monkeypatch):
+    library.free = 2 * freed._MUCH
+    del library.own.mallinfo2
+    freed.give_back()
+    monkeypatch.setattr(freed.sys, "platform", "win32")
+    monkeypatch.setattr(freed.ctypes, "CDLL", None)
+    freed.give_back()
+    assert library.given == []
+
+
+def test_what_is_counted_is_what_glibc_holds():
+    library = freed.ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        pytest.skip("not a recent glibc")
+    library.mallinfo2.restype = freed._Counts
+    counts = library.mallinfo2()
+    assert counts.arena == counts.uordblks + counts.fordblks
