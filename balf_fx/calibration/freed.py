@@ -9,23 +9,9 @@ _MUCH = 1 << 28  # bytes, from which on the system is asked: pages that are take
 
 
 class _Counts(ctypes.Structure):
-    """What mallinfo2 of glibc counts; `fordblks` are the bytes that are free."""
+    """What mallinfo2 of glibc returns: ten counts, of which the ninth are the bytes that are free."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+    _fields_ = [("others", ctypes.c_size_t * 8), ("free", ctypes.c_size_t), ("top", ctypes.c_size_t)]
 
 
 def give_back() -> None:
@@ -38,5 +24,5 @@ def give_back() -> None:
     if trim is None or count is None:
         return
     count.restype = _Counts
-    if count().fordblks >= _MUCH:
+    if count().free >= _MUCH:
         trim(0)
