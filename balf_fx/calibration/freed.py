@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_MUCH = 1 << 28  # bytes, from which on the system is asked: pages that are taken again cost time
+_MUCH = 1 << 28  # bytes; pages that are taken again cost time
 
 
 class _Counts(ctypes.Structure):
@@ -14,15 +14,18 @@ class _Counts(ctypes.Structure):
     _fields_ = [("others", ctypes.c_size_t * 8), ("free", ctypes.c_size_t), ("top", ctypes.c_size_t)]
 
 
-def give_back() -> None:
+def give_back(least: int = _MUCH) -> None:
     """Give memory that is free back to the system, where that is glibc's: it keeps it for tensors up to 32 MiB.
 
     What a large layer leaves is in pieces, so that the next one takes new memory.
+
+    Args:
+        least: the bytes that have to be free.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     trim, count = (getattr(library, name, None) for name in ("malloc_trim", "mallinfo2"))
     if trim is None or count is None:
         return
     count.restype = _Counts
-    if count().free >= _MUCH:
+    if count().free >= least:
         trim(0)

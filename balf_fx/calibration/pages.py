@@ -69,7 +69,7 @@ class Pages:
         if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere, the system takes it when it needs some
             for each in list(self._maps):
                 each.madvise(mmap.MADV_DONTNEED)
-        give_back()
+        give_back(0)
 
 
 def mapped(tensors: Iterable[Tensor]) -> dict[int, Tensor]:

@@ -25,6 +25,8 @@ def test_only_much_memory_is_given_back(library, free, given):
     library.free = free
     freed.give_back()
     assert library.given == given
+    freed.give_back(free)
+    assert library.given == [*given, 0]
 
 
 def test_another_library_is_left_alone(library, monkeypatch):
