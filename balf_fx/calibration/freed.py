@@ -20,12 +20,11 @@ def give_back(least: int = _MUCH) -> None:
     What a large layer leaves is in pieces, so that the next one takes new memory.
 
     Args:
-        least: the bytes that have to be free.
+        least: the bytes that have to be free; if it is not 0, glibc has to be recent enough to count them (2.33).
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     trim, count = (getattr(library, name, None) for name in ("malloc_trim", "mallinfo2"))
-    if trim is None or count is None:
-        return
-    count.restype = _Counts
-    if count().free >= least:
+    if count is not None:
+        count.restype = _Counts
+    if trim is not None and (least == 0 or (count is not None and count().free >= least)):
         trim(0)

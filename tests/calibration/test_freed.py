@@ -29,10 +29,20 @@ def test_only_much_memory_is_given_back(library, free, given):
     assert library.given == [*given, 0]
 
 
-def test_another_library_is_left_alone(library, monkeypatch):
+def test_a_library_that_does_not_count_is_only_asked_for_all_that_is_free(library):
     library.free = 2 * freed._MUCH
     del library.own.mallinfo2
     freed.give_back()
+    assert library.given == []
+    freed.give_back(0)
+    assert library.given == [0]
+
+
+def test_another_library_is_left_alone(library, monkeypatch):
+    library.free = 2 * freed._MUCH
+    del library.own.malloc_trim
+    freed.give_back()
+    freed.give_back(0)
     monkeypatch.setattr(freed.sys, "platform", "win32")
     monkeypatch.setattr(freed.ctypes, "CDLL", None)
     freed.give_back()
