@@ -323,14 +323,16 @@ def timings() -> str:
 def realised() -> str:
     """The FLOPs and the time that are left for each budget, and, by FLOPs, how much of what these promise is real."""
     lines: dict[str, list[str]] = {}
+    counts: dict[str, None] = {}
     for case in _read("realised")["benchmarks"]:
-        _, model, *budget, _, runner = case["group"].split(", ")
+        _, model, *budget, count, runner = case["group"].split(", ")
+        counts[count] = None
         found = case["extra_info"]
         figures = [found["flops_kept"], found["ratios"]["dense"]["median"]]
         figures += [found["realised"]] if budget[0] == "flops" else []
         lines.setdefault(f"{model}, {runner}", []).extend(f"{figure:.2f}" for figure in figures)
     headers = ("0.5 of FLOPs: FLOPs", "time", "realised", "0.5 of time: FLOPs", "time")
-    return markdown([(name, *cells) for name, cells in lines.items()], ("16 images", *headers))
+    return markdown([(name, *cells) for name, cells in lines.items()], (", ".join(counts), *headers))
 
 
 def pivots() -> str:

@@ -57,7 +57,7 @@ def test_the_compiled_graph_runs_in_turn(clock):
 
 
 @pytest.mark.parametrize("compiled", [None, lambda: None])
-def test_images_are_stored_as_inductor_stores_them(monkeypatch, compiled):
+def test_images_are_stored_as_inductor_stores_them(compiled):
     graph_module, value = fx.symbolic_trace(Layered().eval()), torch.randn(2, 3, 8, 8)
     last = []
 
