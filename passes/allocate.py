@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -127,7 +126,7 @@ class Allocate(Pass):
         if self.method == "budget" and self.ranks is None:
             found = self._least_loss(problem, weights)
         elif self.method == "free":
-            rows, _ = self._options(problem, weights)
+            rows, _ = self._rows(problem, weights)
             found = _Spread(list(map(_cheapest_without_loss, rows)))
         elif self.ranks is not None:
             found = _Spread(explicit_candidates(problem.curves, self.ranks))
@@ -154,16 +153,16 @@ class Allocate(Pass):
 
     def _least_loss(self, problem: Problem, weights: Sequence[float]) -> _Spread:
         """The least total loss within the budget."""
-        options, fixed = self._options(problem, weights)
-        budget = self._reachable([row.costs for row in options], fixed, problem.totals)
-        options = self._even(options, budget)
-        picked, multiplier = self._cheapest(options, budget)
-        grids, multipliers = [options], [multiplier]
+        rows, fixed = self._rows(problem, weights)
+        budget = self._reachable([row.costs for row in rows], fixed, problem.totals)
+        rows = self._even(rows, budget)
+        picked, multiplier = self._cheapest(rows, budget)
+        grids, multipliers = [rows], [multiplier]
         if problem.clusters:  # a second, finer grid around the chosen sizes spends the rest of the budget
             near = {row.widths: option for row, option in picked if row.widths}
-            options = self._even(self._options(problem, weights, near)[0], budget)
-            picked, multiplier = self._cheapest(options, budget)
-            grids, multipliers = [*grids, options], [*multipliers, multiplier]
+            rows = self._even(self._rows(problem, weights, near)[0], budget)
+            picked, multiplier = self._cheapest(rows, budget)
+            grids, multipliers = [*grids, rows], [*multipliers, multiplier]
         by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
         return _Spread(
             chosen=[by_site[site] for site in problem.curves],
@@ -173,7 +172,7 @@ class Allocate(Pass):
             saved_elsewhere=sum((row.full - option.others for row, option in picked), FREE),
         )
 
-    def _options(
+    def _rows(
         self,
         problem: Problem,
         weights: Sequence[float],
@@ -185,7 +184,7 @@ class Allocate(Pass):
         mean = _mean_loss(list(curves.values()))
         rows = []
         for cluster in problem.clusters:
-            own = [member.site for member in cluster.members]
+            own = tuple(member.site for member in cluster.members)
             width_weights = [self.caution * (curve.loss / mean) ** self.importance for curve in cluster.curves]
             options = cluster.options(
                 [curves[s] for s in own],
@@ -194,15 +193,12 @@ class Allocate(Pass):
                 self.measure,
                 None if near is None else near[cluster.keys],
             )
-            rows.append(_Row(tuple(own), cluster.keys, tuple(options), cluster.full, self.measure))
+            costs, losses = [option.cost(self.measure) for option in options], [option.loss for option in options]
+            rows.append(_Row(own, cluster.keys, costs, losses, options.__getitem__, cluster.full))
         taken = {site for row in rows for site in row.sites}
-        for site, curve in curves.items():
-            if site not in taken:
-                own_options = [
-                    Option((c,), (), c.total, FREE, weight_of[site] * curve.normalised(c.distortion))
-                    for c in _cheaper_than_dense(curve, self.measure)
-                ]
-                rows.append(_Row((site,), (), tuple(own_options), FREE, self.measure))
+        rows += [
+            _row_of(site, curve, weight_of[site], self.measure) for site, curve in curves.items() if site not in taken
+        ]
         dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
         return rows, totals.now(self.measure) - dense - sum(row.full.of(self.measure) for row in rows)
 
@@ -215,9 +211,9 @@ class Allocate(Pass):
     def _cheapest(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
         """The options with the least total loss within the budget, and the Lagrangian multiplier."""
         if sum(row.costs[-1] for row in rows) <= budget:
-            return [(row, row.options[-1]) for row in rows], 0.0
+            return [(row, row.option(-1)) for row in rows], 0.0
         solution = solve([row.costs for row in rows], [row.losses for row in rows], budget)
-        return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
+        return [(row, row.option(i)) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
 
     def _bound(self, grids: Sequence[Sequence[_Row]], budget: int, multipliers: Sequence[float]) -> float:
         """A lower bound, from the dual, on the loss of every choice among the options of all grids."""
@@ -301,28 +297,36 @@ class _Row:
     """Sites and widths that are chosen together.
 
     Attributes:
+        costs, losses: those of each option; the last one is dense.
+        option: makes the option with an index. There may be thousands, and only one of them is chosen.
         full: the current cost of operations that are not sites but whose cost depends on the widths.
-        measure: what the budget limits.
     """
 
     sites: tuple[Site, ...]
     widths: tuple[str, ...]
-    options: tuple[Option, ...]
-    full: Cost
-    measure: Measure
-
-    @cached_property
-    def costs(self) -> list[int]:
-        return [option.cost(self.measure) for option in self.options]
-
-    @cached_property
-    def losses(self) -> list[float]:
-        return [option.loss for option in self.options]
+    costs: Sequence[int]
+    losses: Sequence[float]
+    option: Callable[[int], Option]
+    full: Cost = FREE
 
     def from_cost(self, least: float) -> _Row:
         """The row without the options that cost less."""
-        pairs = zip(self.options, self.costs, strict=True)
-        return dataclasses.replace(self, options=tuple(option for option, cost in pairs if cost >= least))
+        kept = [index for index, cost in enumerate(self.costs) if cost >= least]
+        costs, losses = ([row[index] for index in kept] for row in (self.costs, self.losses))
+        return dataclasses.replace(self, costs=costs, losses=losses, option=lambda index: self.option(kept[index]))
+
+
+def _row_of(site: Site, curve: RankCurve, weight: float, measure: Measure) -> _Row:
+    """The candidates of one site."""
+    candidates = _cheaper_than_dense(curve, measure)
+    costs = [candidate.cost(measure) for candidate in candidates]
+    losses = [weight * curve.normalised(candidate.distortion) for candidate in candidates]
+
+    def option(index: int) -> Option:
+        chosen = candidates[index]
+        return Option((chosen,), (), chosen.total, FREE, losses[index])
+
+    return _Row((site,), (), costs, losses, option)
 
 
 def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:
@@ -343,8 +347,8 @@ def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
 
 def _cheapest_without_loss(row: _Row) -> Candidate:
     """The cheapest candidate of a site that changes no more than rounding does."""
-    free = (option for option in row.options if option.loss <= _ROUNDING)
-    return min(free, key=lambda option: option.cost(row.measure)).ranks[0]
+    free = (index for index, loss in enumerate(row.losses) if loss <= _ROUNDING)
+    return row.option(min(free, key=row.costs.__getitem__)).ranks[0]
 
 
 def _first_with_energy(curve: RankCurve, energy: float) -> Candidate:

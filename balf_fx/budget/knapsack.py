@@ -90,21 +90,24 @@ def spend(
     costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]], choice: Sequence[int], budget: int
 ) -> list[int]:
     """Take single upgrades that fit and do not raise the value, best gain per cost first, until there are none."""
-    current = list(choice)
-    left = budget - _total(costs, current)
+    lengths = torch.tensor([len(row) for row in costs], dtype=torch.int64, device="cpu")
+    rows = torch.repeat_interleave(lengths)
+    cost = torch.tensor([each for row in costs for each in row], dtype=torch.int64, device="cpu")
+    value = torch.tensor([each for row in values for each in row], dtype=torch.float64, device="cpu")
+    starts = lengths.cumsum(0) - lengths
+    current = torch.tensor(choice, dtype=torch.int64, device="cpu")
+    left = budget - _total(costs, choice)
     while True:
-        best: tuple[float, int, int, int] | None = None
-        for row, chosen in enumerate(current):
-            for candidate, cost in enumerate(costs[row]):
-                extra, gain = cost - costs[row][chosen], values[row][chosen] - values[row][candidate]
-                if 0 < extra <= left and gain >= 0:
-                    upgrade = (gain / extra, extra, row, candidate)
-                    best = upgrade if best is None or upgrade[:2] > best[:2] else best
-        if best is None:
-            return current
-        _, extra, row, candidate = best
-        current[row] = candidate
-        left -= extra
+        chosen = (starts + current)[rows]
+        extra, gain = cost - cost[chosen], value[chosen] - value
+        found = torch.nonzero((extra > 0) & (extra <= left) & (gain >= 0)).flatten()
+        if not len(found):
+            return [int(index) for index in current]
+        rate = gain[found] / extra[found]
+        found = found[rate == rate.max()]
+        best = found[extra[found].argmax()]
+        current[rows[best]] = best - starts[rows[best]]
+        left -= int(extra[best])
 
 
 def _total(table: Sequence[Sequence[_Number]], choice: Sequence[int]) -> _Number:

@@ -114,7 +114,12 @@ def with_batch(value: Tensor, conv: ConvGeometry) -> Tensor:
 def in_range(moments: Moments) -> bool:
     """Whether sums of squares are in the range in which float32 is accurate."""
     largest = float(moments.scatter.diagonal(dim1=-2, dim2=-1).max())
-    return 1e-30 < largest < float("inf") and bool(torch.isfinite(moments.scatter).all())
+    return 1e-30 < largest < float("inf") and is_finite(moments.scatter)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity; the sum, which is quick, shows it unless it overflows itself."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def batch_moments(

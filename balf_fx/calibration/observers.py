@@ -17,6 +17,7 @@ from balf_fx.calibration.moments import (
     batch_moments,
     by_sample,
     in_range,
+    is_finite,
     leading_sizes,
     output_columns,
     sum_moments,
@@ -77,7 +78,7 @@ class CovarianceObserver(nn.Module):
                 seen = self._moments(value, torch.float64, own)
         if seen is None:
             return
-        if not (torch.isfinite(seen.scatter).all() and torch.isfinite(seen.mean).all()):
+        if not (is_finite(seen.scatter) and is_finite(seen.mean)):
             if self.skip_non_finite:
                 _LOGGER.warning(
                     "the %s of site %r contains NaN or infinity: this call is not used for calibration",

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 import balf_fx
 from balf_fx.calibration import moments as moments_module
-from balf_fx.calibration.moments import Moments, input_columns, input_patches, output_columns
+from balf_fx.calibration.moments import Moments, input_columns, input_patches, is_finite, output_columns
 from balf_fx.calibration.observers import CovarianceObserver, Recorded, SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
@@ -395,3 +395,12 @@ def test_moments_are_accurate_at_every_scale(scale):
     wide = value.double()
     expected = (wide - wide.mean(0)).mT @ (wide - wide.mean(0)) / 50
     torch.testing.assert_close(observer.moments.covariance()[0] / scale**2, expected / scale**2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [([1.0, -2.0], True), ([3e38, 3e38], True), ([1.0, math.nan], False), ([math.inf, -math.inf], False)],
+    ids=["plain", "a sum that overflows", "NaN", "infinities of both signs"],
+)
+def test_values_are_finite_also_where_their_sum_is_not(values, finite):
+    assert is_finite(torch.tensor(values)) == finite
