@@ -312,7 +312,7 @@ class _Row:
     def from_cost(self, least: float) -> _Row:
         """The row without the options that cost less."""
         kept = [index for index, cost in enumerate(self.costs) if cost >= least]
-        costs, losses = ([row[index] for index in kept] for row in (self.costs, self.losses))
+        costs, losses = [self.costs[index] for index in kept], [self.losses[index] for index in kept]
         return dataclasses.replace(self, costs=costs, losses=losses, option=lambda index: self.option(kept[index]))
 
 

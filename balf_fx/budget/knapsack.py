@@ -102,7 +102,7 @@ def spend(
         extra, gain = cost - cost[chosen], value[chosen] - value
         found = torch.nonzero((extra > 0) & (extra <= left) & (gain >= 0)).flatten()
         if not len(found):
-            return [int(index) for index in current]
+            return list(map(int, current))
         rate = gain[found] / extra[found]
         found = found[rate == rate.max()]
         best = found[extra[found].argmax()]
