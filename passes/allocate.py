@@ -193,8 +193,7 @@ class Allocate(Pass):
                 self.measure,
                 None if near is None else near[cluster.keys],
             )
-            costs, losses = [option.cost(self.measure) for option in options], [option.loss for option in options]
-            rows.append(_Row(own, cluster.keys, costs, losses, options.__getitem__, cluster.full))
+            rows.append(_Row(own, cluster.keys, options.costs, options.losses, options.__getitem__, cluster.full))
         taken = {site for row in rows for site in row.sites}
         rows += [
             _row_of(site, curve, weight_of[site], self.measure) for site, curve in curves.items() if site not in taken

@@ -14,13 +14,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from operator import getitem
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from balf_fx.budget.members import Member, Share
+from balf_fx.budget.members import Member, Ranks, Share
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, RankCurve
 from balf_fx.graph.flops import use
@@ -29,7 +28,7 @@ from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve, joint_widths
 from balf_fx.ranks.costs import rank_params
-from balf_fx.ranks.hulls import lower_hull, segments, steepest_first
+from balf_fx.ranks.hulls import steepest_first
 from balf_fx.widths.heads import has_level_heads, is_attention
 
 _SIZES = {1: 32, 2: 12}  # the number of sizes tried for each width, by the number of widths in the cluster
@@ -73,22 +72,39 @@ class Option:
         return Option(ranks, self.sizes, self.total - old.total + new.total, self.others, loss)
 
 
-@dataclass(frozen=True)
-class _Menu:
-    """The candidates at one choice of sizes, before their losses are weighted.
+@dataclass(frozen=True, eq=False)
+class Options(Sequence[Option]):
+    """The options of a cluster. There may be thousands, of which few are read, so each is made when it is.
 
     Attributes:
-        curves: the members' curves, from which the menu was computed.
-        others: the cost of the shares.
-        candidates: the candidates of each member.
-        costs, losses: the costs (int64) and normalised distortions (float64) of each member's candidates.
+        numbers: the number of each among all choices.
+        costs, losses: those of each.
+        make: makes an option from its number and its loss.
     """
 
-    curves: tuple[RankCurve, ...]
+    numbers: Sequence[int]
+    costs: Sequence[int]
+    losses: Sequence[float]
+    make: Callable[[int, float], Option]
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.make(self.numbers[index], self.losses[index])
+
+
+@dataclass(frozen=True)
+class _Menu:
+    """The candidates at one choice of sizes.
+
+    Attributes:
+        others: the cost of the shares.
+        rows: the candidates of each member.
+    """
+
     others: Cost
-    candidates: tuple[tuple[Candidate, ...], ...]
-    costs: tuple[Tensor, ...]
-    losses: tuple[Tensor, ...]
+    rows: tuple[Ranks, ...]
 
     def priced(self, weights: Sequence[float]) -> tuple[Tensor, Tensor, Sequence[tuple[int, ...]] | None]:
         """Costs and losses of choices of one candidate per member: all if they are few, else those on the convex hull.
@@ -97,25 +113,28 @@ class _Menu:
             [n] int64, [n] float64, and the choices as indices of candidates; None for all choices in the order of
             `itertools.product`.
         """
-        lost = [weight * row for row, weight in zip(self.losses, weights, strict=True)]
-        if math.prod(map(len, lost)) <= _PRODUCTS:
-            return _all_sums(self.costs, torch.int64), _all_sums(lost, torch.float64), None
-        costs, losses = ([row.tolist() for row in rows] for rows in (self.costs, lost))
-        picks = list(_on_hull(costs, losses))
-        cost, loss = ([sum(map(getitem, rows, picked)) for picked in picks] for rows in (costs, losses))
-        return torch.tensor(cost, device="cpu"), torch.tensor(loss, dtype=torch.float64, device="cpu"), picks
+        costs = [row.costs for row in self.rows]
+        losses = [weight * row.losses for row, weight in zip(self.rows, weights, strict=True)]
+        if math.prod(map(len, costs)) <= _PRODUCTS:
+            return _all_sums(costs, torch.int64), _all_sums(losses, torch.float64), None
+        picks = list(_on_hull(self.rows, weights))
+        columns = torch.tensor(picks, device="cpu").unbind(1)
+        cost, loss = (
+            torch.stack([row[own] for row, own in zip(rows, columns, strict=True)]).sum(0) for rows in (costs, losses)
+        )
+        return cost, loss, picks
 
     def pick(self, index: int) -> tuple[int, ...]:
         """The choice with this index among all choices."""
         found: list[int] = []
-        for row in reversed(self.costs):
-            index, own = divmod(index, len(row))
+        for row in reversed(self.rows):
+            index, own = divmod(index, len(row.candidates))
             found.append(own)
         return tuple(reversed(found))
 
     def option(self, picked: Sequence[int], sizes: tuple[int, ...], loss: float) -> Option:
         """The option of one choice at these sizes."""
-        ranks = tuple(map(getitem, self.candidates, picked))
+        ranks = tuple(row.candidates[own] for row, own in zip(self.rows, picked, strict=True))
         return Option(ranks, sizes, sum((each.total for each in ranks), self.others), self.others, loss)
 
 
@@ -123,14 +142,15 @@ class _Menu:
 class Cluster:
     """Widths that share layers, the sites among these layers, and other operations whose cost depends on their sizes.
 
-    The costs of the options do not depend on the weights and are cached: to try several weights, keep the cluster.
+    The costs of the members' candidates do not depend on the weights and are cached: to try several weights, keep the
+    cluster.
     """
 
     widths: tuple[Width, ...]
     curves: tuple[WidthCurve, ...]
     members: tuple[Member, ...]
     shares: tuple[Share, ...]
-    _menus: dict[tuple[Measure, tuple[int, ...]], _Menu] = field(
+    _known: dict[tuple[Measure, int, tuple[float, ...]], Ranks] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -141,7 +161,7 @@ class Cluster:
         width_weights: Sequence[float],
         measure: Measure,
         near: Option | None = None,
-    ) -> list[Option]:
+    ) -> Options:
         """The Pareto-optimal options, ascending in cost; without `near`, the last one is the unchanged model.
 
         Args:
@@ -160,7 +180,7 @@ class Cluster:
         lost: list[Tensor] = []
         builders: list[Callable[[int, float], Option]] = []
         for sizes in itertools.product(*tried):
-            menu = self._menu(sizes, tuple(curves), measure)
+            menu = self._menu(sizes, curves, measure)
             fixed = menu.others.of(measure)
             kept = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
             cost, loss, picks = menu.priced(weights)
@@ -173,30 +193,28 @@ class Cluster:
             lost.append(torch.tensor([loss for _, loss, _ in neighbours], dtype=torch.float64, device="cpu"))
             builders.append(lambda index, _: neighbours[index][2]())
         starts = [0, *itertools.accumulate(map(len, costs))]
-        loss = torch.cat(lost)
-        found = []
-        for index in _efficient(torch.cat(costs), loss).tolist():
+        cost, loss = torch.cat(costs), torch.cat(lost)
+        efficient = _efficient(cost, loss)
+
+        def make(index: int, loss: float) -> Option:
             own = bisect.bisect_right(starts, index) - 1
-            found.append(builders[own](index - starts[own], float(loss[index])))
-        return found
+            return builders[own](index - starts[own], loss)
 
-    def _menu(self, sizes: tuple[int, ...], curves: tuple[RankCurve, ...], measure: Measure) -> _Menu:
-        known = self._menus.get((measure, sizes))
-        if known is None or any(a is not b for a, b in zip(known.curves, curves, strict=True)):
-            known = self._menus[measure, sizes] = self._price(sizes, curves, measure)
-        return known
+        return Options(efficient.tolist(), cost[efficient].tolist(), loss[efficient].tolist(), make)
 
-    def _price(self, sizes: tuple[int, ...], curves: tuple[RankCurve, ...], measure: Measure) -> _Menu:
+    def _menu(self, sizes: tuple[int, ...], curves: Sequence[RankCurve], measure: Measure) -> _Menu:
         kept = [size / width.features for size, width in zip(sizes, self.widths, strict=True)]
-        others = sum((share.cost(kept) for share in self.shares), FREE)
-        pairs = zip(self.members, curves, strict=True)
-        rows = tuple(tuple(member.candidates(curve, kept)) for member, curve in pairs)
-        costs = tuple(torch.tensor([candidate.cost(measure) for candidate in row], device="cpu") for row in rows)
-        losses = tuple(
-            torch.tensor([curve.normalised(c.distortion) for c in row], dtype=torch.float64, device="cpu")
-            for curve, row in zip(curves, rows, strict=True)
-        )
-        return _Menu(curves, others, rows, costs, losses)
+        rows = (self._ranks(index, curve, kept, measure) for index, curve in enumerate(curves))
+        return _Menu(sum((share.cost(kept) for share in self.shares), FREE), tuple(rows))
+
+    def _ranks(self, index: int, curve: RankCurve, kept: Sequence[float], measure: Measure) -> Ranks:
+        """The candidates of one member, which depend on the sizes of few of the widths."""
+        member = self.members[index]
+        key = measure, index, tuple(kept[width] for width in member.depends_on)
+        known = self._known.get(key)
+        if known is None or known.curve is not curve:
+            known = self._known[key] = Ranks.of(member, curve, kept, measure)
+        return known
 
     def _neighbours(
         self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float], measure: Measure
@@ -347,13 +365,13 @@ def _between_sizes(size: int, tried: Sequence[int], step: int) -> list[int]:
     return list(range(size, following, step)) or [size]
 
 
-def _on_hull(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> Iterator[tuple[int, ...]]:
-    """Choices of one candidate from each row that lie on the lower convex hull of cost and loss."""
-    hulls = list(map(lower_hull, costs, losses))
-    picked = [hull[0] for hull in hulls]
+def _on_hull(rows: Sequence[Ranks], weights: Sequence[float]) -> Iterator[tuple[int, ...]]:
+    """Choices of one candidate from each row that lie on the lower convex hull of cost and weighted loss."""
+    picked = [row.hull[0] for row in rows]
     yield tuple(picked)
-    for _, row, index in steepest_first(list(map(segments, costs, losses, hulls))):
-        picked[row] = index
+    steps = [[(weight * gain, point) for gain, point in row.hull[1]] for row, weight in zip(rows, weights, strict=True)]
+    for _, row, point in steepest_first(steps):
+        picked[row] = point
         yield tuple(picked)
 
 

@@ -6,11 +6,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
-from balf_fx.graph.curves import Candidate, Cost, RankCurve
+import torch
+from torch import Tensor
+
+from balf_fx.graph.curves import Candidate, Cost, Measure, RankCurve
 from balf_fx.graph.site import Site
 from balf_fx.ranks.costs import rank_flops, rank_params, timed, useful_ranks, with_blocks
+from balf_fx.ranks.hulls import lower_hull, segments
 
 _RANKS = 48  # ranks tried for each site at each size; the steps between them only limit the allocation's resolution
 
@@ -63,6 +68,12 @@ class Member:
     bias: bool
     heads: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def depends_on(self) -> tuple[int, ...]:
+        """The indices of the widths on whose sizes its candidates depend."""
+        reads = () if self.reads is None else (self.reads,)
+        return tuple(sorted({*reads, *(index for index, _ in self.outputs)}))
+
     def narrowed(self, kept: Sequence[float]) -> Site:
         """The site at these sizes."""
         outputs = self.site.out_features - sum(round(rows * (1.0 - kept[index])) for index, rows in self.outputs)
@@ -99,6 +110,40 @@ class Member:
         """The entries of its identity blocks at these sizes."""
         rows = dict(self.outputs)
         return sum(heads * round(rows[index] / heads * kept[index]) ** 2 for index, heads in self.heads)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The candidates of a member at some sizes, before their losses are weighted.
+
+    Attributes:
+        curve: the curve of the member.
+        candidates: n of them, as from `Member.candidates`.
+        costs, losses: [n] int64 and float64, their costs and normalised distortions.
+    """
+
+    curve: RankCurve
+    candidates: tuple[Candidate, ...]
+    costs: Tensor
+    losses: Tensor
+
+    @classmethod
+    def of(cls, member: Member, curve: RankCurve, kept: Sequence[float], measure: Measure) -> Ranks:
+        """The candidates of a member at these sizes."""
+        found = tuple(member.candidates(curve, kept))
+        costs = torch.tensor([candidate.cost(measure) for candidate in found], dtype=torch.int64, device="cpu")
+        lost = [curve.normalised(candidate.distortion) for candidate in found]
+        return cls(curve, found, costs, torch.tensor(lost, dtype=torch.float64, device="cpu"))
+
+    @cached_property
+    def hull(self) -> tuple[int, list[tuple[float, int]]]:
+        """The cheapest point of the lower convex hull, and the slope and the point of each of its segments.
+
+        A weight of the losses changes all slopes alike.
+        """
+        costs, losses = self.costs.tolist(), self.losses.tolist()
+        hull = lower_hull(costs, losses)
+        return hull[0], segments(costs, losses, hull)
 
 
 def _thin(found: Sequence[_T]) -> list[_T]:

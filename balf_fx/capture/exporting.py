@@ -8,12 +8,14 @@ found for these are asserted in the graph, so that a call with other sizes fails
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import config
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
@@ -24,10 +26,13 @@ from balf_fx.errors import CaptureError
 from balf_fx.graph.operators import aten
 from balf_fx.graph.parameters import get_tensor
 
+_LOGGER = logging.getLogger(__name__)
 _COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default, aten.alias.default)
 
 
-def export(model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[str, Any]) -> fx.GraphModule:
+def export(
+    model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[str, Any], conditional: bool = False
+) -> fx.GraphModule:
     """Export a model with a dynamic batch dimension, and a dynamic length of its token inputs.
 
     The batch dimension is dimension 0 of every tensor that has the same size there as the first tensor. A batch of one
@@ -37,6 +42,8 @@ def export(model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[st
         model: its parameters become those of the graph.
         positional, keywords: the arguments of an example call by name. No two of their tensors may share memory, since
             export would take them for one input.
+        conditional: whether the graph may be one that is only valid for inputs for which the model's code takes the
+            same branches, and computes the same sizes from their values; it asserts that.
 
     Raises:
         CaptureError: the model cannot be exported.
@@ -55,7 +62,7 @@ def export(model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[st
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, batch), dict(bound))
     try:
-        program = _exported(model, args, kwargs, shapes)
+        program = _exported(model, args, kwargs, shapes, conditional)
         if any(transforms(program.graph)):  # those of vmap become operations on batches
             program = program.run_decompositions({})
         exported = program.module()
@@ -67,17 +74,53 @@ def export(model: nn.Module, positional: Mapping[str, Any], keywords: Mapping[st
     return _plain(exported, list(positional), example, type(model).__name__, program.range_constraints)
 
 
-def _exported(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> torch.export.ExportedProgram:
+def _exported(model: nn.Module, args: Any, kwargs: Any, shapes: Any, conditional: bool) -> torch.export.ExportedProgram:
     """Export with gradients, without which some layers take fast paths that hide their operations."""
+
+    def exported() -> torch.export.ExportedProgram:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
     try:
         with torch.enable_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except RuntimeError as error:
+            return exported()
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        if conditional and _ON_VALUES in str(error):
+            return _with_conditions(exported, error)
         if not any(word in str(error) for word in _WITHOUT_GRADIENTS):
             raise
     with torch.no_grad():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return exported()
 
+
+def _with_conditions(
+    exported: Callable[[], torch.export.ExportedProgram], reason: Exception
+) -> torch.export.ExportedProgram:
+    """Export with the example's values; what the model's code asks about integers and truth values is asserted.
+
+    Raises:
+        Exception: the given reason, if the code asks about other numbers, which export does not assert.
+    """
+    with torch.enable_grad(), config.patch(fake_tensor_propagate_real_tensors=True):
+        program = exported()
+    if not all(symbol.is_integer for symbol in program.range_constraints):
+        raise reason
+    _LOGGER.warning(
+        "the model's code branches on values, or computes sizes from them (%s): the graph raises an error for inputs "
+        "with others than the example's",
+        user_line(reason).strip(": "),
+    )
+    for node in program.graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        node.args = (node.args[0], f"{_OTHER_VALUES} ({node.args[1]})")
+    return program
+
+
+_OTHER_VALUES = (
+    "the model's code branches on values of its input, or computes sizes from them, and this graph was captured on an "
+    "example for which they are others: torch.compile(model, backend='balf') runs such a model"
+)
+
+_ON_VALUES = "data-dependent"
+"""In the errors of branches and sizes that depend on values of tensors."""
 
 _WITHOUT_GRADIENTS = ("inplace", "in-place", "out=")
 """Words in the errors of operations that autograd does not allow."""

@@ -78,12 +78,12 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
     with torch.random.fork_rng(devices=cuda_devices(model)):
         call = record_call(copy_model(model), example, forward or forward_for(model))
     if method != "auto":
-        return _captured(model, call, method)
+        return _captured(model, call, method, conditional=True)
     try:
         traced = _captured(model, call, "symbolic_trace")
     except CaptureError as not_traced:
         try:
-            return _captured(model, call, "export")
+            return _captured(model, call, "export", conditional=True)
         except CaptureError as not_exported:
             raise CaptureError(
                 f"{not_traced}\n{not_exported}\nFor a model that cannot be captured as one graph, use "
@@ -99,8 +99,8 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
     return max((traced, exported), key=_flops_in_sites)
 
 
-def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
-    """Capture by one method, checked and profiled."""
+def _captured(model: nn.Module, call: Call, method: Method, conditional: bool = False) -> fx.GraphModule:
+    """Capture by one method, checked and profiled (`conditional`: see `export`)."""
     subject = copy_model(model)
     with torch.no_grad():
         fold_parametrizations(subject)
@@ -109,7 +109,7 @@ def _captured(model: nn.Module, call: Call, method: Method) -> fx.GraphModule:
     else:
         _check_exportable(type(model).__name__, call.output)
         without_expert_loops(subject)
-        graph_module = export(subject, call.by_position, call.by_keyword)
+        graph_module = export(subject, call.by_position, call.by_keyword, conditional)
     _restore_buffers(graph_module, model)
     if any(module.training for module in model.modules()):
         check_functional_training(graph_module)

@@ -18,7 +18,11 @@ MEASURES = pytest.mark.parametrize("measure", ["flops", "params"])
 def options_of(prepared, cluster, measure, weight=1.0):
     curves = {site: annotation(nodes[0]).curve for site, nodes in sites(prepared).items()}
     own = [curves[member.site] for member in cluster.members]
-    return cluster.options(own, [weight] * len(own), [1.0] * len(cluster.widths), measure)
+    found = cluster.options(own, [weight] * len(own), [1.0] * len(cluster.widths), measure)
+    options = list(found)
+    assert found.costs == [option.cost(measure) for option in options]
+    assert found.losses == [option.loss for option in options]
+    return options
 
 
 def carried_out(prepared, cluster, option):
@@ -87,7 +91,7 @@ def test_options_near_one_are_finer_and_their_costs_are_real(measure):
     own = [next(annotation(n[0]).curve for s, n in sites(prepared).items() if s == m.site) for m in cluster.members]
     options = options_of(prepared, cluster, measure)
     near = options[len(options) // 2]
-    found = cluster.options(own, [1.0] * len(own), [1.0], measure, near)
+    found = list(cluster.options(own, [1.0] * len(own), [1.0], measure, near))
     assert any(o.cost(measure) <= near.cost(measure) and o.loss <= near.loss + 1e-12 for o in found)
     assert [o.cost(measure) for o in found] == sorted(o.cost(measure) for o in found)
     base = rewritten(prepared, {})
@@ -110,11 +114,11 @@ def test_options_of_other_weights_are_those_of_a_fresh_cluster(measure, monkeypa
         options_of(prepared, cluster, "params")
         with monkeypatch.context() as context:
             context.setattr(Member, "candidates", lambda *_: pytest.fail("priced again"))
-            found = cluster.options(own, weights, of_widths, measure)
-        assert found == fresh.options(own, weights, of_widths, measure)
+            found = list(cluster.options(own, weights, of_widths, measure))
+        assert found == list(fresh.options(own, weights, of_widths, measure))
         near = found[len(found) // 2]
         wanted = fresh.options(own, weights, of_widths, measure, near)
-        assert cluster.options(own, weights, of_widths, measure, near) == wanted
+        assert list(cluster.options(own, weights, of_widths, measure, near)) == list(wanted)
 
 
 def test_options_of_other_curves_are_priced_again():

@@ -68,11 +68,46 @@ def test_every_node_knows_its_flops():
     assert graph_record(graph_module).params == 32 + 8 + 16 + 2
 
 
+class BranchingOnANumber(Branching):
+    def forward(self, x):
+        if x.abs().max().item() > 100.0:
+            return x
+        return self.linear(x)
+
+
 def test_a_model_that_nothing_captures_gets_both_reasons_and_the_line():
-    with pytest.raises(CaptureError, match=r"test_normal_form\.py:\d+: `if x\.sum\(\) > 0:`.*control flow") as caught:
-        capture(Branching(), X)
+    with pytest.raises(CaptureError, match=r"test_normal_form\.py:\d+: `if x\.abs.*`.*control flow") as caught:
+        capture(BranchingOnANumber(), X)
     assert "cannot be exported" in str(caught.value)
     assert "backend='balf'" in str(caught.value)
+
+
+def test_a_graph_of_one_branch_raises_an_error_where_the_model_takes_the_other(caplog):
+    model = Branching()
+    graph_module = capture(model, X.abs())
+    assert "`if x.sum() > 0:`" in caplog.text
+    assert "branches on values" in caplog.text
+    values = torch.rand(7, 4)
+    torch.testing.assert_close(graph_module(values), model(values))
+    with pytest.raises(RuntimeError, match=r"branches on values of its input.*backend='balf'"):
+        graph_module(-values)
+
+
+class Chunked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        count = torch.div(torch.tensor(x.shape[1]), 2, rounding_mode="trunc")
+        return self.linear(x.view(x.shape[0], count, 2 * x.shape[2])[..., :4])
+
+
+def test_sizes_that_are_computed_as_tensors_are_captured():
+    values = torch.randn(3, 6, 4)
+    graph_module = capture(Chunked(), values)
+    assert graph_record(graph_module).captured == "export"
+    torch.testing.assert_close(graph_module(values[:2]), graph_module(values)[:2])
 
 
 def test_a_graph_that_computes_something_else_is_refused():
