@@ -134,16 +134,6 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "granite_moe": ("GraniteMoeForCausalLM", "text", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "helium": ("HeliumForCausalLM", "text", {**_DECODER, "head_dim": 16}),
     "hubert": ("HubertModel", "wave", _WAVE),
-    "led": (
-        "LEDForConditionalGeneration",
-        "translation",
-        {
-            **{key: value for key, value in _TRANSLATOR.items() if key != "max_position_embeddings"},
-            "max_encoder_position_embeddings": 64,
-            "max_decoder_position_embeddings": 64,
-            "attention_window": 8,
-        },
-    ),
     "lfm2": ("Lfm2ForCausalLM", "text", {**_DECODER, "block_multiple_of": 16}),
     "llama": ("LlamaForCausalLM", "text", _DECODER),
     "llava": (
@@ -156,12 +146,6 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
             "vision_feature_layer": -1,
         },
     ),
-    "longformer": (
-        "LongformerForSequenceClassification",
-        "text",
-        {**_TEXT, "max_position_embeddings": 80, "attention_window": 8},
-    ),
-    "longt5": ("LongT5ForConditionalGeneration", "translation", {**_T5, "local_radius": 7}),
     "m2m_100": ("M2M100ForConditionalGeneration", "translation", _TRANSLATOR),
     "mamba": (
         "MambaForCausalLM",

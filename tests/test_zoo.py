@@ -17,7 +17,6 @@ TORCHVISION = (
 TIMM = (
     "edgenext_xx_small",
     "mobilevitv2_050",
-    "pvt_v2_b0",
     "starnet_s050",
     "test_byobnet",
     "test_coatnet",
@@ -25,7 +24,6 @@ TIMM = (
     "test_efficientnet",
     "test_mambaout",
     "test_nfnet",
-    "test_vit",
     "test_vit_relpos",
 )
 TRANSFORMERS = (
@@ -36,9 +34,7 @@ TRANSFORMERS = (
     "gpt2",
     "llama",
     "qwen3",
-    "swin",
     "t5_encoder",
-    "vit",
     "whisper_encoder",
 )
 SAMPLE = [

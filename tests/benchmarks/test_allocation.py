@@ -7,9 +7,11 @@ from click.testing import CliRunner
 
 
 @pytest.mark.slow
-def test_weightings_are_compared(load_benchmark, data_folder, tmp_path):
+def test_weightings_are_compared(load_benchmark, data_folder, tmp_path, monkeypatch):
     pytest.importorskip("scipy")
     allocation, output = load_benchmark("allocation"), tmp_path / "results.json"
+    few = ("normalised energy", "times loss^0.6", "times loss^0.3, widths x 4")
+    monkeypatch.setattr(allocation, "WEIGHTINGS", {name: allocation.WEIGHTINGS[name] for name in few})
     arguments = ["--images", "64", "--evaluate", "32", "--flops", "0.6", "--data", str(data_folder)]
     result = CliRunner().invoke(allocation.main, [*arguments, "--json", str(output)], catch_exceptions=False)
     assert result.exit_code == 0, result.output

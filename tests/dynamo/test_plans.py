@@ -59,11 +59,12 @@ def test_a_plan_and_its_file_start_compressed_with_the_same_outputs(name, path):
     assert plan.plan.widths or name == "conv net"
     assert plan.ranks == ranks(balf_fx.report(small))
     balf_fx.save(small, path)
-    for found in (plan, path, str(path)):
+    shorter = run(small, batches[0][:5])
+    for found in (plan, path):
         again = start(copy.deepcopy(model), found)
         assert torch.equal(run(again, batches[STEPS]), wanted)
         assert balf_fx.report(again) == balf_fx.report(small)
-        assert torch.equal(run(again, batches[0][:5]), run(small, batches[0][:5]))  # another shape
+        assert torch.equal(run(again, batches[0][:5]), shorter)
     assert not torch.allclose(wanted, run(model, batches[STEPS]))
 
 
@@ -77,7 +78,7 @@ def test_the_file_of_a_compiled_model_starts_compressed(name, path):
     small = make_offline(model, batches, effort="best", flops=0.4)
     balf_fx.save(small, path)
     assert read(path).plan.widths or name == "conv net"
-    again = start(copy.deepcopy(model), path)
+    again = start(copy.deepcopy(model), str(path))
     for batch in (batches[0], batches[1][:5]):
         torch.testing.assert_close(run(again, batch), run(small, batch))
 

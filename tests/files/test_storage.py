@@ -52,8 +52,7 @@ def path(tmp_path):
     return tmp_path / "small.safetensors"
 
 
-@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
-@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize(("effort", "capture"), [("fast", "symbolic_trace"), ("best", "export")])
 @pytest.mark.parametrize("name", sorted(architectures.EVERYTHING))
 def test_what_is_loaded_computes_the_same_bit_for_bit(name, effort, capture, path):
     model, batches = architectures.make(name)

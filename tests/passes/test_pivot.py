@@ -113,8 +113,16 @@ def subject(request):
     return made(make()), [randn(*shape, seed=i) for i in range(6)]
 
 
-@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
-@pytest.mark.parametrize("budget", [{"flops": 0.9}, {"flops": 0.6}, {"params": 0.75}])
+@pytest.mark.parametrize(
+    ("effort", "budget"),
+    [
+        ("fast", {"flops": 0.9}),
+        ("fast", {"params": 0.75}),
+        ("balanced", {"flops": 0.6}),
+        ("best", {"flops": 0.9}),
+        ("best", {"params": 0.75}),
+    ],
+)
 def test_a_plan_carried_out_with_and_without_pivots_is_one_function(subject, effort, budget):
     model, batches = subject
     small = balf_fx.compile(model, batches, **budget, effort=effort, progress=False)
