@@ -2,7 +2,9 @@
 
 Sizes of inputs are fixed to those of the example. Only the batch dimension and, for integer inputs [batch, length], the
 length may vary, if the model's code allows it; vmap does not, for the dimension that it maps. The ranges that export
-found for these are asserted in the graph, so that a call with other sizes fails and does not return a wrong result.
+found for these are asserted in the graph, so that a call with other sizes fails and does not return a wrong result. So
+is what the model's code asks about values, if nothing else captures the model: whether a mask has any entry, or a size
+that is computed as a tensor.
 """
 
 from __future__ import annotations
