@@ -11,8 +11,9 @@ attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -167,15 +168,21 @@ class WidthMaps:
     """The maps of one width at one size: features h are replaced by R h, and read as L R h.
 
     Attributes:
-        left, right: L [heads, features, r] and R [heads, r, features].
+        right: R [heads, r, features].
         kept: [r], the features that R selects, for channels; None if R does not select features.
         mean: [heads * repeat * features], E[h] at the reader, to whose bias W (I - L R) E[h] is added.
+        predicted: returns L. For channels, this solves a system of equations, and few of the maps need it.
     """
 
-    left: Tensor
     right: Tensor
     kept: Tensor | None
     mean: Tensor | None
+    predicted: Callable[[], Tensor]
+
+    @cached_property
+    def left(self) -> Tensor:
+        """L [heads, features, r]."""
+        return self.predicted()
 
 
 @dataclass(frozen=True)
@@ -212,12 +219,13 @@ class WidthCurve:
         mean = self.means[reader] if self.means else None
         kept = self.kept(size)
         if self.order is not None and kept is not None:
-            left = predict(self.covariances[reader], kept).unsqueeze(0)
-            right = torch.eye(len(self.order), dtype=left.dtype, device=left.device)[kept].unsqueeze(0)
-            return WidthMaps(left, right, kept, mean)
+            covariance = self.covariances[reader]
+            right = torch.eye(len(self.order), dtype=covariance.dtype, device=covariance.device)[kept].unsqueeze(0)
+            return WidthMaps(right, kept, mean, lambda: predict(covariance, kept).unsqueeze(0))
         if self.left is None or self.right is None:
             raise ValueError("a curve has either an order of its features or a basis")
-        return WidthMaps(self.left[..., :size], self.right[:, :size], None, mean)
+        left = self.left[..., :size]
+        return WidthMaps(self.right[:, :size], None, mean, lambda: left)
 
 
 def predict(covariance: Tensor, kept: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Cut:
         """The site with its reduced inputs."""
         if self.read is None:
             return site
-        heads, _, size = self.read.left.shape
+        heads, size, _ = self.read.right.shape
         return dataclasses.replace(site, in_features=heads * self.repeat * size * site.taps)
 
     def outputs(self, site: Site) -> Site:
