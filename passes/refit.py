@@ -32,7 +32,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.batches import MEMORY, sample_count
-from balf_fx.calibration.freed import give_back
+from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.weights import Weights, read_masks
@@ -154,7 +154,7 @@ class _Solver:
             self._replace_experts(node, site, moved)
         elif moved and self._refittable(node, site, rank):
             (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
-            give_back()
+            give_back(BETWEEN_WALKS)
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))

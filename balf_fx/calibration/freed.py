@@ -6,6 +6,8 @@ import ctypes
 import sys
 
 _MUCH = 1 << 28  # bytes; pages that are taken again cost time
+BETWEEN_WALKS = 1 << 30
+"""Bytes to be free between walks over samples, which soon take them again: less slows a refit by a fifth."""
 
 
 class _Counts(ctypes.Structure):

@@ -19,7 +19,7 @@ from typing import Any
 from balf_fx.budget.problem import Problem
 from balf_fx.calibration.answers import answers, divergence
 from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some_samples
-from balf_fx.calibration.freed import give_back
+from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
@@ -81,7 +81,7 @@ class Trial:
         if self.judge.pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
-        give_back()
+        give_back(BETWEEN_WALKS)
         return lost
 
 
@@ -137,7 +137,7 @@ def allocate_faithfully(
 
     def attempt(option: Allocate) -> _Attempt:
         allocation = option.solve(problem)
-        give_back()
+        give_back(BETWEEN_WALKS)
         chosen = _chosen(allocation)
         if chosen not in measured:
             measured[chosen] = trial.measure(program, problem, allocation)

@@ -17,7 +17,7 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "benchmarks" / "README.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
-UNNAMED = {"memory", "zoo"}
+UNNAMED = {"zoo"}
 """Files that hold rows of a run that did not record its command yet, and so name it last, by its date."""
 
 FIELDS = ("torch", "cpu", "cores", "threads", "date", "commit", "command", "options")
