@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
+from balf_fx.capture import exporting
 from balf_fx.capture.normal_form import capture
 from balf_fx.errors import CalibrationError, CaptureError, ModelError, NoSiteError, OptionError, TrainingModeError
 from balf_fx.graph.annotation import annotation, graph_record
@@ -84,6 +85,10 @@ def test_a_model_that_nothing_captures_gets_both_reasons_and_the_line():
 
 def test_a_graph_of_one_branch_raises_an_error_where_the_model_takes_the_other(caplog):
     model = Branching()
+    if not exporting._branches_are_asserted():
+        with pytest.raises(CaptureError, match="cannot be exported"):
+            capture(model, X.abs())
+        pytest.skip("this version of torch does not assert branches, so they are refused")
     graph_module = capture(model, X.abs())
     assert "`if x.sum() > 0:`" in caplog.text
     assert "branches on values" in caplog.text
@@ -103,7 +108,15 @@ class Chunked(nn.Module):
         return self.linear(x.view(x.shape[0], count, 2 * x.shape[2])[..., :4])
 
 
+def test_branches_that_are_not_asserted_are_refused(monkeypatch):
+    monkeypatch.setattr(exporting, "_branches_are_asserted", lambda: False)
+    with pytest.raises(CaptureError, match="cannot be exported"):
+        capture(Branching(), X.abs())
+
+
 def test_sizes_that_are_computed_as_tensors_are_captured():
+    if not exporting._branches_are_asserted():
+        pytest.skip("this version of torch does not assert branches, so they are refused")
     values = torch.randn(3, 6, 4)
     graph_module = capture(Chunked(), values)
     assert graph_record(graph_module).captured == "export"
