@@ -137,7 +137,8 @@ def _branches_are_asserted() -> bool:
 
 def _real_values() -> AbstractContextManager[Any]:
     """Lets export compute with the example's values."""
-    return config.patch(fake_tensor_propagate_real_tensors=True)
+    patched: AbstractContextManager[Any] = config.patch(fake_tensor_propagate_real_tensors=True)
+    return patched
 
 
 _OTHER_VALUES = (
