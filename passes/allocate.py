@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,9 +13,9 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from balf_fx.budget.clusters import Option
 from balf_fx.budget.explicit import explicit_candidates
 from balf_fx.budget.knapsack import dual, minimum_cost, solve
+from balf_fx.budget.options import Option, Options
 from balf_fx.budget.problem import Problem, Totals, drawn, pose, settle
 from balf_fx.errors import BudgetError, OptionError, PassError
 from balf_fx.graph.allocation import Allocation, Choice
@@ -154,7 +154,7 @@ class Allocate(Pass):
     def _least_loss(self, problem: Problem, weights: Sequence[float]) -> _Spread:
         """The least total loss within the budget."""
         rows, fixed = self._rows(problem, weights)
-        budget = self._reachable([row.costs for row in rows], fixed, problem.totals)
+        budget = self._reachable([row.options.costs for row in rows], fixed, problem.totals)
         rows = self._even(rows, budget)
         picked, multiplier = self._cheapest(rows, budget)
         grids, multipliers = [rows], [multiplier]
@@ -193,7 +193,7 @@ class Allocate(Pass):
                 self.measure,
                 None if near is None else near[cluster.keys],
             )
-            rows.append(_Row(own, cluster.keys, options.costs, options.losses, options.__getitem__, cluster.full))
+            rows.append(_Row(own, cluster.keys, options, cluster.full))
         taken = {site for row in rows for site in row.sites}
         rows += [
             _row_of(site, curve, weight_of[site], self.measure) for site, curve in curves.items() if site not in taken
@@ -203,21 +203,21 @@ class Allocate(Pass):
 
     def _even(self, rows: list[_Row], budget: int) -> list[_Row]:
         """The rows without options below `evenness`; all options if the budget would be out of reach."""
-        share = self.evenness * min(budget / max(sum(row.costs[-1] for row in rows), 1), 1.0)
-        kept = [row.from_cost(share * row.costs[-1]) for row in rows] if share > 0 else rows
-        return kept if minimum_cost([row.costs for row in kept]) <= budget else rows
+        share = self.evenness * min(budget / max(sum(row.options.costs[-1] for row in rows), 1), 1.0)
+        kept = [row.from_cost(share * row.options.costs[-1]) for row in rows] if share > 0 else rows
+        return kept if minimum_cost([row.options.costs for row in kept]) <= budget else rows
 
     def _cheapest(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
         """The options with the least total loss within the budget, and the Lagrangian multiplier."""
-        if sum(row.costs[-1] for row in rows) <= budget:
-            return [(row, row.option(-1)) for row in rows], 0.0
-        solution = solve([row.costs for row in rows], [row.losses for row in rows], budget)
-        return [(row, row.option(i)) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
+        if sum(row.options.costs[-1] for row in rows) <= budget:
+            return [(row, row.options[-1]) for row in rows], 0.0
+        solution = solve([row.options.costs for row in rows], [row.options.losses for row in rows], budget)
+        return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
 
     def _bound(self, grids: Sequence[Sequence[_Row]], budget: int, multipliers: Sequence[float]) -> float:
         """A lower bound, from the dual, on the loss of every choice among the options of all grids."""
-        costs = [[cost for row in same for cost in row.costs] for same in zip(*grids, strict=True)]
-        losses = [[loss for row in same for loss in row.losses] for same in zip(*grids, strict=True)]
+        costs = [[cost for row in same for cost in row.options.costs] for same in zip(*grids, strict=True)]
+        losses = [[loss for row in same for loss in row.options.losses] for same in zip(*grids, strict=True)]
         return max(dual(costs, losses, budget, multiplier) for multiplier in multipliers)
 
     def _reachable(self, costs: Sequence[Sequence[int]], fixed: int, totals: Totals) -> int:
@@ -296,23 +296,19 @@ class _Row:
     """Sites and widths that are chosen together.
 
     Attributes:
-        costs, losses: those of each option; the last one is dense.
-        option: makes the option with an index. There may be thousands, and only one of them is chosen.
+        options: the last one is dense.
         full: the current cost of operations that are not sites but whose cost depends on the widths.
     """
 
     sites: tuple[Site, ...]
     widths: tuple[str, ...]
-    costs: Sequence[int]
-    losses: Sequence[float]
-    option: Callable[[int], Option]
+    options: Options
     full: Cost = FREE
 
     def from_cost(self, least: float) -> _Row:
         """The row without the options that cost less."""
-        kept = [index for index, cost in enumerate(self.costs) if cost >= least]
-        costs, losses = [self.costs[index] for index in kept], [self.losses[index] for index in kept]
-        return dataclasses.replace(self, costs=costs, losses=losses, option=lambda index: self.option(kept[index]))
+        kept = [index for index, cost in enumerate(self.options.costs) if cost >= least]
+        return dataclasses.replace(self, options=self.options.only(kept))
 
 
 def _row_of(site: Site, curve: RankCurve, weight: float, measure: Measure) -> _Row:
@@ -321,11 +317,11 @@ def _row_of(site: Site, curve: RankCurve, weight: float, measure: Measure) -> _R
     costs = [candidate.cost(measure) for candidate in candidates]
     losses = [weight * curve.normalised(candidate.distortion) for candidate in candidates]
 
-    def option(index: int) -> Option:
+    def make(index: int, loss: float) -> Option:
         chosen = candidates[index]
-        return Option((chosen,), (), chosen.total, FREE, losses[index])
+        return Option((chosen,), (), chosen.total, FREE, loss)
 
-    return _Row((site,), (), costs, losses, option)
+    return _Row((site,), (), Options(range(len(candidates)), costs, losses, make))
 
 
 def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:
@@ -346,8 +342,9 @@ def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
 
 def _cheapest_without_loss(row: _Row) -> Candidate:
     """The cheapest candidate of a site that changes no more than rounding does."""
-    free = (index for index, loss in enumerate(row.losses) if loss <= _ROUNDING)
-    return row.option(min(free, key=row.costs.__getitem__)).ranks[0]
+    free = (index for index, loss in enumerate(row.options.losses) if loss <= _ROUNDING)
+    cheapest: Option = row.options[min(free, key=row.options.costs.__getitem__)]
+    return cheapest.ranks[0]
 
 
 def _first_with_energy(curve: RankCurve, energy: float) -> Candidate:

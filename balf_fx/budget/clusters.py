@@ -14,14 +14,15 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.budget.members import Member, Ranks, Share
+from balf_fx.budget.options import Option, Options
 from balf_fx.graph.annotation import annotation, graph_record
-from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, RankCurve
+from balf_fx.graph.curves import FREE, Cost, Measure, RankCurve
 from balf_fx.graph.flops import use
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
@@ -42,56 +43,6 @@ _T = TypeVar("_T")
 
 _Priced = tuple[int, float, _T]
 """A cost, a loss, and the object to which they belong."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One choice for a cluster.
-
-    Attributes:
-        ranks: a candidate for each member.
-        sizes: the size of each width.
-        total: the cost of everything in the cluster.
-        others: the part of this cost that belongs to the shares.
-        loss: the weighted sum of normalised distortions.
-    """
-
-    ranks: tuple[Candidate, ...]
-    sizes: tuple[int, ...]
-    total: Cost
-    others: Cost
-    loss: float
-
-    def cost(self, measure: Measure) -> int:
-        return self.total.of(measure)
-
-    def changed(self, index: int, new: Candidate, loss: float) -> Option:
-        """The same option with another candidate for one of the members."""
-        old = self.ranks[index]
-        ranks = (*self.ranks[:index], new, *self.ranks[index + 1 :])
-        return Option(ranks, self.sizes, self.total - old.total + new.total, self.others, loss)
-
-
-@dataclass(frozen=True, eq=False)
-class Options(Sequence[Option]):
-    """The options of a cluster. There may be thousands, of which few are read, so each is made when it is.
-
-    Attributes:
-        numbers: the number of each among all choices.
-        costs, losses: those of each.
-        make: makes an option from its number and its loss.
-    """
-
-    numbers: Sequence[int]
-    costs: Sequence[int]
-    losses: Sequence[float]
-    make: Callable[[int, float], Option]
-
-    def __len__(self) -> int:
-        return len(self.costs)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.make(self.numbers[index], self.losses[index])
 
 
 @dataclass(frozen=True)

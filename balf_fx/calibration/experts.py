@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from balf_fx.calibration.moments import CHUNK_ELEMENTS, Moments, sum_moments
+from balf_fx.calibration.moments import CHUNK_ELEMENTS, Moments, is_finite, sum_moments
 from balf_fx.calibration.observers import CovarianceObserver, Recorded, SensitivityObserver
 from balf_fx.calibration.sample import Gradients, Sample
 from balf_fx.graph.expert_rows import ExpertRows
@@ -89,7 +89,7 @@ class ExpertSensitivityObserver(SensitivityObserver):
         """Add the values of one call and the gradient at its output to the statistics."""
         assignment = recorded.features
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if gradient.numel() == 0 or not torch.isfinite(gradient).all():
+        if gradient.numel() == 0 or not is_finite(gradient):
             return
         values = self.rows.split(recorded.value, self.site.side, assignment)
         gradients = self.rows.split(gradient, "output", assignment)

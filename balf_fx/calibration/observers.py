@@ -218,7 +218,7 @@ class SensitivityObserver(nn.Module):
         if gradient.numel() and not 1e-12 < float(gradient.abs().max()) < 1e12:  # squares may leave float32's range
             gradient = gradient.to(torch.float64)
         seen = self._seen(recorded, gradient)
-        if not len(seen.gradient) or not torch.isfinite(seen.gradient).all():
+        if not len(seen.gradient) or not is_finite(seen.gradient):
             return
         samples = len(seen.gradient)
         squares = output_columns(seen.gradient, self.site).square().sum((0, 1)).reshape(samples, -1)
@@ -347,7 +347,7 @@ class InfluenceObserver(nn.Module):
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
         """Add the gradient of one batch, in the shape of the weight."""
-        if not torch.isfinite(gradient).all():
+        if not is_finite(gradient):
             return
         grouped = site_matrix(gradient, self.site)
         seen = WeightGradients(grouped.abs().float(), grouped.square().float())
