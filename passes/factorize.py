@@ -27,9 +27,6 @@ from balf_fx.widths.elementwise import table_of
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
 
-def _nothing(_: nn.Module) -> None: ...
-
-
 @dataclass(frozen=True)
 class Factorize(Pass):
     """Replace every site that was given a rank by `name.0` (D -> r, the layer's own geometry) and `name.1` (r -> O).
@@ -39,10 +36,10 @@ class Factorize(Pass):
     dtype, device, memory format and requires_grad.
 
     Attributes:
-        done: called with the modules that replace a layer once they are built.
+        done: called with the modules that replace a layer once they are built, if given.
     """
 
-    done: Callable[[nn.Module], None] = field(default=_nothing, repr=False, compare=False)
+    done: Callable[[nn.Module], None] | None = field(default=None, repr=False, compare=False)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for site, nodes in self.require_sites(graph_module).items():
@@ -72,7 +69,8 @@ class Factorize(Pass):
                 blocks = hosted_rows(graph_module, nodes[0].name, cut or Cut())
                 solution = tuple(_written(part, mark.pivots.form, order, blocks) for part, order in parts)
             substitute = build(graph_module, thin, solution)
-            self.done(substitute.module)
+            if self.done is not None:
+                self.done(substitute.module)
             built.append(substitute)
             original = mark.fingerprint or fingerprint(graph_module, site)
             replaced.append(_replaced(site.name, rank, substitute.biased, original, solution))

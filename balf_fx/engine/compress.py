@@ -244,10 +244,10 @@ def convert(
     return compressed, dataclasses.replace(plan, timing=timing)
 
 
-def _finishing(settings: Settings, pages: Pages | None) -> Callable[[nn.Module], None]:
+def _finishing(settings: Settings, pages: Pages | None) -> Callable[[nn.Module], None] | None:
     """What is done with new layers: where the model's weights are in files, these stay in files, too."""
     if pages is None:
-        return lambda _: None
+        return None
     return (lambda _: pages.release()) if settings.safetensors is None else pages.keep
 
 

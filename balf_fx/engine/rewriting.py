@@ -43,13 +43,13 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def rewrite(
-    graph_module: fx.GraphModule, pivot: bool, done: Callable[[nn.Module], None] = lambda _: None
+    graph_module: fx.GraphModule, pivot: bool, done: Callable[[nn.Module], None] | None = None
 ) -> fx.GraphModule:
     """Rewrite a graph by the allocation that is recorded in it.
 
     Args:
         pivot: whether to write low-rank maps in the form for which they were priced; False leaves pairs of factors.
-        done: called with the modules that replace a layer once they are built.
+        done: called with the modules that replace a layer once they are built, if given.
     """
     if hasattr(graph_module, OBSERVERS):
         remove_observers(graph_module)

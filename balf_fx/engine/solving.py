@@ -49,7 +49,7 @@ def carry_out(
     progress: Progress = SILENT,
     pivot: bool = False,
     journal: Journal = FORGETFUL,
-    done: Callable[[nn.Module], None] = lambda _: None,
+    done: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Solve and rewrite each part, in the order in which they run.
 

@@ -25,6 +25,7 @@ from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.blockwise import answering
 from balf_fx.engine.program import Program
+from balf_fx.engine.projecting import projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError
@@ -46,6 +47,7 @@ class Trial:
     """How allocations are measured.
 
     Attributes:
+        original: a copy of the program that computes what the original does.
         fit: batches on which an allocation is refitted before it is measured; empty for no refit.
         judge: batches on which it is measured.
         references: the original's outputs for `judge`.
@@ -53,6 +55,7 @@ class Trial:
         journal: has what was measured before a run was killed.
     """
 
+    original: Program
     fit: Calibration
     judge: Calibration
     references: Sequence[Any]
@@ -65,20 +68,20 @@ class Trial:
         return self.journal.remembered(stage, lambda: self._measure(program, problem, allocation))
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
-        tried = settled(program, problem, allocation)
-        if self.judge.pages is None or self.refit:
-            carry_out(tried, "up" if self.refit else None, self.fit)
-            module = tried.module
-        else:  # layers are kept in files, and run block by block
-            carry_out(tried, None, self.fit, done=self.judge.pages.keep)
-            module = answering(tried, self.judge, self.judge.pages)
+        pages = self.judge.pages
+        tried = None if self.refit else projected(self.original, allocation)
+        if tried is None:
+            tried = settled(program, problem, allocation)
+            files = pages if not self.refit else None  # layers that are not refitted are kept in files
+            carry_out(tried, "up" if self.refit else None, self.fit, done=None if files is None else files.keep)
+        module = tried.module if pages is None or self.refit else answering(tried, self.judge, pages)
 
         def weigh(index: int) -> Weights | None:
             batch = self.judge.batches[index]
             return call_weights(program, batch, self.judge.given(index, batch)).outputs
 
         lost = divergence(module, self.judge, self.references, weigh)
-        if self.judge.pages is not None:  # a graph and its module refer to each other, and so would keep all layers
+        if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
         give_back(BETWEEN_WALKS)
@@ -110,7 +113,7 @@ def plan_trial(
         half = count // 2 if refit else 0
         fit, judge = calibration.only(range(half)), calibration.only(range(half, count))
         references = _references(original, judge)
-    return Trial(fit, judge, references, fit.has_batches(), journal)
+    return Trial(original, fit, judge, references, fit.has_batches(), journal)
 
 
 def _references(original: Program, judge: Calibration) -> Sequence[Any]:

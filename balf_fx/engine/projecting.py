@@ -1,0 +1,122 @@
+"""Try an allocation of ranks alone without building its layers.
+
+The factors of a site output L R W x in place of W x (`graph.curves.Spectrum`). Where L and R are applied to the outputs
+of the original layers, a few samples show what the factors would output, without the products R W of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from balf_fx.engine.program import Program
+from balf_fx.graph.allocation import Allocation
+from balf_fx.graph.annotation import annotation, graph_record, sites
+from balf_fx.graph.curves import Rank, RankCurve, each_rank
+from balf_fx.graph.parameters import grouped_bias
+from balf_fx.graph.site import Site
+
+_PREFIX = "balf_projection"
+
+
+def projected(original: Program, allocation: Allocation) -> Program | None:
+    """A copy of a program whose sites output what their factors would.
+
+    Args:
+        original: a scored program without observers.
+
+    Returns:
+        None if the allocation makes a width narrower, the matrices of experts thinner or a convolution separable.
+    """
+    ranks = {choice.site.name: choice.chosen.rank for choice in allocation.choices}
+    if not all(_projects(graph_module, allocation, ranks) for graph_module in original.graph_modules):
+        return None
+    copied = original.copy()
+    for graph_module in copied.graph_modules:
+        for index, (site, nodes) in enumerate(sites(graph_module).items()):
+            curve, rank = annotation(nodes[0]).curve, ranks[site.name]
+            if curve is not None and rank is not None:
+                projection = Projection(site, curve, rank, grouped_bias(graph_module, site))
+                _insert(graph_module, nodes, f"{_PREFIX}_{index}", projection)
+        graph_module.recompile()
+    return copied
+
+
+def _projects(graph_module: fx.GraphModule, allocation: Allocation, ranks: Mapping[str, Rank]) -> bool:
+    if any(allocation.size_of(width) < width.features for width in graph_record(graph_module).widths):
+        return False
+    for site, nodes in sites(graph_module).items():
+        curve = annotation(nodes[0]).curve
+        plain = curve is not None and curve.strips is None and not site.has_experts
+        if ranks[site.name] is not None and not plain:
+            return False
+    return True
+
+
+def _insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], name: str, projection: nn.Module) -> None:
+    graph_module.add_submodule(name, projection)
+    for node in nodes:
+        with graph_module.graph.inserting_after(node):
+            call = graph_module.graph.call_module(name, (node,))
+        for user in set(node.users) - {call}:
+            user.replace_input_with(node, call)
+
+
+class Projection(nn.Module):
+    """Turns a site's output y into b' + L R W x, with b' as in `ranks.spectra.corrected_bias`.
+
+    With c = b + E[W x], or b if the spectrum is not centred, this is L R y + (I - L R) c.
+
+    Args:
+        bias: b [G, O], or None.
+    """
+
+    def __init__(self, site: Site, curve: RankCurve, rank: Rank, bias: Tensor | None) -> None:
+        super().__init__()
+        self._sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
+        self._pieces = list(_pieces(curve, rank, site.parts, bias))  # no buffers: spectra may be in files
+
+    @torch.no_grad()
+    def forward(self, value: Tensor) -> Tensor:
+        if len(self._pieces) == 1:
+            return self._applied(value, self._pieces[0])
+        axis = value.dim() - 1 - len(self._sizes)
+        pairs = zip(value.chunk(len(self._pieces), axis), self._pieces, strict=True)
+        return torch.cat([self._applied(piece, maps) for piece, maps in pairs], axis)
+
+    def _applied(self, value: Tensor, maps: _Maps | None) -> Tensor:
+        """The output of the site, or of one of its parts, [..., G * O, *size]."""
+        if maps is None:
+            return value
+        left, right, shift = (each.flatten(0, 1).to(value) for each in maps)
+        if not self._sizes:
+            return F.linear(F.linear(value, right), left, shift)
+        convolve, groups = _CONVOLUTIONS[len(self._sizes)], len(maps[0])
+        left, right = (each.reshape(*each.shape, *self._sizes) for each in (left, right))
+        return convolve(convolve(value, right, groups=groups), left, shift, groups=groups)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+_Maps = tuple[Tensor, Tensor, Tensor]
+"""L [G, O, r], R [G, r, O] and (I - L R) c [G, O]."""
+
+
+def _pieces(curve: RankCurve, rank: Rank, parts: int, bias: Tensor | None) -> Iterator[_Maps | None]:
+    """The maps of the whole site, or of each part; None for a dense part."""
+    spectra, biases = [curve.spectrum], [bias]
+    if isinstance(rank, tuple) and curve.parts is not None:
+        spectra = [curve.parts.only(index) for index in range(parts)]
+        biases = [None] * parts if bias is None else list(bias.reshape(parts, 1, -1))
+    for each, spectrum, own in zip(each_rank(rank), spectra, biases, strict=True):
+        if each is None:
+            yield None
+            continue
+        left, right = spectrum.maps(each)
+        centre = torch.zeros_like(left[..., :1])
+        for mean in (own, spectrum.mean):
+            centre = centre if mean is None else centre + mean.unsqueeze(-1)
+        yield left, right, (centre - left @ (right @ centre)).squeeze(-1)
