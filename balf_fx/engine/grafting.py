@@ -100,6 +100,15 @@ def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
                     if id(value) in new:
                         held[key] = new[id(value)]
     _untie(model, set(modules))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _call_layers(module)
+
+
+def _call_layers(encoder: nn.TransformerEncoderLayer) -> None:
+    """Let an encoder layer call the factors in it: its fast path reads the weights of layers, and is taken without it."""
+    if not all(type(layer) is nn.Linear for layer in (encoder.linear1, encoder.linear2)):
+        encoder.activation_relu_or_gelu = 0  # as for activations that the fast path does not know
 
 
 def _untie(model: nn.Module, replaced: set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +44,7 @@ class _Profiler(fx.Interpreter):
 
 
 class _NoModules(contextlib.nullcontext[None]):
-    """Replaces the counter's tracker of modules, whose global hooks would affect Dynamo in other threads."""
+    """Replaces the counter's tracker of modules, whose global hooks affect Dynamo in other threads and fail on views."""
 
     parents = frozenset({"Global"})
 
@@ -58,14 +58,8 @@ def _mutable(value: Any) -> Any:
     return value
 
 
-_GROUPED = (
-    *("aten::_grouped_mm", "aten::_scaled_grouped_mm", "aten::_scaled_grouped_mm_v2"),
-    "transformers::grouped_mm_fallback",
-)
-
-
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, with operators that it leaves out: the attention kernel of CPUs and grouped products."""
+    """torch's counter, with operators that it leaves out: attention on CPUs, grouped products, recurrent layers..."""
     # only here: it imports triton where that is installed
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
@@ -73,9 +67,12 @@ def flop_counter() -> FlopCounterMode:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
     added: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count}
-    added |= dict.fromkeys(_operators(_GROUPED), grouped_flops)
+    for formula, names in _FORMULAS.items():
+        added |= dict.fromkeys(_operators(names), formula)
     missing = {operator: formula for operator, formula in added.items() if operator not in flop_registry}
-    return FlopCounterMode(display=False, custom_mapping=missing)
+    counter = FlopCounterMode(display=False, custom_mapping=missing)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
 
 
 def _operators(names: Iterable[str]) -> Iterator[Any]:
@@ -95,6 +92,53 @@ def grouped_flops(first: Sequence[int], second: Sequence[int], *_: Any, **__: An
     return 2 * groups * first[-2] * first[-1] * second[-1]
 
 
+def _lstm_layer_flops(value: Sequence[int], *rest: Any, **__: Any) -> int:
+    """FLOPs of one direction of an LSTM's layer, from its input [steps, samples, features] and its two matrices."""
+    return _recurrent_flops(value, rest[:2])
+
+
+def _recurrent_flops(value: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    """FLOPs of the matrix products of recurrent layers: each matrix is multiplied at each position."""
+    matrices = sum(math.prod(shape) for shape in weights if len(shape) > 1)
+    return 2 * math.prod(value[:-1]) * matrices
+
+
+def _trilinear_flops(*args: Any, **__: Any) -> int:
+    """FLOPs of a bilinear layer: of the sum over the product of three tensors that are broadcast to one shape.
+
+    Args:
+        args: the shapes of the tensors, and for each of them its dimensions of size 1 in this shape.
+    """
+    shapes = []
+    for shape, added in zip(args[:3], args[3:6], strict=True):
+        sizes = iter(shape)
+        shapes.append([1 if index in added else next(sizes) for index in range(len(shape) + len(added))])
+    return 2 * math.prod(torch.broadcast_shapes(*shapes))
+
+
+def _matrix_vector_flops(*args: Any, **__: Any) -> int:
+    """FLOPs of a product of a matrix and a vector, with or without a vector that is added."""
+    return 2 * math.prod(next(shape for shape in args if len(shape) == 2))
+
+
+def _deformable_flops(value: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """FLOPs of a convolution at deformed positions, without the interpolation."""
+    return 2 * math.prod(weight) * math.prod((value[0], *out_shape[2:]))
+
+
+_FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
+    grouped_flops: (
+        *("aten::_grouped_mm", "aten::_scaled_grouped_mm", "aten::_scaled_grouped_mm_v2"),
+        "transformers::grouped_mm_fallback",
+    ),
+    _lstm_layer_flops: ("aten::mkldnn_rnn_layer",),
+    _recurrent_flops: ("aten::_cudnn_rnn", "aten::miopen_rnn"),
+    _trilinear_flops: ("aten::_trilinear",),
+    _matrix_vector_flops: ("aten::mv", "aten::addmv"),
+    _deformable_flops: ("torchvision::deform_conv2d",),
+}
+
+
 def count_flops(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """FLOPs of one call of a model without gradients."""
     with torch.no_grad(), flop_counter() as counter:
@@ -108,9 +152,7 @@ def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     Returns:
         The graph's output.
     """
-    counter = flop_counter()
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    with torch.no_grad(), counter:
+    with torch.no_grad(), flop_counter() as counter:
         output = _Profiler(graph_module, counter).run(*inputs)
     record_graph(graph_module, flops=counter.get_total_flops())
     return output

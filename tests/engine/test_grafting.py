@@ -250,6 +250,26 @@ def test_layers_in_lists_are_replaced_there(graphs):
     torch.testing.assert_close(small(x), graphs[0](x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_encoders_of_torch_call_the_factors_in_them(effort, norm_first, tmp_path):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
+    batches = [torch.randn(4, 6, 16) for _ in range(2)]
+    graph, small = (
+        balf_fx.compile(model, batches, flops=0.7, effort=effort, result=result, exclude=["*attn*"], progress=False)
+        for result in ("graph", "module")
+    )
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    loaded = balf_fx.load(tmp_path / "small.safetensors", model)
+    assert any(isinstance(encoder.linear1, Replacement) for encoder in small.layers) == (effort == "fast")
+    with torch.no_grad():  # without gradients, torch reads weights and calls no layers where it can
+        wanted = graph(batches[0])
+        torch.testing.assert_close(small(batches[0]), wanted)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(loaded))(batches[0]), wanted)
+        torch.testing.assert_close(torch.compile(small, backend="eager")(batches[0]), wanted)
+
+
 def test_a_model_that_is_one_layer_has_no_place_for_another():
     with pytest.raises(balf_fx.BalfError, match="so that no other module can take its place"):
         compress(nn.Linear(32, 32).eval(), [torch.randn(64, 32)])

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import balf_fx
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.flops import count_flops, grouped_flops, profile
+from balf_fx.graph.site import Reason
 
 ROWS, IN, OUT, EXPERTS = 12, 16, 8, 3
 B, HEADS, QUERIES, KEYS, SIZE, VALUES = 2, 3, 5, 7, 8, 6
@@ -130,3 +131,53 @@ def test_convolutions_and_layers_by_hand():
     x = torch.randn(3, 4, 6, 6)
     expected = 2 * 3 * 16 * 8 * (2 * 9) + 2 * 3 * 128 * 5
     assert count_flops(model, x) == graph_record(balf_fx.prepare(model, x)).flops == expected
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2, "batch_first": True}])
+def test_recurrent_layers_multiply_each_matrix_at_each_step(kind, fused, options):
+    layer = kind(6, 8, **options).eval()
+    matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+    with torch.backends.mkldnn.flags(enabled=fused):
+        assert count_flops(layer, torch.randn(5, 3, 6)) == 2 * 5 * 3 * matrices
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: F.bilinear(torch.randn(5, 8), torch.randn(5, 6), torch.randn(4, 8, 6)), 2 * 5 * 4 * 8 * 6),
+        (lambda: torch.randn(6, 8) @ torch.randn(8), 2 * 6 * 8),
+        (lambda: torch.addmv(torch.randn(6), torch.randn(6, 8), torch.randn(8)), 2 * 6 * 8),
+    ],
+)
+def test_products_that_the_counter_of_torch_leaves_out(call, expected):
+    class Product(nn.Module):
+        def forward(self):
+            return call()
+
+    assert count_flops(Product()) == expected
+
+
+def test_a_deformable_convolution_costs_what_a_plain_one_does():
+    ops = pytest.importorskip("torchvision.ops")
+    layer, x, offsets = ops.DeformConv2d(4, 5, 3, stride=2), torch.randn(2, 4, 9, 9), torch.randn(2, 18, 4, 4)
+    assert count_flops(layer, x, offsets) == 2 * 2 * 4 * 4 * 5 * 4 * 9
+
+
+def test_recurrent_layers_are_part_of_the_budget():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.head = nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 64)
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0])
+
+    model, batches = Tagger().eval(), [torch.randn(4, 6, 16) for _ in range(2)]
+    small = balf_fx.compile(model, batches, flops=0.8, effort="fast", progress=False)
+    report = balf_fx.report(small)
+    recurrent = 2 * 4 * 6 * (64 * 16 * 2)
+    assert report.flops_before == recurrent + 2 * 4 * 6 * 64 * 16
+    assert report.flops_refused == {Reason.NOT_LINEAR.value: pytest.approx(2 / 3)}
+    assert report.flops_kept <= 0.8
