@@ -106,7 +106,7 @@ def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _call_layers(encoder: nn.TransformerEncoderLayer) -> None:
-    """Let an encoder layer call the factors in it: its fast path reads the weights of layers, and is taken without it."""
+    """Let an encoder layer call the factors in it, not its fast path, which reads the weights of its layers."""
     if not all(type(layer) is nn.Linear for layer in (encoder.linear1, encoder.linear2)):
         encoder.activation_relu_or_gelu = 0  # as for activations that the fast path does not know
 
