@@ -44,7 +44,7 @@ class _Profiler(fx.Interpreter):
 
 
 class _NoModules(contextlib.nullcontext[None]):
-    """Replaces the counter's tracker of modules; its global hooks affect Dynamo in other threads, and views fail there."""
+    """Replaces the tracker of modules, whose global hooks affect Dynamo in other threads and do not work for views."""
 
     parents = frozenset({"Global"})
 
@@ -113,12 +113,13 @@ def _trilinear_flops(*args: Any, **__: Any) -> int:
     for shape, added in zip(args[:3], args[3:6], strict=True):
         sizes = iter(shape)
         shapes.append([1 if index in added else next(sizes) for index in range(len(shape) + len(added))])
-    return 2 * math.prod(max(sizes) for sizes in zip(*shapes, strict=True))
+    return 2 * math.prod(int(max(sizes)) for sizes in zip(*shapes, strict=True))
 
 
 def _matrix_vector_flops(*args: Any, **__: Any) -> int:
     """FLOPs of a product of a matrix and a vector, with or without a vector that is added."""
-    return 2 * int(math.prod(next(shape for shape in args if len(shape) == 2)))
+    rows, columns = next(shape for shape in args if len(shape) == 2)
+    return 2 * int(rows) * int(columns)
 
 
 def _deformable_flops(value: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
