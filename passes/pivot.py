@@ -135,9 +135,9 @@ class _Member:
 
 def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[fx.Node, ...], Form]]]:
     """An order of a width's features, and the members around it whose coefficients are bounded in this order."""
-    served = list(members)
+    served, order = list(members), None
     while len(served) > 1 or served[0].form == "blocks":
-        order = shared_columns([basis for member in served for basis in member.bases])
+        order = shared_columns([basis for member in served for basis in member.bases], order)
         excess = {member: max(largest_entry(q, order) for q in member.bases) / member.limit for member in served}
         beyond = sorted((member for member in served if excess[member] > 1), key=excess.__getitem__, reverse=True)
         if not beyond or len(served) == 1:

@@ -44,7 +44,7 @@ def row_space(heads: Tensor) -> Tensor:
     return basis
 
 
-def shared_columns(bases: Sequence[Tensor]) -> Tensor:
+def shared_columns(bases: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
     """The order of the columns of several sets of heads that starts with columns P for which C is well-conditioned.
 
     The columns of a larger size contain those of a smaller one. As in `ranks.pivots.pivot_rows`, columns are
@@ -52,11 +52,12 @@ def shared_columns(bases: Sequence[Tensor]) -> Tensor:
 
     Args:
         bases: Q [heads, D, r] of each set, from `row_space`.
+        start: an order [D] to begin with, as that of these sets and others: much faster than to choose one by one.
 
     Returns:
         [D]: the columns of the smallest size, then the others of each larger one, then the rest.
     """
-    order = _first_order(bases)
+    order = _first_order(bases) if start is None else start.clone()
     others = [_solved(basis[:, order]) for basis in bases]
     widest = max(own.shape[-1] for own in bases)
     for _ in range(len(order) * widest):

@@ -106,3 +106,21 @@ def test_products_of_queries_and_keys_do_not_see_the_basis():
         (turned_queries @ x).mT @ (turned_keys @ x), (queries @ x).mT @ (keys @ x), rtol=1e-8, atol=1e-8
     )
     torch.testing.assert_close(turned_keys[:, :, order[:6]], torch.eye(6, dtype=torch.float64).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("sets", [[(1, 30), (1, 45)], [(3, 20), (2, 60)]])
+def test_the_order_of_more_sets_is_a_start_for_some_of_them(sets):
+    found = [row_space(randn(count, size, 200, seed=index)) for index, (count, size) in enumerate([*sets, (2, 50)])]
+    start = shared_columns(found)
+    before = start.clone()
+    order = shared_columns(found[:-1], start)
+    assert torch.equal(start, before)
+    assert sorted(order.tolist()) == list(range(200))
+    for own in found[:-1]:
+        assert largest_entry(own, order) < 8
+    once = torch.ones(200, 60, dtype=torch.float64)  # the factor of the volume for each interchange
+    for own in found[:-1]:
+        rank = own.shape[-1]
+        others = torch.linalg.solve(own[:, order[:rank]], own[:, order[rank:]], left=False)
+        once[rank:, :rank] *= others.abs().prod(0)
+    assert float(once.max()) < 1.02
