@@ -70,10 +70,19 @@ def shared_columns(bases: Sequence[Tensor], start: Tensor | None = None) -> Tens
             break
         order[[pivot, place]] = order[[place, pivot]]
         for own in others:
-            rank = own.shape[-1]
-            if pivot < rank <= place:
-                interchange(own, place - rank, pivot)
+            _reorder(own, pivot, place)
     return order
+
+
+def _reorder(others: Tensor, pivot: int, place: int) -> None:
+    """Bring T [heads, D - r, r] up to date, in place, where two columns have changed places."""
+    rank = others.shape[-1]
+    if place < rank:
+        others[..., [pivot, place]] = others[..., [place, pivot]]
+    elif pivot < rank:
+        interchange(others, place - rank, pivot)
+    else:
+        others[..., [pivot - rank, place - rank], :] = others[..., [place - rank, pivot - rank], :]
 
 
 def has_blocks(heads: Sequence[Tensor], bound: float) -> bool:
