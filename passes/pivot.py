@@ -135,8 +135,10 @@ class _Member:
 
 def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[fx.Node, ...], Form]]]:
     """An order of a width's features, and the members around it whose coefficients are bounded in this order."""
-    served, order = list(members), None
+    served, order, begun = list(members), None, len(members)
     while len(served) > 1 or served[0].form == "blocks":
+        if 2 * len(served) <= begun:  # too many have left for their order to be a good start
+            order, begun = None, len(served)
         order = shared_columns([basis for member in served for basis in member.bases], order)
         excess = {member: max(largest_entry(q, order) for q in member.bases) / member.limit for member in served}
         beyond = sorted((member for member in served if excess[member] > 1), key=excess.__getitem__, reverse=True)
