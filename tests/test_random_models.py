@@ -70,17 +70,10 @@ def _weights(batch: Any) -> torch.Tensor:
 
 def flops_of(model: nn.Module, batch: torch.Tensor) -> int:
     """Of one call, as torch counts them; fused operations, which it does not know everywhere, as their products."""
-    counter = FlopCounterMode(display=False)
-    with plain_attention(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), plain_recurrence(), counter:
+    counter, plain_recurrence = FlopCounterMode(display=False), torch.backends.mkldnn.flags(enabled=False)
+    with plain_attention(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), plain_recurrence, counter:
         model(batch.clone())
     return counter.get_total_flops()
-
-
-@contextmanager
-def plain_recurrence() -> Iterator[None]:
-    """`nn.LSTM` in one product of matrices after another."""
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
 
 
 @contextmanager

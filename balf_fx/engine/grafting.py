@@ -99,10 +99,9 @@ def put_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
                 for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
                     if id(value) in new:
                         held[key] = new[id(value)]
+        if isinstance(holder, nn.TransformerEncoderLayer):
+            _call_layers(holder)
     _untie(model, set(modules))
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            _call_layers(module)
 
 
 def _call_layers(encoder: nn.TransformerEncoderLayer) -> None:

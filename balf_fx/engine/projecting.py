@@ -91,7 +91,7 @@ class Projection(nn.Module):
         """The output of the site, or of one of its parts, [..., G * O, *size]."""
         if maps is None:
             return value
-        left, right, shift = (each.flatten(0, 1).to(value) for each in maps)
+        left, right, shift = (each.to(value).flatten(0, 1) for each in maps)
         if not self._sizes:
             return F.linear(F.linear(value, right), left, shift)
         convolve, groups = _CONVOLUTIONS[len(self._sizes)], len(maps[0])

@@ -68,20 +68,19 @@ class Trial:
         return self.journal.remembered(stage, lambda: self._measure(program, problem, allocation))
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
-        pages = self.judge.pages
+        pages = None if self.refit else self.judge.pages  # for layers in files, and a model that runs block by block
         tried = None if self.refit else projected(self.original, allocation)
         if tried is None:
             tried = settled(program, problem, allocation)
-            files = pages if not self.refit else None  # layers that are not refitted are kept in files
-            carry_out(tried, "up" if self.refit else None, self.fit, done=None if files is None else files.keep)
-        module = tried.module if pages is None or self.refit else answering(tried, self.judge, pages)
+            carry_out(tried, "up" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
+        module = tried.module if pages is None else answering(tried, self.judge, pages)
 
         def weigh(index: int) -> Weights | None:
             batch = self.judge.batches[index]
             return call_weights(program, batch, self.judge.given(index, batch)).outputs
 
         lost = divergence(module, self.judge, self.references, weigh)
-        if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
+        if self.judge.pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
         give_back(BETWEEN_WALKS)
