@@ -9,7 +9,7 @@ from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.graph.experts import ExpertProduct
 from balf_fx.graph.operators import operation
 from balf_fx.refit.lockstep import Batch, Lockstep
-from balf_fx.refit.regression import Joint, JointSums, best
+from balf_fx.refit.regression import Joint, JointSums, Shares, best
 
 _HELD_OUT = 4  # one row in four
 
@@ -51,7 +51,7 @@ def refit_experts(
 
 
 def _best(train: Joint, held_out: Joint, toward: Tensor, prior: Solution, spectrum: Spectrum) -> Solution:
-    (found,) = best(train.uncentred(), held_out.uncentred(), toward, (prior,), (spectrum,))
+    (found,) = best(Shares(train.uncentred(), held_out.uncentred()), toward, (prior,), (spectrum,)).solution
     return found
 
 

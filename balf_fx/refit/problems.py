@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from balf_fx.graph.curves import Solution, Spectrum
+from balf_fx.refit.biases import Residual, best_shift
 from balf_fx.refit.lockstep import Batch, Lockstep
-from balf_fx.refit.regression import Inputs, Joint, JointSums, Residual, apply, best, best_shift
+from balf_fx.refit.regression import JointSums, Shares, apply, best
 from balf_fx.refit.targets import Target
 from balf_fx.refit.windows import Visit, Window, visits
 
@@ -42,24 +43,23 @@ class Problem:
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
         """The solution with the least error on the held-out share; a part without a bias gets none."""
-        train, held_out = self._sums(walk, None, (None, None))
-        solution = best(train, held_out, self.toward, self.prior, self.spectra, walk.group)
-        if self.target.limits is None:
-            return solution
-        train, held_out = self._sums(walk, solution, (train.inputs, held_out.inputs))
-        return best(train, held_out, self.toward, self.prior, self.spectra, walk.group)
+        shares = self._sums(walk)
+        fit = best(shares, self.toward, self.prior, self.spectra, group=walk.group)
+        if self.target.limits is not None:
+            shares = self._sums(walk, fit.solution, shares)
+            fit = best(shares, self.toward, self.prior, self.spectra, fit.strength, walk.group)
+        return fit.solution
 
-    def _sums(
-        self, walk: Lockstep, earlier: Sequence[Solution] | None, known: tuple[Inputs | None, Inputs | None]
-    ) -> tuple[Joint, Joint]:
+    def _sums(self, walk: Lockstep, earlier: Sequence[Solution] | None = None, first: Shares | None = None) -> Shares:
         """The sums over the training share and over the held-out share of all batches, in all processes.
 
         Args:
             earlier: a first solution, which decides what errors count beyond the limits of the target; or None.
-            known: the sums over the columns of both shares, if they are already known.
+            first: the sums that led to it, with the same columns.
         """
         groups, outputs, inputs = self.toward.shape
         shape = (groups if len(self.prior) == 1 else 1, inputs)
+        known = (None, None) if first is None else (first.train.inputs, first.held_out.inputs)
         shares = [JointSums(shape, (groups, outputs), self.toward.device, share) for share in known]
         for visit in visits(walk, self.target.node, self.target.site, (outputs, inputs), self.importance):
             x = self.columns(visit.batch, visit.window)
@@ -70,7 +70,7 @@ class Problem:
             shares[visit.share].add(visit.keep(x), visit.keep(y).to(x.dtype), weights)
         for each in shares:
             each.merge(walk.group)
-        return shares[0].joint(), shares[1].joint()
+        return Shares(shares[0].joint(), shares[1].joint(), None if first is None else first.whole.inputs)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ R M (Cov(x') + c I) M^T R^T, and R and L are the spectrum's right and left maps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.ranks.separable import separated, whole
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # c of the ridge, in units of the mean variance of x'
+_FIRST = 3  # the index of the strength to try first, and of that for too few samples to hold some out
 _BLOCK = 48  # columns of x x^T that are computed at a time, or a multiple of it
 
 
@@ -224,83 +227,80 @@ def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
     return float((left * fitted).sum() + (bias * offset).sum())
 
 
+@dataclass(frozen=True)
+class Shares:
+    """The sums over the training share and over the held-out share of the samples.
+
+    Attributes:
+        inputs: those of x' over both, if they are already known; with their Cholesky factors.
+    """
+
+    train: Joint
+    held_out: Joint
+    inputs: Inputs | None = None
+
+    @cached_property
+    def whole(self) -> Joint:
+        """The sums over all samples."""
+        train, held_out = self.train, self.held_out
+        inputs = train.inputs + held_out.inputs if self.inputs is None else self.inputs
+        return Joint(inputs, train.y + held_out.y, train.yx + held_out.yx)
+
+
+class Fit(NamedTuple):
+    """A solution, and the index of the strength that has the least held-out error."""
+
+    solution: tuple[Solution, ...]
+    strength: int
+
+
 def best(
-    train: Joint,
-    held_out: Joint,
+    shares: Shares,
     toward: Tensor,
     prior: Sequence[Solution],
     spectra: Sequence[Spectrum | None],
+    start: int = _FIRST,
     group: Group = ALONE,
-) -> tuple[Solution, ...]:
+) -> Fit:
     """The solution with the least held-out error, solved again on all samples; the prior if its error is no larger.
 
     Args:
         toward: [G, O, D], the map toward which the ridge shrinks.
         prior: the solution so far, one for each part of the outputs; parts with a left factor are solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
+        start: the index of the strength to try first. On real layers the error has one minimum.
         group: the processes over which the strengths of the ridge are shared out; their sums are the same.
     """
     metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
-    strength = 1.0
+    held_out, seen = shares.held_out, shares.whole
 
-    def judged(each: float) -> float:
-        return total_error(held_out, solutions(train, toward, prior, spectra, each), metrics)
+    def judged(index: int) -> float:
+        return total_error(held_out, solutions(shares.train, toward, prior, spectra, _STRENGTHS[index]), metrics)
 
     if held_out.count:  # nothing is held out of fewer than four samples
-        found = group.shared_out(_STRENGTHS, [1.0] * len(_STRENGTHS), judged)
-        errors = [total_error(held_out, prior, metrics), *found]
-        least = min(range(len(errors)), key=errors.__getitem__)
-        if least == 0:
-            return tuple(prior)
-        strength = _STRENGTHS[least - 1]
-    seen = train + held_out
-    solved = solutions(seen, toward, prior, spectra, strength)
-    return solved if total_error(seen, solved, metrics) < total_error(seen, prior, metrics) else tuple(prior)
+        start, least = lowest(judged, len(_STRENGTHS), start, group)
+        if not least < total_error(held_out, prior, metrics):
+            return Fit(tuple(prior), start)
+    solved = solutions(seen, toward, prior, spectra, _STRENGTHS[start])
+    better = total_error(seen, solved, metrics) < total_error(seen, prior, metrics)
+    return Fit(solved if better else tuple(prior), start)
 
 
-@dataclass(frozen=True)
-class Residual:
-    """Weighted sums over positions of the residual of a layer's output.
-
-    Attributes:
-        count: the sum of weights.
-        total: [G, O] float64.
-    """
-
-    count: float
-    total: Tensor
-
-    @classmethod
-    def of(cls, values: Tensor, weights: Tensor | None) -> Residual:
-        """The sums over some positions: values [G, O, n], weights [n] or None for 1 each."""
-        if weights is None:
-            return cls(values.shape[-1], values.sum(-1, dtype=torch.float64))
-        weights = weights.to(torch.float64)
-        return cls(float(weights.sum()), values.to(torch.float64) @ weights)
-
-    def __add__(self, other: Residual) -> Residual:
-        return Residual(self.count + other.count, self.total + other.total)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
-
-    def rise(self, shift: Tensor, metric: Tensor | None) -> float:
-        """The difference between E (r - s)^T M (r - s) and E r^T M r for a shift s [G, O]."""
-        weighted = shift if metric is None else (metric @ shift.unsqueeze(-1)).squeeze(-1)
-        return float((weighted * (shift - 2 * self.mean)).sum())
-
-
-def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -> Tensor:
-    """The shift of a bias [G, O]: the mean residual, or zero if that of the training share raises the held-out error.
+def lowest(function: Callable[[int], float], count: int, start: int, group: Group = ALONE) -> tuple[int, float]:
+    """The index and the value of a minimum of a function of 0 to `count` - 1, descending from `start`.
 
     Args:
-        spectrum: the metric; None for the plain squared error.
+        group: the processes over which its values are shared out.
     """
-    metric = None if spectrum is None else metric_of(spectrum)
-    both = train + held_out
-    accepted = not held_out.count or held_out.rise(train.mean, metric) < 0
-    return both.mean if accepted and both.rise(both.mean, metric) < 0 else torch.zeros_like(both.total)
+    known: dict[int, float] = {}
+    least = start
+    while True:
+        near = [index for index in (least, least - 1, least + 1) if 0 <= index < count and index not in known]
+        if not near:
+            return least, known[least]
+        tried = near[: group.size]
+        known.update(zip(tried, group.shared_out(tried, [1.0] * len(tried), function), strict=True))
+        least = min(known, key=lambda index: (math.isnan(known[index]), known[index]))
 
 
 def solutions(

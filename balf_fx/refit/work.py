@@ -15,7 +15,7 @@ from balf_fx.graph.site import Site
 from balf_fx.refit.windows import pixel_step
 
 _ELEMENT = 100  # operations in the time in which an element of a value is read, changed and written
-_FACTORS = 7  # Cholesky factors: six of the training share and one of all samples
+_FACTORS = 5  # Cholesky factors: about four of the training share and one of all samples
 _DOUBLE = 2  # operations of single precision in the time of one of double precision
 
 Shape = tuple[int, int, int]

@@ -1,18 +1,22 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from balf_fx.distributed.group import Group
 from balf_fx.graph.curves import Solution
 from balf_fx.ranks.spectra import damped_roots, spectrum_from_output
 from balf_fx.refit.regression import (
+    Joint,
     JointSums,
-    Residual,
+    Shares,
     apply,
     best,
-    best_shift,
     error,
     joint,
+    lowest,
     metric_of,
     ridge,
     solutions,
@@ -191,7 +195,7 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
     prior = (Solution(None, weight, prior.bias),) if dense else (prior,)
     spectra = (None,) if plain and dense else (metric,)
     for held in (held_out, JointSums((1, 3), (1, 4), weight.device).joint()):
-        found = best(train, held, weight, prior, spectra)
+        found = best(Shares(train, held), weight, prior, spectra).solution
         assert found[0].left is None or found[0].left.shape[-1] == rank
         seen = train + held
         metrics = [None if each is None else metric_of(each) for each in spectra]
@@ -252,39 +256,6 @@ def test_a_solution_is_applied_part_by_part():
     torch.testing.assert_close(apply((thin, dense), x), expected)
 
 
-@PROPERTY
-@given(seeds, st.booleans(), st.booleans())
-def test_a_bias_is_shifted_by_the_weighted_mean_of_what_is_left(seed, plain, weighted):
-    left = random(seed, 1, 4, 60) + 0.3 * random(seed + 1, 1, 4, 1)
-    weights = random(seed + 3, 60).square() + 0.1 if weighted else torch.ones(60, dtype=torch.float64)
-    metric = None if plain else spectrum(seed, 4)
-    gram = torch.eye(4, dtype=torch.float64) if metric is None else metric_of(metric)[0]
-    train, held_out = (
-        Residual.of(left[..., own], weights[own] if weighted else None) for own in (slice(0, 45), slice(45, None))
-    )
-
-    def lost(shift, own):
-        error = left[0, :, own] - shift[0].unsqueeze(-1)
-        return float(((gram @ error) * error * weights[own]).sum() / weights[own].sum())
-
-    def mean(own):
-        return (left[..., own] * weights[own]).sum(-1) / weights[own].sum()
-
-    nothing, training, held = torch.zeros(1, 4, dtype=torch.float64), slice(0, 45), slice(45, None)
-    better = lost(mean(training), held) < lost(nothing, held)
-    expected = mean(slice(None)) if better else nothing
-    torch.testing.assert_close(best_shift(train, held_out, metric), expected)
-    rise = held_out.rise(train.mean, None if plain else metric_of(metric))
-    assert rise == pytest.approx(lost(mean(training), held) - lost(nothing, held), abs=1e-12)
-
-
-def test_a_bias_without_samples_stays():
-    nothing = Residual(0.0, torch.zeros(1, 3, dtype=torch.float64))
-    assert torch.equal(best_shift(nothing, nothing, None), nothing.total)
-    seen = Residual.of(random(0, 1, 3, 8), None)
-    torch.testing.assert_close(best_shift(seen, nothing, None), seen.mean)
-
-
 def test_a_part_without_a_bias_is_solved_without_one():
     x, y, weights = problem(3, outputs=6)
     first, second = y.chunk(2, 1)
@@ -312,7 +283,7 @@ def test_the_prior_stays_where_the_held_out_share_prefers_it():
     prior, wrong = random(2, 1, 4, 6), random(3, 1, 4, 6)
     train, held_out = answers(x, wrong), answers(other, prior)
     solution = (Solution(None, prior, torch.zeros(1, 4, dtype=torch.float64)),)
-    assert best(train, held_out, wrong, solution, (None,)) == solution
+    assert best(Shares(train, held_out), wrong, solution, (None,)).solution == solution
 
 
 def test_the_prior_stays_where_all_samples_prefer_it():
@@ -321,13 +292,54 @@ def test_the_prior_stays_where_all_samples_prefer_it():
     prior, toward = random(2, 1, 4, 6), random(3, 1, 4, 6)
     train, held_out = answers(x, prior), answers(other, toward)
     solution = (Solution(None, prior, torch.zeros(1, 4, dtype=torch.float64)),)
-    assert best(train, held_out, toward, solution, (None,)) == solution
+    assert best(Shares(train, held_out), toward, solution, (None,)).solution == solution
 
 
-def test_a_bias_stays_where_the_held_out_share_prefers_it():
-    """The mean residual of the training share is none of its own."""
-    train, held_out = (
-        Residual.of(torch.full((1, 3, count), value), None) for count, value in ((300, 1.0), (100, -0.1))
-    )
-    assert torch.equal(best_shift(train, held_out, None), torch.zeros(1, 3, dtype=torch.float64))
-    assert torch.equal(best_shift(train, train, None), torch.ones(1, 3, dtype=torch.float64))
+@PROPERTY
+@given(seeds, st.integers(1, 3), st.integers(0, 4))
+def test_no_neighbour_of_the_strength_has_less_error_wherever_the_search_begins(seed, rank, start):
+    (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
+    strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    fitted = [solutions(train, weight, (prior,), (metric,), strength) for strength in strengths]
+    errors = [total_error(held_out, each, [metric_of(metric)]) for each in fitted]
+    found = best(Shares(train, held_out), weight, (prior,), (metric,), start)
+    assert errors[found.strength] == min(errors[max(found.strength - 1, 0) : found.strength + 2])
+    expected = solutions(train + held_out, weight, (prior,), (metric,), strengths[found.strength])[0]
+    if found.solution[0] is not prior:
+        torch.testing.assert_close(found.solution[0].left, expected.left)
+        torch.testing.assert_close(found.solution[0].right, expected.right)
+
+
+@PROPERTY
+@given(st.integers(1, 9), st.data(), st.integers(1, 4))
+def test_a_descent_finds_the_minimum_with_few_values(count, data, processes):
+    """Of a function that falls and then rises; several processes try neighbours at once."""
+    bottom, start = (data.draw(st.integers(0, count - 1)) for _ in range(2))
+    steps = data.draw(st.lists(st.floats(0.1, 2.0), min_size=count, max_size=count))
+    values = [sum(steps[min(bottom, index) : max(bottom, index)]) for index in range(count)]
+    asked = []
+
+    class Several(Group):
+        size = processes
+
+    def value(index):
+        asked.append(index)
+        return values[index]
+
+    assert lowest(value, count, start, Several()) == (bottom, 0.0)
+    assert len(asked) == len(set(asked)) <= abs(bottom - start) + 3
+
+
+def test_a_descent_leaves_what_is_not_a_number():
+    assert lowest([math.nan, 2.0, math.nan, math.nan].__getitem__, 4, 2) == (1, 2.0)
+    assert lowest([math.nan, 1.0, 2.0].__getitem__, 3, 2) == (1, 1.0)
+
+
+def test_sums_of_other_targets_have_the_factors_of_the_first():
+    x, y, weights = problem(9)
+    train, held_out = joint(x, y, weights), joint(x + 1, y, weights)
+    first = Shares(train, held_out)
+    other = Shares(Joint(train.inputs, -y.sum(-1), -train.yx), held_out, first.whole.inputs)
+    assert other.whole.inputs.factor(0.1) is first.whole.inputs.factor(0.1)
+    torch.testing.assert_close(other.whole.yx, held_out.yx - train.yx)
+    torch.testing.assert_close(first.whole.inputs.xx, (train + held_out).inputs.xx)
