@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import time
@@ -48,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device(device)
         torch.backends.cudnn.allow_tf32 = False  # results are compared with those of the CPU
         torch.Generator = _generator_on(device)  # type: ignore[misc]
+    gc.set_threshold(100_000, 20, 100)  # compilers make many objects that live on: walks over them take long
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of each would wait for those of others
         torch.set_num_threads(1)
 

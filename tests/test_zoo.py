@@ -15,8 +15,6 @@ TORCHVISION = (
     "squeezenet1_1",
 )
 TIMM = (
-    "edgenext_xx_small",
-    "mobilevitv2_050",
     "starnet_s050",
     "test_byobnet",
     "test_coatnet",
@@ -27,12 +25,9 @@ TIMM = (
     "test_vit_relpos",
 )
 TRANSFORMERS = (
-    "bert",
     "clip_text",
     "clip_vision",
     "convnext",
-    "gpt2",
-    "llama",
     "qwen3",
     "t5_encoder",
     "whisper_encoder",

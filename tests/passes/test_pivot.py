@@ -116,11 +116,9 @@ def subject(request):
 @pytest.mark.parametrize(
     ("effort", "budget"),
     [
-        ("fast", {"flops": 0.9}),
         ("fast", {"params": 0.75}),
         ("balanced", {"flops": 0.6}),
         ("best", {"flops": 0.9}),
-        ("best", {"params": 0.75}),
     ],
 )
 def test_a_plan_carried_out_with_and_without_pivots_is_one_function(subject, effort, budget):
