@@ -268,11 +268,11 @@ def best(
         toward: [G, O, D], the map toward which the ridge shrinks.
         prior: the solution so far, one for each part of the outputs; parts with a left factor are solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
-        start: the index of the strength to try first. On real layers the error has one minimum.
+        start: the index of the strength to try first. The search ends at a minimum; errors of layers have only one.
         group: the processes over which the strengths of the ridge are shared out; their sums are the same.
     """
     metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
-    held_out, seen = shares.held_out, shares.whole
+    held_out = shares.held_out
 
     def judged(index: int) -> float:
         return total_error(held_out, solutions(shares.train, toward, prior, spectra, _STRENGTHS[index]), metrics)
@@ -281,6 +281,7 @@ def best(
         start, least = lowest(judged, len(_STRENGTHS), start, group)
         if not least < total_error(held_out, prior, metrics):
             return Fit(tuple(prior), start)
+    seen = shares.whole
     solved = solutions(seen, toward, prior, spectra, _STRENGTHS[start])
     better = total_error(seen, solved, metrics) < total_error(seen, prior, metrics)
     return Fit(solved if better else tuple(prior), start)
