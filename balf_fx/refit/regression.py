@@ -88,9 +88,6 @@ class Joint:
     y: Tensor
     yx: Tensor
 
-    def __add__(self, other: Joint) -> Joint:
-        return Joint(self.inputs + other.inputs, self.y + other.y, self.yx + other.yx)
-
     @property
     def count(self) -> float:
         return self.inputs.count
@@ -268,7 +265,7 @@ def best(
         toward: [G, O, D], the map toward which the ridge shrinks.
         prior: the solution so far, one for each part of the outputs; parts with a left factor are solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
-        start: the index of the strength to try first. The search ends at a minimum; errors of layers have only one.
+        start: the index of the strength to try first. The search ends at a minimum; layers have had only one.
         group: the processes over which the strengths of the ridge are shared out; their sums are the same.
     """
     metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
@@ -279,7 +276,7 @@ def best(
 
     if held_out.count:  # nothing is held out of fewer than four samples
         start, least = lowest(judged, len(_STRENGTHS), start, group)
-        if not least < total_error(held_out, prior, metrics):
+        if not least < total_error(held_out, prior, metrics):  # also where one of them is not a number
             return Fit(tuple(prior), start)
     seen = shares.whole
     solved = solutions(seen, toward, prior, spectra, _STRENGTHS[start])

@@ -1,25 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from refit.helpers import PROPERTY, random, seeds, spectrum
 
-from balf_fx.ranks.spectra import damped_roots, spectrum_from_output
 from balf_fx.refit.biases import Residual, best_shift
 from balf_fx.refit.regression import metric_of
-
-PROPERTY = settings(deadline=None, max_examples=25, derandomize=True)
-seeds = st.integers(0, 10_000)
-
-
-def random(seed, *shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def spectrum(seed, outputs, groups=1):
-    """With a metric of its own."""
-    gradients = random(seed + 10, groups, outputs, 30)
-    y = random(seed + 11, groups, outputs, 40)
-    return spectrum_from_output(y @ y.mT / 40, y.mean(-1), damped_roots(gradients @ gradients.mT / 30, 0.1))
 
 
 @PROPERTY

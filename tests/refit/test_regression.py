@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from refit.helpers import PROPERTY, random, seeds, spectrum
 
 from balf_fx.distributed.group import Group
 from balf_fx.graph.curves import Solution
-from balf_fx.ranks.spectra import damped_roots, spectrum_from_output
 from balf_fx.refit.regression import (
     Joint,
     JointSums,
@@ -23,13 +23,6 @@ from balf_fx.refit.regression import (
     total_error,
     truncate,
 )
-
-PROPERTY = settings(deadline=None, max_examples=25, derandomize=True)
-seeds = st.integers(0, 10_000)
-
-
-def random(seed, *shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def problem(seed, groups=1, outputs=4, inputs=3, positions=50):
@@ -47,13 +40,6 @@ def objective(x, y, weights, fitted, bias, right=None):
     residual = y - fitted @ x - bias.unsqueeze(-1)
     residual = residual if right is None else right @ residual
     return float((residual.square().sum((0, 1)) * weights).sum() / weights.sum())
-
-
-def spectrum(seed, outputs, groups=1):
-    """With a metric of its own."""
-    gradients = random(seed + 10, groups, outputs, 30)
-    y = random(seed + 11, groups, outputs, 40)
-    return spectrum_from_output(y @ y.mT / 40, y.mean(-1), damped_roots(gradients @ gradients.mT / 30, 0.1))
 
 
 def test_without_a_ridge_it_is_weighted_least_squares():
@@ -136,7 +122,7 @@ def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
 def test_sums_of_batches_add_up():
     x, y, weights = problem(4, groups=2)
     whole = joint(x, y, weights)
-    parts = joint(x[..., :20], y[..., :20], weights[:20]) + joint(x[..., 20:], y[..., 20:], weights[20:])
+    parts = Shares(joint(x[..., :20], y[..., :20], weights[:20]), joint(x[..., 20:], y[..., 20:], weights[20:])).whole
     for name in ("y", "yx"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
     for name in ("x", "xx"):
@@ -197,7 +183,7 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
     for held in (held_out, JointSums((1, 3), (1, 4), weight.device).joint()):
         found = best(Shares(train, held), weight, prior, spectra).solution
         assert found[0].left is None or found[0].left.shape[-1] == rank
-        seen = train + held
+        seen = Shares(train, held).whole
         metrics = [None if each is None else metric_of(each) for each in spectra]
         assert total_error(seen, found, metrics) <= total_error(seen, prior, metrics)
 
@@ -207,7 +193,7 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
 def test_with_its_right_factor_kept_a_layer_never_does_better(seed, rank):
     x, y, weights = problem(seed)
     (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
-    seen = train + held_out
+    seen = Shares(train, held_out).whole
     (full,) = solutions(seen, weight, (prior,), (metric,), 0.0)
     thin = joint(prior.right @ x, y, weights)
     (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0)
@@ -302,9 +288,10 @@ def test_no_neighbour_of_the_strength_has_less_error_wherever_the_search_begins(
     strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     fitted = [solutions(train, weight, (prior,), (metric,), strength) for strength in strengths]
     errors = [total_error(held_out, each, [metric_of(metric)]) for each in fitted]
-    found = best(Shares(train, held_out), weight, (prior,), (metric,), start)
+    shares = Shares(train, held_out)
+    found = best(shares, weight, (prior,), (metric,), start)
     assert errors[found.strength] == min(errors[max(found.strength - 1, 0) : found.strength + 2])
-    expected = solutions(train + held_out, weight, (prior,), (metric,), strengths[found.strength])[0]
+    expected = solutions(shares.whole, weight, (prior,), (metric,), strengths[found.strength])[0]
     if found.solution[0] is not prior:
         torch.testing.assert_close(found.solution[0].left, expected.left)
         torch.testing.assert_close(found.solution[0].right, expected.right)
@@ -342,4 +329,4 @@ def test_sums_of_other_targets_have_the_factors_of_the_first():
     other = Shares(Joint(train.inputs, -y.sum(-1), -train.yx), held_out, first.whole.inputs)
     assert other.whole.inputs.factor(0.1) is first.whole.inputs.factor(0.1)
     torch.testing.assert_close(other.whole.yx, held_out.yx - train.yx)
-    torch.testing.assert_close(first.whole.inputs.xx, (train + held_out).inputs.xx)
+    torch.testing.assert_close(first.whole.inputs.xx, train.inputs.xx + held_out.inputs.xx)
