@@ -19,16 +19,24 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 def peak_gib() -> float:
     """The most memory that this process has had resident, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT / 2**30
+    found = _status_gib("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT / 2**30 if found is None else found
 
 
 def resident_gib() -> float:
     """The memory that this process has resident now, in GiB; its peak where the system does not tell."""
+    found = _status_gib("VmRSS")
+    return peak_gib() if found is None else found
+
+
+def _status_gib(name: str) -> float | None:
+    """An entry of this process's status, in GiB; None where the system has none.
+
+    Other sources are less exact: of some kernels, `ru_maxrss` may be below what is resident.
+    """
     status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_gib()
-    found = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(found.split()[1]) / 2**20
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(name)), None)
 
 
 class StageClock:
