@@ -132,7 +132,7 @@ def _inner_compiler(inner: str | Compiler, mode: str | None, options: Mapping[st
         return wrapped
     try:
         backend: Any = lookup_backend(inner)
-    except InvalidBackend as error:
-        raise OptionError(f"inner: {error}") from None
+    except InvalidBackend:
+        raise OptionError(f"inner is {inner!r}, which is not among torch._dynamo.list_backends()") from None
     given = {"mode": mode, "options": options}
     return partial(backend, **{name: value for name, value in given.items() if value is not None})

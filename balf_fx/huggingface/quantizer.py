@@ -34,24 +34,34 @@ METHOD = "balf"
 class BalfConfig(QuantizationConfigMixin):
     """The entry of a compressed model in `config.json`.
 
+    transformers copies configurations in `forward`, and walks through the dictionaries in them; Dynamo traces that. So
+    copies of the entry are the entry itself, and the plan, the largest part of it, stands in a list.
+
     Attributes:
-        plan: `Plan.to_dict`.
+        plan: `Plan.to_dict`, as the only item of a list.
         sha256: the checksums of the tensors that were written with it, by name.
     """
 
     def __init__(
-        self, plan: Mapping[str, Any] | None = None, sha256: Mapping[str, str] | None = None, **_: Any
+        self, plan: list[Mapping[str, Any]] | None = None, sha256: Mapping[str, str] | None = None, **_: Any
     ) -> None:
         self.quant_method: Any = METHOD
         self.plan = plan
         self.sha256 = dict(sha256 or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BalfConfig:
+        return self  # nothing changes an entry
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it is written; its values are not copied."""
+        return dict(vars(self))
 
     @classmethod
     def of(cls, plan: Plan) -> BalfConfig:
         """The entry for a plan, without the spectra of its layers, which only plots need."""
         choices = tuple(dataclasses.replace(choice, spectrum=None) for choice in plan.allocation.choices)
         allocation = dataclasses.replace(plan.allocation, choices=choices)
-        return cls(dataclasses.replace(plan, allocation=allocation).to_dict())
+        return cls([dataclasses.replace(plan, allocation=allocation).to_dict()])
 
 
 def describe(model: Any, plan: Plan) -> None:
@@ -91,7 +101,7 @@ class BalfQuantizer(HfQuantizer):
         biases = None if hasattr(model.config, "quantization_config") else missing_biases(model, model.config)
         if biases is not None:  # stock transformers reads the folder: it needs no plan, but some zeros perhaps
             return ({**model.state_dict(), **biases} if biases else None), {}
-        model.config.quantization_config = BalfConfig(self._plan().to_dict(), _checksums(model))
+        model.config.quantization_config = BalfConfig([self._plan().to_dict()], _checksums(model))
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -102,7 +112,8 @@ class BalfQuantizer(HfQuantizer):
         return True
 
     def _plan(self) -> Plan:
-        plan = Plan.from_dict(getattr(self.quantization_config, "plan", None))
+        entry = getattr(self.quantization_config, "plan", None)
+        plan = Plan.from_dict(entry[0] if isinstance(entry, list) and entry else entry)
         if plan.modules is None:
             raise PlanError('config.json holds the plan of a graph: compress the model with result="module"')
         return plan

@@ -112,7 +112,7 @@ def test_damaged_folders_are_refused(folder):
 
     weights, config = folder / "model.safetensors", folder / "config.json"
     whole, data = load_file(weights), json.loads(config.read_text())
-    path = next(path for path, recipe in balf_fx.Plan.from_dict(data["quantization_config"]["plan"]).modules.items())
+    path = next(path for path, recipe in balf_fx.Plan.from_dict(data["quantization_config"]["plan"][0]).modules.items())
     without = {name: value for name, value in whole.items() if not name.startswith(path)}
     save_file(without, weights, {"format": "pt"})
     with pytest.raises(FileError, match="not complete"):
@@ -121,12 +121,22 @@ def test_damaged_folders_are_refused(folder):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(FileError, match="truncated"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
-    for change in ({"format": 99}, {"modules": {"elsewhere": data["quantization_config"]["plan"]["modules"][path]}}):
+    for change in ({"format": 99}, {"modules": {"elsewhere": data["quantization_config"]["plan"][0]["modules"][path]}}):
         changed = copy.deepcopy(data)
-        changed["quantization_config"]["plan"] |= change
+        changed["quantization_config"]["plan"][0] |= change
         config.write_text(json.dumps(changed))
         with pytest.raises(PlanError):
             transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_copies_of_the_configuration_share_the_plan(small):
+    """Encoder-decoders copy it in `forward`, and Dynamo traced every entry of the plan."""
+    copied = copy.deepcopy(small.config)
+    assert copied.quantization_config is small.config.quantization_config
+    written = copied.to_dict()["quantization_config"]
+    assert written["quant_method"] == "balf"
+    assert written["plan"][0]["modules"]  # not walked through: it is in a list
+    assert not any(isinstance(value, dict) for key, value in written.items() if key != "sha256")
 
 
 @pytest.mark.parametrize("size", ["50GB", "20KB"])
@@ -301,7 +311,7 @@ def test_narrower_parameters_in_folders(tmp_path):
 
 def test_a_graph_has_no_folder(tokens, folder):
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["plan"]["modules"] = None
+    config["quantization_config"]["plan"][0]["modules"] = None
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BalfError, match='result="module"'):
         transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -187,7 +187,7 @@ def test_greedy_beam_and_sampled_generation(name, compressed):
     assert torch.equal(sampled, generate(small, name, do_sample=True, use_cache=False))
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma", "GPT-2", "NeoX", "OPT"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_padding_on_the_left_changes_nothing(name, compressed):
     _, small, _ = compressed(name)
     tokens = batch(name, count=1, length=5, seed=4)["input_ids"]
@@ -208,7 +208,7 @@ def test_caches_hold_no_zeros_of_narrower_heads(name, compressed):
         assert got.shape == (*want.shape[:-1], sizes.get(kind, want.shape[-1]))
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma", "Phi3"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_static_cache_gives_what_a_growing_one_gives(name, compressed):
     _, small, _ = compressed(name)
     growing = generate(small, name, do_sample=False)
@@ -224,7 +224,7 @@ def test_hidden_states_and_attentions_keep_their_shapes(compressed):
     assert torch.equal(got.hidden_states[0], want.hidden_states[0])  # the embeddings are untouched
 
 
-@pytest.mark.parametrize("name", ["DINOv2", "T5", *SPEAKERS, "SigLIP", "Swin", "ModernBERT", "DeepSeek", "Mixtral"])
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_folders_give_models_of_each_kind_back(name, compressed, tmp_path):
     _, small, _ = compressed(name)
@@ -266,6 +266,64 @@ def test_half_precision_training_and_quantization(name, compressed):
     found = [parameter for path in changed for parameter in small.get_submodule(path).parameters()]
     assert found
     assert all(parameter.grad is not None for parameter in found)
+
+
+def labelled(name):
+    """Rows for Trainer, with what the family's loss is computed from."""
+    given = batch(name, count=2)
+    rows = [{key: value[index] for key, value in given.items()} for index in range(2)]
+    for row in rows:
+        if name in CLASSIFIERS:
+            row["labels"] = torch.tensor(1)
+        else:
+            row["labels"] = row.pop("decoder_input_ids", row.get("input_ids"))
+    return rows
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("CLIP", "SigLIP")])  # they take no labels
+def test_a_step_of_the_trainer(name, compressed, tmp_path):
+    pytest.importorskip("accelerate")
+    small = copy.deepcopy(compressed(name)[1])
+    before = {path: value.clone() for path, value in small.named_parameters()}
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, **quiet)
+    transformers.Trainer(small, arguments, train_dataset=labelled(name)).train()
+    assert any(not torch.equal(value, before[path]) for path, value in small.named_parameters())
+
+
+TASKS = dict.fromkeys(DECODERS, "text-generation")
+TASKS |= dict.fromkeys(["BERT", "RoBERTa", "ModernBERT"], "text-classification")
+TASKS |= dict.fromkeys(["ViT", "DINOv2", "Swin"], "image-classification")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{index}": index for index in range(WORDS)}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, pad_token="w0", bos_token="w1", eos_token="w2")
+
+
+@pytest.mark.parametrize("name", TASKS)
+@torch.no_grad()
+def test_a_pipeline_answers_as_the_model_does(name, compressed, tokenizer):
+    _, small, _ = compressed(name)
+    if TASKS[name] == "image-classification":
+        image = pytest.importorskip("PIL.Image").new("RGB", (20, 20), "red")
+        processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
+        pipe, given = transformers.pipeline(TASKS[name], model=small, image_processor=processor), image
+        want = answer(small(**processor(image, return_tensors="pt")))
+    else:
+        pipe, given = transformers.pipeline(TASKS[name], model=small, tokenizer=tokenizer), "w4 w5 w6"
+        want = answer(small(torch.tensor([[4, 5, 6]])))
+    if TASKS[name] == "text-generation":
+        (found,) = pipe(given, max_new_tokens=1, do_sample=False, return_full_text=False)
+        assert found["generated_text"].strip() == f"w{int(want[0, -1].argmax())}"
+    else:
+        found = pipe(given)
+        found = found[0] if isinstance(found[0], list) else found
+        assert found[0]["label"] == small.config.id2label[int(want[0].argmax())]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
