@@ -335,6 +335,22 @@ def realised() -> str:
     return markdown([(name, *cells) for name, cells in lines.items()], (", ".join(counts), *headers))
 
 
+def generation() -> str:
+    """The times of a compressed language model relative to the dense one's, and the size of its cache."""
+    lines: dict[str, list[str]] = {}
+    headers: dict[str, None] = {}
+    for case in _read("generation")["benchmarks"]:
+        _, effort, task, count = case["group"].split(", ")
+        found = case["extra_info"]
+        lines.setdefault(effort, [f"{found['flops_kept']:.2f}", f"{found['cache']:.2f}"])
+        lines[effort].append(f"{found['ratios']['dense']['median']:.2f}")
+        headers[f"{task}, {count.replace('1 sequences', '1 sequence')}"] = None
+    return markdown(
+        [(f'`effort="{effort}"`', *cells) for effort, cells in lines.items()],
+        ("x dense", "FLOPs", "cache", *headers),
+    )
+
+
 def pivots() -> str:
     """The times of models with pivots relative to those of plain pairs of the same FLOPs, and to the dense models'."""
     lines: dict[str, list[str]] = {}
@@ -352,6 +368,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "vit_tiny": lambda: accuracy("vit_tiny", 512, digits=1),
     "mobilenetv2": lambda: accuracy("mobilenetv2", 512, digits=1),
     "stories": lambda: accuracy("stories", 160, digits=1),
+    "stories_flops": lambda: accuracy("stories_flops", 160, digits=1),
     "llama": llama,
     "samples": samples,
     "padding": padding,
@@ -366,6 +383,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "blocks": blocks,
     "timings": timings,
     "realised": realised,
+    "generation": generation,
     "pivots": pivots,
     "finetune": finetune,
     "large": large,
