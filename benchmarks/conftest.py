@@ -23,6 +23,13 @@ from timing import Measure, Ratio, Rivals, Task, finished
 
 _RATIOS = pytest.StashKey[list[tuple[str, ...]]]()
 _STATISTICS = ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3", "rounds", "iterations")
+_LONG = ("bench_generation.py", "bench_pivots.py", "bench_realised.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether to pass over a file: cases that take hours run only where their file is named."""
+    named = any(collection_path.name in argument for argument in config.args)
+    return True if collection_path.name in _LONG and not named else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

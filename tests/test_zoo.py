@@ -8,12 +8,7 @@ from torch import nn
 
 import balf_fx
 
-TORCHVISION = (
-    "mobilenet_v3_small",
-    "resnet18",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
-)
+TORCHVISION = ("mobilenet_v3_small", "shufflenet_v2_x0_5")
 TIMM = (
     "starnet_s050",
     "test_byobnet",

@@ -31,6 +31,9 @@ from torch import Tensor
 from balf_fx.graph.curves import Spectrum
 from balf_fx.ranks.hulls import lower_hull, segments
 
+_SINGULAR = 1e-6
+"""Pivots of a Cholesky factor below this share of the largest one are rounding errors of zeros."""
+
 
 def in_parts(value: Tensor, parts: int) -> Tensor:
     """[G, O, ...] split along O into [G * parts, O / parts, ...]."""
@@ -53,8 +56,9 @@ def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def damped_roots(gradient: Tensor, damping: float, unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A root S of the damped second moment M of gradients, S^T S = M, and its inverse.
 
-    It is the transposed Cholesky factor, or the symmetric root where M is singular up to rounding. Roots differ by
-    rotations, which change no energy and no product of factors.
+    It is the transposed Cholesky factor, or the symmetric root where M is singular up to rounding, with the smallest
+    eigenvalues raised so that it has an inverse. Roots differ by rotations, which change no energy and no product of
+    factors.
 
     Args:
         gradient, damping, unit: as in `damped`.
@@ -64,11 +68,12 @@ def damped_roots(gradient: Tensor, damping: float, unit: Tensor | None = None) -
     """
     metric = damped(gradient, damping, unit)
     lower, failed = torch.linalg.cholesky_ex(metric)
-    if not bool(failed.any()):
+    pivots = lower.diagonal(dim1=-2, dim2=-1)
+    if not bool(failed.any()) and bool((pivots.amin(-1) > _SINGULAR * pivots.amax(-1)).all()):
         identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
         return lower.mT, torch.linalg.solve_triangular(lower, identity, upper=False).mT
     values, vectors = _descending_eigh(metric)
-    roots = values.sqrt().unsqueeze(-2)
+    roots = torch.maximum(values, _SINGULAR**2 * values[..., :1]).sqrt().unsqueeze(-2)
     return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
 
 

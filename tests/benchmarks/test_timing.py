@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,3 +92,12 @@ def test_timings_are_collected_on_request_alone(pytestconfig):
     files = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
     assert {name for name in files if name.startswith("test_")} == set()
     assert {name for name in files if name.startswith("bench_")} >= {"bench_latency.py", "bench_compression.py"}
+
+
+def test_cases_that_take_hours_run_where_their_file_is_named(load_benchmark):
+    ignore = load_benchmark("conftest").pytest_ignore_collect
+    folder = ROOT / "benchmarks"
+    for name, ignored in (("bench_realised.py", True), ("bench_generation.py", True), ("bench_latency.py", None)):
+        assert (folder / name).is_file()
+        assert ignore(folder / name, SimpleNamespace(args=["benchmarks"])) is ignored
+        assert ignore(folder / name, SimpleNamespace(args=[f"benchmarks/{name}"])) is None

@@ -232,8 +232,9 @@ def test_roots_and_maps_are_inverse_to_each_other():
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_root_of_a_singular_metric_is_symmetric(rank):
     gradient = random(5, 1, 4, rank)
-    root, _ = damped_roots(gradient @ gradient.mT, 0.0)
+    root, inverse = damped_roots(gradient @ gradient.mT, 0.0)
     torch.testing.assert_close(root, root.mT)
+    torch.testing.assert_close(root @ inverse, torch.eye(4, dtype=torch.float64).unsqueeze(0))
     torch.testing.assert_close(root.mT @ root, damped(gradient @ gradient.mT, 0.0))
 
 

@@ -1,4 +1,4 @@
-"""The widths of the transformers that `benchmarks/zoo.py` sweeps, and what is left when they are narrowed."""
+"""The widths of transformers in `benchmarks/zoo.py`, without twins, and what is left when they are narrowed."""
 
 from collections import Counter
 
@@ -26,22 +26,16 @@ FOUND = {  # kind, features and heads of each width, worked out by hand for one 
     "deberta_v2": (HIDDEN, POOLED, VALUES),  # two products read its queries
     "deit": (HIDDEN, *ATTENTION),
     "dinov2": (WIDE, *ATTENTION),
-    "distilbert": (HIDDEN, POOLED, *ATTENTION),
-    "electra": (HIDDEN, POOLED, *ATTENTION),
-    "gemma": (HIDDEN, GROUPED),  # rotary embeddings fix the basis of queries and keys, here and below
-    "gemma2": (HIDDEN, GROUPED),
+    "gemma2": (HIDDEN, GROUPED),  # rotary embeddings fix the basis of queries and keys, here and below
     "gpt2": (WIDE, *ATTENTION),
     "gpt_neox": (HIDDEN, VALUES),
     "llama": (HIDDEN, GROUPED),
-    "mistral": (HIDDEN, GROUPED),
     "modernbert": (HIDDEN, VALUES),
     "opt": (HIDDEN, *ATTENTION),
     "phi": (HIDDEN, GROUPED),
     "phi3": (HIDDEN, GROUPED),
-    "qwen2": (HIDDEN, GROUPED),
     "qwen3": (HIDDEN, GROUPED),
     "resnet": (("channels", 8, 1), ("channels", 8, 1), ("channels", 16, 1), ("channels", 16, 1)),
-    "roberta": (HIDDEN, POOLED, *ATTENTION),
     "segformer": (
         *(POOLED, HIDDEN),
         *(("queries", 32, 1), ("queries", 32, 2), ("values", 32, 1), ("values", 32, 2)),
