@@ -336,18 +336,18 @@ def realised() -> str:
 
 
 def generation() -> str:
-    """The times of a compressed language model relative to the dense one's, and the size of its cache."""
+    """The times of a compressed language model relative to the dense one's."""
     lines: dict[str, list[str]] = {}
     headers: dict[str, None] = {}
     for case in _read("generation")["benchmarks"]:
         _, effort, task, count = case["group"].split(", ")
         found = case["extra_info"]
-        lines.setdefault(effort, [f"{found['flops_kept']:.2f}", f"{found['cache']:.2f}"])
+        lines.setdefault(effort, [f"{found['flops_kept']:.2f}"])
         lines[effort].append(f"{found['ratios']['dense']['median']:.2f}")
         headers[f"{task}, {count.replace('1 sequences', '1 sequence')}"] = None
     return markdown(
         [(f'`effort="{effort}"`', *cells) for effort, cells in lines.items()],
-        ("x dense", "FLOPs", "cache", *headers),
+        ("x dense", "FLOPs", *headers),
     )
 
 

@@ -105,7 +105,12 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     pivots = [(case["group"], case["extra_info"]["ratios"]) for case in read("pivots")["benchmarks"]]
     (slow,) = (words for words, ratios in pivots if ratios["dense"]["median"] > 1)
     slow_images, slow_budget = re.fullmatch(r"pivots, MobileNetV2 at (\S+), (\d+) images, inductor", slow).group(2, 1)
+    writer, shape = load_benchmark("bench_generation"), load_benchmark("subjects")._LARGE
+    wide, hidden = shape["hidden_size"], shape["intermediate_size"]
+    weights = 2 * 32_000 * wide + shape["num_hidden_layers"] * wide * (4 * wide + 3 * hidden)
     claims = [
+        f"A Llama of {weights / 1e6:.0f} million random weights",
+        f"to read a prompt of {writer.PROMPT} tokens, and to write {writer.WRITTEN} tokens",
         f"With {slow_images} images at {slow_budget}, MobileNetV2 is slower than the dense model",
         "Llama in bfloat16",  # of `large.build`
         f"{small['shape']}, {billion['shape']} would take {longer:.1f} times as long as it does",
@@ -141,7 +146,9 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     ]
     assert left_over(prose(MEASUREMENTS), claims) == []
     assert dict(pivots)[slow]["dense"]["median"] > dict(pivots)[slow]["pairs"]["median"]  # so pairs are slower, too
-    assert [read(name)["machine_info"]["threads"] for name in ("realised", "pivots")] == [1, 2]
+    assert [read(name)["machine_info"]["threads"] for name in ("realised", "generation", "pivots")] == [1, 1, 2]
+    assert writer.SHARE == 0.5
+    assert {case["extra_info"]["cache"] for case in read("generation")["benchmarks"]} == {1.0}
     assert f"{WORDS[tuned['options']['tune']]} epochs, of all parameters" in prose(MEASUREMENTS)
     assert f"The one with a problem is `{problem['name']}`" in MEASUREMENTS.read_text()
     assert rows("accuracy_mobilenetv2")[1] == rows("accuracy_vit_tiny")[1]
