@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from balf_fx.cli.demo import Demo, Figures
 from balf_fx.dynamo.options import BackendOptions
@@ -156,7 +157,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     assert (unlike["flops"], unlike["options"]["images"]) == (0.5, rows("accuracy_resnet20")[1])
 
 
-def test_what_is_said_of_accuracy(read, rows):
+def test_what_is_said_of_accuracy(read, rows, load_benchmark):
     found, _ = rows("accuracy_resnet20")
     once = ("svd", "svd-llm", "air", "balf", "fast")
     assert found["ours", 0.3]["top1"] > 75
@@ -171,6 +172,11 @@ def test_what_is_said_of_accuracy(read, rows):
     for method, budget in itertools.product(("svd", "svd-llm", "air", "balf"), (0.8, 0.6, 0.4)):
         ours = found["ours", budget]["perplexity"] - dense
         assert 0 < ours < (found[method, budget]["perplexity"] - dense) / 3
+    texts = load_benchmark("stories")
+    layers = {name: layer for name, layer in texts.Llama().named_modules() if isinstance(layer, nn.Linear)}
+    queries = [layer for name, layer in layers.items() if name.endswith("wq")]
+    products = sum(2 * texts.LENGTH * layer.out_features for layer in queries)  # for each position
+    assert products > sum(layer.weight.numel() for layer in layers.values())
 
 
 def test_what_is_said_of_other_calibration_data(read):
