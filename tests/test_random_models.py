@@ -162,7 +162,8 @@ def check_sizes(small: nn.Module, options: dict[str, Any]) -> None:
     reduced = [width for width in plan.widths if width.size != width.features]
     assert not [width for width in reduced if width.size % options["multiple_of"]]
     if not options["pivot"]:
-        assert {row.form for row in balf_fx.report(small).sites} <= {"", "pair", "separable"}
+        allowed = {"", "pair", "separable"} if options["separable"] else {"", "pair"}
+        assert {row.form for row in balf_fx.report(small).sites} <= allowed
 
 
 def check_outputs(model: nn.Module, small: nn.Module, batches: list[torch.Tensor]) -> None:
