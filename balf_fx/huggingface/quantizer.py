@@ -101,7 +101,8 @@ class BalfQuantizer(HfQuantizer):
         biases = None if hasattr(model.config, "quantization_config") else missing_biases(model, model.config)
         if biases is not None:  # stock transformers reads the folder: it needs no plan, but some zeros perhaps
             return ({**model.state_dict(), **biases} if biases else None), {}
-        model.config.quantization_config = BalfConfig([self._plan().to_dict()], _checksums(model))
+        config: Any = self.quantization_config
+        model.config.quantization_config = BalfConfig(config.plan, _checksums(model))
         return None, {}
 
     def is_serializable(self) -> bool:
