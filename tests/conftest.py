@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Tests of what is on the CPU make everything there, whatever the device of the others."""
-    if request.node.get_closest_marker("cpu") is None:
+    if request.node.get_closest_marker("cpu") is None or request.config.getoption("--device") is None:
         yield
         return
     monkeypatch.setattr(torch, "Generator", _GENERATOR)

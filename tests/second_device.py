@@ -71,13 +71,14 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        second = any(map(self.marks.has, _tensors((args, kwargs))))
+        given = _tensors((args, kwargs))
+        second = any(map(self.marks.has, given))
         if second and func not in _MOVING:
-            checked = (args[0], args[2:]) if func in _INDEXING else (args, kwargs)
+            checked = _tensors((args[0], args[2:])) if func in _INDEXING else given
             written = _tensors(
                 [value for value, spec in zip(args, func._schema.arguments, strict=False) if spec.is_write]
             )
-            others = [each for each in _tensors(checked) if each.dim() > 0]
+            others = [each for each in checked if each.dim() > 0]
             if not all(map(self.marks.has, [*others, *written])):
                 raise MixedDevicesError(f"{func} got tensors on {DEVICE} and on the CPU")
         made = func(*args, **kwargs)
@@ -143,7 +144,14 @@ _TRANSFERS = (Tensor.to, Tensor.cpu, torch.as_tensor)
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    """The tensors in a value, also in its lists and dictionaries: what operations take and return."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, tuple | list):
+        return []
+    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _on_cpu(value: Any) -> Any:

@@ -153,13 +153,15 @@ class Watch:
         compressed = settled(self.program, problem, allocation)
         carry_out(compressed, None, self.calibration, pivot=self.pivot)
         found = _race(self.task, _task(compressed, self.trace, self.runner), self.device)
+        whole, in_sites = max(problem.totals.latency, 1), sum(choice.dense.latency for choice in allocation.choices)
         return Timing(
             runner=self.runner,
             device=str(self.device),
             threads=torch.get_num_threads(),
             asked=self.asked,
-            predicted=1.0 - _saved(allocation) / max(problem.totals.latency, 1),
+            predicted=1.0 - _saved(allocation) / whole,
             measured=found.ratio,
+            in_sites=min(in_sites / whole, 1.0),
             dense=found.first,
             compressed=found.second,
         )

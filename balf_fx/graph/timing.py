@@ -18,6 +18,8 @@ class Timing:
         asked: the share of the original's time that was asked for.
         predicted: the share of the original's time by the times of single operations (`passes.Time`).
         measured: the median ratio of their times.
+        in_sites: the share of the original's time that its sites take by the times of their operations; a budget reaches
+            the rest only where narrower features shorten it.
         dense, compressed: the median seconds of each; the original with its BatchNorms folded, if they were.
     """
 
@@ -27,5 +29,6 @@ class Timing:
     asked: float
     predicted: float
     measured: float
+    in_sites: float
     dense: float
     compressed: float

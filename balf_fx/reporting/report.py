@@ -267,7 +267,8 @@ def timing_in_words(timing: Timing) -> str:
     where = timing.device if timing.device != "cpu" else f"cpu, {timing.threads} threads"
     return (
         f"{1e3 * timing.dense:.4g} -> {1e3 * timing.compressed:.4g} ms ({timing.runner}, {where}): "
-        f"{timing.measured:.2%} of the original's, {timing.asked:.2%} asked for, {timing.predicted:.2%} predicted"
+        f"{timing.measured:.2%} of the original's, {timing.asked:.2%} asked for, {timing.predicted:.2%} predicted, "
+        f"{timing.in_sites:.0%} in sites"
     )
 
 

@@ -1,6 +1,7 @@
 """Budgets of time, with clocks that follow a law: what is chosen can then be checked."""
 
 import copy
+import functools
 import types
 
 import pytest
@@ -50,21 +51,23 @@ def clock(monkeypatch):
         share = second.flops / first.flops
         return Race(1e-9 * first.flops, 1e-9 * first.flops * found.law(share), found.law(share))
 
-    def seconds(run):
-        with torch.no_grad(), flop_counter() as counter:
-            run.operation.task(run.inputs, run.outputs)()
-        return 1e-9 * counter.get_total_flops()
-
     def node_seconds(graph_module, inputs, device, skipped, compiled):
         times = {node.name: 1e-9 * (annotation(node).flops or 0) for node in graph_module.graph.nodes}
         return times, None if compiled is None else 1e-9 * compiled.flops
 
     monkeypatch.setattr(module, "_task", task)
     monkeypatch.setattr(module, "_race", race)
-    monkeypatch.setattr(table, "_seconds", seconds)
+    monkeypatch.setattr(table, "_seconds", counted_seconds)
     monkeypatch.setattr(time, "node_seconds", node_seconds)
     monkeypatch.setattr(module, "open_table", lambda device, group: table.Table())
     return found
+
+
+@functools.cache
+def counted_seconds(run):
+    with torch.no_grad(), flop_counter() as counter:
+        run.operation.task(run.inputs, run.outputs)()
+    return 1e-9 * counter.get_total_flops()
 
 
 def fast(model, batches, **options):
@@ -148,7 +151,11 @@ def test_the_report_and_the_plan_have_the_times(net, batches, clock):
     assert type(plan).from_json(plan.to_json()) == plan
     words = timing_in_words(plan.timing)
     assert "eager" in words
-    assert words in str(balf_fx.report(fast(net, batches, latency=0.7)))
+    report = balf_fx.report(fast(net, batches, latency=0.7))
+    assert words in str(report)
+    assert 0.5 < report.flops_in_sites < 1
+    assert plan.timing.in_sites == pytest.approx(report.flops_in_sites)
+    assert f"{report.flops_in_sites:.0%} in sites" in words
 
 
 def test_another_budget_has_no_times(net, batches):
