@@ -321,18 +321,21 @@ def timings() -> str:
 
 
 def realised() -> str:
-    """The FLOPs and the time that are left for each budget, and, by FLOPs, how much of what these promise is real."""
-    lines: dict[str, list[str]] = {}
+    """What is left for each budget, how much of what FLOPs promise is real, and how much of the time budgets reach."""
+    rows: dict[str, dict[str, Any]] = {}
     counts: dict[str, None] = {}
     for case in _read("realised")["benchmarks"]:
         _, model, *budget, count, runner = case["group"].split(", ")
         counts[count] = None
-        found = case["extra_info"]
-        figures = [found["flops_kept"], found["ratios"]["dense"]["median"]]
-        figures += [found["realised"]] if budget[0] == "flops" else []
-        lines.setdefault(f"{model}, {runner}", []).extend(f"{figure:.2f}" for figure in figures)
-    headers = ("0.5 of FLOPs: FLOPs", "time", "realised", "0.5 of time: FLOPs", "time")
-    return markdown([(name, *cells) for name, cells in lines.items()], (", ".join(counts), *headers))
+        rows.setdefault(f"{model}, {runner}", {})[budget[0]] = case["extra_info"]
+    lines = []
+    for name, found in rows.items():
+        figures = [found[budget]["ratios"]["dense"]["median"] for budget in ("flops", "latency")]
+        in_sites, kept = found["latency"]["in_sites"], [found[budget]["flops_kept"] for budget in ("flops", "latency")]
+        cells = (in_sites, kept[0], figures[0], found["flops"]["realised"], kept[1], figures[1])
+        lines.append((name, *(f"{cell:.2f}" for cell in cells)))
+    headers = ("dense time in sites", "0.5 of FLOPs: FLOPs", "time", "realised", "0.5 of time: FLOPs", "time")
+    return markdown(lines, (", ".join(counts), *headers))
 
 
 def generation() -> str:
