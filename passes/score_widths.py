@@ -79,7 +79,7 @@ class ScoreWidths(Pass):
             return None
         whole, *halves = ([layer[i] for layer in known] for i in range(min(map(len, known))))
         curve = _score_channels(whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
-        give_back()
+        give_back(freed=width.features**2)
         if all(map(math.isfinite, (curve.loss, *curve.distortion))):
             return curve
         _LOGGER.warning("the loss of narrowing %s is NaN or infinite: it keeps its width", width.name)

@@ -54,6 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays, so that walks need not look at it
+
+
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Tests of what is on the CPU make everything there, whatever the device of the others."""

@@ -83,7 +83,7 @@ class Trial:
         if self.judge.pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
-        give_back(BETWEEN_WALKS)
+        give_back(BETWEEN_WALKS, problem.totals.params)
         return lost
 
 
@@ -139,7 +139,7 @@ def allocate_faithfully(
 
     def attempt(option: Allocate) -> _Attempt:
         allocation = option.solve(problem)
-        give_back(BETWEEN_WALKS)
+        give_back(BETWEEN_WALKS, problem.totals.params)
         chosen = _chosen(allocation)
         if chosen not in measured:
             measured[chosen] = trial.measure(program, problem, allocation)

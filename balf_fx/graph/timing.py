@@ -18,8 +18,8 @@ class Timing:
         asked: the share of the original's time that was asked for.
         predicted: the share of the original's time by the times of single operations (`passes.Time`).
         measured: the median ratio of their times.
-        in_sites: the share of the original's time that its sites take by the times of their operations; a budget reaches
-            the rest only where narrower features shorten it.
+        in_sites: the share of the original's time that its sites take, by the times of their operations; a budget
+            reaches the rest only where narrower features shorten it.
         dense, compressed: the median seconds of each; the original with its BatchNorms folded, if they were.
     """
 

@@ -29,6 +29,14 @@ def test_only_much_memory_is_given_back(library, free, given):
     assert library.given == [*given, 0]
 
 
+def test_after_small_layers_nothing_is_given_back(library):
+    library.free = freed._MUCH
+    freed.give_back(freed=freed._FEW - 1)
+    assert library.given == []
+    freed.give_back(freed=freed._FEW)
+    assert library.given == [0]
+
+
 def test_a_library_that_does_not_count_is_only_asked_for_all_that_is_free(library):
     library.free = 2 * freed._MUCH
     del library.own.mallinfo2
