@@ -108,10 +108,11 @@ def _with_conditions(
         program = exported()
     if not all(symbol.is_integer for symbol in program.range_constraints):
         raise reason
+    line = user_line(reason).removesuffix(": ")
     _LOGGER.warning(
-        "the model's code branches on values, or computes sizes from them (%s): the graph raises an error for inputs "
+        "the model's code branches on values, or computes sizes from them%s: the graph raises an error for inputs "
         "with others than the example's",
-        user_line(reason).strip(": "),
+        f" ({line})" if line else "",
     )
     for node in program.graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
         node.args = (node.args[0], f"{_OTHER_VALUES} ({node.args[1]})")

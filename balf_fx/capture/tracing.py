@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import linecache
 import operator
+import os
 import traceback
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,9 @@ from balf_fx.capture.names import rename_illegal
 from balf_fx.errors import CaptureError
 from balf_fx.graph.operators import AUGMENTED
 
-_OWN_PATHS = (
-    str(Path(torch.__file__).parent),
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parents[2] / "passes"),
+_OWN_PATHS = tuple(
+    f"{folder}{os.sep}"  # torchvision lies beside torch, and its code is the user's
+    for folder in (Path(torch.__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2] / "passes")
 )
 
 
@@ -163,10 +165,14 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A dictionary of another class, such as the outputs of transformers, is built by a call of its class."""
-        if not isinstance(a, dict) or type(a) is dict or not all(isinstance(key, str) for key in a):
+        if not isinstance(a, dict) or type(a) is dict:
+            return super().create_arg(a)
+        named = all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in a)
+        if not named and type(a) is not OrderedDict:  # of other classes, nobody knows that they take pairs
             return super().create_arg(a)
         fields = {key: self.create_arg(value) for key, value in a.items()}
-        node = self.create_node("call_function", type(a), (), fields)
+        args, kwargs = ((), fields) if named else (([*fields.items()],), {})
+        node = self.create_node("call_function", type(a), args, kwargs)
         node.meta["is_wrapped"] = True  # FX must not trace into it when it traces the code again, as unpickling does
         return node
 

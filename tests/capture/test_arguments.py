@@ -116,6 +116,20 @@ def test_defaults_that_are_tensors_and_outputs_of_other_classes(method):
         graph_module(x, SCALE + 1)
 
 
+@pytest.mark.parametrize("keys", [("0", "pool"), (0, 1), ("in", "y"), (("a", 1), None)], ids=str)
+def test_keys_of_an_output_need_not_be_names(keys):  # as those of the backbones of torchvision's detectors
+    class Pyramid(Starred):
+        def forward(self, x):
+            return OrderedDict(zip(keys, (self.a(x), [self.b(x)]), strict=True))
+
+    model, x = Pyramid().eval(), torch.randn(4, 8)
+    graph_module = capture(model, x, method="symbolic_trace")
+    for each in (graph_module, pickle.loads(pickle.dumps(graph_module)), torch.compile(graph_module, backend="eager")):
+        found = each(x)
+        assert type(found) is OrderedDict
+        torch.testing.assert_close(found, model(x))
+
+
 def test_outputs_of_transformers_keep_their_class():
     outputs = pytest.importorskip("transformers.modeling_outputs")
 

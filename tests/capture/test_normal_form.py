@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import balf_fx
 from balf_fx.capture import exporting
 from balf_fx.capture.normal_form import capture
+from balf_fx.capture.tracing import user_line
 from balf_fx.errors import CalibrationError, CaptureError, ModelError, NoSiteError, OptionError, TrainingModeError
 from balf_fx.graph.annotation import annotation, graph_record
 
@@ -81,6 +82,13 @@ def test_a_model_that_nothing_captures_gets_both_reasons_and_the_line():
         capture(BranchingOnANumber(), X)
     assert "cannot be exported" in str(caught.value)
     assert "backend='balf'" in str(caught.value)
+
+
+def test_the_line_may_be_in_a_package_whose_name_begins_with_that_of_torch():
+    models = pytest.importorskip("torchvision.models")
+    with pytest.raises(ValueError, match="non-empty") as caught:
+        models.mobilenet_v2(inverted_residual_setting=[])
+    assert "torchvision" in user_line(caught.value)
 
 
 def test_a_graph_of_one_branch_raises_an_error_where_the_model_takes_the_other(caplog):
