@@ -270,3 +270,25 @@ def test_gradients_pass_through_quantized_weights(partly_quantized, digits):
 def test_a_model_of_quantized_layers_alone_has_no_sites(transformer, digits):
     with pytest.raises(NoSiteError, match=r"blocks\.0\.qkv: its weight is quantized already \(\w+\)"):
         compress(quantized(transformer, WEIGHTS), digits)
+
+
+class Prepared(nn.Module):
+    """A float model with what eager quantization needs later."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.start, self.end = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+        self.sum = torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x):
+        x = self.start(x)
+        return self.end(self.sum.add(x, self.second(F.relu(self.first(x)))))
+
+
+def test_a_model_that_is_only_prepared_for_quantization_is_compressed():
+    model, batches = Prepared().eval(), list(torch.randn(2, 8, 16))
+    small = balf_fx.compile(model, batches, params=0.6, progress=False)
+    assert balf_fx.report(small).params_kept <= 0.6
+    again = balf_fx.compile(model, batches, params=1.0, progress=False)
+    torch.testing.assert_close(again(batches[0]), model(batches[0]))

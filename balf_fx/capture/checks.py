@@ -12,6 +12,7 @@ from balf_fx.errors import ModelError, TrainingModeError
 from balf_fx.graph.parameters import FLOATS, is_quantized
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
+_FLOAT = ("FloatFunctional", "FXFloatFunctional")  # these lie there, too, but compute with plain tensors
 
 
 def check_weights(model: nn.Module) -> None:
@@ -22,7 +23,7 @@ def check_weights(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         label = f"{name or 'the model'} ({type(module).__name__})"
-        if type(module).__module__.startswith(_QUANTIZED):
+        if type(module).__module__.startswith(_QUANTIZED) and type(module).__name__ not in _FLOAT:
             raise ModelError(f"{label} is quantized: compress the float model first, then quantize the result")
         for parameter in module.parameters(recurse=False):
             if nn.parameter.is_lazy(parameter):

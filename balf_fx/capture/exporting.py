@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.capture.contexts import transforms
 from balf_fx.capture.names import illegal_name
-from balf_fx.capture.tracing import guard_constant, plain, user_line
+from balf_fx.capture.tracing import arguments_of, guard_constant, plain, user_line
 from balf_fx.errors import CaptureError
 from balf_fx.graph.operators import aten
 from balf_fx.graph.parameters import get_tensor
@@ -350,14 +350,17 @@ def _nested(graph: fx.Graph, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         fields = {key: _nested(graph, item) for key, item in value.items()}
-        return fields if type(value) is dict else _construct(graph, type(value), kwargs=fields)
+        arguments = None if type(value) is dict else arguments_of(type(value), fields)
+        return fields if arguments is None else _construct(graph, type(value), *arguments)
     items = [_nested(graph, item) for item in value]
     if type(value) in (list, tuple):
         return type(value)(items)
-    return _construct(graph, type(value), args=tuple(items))
+    return _construct(graph, type(value), tuple(items))
 
 
-def _construct(graph: fx.Graph, container: type, **arguments: Any) -> fx.Node:
-    node = graph.call_function(container, **arguments)
+def _construct(
+    graph: fx.Graph, container: type, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    node = graph.call_function(container, args, kwargs)
     node.meta["is_wrapped"] = True  # FX must not trace into it when it traces the code again, as unpickling does
     return node

@@ -69,16 +69,21 @@ def _without_compiled_parts(model: nn.Module) -> nn.Module:
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy, also of tensors that hooks compute and store on a module, as `torch.nn.utils.weight_norm` does.
 
-    Tensors that are mapped from files (`calibration.pages`) are shared, not copied.
+    Tensors that are mapped from files (`calibration.pages`) are shared, not copied. Modules are in the mode of the
+    originals: torchvision's feature extractors copy themselves into training mode.
 
     Raises:
         ModelError: another part of the model cannot be copied.
     """
     try:
         shared = mapped((*model.parameters(), *model.buffers()))
-        return copy.deepcopy(model, {**computed_tensors(model), **shared})
+        copied = copy.deepcopy(model, {**computed_tensors(model), **shared})
     except MODEL_ERRORS as error:
         raise ModelError(f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}") from error
+    for original, own in zip(model.modules(), copied.modules(), strict=False):
+        if own.training != original.training:
+            own.train(original.training)
+    return copied
 
 
 def fold_parametrizations(model: nn.Module) -> None:

@@ -8,13 +8,14 @@ import linecache
 import operator
 import os
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 
 from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.capture.names import rename_illegal
@@ -107,6 +108,17 @@ def user_line(error: BaseException) -> str:
     return f"{own[-1][0]}:{own[-1][1]}: `{linecache.getline(*own[-1]).strip()}`: " if own else ""
 
 
+def arguments_of(kind: Any, fields: dict[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments with which a class of dictionaries makes one of these fields; None if a plain one has to do."""
+    if kind is immutable_dict:
+        return None
+    if all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in fields):
+        return (), fields
+    pairs = [*fields.items()]
+    made_from_pairs: dict[Any, tuple[Any, ...]] = {OrderedDict: (pairs,), defaultdict: (None, pairs)}
+    return (made_from_pairs[kind], {}) if kind in made_from_pairs else None
+
+
 class _Proxy(fx.Proxy):
     """A proxy that also records changes of its items and augmented assignments, which change tensors in place."""
 
@@ -167,12 +179,11 @@ class _Tracer(fx.Tracer):
         """A dictionary of another class, such as the outputs of transformers, is built by a call of its class."""
         if not isinstance(a, dict) or type(a) is dict:
             return super().create_arg(a)
-        named = all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in a)
-        if not named and type(a) is not OrderedDict:  # of other classes, nobody knows that they take pairs
-            return super().create_arg(a)
         fields = {key: self.create_arg(value) for key, value in a.items()}
-        args, kwargs = ((), fields) if named else (([*fields.items()],), {})
-        node = self.create_node("call_function", type(a), args, kwargs)
+        arguments = arguments_of(type(a), fields)
+        if arguments is None:
+            return fields
+        node = self.create_node("call_function", type(a), *arguments)
         node.meta["is_wrapped"] = True  # FX must not trace into it when it traces the code again, as unpickling does
         return node
 

@@ -1,10 +1,10 @@
 import json
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import balf_fx
 from balf_fx.capture.arguments import describe, rebuild, record_call
@@ -116,18 +116,32 @@ def test_defaults_that_are_tensors_and_outputs_of_other_classes(method):
         graph_module(x, SCALE + 1)
 
 
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("kind", [OrderedDict, lambda pairs: defaultdict(list, pairs)], ids=["ordered", "default"])
 @pytest.mark.parametrize("keys", [("0", "pool"), (0, 1), ("in", "y"), (("a", 1), None)], ids=str)
-def test_keys_of_an_output_need_not_be_names(keys):  # as those of the backbones of torchvision's detectors
+def test_keys_of_an_output_need_not_be_names(keys, kind, method):  # as those of the backbones of detectors
     class Pyramid(Starred):
         def forward(self, x):
-            return OrderedDict(zip(keys, (self.a(x), [self.b(x)]), strict=True))
+            return kind(zip(keys, (self.a(x), [self.b(x)]), strict=True))
 
     model, x = Pyramid().eval(), torch.randn(4, 8)
-    graph_module = capture(model, x, method="symbolic_trace")
+    graph_module = capture(model, x, method=method)
+    wanted = model(x)
     for each in (graph_module, pickle.loads(pickle.dumps(graph_module)), torch.compile(graph_module, backend="eager")):
         found = each(x)
-        assert type(found) is OrderedDict
-        torch.testing.assert_close(found, model(x))
+        assert type(found) is type(wanted)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_graphs_whose_output_is_a_dictionary_are_traced_again():  # as those of torchvision's create_feature_extractor
+    class Features(Starred):
+        def forward(self, x):
+            return {"a.0": self.a(x), "b": [self.b(x)]}
+
+    model, x = fx.symbolic_trace(Features().eval()), torch.randn(4, 8)
+    found = capture(model, x, method="symbolic_trace")(x)
+    assert type(found) is dict
+    torch.testing.assert_close(found, model(x))
 
 
 def test_outputs_of_transformers_keep_their_class():

@@ -75,3 +75,14 @@ def test_a_value_that_would_be_larger_or_random_stays_computed():
     assert parametrize.is_parametrized(compressed.get_submodule("1"))
     prepared = balf_fx.prepare(nn.Sequential(nn.Linear(16, 16), noisy).eval(), batch, capture="symbolic_trace")
     assert parametrize.is_parametrized(prepared.get_submodule("1"))
+
+
+def test_a_feature_extractor_is_copied_in_evaluation_mode():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    model = extraction.create_feature_extractor(net, {"2": "middle.0", "3": "last"}).eval()
+    batches = list(torch.randn(2, 4, 3, 8, 8))
+    for result in ("graph", "module"):
+        small = balf_fx.compile(model, batches, flops=1.0, result=result, progress=False)
+        assert list(small(batches[0])) == ["middle.0", "last"]
+        torch.testing.assert_close(small(batches[0]), model(batches[0]))
