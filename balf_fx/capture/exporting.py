@@ -350,7 +350,7 @@ def _nested(graph: fx.Graph, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         fields = {key: _nested(graph, item) for key, item in value.items()}
-        arguments = None if type(value) is dict else arguments_of(type(value), fields)
+        arguments = arguments_of(type(value), fields)
         return fields if arguments is None else _construct(graph, type(value), *arguments)
     items = [_nested(graph, item) for item in value]
     if type(value) in (list, tuple):

@@ -110,7 +110,7 @@ def user_line(error: BaseException) -> str:
 
 def arguments_of(kind: Any, fields: dict[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments with which a class of dictionaries makes one of these fields; None if a plain one has to do."""
-    if kind is immutable_dict:
+    if kind in (dict, immutable_dict):
         return None
     if all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in fields):
         return (), fields
