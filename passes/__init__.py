@@ -20,6 +20,7 @@ from balf_fx.passes.fold_constants import FoldConstants
 from balf_fx.passes.follow import Follow
 from balf_fx.passes.narrow import Narrow
 from balf_fx.passes.observe import InsertObservers, RemoveObservers
+from balf_fx.passes.overwrite import Overwrite
 from balf_fx.passes.pivot import Pivot
 from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
@@ -48,4 +49,5 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Pivot",
     "Narrow",
     "Factorize",
+    "Overwrite",
 ]

@@ -24,8 +24,9 @@ from balf_fx.calibration.batches import MODEL_ERRORS, sample_count, some_samples
 from balf_fx.capture.arguments import copied
 from balf_fx.capture.outofplace import out_of_place, view_instead
 from balf_fx.errors import CaptureError
+from balf_fx.graph.annotation import annotate
 from balf_fx.graph.effects import add_effect
-from balf_fx.graph.operators import AUGMENTED, changes_in_place, is_opaque_call, operation
+from balf_fx.graph.operators import AUGMENTED, changes_in_place, has_flag, is_opaque_call, operation
 from balf_fx.graph.views import view_steps, write_through
 
 _FEW = 2  # samples; with one, more values would share memory
@@ -68,7 +69,7 @@ def _watched(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> _Watch:
 def _writes_plainly(graph_module: fx.GraphModule) -> bool:
     """Whether all writes are element by element, to whole values: the number of samples then does not matter."""
     for node in graph_module.graph.nodes:
-        plain = node.op == "call_module" or node.target in AUGMENTED or bool(node.kwargs.get("inplace", False))
+        plain = node.op == "call_module" or node.target in AUGMENTED or has_flag(node)
         if operation(node) in _PIECES or is_opaque_call(node):
             return False
         if changes_in_place(graph_module, node) and not plain:
@@ -241,10 +242,13 @@ class _Rewriter:
             return
         target = self._renamed.get(target, target)
         source = self._now(target)
+        was = None if "out" in node.kwargs else (node.op, node.target)
         with self.graph.inserting_before(node.next):
             value = out_of_place(self.graph_module, node, source, self.seen.facts)
             if self._promotes(node, target):
                 value = self.graph.call_method("type_as", (value, source))
+            elif value is node and node.args[:1] == (source,):
+                annotate(node, overwrites=was)
             if value is not node and value not in node.all_input_nodes:
                 self._replaced.add(node)
             self._write(target, value)

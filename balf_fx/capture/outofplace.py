@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from balf_fx.graph.operators import AUGMENTED, aten, operation
+from balf_fx.graph.operators import AUGMENTED, aten, has_flag, operation, set_flag
 from balf_fx.graph.views import Index, write_through
 
 _SET_SHAPE = ("squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "detach")
@@ -56,7 +55,8 @@ def out_of_place(
         return node
     if operation(node) == "copy" and len(node.args) > 1:
         return _copied(node.graph, node.args[1], target)
-    if _clear_flag(node):
+    if has_flag(node):
+        set_flag(node, False)
         return node
     other = _counterpart(node)
     if other is not None:
@@ -71,21 +71,6 @@ def _on_copy(node: fx.Node, target: fx.Node) -> fx.Node:
         copied = node.graph.call_method("clone", (target,))
     node.replace_input_with(target, copied)
     return copied
-
-
-def _clear_flag(node: fx.Node) -> bool:
-    """Clear a call's flag `inplace`; returns whether there is one."""
-    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
-        return False
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # builtin functions have no signature
-        return False
-    if not bound.arguments.get("inplace"):
-        return False
-    bound.arguments["inplace"] = False
-    node.args, node.kwargs = bound.args, bound.kwargs
-    return True
 
 
 def _without_out(function: Any) -> Any:

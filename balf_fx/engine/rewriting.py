@@ -34,7 +34,7 @@ from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import AnySubstitute, build, features_last, replace_site
 from balf_fx.graph.widths import Width, WidthCurve
-from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Pivot
+from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Overwrite, Pivot
 from balf_fx.passes.observe import remove_observers
 from balf_fx.widths.layouts import find_constants, find_layouts
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
@@ -61,6 +61,7 @@ def rewrite(
             record_graph(graph_module, layouts=find_layouts(graph_module), constants=constants)
         Narrow()(graph_module)
         Factorize(done)(graph_module)
+    Overwrite()(graph_module)
     graph_module.recompile()
     return graph_module
 
@@ -139,6 +140,7 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     if any(map(features_last, built)):
         allow_any_layout(graph_module)
     graph_module.delete_all_unused_submodules()
+    Overwrite()(graph_module)
     graph_module.recompile()
 
 

@@ -22,7 +22,7 @@ from balf_fx.graph.annotation import graph_record, sites
 from balf_fx.graph.timing import Runner, Timing
 from balf_fx.latency.stopwatch import Task, race
 from balf_fx.latency.table import open_table
-from balf_fx.passes import Allocate, Time
+from balf_fx.passes import Allocate, Overwrite, Time
 from balf_fx.progress import SILENT, Progress
 
 _LOGGER = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Watch:
     Attributes:
         calibration: its first batch is the call that is timed.
         trace: this call.
-        original: the program without observers.
+        original: the program as the user runs it: without observers, and with its operations in place.
         task: runs it on this call.
         asked: the share of its time to keep.
         pivot: as in `solving.carry_out`.
@@ -77,6 +77,8 @@ class Watch:
                 "least to the first"
             )
         trace, original = program.trace(batch), without_observers(program)
+        for graph_module in original.graph_modules:
+            Overwrite()(graph_module)
         device = next(parameter.device for graph in original.graph_modules for parameter in graph.parameters())
         tasks = {
             runner: _task(original, trace, runner) for runner in get_args(Runner) if settings.runner in (runner, None)
@@ -98,7 +100,8 @@ class Watch:
             if inputs is not None:
                 step = (Step(index, inputs),)
                 compiled = _task(self.original, step, self.runner) if self.runner == "inductor" else None
-                Time(inputs, table, span, compiled)(self.program.graph_modules[index])
+                plain = self.original.graph_modules[index]
+                Time(inputs, table, span, compiled, plain)(self.program.graph_modules[index])
 
     def totals(self) -> Totals:
         """The cost of one call of the whole model, whose time is that of its nodes.

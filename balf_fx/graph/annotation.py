@@ -49,6 +49,8 @@ class Annotation:
         argument: the name of the model's argument that an input takes, where the input's own name does not tell it.
         discarded: whether the model's own code reads the node for results that it discards, which no graph computes.
         computed_from: the tensors from which a parameter was computed; set by FoldConstants on the node that reads it.
+        overwrites: the operation and the target of the call in the user's model, where it changed its first argument
+            in place; set by capture.
         folded: the BatchNorms that were folded into the node, in their order; set by FoldBatchNorm.
         shared: whether another graph of the program reads the node's weights too. Their shapes and values do not
             change then, unless both graphs replace them by the same factors.
@@ -74,6 +76,7 @@ class Annotation:
     argument: str | None = None
     discarded: bool = False
     computed_from: tuple[torch.Tensor, ...] = ()
+    overwrites: tuple[str, Any] | None = None
     folded: tuple[Norm, ...] = ()
     shared: bool = False
     site: Site | None = None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -54,7 +58,33 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = str(getattr(node.target, "__name__", ""))
     augmented = node.target in AUGMENTED or node.target is operator.setitem
-    return augmented or name.endswith("_") or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+    return augmented or name.endswith("_") or has_flag(node) or "out" in node.kwargs
+
+
+def set_flag(node: fx.Node, in_place: bool) -> None:
+    """Set the argument `inplace` of a call, which has one."""
+    position = _flag_position(node.target)
+    if position is not None and position < len(node.args):
+        node.update_arg(position, in_place)
+    else:
+        node.update_kwarg("inplace", in_place)
+
+
+def has_flag(node: fx.Node) -> bool:
+    """Whether a call's argument `inplace` is true."""
+    position = _flag_position(node.target)
+    given = node.args[position : position + 1] if position is not None else ()
+    return bool(given[0] if given else node.kwargs.get("inplace", False))
+
+
+@functools.lru_cache(maxsize=1024)
+def _flag_position(function: Callable[..., Any]) -> int | None:
+    """The position of a function's argument `inplace`; None if it has none, and for builtin functions."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def is_opaque_call(node: fx.Node) -> bool:

@@ -97,6 +97,7 @@ FUNCTIONS = {
     "a saved value": lambda m, x: m.b(x).relu().add_(m.a(x)),
     "a module": lambda m, x: m.relu(m.b(m.relu(m.a(x).sigmoid()))),
     "a flag": lambda m, x: m.b(F.hardtanh(F.relu(m.a(x), inplace=True), -1, 0.5, True)),
+    "a flag by position": lambda m, x: (lambda y: m.b(F.hardtanh(y, -1, 0.5, True)) + y)(m.a(x)),
     "functions": lambda m, x: m.b(F.leaky_relu_(torch.clamp_(m.a(x), min=-1))),
     "augmented assignments": assigned,
     "an item of chunk": pieces,
