@@ -34,7 +34,7 @@ class Align(Pass):
     Attributes:
         multiple_of: the number of which the rank of each layer (over all its groups), the channels between layers and
             the features of each head of attention are multiples, except where they stay as they are. Or "auto": what
-            is measured here for each layer (`latency.granules`), at most an eighth of its full rank or features.
+            is measured here for each layer (`latency.granules`), at most a quarter of its full rank or features.
         table: for "auto", the known times; by default, those of this machine.
         group: the processes that share them.
         progress: shows the progress of the measurements.
@@ -74,7 +74,7 @@ class Align(Pass):
         """The step of a size: the option's, or the granule unless too few sizes would be left."""
         if self.multiple_of != "auto":
             return self.multiple_of
-        return max(step for step in (1, 2, 4, granule) if step <= max(full // 8, 1))
+        return max(step for step in (1, 2, 4, granule) if step <= max(full // 4, 1))
 
     def _aligned(self, width: Width, granules: Mapping[str, tuple[int, int, int]], names: Mapping[str, str]) -> Width:
         """A width with its step: its features are outputs of its producers, and inputs of its consumers."""

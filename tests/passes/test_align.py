@@ -107,7 +107,7 @@ def test_auto_measures_what_each_layer_prefers(padding_to_16):
     FindWidths()(prepared)
     Align("auto", Table())(prepared)
     steps = {site.name: site.multiple_of for site in sites(prepared)}
-    assert steps == {"0": 16, "2": 16, "4": 1}  # an eighth of ten features is one
+    assert steps == {"0": 16, "2": 16, "4": 2}  # a quarter of ten features
     assert {width.name: width.step for width in graph_record(prepared).widths} == {"2": 16}
 
 
