@@ -81,7 +81,9 @@ class _OrderFinder(Finder):
         return super().sources(node, axis, features, space)
 
     def source_axis(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
-        if is_normalisation(self.graph_module, node, axis) and source.op == "get_attr":
+        if is_normalisation(self.graph_module, node, axis) and source is not node.all_input_nodes[0]:
+            if source.op != "get_attr":  # a gain that the graph computes
+                raise UnsupportedError
             return 0
         return super().source_axis(node, source, axis)
 
