@@ -61,7 +61,8 @@ def _may_overwrite(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if not isinstance(target, fx.Node) or list(target.users) != [reader]:
         return False
     if target.op == "call_module":
-        return isinstance(graph_module.get_submodule(str(target.target)), _LAYERS)
+        module = graph_module.get_submodule(str(target.target))
+        return isinstance(module, _LAYERS) and type(module).__module__.startswith("torch.nn.")
     return operation(target) in _OPERATIONS
 
 
