@@ -41,14 +41,14 @@ class Overwrite(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = [node for node in graph_module.graph.nodes if annotation(node).overwrites is not None]
-        free = {node for node in nodes if _may_overwrite(graph_module, node)}
+        free = dict.fromkeys(node for node in nodes if _may_overwrite(graph_module, node))
         modified = False
         for node in free:
             if node.op != "call_module":
                 _restore(node)
                 modified = True
-            elif free.issuperset(calls := graph_module.graph.find_nodes(op="call_module", target=node.target)):
-                modified |= _set_flag(graph_module, calls[0])
+            elif set(graph_module.graph.find_nodes(op="call_module", target=node.target)) <= free.keys():
+                modified |= _set_flag(graph_module, node)
         return PassResult(graph_module, modified)
 
 
