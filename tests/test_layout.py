@@ -79,12 +79,12 @@ def test_passes_are_listed_in_the_order_in_which_they_run(ran, images):
     order = passes.__all__[1:]
     assert passes.__all__[0] == "Pass"
     for run in (best, followed, sized, ran):
-        first = list(dict.fromkeys(run))
-        assert [name for name in first if name != "Pivot"] == [  # allocations are tried without it
-            name for name in order if name in first and name != "Pivot"
-        ]
+        first = dict.fromkeys(run)
+        del first["Overwrite"]  # the original is timed in this form, too
+        first.pop("Pivot", None)  # allocations are tried without it
+        assert list(first) == [name for name in order if name in first]
         last = run[-1 - run[::-1].index("Follow" if run is followed else "Allocate") :]
-        tried = last.index("Factorize") if last.count("Factorize") > 1 else 0  # the last allocation may be a new one
+        tried = last.index("Overwrite") if last.count("Overwrite") > 1 else 0  # the last allocation may be a new one
         last = [last[0], *last[tried + 1 :]]
         assert last == [name for name in order if name in last]
     assert {*best, *followed, *sized, *ran} == set(order)
