@@ -102,7 +102,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
         program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
-        journal = open_journal(program, settings, forward)
+        journal = open_journal(program, settings, forward, group)
         settings = with_validation(settings, journal)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
         everything = journal.checked(itertools.chain(own, batches))
@@ -110,7 +110,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         kept = keep(calib_batches, everything, memory, closing) if settings.keeps_batches else ()
         few = FEW_SAMPLES if settings.measures else 0
         stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
-        finished = checkpoint.read_result(journal)
+        finished = checkpoint.read_result(journal, group)
         if finished is not None:
             if stream is not None and settings.calibrates:
                 collections.deque(stream, maxlen=0)  # compares them
@@ -125,7 +125,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
             if settings.result == "graph"
             else _grafted(model, graph_module, plan, first, forward)
         )
-        checkpoint.write_result(journal, stored(small))
+        checkpoint.write_result(journal, stored(small), group)
         return small
 
 
@@ -230,10 +230,10 @@ def convert(
         first = next(itertools.chain.from_iterable(group.gathered(seen[:1])), _NOTHING)
         settings = with_refit(settings, first is not _NOTHING)
         program = _program(prepared, forward)
-        journal = open_journal(program, settings, forward)
+        journal = open_journal(program, settings, forward, group)
         settings = with_validation(settings, journal)
         check(journal, seen)
-        finished = checkpoint.read_result(journal)
+        finished = checkpoint.read_result(journal, group)
         if finished is not None:
             return _rebuilt(finished, program, model)
         calibration = _calibration(seen, forward, settings, settings.memory_bytes, group)
@@ -246,7 +246,7 @@ def convert(
             alone = first is _NOTHING
             call = recorded_call(plan.origin, model) if alone else (given or _forward_for(model, settings))
             small = _grafted(model, graph_module, plan, () if alone else first, call)
-        checkpoint.write_result(journal, stored(small))
+        checkpoint.write_result(journal, stored(small), group)
         return small
 
 

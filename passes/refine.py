@@ -107,7 +107,7 @@ class Refine(Pass):
             _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
             return None
         solve = partial(self.solve, graph_module, site, mark.curve.spectrum, rank, *observed)
-        solution = self.journal.remembered(f"layer {site.name}", solve)
+        solution = self.journal.alone.remembered(f"layer {site.name}", solve)
         return keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
 
     def solve(

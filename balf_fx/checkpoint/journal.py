@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
 from balf_fx.checkpoint.values import Encoder, decode
+from balf_fx.distributed.group import Group
 from balf_fx.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -31,6 +32,11 @@ class Journal:
     def folder(self) -> Folder | None:
         """Where stages are written; None if they are not."""
         return None
+
+    @property
+    def alone(self) -> Journal:
+        """The journal of stages that this process goes through without the others."""
+        return self
 
     def within(self, name: str) -> Journal:
         """The journal of a part of the run, whose stages have names of their own."""
@@ -169,11 +175,44 @@ class FolderJournal(Journal):
             raise CheckpointError(f"stage {stage!r} in {self._folder} is damaged: delete the folder") from error
 
 
+class SharedJournal(FolderJournal):
+    """Keeps what several processes compute together in the folder of process 0, whose word holds for all of them.
+
+    What is written of statistics and batches is that of each process, in a folder of its own.
+
+    Args:
+        folder: that of this process.
+        group: the processes, which call `remembered` with the same stages in the same order.
+    """
+
+    def __init__(self, folder: Folder, classes: Collection[type], group: Group, prefix: str = "") -> None:
+        super().__init__(folder, classes, prefix)
+        self._group = group
+
+    @property
+    def alone(self) -> Journal:
+        return FolderJournal(self._folder, self._classes, self._prefix)
+
+    def within(self, name: str) -> Journal:
+        return SharedJournal(self._folder, self._classes, self._group, f"{self._prefix}{name}, ")
+
+    def remembered(self, stage: str, compute: Callable[[], _T]) -> _T:
+        known = self._group.once(lambda: self._known(stage))
+        if known:
+            found: _T = known[0]
+            return found
+        value = compute()
+        if self._group.rank == 0:
+            self._keep(stage, value)
+        return value
+
+
 def difference(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The first difference of two descriptions of runs, in words; None if they are alike.
 
     Args:
-        before, now: {"version": {name: version}, "option": {name: value}, "model": {name: digest}}.
+        before, now: {"version": {name: version}, "number of": {"processes": number}, "option": {name: value},
+            "model": {name: digest}}.
     """
     for subject, own in now.items():
         other = before.get(subject, {})

@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from balf_fx.distributed.packing import as_it_lay
 
 
 class Encoder:
@@ -67,7 +68,7 @@ def decode(written: Any, tensors: Mapping[str, Tensor], classes: Collection[type
     if not isinstance(written, dict):
         return written
     if "tensor" in written:
-        return _as_it_lay(tensors[written["tensor"]], written["stride"]).to(written["device"])
+        return as_it_lay(tensors[written["tensor"]], written["stride"]).to(written["device"])
     if "tuple" in written:
         return tuple(decode(each, tensors, classes) for each in written["tuple"])
     if "mapping" in written:
@@ -76,13 +77,3 @@ def decode(written: Any, tensors: Mapping[str, Tensor], classes: Collection[type
     return known[written["record"]](
         **{name: decode(each, tensors, classes) for name, each in written["fields"].items()}
     )
-
-
-def _as_it_lay(value: Tensor, stride: list[int]) -> Tensor:
-    """A contiguous tensor with other strides."""
-    if list(value.stride()) == stride:
-        return value
-    once = [1 if step == 0 else size for size, step in zip(value.shape, stride, strict=True)]  # expanded dimensions
-    found = torch.empty_strided(once, stride, dtype=value.dtype)
-    found.copy_(value[tuple(slice(0, size) for size in once)])
-    return found.expand(value.shape)

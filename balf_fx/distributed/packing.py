@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -15,11 +16,11 @@ _HEAD = 8  # bytes of the length of what pickle has written
 
 
 def packed(value: Any) -> Tensor:
-    """A value as bytes, uint8 [n] on the CPU; of tensors that are views, only what they show."""
+    """A value as bytes, uint8 [n] on the CPU; of tensors that are views, only what they show, in memory order."""
     body = io.BytesIO()
     pickler = _Pickler(body)
     pickler.dump(value)
-    specs = [(tensor.dtype, tuple(tensor.shape), tensor.device.type) for tensor in pickler.tensors]
+    specs = [(tensor.dtype, tuple(tensor.shape), _stride(tensor), tensor.device.type) for tensor in pickler.tensors]
     intro = pickle.dumps((specs, body.getvalue()))
     places = _places(len(intro), [tensor.nbytes for tensor in pickler.tensors])
     data = torch.zeros(places[-1], dtype=torch.uint8)
@@ -41,12 +42,27 @@ def unpacked(data: Tensor, device: torch.device) -> Any:
     """
     length = int(data[:_HEAD].view(torch.int64))
     specs, body = pickle.loads(data[_HEAD : _HEAD + length].numpy().tobytes())  # noqa: S301
-    sizes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape, _ in specs]
+    sizes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape, *_ in specs]
     tensors = []
-    for (dtype, shape, kind), start, size in zip(specs, _places(length, sizes), sizes, strict=False):
-        own = data[start : start + size].view(dtype).reshape(shape).clone()
+    for (dtype, shape, stride, kind), start, size in zip(specs, _places(length, sizes), sizes, strict=False):
+        own = as_it_lay(data[start : start + size].view(dtype).reshape(shape).clone(), stride)
         tensors.append(own if kind == "cpu" else own.to(device))
     return _Unpickler(io.BytesIO(body), tensors).load()
+
+
+def as_it_lay(value: Tensor, stride: Sequence[int]) -> Tensor:
+    """A contiguous tensor with other strides."""
+    if tuple(value.stride()) == tuple(stride):
+        return value
+    once = [1 if step == 0 else size for size, step in zip(value.shape, stride, strict=True)]  # expanded dimensions
+    found = torch.empty_strided(once, tuple(stride), dtype=value.dtype)
+    found.copy_(value[tuple(slice(0, size) for size in once)])
+    return found.expand(value.shape)
+
+
+def _stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor without the gaps between its elements."""
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 def _places(length: int, sizes: list[int]) -> list[int]:

@@ -24,7 +24,7 @@ def check_alike(model: nn.Module, settings: Settings, group: Group) -> None:
     """Check that all processes compress the same model with the same options.
 
     Raises:
-        OptionError: an option differs, and is named; or there is a checkpoint, which is for one process.
+        OptionError: an option differs, and is named.
         ModelError: a tensor differs; names it.
     """
     if group.size == 1:
@@ -32,8 +32,6 @@ def check_alike(model: nn.Module, settings: Settings, group: Group) -> None:
     named = {name: getattr(settings, name) for name in (each.name for each in dataclasses.fields(settings))}
     options = {name: _described(value) for name, value in named.items() if name not in _OWN}
     differing = _differing(group.gathered(options))
-    if settings.checkpoint is not None:
-        raise OptionError("checkpoint= is for one process: leave it out, or pass distributed=False")
     if differing:
         raise OptionError(f"the processes have different options: give all of them the same {', '.join(differing)}")
     differing = _differing(group.gathered(_digests(model)))

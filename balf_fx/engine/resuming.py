@@ -12,6 +12,7 @@ import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from balf_fx.calibration.observers import (
 from balf_fx.calibration.sample import Gradients, Positions, Sample
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
-from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, Journal, difference
+from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, Journal, SharedJournal, difference
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.engine.program import Program
 from balf_fx.engine.rewriting import held_tensors
 from balf_fx.engine.settings import Settings
@@ -78,27 +80,30 @@ _RECORDS = (
 )
 
 
-def open_journal(program: Program, settings: Settings, forward: Forward) -> Journal:
+def open_journal(program: Program, settings: Settings, forward: Forward, group: Group = ALONE) -> Journal:
     """The journal of a run on an observed program, in the folder of the option `checkpoint`.
 
     Args:
         forward: how the model is called.
+        group: the processes that run it together. All but process 0 have a folder in that folder, for their statistics.
 
     Raises:
         CheckpointError: the folder belongs to another run; the message names the difference.
     """
     if settings.checkpoint is None:
         return FORGETFUL
-    run = {
+    run: dict[str, dict[str, Any]] = {
         "version": {"balf_fx": __version__, "torch": str(torch.__version__)},
+        "number of": {"processes": group.size},
         "option": {**settings_in_words(settings), "forward": in_words(forward)},
         "model": dict(_model(program)),
     }
-    folder = Folder(settings.checkpoint, run)
+    path = Path(settings.checkpoint)
+    folder = Folder(path / f"process-{group.rank}" if group.rank else path, run)
     found = difference(folder.before, run)
     if found is not None:
         raise folder.other(found)
-    return FolderJournal(folder, _RECORDS)
+    return FolderJournal(folder, _RECORDS) if group.size == 1 else SharedJournal(folder, _RECORDS, group)
 
 
 def check(journal: Journal, batches: Iterable[Any]) -> None:

@@ -76,7 +76,9 @@ def solve(
 
 def _with_memory(calibration: Calibration, journal: Journal) -> Calibration:
     """Calibration with the memory of the run that was killed, since a share of what is free may be another one now."""
-    return dataclasses.replace(calibration, memory=journal.remembered("memory", lambda: calibration.memory))
+    group = calibration.group
+    memories = journal.remembered("memory", lambda: group.gathered(calibration.memory))
+    return dataclasses.replace(calibration, memory=memories[group.rank])
 
 
 def keep(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) -> Sequence[Any]:

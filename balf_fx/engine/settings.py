@@ -257,7 +257,7 @@ class Settings:
         None,
         "a folder for what is finished: statistics, the allocation, refitted layers, the result. If the run is killed, "
         "the same call goes on from there to the same model; once it is complete, it returns that model at once. "
-        "Another model, other options or other data are an error (`engine.resuming`). For one process",
+        "Another model, other options or other data are an error (`engine.resuming`)",
         "convert",
     )
     progress: bool = option(True, "show a progress bar on stderr", "calibrate", "convert", values=(True, False))

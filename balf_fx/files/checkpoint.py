@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from functools import partial
 
 from torch import fx, nn
 
 from balf_fx.calibration.observers import OBSERVERS
+from balf_fx.checkpoint.folder import Folder
 from balf_fx.checkpoint.journal import Journal
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.engine.program import copy_graph
 from balf_fx.engine.rewriting import fill, find_features, finish, rewrite_as
 from balf_fx.errors import CheckpointError, FileError
@@ -20,34 +22,41 @@ _LOGGER = logging.getLogger(__name__)
 _NAME = "model.safetensors"
 
 
-def read_result(journal: Journal) -> Stored | None:
-    """The result of a run; None if it is not complete.
+def read_result(journal: Journal, group: Group = ALONE) -> Stored | None:
+    """The result of a run, from the folder of process 0; None if it is not complete.
 
     Raises:
         FileError: the file was changed.
     """
-    path = _path(journal)
-    return read(path) if path is not None and path.exists() else None
+    return None if journal.folder is None else group.once(partial(_read, journal.folder))
 
 
-def write_result(journal: Journal, found: Stored) -> None:
+def write_result(journal: Journal, found: Stored, group: Group = ALONE) -> None:
     """Write the result of a run, in place of the statistics and layers from which it was made.
 
     Raises:
         CheckpointError: the disk is full, for instance.
     """
-    path = _path(journal)
-    if path is None or journal.folder is None:
-        return
+    if journal.folder is not None and group.once(partial(_write, journal.folder, found)):
+        journal.folder.clear()
+
+
+def _read(folder: Folder) -> Stored | None:
+    path = folder.path / _NAME
+    return read(path) if path.exists() else None
+
+
+def _write(folder: Folder, found: Stored) -> bool:
+    """Write the result; False if a file cannot hold it."""
     try:
-        with journal.folder.writing():
-            write(found, path)
+        with folder.writing():
+            write(found, folder.path / _NAME)
     except CheckpointError:
         raise
     except FileError as error:  # a quantized weight; the stages stay, so that another call takes little time
         _LOGGER.warning("the checkpoint has no finished model: %s", error)
-        return
-    journal.folder.clear()
+        return False
+    return True
 
 
 def rebuild(found: Stored, prepared: fx.GraphModule, model: nn.Module | None) -> nn.Module:
@@ -61,7 +70,3 @@ def rebuild(found: Stored, prepared: fx.GraphModule, model: nn.Module | None) ->
     rewrite_as(graph_module, found.plan)
     fill(graph_module, found.tensors)
     return finish(graph_module, found.plan)
-
-
-def _path(journal: Journal) -> Path | None:
-    return None if journal.folder is None else journal.folder.path / _NAME

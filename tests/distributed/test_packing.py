@@ -26,6 +26,16 @@ def test_tensors_keep_their_type_shape_and_values(dtype):
     assert unpacked(packed(torch.zeros(0, 3, dtype=dtype)), CPU).shape == (0, 3)
 
 
+def test_tensors_keep_their_order_in_memory_without_gaps():
+    whole = torch.randn(2, 3, 4, 5)
+    last = whole.to(memory_format=torch.channels_last)
+    for tensor, stride in [(last, last.stride()), (whole[0, 0].mT, (1, 5)), (whole[..., :2], (24, 8, 2, 1))]:
+        found = unpacked(packed(tensor), CPU)
+        assert torch.equal(found, tensor)
+        assert found.stride() == stride
+    assert unpacked(packed(torch.ones(3, 1).expand(3, 4)), CPU).sum() == 12
+
+
 def test_nested_values_and_records_keep_their_form():
     value = {"a": [Holder("x", (torch.ones(3), None)), 1.5], "b": Moments(3.0, torch.ones(1, 2), torch.eye(2)[None])}
     found = unpacked(packed(value), CPU)

@@ -1,6 +1,7 @@
 """Two and four processes find what one finds on all batches, and an error of one is one of all."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import worker
+from distributed import killing, worker
 from distributed.worker import EFFORTS, IN_FOUR, batches_for, compiled, described, make_batches
 
 pytestmark = [
@@ -114,7 +115,6 @@ def test_an_error_of_the_users_function_is_told(found):
     ("name", "kind", "message"),
     [
         ("options", "OptionError", "the same effort"),
-        ("checkpoint", "OptionError", "for one process"),
         ("models", "ModelError", "conv.weight"),
         ("nothing", "CalibrationError", "no calibration batches"),
     ],
@@ -133,6 +133,38 @@ def test_mistakes_are_counted_over_all_validation_samples(found):
         expected.samples,
         [each.share for each in expected.tried],
     )
+
+
+@pytest.mark.parametrize("name", worker.RESUMED)
+def test_processes_go_on_from_a_checkpoint_to_the_same_model(found, name):
+    processes = [each["checkpoint"][name] for each in found[2]]
+    assert [each["failed"] for each in processes] == [
+        ("CheckpointError", "it fails"),
+        ("CheckpointError", "process 0: it fails"),
+    ]
+    for each, whole in zip(processes, (each[name] for each in found[2]), strict=True):
+        for model in each["models"]:
+            same_bits(model, whole)
+        assert each["files"] == ["model.safetensors"]
+        kind, message = each["other batches"]
+        assert kind == "CheckpointError"
+        assert "calibration batch 0 differs" in message
+        kind, message = each["another number"]
+        assert kind == "CheckpointError"
+        assert "number of processes was 2, and is 1 now" in message
+
+
+def test_processes_of_which_one_is_killed_again_and_again_end_with_the_same_model(tmp_path):
+    command = [sys.executable, Path(killing.__file__), tmp_path / "checkpoint", "5"]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == 5
+    assert found["resumed"] >= 3
+    assert found["expected"][0] == found["expected"][1]
+    assert found["results"]
+    assert all(each == found["expected"] for each in found["results"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -7,17 +7,21 @@ import datetime
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver
+from balf_fx.checkpoint.folder import Folder
 from balf_fx.distributed.group import group_of
-from balf_fx.errors import BalfError
+from balf_fx.engine import compress
+from balf_fx.errors import BalfError, CheckpointError
 
 CLASSES = 4
 SECONDS = 30
@@ -62,6 +66,8 @@ EFFORTS = {
 """Options whose result does not depend on random probes."""
 IN_FOUR = ("fast", "few")
 """Those that four processes run."""
+RESUMED = ("best", "up", "air")
+"""Those that are interrupted."""
 FEW = 1
 """Batches of "few": all processes but the first have none."""
 
@@ -158,6 +164,34 @@ def wrapped(rank, own):
     return {"ddp": found, "fsdp": shards, "kinds": kinds}
 
 
+def interrupted(rank, own, folder, options):
+    """The error of a run that fails in process 0 once it has written a layer."""
+    put = Folder.put
+
+    def failing(self, stage, *args):
+        put(self, stage, *args)
+        if rank == 0 and "layer " in stage:
+            raise CheckpointError("it fails")
+
+    with mock.patch.object(Folder, "put", failing):
+        return error_of(lambda: compiled(own, checkpoint=folder, **options))
+
+
+def resumed(rank, own, folder, options):
+    """What follows an interrupted run: the same call, the same once more, and other calls."""
+    failed = interrupted(rank, own, folder, options)
+    with mock.patch.object(compress, "_run", side_effect=AssertionError("a batch is run again")):
+        models = [described(compiled(own, checkpoint=folder, **options)) for _ in range(2)]
+    large = [path for path in folder.rglob("*.safetensors") if load_file(path)]
+    return {
+        "failed": failed,
+        "models": models,
+        "files": [path.relative_to(folder).as_posix() for path in large],
+        "other batches": error_of(lambda: compiled(own[::-1] if rank else own, checkpoint=folder, **options)),
+        "another number": error_of(lambda: compiled(own, checkpoint=folder, distributed=False, **options)),
+    }
+
+
 def dead(own):
     """The last process ends while the others wait for it."""
     start = time.monotonic()
@@ -180,7 +214,7 @@ def main(rank, size, folder):
         found["statistics"] = statistics([batches[rank:2:size], batches[2 + rank :: size]])
         found["bad function"] = bad_function(rank, own)
         found["options"] = error_of(lambda: compiled(own, effort="fast" if rank else "best"))
-        found["checkpoint"] = error_of(lambda: compiled(own, effort="fast", checkpoint=folder / "checkpoint"))
+        found["checkpoint"] = {name: resumed(rank, own, folder / name, EFFORTS[name]) for name in RESUMED}
         found["models"] = error_of(lambda: compiled(own, make_net(rank), effort="fast"))
         found["nothing"] = error_of(lambda: compiled([], effort="fast"))
         found["certificate"] = certified(make_batches(8)[rank::size])
