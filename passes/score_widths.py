@@ -186,16 +186,15 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
 
     covariances, metrics = problem(readers)
     order, errors = eliminate(covariances, metrics)
-    if len(halves) == 2:
+    if len(halves) == 2:  # in the order of all samples: to find one for each half would double the time
         size = len(order)
         sizes = sorted({round(size * share) for share in _JUDGED_SHARES} - {size})
         judged = [0.0] * len(sizes)
-        seen = [(half, *problem(half), problem([layer.undamped for layer in half])[1]) for half in halves]
-        for (own, own_covariances, own_metrics, _), (other, _, _, other_metrics) in itertools.permutations(seen):
-            own_order, _ = eliminate(own_covariances, own_metrics)
+        seen = [(half, *problem([layer.undamped for layer in half])) for half in halves]
+        for (own, own_covariances, _), (other, _, other_metrics) in itertools.permutations(seen):
             for layer, judge, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
                 moment = judge.features.second_moment(layer.features.mean)[0]
-                lost = prediction_errors(covariance, moment, metric, own_order, sizes)
+                lost = prediction_errors(covariance, moment, metric, order, sizes)
                 judged = [known + own_lost / 2 for known, own_lost in zip(judged, lost, strict=True)]
         errors = _rescaled(errors, sizes, judged)
     means = tuple(layer.features.mean[0] for layer in readers)

@@ -10,10 +10,10 @@ from torch import nn
 import balf_fx
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
-from balf_fx.passes import Score, ScoreWidths
+from balf_fx.passes import Score, ScoreWidths, score_widths
 from balf_fx.progress import Progress
 from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
-from balf_fx.widths.elimination import conditioned
+from balf_fx.widths.elimination import conditioned, eliminate
 
 
 def moment(size, seed, samples=40, groups=2):
@@ -156,6 +156,30 @@ def test_halves_count_samples_as_the_whole_does():
             if annotation(node).site is not None:
                 annotate(node, scored_with=None)
     assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+def test_each_half_predicts_features_of_the_other_that_all_samples_would_remove():
+    model = linear_mlp()
+    batches = list(torch.randn(6, 16, 12, dtype=torch.float64))
+    prepared = scored(model, batches)
+    (width,), (curve,) = graph_record(prepared).widths, graph_record(prepared).width_curves
+    node = next(node for node in prepared.graph.nodes if node.name == width.consumers[0])
+    _, *halves = score_widths._read(prepared, node, 0.0)
+    size = width.features // 2
+    kept, removed = curve.order[:size], curve.order[size:]
+    expected = 0.0
+    for own, other in itertools.permutations(halves):
+        covariance = conditioned(own.features.covariance()[0])
+        prediction = torch.eye(width.features, dtype=torch.float64)
+        prediction[:, removed] = 0
+        prediction[removed[:, None], kept] = covariance[removed][:, kept] @ covariance[kept][:, kept].inverse()
+        residual = torch.eye(width.features, dtype=torch.float64) - prediction
+        moment = residual @ other.features.second_moment(own.features.mean)[0] @ residual.mT
+        expected += float((other.metric() * moment).sum()) / 2
+    assert curve.distortion[size] == pytest.approx(expected, rel=1e-6)
+    whole = score_widths._read(prepared, node, 0.0)[0]
+    _, fitted = eliminate([conditioned(whole.features.covariance()[0])], [whole.metric()])
+    assert expected > 1.05 * fitted[size]
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
