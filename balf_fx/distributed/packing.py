@@ -16,7 +16,7 @@ _HEAD = 8  # bytes of the length of what pickle has written
 
 
 def packed(value: Any) -> Tensor:
-    """A value as bytes, uint8 [n] on the CPU; of tensors that are views, only what they show, in memory order."""
+    """A value as bytes, uint8 [n] on the CPU; of views, only what they show. Tensors keep their order in memory."""
     body = io.BytesIO()
     pickler = _Pickler(body)
     pickler.dump(value)
