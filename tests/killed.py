@@ -12,6 +12,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,17 +34,21 @@ def tiny() -> tuple[nn.Module, list[Tensor]]:
 def compressed(folder: Path | None) -> str:
     """The digest of the compressed model and of its plan."""
     model, batches = tiny()
-    small = balf_fx.compile(model, batches, flops=0.4, checkpoint=folder, progress=False)
+    return digest(balf_fx.compile(model, batches, flops=0.4, checkpoint=folder, progress=False))
+
+
+def digest(small: nn.Module) -> str:
+    """The digest of a compressed model and of its plan."""
     return digest_of([dict(small.state_dict()), small.code, balf_fx.plan(small).to_json()])
 
 
-def forked(folder: Path) -> int:
-    """Start a compression in a process of its own, whose result is in a file; returns the id of the process."""
+def forked(compute: Callable[[], str], result: Path) -> int:
+    """Start a function in a process of its own, whose result is in a file; returns the id of the process."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
-            folder.with_suffix(".txt").write_text(compressed(folder))
+            result.write_text(compute())
             status = 0
         finally:
             os._exit(status)
@@ -60,7 +66,7 @@ def main(folder: Path, wanted: int) -> None:
     moments = random.Random(0)
     kills, resumed, results = 0, 0, []
     while kills < wanted or not results:
-        process = forked(folder)
+        process = forked(partial(compressed, folder), folder.with_suffix(".txt"))
         found = any(folder.glob("stages/*.safetensors"))
         if kills < wanted:
             time.sleep(moments.uniform(0.1, 0.7) * longest)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
 from balf_fx.checkpoint.values import Encoder, decode
-from balf_fx.distributed.group import Group
+from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -93,14 +93,19 @@ class _Read:
 class FolderJournal(Journal):
     """Keeps what stages return in a folder.
 
+    What several processes compute together is kept in the folder of process 0, whose word holds for all of them. What
+    is written of statistics and batches is that of each process, in a folder of its own.
+
     Args:
-        folder: the folder.
+        folder: the folder of this process.
         classes: the dataclasses that stages return.
+        group: the processes, which call `remembered` with the same stages in the same order.
     """
 
-    def __init__(self, folder: Folder, classes: Collection[type], prefix: str = "") -> None:
+    def __init__(self, folder: Folder, classes: Collection[type], group: Group = ALONE, prefix: str = "") -> None:
         self._folder = folder
         self._classes = (*classes, _Read)
+        self._group = group
         self._prefix = prefix
         self._reading: dict[str, list[str]] = {}
         self._written = time.monotonic()
@@ -110,16 +115,21 @@ class FolderJournal(Journal):
     def folder(self) -> Folder:
         return self._folder
 
+    @property
+    def alone(self) -> Journal:
+        return FolderJournal(self._folder, self._classes, prefix=self._prefix)
+
     def within(self, name: str) -> Journal:
-        return FolderJournal(self._folder, self._classes, f"{self._prefix}{name}, ")
+        return FolderJournal(self._folder, self._classes, self._group, f"{self._prefix}{name}, ")
 
     def remembered(self, stage: str, compute: Callable[[], _T]) -> _T:
-        known = self._known(stage)
+        known = self._group.once(lambda: self._known(stage))
         if known:
             found: _T = known[0]
             return found
         value = compute()
-        self._keep(stage, value)
+        if self._group.rank == 0:
+            self._keep(stage, value)
         return value
 
     def recall(self, stage: str) -> Any:
@@ -173,38 +183,6 @@ class FolderJournal(Journal):
             return tuple(decode(*found, self._classes))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"stage {stage!r} in {self._folder} is damaged: delete the folder") from error
-
-
-class SharedJournal(FolderJournal):
-    """Keeps what several processes compute together in the folder of process 0, whose word holds for all of them.
-
-    What is written of statistics and batches is that of each process, in a folder of its own.
-
-    Args:
-        folder: that of this process.
-        group: the processes, which call `remembered` with the same stages in the same order.
-    """
-
-    def __init__(self, folder: Folder, classes: Collection[type], group: Group, prefix: str = "") -> None:
-        super().__init__(folder, classes, prefix)
-        self._group = group
-
-    @property
-    def alone(self) -> Journal:
-        return FolderJournal(self._folder, self._classes, self._prefix)
-
-    def within(self, name: str) -> Journal:
-        return SharedJournal(self._folder, self._classes, self._group, f"{self._prefix}{name}, ")
-
-    def remembered(self, stage: str, compute: Callable[[], _T]) -> _T:
-        known = self._group.once(lambda: self._known(stage))
-        if known:
-            found: _T = known[0]
-            return found
-        value = compute()
-        if self._group.rank == 0:
-            self._keep(stage, value)
-        return value
 
 
 def difference(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -30,7 +30,7 @@ from balf_fx.calibration.observers import (
 from balf_fx.calibration.sample import Gradients, Positions, Sample
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
-from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, Journal, SharedJournal, difference
+from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, Journal, difference
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.engine.program import Program
 from balf_fx.engine.rewriting import held_tensors
@@ -103,7 +103,7 @@ def open_journal(program: Program, settings: Settings, forward: Forward, group: 
     found = difference(folder.before, run)
     if found is not None:
         raise folder.other(found)
-    return FolderJournal(folder, _RECORDS) if group.size == 1 else SharedJournal(folder, _RECORDS, group)
+    return FolderJournal(folder, _RECORDS, group)
 
 
 def check(journal: Journal, batches: Iterable[Any]) -> None:

@@ -14,15 +14,15 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from killed import tiny
+from killed import digest, forked, tiny
 
 import balf_fx
 from balf_fx.checkpoint import journal
-from balf_fx.checkpoint.digests import digest_of
 
 SIZE = 2
 
@@ -32,28 +32,16 @@ def compressed(rank: int, folder: Path, meeting: Path) -> str:
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=limit)
     model, batches = tiny()
-    small = balf_fx.compile(model, batches[rank::SIZE], flops=0.4, checkpoint=folder, progress=False)
-    return digest_of([dict(small.state_dict()), small.code, balf_fx.plan(small).to_json()])
-
-
-def forked(rank: int, folder: Path, meeting: Path) -> int:
-    """Start one of the processes, whose result is in a file; returns its id."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            folder.with_suffix(f".{rank}").write_text(compressed(rank, folder, meeting))
-            status = 0
-        finally:
-            os._exit(status)
-    return process
+    return digest(balf_fx.compile(model, batches[rank::SIZE], flops=0.4, checkpoint=folder, progress=False))
 
 
 def run(folder: Path, victim: int | None, seconds: float) -> bool:
     """Whether all processes have ended with a model, one of them killed after a time."""
     meeting = folder.with_suffix(".meeting")
     meeting.unlink(missing_ok=True)
-    processes = [forked(rank, folder, meeting) for rank in range(SIZE)]
+    processes = [
+        forked(partial(compressed, rank, folder, meeting), folder.with_suffix(f".{rank}")) for rank in range(SIZE)
+    ]
     if victim is not None:
         time.sleep(seconds)
         os.kill(processes[victim], signal.SIGKILL)
