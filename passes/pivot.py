@@ -19,7 +19,7 @@ from balf_fx.graph.widths import Width
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import solution_of
 from balf_fx.passes.find_pivots import writers_and_readers
-from balf_fx.ranks.bases import BOUND, basis_of, largest_entry, row_space, shared_columns
+from balf_fx.ranks.bases import BOUND, SharedColumns, basis_of, row_space
 from balf_fx.ranks.pivots import pivot_rows
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 
@@ -129,26 +129,32 @@ class _Member:
     def own_orders(self) -> tuple[Tensor | None, ...]:
         """The order of the features for each part, pivots first; None for a dense part."""
         if self.form == "blocks":
-            return (shared_columns(self.bases).unsqueeze(0),)
+            return (SharedColumns(self.bases).order.unsqueeze(0),)
         return tuple(_own_order(part, self.form) for part in self.solve())
 
 
 def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[fx.Node, ...], Form]]]:
     """An order of a width's features, and the members around it whose coefficients are bounded in this order."""
-    served, order, begun = list(members), None, len(members)
+    served, begun = list(members), len(members)
+    columns: SharedColumns | None = None
     while len(served) > 1 or served[0].form == "blocks":
-        if 2 * len(served) <= begun:  # too many have left for their order to be a good start
-            order, begun = None, len(served)
-        order = shared_columns([basis for member in served for basis in member.bases], order)
-        excess = {member: max(largest_entry(q, order) for q in member.bases) / member.limit for member in served}
+        if columns is None or 2 * len(served) <= begun:  # too many have left for their order to be a good start
+            columns, begun = SharedColumns([basis for member in served for basis in member.bases]), len(served)
+        owners = [member for member in served for _ in member.bases]
+        excess = dict.fromkeys(served, 0.0)
+        for owner, largest in zip(owners, columns.largest(), strict=True):
+            excess[owner] = max(excess[owner], largest / owner.limit)
         beyond = sorted((member for member in served if excess[member] > 1), key=excess.__getitem__, reverse=True)
         if not beyond or len(served) == 1:
-            break
-        leaving = beyond[: -(-len(beyond) // 2)]  # half of them: there may be hundreds around a residual stream
+            return columns.order, _forms(served)
+        leaving = set(beyond[: -(-len(beyond) // 2)])  # half of them: there may be hundreds around a residual stream
         served = [member for member in served if member not in leaving]
-    else:
-        order = pivot_rows(served[0].bases[0][0])
-    return order, [(member.nodes, member.form) for member in served]
+        columns.keep([owner not in leaving for owner in owners])
+    return pivot_rows(served[0].bases[0][0]), _forms(served)
+
+
+def _forms(members: Sequence[_Member]) -> list[tuple[tuple[fx.Node, ...], Form]]:
+    return [(member.nodes, member.form) for member in members]
 
 
 def _bases(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:

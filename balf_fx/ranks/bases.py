@@ -32,46 +32,60 @@ BOUND = 64.0
 _CONDITION = 1e4  # the largest condition number of C
 _TINY = 1e-300
 _CANDIDATES = 48
-_SLACK = 0.1  # the logarithm by which a squared length may be less than another that is not up to date
-_LITTLE = 1e-6  # the share of a squared length
-_NOISE = 1e-14  # squared lengths below this one are rounding errors
+_SLACK = 0.3  # the logarithm by which a squared length may be less than another that is not up to date
+_LITTLE = 1e-2  # the share of a squared length
+_NOISE = 1e-6  # squared lengths below this one are rounding errors of float32
 _LEAST = 1e-6  # singular values of C below this share of the largest one are raised to it
 
 
 def row_space(heads: Tensor) -> Tensor:
     """Q [heads, D, r] in float64, whose orthonormal columns span the rows of W [heads, r, D]."""
     basis: Tensor = torch.linalg.qr(heads.detach().to(torch.float64).mT)[0]
-    return basis
+    return basis.contiguous()  # products with a few directions take several times as long column by column
 
 
-def shared_columns(bases: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
-    """The order of the columns of several sets of heads that starts with columns P for which C is well-conditioned.
+class SharedColumns:
+    """An order of the columns of several sets of heads, that starts with columns P for which C is well-conditioned.
 
     The columns of a larger size contain those of a smaller one. As in `ranks.pivots.pivot_rows`, columns are
     interchanged until the volume of the blocks, here the product of those of all heads, is locally maximal.
 
     Args:
         bases: Q [heads, D, r] of each set, from `row_space`.
-        start: an order [D] to begin with, as that of these sets and others: much faster than to choose one by one.
 
-    Returns:
-        [D]: the columns of the smallest size, then the others of each larger one, then the rest.
+    Attributes:
+        order: [D], the columns of the smallest size, then the others of each larger one, then the rest.
+        others: T [heads, D - r, r] of each set, in this order; infinite where C is singular.
     """
-    order = _first_order(bases) if start is None else start.clone()
-    others = [_solved(basis[:, order]) for basis in bases]
-    widest = max(own.shape[-1] for own in bases)
-    for _ in range(len(order) * widest):
-        gains = bases[0].new_ones(len(order), widest)
-        for own in others:
-            rank = own.shape[-1]
-            gains[rank:, :rank] *= own.abs().clamp_min(_TINY).prod(0)
-        place, pivot = divmod(int(gains.argmax()), widest)
-        if not GAIN < float(gains[place, pivot]) < math.inf:
-            break
-        order[[pivot, place]] = order[[place, pivot]]
-        for own in others:
-            _reorder(own, pivot, place)
-    return order
+
+    def __init__(self, bases: Sequence[Tensor]) -> None:
+        self.order = _first_order(bases)
+        self.others = [_solved(basis[:, self.order]) for basis in bases]
+        self._interchange()
+
+    def keep(self, wanted: Sequence[bool]) -> None:
+        """Go on from this order with some of the sets: much faster than to choose the columns one by one."""
+        self.others = [own for own, kept in zip(self.others, wanted, strict=True) if kept]
+        self._interchange()
+
+    def largest(self) -> list[float]:
+        """The largest entry of T for each set."""
+        return [float(own.abs().max()) if own.numel() else 0.0 for own in self.others]
+
+    def _interchange(self) -> None:
+        """Interchange columns while that increases the volume."""
+        widest = max(own.shape[-1] for own in self.others)
+        for _ in range(len(self.order) * widest):
+            gains = self.others[0].new_ones(len(self.order), widest)
+            for own in self.others:
+                rank = own.shape[-1]
+                gains[rank:, :rank] *= own.abs().clamp_min(_TINY).prod(0)
+            place, pivot = divmod(int(gains.argmax()), widest)
+            if not GAIN < float(gains[place, pivot]) < math.inf:
+                break
+            self.order[[pivot, place]] = self.order[[place, pivot]]
+            for own in self.others:
+                _reorder(own, pivot, place)
 
 
 def _reorder(others: Tensor, pivot: int, place: int) -> None:
@@ -87,12 +101,10 @@ def _reorder(others: Tensor, pivot: int, place: int) -> None:
 
 def has_blocks(heads: Sequence[Tensor], bound: float) -> bool:
     """Whether all heads W [heads, r, D] of some sets can get identity blocks without large rounding errors."""
-    bases = [row_space(own) for own in heads]
-    order = shared_columns(bases)
+    columns = SharedColumns([row_space(own) for own in heads])
     return all(
-        largest_entry(basis, order) <= bound
-        and float(torch.linalg.cond(own[..., order[: own.shape[1]]]).max()) < _CONDITION
-        for own, basis in zip(heads, bases, strict=True)
+        largest <= bound and float(torch.linalg.cond(own[..., columns.order[: own.shape[1]]]).max()) < _CONDITION
+        for own, largest in zip(heads, columns.largest(), strict=True)
     )
 
 
@@ -112,7 +124,10 @@ def _first_order(bases: Sequence[Tensor]) -> Tensor:
 
     These lengths only decrease. So rows are chosen among a few of the longest, whose parts outside of the spans are at
     hand, until one of the others may be longer (Minoux 1978); then all lengths are brought up to date at once.
+
+    In float32: where lengths are too small for it, so are the pivots, and T exceeds every bound.
     """
+    bases = [own.float() for own in bases]
     features, rank = bases[0].shape[1], max(own.shape[-1] for own in bases)
     squares = [own.square().sum(-1) for own in bases]
     spans = [own.new_zeros(len(own), own.shape[-1], own.shape[-1]) for own in bases]  # rows: directions, one by one
@@ -125,12 +140,13 @@ def _first_order(bases: Sequence[Tensor]) -> Tensor:
         volumes[taken] = -math.inf
         longest = volumes.topk(min(_CANDIDATES + 1, features))
         places, limits = longest.indices[:_CANDIDATES].tolist(), longest.values.tolist()[_CANDIDATES:]
-        outside = {index: _outside(bases[index][:, places], spans[index][:, :size]) for index in wanted}
-        products = torch.cat([own @ own.mT for own in outside.values()])
+        candidates = {index: bases[index][:, places] for index in wanted}
+        products = torch.cat([_products(rows, spans[index][:, :size]) for index, rows in candidates.items()])
         least = limits[0] - len(products) * _SLACK if limits else -math.inf
         rows = _longest(products, least)[: most - size]
-        for index, own in outside.items():
-            spans[index][:, size : size + len(rows)] = torch.linalg.qr(own[:, rows].mT)[0].mT
+        for index, own in candidates.items():
+            outside = _outside(own[:, rows], spans[index][:, :size])
+            spans[index][:, size : size + len(rows)] = torch.linalg.qr(outside.mT)[0].mT
         taken += [places[row] for row in rows]
         for index in wanted:
             squares[index] -= (bases[index] @ spans[index][:, size : len(taken)].mT).square().sum(-1)
@@ -159,7 +175,13 @@ def _longest(products: Tensor, least: float) -> list[int]:
 
 def _volumes(squares: Sequence[Tensor]) -> Tensor:
     """The logarithms of products of lengths, for squared lengths [heads, rows]."""
-    return torch.cat(list(squares)).clamp_min(_TINY).log().sum(0)
+    return torch.cat(list(squares)).clamp_min(_NOISE).log().sum(0)
+
+
+def _products(rows: Tensor, span: Tensor) -> Tensor:
+    """Inner products [heads, rows, rows] of the parts of rows [heads, rows, r] outside of a span [heads, ., r]."""
+    inside = rows @ span.mT
+    return rows @ rows.mT - inside @ inside.mT
 
 
 def _outside(rows: Tensor, span: Tensor) -> Tensor:
@@ -175,9 +197,3 @@ def _solved(basis: Tensor) -> Tensor:
     rank = basis.shape[-1]
     solved, info = torch.linalg.solve_ex(basis[:, :rank], basis[:, rank:], left=False)
     return torch.where((info == 0)[:, None, None] & solved.isfinite(), solved, math.inf)
-
-
-def largest_entry(basis: Tensor, order: Tensor) -> float:
-    """The largest entry of T for Q [heads, D, r] of `row_space` and an order of the columns that starts with P."""
-    others = _solved(basis[:, order])
-    return float(others.abs().max()) if others.numel() else 0.0

@@ -355,7 +355,7 @@ def test_layers_that_a_shared_order_does_not_serve_get_one_of_their_own(tied, mo
     model, batches = tied
     ranks = {"blocks.0.q": 30, "blocks.0.up": 31, "blocks.1.qkv": 29, "blocks.1.up": 33}
     served = balf_fx.compile(model, batches, allocation=ranks, effort="fast", progress=False)
-    monkeypatch.setattr(pivot, "largest_entry", lambda rows, order: 1e9)
+    monkeypatch.setattr(pivot.SharedColumns, "largest", lambda columns: [1e9] * len(columns.others))
     alone = balf_fx.compile(model, batches, allocation=ranks, effort="fast", progress=False)
     assert {forms(served)[name] for name in ranks} == {forms(alone)[name] for name in ranks} == {"columns"}
     assert (gathers(served), gathers(alone)) == (0, 3)

@@ -6,12 +6,11 @@ import torch
 from balf_fx.ranks.bases import (
     _SLACK,
     BOUND,
+    SharedColumns,
     _first_order,
     basis_of,
     has_blocks,
-    largest_entry,
     row_space,
-    shared_columns,
 )
 from balf_fx.ranks.pivots import pivot_rows
 
@@ -20,13 +19,23 @@ def randn(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def combinations(basis, order):
+    """T for Q [heads, D, r] and an order of the columns."""
+    rank = basis.shape[-1]
+    return torch.linalg.solve(basis[:, order[:rank]], basis[:, order[rank:]], left=False)
+
+
 @pytest.mark.parametrize("sets", [[(3, 8)], [(4, 6), (4, 6)], [(2, 5), (2, 9)], [(1, 1)]])
 def test_columns_are_a_permutation_and_well_conditioned_for_each_head(sets):
     heads = [randn(count, size, 24, seed=index) for index, (count, size) in enumerate(sets)]
     bases = [row_space(own) for own in heads]
-    order = shared_columns(bases)
-    assert sorted(order.tolist()) == list(range(24))
-    assert max(largest_entry(own, order) for own in bases) < 16
+    columns = SharedColumns(bases)
+    assert sorted(columns.order.tolist()) == list(range(24))
+    expected = [combinations(own, columns.order) for own in bases]
+    for own, others in zip(columns.others, expected, strict=True):
+        torch.testing.assert_close(own, others, rtol=1e-8, atol=1e-8)
+    assert columns.largest() == pytest.approx([float(others.abs().max()) for others in expected])
+    assert max(columns.largest()) < 16
 
 
 @pytest.mark.parametrize("sets", [[(1, 30)], [(3, 20), (2, 60)], [(20, 70)]])
@@ -47,7 +56,7 @@ def test_each_of_the_first_columns_is_nearly_the_longest(sets):
 def test_heads_that_have_no_column_in_common_get_an_order():
     apart = torch.zeros(2, 4, 12, dtype=torch.float64)
     apart[0, :, :6], apart[1, :, 6:] = randn(4, 6, seed=1), randn(4, 6, seed=2)
-    order = shared_columns([row_space(apart)])
+    order = SharedColumns([row_space(apart)]).order
     assert sorted(order.tolist()) == list(range(12))
     assert not has_blocks([apart], BOUND)
 
@@ -55,14 +64,14 @@ def test_heads_that_have_no_column_in_common_get_an_order():
 def test_one_head_gets_the_columns_of_its_own_pivots():
     head = randn(1, 6, 20)
     basis = row_space(head)
-    own = largest_entry(basis, pivot_rows(head[0].mT))
-    assert largest_entry(basis, shared_columns([basis])) == pytest.approx(own, rel=0.2)
+    own = float(combinations(basis, pivot_rows(head[0].mT)).abs().max())
+    assert SharedColumns([basis]).largest() == pytest.approx([own], rel=0.2)
 
 
 def test_interchanges_improve_on_any_first_choice():
     """No interchange of a column in P with another one increases the product of the volumes by more than 1 %."""
     heads = randn(3, 4, 10)
-    order = shared_columns([row_space(heads)])
+    order = SharedColumns([row_space(heads)]).order
     inside, outside = order[:4].tolist(), order[4:].tolist()
 
     def volume(columns):
@@ -88,7 +97,7 @@ def test_a_head_of_lower_rank_still_gets_an_invertible_basis():
     """A refit may leave such a head, after its form was decided."""
     heads = randn(2, 5, 12)
     heads[1, 4] = heads[1, 3]
-    order = shared_columns([row_space(heads)])
+    order = SharedColumns([row_space(heads)]).order
     basis = basis_of(heads, order)
     assert float(torch.linalg.cond(basis).max()) < 1e8
     torch.testing.assert_close(basis, heads[..., order[:5]], rtol=0, atol=1e-5)
@@ -99,7 +108,7 @@ def test_a_head_of_lower_rank_still_gets_an_invertible_basis():
 
 def test_products_of_queries_and_keys_do_not_see_the_basis():
     queries, keys, x = randn(3, 6, 20), randn(3, 6, 20, seed=1), randn(20, 9, seed=2)
-    order = shared_columns([row_space(keys)])
+    order = SharedColumns([row_space(keys)]).order
     basis = keys[:, :, order[:6]]
     turned_keys, turned_queries = torch.linalg.inv(basis) @ keys, basis.mT @ queries
     torch.testing.assert_close(
@@ -111,16 +120,15 @@ def test_products_of_queries_and_keys_do_not_see_the_basis():
 @pytest.mark.parametrize("sets", [[(1, 30), (1, 45)], [(3, 20), (2, 60)]])
 def test_the_order_of_more_sets_is_a_start_for_some_of_them(sets):
     found = [row_space(randn(count, size, 200, seed=index)) for index, (count, size) in enumerate([*sets, (2, 50)])]
-    start = shared_columns(found)
-    before = start.clone()
-    order = shared_columns(found[:-1], start)
-    assert torch.equal(start, before)
+    columns = SharedColumns(found)
+    columns.keep([True] * len(sets) + [False])
+    order = columns.order
     assert sorted(order.tolist()) == list(range(200))
-    for own in found[:-1]:
-        assert largest_entry(own, order) < 8
+    assert max(columns.largest()) < 8
     once = torch.ones(200, 60, dtype=torch.float64)  # the factor of the volume for each interchange
-    for own in found[:-1]:
+    for own, others in zip(found[:-1], columns.others, strict=True):
+        expected = combinations(own, order)
+        torch.testing.assert_close(others, expected, rtol=1e-8, atol=1e-8)
         rank = own.shape[-1]
-        others = torch.linalg.solve(own[:, order[:rank]], own[:, order[rank:]], left=False)
-        once[rank:, :rank] *= others.abs().prod(0)
+        once[rank:, :rank] *= expected.abs().prod(0)
     assert float(once.max()) < 1.02
