@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -88,10 +89,15 @@ def _flag_position(function: Callable[..., Any]) -> int | None:
 
 
 def is_opaque_call(node: fx.Node) -> bool:
-    """Whether a node calls a function that is not one of torch or Python, and may do anything."""
+    """Whether a node calls a function that is not one of torch or Python, and may do anything.
+
+    The classes that torch takes apart and puts together again, such as the outputs of transformers, only hold values.
+    """
+    if node.op != "call_function" or node.target in pytree.SUPPORTED_NODES:
+        return False
     owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
     known = isinstance(node.target, torch._ops.OpOverload) or owner in ("torch", "_operator", "builtins", "math")
-    return node.op == "call_function" and not known
+    return not known
 
 
 def operation(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from balf_fx.capture.normal_form import capture
 from balf_fx.errors import CaptureError
 from balf_fx.graph.annotation import sites
 from balf_fx.graph.effects import release_effects
-from balf_fx.graph.operators import changes_in_place
+from balf_fx.graph.operators import changes_in_place, is_opaque_call
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -242,6 +243,26 @@ def test_a_graph_without_such_operations_is_not_touched():
     make_functional(graph_module, [X])
     release_effects(graph_module)
     assert graph_module.code == before
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+pytree.register_pytree_node(Answer, lambda answer: ([answer.logits], None), lambda leaves, _: Answer(*leaves))
+
+
+def test_a_class_that_holds_outputs_writes_to_nothing():
+    """The example need not run to find what it writes to."""
+    graph_module = fx.symbolic_trace(nn.Linear(8, 8))
+    graph = graph_module.graph
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        held = graph.call_function(Answer, (output.args[0],))
+    assert not is_opaque_call(held)
+    held.target = changing
+    assert is_opaque_call(held)
 
 
 class Averaging(Counting):
