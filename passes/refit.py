@@ -154,7 +154,7 @@ class _Solver:
             self._replace_experts(node, site, moved)
         elif moved and self._refittable(node, site, rank):
             (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
-            give_back(BETWEEN_WALKS, site.groups * site.out_features * site.in_features)
+            give_back(BETWEEN_WALKS, site.numel)
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))

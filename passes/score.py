@@ -134,7 +134,7 @@ class Score(Pass):
             seen = self._seen(graph_module, nodes[0], site)
             curve = self.score(graph_module, plain, seen, use(nodes), blocks[site])
             apart = self._apart(graph_module, nodes, plain, curve, seen) if self.separable else None
-            give_back(freed=site.groups * site.out_features * site.in_features)
+            give_back(freed=site.numel)
             return curve, apart
 
         work = [float(site.full_rank) ** 3 * site.groups for site in changed]

@@ -101,8 +101,7 @@ class ExpertSensitivityObserver(SensitivityObserver):
             )
             seen = self._rows(own_values, own_gradients, samples / 2)
             if seen is not None:
-                before = self.halves[half]
-                self.halves[half] = seen if before is None else before.merge(seen)
+                self._merge(half, seen)
         self.calls += 1
 
     def _rows(self, values: Sequence[Tensor], gradients: Sequence[Tensor], samples: float) -> Sample | None:

@@ -233,14 +233,17 @@ class SensitivityObserver(nn.Module):
         for part in parts:
             sample = self._sample(part, positions)
             if sample is not None:
-                half = self.calls % 2
-                before = self.halves[half]
-                self.halves[half] = sample if before is None else before.merge(sample)
+                self._merge(self.calls % 2, sample)
                 used = True
             self.calls += 1
         if used:
             own = Positions((squares.sum(0), count))
             self.squares = own if self.squares is None else self.squares.merge(own)
+
+    def _merge(self, half: int, sample: Sample) -> None:
+        """Add a sample to one of the halves."""
+        before = self.halves[half]
+        self.halves[half] = sample if before is None else before.merge(sample)
 
     def _seen(self, recorded: Recorded, gradient: Tensor) -> _Seen:
         """The samples that count, with a gradient of 0 at positions that do not."""

@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Feed = Callable[[bytes], object]
+Feed = Callable[[Any], object]
 """Takes the next bytes of what is digested."""
+
+
+def bytes_in(tensor: Tensor) -> Any:
+    """A view of the bytes of a contiguous tensor on the CPU that is not empty; it does not keep the tensor alive."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 def digest_of(value: Any) -> str:
@@ -53,4 +58,4 @@ def _feed_tensor(tensor: Tensor, feed: Feed) -> None:
         _feed([*(getattr(tensor, name) for name in names), str(context)], feed)
     elif tensor.numel():
         held = (tensor if tensor.layout is torch.strided else tensor.to_dense()).cpu().contiguous()
-        feed((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))  # type: ignore[arg-type]
+        feed(bytes_in(held))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Mapping
 
 from torch import Tensor
+
+from balf_fx.checkpoint.digests import bytes_in
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -16,5 +17,5 @@ def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
         value = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         if value.numel():
-            found.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
+            found.update(bytes_in(value))
     return found.hexdigest()

@@ -282,6 +282,11 @@ class Site:
         return min(self.factor_sizes)
 
     @property
+    def numel(self) -> int:
+        """The number of entries of the weight."""
+        return math.prod(self.shape)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """O, D and G."""
         return self.out_features, self.in_features, self.groups
