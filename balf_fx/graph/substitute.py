@@ -320,8 +320,8 @@ def replace_site(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: S
         new = before.next
         while new is not node:
             new.meta = carried_meta(node, same_value=new is wide)
-            if new.op == "call_module":
-                new.meta[MODULE_STACK] = module_stack(graph_module, str(new.target), node, site.name)
+            path = str(new.target) if new.op == "call_module" else site.name  # not the class of the layer itself
+            new.meta[MODULE_STACK] = module_stack(graph_module, path, node, site.name)
             new = new.next
         node.replace_all_uses_with(wide)
         product = read_experts(node)

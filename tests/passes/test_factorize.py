@@ -221,6 +221,14 @@ def test_factors_are_noted_as_calls_of_their_own_modules(capture):
         assert kind is type(small.get_submodule(path))
 
 
+def test_operations_between_pivots_are_noted_as_those_of_the_new_module():
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 1)).eval()
+    small = balf_fx.compile(model, torch.randn(8, 3, 9, 9), allocation={"2": 17}, effort="fast", progress=False)
+    inside = [list(node.meta.get("nn_module_stack", {}).values()) for node in small.graph.nodes if node.target != "2.0"]
+    kinds = {kind for stack in inside for path, kind in stack if path == "2"}
+    assert kinds == {type(small.get_submodule("2"))} == {nn.ModuleList}
+
+
 def test_all_passes_run_in_a_pass_manager(conv_net, images):
     manager = PassManager([Annotate(), Score(factors="svd"), Allocate(params=0.6), Factorize()])
     result = manager(fx.symbolic_trace(conv_net))
