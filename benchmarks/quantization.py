@@ -85,8 +85,8 @@ def torchao_recipe(config: str, **options: Any) -> Recipe:
     return quantize
 
 
-def pt2e(model: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
-    """PyTorch 2 export quantization: int8 weights and activations, for inductor on x86."""
+def pt2e(model: nn.Module, calibration: Sequence[Tensor], *, linear: bool = True) -> nn.Module:
+    """PT2E quantization for inductor on x86: int8 weights and activations, `linear` layers included or not."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -94,6 +94,8 @@ def pt2e(model: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
         shapes = ({0: torch.export.Dim.AUTO},)
         exported = torch.export.export(model, (calibration[0],), dynamic_shapes=shapes).module()
         quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        if not linear:
+            quantizer.set_function_type_qconfig(nn.functional.linear, None)
         prepared = prepare_pt2e(exported, quantizer)
         for batch in calibration:
             prepared(batch)
