@@ -338,6 +338,18 @@ def realised() -> str:
     return markdown(lines, (", ".join(counts), *headers))
 
 
+def int8() -> str:
+    """The times of models compressed, with 8 bits, and both, relative to the dense ones in float32."""
+    lines = []
+    for case in _read("int8")["benchmarks"]:
+        _, model, form, _ = case["group"].split(", ")
+        both = {rival: found["median"] for rival, found in case["extra_info"]["ratios"].items()}
+        compressed, bits = (both["dense"] / both[rival] for rival in ("compressed", "dense, int8"))
+        cells = (compressed, bits, compressed * bits, both["dense"])
+        lines.append((f"{model}, {form}", *(f"{cell:.2f}" for cell in cells)))
+    return markdown(lines, ("time, 16 images, inductor", "compressed", "int8", "their product", "both, measured"))
+
+
 def generation() -> str:
     """The times of a compressed language model relative to the dense one's."""
     lines: dict[str, list[str]] = {}
@@ -386,6 +398,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "blocks": blocks,
     "timings": timings,
     "realised": realised,
+    "int8": int8,
     "generation": generation,
     "pivots": pivots,
     "finetune": finetune,

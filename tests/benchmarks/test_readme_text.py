@@ -18,7 +18,8 @@ from balf_fx.engine.settings import Settings
 ROOT = Path(__file__).parents[2]
 FRONT, PASSES, MEASUREMENTS = (ROOT / "README.md", ROOT / "passes" / "README.md", ROOT / "benchmarks" / "README.md")
 NAMES = re.compile(
-    r"ResNet-\d+|MobileNetV2|CIFAR-10|ViT-Tiny/16|stories260K|float64|[Tt]op-1|Python 3\.\d+|PyTorch 2\.\d+"
+    r"ResNet-\d+|MobileNetV2|CIFAR-10|ViT-Tiny/16|stories260K|float(?:32|64)|int8|AVX2|PT2E"
+    r"|[Tt]op-1|Python 3\.\d+|PyTorch 2\.\d+"
 )
 WORDS = {3: "three", 6: "six", 8: "eight"}
 
@@ -147,7 +148,8 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     ]
     assert left_over(prose(MEASUREMENTS), claims) == []
     assert dict(pivots)[slow]["dense"]["median"] > dict(pivots)[slow]["pairs"]["median"]  # so pairs are slower, too
-    assert [read(name)["machine_info"]["threads"] for name in ("realised", "generation", "pivots")] == [1, 1, 2]
+    threads = {"realised": 1, "int8": 1, "generation": 1, "pivots": 2}
+    assert {name: read(name)["machine_info"]["threads"] for name in threads} == threads
     assert writer.SHARE == 0.5
     assert {case["extra_info"]["cache"] for case in read("generation")["benchmarks"]} == {1.0}
     assert f"{WORDS[tuned['options']['tune']]} epochs, of all parameters" in prose(MEASUREMENTS)
@@ -237,6 +239,22 @@ def test_what_is_said_of_quantization(read):
             assert model != "resnet20" or rise[model, variant, how] > rise[model, "dense", how]
         if variant == "compressed" and "4" in how:
             assert lost > 1.5 * top1[model, "dense", how]
+
+
+def test_what_is_said_of_the_time_of_int8(read):
+    bits = {}
+    for case in read("int8")["benchmarks"]:
+        _, model, form, count = case["group"].split(", ")
+        both = {rival: found["median"] for rival, found in case["extra_info"]["ratios"].items()}
+        product = both["dense"] ** 2 / (both["compressed"] * both["dense, int8"])
+        bits[model, form] = both["compressed"]
+        assert count == "16 images"
+        assert case["extra_info"]["flops_kept"] == pytest.approx(0.5, abs=0.01)
+        assert (both["dense"] / product < 1.1) if form == "pairs" else (both["dense"] / product > 1.03)
+    models = {model for model, _ in bits}
+    assert len(bits) == 2 * len(models)
+    for model in models:
+        assert bits[model, "pivots"] > 1.1 * bits[model, "pairs"]
 
 
 def test_what_is_said_of_corrections(read):
