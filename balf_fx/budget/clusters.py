@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +21,7 @@ from torch import Tensor, fx, nn
 from balf_fx.budget.members import Member, Ranks, Share
 from balf_fx.budget.options import Option, Options
 from balf_fx.graph.annotation import annotation, graph_record
-from balf_fx.graph.curves import FREE, Cost, Measure, RankCurve
+from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, RankCurve
 from balf_fx.graph.flops import use
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
@@ -37,12 +36,8 @@ _SIZES = {1: 32, 2: 12}  # the number of sizes tried for each width, by the numb
 
 _PRODUCTS = 512  # up to so many choices of ranks at one size are all tried; else those on the convex hull
 
-
-_T = TypeVar("_T")
-
-
-_Priced = tuple[int, float, _T]
-"""A cost, a loss, and the object to which they belong."""
+_Build = Callable[[int, float], Option]
+"""Makes an option from its index and its loss."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class Cluster:
             tried = list(map(_between_sizes, near.sizes, tried, (width.step for width in self.widths)))
         costs: list[Tensor] = []
         lost: list[Tensor] = []
-        builders: list[Callable[[int, float], Option]] = []
+        builders: list[_Build] = []
         for sizes in itertools.product(*tried):
             menu = self._menu(sizes, curves, measure)
             fixed = menu.others.of(measure)
@@ -139,10 +134,10 @@ class Cluster:
             lost.append(kept + loss)
             builders.append(partial(_built, menu, picks, sizes))
         if near is not None:
-            neighbours = list(self._neighbours(near, curves, weights, measure))
-            costs.append(torch.tensor([cost for cost, _, _ in neighbours], dtype=torch.int64, device="cpu"))
-            lost.append(torch.tensor([loss for _, loss, _ in neighbours], dtype=torch.float64, device="cpu"))
-            builders.append(lambda index, _: neighbours[index][2]())
+            for cost, loss, build in self._neighbours(near, curves, weights, measure):
+                costs.append(cost)
+                lost.append(loss)
+                builders.append(build)
         starts = [0, *itertools.accumulate(map(len, costs))]
         cost, loss = torch.cat(costs), torch.cat(lost)
         efficient = _efficient(cost, loss)
@@ -169,15 +164,15 @@ class Cluster:
 
     def _neighbours(
         self, near: Option, curves: Sequence[RankCurve], weights: Sequence[float], measure: Measure
-    ) -> Iterator[_Priced[Callable[[], Option]]]:
-        """Options that differ from `near` in one member's rank, over all of its ranks."""
+    ) -> Iterator[tuple[Tensor, Tensor, _Build]]:
+        """Costs and losses of options that differ from `near` in one member's rank, for each member, over all ranks."""
         kept = [size / width.features for size, width in zip(near.sizes, self.widths, strict=True)]
         for index, (member, curve, weight) in enumerate(zip(self.members, curves, weights, strict=True)):
             old = near.ranks[index]
-            cost, lost = near.cost(measure) - old.cost(measure), curve.normalised(old.distortion)
-            for new in member.candidates(curve, kept, every=True):
-                loss = near.loss + weight * (curve.normalised(new.distortion) - lost)
-                yield cost + new.cost(measure), loss, partial(near.changed, index, new, loss)
+            row = Ranks.of(member, curve, kept, measure, every=True)
+            cost = near.cost(measure) - old.cost(measure) + row.costs
+            loss = near.loss + weight * (row.losses - curve.normalised(old.distortion))
+            yield cost, loss, partial(_changed, near, index, row.candidates)
 
     def repeated(self, calls: int) -> Cluster:
         """The same cluster in a graph that is run several times."""
@@ -330,6 +325,10 @@ def _built(
     menu: _Menu, picks: Sequence[tuple[int, ...]] | None, sizes: tuple[int, ...], index: int, loss: float
 ) -> Option:
     return menu.option(menu.pick(index) if picks is None else picks[index], sizes, loss)
+
+
+def _changed(near: Option, member: int, candidates: Sequence[Candidate], index: int, loss: float) -> Option:
+    return near.changed(member, candidates[index], loss)
 
 
 def _all_sums(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -86,9 +86,9 @@ class Member:
         """Some of its ranks at these sizes, or all with `every`, ascending; then dense."""
         site = self.narrowed(kept)
         choose = list if every else _thin
-        known = [candidate for candidate in curve.candidates if isinstance(candidate.rank, int)]
         if site == self.site:
-            return [*choose(known), *(each for each in curve.candidates if each.blocks), curve.dense]
+            blocks = (each for each in curve.candidates if each.blocks)
+            return [*choose(list(curve.whole.values())), *blocks, curve.dense]
         flops = self.flops // (self.site.out_features * self.site.in_features) * site.out_features * site.in_features
         elements = self.output_elements // self.site.out_features * site.out_features
         biased = self.bias and (self.reads is None or kept[self.reads] < 1.0 or self.site.bias is not None)
@@ -97,13 +97,10 @@ class Member:
         simpler = with_blocks(dense, self._blocks(kept), elements // site.out_features)
         if self.mixed and any(kept[index] < 1.0 for index, _ in self.outputs):
             return timed([*simpler, dense], site, curve.clock)
-        lost = {candidate.rank: candidate.distortion for candidate in known}
         gains = biased or curve.spectrum.mean is not None
-        ranks = [rank for rank in useful_ranks(site) if rank in lost]
-        low = [
-            Candidate(rank, rank_flops(site, rank, flops, elements), rank_params(site, rank, gains), lost[rank])
-            for rank in choose(ranks)
-        ]
+        ranks = choose([rank for rank in useful_ranks(site) if rank in curve.whole])
+        costs = ((rank_flops(site, rank, flops, elements), rank_params(site, rank, gains)) for rank in ranks)
+        low = [Candidate(rank, *cost, curve.whole[rank].distortion) for rank, cost in zip(ranks, costs, strict=True)]
         return timed([*low, *simpler, dense], site, curve.clock)
 
     def _blocks(self, kept: Sequence[float]) -> int:
@@ -128,9 +125,11 @@ class Ranks:
     losses: Tensor
 
     @classmethod
-    def of(cls, member: Member, curve: RankCurve, kept: Sequence[float], measure: Measure) -> Ranks:
-        """The candidates of a member at these sizes."""
-        found = tuple(member.candidates(curve, kept))
+    def of(
+        cls, member: Member, curve: RankCurve, kept: Sequence[float], measure: Measure, every: bool = False
+    ) -> Ranks:
+        """The candidates of a member at these sizes, `every` one or some."""
+        found = tuple(member.candidates(curve, kept, every))
         costs = torch.tensor([candidate.cost(measure) for candidate in found], dtype=torch.int64, device="cpu")
         lost = [curve.normalised(candidate.distortion) for candidate in found]
         return cls(curve, found, costs, torch.tensor(lost, dtype=torch.float64, device="cpu"))

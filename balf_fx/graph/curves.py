@@ -145,6 +145,11 @@ class RankCurve:
     def dense(self) -> Candidate:
         return self.candidates[-1]
 
+    @cached_property
+    def whole(self) -> dict[int, Candidate]:
+        """The candidates of one rank for the whole site, by it, ascending."""
+        return {each.rank: each for each in self.candidates if isinstance(each.rank, int)}
+
     @property
     def ranked(self) -> Spectrum:
         """The spectrum whose components the ranks count."""

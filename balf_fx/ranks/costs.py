@@ -68,9 +68,9 @@ def possible_ranks(site: Site) -> list[int]:
     """The ranks whose factors have fewer numbers than the dense weight, ascending."""
     if site.keeps_rank:
         return []
-    dense = site.out_features * site.in_features
+    dense, both = site.out_features * site.in_features, sum(site.factor_sizes)
     ranks = range(site.step, site.full_rank, site.step)
-    return [rank for rank in ranks if rank * sum(site.factor_sizes) - _saved(site, rank) < dense]
+    return [rank for rank in ranks if rank * both - _saved(site, rank) < dense]
 
 
 def useful_ranks(site: Site) -> list[int]:
@@ -78,9 +78,9 @@ def useful_ranks(site: Site) -> list[int]:
     if site.keeps_rank:
         return []
     found: list[int] = []
-    least = site.out_features * site.in_features
+    least, both = site.out_features * site.in_features, sum(site.factor_sizes)
     for rank in reversed(range(site.step, site.full_rank, site.step)):
-        cost = rank * sum(site.factor_sizes) - _saved(site, rank)
+        cost = rank * both - _saved(site, rank)
         if cost < least:
             found.append(rank)
             least = cost
