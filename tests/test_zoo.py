@@ -8,25 +8,9 @@ from torch import nn
 
 import balf_fx
 
-TORCHVISION = ("mobilenet_v3_small", "shufflenet_v2_x0_5")
-TIMM = (
-    "starnet_s050",
-    "test_byobnet",
-    "test_coatnet",
-    "test_convnext",
-    "test_efficientnet",
-    "test_mambaout",
-    "test_nfnet",
-    "test_vit_relpos",
-)
-TRANSFORMERS = (
-    "clip_text",
-    "clip_vision",
-    "convnext",
-    "qwen3",
-    "t5_encoder",
-    "whisper_encoder",
-)
+TORCHVISION = ("shufflenet_v2_x0_5",)
+TIMM = ("test_byobnet", "test_coatnet", "test_efficientnet", "test_mambaout", "test_nfnet", "test_vit_relpos")
+TRANSFORMERS = ("clip_vision", "convnext", "t5_encoder", "whisper_encoder")
 SAMPLE = [
     (source, name)
     for source, names in {"torchvision": TORCHVISION, "timm": TIMM, "transformers": TRANSFORMERS}.items()

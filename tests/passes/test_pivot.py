@@ -266,7 +266,7 @@ def test_a_result_can_be_stored_copied_exported_and_compiled(subject, tmp_path):
 def switched(model, batches, **options):
     """The model behind the backend, after its calibration on these batches."""
     torch.compiler.reset()
-    given = {"calibration_steps": len(batches), **options}
+    given = {"calibration_steps": len(batches), "inner": "eager", **options}
     small = torch.compile(model, backend="balf", options=given, dynamic=False)
     with torch.no_grad():
         for batch in batches:
