@@ -138,7 +138,7 @@ def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[
     served, begun = list(members), len(members)
     columns: SharedColumns | None = None
     while len(served) > 1 or served[0].form == "blocks":
-        if columns is None or 2 * len(served) <= begun:  # too many have left for their order to be a good start
+        if columns is None:
             columns, begun = SharedColumns([basis for member in served for basis in member.bases]), len(served)
         owners = [member for member in served for _ in member.bases]
         excess = dict.fromkeys(served, 0.0)
@@ -149,7 +149,10 @@ def _shared_order(members: Sequence[_Member]) -> tuple[Tensor, list[tuple[tuple[
             return columns.order, _forms(served)
         leaving = set(beyond[: -(-len(beyond) // 2)])  # half of them: there may be hundreds around a residual stream
         served = [member for member in served if member not in leaving]
-        columns.keep([owner not in leaving for owner in owners])
+        if 2 * len(served) > begun:
+            columns.keep([owner not in leaving for owner in owners])
+        else:  # too many have left for their order to be a good start
+            columns = None
     return pivot_rows(served[0].bases[0][0]), _forms(served)
 
 

@@ -148,32 +148,24 @@ def test_a_quantized_compressed_model_is_saved_and_loaded(small_transformer, dig
     assert torch.equal(other(digits.test), both(digits.test))
 
 
-def pt2e_of(model, batches):
-    """The model with int8 weights and activations, for inductor on x86."""
-    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
-    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-    with torch.no_grad():
-        exported = torch.export.export(model, (batches[0],), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
-        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-        prepared = pt2e.prepare_pt2e(exported, quantizer)
-        for batch in batches:
-            prepared(batch)
-        return pt2e.convert_pt2e(prepared)
+@pytest.fixture
+def pt2e(load_benchmark):
+    pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    return load_benchmark("quantization").pt2e
 
 
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
-def test_pt2e_quantizes_every_factor(convolutions, digits, capture):
+def test_pt2e_quantizes_every_factor(convolutions, digits, pt2e, capture):
     small = compress(convolutions, digits, capture=capture)
     layers = [module for module in small.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     factors = [name for name, module in small.named_modules() if isinstance(module, nn.Sequential) and len(module) == 2]
     assert factors
-    both = pt2e_of(small, digits.calibration.split(64))
+    both = pt2e(small, digits.calibration.split(64))
     rounded = [n for n in both.graph.nodes if str(n.target).endswith("dequantize_per_channel.default")]
     called = [n for n in both.graph.nodes if str(n.target) in ("aten.conv2d.default", "aten.linear.default")]
     assert len(rounded) == len(called) >= len(layers)
     assert all(node.args[1] in rounded for node in called)
-    read = {str(node.target) for node in both.graph.find_nodes(op="get_attr")}
-    size = saved_bytes({path: value for path, value in both.state_dict().items() if path in read})
+    size = saved_bytes(both.state_dict())
     assert size < 0.45 * saved_bytes(small.state_dict())
     assert size < 0.3 * saved_bytes(convolutions.state_dict())
     assert top1(convolutions, digits) > 0.95
@@ -181,7 +173,7 @@ def test_pt2e_quantizes_every_factor(convolutions, digits, capture):
 
 
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
-def test_pt2e_takes_the_operations_between_pivots(capture):
+def test_pt2e_takes_the_operations_between_pivots(pt2e, capture):
     """They are no parts of a convolution, in which torchao would look for its only output."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Conv2d(32, 48, 1)).eval()
@@ -191,7 +183,7 @@ def test_pt2e_takes_the_operations_between_pivots(capture):
     )
     assert [len(small.get_submodule(name)) for name in ("2", "4")] == [2, 2]
     assert small.graph.find_nodes(op="call_function", target=torch.movedim)
-    both = pt2e_of(small, batches)
+    both = pt2e(small, batches)
     rounded = [n for n in both.graph.nodes if str(n.target).endswith("dequantize_per_channel.default")]
     assert len(rounded) == 5
     error = (both(batches[0]) - small(batches[0])).std() / small(batches[0]).std()
