@@ -324,16 +324,18 @@ def realised() -> str:
     """What is left for each budget, how much of what FLOPs promise is real, and how much of the time budgets reach."""
     rows: dict[str, dict[str, Any]] = {}
     counts: dict[str, None] = {}
-    for case in _read("realised")["benchmarks"]:
+    for case in _read("realised")["benchmarks"] + _read("realised_large")["benchmarks"]:
         _, model, *budget, count, runner = case["group"].split(", ")
         counts[count] = None
         rows.setdefault(f"{model}, {runner}", {})[budget[0]] = case["extra_info"]
     lines = []
     for name, found in rows.items():
-        figures = [found[budget]["ratios"]["dense"]["median"] for budget in ("flops", "latency")]
-        in_sites, kept = found["latency"]["in_sites"], [found[budget]["flops_kept"] for budget in ("flops", "latency")]
-        cells = (in_sites, kept[0], figures[0], found["flops"]["realised"], kept[1], figures[1])
-        lines.append((name, *(f"{cell:.2f}" for cell in cells)))
+        flops, latency = found["flops"], found.get("latency")
+        cells = [flops["flops_kept"], flops["ratios"]["dense"]["median"], flops["realised"]]
+        if latency is not None:
+            cells = [latency["in_sites"], *cells, latency["flops_kept"], latency["ratios"]["dense"]["median"]]
+        shown = [f"{cell:.2f}" for cell in cells]
+        lines.append((name, *(shown if latency is not None else ["", *shown, "", ""])))
     headers = ("dense time in sites", "0.5 of FLOPs: FLOPs", "time", "realised", "0.5 of time: FLOPs", "time")
     return markdown(lines, (", ".join(counts), *headers))
 

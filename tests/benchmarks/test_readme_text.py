@@ -148,7 +148,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     ]
     assert left_over(prose(MEASUREMENTS), claims) == []
     assert dict(pivots)[slow]["dense"]["median"] > dict(pivots)[slow]["pairs"]["median"]  # so pairs are slower, too
-    threads = {"realised": 1, "int8": 1, "generation": 1, "pivots": 2}
+    threads = {"realised": 1, "realised_large": 1, "int8": 1, "generation": 1, "pivots": 2}
     assert {name: read(name)["machine_info"]["threads"] for name in threads} == threads
     assert writer.SHARE == 0.5
     assert {case["extra_info"]["cache"] for case in read("generation")["benchmarks"]} == {1.0}
