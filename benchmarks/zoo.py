@@ -17,8 +17,9 @@ import multiprocessing
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
@@ -37,12 +38,13 @@ COMPILED = ("resnet18", "mobilenet_v3_small", "test_vit", "test_convnext", "bert
 """Models that --compile hands to torch.compile."""
 
 
-def cases(source: Source, patterns: Sequence[str] = ()) -> Iterator[Case | Skip]:
-    """The models of a source whose names match any of the patterns, one by one since selecting takes time."""
+def cases(source: Source, patterns: Sequence[str] = (), known: Collection[str] = ()) -> Iterator[Case | Skip]:
+    """The models of a source whose names match any of the patterns and are not known, one by one: selecting is slow."""
     if importlib.util.find_spec(source) is None:
         return iter([Skip(source, "*", "not installed")])
-    select = {"torchvision": torchvision_cases, "timm": timm_cases, "transformers": transformers_cases}
-    return (case for case in select[source](patterns) if matches(case.name, patterns))
+    timm = partial(timm_cases, known=known)
+    select = {"torchvision": torchvision_cases, "timm": timm, "transformers": transformers_cases}
+    return (case for case in select[source](patterns) if matches(case.name, patterns) and case.name not in known)
 
 
 def build(case: Case) -> Subject:
@@ -126,10 +128,10 @@ class Results:
         self.rows: list[Row] = []
         self.skips: list[Skip] = []
 
-    def known(self, entry: Case | Skip) -> bool:
-        """Whether an earlier run got to this model."""
+    def known(self, source: Source) -> set[str]:
+        """The models that an earlier run got to."""
         old = (*self._old.get("results", []), *self._old.get("skipped", []))
-        return any((entry.source, entry.name) == (one["source"], one["name"]) for one in old)
+        return {one["name"] for one in old if one["source"] == source}
 
     def add(self, entry: Row | Skip) -> None:
         """Take the place of what was known of this model."""
@@ -210,7 +212,7 @@ def main(
     results, worker = Results(output), Worker(time_limit)
     try:
         for source in sources or get_args(Source):
-            wanted = (case for case in cases(source, patterns) if not (resume and results.known(case)))
+            wanted = cases(source, patterns, results.known(source) if resume else ())
             found = itertools.islice(wanted, limit)
             for case in (bar := tqdm(found, desc=source, unit="model", leave=False)):
                 bar.set_postfix_str(case.name)

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,11 @@ def torchvision_cases(patterns: Sequence[str]) -> Iterator[Case | Skip]:
             yield Case("torchvision", name) if count <= LARGEST else Skip("torchvision", name, too_large(count))
 
 
-def timm_cases(patterns: Sequence[str]) -> Iterator[Case | Skip]:
-    """The smallest member of each family: of the models of one module whose names begin with the same letters."""
+def timm_cases(patterns: Sequence[str], known: Collection[str] = ()) -> Iterator[Case | Skip]:
+    """The smallest member of each family: of the models of one module whose names begin with the same letters.
+
+    Selecting it builds the whole family, so that families of which a member is known are left out here.
+    """
     import timm
 
     families = defaultdict(list)
@@ -49,7 +52,7 @@ def timm_cases(patterns: Sequence[str]) -> Iterator[Case | Skip]:
         for name in timm.list_models(module=module):
             families[module, re.match("[a-z]+", name).group()].append(name)
     for names in families.values():
-        if any(matches(name, patterns) for name in names):
+        if any(matches(name, patterns) for name in names) and not any(name in known for name in names):
             yield _smallest(names)
 
 

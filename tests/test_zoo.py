@@ -167,7 +167,7 @@ def test_results_replace_only_what_was_run_again(zoo, tmp_path):
         first.add(zoo.Row("torchvision", name, seconds=1))
     first.add(zoo.Skip("torchvision", "c", "too large: 200 M parameters"))
     again = zoo.Results(path)
-    assert [again.known(zoo.Case("torchvision", name)) for name in "abcd"] == [True, True, True, False]
+    assert (again.known("torchvision"), again.known("timm")) == ({"a", "b", "c"}, set())
     again.add(zoo.Row("torchvision", "b", seconds=2))
     again.add(zoo.Row("torchvision", "c", seconds=2))
     data = json.loads(path.read_text())
@@ -189,6 +189,8 @@ def test_selection_covers_every_family(zoo):
     (case,) = zoo.cases("timm", ["repghostnet_*"])
     assert case == zoo.Case("timm", "repghostnet_050")
     assert case.name in timm.list_models(module="repghost")
+    assert list(zoo.cases("timm", ["repghostnet_*"], {"repghostnet_050"})) == []  # nor a larger one of the family
+    assert list(zoo.cases("torchvision", ["resnet18"], {"resnet18"})) == []
     (too_large,) = zoo.cases("torchvision", ["vit_h_14"])
     assert too_large.reason == "too large: 632 M parameters"
     assert [entry.reason.partition(":")[0] for entry in zoo.cases("torchvision", ["raft_small"])] == ["optical flow"]
