@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
@@ -44,3 +45,10 @@ class Pass(ABC):
         if not found:
             raise PassError(f"{type(self).__name__} needs a graph with sites: run Annotate first")
         return found
+
+
+def scored_alike(known: tuple[Any, ...] | None, new: tuple[Any, ...]) -> bool:
+    """Whether a score was made with these options, which come first, and with these objects as statistics."""
+    if known is None or len(known) != len(new):
+        return False
+    return bool(known[0] == new[0]) and all(a is b for a, b in zip(known[1:], new[1:], strict=True))

@@ -27,7 +27,7 @@ from balf_fx.graph.experts import read_experts
 from balf_fx.graph.flops import use
 from balf_fx.graph.parameters import fingerprint, grouped_bias, grouped_weight
 from balf_fx.graph.site import Side, Site
-from balf_fx.passes.base import Pass
+from balf_fx.passes.base import Pass, scored_alike
 from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.costs import rank_curve
 from balf_fx.ranks.separable import over_taps, strips_of
@@ -126,7 +126,7 @@ class Score(Pass):
             options = (self.factors, self.centred, self.split, self.damping, self.separable, self.by_time)
             scored_with[site] = ((*options, plain, blocks[site]), *self._statistics(graph_module, nodes[0], site))
             known = annotation(nodes[0]).scored_with
-            if known is None or not _same(known, scored_with[site]):
+            if not scored_alike(known, scored_with[site]):
                 changed.append(site)
 
         def curves_of(site: Site) -> tuple[RankCurve, RankCurve | None]:
@@ -324,11 +324,6 @@ def _kept(node: fx.Node, site: Site, moments: Moments) -> Mapping[int, int]:
     loads = product.loads if product is not None and product.loads else (0,) * site.groups
     per_row = (annotation(node).flops or 0) // max(sum(loads), 1)
     return {expert: per_row * loads[expert] for expert in too_few(site, moments.count)}
-
-
-def _same(known: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
-    """Whether a score was made with these options and statistics."""
-    return bool(known[0] == new[0]) and all(a is b for a, b in zip(known[1:], new[1:], strict=True))
 
 
 def _spectrum(

@@ -7,8 +7,10 @@ import dataclasses
 import itertools
 import logging
 import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +26,7 @@ from balf_fx.graph.curves import Spectrum
 from balf_fx.graph.parameters import grouped_bias, grouped_weight
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve
-from balf_fx.passes.base import Pass
+from balf_fx.passes.base import Pass, scored_alike
 from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
@@ -47,32 +49,38 @@ class ScoreWidths(Pass):
 
     Attributes:
         damping, group: as in `Score`.
+        only: the keys of the widths to score; None for all.
         progress: shows the progress over the widths.
 
-    Widths are not scored again if the statistics have not changed since the last score.
+    A width whose statistics have not changed since its last score is not scored again.
     """
 
     damping: float = 0.1
+    only: Collection[str] | None = None
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        nodes = {node.name: node for node in graph_module.graph.nodes}
         record = graph_record(graph_module)
-        observers = [module for module in graph_module.modules() if isinstance(module, SensitivityObserver)]
-        scored_with = (self.damping, *(half for observer in observers for half in observer.halves))
-        known = len(record.widths_scored_with) == len(scored_with)
-        if known and all(a is b for a, b in zip(record.widths_scored_with, scored_with, strict=True)):
-            return PassResult(graph_module, False)
-        effort = [float(width.features) ** 3 for width in record.widths]
+        curves = _filled(record.width_curves, len(record.widths))
+        scored_with = _filled(record.widths_scored_with, len(record.widths))
+        nodes, changed = {node.name: node for node in graph_module.graph.nodes}, []
+        for index, width in enumerate(record.widths):
+            own = (self.damping, *_halves(graph_module, nodes, width))
+            if (self.only is None or width.key in self.only) and not scored_alike(scored_with[index], own):
+                scored_with[index] = own
+                changed.append(index)
+        widths = [record.widths[index] for index in changed]
+        effort = [float(width.features) ** 3 for width in widths]
         score = partial(self._score, graph_module, nodes)
-        curves = self.group.shared_out(record.widths, effort, score, self.progress)
-        record_graph(graph_module, width_curves=tuple(curves), widths_scored_with=scored_with)
+        for index, curve in zip(changed, self.group.shared_out(widths, effort, score, self.progress), strict=True):
+            curves[index] = curve
+        if changed or len(record.width_curves) < len(curves):
+            record_graph(graph_module, width_curves=tuple(curves), widths_scored_with=tuple(scored_with))
         return PassResult(graph_module, False)
 
     def _score(self, graph_module: fx.GraphModule, nodes: dict[str, fx.Node], width: Width) -> WidthCurve | None:
-        names = width.consumers or width.producers[:1]
-        layers = [_read(graph_module, nodes[name], self.damping) for name in names]
+        layers = [_read(graph_module, nodes[name], self.damping) for name in judges(width)]
         known = [layer for layer in layers if layer is not None]
         if len(known) < len(layers):
             _LOGGER.info("no gradient has reached the layers around %s: it keeps its width", width.name)
@@ -84,6 +92,23 @@ class ScoreWidths(Pass):
             return curve
         _LOGGER.warning("the loss of narrowing %s is NaN or infinite: it keeps its width", width.name)
         return None
+
+
+def judges(width: Width) -> tuple[str, ...]:
+    """The nodes of the layers whose statistics judge a width: those that read its features, or a producer."""
+    return width.consumers or width.producers[:1]
+
+
+def _halves(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> Iterator[Sample | None]:
+    """The statistics that judge a width."""
+    for name in judges(width):
+        observer = observer_of(graph_module, annotation(nodes[name]).sensitivity, SensitivityObserver)
+        yield from () if observer is None else observer.halves
+
+
+def _filled(values: tuple[Any, ...], count: int) -> list[Any]:
+    """As a list, filled up with None."""
+    return [*values, *[None] * (count - len(values))]
 
 
 @dataclass(frozen=True)

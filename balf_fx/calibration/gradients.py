@@ -55,25 +55,31 @@ def observe_gradients(
     Raises:
         CalibrationError: the model cannot run the batch, or the user's loss is not a scalar.
     """
-    loss = calibration.loss
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
-    with ExitStack() as stack:
-        records = [(observer, stack.enter_context(observer.recording(sample_count(batch)))) for observer in observers]
-        with _differentiable(prepared), torch.enable_grad():
-            output = run_batch(prepared, batch, calibration.forward, index, gradients=True)
-            scalar = probe(output, batch, generator, weights) if loss is None else loss(output, batch)
-            if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-                raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
-            if loss is not None and not torch.isfinite(scalar).all():
-                raise NonFiniteError(f"loss(output, batch) is {float(scalar.detach())} for calibration batch {index}")
-            wanted = [*_outputs(records), *_weights(prepared)]
-            if not wanted or not scalar.requires_grad:
-                return False
-            gradients = torch.autograd.grad(scalar, [tensor for tensor, _ in wanted], allow_unused=True)
-        for (_, take), gradient in zip(wanted, gradients, strict=True):
-            if gradient is not None:
-                take(gradient)
-        return any(gradient is not None for gradient in gradients)
+    with recording(observers, batch) as records, differentiable(prepared), torch.enable_grad():
+        output = run_batch(prepared, batch, calibration.forward, index, gradients=True)
+        scalar = loss_of(output, batch, calibration, index, generator, weights)
+        wanted = [*outputs(records), *_weights(prepared)]
+        return take_gradients([(scalar, None)], wanted)
+
+
+def loss_of(
+    output: Any,
+    batch: Any,
+    calibration: Calibration,
+    index: int,
+    generator: torch.Generator,
+    weights: Weights | None = None,
+) -> Tensor:
+    """The scalar whose gradients are observed: the user's loss, or the probe. Arguments as in `observe_gradients`."""
+    if calibration.loss is None:
+        return probe(output, batch, generator, weights)
+    scalar: Any = calibration.loss(output, batch)
+    if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+        raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
+    if not torch.isfinite(scalar).all():
+        raise NonFiniteError(f"loss(output, batch) is {float(scalar.detach())} for calibration batch {index}")
+    return scalar
 
 
 def check_gradients(graph_module: fx.GraphModule) -> None:
@@ -106,7 +112,38 @@ Wanted = tuple[Tensor, Callable[[Tensor], None]]
 """A tensor, and the function that receives its gradient."""
 
 
-def _outputs(records: Iterable[tuple[SensitivityObserver, Sequence[Recorded]]]) -> Iterator[Wanted]:
+Records = Sequence[tuple[SensitivityObserver, Sequence[Recorded]]]
+"""Observers, each with what it has recorded."""
+
+
+@contextmanager
+def recording(observers: Iterable[SensitivityObserver], batch: Any) -> Iterator[Records]:
+    """Let observers record the values of the calls on a batch during the context."""
+    samples = sample_count(batch)
+    with ExitStack() as stack:
+        yield [(observer, stack.enter_context(observer.recording(samples))) for observer in observers]
+
+
+def take_gradients(ends: Sequence[tuple[Tensor, Tensor | None]], wanted: Sequence[Wanted]) -> bool:
+    """Differentiate tensors and hand over the gradients.
+
+    Args:
+        ends: the tensors with the gradients at them, None for that of a scalar, 1.
+
+    Returns:
+        Whether there is a gradient at any wanted tensor.
+    """
+    if not wanted or not any(end.requires_grad for end, _ in ends):
+        return False
+    values, given = zip(*ends, strict=True)
+    gradients = torch.autograd.grad(values, [tensor for tensor, _ in wanted], given, allow_unused=True)
+    for (_, take), gradient in zip(wanted, gradients, strict=True):
+        if gradient is not None:
+            take(gradient)
+    return any(gradient is not None for gradient in gradients)
+
+
+def outputs(records: Records) -> Iterator[Wanted]:
     """The outputs of the sites in the batch that has just run."""
     for observer, recorded in records:
         for values in recorded:
@@ -124,7 +161,7 @@ def _weights(prepared: nn.Module) -> Iterator[Wanted]:
 
 
 @contextmanager
-def _differentiable(module: nn.Module) -> Iterator[None]:
+def differentiable(module: nn.Module) -> Iterator[None]:
     """Enable gradients, even if the parameters are frozen."""
     frozen = [p for p in module.parameters() if not (p.requires_grad or is_quantized(p)) and p.is_floating_point()]
     for parameter in frozen:

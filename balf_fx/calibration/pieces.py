@@ -27,6 +27,7 @@ from balf_fx.calibration.batches import (
 from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation
+from balf_fx.graph.blocks import Block
 
 _SHORTEST = 32  # the fewest positions of a piece of a sequence
 _ALIVE = 8  # values that a walk over two models keeps at once: a residual stream, a layer's input and output, copies
@@ -38,12 +39,22 @@ Piece = tuple[Any, Tensor | None]
 
 def pieces_for_gradients(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
     """A batch, or pieces of it for which the values of all layers fit into memory."""
-    return _pieces(prepared, piece, calibration, index, sum(_value_sizes(prepared)))
+    return _pieces(prepared, piece, calibration, index, sum(_value_sizes(prepared).values()))
+
+
+def pieces_for_blocks(
+    prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, blocks: Sequence[Block]
+) -> Iterator[Piece]:
+    """The pieces that gradients at all layers have in ample memory; smaller ones if a block does not fit with these."""
+    sizes = _value_sizes(prepared)
+    largest = max(sum(sizes.get(node, 0.0) for node in block.nodes) for block in blocks)
+    share = min(calibration.memory / MEMORY, 1.0)
+    return _pieces(prepared, piece, calibration, index, max(largest, share * sum(sizes.values())))
 
 
 def pieces_for_walk(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
     """A batch, or pieces of it for which the values alive at one layer of two models fit into memory."""
-    return _pieces(prepared, piece, calibration, index, _ALIVE * max(_value_sizes(prepared), default=0.0))
+    return _pieces(prepared, piece, calibration, index, _ALIVE * max(_value_sizes(prepared).values(), default=0.0))
 
 
 def _pieces(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, nbytes: float) -> Iterator[Piece]:
@@ -113,15 +124,15 @@ def _growth(prepared: nn.Module, batch: Any) -> float:
     return max(leaf.numel() for leaf in leaves) / samples / first if first else 1.0
 
 
-def _value_sizes(program: nn.Module) -> list[float]:
+def _value_sizes(program: nn.Module) -> dict[fx.Node, float]:
     """The bytes that each node's value takes for one sample of the example batch."""
-    found: list[float] = []
+    found: dict[fx.Node, float] = {}
     for graph_module in graphs_of(program):
         marks = [(node, annotation(node).shape) for node in graph_module.graph.nodes]
         samples = max((shape[0] for node, shape in marks if node.op == "placeholder" and shape), default=0)
         size = max((parameter.element_size() for parameter in graph_module.parameters()), default=4)
-        shapes = [shape for node, shape in marks if node.op.startswith("call") and shape is not None]
-        found += [size * math.prod(shape) / samples for shape in shapes] if samples else []
+        shapes = {node: shape for node, shape in marks if node.op.startswith("call") and shape is not None}
+        found |= {node: size * math.prod(shape) / samples for node, shape in shapes.items()} if samples else {}
     return found
 
 

@@ -314,7 +314,7 @@ def score(program: Program, settings: Settings, calibration: Calibration, progre
         else:
             score_in_blocks(graph_module, scored, calibration)
         if scored.factors == "sensitivity" and settings.widths:
-            ScoreWidths(scored.damping, group, sizes)(graph_module)
+            ScoreWidths(scored.damping, group=group, progress=sizes)(graph_module)
         else:
             record_graph(graph_module, width_curves=(), widths_scored_with=())
 

@@ -42,7 +42,7 @@ def run(
         lenient: as in `calibrate`.
         journal: has what a run finished before it was killed.
     """
-    calibration = paged(program, settings, _with_memory(calibration, journal))
+    calibration = paged(program, settings, _with_memory(calibration, journal), lenient)
     work = work_of(program, settings, calibration.batches, 0 if stream is None else stream.count)
     first = work.calibrating if calibration.pages is None else work.calibrating + work.scoring
     shares = [first, work.scoring + work.trying + work.solving]

@@ -1,20 +1,24 @@
-"""Runs a graph block by block: one block for all calls, then the next.
+"""Runs a graph block by block: one block for all calls, then the next; and back, for gradients.
 
 What crosses a cut is kept for all calls, in temporary files beyond a limit. All that is alive besides are the values of
-one call in one block, and all that is read are the weights of one block.
+one call in one block, and all that is read are the weights of one block. On the way back, each block is computed again
+from what it reads, and differentiated (checkpointing, Chen et al. 2016, arXiv 1604.06174, for all calls at once).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
+from balf_fx.calibration.gradients import Wanted, take_gradients
 from balf_fx.graph.blocks import Block
 from balf_fx.refit.offload import Shelved
 
@@ -42,30 +46,108 @@ def walk(
     Returns:
         The graph's output for each call.
     """
-    interpreter = fx.Interpreter(graph_module)
-    sources = [_sources(blocks, index) for index in range(len(blocks))]
-    shelves: dict[int, Shelved] = {}
+    return walk_out(graph_module, blocks, calls, memory, finish, around)[len(blocks) - 1]
+
+
+def walk_out(
+    graph_module: fx.GraphModule,
+    blocks: Sequence[Block],
+    calls: Iterable[Mapping[str, Any]],
+    memory: int,
+    finish: Callable[[Block], None],
+    around: Callable[[int], AbstractContextManager[Any]],
+    keep: bool = False,
+) -> dict[int, Shelved]:
+    """As `walk`, for the way back.
+
+    Args:
+        keep: whether to keep what no later block reads.
+
+    Returns:
+        What each block has written in each call, by node, if it is kept; for the last block, the graph's output. With
+        `keep`, also the values of the placeholders, at -1.
+    """
+    interpreter, last = fx.Interpreter(graph_module), len(blocks) - 1
+    sources = _sources(blocks)
+    shelves: dict[int, Shelved] = {-1: Shelved(memory)} if keep else {}
     for index, block in enumerate(blocks):
-        shelf = Shelved(max(memory - sum(each.nbytes for each in shelves.values()), 0))
-        given = _given(block, calls) if index == 0 else _handed(block, [shelves[place] for place in sources[index]])
+        shelf = _shelf(memory, shelves.values())
+        given = _handed(block, [shelves[place] for place in sources[index]]) if index else _given(block, calls)
         with torch.no_grad():
             for call, values in enumerate(given):
+                if keep and not index:
+                    shelves[-1].append(dict(values))
                 with around(call):
                     _run(interpreter, block, values)
                 written = {node: values[node] for node in block.writes}
-                shelf.append(written if index < len(blocks) - 1 else written.popitem()[1])
+                shelf.append(written if index < last else written.popitem()[1])
         shelves[index] = shelf
-        needed = {place for later in sources[index + 1 :] for place in later}
-        for place in [place for place in shelves if place not in needed and place < len(blocks) - 1]:
-            shelves.pop(place).close()
+        if not keep:
+            _close(shelves, {last}.union(*sources[index + 1 :]))
         finish(block)
-    return shelves[len(blocks) - 1]
+    return shelves
 
 
-def _sources(blocks: Sequence[Block], index: int) -> list[int]:
-    """The blocks whose values a block reads, and the one before it, which has as many calls."""
-    reads = set(blocks[index].reads)
-    return [place for place in range(index) if place == index - 1 or not reads.isdisjoint(blocks[place].writes)]
+def walk_back(
+    graph_module: fx.GraphModule,
+    blocks: Sequence[Block],
+    shelves: dict[int, Shelved],
+    memory: int,
+    finish: Callable[[Block], None],
+    around: Callable[[Block, int], AbstractContextManager[Callable[[], Iterable[Wanted]]]],
+    loss: Callable[[int, Any], Tensor],
+) -> None:
+    """Run all calls back through the blocks, from the last to the first, with gradients.
+
+    Args:
+        shelves: what `walk_out` has kept; each is closed once it has been read.
+        memory: as in `walk`, for what was kept and the gradients at it.
+        around: the context in which a block runs for the call of an index. It gives a function that returns the tensors
+            in the block whose gradients are wanted, once it has run.
+        loss: `loss(call, output)` returns the scalar to differentiate.
+    """
+    interpreter, last = fx.Interpreter(graph_module), len(blocks) - 1
+    sources = [[-1], *_sources(blocks)[1:]]
+    shelves.pop(last).close()
+    slopes: dict[int, Shelved] = {}  # for each block, the gradients at what it reads
+    for index in reversed(range(len(blocks))):
+        block = blocks[index]
+        found = _shelf(memory, (*shelves.values(), *slopes.values()))
+        for call, handed in enumerate(_handed(block, [shelves[place] for place in sources[index]], every=not index)):
+            values = pytree.tree_map_only(Tensor, _leaf if index else Tensor.detach, handed)
+            read = {node: values[node] for node in block.reads}
+            with around(block, call) as wanted, torch.enable_grad():
+                _run(interpreter, block, values)
+                written = {node: values[node] for node in block.writes}
+                ends = list(_ends(written, [shelf[call] for shelf in slopes.values()]))
+                if index == last:
+                    ends = [(loss(call, written.popitem()[1]), None)]
+                found.append(_differentiated(ends, wanted(), read))
+        slopes[index] = found
+        _close(shelves, {-1}.union(*sources[:index]))
+        before = {node for earlier in blocks[:index] for node in earlier.nodes}
+        _close(slopes, {place for place in slopes if not before.isdisjoint(blocks[place].reads)})
+        finish(block)
+    _close(shelves, set())
+
+
+def _shelf(memory: int, shelves: Iterable[Shelved]) -> Shelved:
+    """A shelf for what others leave of the memory."""
+    return Shelved(max(memory - sum(shelf.nbytes for shelf in shelves), 0))
+
+
+def _close(shelves: dict[int, Shelved], needed: Set[int]) -> None:
+    """Release the shelves that are not needed."""
+    for place in shelves.keys() - needed:
+        shelves.pop(place).close()
+
+
+def _sources(blocks: Sequence[Block]) -> list[list[int]]:
+    """For each block, those whose values it reads, and the one before it, which has as many calls."""
+    return [
+        [place for place in range(index) if place == index - 1 or not set(block.reads).isdisjoint(blocks[place].writes)]
+        for index, block in enumerate(blocks)
+    ]
 
 
 def _given(block: Block, calls: Iterable[Mapping[str, Any]]) -> Iterator[Values]:
@@ -75,11 +157,12 @@ def _given(block: Block, calls: Iterable[Mapping[str, Any]]) -> Iterator[Values]
         yield {node: call[str(node.target)] for node in placeholders}
 
 
-def _handed(block: Block, shelves: Sequence[Shelved]) -> Iterator[Values]:
-    """The values of earlier blocks that a block reads, for each call."""
+def _handed(block: Block, shelves: Sequence[Shelved], every: bool = False) -> Iterator[Values]:
+    """The values on some shelves that a block reads, or all of them, for each call."""
+    reads = set(block.reads)
     for index in range(len(shelves[0])):
         handed = [item for shelf in shelves for item in shelf[index].items()]
-        yield {node: value for node, value in handed if node in block.reads}
+        yield {node: value for node, value in handed if every or node in reads}
 
 
 def _run(interpreter: fx.Interpreter, block: Block, values: Values) -> None:
@@ -97,3 +180,34 @@ def _run(interpreter: fx.Interpreter, block: Block, values: Values) -> None:
         values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
         for source in freed[node]:
             del values[source]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """A leaf with the values of a tensor, which requires gradients where it can have some."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
+_Slopes = dict[fx.Node, dict[int, Tensor]]
+"""The gradients at the tensors of a node's value, by their places among its leaves."""
+
+
+def _ends(written: Values, slopes: Sequence[_Slopes]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The tensors that a block has written with the gradients at them: the sums over the blocks that read them."""
+    for node, value in written.items():
+        for place, leaf in enumerate(pytree.tree_leaves(value)):
+            found = [own[node][place] for own in slopes if place in own.get(node, {})]
+            if found and leaf.requires_grad:
+                yield leaf, sum(found[1:], found[0])
+
+
+def _differentiated(ends: Sequence[tuple[Tensor, Tensor | None]], wanted: Iterable[Wanted], read: Values) -> _Slopes:
+    """Hand over the gradients that are wanted, and return those at what a block reads."""
+    found: _Slopes = {node: {} for node in read}
+    leaves = [
+        (leaf, partial(found[node].__setitem__, place))
+        for node, value in read.items()
+        for place, leaf in enumerate(pytree.tree_leaves(value))
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    take_gradients(ends, [*wanted, *leaves])
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +37,15 @@ class Block:
     writes: tuple[fx.Node, ...]
 
 
-def find_blocks(graph_module: fx.GraphModule, sizes: Mapping[fx.Node, int], bound: int) -> list[Block]:
+def find_blocks(
+    graph_module: fx.GraphModule, sizes: Mapping[fx.Node, int], bound: int, bonds: Set[fx.Node] = frozenset()
+) -> list[Block]:
     """Cut an annotated graph into blocks of limited size.
 
     Args:
         sizes: the bytes that each node takes for itself, such as its weights; 0 where it is missing.
         bound: the bytes that all nodes of a block may take. A node that takes more is a block of its own.
+        bonds: the nodes that stay in the block of the node before them.
 
     Returns:
         The blocks in their order, with the fewest bytes alive at all cuts together.
@@ -50,8 +53,13 @@ def find_blocks(graph_module: fx.GraphModule, sizes: Mapping[fx.Node, int], boun
     fixed = constant_nodes(graph_module)
     nodes = [node for node in graph_module.graph.nodes if node not in fixed]
     nodes.sort(key=lambda node: node.op != "placeholder")  # the first block has all of them
-    positions = cut_positions(alive_bytes(graph_module, nodes), [sizes.get(node, 0) for node in nodes], bound)
-    edges = [0, *positions, len(nodes)]
+    starts = [place for place, node in enumerate(nodes) if not place or node not in bonds]
+    ends = [*starts[1:], len(nodes)]
+    alive = alive_bytes(graph_module, nodes)
+    units = [nodes[start:stop] for start, stop in zip(starts, ends, strict=True)]
+    own = [sum(sizes.get(node, 0) for node in unit) for unit in units]
+    positions = cut_positions([alive[place] for place in (*starts, len(nodes))], own, bound)
+    edges = [0, *(starts[position] for position in positions), len(nodes)]
     return _blocks([nodes[start:stop] for start, stop in itertools.pairwise(edges)], fixed)
 
 
