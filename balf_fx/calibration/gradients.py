@@ -184,8 +184,8 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
     if logits is not None and logits.requires_grad:
         (rows,), scale = counted((logits,), None if weights is None else weights.of(logits, rows=True), rows=True)
         p = (rows.detach() / TEMPERATURE).softmax(-1)
-        v = _normal(rows, generator)
-        direction = p.sqrt() * v - p * (p.sqrt() * v).sum(-1, keepdim=True)
+        direction = _normal(rows, generator).mul_(p.sqrt())  # in place, since logits of many words are large
+        direction -= p.mul_(direction.sum(-1, keepdim=True))
         return (rows * (direction if scale is None else direction * scale.sqrt().to(p).unsqueeze(-1))).sum()
     leaves = [leaf for leaf in real_leaves(output) if leaf.requires_grad]
     terms = []

@@ -124,11 +124,10 @@ def walk_back(
                     ends = [(loss(call, written.popitem()[1]), None)]
                 found.append(_differentiated(ends, wanted(), read))
         slopes[index] = found
-        _close(shelves, {-1}.union(*sources[:index]))
+        _close(shelves, set[int]().union(*sources[:index]))
         before = {node for earlier in blocks[:index] for node in earlier.nodes}
         _close(slopes, {place for place in slopes if not before.isdisjoint(blocks[place].reads)})
         finish(block)
-    _close(shelves, set())
 
 
 def _shelf(memory: int, shelves: Iterable[Shelved]) -> Shelved:

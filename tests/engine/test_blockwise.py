@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.calibration.observers import CovarianceObserver, observer_of
+from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.engine import blockwise, trials
 from balf_fx.errors import CalibrationError, NonFiniteError
-from balf_fx.graph.annotation import annotation, sites
+from balf_fx.graph.annotation import annotation, graph_record, sites
 
-AMPLE, TINY = "1GiB", 1
+AMPLE, SMALL, TINY = "1GiB", 20_000, 1
 
 
 class Text(nn.Module):
@@ -62,7 +62,18 @@ MODELS = {
     "padded text": lambda: (Text(), texts()),
     "experts": lambda: (unequal(), list(torch.randn(3, 8, 6, 16))),
 }
+
+
+def squared(output, batch):
+    """A loss of the user's."""
+    return (output - batch.mean()).square().sum()
+
+
 OPTIONS = {
+    "balanced": {"effort": "balanced", "flops": 0.6},
+    "best": {"flops": 0.6},
+    "no widths": {"effort": "balanced", "flops": 0.6, "widths": False},
+    "loss": {"effort": "balanced", "flops": 0.6, "loss": squared},
     "fast": {"effort": "fast", "params": 0.6},
     "balf": {**balf_fx.BALF, "params": 0.7},
     "svd": {"factors": "svd", "effort": "fast", "params": 0.6},
@@ -71,12 +82,27 @@ OPTIONS = {
 }
 
 
+def counted_walks(monkeypatch, name):
+    found, plain = [], getattr(blockwise, name)
+    monkeypatch.setattr(blockwise, name, lambda *args: (found.append(len(args[1])), plain(*args))[1])
+    return found
+
+
 @pytest.fixture
 def walks(monkeypatch):
     """How many blocks each walk over a model had."""
-    found, plain = [], blockwise.walk
-    monkeypatch.setattr(blockwise, "walk", lambda *args: (found.append(len(args[1])), plain(*args))[1])
-    return found
+    return counted_walks(monkeypatch, "walk")
+
+
+@pytest.fixture
+def walks_back(monkeypatch):
+    """The same for walks back."""
+    return counted_walks(monkeypatch, "walk_back")
+
+
+def small_batches(batches):
+    """A few samples, so that the values of any block fit into the memory of `SMALL`."""
+    return list(torch.cat(list(batches))[:12].split(2)) if isinstance(batches[0], torch.Tensor) else batches
 
 
 def compressed(model, batches, **options):
@@ -110,9 +136,41 @@ def test_the_result_is_that_of_all_blocks_at_once(name, options, walks):
     assert all(count > 2 for count in walks)
 
 
-def test_a_layer_in_several_blocks_has_sums_in_another_order():
-    model, batches = Repeated().eval(), list(torch.randn(2, 30, 12))
-    one, other = (compressed(model, batches, memory=memory) for memory in (AMPLE, TINY))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, "balanced") for name in ("convolutions", "fused", "grouped", "experts", "padded text")),
+        *(("transformer", "best"), ("transformer", "no widths"), ("squeeze and excite", "loss")),
+    ],
+)
+def test_with_gradients_too(name, options, walks_back):
+    torch.manual_seed(0)
+    model, batches = MODELS[name]()
+    model.eval()
+    pair = [
+        balf_fx.compile(model, iter(small_batches(batches)), memory=memory, progress=False, **OPTIONS[options])
+        for memory in (AMPLE, {"convolutions": 40_000, "experts": 160_000}.get(name, SMALL))
+    ]
+    assert_same(*pair)
+    assert len(walks_back) == 1
+    assert walks_back[0] > 1
+
+
+def test_batches_are_run_in_pieces_where_a_block_does_not_fit(walks_back, monkeypatch):
+    """The model is that of as many pieces at all layers at once."""
+    model, batches = make("fused")
+    batches = batches[0][:6].split(3)
+    pair = [compressed(model, batches, memory=TINY, effort="balanced")]
+    monkeypatch.setattr(blockwise, "_sizes", lambda _: {})
+    pair.append(compressed(model, batches, memory=TINY, effort="balanced"))
+    assert_same(*pair)
+    assert len(walks_back) == 1
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_a_layer_in_several_blocks_has_sums_in_another_order(effort):
+    model, batches = Repeated().eval(), list(torch.randn(6, 10, 12))
+    one, other = (compressed(model, batches, memory=memory, effort=effort) for memory in (AMPLE, 3000))
     assert balf_fx.plan(one).ranks == balf_fx.plan(other).ranks
     torch.testing.assert_close(one.state_dict(), other.state_dict())
 
@@ -146,33 +204,76 @@ def test_statistics_of_finished_blocks_are_in_files(monkeypatch):
     assert len(set(map(id, pages))) == 1
 
 
-def test_ample_memory_and_gradients_go_as_before(walks):
+def test_statistics_of_gradients_and_widths_are_in_files_too(monkeypatch):
+    """On the way back: the halves of each layer that was scored, and the curves of widths whose layers were."""
+    halves, curves, plain = [], [], blockwise._score_widths
+
+    def score_widths(graph_module, score, scored, pages):
+        plain(graph_module, score, scored, pages)
+        record = graph_record(graph_module)
+        seen = {observer.site.name: observer.halves for observer in observers(graph_module)}
+        assert {name for name, own in seen.items() if any(own)} == scored
+        own = [half for name in scored for half in seen[name]]
+        halves.extend(pages.has(half.gradients.scatter) and pages.has(half.moments.scatter) for half in own)
+        curves.append(sum(curve is not None for curve in record.width_curves))
+        for curve in filter(None, record.width_curves):
+            large = curve.covariances if curve.left is None else (curve.left, curve.right)
+            assert all(map(pages.has, large))
+
+    def observers(graph_module):
+        return [module for module in graph_module.modules() if isinstance(module, SensitivityObserver)]
+
+    monkeypatch.setattr(blockwise, "_score_widths", score_widths)
+    model, batches = make("transformer")
+    compressed(model, small_batches(batches), memory=SMALL, effort="balanced")
+    assert len(halves) > 10
+    assert all(halves)
+    assert curves[0] == 0
+    assert curves == sorted(curves)
+    assert curves[-1] == 3  # queries, values, and the hidden features of the MLP
+
+
+def test_ample_memory_and_gradients_of_weights_go_as_before(walks, walks_back):
     model, batches = make("mlp")
     compressed(model, batches, memory=AMPLE)
-    compressed(model, batches, memory=TINY, effort="balanced")
-    assert walks == []
+    compressed(model, batches, memory=AMPLE, effort="balanced")
+    compressed(model, batches, memory=TINY, **balf_fx.AIR)
+    assert walks == walks_back == []
 
 
 def errors(run):
     found = []
-    for memory in (AMPLE, TINY):
+    for memory in (AMPLE, SMALL):
         with pytest.raises(CalibrationError) as error:
             run(memory)
         found.append(error.value)
     return found
 
 
-def test_errors_are_the_same():
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_errors_are_the_same(effort):
     model, batches = make("transformer")
-    wrong = [batches[0], batches[0][..., :7]]
-    for one in errors(lambda memory: compressed(model, wrong, memory=memory)):
+    batches = small_batches(batches)
+
+    def found(given, **options):
+        return errors(lambda memory: compressed(model, given, memory=memory, effort=effort, **options))
+
+    for one in found([batches[0], batches[0][..., :7]]):
         assert str(one).startswith("the model cannot run calibration batch 1, which is a float32 tensor of shape")
-    broken = [batches[0], batches[0] * float("nan")]
-    one, other = errors(lambda memory: compressed(model, broken, memory=memory))
+    one, other = found([batches[0], batches[0] * float("nan")])
     assert isinstance(one, NonFiniteError)
     assert str(one) == str(other)
-    one, other = errors(lambda memory: compressed(model, batches, memory=memory, weights=lambda _: torch.ones(48, 5)))
+    one, other = found(batches, weights=lambda batch: torch.ones(len(batch), 5))
     assert "no layer has these positions" in str(one)
+    assert str(one) == str(other)
+
+
+@pytest.mark.parametrize("value", [None, torch.ones(2), torch.tensor(float("nan"))], ids=str)
+def test_a_loss_that_is_none_gives_the_same_error(value):
+    model, batches = make("mlp")
+    options = {"effort": "balanced", "loss": lambda output, _: value if value is None else output.sum() * value}
+    one, other = errors(lambda memory: compressed(model, small_batches(batches), memory=memory, **options))
+    assert str(one).startswith("loss(output, batch)")
     assert str(one) == str(other)
 
 

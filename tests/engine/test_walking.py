@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from balf_fx.capture.normal_form import capture
 from balf_fx.engine import walking
-from balf_fx.engine.walking import walk
+from balf_fx.engine.walking import walk, walk_back, walk_out
 from balf_fx.graph.blocks import find_blocks, weight_bytes
 
 
@@ -94,3 +94,43 @@ def test_each_call_runs_in_its_context():
 
     walk(graph_module, blocks, ({"x": batch} for batch in batches), 0, lambda _: None, around)
     assert seen == [0, 1, 2] * len(blocks)
+
+
+@pytest.mark.parametrize("memory", [0, 2000, 10**9])
+@pytest.mark.parametrize("name", MODELS)
+def test_back_through_the_blocks_gradients_are_those_of_the_graph(name, memory, shelves):
+    model, batches = MODELS[name]()
+    graph_module = capture(model, batches[0])
+    blocks, most, done = find_blocks(graph_module, weight_bytes(graph_module), 0), [], []
+    (name,) = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+    weights = dict(graph_module.named_parameters())
+    for weight in weights.values():
+        weight.requires_grad_(True)
+
+    def loss(output):
+        return sum(leaf.square().sum() for leaf in (output.values() if isinstance(output, dict) else [output]))
+
+    found = [{key: torch.zeros(()) for key in weights} for _ in batches]
+
+    @contextlib.contextmanager
+    def around(block, call):
+        assert block not in done
+        taken = [(weight, lambda gradient, key=key: add(call, key, gradient)) for key, weight in weights.items()]
+        yield lambda: taken
+
+    def add(call, key, gradient):
+        found[call][key] = found[call][key] + gradient
+
+    def finish(block):
+        done.append(block)
+        most.append(sum(shelf.nbytes for shelf in shelves))
+
+    calls = [{name: batch} for batch in batches]
+    kept = walk_out(graph_module, blocks, calls, memory, lambda _: None, lambda _: contextlib.nullcontext(), keep=True)
+    walk_back(graph_module, blocks, kept, memory, finish, around, lambda _, output: loss(output))
+    assert done == blocks[::-1]
+    assert max(most) <= memory
+    assert most[-1] == 0
+    for own, batch in zip(found, batches, strict=True):
+        wanted = torch.autograd.grad(loss(graph_module(batch)), list(weights.values()))
+        torch.testing.assert_close(list(own.values()), list(wanted))
