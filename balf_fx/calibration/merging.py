@@ -13,7 +13,7 @@ from balf_fx.calibration.sample import Mergeable, Statistics
 from balf_fx.distributed.group import Group
 from balf_fx.errors import NotCalibratedError, ProcessError
 
-_Observer = CovarianceObserver | SensitivityObserver | InfluenceObserver
+Observer = CovarianceObserver | SensitivityObserver | InfluenceObserver
 
 
 @contextmanager
@@ -28,24 +28,40 @@ def merging(program: nn.Module, group: Group) -> Iterator[None]:
     if group.size == 1:
         yield
         return
+    check_alike(program, group)
     observers = _observers(program)
-    names = tuple((type(each).__name__, each.site.name) for each in observers)
-    if len(set(group.gathered((names, _digest(program))))) > 1:
-        raise ProcessError(
-            "the processes observe different layers, or have gathered different statistics: pass the same model and "
-            "options in each, and calibrate with balf_fx.calibrate, which merges statistics"
-        )
     found = [each.statistics for each in observers]
     for each in observers:
         each.statistics = (None,) * len(each.statistics)
     try:
         yield
         for index, each in enumerate(observers):  # one at a time, so that no more is held twice
+            merge_statistics(each, group)
             own, each.statistics = each.statistics, (None,) * len(each.statistics)
-            found[index] = _added(found[index], group.merged(own, _added))
+            found[index] = _added(found[index], own)
     finally:
         for each, statistics in zip(observers, found, strict=True):
             each.statistics = statistics
+
+
+def check_alike(program: nn.Module, group: Group) -> None:
+    """Check that all processes observe the same layers, and have the same statistics so far.
+
+    Raises:
+        ProcessError: they do not.
+    """
+    names = tuple((type(each).__name__, each.site.name) for each in _observers(program))
+    if len(set(group.gathered((names, _digest(program))))) > 1:
+        raise ProcessError(
+            "the processes observe different layers, or have gathered different statistics: pass the same model and "
+            "options in each, and calibrate with balf_fx.calibrate, which merges statistics"
+        )
+
+
+def merge_statistics(observer: Observer, group: Group) -> None:
+    """Give an observer the statistics of all processes."""
+    own, observer.statistics = observer.statistics, (None,) * len(observer.statistics)
+    observer.statistics = group.merged(own, _added)
 
 
 def check_merged(program: nn.Module, group: Group) -> None:
@@ -61,8 +77,8 @@ def check_merged(program: nn.Module, group: Group) -> None:
         )
 
 
-def _observers(program: nn.Module) -> list[_Observer]:
-    return [each for each in program.modules() if isinstance(each, _Observer)]
+def _observers(program: nn.Module) -> list[Observer]:
+    return [each for each in program.modules() if isinstance(each, Observer)]
 
 
 def _added(first: Statistics, second: Statistics) -> Statistics:

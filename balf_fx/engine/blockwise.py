@@ -4,58 +4,54 @@ All batches run through one block of the graph (`graph.blocks`). Then its sites 
 directions that their ranks keep go to files, before the next block begins. Where gradients are observed, the blocks run
 without them first, and then back from the last to the first; sites and widths are scored on the way back. Sums are in
 the same order as where all layers run at once, and the result is the same bit for bit; only a layer or a value that
-several blocks use adds up its uses in another order. This needs one process, and no gradients of weights.
+several blocks use adds up its uses in another order. Gradients of weights are not observed in this way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch, telling
-from balf_fx.calibration.calls import Answering, placeholder_values
+from balf_fx.calibration.batches import Calibration
+from balf_fx.calibration.calls import Answering
 from balf_fx.calibration.coverage import unseen
-from balf_fx.calibration.describing import describe
-from balf_fx.calibration.gradients import Wanted, differentiable, loss_of, outputs, recording
-from balf_fx.calibration.moments import Moments
+from balf_fx.calibration.merging import check_alike
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.calibration.pages import Pages
-from balf_fx.calibration.pieces import Piece, pieces_for_blocks
-from balf_fx.calibration.sample import Gradients, Sample
-from balf_fx.calibration.weights import CallWeights, check_fit, weighing
+from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.engine.calls import Calls
+from balf_fx.engine.finished import Finished
+from balf_fx.engine.parking import park_curves, parked
 from balf_fx.engine.program import Program
+from balf_fx.engine.resuming import CALIBRATION
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import Work
 from balf_fx.engine.walking import walk, walk_back, walk_out
-from balf_fx.engine.weighing import call_weights
-from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
+from balf_fx.graph.annotation import annotation, graph_record, record_graph, sites
 from balf_fx.graph.blocks import Block, find_blocks, weight_bytes
-from balf_fx.graph.curves import RankCurve, Spectrum
-from balf_fx.graph.widths import WidthCurve
 from balf_fx.passes import Score, ScoreWidths
 from balf_fx.passes.score_widths import judges
 from balf_fx.progress import SILENT, Progress
-from balf_fx.refit.offload import Shelved
 
 
 def paged(program: Program, settings: Settings, calibration: Calibration, lenient: bool = False) -> Calibration:
     """Calibration with files for what is scored, if the program goes block by block.
 
-    It does where weights, statistics and spectra exceed the memory, and where the calibration has files already.
+    It does where weights, statistics and spectra exceed the memory of a process, and where the calibration has files
+    already.
 
     Args:
         lenient: whether the program may run without gradients where none flow, which a block cannot know.
     """
     factors = settings.chosen_factors
     possible = factors in ("activations", "svd") or (factors == "sensitivity" and not lenient)
-    if not possible or program.is_traced or settings.times or calibration.group.size > 1:
+    if not possible or program.is_traced or settings.times:
         return dataclasses.replace(calibration, pages=None)
-    if calibration.pages is None and sum(_sizes(program.graph_modules[0]).values()) > calibration.memory:
+    if calibration.pages is None and sum(_sizes(program.graph_modules[0]).values()) > _bound(calibration):
         calibration = dataclasses.replace(calibration, pages=Pages())
     if calibration.pages is not None:
         calibration.pages.release()  # what capture has read and freed
@@ -83,31 +79,54 @@ def calibrate_in_blocks(
     calibration: Calibration,
     work: Work,
     progress: Progress = SILENT,
+    journal: Journal = FORGETFUL,
 ) -> None:
     """Run batches through an observed program of one graph and score its sites and widths, block by block.
 
     Args:
         batches: read once.
         work: how long both take, for the progress bar.
+        journal: has the statistics of the blocks that a run finished before it was killed. What is computed of them is
+            computed again.
 
     Raises:
         CalibrationError: as `compress.calibrate`.
     """
-    graph_module, memory = program.graph_modules[0], calibration.memory
+    graph_module = program.graph_modules[0]
+    check_alike(graph_module, calibration.group)
     settings.align()(graph_module)
     settings.find_pivots()(graph_module)
-    if settings.chosen_factors == "sensitivity":
-        _there_and_back(program, settings, batches, calibration, work, progress)
-        return
-    blocks, calls = find_blocks(graph_module, _sizes(graph_module), memory), _Calls(program, calibration, batches)
+    run = _there_and_back if settings.chosen_factors == "sensitivity" else _there
+    run(program, settings, batches, calibration, work, progress, journal)
+
+
+def _there(
+    program: Program,
+    settings: Settings,
+    batches: Iterable[Any],
+    calibration: Calibration,
+    work: Work,
+    progress: Progress,
+    journal: Journal,
+) -> None:
+    """As `calibrate_in_blocks`, without gradients."""
+    graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
+    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration))
+    seen, calls = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION), Calls(program, calibration, batches)
     times, names = [work.calibrating, work.scoring], ["calibrating", "scoring"]
     shares = iter(progress.spans(times * len(blocks), names * len(blocks)))
+    score, scorable = dataclasses.replace(settings.score(), group=group), _scorable(graph_module, blocks)
 
-    def finish(block: Block) -> None:
+    def finish(index: int) -> None:
         next(shares).done()
-        _score(graph_module, dataclasses.replace(settings.score(), progress=next(shares)), block, calibration.pages)
+        seen.settle(index, journal, group, pages)
+        _score_sites(graph_module, dataclasses.replace(score, progress=next(shares)), scorable[index], pages)
 
-    walk(graph_module, blocks, calls, memory, finish, calls.around).close()
+    seen.take_up(journal, group, pages)
+    if seen.complete:
+        _again(batches, range(len(blocks)), finish)
+        return
+    walk(graph_module, seen.unfinished(blocks), calls, calibration.memory, finish, calls.around).close()
     calls.check()
 
 
@@ -118,162 +137,99 @@ def _there_and_back(
     calibration: Calibration,
     work: Work,
     progress: Progress,
+    journal: Journal,
 ) -> None:
     """As `calibrate_in_blocks`, with gradients."""
-    graph_module, pages, memory = program.graph_modules[0], calibration.pages, calibration.memory
-    gradients = _observers(graph_module, SensitivityObserver)  # in the block of their value, to see all of its gradient
-    blocks = find_blocks(graph_module, _sizes(graph_module), memory, gradients)
-    calls = _Calls(program, calibration, batches, blocks)
+    graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
+    # Observers of gradients are in the block that computes their value, to see all of its gradient.
+    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration), _observing(graph_module))
+    seen = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION)
+    felt = Finished(graph_module, blocks, SensitivityObserver, f"{CALIBRATION} with gradients", back=True)
+    calls = Calls(program, calibration, batches, blocks)
     times = [work.calibrating / 3] * len(blocks) + [work.calibrating * 2 / 3, work.scoring] * len(blocks)
     names = ["calibrating"] * len(blocks) + ["calibrating", "scoring"] * len(blocks)
-    shares, score = iter(progress.spans(times, names)), settings.score()
-    seen, complete = _last_calls(graph_module, "observer"), _first_calls(graph_module)
-    scored = set[str]()
+    shares, scored = iter(progress.spans(times, names)), set[str]()
+    score, scorable = dataclasses.replace(settings.score(), group=group), _scorable(graph_module, blocks, back=True)
 
-    def there(block: Block) -> None:
+    def there(index: int) -> None:
         next(shares).done()
-        _park(graph_module, _within(block, seen), pages)
+        seen.settle(index, journal, group, pages)
 
-    def back(block: Block) -> None:
+    def back(index: int) -> None:
         next(shares).done()
         ranks, sizes = next(shares).spans([1.0, 2.0])
-        own = _within(block, complete)
-        _score_sites(graph_module, dataclasses.replace(score, progress=ranks), own, pages)
-        scored.update(own)
+        felt.settle(index, journal, group, pages)
+        _score_sites(graph_module, dataclasses.replace(score, progress=ranks), scorable[index], pages)
+        scored.update(scorable[index])
         if settings.widths:
-            _score_widths(graph_module, ScoreWidths(score.damping, progress=sizes), scored, pages)
+            _score_widths(graph_module, ScoreWidths(score.damping, group=group, progress=sizes), scored, pages)
 
-    shelves = walk_out(graph_module, blocks, calls, memory, there, calls.around, keep=True)
+    for each in (seen, felt):
+        each.take_up(journal, group, pages)
+    if seen.complete and felt.complete:
+        _again(batches, reversed(range(len(blocks))), back)
+        return
+    memory = calibration.memory
+    shelves = walk_out(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, keep=True)
     calls.check()
-    counted = _observers(graph_module, CovarianceObserver)  # on the way there
-    left = [dataclasses.replace(each, nodes=tuple(n for n in each.nodes if n not in counted)) for each in blocks]
+    left = felt.unfinished(seen.unobserved(blocks))
     walk_back(graph_module, left, shelves, memory, back, calls.differentiated, calls.loss)
+
+
+def _pages(calibration: Calibration) -> Pages:
+    return Pages() if calibration.pages is None else calibration.pages
+
+
+def _bound(calibration: Calibration) -> int:
+    """The bytes that a block may take, the same in all processes."""
+    return min(calibration.group.gathered(calibration.memory))
+
+
+def _again(batches: Iterable[Any], indices: Iterable[int], finish: Callable[[int], None]) -> None:
+    """Finish blocks whose statistics are known, and read the batches, which are not run."""
+    deque(batches, maxlen=0)
+    for index in indices:
+        finish(index)
 
 
 def score_in_blocks(graph_module: fx.GraphModule, score: Score, calibration: Calibration) -> None:
     """Score the sites of a calibrated graph block by block; those that `calibrate_in_blocks` has scored stay so."""
-    for block in find_blocks(graph_module, _sizes(graph_module), calibration.memory):
-        _score(graph_module, score, block, calibration.pages)
+    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration))
+    for names in _scorable(graph_module, blocks):
+        _score_sites(graph_module, score, names, _pages(calibration))
 
 
-class _Calls:
-    """The calls of a program on some batches, and what is to be known of each while it runs.
-
-    Args:
-        blocks: where gradients are observed, the blocks of the graph; batches are then run in pieces that fit.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        calibration: Calibration,
-        batches: Iterable[Any],
-        blocks: Sequence[Block] | None = None,
-    ) -> None:
-        self._program, self._calibration, self._batches, self._blocks = program, calibration, batches, blocks
-        self._known: list[tuple[int, str, Tensor | None, CallWeights]] = []
-        self._run = Shelved(calibration.memory)  # the batches, for the way back
-        self._generator = torch.Generator("cpu").manual_seed(calibration.seed)
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        graph_module = self._program.graph_modules[0]
-        for index, (batch, given) in self._pieces():
-            words = describe(batch)
-            with telling(words, index):
-                values = placeholder_values(graph_module, batch, self._calibration.forward)
-                self._known.append((index, words, given, call_weights(self._program, batch, given)))
-            if self._blocks is not None:
-                self._run.append([batch])
-            yield values
-
-    def _pieces(self) -> Iterator[tuple[int, Piece]]:
-        """What is run at once, with the index of its batch."""
-        graph_module, calibration = self._program.graph_modules[0], self._calibration
-        for index, made in enumerate(self._batches):
-            batch = ordinary(made)
-            if is_empty(batch):
-                continue
-            pieces = iter([(batch, calibration.given(index, batch))])
-            if self._blocks is not None:
-                pieces = pieces_for_blocks(graph_module, next(pieces), calibration, index, self._blocks)
-            yield from ((index, piece) for piece in pieces)
-
-    @contextmanager
-    def around(self, call: int) -> Iterator[None]:
-        """The context in which a call runs."""
-        index, words, _, weights = self._known[call]
-        with telling(words, index), weighing(self._program.graph_modules, weights):
-            yield
-
-    @contextmanager
-    def differentiated(self, block: Block, call: int) -> Iterator[Callable[[], Iterable[Wanted]]]:
-        """The context in which a block runs for a call, on the way back."""
-        graph_module = self._program.graph_modules[0]
-        targets = dict.fromkeys(str(node.target) for node in block.nodes if node.op == "call_module")
-        observers = [observer_of(graph_module, target, SensitivityObserver) for target in targets]
-        with (
-            self.around(call),
-            recording([each for each in observers if each is not None], self._run[call][0]) as records,
-            differentiable(graph_module),
-        ):
-            yield lambda: outputs(records)
-
-    def loss(self, call: int, output: Any) -> Tensor:
-        """The scalar whose gradients are observed in a call."""
-        (index, _, _, weights), (batch,) = self._known[call], self._run[call]
-        forward, graph_module = self._calibration.forward, self._program.graph_modules[0]
-        answer = run_batch(Answering(graph_module, [output]), batch, forward, index, gradients=True)
-        return loss_of(answer, batch, self._calibration, index, self._generator, weights.outputs)
-
-    def check(self) -> None:
-        """Raise if the user's weights are no weights of the positions in a call."""
-        for index, _, given, weights in self._known:
-            check_fit(given, weights, index)
+def _scorable(graph_module: fx.GraphModule, blocks: Sequence[Block], back: bool = False) -> list[set[str]]:
+    """For each block, the names of the sites all of whose observers are finished with it, on a walk there or back."""
+    places = {node: index for index, block in enumerate(blocks) for node in block.nodes}
+    called = defaultdict[str, list[int]](list)
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        if node in places:  # not of constants alone
+            called[str(node.target)].append(places[node])
+    found: list[set[str]] = [set() for _ in blocks]
+    for site, nodes in sites(graph_module).items():
+        mark = annotation(nodes[0])
+        paths = (mark.sensitivity,) if back else (mark.observer, mark.strips)
+        own = [*(place for path in paths for place in called[path or ""]), places[nodes[0]]]
+        found[min(own) if back else max(own)].add(site.name)
+    return found
 
 
-def _last_calls(graph_module: fx.GraphModule, observer: str) -> dict[str, fx.Node]:
-    """The last node that calls an observer of each site, by the name of the site; its own last, where there is none.
-
-    Args:
-        observer: the attribute of the annotation that names it.
-    """
-    called = {str(node.target): node for node in graph_module.graph.find_nodes(op="call_module")}
-    return {
-        site.name: called.get(getattr(annotation(nodes[0]), observer) or "", nodes[-1])
-        for site, nodes in sites(graph_module).items()
-    }
-
-
-def _first_calls(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """The first node of each site, which is the last of them on the way back."""
-    return {site.name: nodes[0] for site, nodes in sites(graph_module).items()}
-
-
-def _within(block: Block, calls: Mapping[str, fx.Node]) -> set[str]:
-    """The names of the sites whose node is in a block."""
-    own = set(block.nodes)
-    return {name for name, node in calls.items() if node in own}
-
-
-def _observers(graph_module: fx.GraphModule, kind: type[nn.Module]) -> set[fx.Node]:
-    """The nodes that call observers of a kind."""
+def _observing(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that call observers of gradients."""
     calls = graph_module.graph.find_nodes(op="call_module")
-    return {node for node in calls if observer_of(graph_module, str(node.target), kind) is not None}
+    return {node for node in calls if observer_of(graph_module, str(node.target), SensitivityObserver) is not None}
 
 
-def _score(graph_module: fx.GraphModule, score: Score, block: Block, pages: Pages | None) -> None:
-    """Score the sites that are complete with a block; their statistics and directions go to files."""
-    _score_sites(graph_module, score, _within(block, _last_calls(graph_module, "observer")), pages)
-
-
-def _score_sites(graph_module: fx.GraphModule, score: Score, names: Set[str], pages: Pages | None) -> None:
+def _score_sites(graph_module: fx.GraphModule, score: Score, names: Set[str], pages: Pages) -> None:
+    """Score some sites; the directions that their ranks keep go to files."""
     if score.factors != "svd":
         names = names - unseen(graph_module).keys()
     dataclasses.replace(score, only=frozenset(names))(graph_module)
-    _park(graph_module, names, pages)
+    park_curves(graph_module, names, pages)
 
 
-def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[str], pages: Pages | None) -> None:
+def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[str], pages: Pages) -> None:
     """Score the widths that layers judge which are all scored; what was computed goes to files."""
     record = graph_record(graph_module)
     names = {node.name: site.name for site, nodes in sites(graph_module).items() for node in nodes}
@@ -281,62 +237,10 @@ def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[
     known = {width.key for width, curve in done if curve is not None}
     ready = {width.key for width in record.widths if {names.get(node) for node in judges(width)} <= scored} - known
     dataclasses.replace(score, only=ready)(graph_module)
-    if pages is not None:
-        curves = zip(record.widths, graph_record(graph_module).width_curves, strict=True)
-        parked = [_parked(curve, pages) if width.key in ready else curve for width, curve in curves]
-        record_graph(graph_module, width_curves=tuple(parked))
-        pages.release()
-
-
-def _park(graph_module: fx.GraphModule, names: Set[str], pages: Pages | None) -> None:
-    """Move the statistics of sites to files, and the directions that their ranks keep."""
-    if pages is None:
-        return
-    marks = [annotation(nodes[0]) for site, nodes in sites(graph_module).items() if site.name in names]
-    moved: dict[int, tuple[Any, Any]] = {}  # by the id of what was there: that and what takes its place
-    for path in dict.fromkeys(path for mark in marks for path in (mark.strips, mark.observer)):
-        observer = observer_of(graph_module, path, CovarianceObserver)
-        if observer is not None:
-            before, observer.moments = observer.moments, _parked(observer.moments, pages)
-            moved[id(before)] = (before, observer.moments)
-    for mark in marks:
-        sensitivity = observer_of(graph_module, mark.sensitivity, SensitivityObserver)
-        if sensitivity is not None:
-            halves, sensitivity.halves = sensitivity.halves, [_parked(half, pages) for half in sensitivity.halves]
-            moved |= {id(old): (old, new) for old, new in zip(halves, sensitivity.halves, strict=True)}
-    for site, nodes in sites(graph_module).items():
-        mark = annotation(nodes[0])
-        if site.name in names and mark.curve is not None and mark.scored_with is not None:
-            scored_with = tuple(moved.get(id(each), (each, each))[1] for each in mark.scored_with)
-            curve = _parked(mark.curve, pages)
-            for node in nodes:
-                annotate(node, curve=curve, scored_with=scored_with)
+    curves = zip(record.widths, graph_record(graph_module).width_curves, strict=True)
+    moved = [parked(curve, pages) if width.key in ready else curve for width, curve in curves]
+    record_graph(graph_module, width_curves=tuple(moved))
     pages.release()
-
-
-_LARGE: Mapping[type, tuple[str, ...]] = {
-    Moments: ("scatter",),
-    Gradients: ("scatter", "parts"),
-    Sample: ("gradients", "moments", "features"),
-    Spectrum: ("left", "right"),
-    RankCurve: ("spectrum", "parts", "strips"),
-    WidthCurve: ("covariances", "left", "right"),
-}
-"""The attributes that are large, or hold what is."""
-
-_T = TypeVar("_T")
-
-
-def _parked(value: _T, pages: Pages) -> _T:
-    """Statistics or a curve with its large tensors in files; the same object if they are there already."""
-    if isinstance(value, Tensor):
-        return pages.park(value)  # type: ignore[return-value]
-    if isinstance(value, tuple):
-        return tuple(_parked(each, pages) for each in value)  # type: ignore[return-value]
-    own = {name: getattr(value, name) for name in _LARGE.get(type(value), ())}
-    moved = {name: _parked(each, pages) for name, each in own.items()}
-    changed = {name: each for name, each in moved.items() if each is not own[name]}
-    return dataclasses.replace(value, **changed) if changed else value  # type: ignore[type-var]
 
 
 def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Module:
@@ -345,7 +249,7 @@ def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Mo
     It has been computed block by block, and is kept within the memory.
     """
     graph_module = program.graph_modules[0]
-    calls = _Calls(program, calibration, calibration.batches)
+    calls = Calls(program, calibration, calibration.batches)
     blocks = find_blocks(graph_module, weight_bytes(graph_module), calibration.memory)
     outputs = walk(graph_module, blocks, calls, calibration.memory, lambda _: pages.release(), calls.around)
     return Answering(graph_module, outputs)

@@ -50,7 +50,7 @@ def run(
     if settings.calibrates:
         batches = calibration.batches if stream is None else stream
         if calibration.pages is not None:
-            calibrate_in_blocks(program, settings, batches, calibration, work, calibrating)
+            calibrate_in_blocks(program, settings, batches, calibration, work, calibrating, journal)
         else:
             counted = calibrate(program, batches, calibration, lenient, calibrating, journal)
             calibration = calibration.only(counted) if lenient else calibration

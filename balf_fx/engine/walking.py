@@ -31,7 +31,7 @@ def walk(
     blocks: Sequence[Block],
     calls: Iterable[Mapping[str, Any]],
     memory: int,
-    finish: Callable[[Block], None],
+    finish: Callable[[int], None],
     around: Callable[[int], AbstractContextManager[Any]],
 ) -> Shelved:
     """Run all calls through one block after another, without gradients.
@@ -40,7 +40,7 @@ def walk(
         blocks: those of the graph (`graph.blocks.find_blocks`).
         calls: the values of the graph's placeholders by name, for each call; read once.
         memory: bytes of values that may stay in memory between blocks.
-        finish: called after each block.
+        finish: called with the index of each block after it.
         around: the context in which the call of an index runs.
 
     Returns:
@@ -54,7 +54,7 @@ def walk_out(
     blocks: Sequence[Block],
     calls: Iterable[Mapping[str, Any]],
     memory: int,
-    finish: Callable[[Block], None],
+    finish: Callable[[int], None],
     around: Callable[[int], AbstractContextManager[Any]],
     keep: bool = False,
 ) -> dict[int, Shelved]:
@@ -84,7 +84,7 @@ def walk_out(
         shelves[index] = shelf
         if not keep:
             _close(shelves, {last}.union(*sources[index + 1 :]))
-        finish(block)
+        finish(index)
     return shelves
 
 
@@ -93,7 +93,7 @@ def walk_back(
     blocks: Sequence[Block],
     shelves: dict[int, Shelved],
     memory: int,
-    finish: Callable[[Block], None],
+    finish: Callable[[int], None],
     around: Callable[[Block, int], AbstractContextManager[Callable[[], Iterable[Wanted]]]],
     loss: Callable[[int, Any], Tensor],
 ) -> None:
@@ -127,7 +127,7 @@ def walk_back(
         _close(shelves, set[int]().union(*sources[:index]))
         before = {node for earlier in blocks[:index] for node in earlier.nodes}
         _close(slopes, {place for place in slopes if not before.isdisjoint(blocks[place].reads)})
-        finish(block)
+        finish(index)
 
 
 def _shelf(memory: int, shelves: Iterable[Shelved]) -> Shelved:

@@ -1,4 +1,4 @@
-"""Kills one of two processes that compress a model, again and again, and compares what they find in the end.
+"""Kills one of two processes that compress a model block by block, again and again, and compares what they find.
 
 Run as a script, so that the forked processes have one thread: python tests/distributed/killing.py FOLDER KILLS. It
 prints JSON.
@@ -24,7 +24,7 @@ from killed import digest, forked, tiny
 import balf_fx
 from balf_fx.checkpoint import journal
 
-SIZE = 2
+SIZE, MEMORY = 2, 3000
 
 
 def compressed(rank: int, folder: Path, meeting: Path) -> str:
@@ -32,7 +32,8 @@ def compressed(rank: int, folder: Path, meeting: Path) -> str:
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=limit)
     model, batches = tiny()
-    return digest(balf_fx.compile(model, batches[rank::SIZE], flops=0.4, checkpoint=folder, progress=False))
+    options = {"flops": 0.4, "memory": MEMORY, "checkpoint": folder, "progress": False}
+    return digest(balf_fx.compile(model, batches[rank::SIZE], **options))
 
 
 def run(folder: Path, victim: int | None, seconds: float) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from distributed import killing, worker
 from distributed.worker import EFFORTS, IN_FOUR, batches_for, compiled, described, make_batches
+from filelock import FileLock
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +23,7 @@ CASES = [(2, name) for name in EFFORTS] + [(4, name) for name in IN_FOUR]
 
 
 def run(size, folder):
-    """What each process has found."""
+    """Run the processes, each of which stores what it has found."""
     command = [sys.executable, worker.__file__]
     here = {**os.environ, "PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as stack:
@@ -34,12 +35,22 @@ def run(size, folder):
             stack.callback(processes[-1].kill)
         codes = [process.wait(timeout=300) for process in processes]
     assert codes == [0] * size, "\n".join((folder / f"{rank}.log").read_text() for rank in range(size))
+
+
+def run_once(size, folder):
+    """What each process has found; of several workers that run tests, the first runs the processes."""
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            folder.mkdir()
+            run(size, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return {size: run(size, tmp_path_factory.mktemp(str(size))) for size in (2, 4)}
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return {size: run_once(size, folder / f"{size}-processes") for size in (2, 4)}
 
 
 @pytest.fixture(scope="module")

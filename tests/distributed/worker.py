@@ -20,7 +20,7 @@ import balf_fx
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver
 from balf_fx.checkpoint.folder import Folder
 from balf_fx.distributed.group import group_of
-from balf_fx.engine import compress
+from balf_fx.engine import blockwise, compress
 from balf_fx.errors import BalfError, CheckpointError
 
 CLASSES = 4
@@ -62,11 +62,13 @@ EFFORTS = {
     "up": {"effort": "balanced", "refit": "up", "loss": loss},
     "air": {"factors": "air", "loss": loss},
     "few": {"effort": "best", "loss": loss},
+    "blocks": {"effort": "fast", "memory": 20_000},
+    "blocks with gradients": {"effort": "balanced", "refit": "up", "loss": loss, "memory": 20_000},
 }
 """Options whose result does not depend on random probes."""
 IN_FOUR = ("fast", "few")
 """Those that four processes run."""
-RESUMED = ("best", "up", "air")
+RESUMED = ("best", "up", "air", "blocks with gradients")
 """Those that are interrupted."""
 FEW = 1
 """Batches of "few": all processes but the first have none."""
@@ -180,7 +182,8 @@ def interrupted(rank, own, folder, options):
 def resumed(rank, own, folder, options):
     """What follows an interrupted run: the same call, the same once more, and other calls."""
     failed = interrupted(rank, own, folder, options)
-    with mock.patch.object(compress, "_run", side_effect=AssertionError("a batch is run again")):
+    again = AssertionError("a batch is run again")
+    with mock.patch.object(compress, "_run", side_effect=again), mock.patch.object(blockwise, "walk_out", again):
         models = [described(compiled(own, checkpoint=folder, **options)) for _ in range(2)]
     large = [path for path in folder.rglob("*.safetensors") if load_file(path)]
     return {

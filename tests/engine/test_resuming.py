@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import balf_fx
+from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.checkpoint import journal
 from balf_fx.checkpoint.folder import Folder
 from balf_fx.engine import compress
@@ -96,7 +97,11 @@ def assert_same(one, other):
 
 WAYS = {
     "best": ({"flops": 0.4}, [("calibration", 2), ("trial *", 2), ("part 0, layer *", 1)]),
-    "pieces": ({"flops": 0.4, "memory": 3000}, [("calibration", 2)]),
+    "blocks": ({"flops": 0.4, "effort": "fast", "memory": 3000}, [("calibration, block *", 2), ("trial *", 1)]),
+    "blocks with gradients": (
+        {"flops": 0.4, "memory": 3000},
+        [("calibration, block *", 2), ("calibration with gradients, block *", 2), ("trial *", 1)],
+    ),
     "up": ({"flops": 0.4, "refit": "up", "weights": weights}, [("calibration batches", 1), ("part 0, layer *", 1)]),
     "fast": ({"flops": 0.4, "effort": "fast"}, [("calibration batches", 3), ("trial *", 1)]),
     "air": ({"flops": 0.4, "factors": "air"}, [("calibration", 3), ("layer *", 2)]),
@@ -136,6 +141,21 @@ def test_batches_that_were_seen_are_not_run_again(model, batches, tmp_path, kill
     monkeypatch.setattr(compress, "_run", counted)
     balf_fx.compile(model, batches, flops=0.4, checkpoint=tmp_path, progress=False)
     assert indices == [2, 3]
+
+
+def test_blocks_that_were_finished_are_not_observed_again(model, batches, tmp_path, killed_after, monkeypatch):
+    options = {"flops": 0.4, "effort": "balanced", "memory": 3000, "checkpoint": tmp_path, "progress": False}
+    with killed_after("calibration with gradients, block *", 2):
+        balf_fx.compile(model, batches, **options)
+    plain, seen = SensitivityObserver.take, []
+
+    def take(self, *args):
+        seen.append(self.site.name)
+        plain(self, *args)
+
+    monkeypatch.setattr(SensitivityObserver, "take", take)
+    balf_fx.compile(model, batches, **options)
+    assert set(seen) == {"0", "2"}  # of "0", "2", "4" and "6", the last two were finished
 
 
 def test_a_limit_of_mistakes_goes_on_at_the_budget_it_had_reached(model, batches, tmp_path, killed_after):

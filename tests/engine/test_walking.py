@@ -52,8 +52,8 @@ def test_all_calls_have_the_outputs_of_the_graph(name, memory, shelves):
     blocks, done, most = find_blocks(graph_module, weight_bytes(graph_module), 0), [], []
     (name,) = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
 
-    def finish(block):
-        done.append(block)
+    def finish(index):
+        done.append(blocks[index])
         most.append(sum(shelf.nbytes for shelf in shelves))
 
     calls = iter([{name: batch} for batch in batches])
@@ -73,8 +73,7 @@ def test_what_no_later_block_reads_is_given_up(shelves):
     blocks = find_blocks(graph_module, weight_bytes(graph_module), 0)
     alive = []
 
-    def finish(block):
-        del block
+    def finish(_):
         alive.append(len([shelf for shelf in shelves if len(shelf)]))
 
     walk(graph_module, blocks, [{"x": batch} for batch in batches], 10**9, finish, lambda _: contextlib.nullcontext())
@@ -121,8 +120,8 @@ def test_back_through_the_blocks_gradients_are_those_of_the_graph(name, memory, 
     def add(call, key, gradient):
         found[call][key] = found[call][key] + gradient
 
-    def finish(block):
-        done.append(block)
+    def finish(index):
+        done.append(blocks[index])
         most.append(sum(shelf.nbytes for shelf in shelves))
 
     calls = [{name: batch} for batch in batches]
