@@ -1,7 +1,7 @@
 """How much memory and time a compression with gradients and refit takes, for ResNet-50 at 224 x 224.
 
 python benchmarks/memory.py --images 256 --batch-size 32 --batch-size 256 --json benchmarks/results/memory.json
-python benchmarks/memory.py --subject Llama-25M --memory 64MiB --files
+python benchmarks/memory.py --subject Llama-25M --effort balanced --memory 64MiB --files
 
 Weights and images are random: the cost depends on shapes alone. Each case runs in a process of its own, and what is
 reported is the most memory that the process has had resident, imports, model and images included. Half an hour or so.
@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import click
 import torch
@@ -27,6 +28,7 @@ from torchvision.models import resnet50
 
 import balf_fx
 from balf_fx.calibration.pages import Pages
+from balf_fx.engine.settings import Effort
 from balf_fx.passes.refit import RefitMode
 
 FLOPS = 0.6
@@ -73,6 +75,7 @@ class Footprint:
     resident before, and count where they are read.
     """
 
+    effort: str
     memory: str
     files: bool
     weights: float
@@ -80,7 +83,7 @@ class Footprint:
     seconds: float
 
 
-def footprint(name: str, effort: str, memory: str, files: bool) -> Footprint:
+def footprint(name: str, effort: Effort, memory: str, files: bool) -> Footprint:
     """Compress a model of `subjects` in this process, with its weights in memory or in files."""
     subject = SUBJECTS[name]()
     subject.run()
@@ -94,7 +97,7 @@ def footprint(name: str, effort: str, memory: str, files: bool) -> Footprint:
         balf_fx.compile(
             subject.model, subject.calibration, flops=FLOPS, effort=effort, memory=memory, progress=False, **options
         )
-    return Footprint(memory, files, weights, peak_gib() - before, time.process_time() - start)
+    return Footprint(effort, memory, files, weights, peak_gib() - before, time.process_time() - start)
 
 
 def _drop_weights(model: nn.Module) -> None:
@@ -106,7 +109,7 @@ def _drop_weights(model: nn.Module) -> None:
     Pages().release()
 
 
-def footprint_apart(name: str, effort: str, memory: str = "0.25", files: bool = False) -> Footprint:
+def footprint_apart(name: str, effort: Effort, memory: str = "0.25", files: bool = False) -> Footprint:
     """Compress it in a process of its own."""
     words = ["--subject", name, "--effort", effort, "--memory", memory, *["--files"] * files]
     return Footprint(**run_apart(__file__, *words, "--here"))
@@ -124,7 +127,9 @@ def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
 @click.option("--refit", type=click.Choice(["full", "up"]), default="full", show_default=True)
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here.")
 @click.option("--subject", type=click.Choice(list(SUBJECTS)), help="A model of the timings in place of ResNet-50.")
-@click.option("--effort", type=click.Choice(["fast", "balanced", "best"]), default="fast", show_default=True)
+@click.option(
+    "--effort", "efforts", type=click.Choice(get_args(Effort)), multiple=True, default=("fast",), help="With --subject."
+)
 @click.option("--memory", "bounds", multiple=True, default=("0.25",), help="The option memory, with --subject.")
 @click.option("--files", is_flag=True, help="With the last bound, read the weights from files, too.")
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
@@ -134,21 +139,21 @@ def main(
     refit: RefitMode,
     output: Path | None,
     subject: str | None,
-    effort: str,
+    efforts: tuple[Effort, ...],
     bounds: tuple[str, ...],
     files: bool,
     here: bool,
 ) -> None:
     """Measure the memory of a compression for each size of batches; of a subject, for each bound of its memory."""
     if subject is not None and here:
-        click.echo(json.dumps(asdict(footprint(subject, effort, bounds[0], files))))
+        click.echo(json.dumps(asdict(footprint(subject, efforts[0], bounds[0], files))))
         return
     if subject is not None:
         cases = [*((bound, False) for bound in bounds), *[(bounds[-1], True)] * files]
-        found = [asdict(footprint_apart(subject, effort, *case)) for case in cases]
+        found = [asdict(footprint_apart(subject, effort, *case)) for effort in efforts for case in cases]
         click.echo(tabulate(found, headers="keys", floatfmt=".3f"))
         if output is not None:
-            write_json(output, {"model": subject, "effort": effort, "flops": FLOPS, "results": found})
+            write_json(output, {"model": subject, "flops": FLOPS, "results": found})
         return
     if here:
         click.echo(json.dumps(asdict(measure(images, sizes[0], refit))))

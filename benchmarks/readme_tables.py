@@ -263,9 +263,10 @@ def memory() -> str:
 
 
 def blocks() -> str:
-    """Resident memory for each bound, with weights in memory and in files."""
+    """Resident memory for each effort and bound, with weights in memory and in files."""
     lines = [
         (
+            row["effort"],
             row["memory"],
             "files" if row["files"] else "memory",
             *(f"{1024 * row[key]:,.0f}" for key in ("weights", "above")),
@@ -273,7 +274,8 @@ def blocks() -> str:
         )
         for row in _read("blocks")["results"]
     ]
-    return markdown(lines, ("`memory=`", "weights in", "weights, MiB", "above what was before, MiB", "compression, s"))
+    headers = ("effort", "`memory=`", "weights in", "weights, MiB", "above what was before, MiB", "compression, s")
+    return markdown(lines, headers)
 
 
 def large() -> str:

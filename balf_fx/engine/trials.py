@@ -68,7 +68,7 @@ class Trial:
         return self.journal.remembered(stage, lambda: self._measure(program, problem, allocation))
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
-        pages = None if self.refit else self.judge.pages  # for layers in files, and a model that runs block by block
+        pages = self.judge.pages  # for layers in files, and a model that runs block by block
         tried = None if self.refit else projected(self.original, allocation)
         if tried is None:
             tried = settled(program, problem, allocation)
@@ -80,7 +80,7 @@ class Trial:
             return call_weights(program, batch, self.judge.given(index, batch)).outputs
 
         lost = divergence(module, self.judge, self.references, weigh)
-        if self.judge.pages is not None:  # a graph and its module refer to each other, and so would keep all layers
+        if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
         give_back(BETWEEN_WALKS, problem.totals.params)
