@@ -121,6 +121,19 @@ def test_a_chain_is_cut_where_it_is_narrow():
     assert str(cut.target) == "2"  # 4 features, in place of 32
 
 
+@pytest.mark.parametrize("bound", [0, 3000, 10**9])
+def test_bonded_nodes_stay_with_the_node_before_them(bound):
+    graph_module = capture(Transformer().eval(), torch.randn(2, 6, 32))
+    nodes = [node for node in graph_module.graph.nodes if node.op != "output"]
+    bonds = set(nodes[2::3])
+    blocks = find_blocks(graph_module, weight_bytes(graph_module), bound, bonds)
+    home = {node: index for index, block in enumerate(blocks) for node in block.nodes}
+    assert all(home[one] == home[other] for one, other in itertools.pairwise(nodes) if other in bonds)
+    free = find_blocks(graph_module, weight_bytes(graph_module), bound)
+    assert len(blocks) < len(free) if bound == 0 else len(blocks) <= len(free)
+    assert [node for block in blocks for node in block.nodes] == [node for block in free for node in block.nodes]
+
+
 def test_a_u_net_is_cut_where_one_skip_connection_is_open():
     graph_module, _, _ = captured("u-net")
     (cut,) = widest(graph_module, find_blocks(graph_module, weight_bytes(graph_module), 5300))

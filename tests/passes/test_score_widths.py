@@ -9,7 +9,7 @@ from torch import nn
 
 import balf_fx
 from balf_fx.calibration.observers import SensitivityObserver
-from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
+from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.passes import Score, ScoreWidths, score_widths
 from balf_fx.progress import Progress
 from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
@@ -240,6 +240,35 @@ def test_fresh_scores_are_kept_and_stale_ones_are_not():
     balf_fx.calibrate(prepared, batches, progress=False)
     ScoreWidths(damping=0.5)(prepared)
     assert graph_record(prepared).width_curves is not second
+
+
+def test_some_widths_may_be_scored_before_the_others():
+    prepared = scored(*make("transformer"))
+    widths, curves = graph_record(prepared).widths, graph_record(prepared).width_curves
+    assert len(widths) == 3
+    record_graph(prepared, width_curves=(), widths_scored_with=())
+    for count, width in enumerate(reversed(widths), 1):
+        before = graph_record(prepared).width_curves or (None,) * 3
+        ScoreWidths(only={width.key})(prepared)
+        found = graph_record(prepared).width_curves
+        assert sum(curve is not None for curve in found) == count
+        assert all(old is None or old is new for old, new in zip(before, found, strict=True))
+    ScoreWidths()(prepared)
+    assert graph_record(prepared).width_curves is found
+    assert [curve.distortion for curve in found] == [curve.distortion for curve in curves]
+
+
+def test_a_width_is_scored_again_where_its_own_statistics_have_changed():
+    prepared = scored(*make("transformer"))
+    widths, before = graph_record(prepared).widths, graph_record(prepared).width_curves
+    (hidden,) = [width for width in widths if width.kind == "channels"]
+    (name,) = hidden.consumers
+    reader = next(node for node in prepared.graph.nodes if node.name == name)
+    observer = prepared.get_submodule(annotation(reader).sensitivity)
+    observer.halves = [half.merge(half) for half in observer.halves]
+    ScoreWidths()(prepared)
+    after = graph_record(prepared).width_curves
+    assert [new is not old for old, new in zip(before, after, strict=True)] == [width is hidden for width in widths]
 
 
 def test_without_gradients_nothing_is_narrowed(caplog):
