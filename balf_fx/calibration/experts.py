@@ -94,7 +94,7 @@ class ExpertSensitivityObserver(SensitivityObserver):
         values = self.rows.split(recorded.value, self.site.side, assignment)
         gradients = self.rows.split(gradient, "output", assignment)
         samples = self.batch_samples or sum(map(len, gradients))
-        cuts = [(len(own) + self.calls % 2) // 2 for own in gradients]  # odd rows go to either half in turn
+        cuts = [(len(own) + self.batches % 2) // 2 for own in gradients]  # odd rows go to either half in turn
         for half, own in enumerate((_parts(cuts, first=True), _parts(cuts, first=False))):
             own_values, own_gradients = (
                 [rows[part] for rows, part in zip(side, own, strict=True)] for side in (values, gradients)
@@ -102,7 +102,6 @@ class ExpertSensitivityObserver(SensitivityObserver):
             seen = self._rows(own_values, own_gradients, samples / 2)
             if seen is not None:
                 self._merge(half, seen)
-        self.calls += 1
 
     def _rows(self, values: Sequence[Tensor], gradients: Sequence[Tensor], samples: float) -> Sample | None:
         """Statistics of some rows, as a part of so many samples."""

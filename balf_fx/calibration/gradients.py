@@ -117,11 +117,11 @@ Records = Sequence[tuple[SensitivityObserver, Sequence[Recorded]]]
 
 
 @contextmanager
-def recording(observers: Iterable[SensitivityObserver], batch: Any) -> Iterator[Records]:
-    """Let observers record the values of the calls on a batch during the context."""
+def recording(observers: Iterable[SensitivityObserver], batch: Any, number: int | None = None) -> Iterator[Records]:
+    """Let observers record the values of the calls on a batch during the context; its number as in `recording`."""
     samples = sample_count(batch)
     with ExitStack() as stack:
-        yield [(observer, stack.enter_context(observer.recording(samples))) for observer in observers]
+        yield [(observer, stack.enter_context(observer.recording(samples, number))) for observer in observers]
 
 
 def take_gradients(ends: Sequence[tuple[Tensor, Tensor | None]], wanted: Sequence[Wanted]) -> bool:

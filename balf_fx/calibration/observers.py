@@ -144,7 +144,8 @@ class SensitivityObserver(nn.Module):
     positions matter more than others, like the class token in the last block of a vision transformer, and the average
     reduces the noise of single gradients.
 
-    Samples go to the two `halves` alternately, so that a choice based on one half can be evaluated on the other.
+    Samples go to the two `halves` alternately, so that a choice based on one half can be evaluated on the other. A
+    sample is in the same half in all calls of the site on a batch.
 
     Args:
         site: the site.
@@ -164,7 +165,7 @@ class SensitivityObserver(nn.Module):
         self._recorded: list[Recorded] | None = None
         self.batch_samples = 0
         self.halves: list[Sample | None] = [None, None]
-        self.calls = 0
+        self.batches = 0
         self.squares: Positions | None = None
 
     @property
@@ -189,18 +190,21 @@ class SensitivityObserver(nn.Module):
         self.halves = [first, second]  # type: ignore[list-item]
 
     @contextmanager
-    def recording(self, samples: int = 0) -> Iterator[Sequence[Recorded]]:
+    def recording(self, samples: int = 0, number: int | None = None) -> Iterator[Sequence[Recorded]]:
         """Record the values of each call during the context; calls outside it record nothing.
 
         Args:
             samples: the number of samples in the batch; 0 if it is not known.
+            number: the number of the batch; None for the one after the last.
         """
         recorded: list[Recorded] = []
         self._recorded, self.batch_samples = recorded, samples
+        self.batches = self.batches if number is None else number
         try:
             yield recorded
         finally:
             self._recorded = None
+            self.batches += 1
 
     def forward(self, source: Tensor, output: Tensor, weights: Weights | None = None) -> None:
         """Record the output and the value on the site's side until the gradient is known."""
@@ -226,16 +230,15 @@ class SensitivityObserver(nn.Module):
         if seen.counted is not None:
             count = (seen.counted > 0).sum(0).to(count)
         positions = squares.sum(0) / count.clamp_min(1)
-        parts = [seen]
+        parts = {self.batches % 2: seen}
         if samples > 1 and seen.by_sample:
-            parts = [seen.only(slice(0, None, 2)), seen.only(slice(1, None, 2))]
+            parts = {half: seen.only(slice(half, None, 2)) for half in range(2)}
         used = False
-        for part in parts:
+        for half, part in parts.items():
             sample = self._sample(part, positions)
             if sample is not None:
-                self._merge(self.calls % 2, sample)
+                self._merge(half, sample)
                 used = True
-            self.calls += 1
         if used:
             own = Positions((squares.sum(0), count))
             self.squares = own if self.squares is None else self.squares.merge(own)

@@ -79,7 +79,7 @@ class Calls:
         observers = [observer_of(graph_module, target, SensitivityObserver) for target in targets]
         with (
             self.around(call),
-            recording([each for each in observers if each is not None], self._run[call][0]) as records,
+            recording([each for each in observers if each is not None], self._run[call][0], call) as records,
             differentiable(graph_module),
         ):
             yield lambda: outputs(records)

@@ -48,7 +48,7 @@ CALIBRATION = "calibration"
 _OTHERS = ("checkpoint", "progress", "validation")  # options on which the result does not depend, and data
 _STATISTICS: Mapping[type[nn.Module], tuple[str, ...]] = {
     CovarianceObserver: ("moments",),
-    SensitivityObserver: ("halves", "calls", "squares"),
+    SensitivityObserver: ("halves", "batches", "squares"),
     InfluenceObserver: ("gradients",),
 }
 """The attributes of each kind of observer that calibration changes."""

@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.gradients import Wanted, take_gradients
 from balf_fx.graph.blocks import Block
+from balf_fx.graph.parameters import get_tensor, is_quantized
 from balf_fx.refit.offload import Shelved
 
 Values = dict[fx.Node, Any]
@@ -107,14 +108,17 @@ def walk_back(
         loss: `loss(call, output)` returns the scalar to differentiate.
     """
     interpreter, last = fx.Interpreter(graph_module), len(blocks) - 1
-    sources = [[-1], *_sources(blocks)[1:]]
+    sources, trained = [[-1], *_sources(blocks)[1:]], _trained(graph_module)
     shelves.pop(last).close()
     slopes: dict[int, Shelved] = {}  # for each block, the gradients at what it reads
     for index in reversed(range(len(blocks))):
         block = blocks[index]
         found = _shelf(memory, (*shelves.values(), *slopes.values()))
         for call, handed in enumerate(_handed(block, [shelves[place] for place in sources[index]], every=not index)):
-            values = pytree.tree_map_only(Tensor, _leaf if index else Tensor.detach, handed)
+            values = {
+                node: pytree.tree_map_only(Tensor, _leaf if node in trained else Tensor.detach, value)
+                for node, value in handed.items()
+            }
             read = {node: values[node] for node in block.reads}
             with around(block, call) as wanted, torch.enable_grad():
                 _run(interpreter, block, values)
@@ -179,6 +183,21 @@ def _run(interpreter: fx.Interpreter, block: Block, values: Values) -> None:
         values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
         for source in freed[node]:
             del values[source]
+
+
+def _trained(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values depend on parameters that can have gradients."""
+    found = set[fx.Node]()
+    for node in graph_module.graph.nodes:
+        own: list[Any] = []
+        if node.op == "call_module":
+            own = list(graph_module.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr":
+            own = [get_tensor(graph_module, str(node.target))]
+        taken = (isinstance(each, nn.Parameter) and each.is_floating_point() and not is_quantized(each) for each in own)
+        if any(taken) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _leaf(tensor: Tensor) -> Tensor:

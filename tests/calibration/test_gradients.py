@@ -212,6 +212,26 @@ def test_a_batch_beyond_the_memory_runs_in_pieces(conv_net, images):
         )
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.layer(x).relu()))
+
+
+def test_halves_have_no_sample_in_common_where_a_layer_is_used_twice():
+    """Batches of one sample go to either half in turn, with both uses of the layer."""
+    model, batches = Twice().eval(), list(torch.randn(6, 1, 6))
+    options = {"loss": lambda output, _: output.square().sum()}
+    whole = observer(prepared(model, batches, **options), "layer")
+    for half in range(2):
+        own = observer(prepared(model, batches[half::2], **options), "layer").sample
+        torch.testing.assert_close(whole.halves[half].gradients.scatter, own.gradients.scatter)
+        torch.testing.assert_close(whole.halves[half].moments.scatter, own.moments.scatter)
+
+
 def test_an_output_of_zeros_has_no_gradient_and_any_other_scale_the_same():
     generator = torch.Generator()
     value = torch.randn(4, 3, 5)

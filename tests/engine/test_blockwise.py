@@ -45,6 +45,18 @@ class Repeated(nn.Module):
         return self.head(F.relu(self.layer(F.relu(self.other(x)))))
 
 
+class Untouched(nn.Module):
+    """One of the outputs, and an input of the last layer, depend on no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        scaled = 2 * x
+        return self.head(F.relu(self.second(F.relu(self.first(x)))) + scaled), scaled
+
+
 def texts():
     ids = torch.randint(40, (3, 6, 8))
     return [{"input_ids": each, "attention_mask": (torch.arange(8) < 5 + each[:, :1] % 3).long()} for each in ids]
@@ -60,6 +72,7 @@ MODELS = {
     **{name: lambda name=name: make(name) for name in ("mlp", "squeeze and excite", "fused", "grouped", "transformer")},
     "convolutions": lambda: (randomise_batchnorm(ConvNet()), list(torch.randn(3, 8, 3, 12, 12))),
     "padded text": lambda: (Text(), texts()),
+    "untouched": lambda: (Untouched(), list(torch.randn(6, 2, 12))),
     "experts": lambda: (unequal(), list(torch.randn(3, 8, 6, 16))),
 }
 
@@ -118,7 +131,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, "fast") for name in MODELS),
+        *((name, "fast") for name in MODELS if name != "untouched"),
         *(("convolutions", "balf"), ("convolutions", "separable"), ("fused", "svd"), ("padded text", "free")),
     ],
 )
@@ -139,7 +152,7 @@ def test_the_result_is_that_of_all_blocks_at_once(name, options, walks):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, "balanced") for name in ("convolutions", "fused", "grouped", "experts", "padded text")),
+        *((name, "balanced") for name in ("convolutions", "fused", "grouped", "experts", "padded text", "untouched")),
         *(("transformer", "best"), ("transformer", "no widths"), ("squeeze and excite", "loss")),
     ],
 )
@@ -149,7 +162,7 @@ def test_with_gradients_too(name, options, walks_back):
     model.eval()
     pair = [
         balf_fx.compile(model, iter(small_batches(batches)), memory=memory, progress=False, **OPTIONS[options])
-        for memory in (AMPLE, {"convolutions": 40_000, "experts": 160_000}.get(name, SMALL))
+        for memory in (AMPLE, {"convolutions": 40_000, "experts": 160_000, "untouched": 8_000}.get(name, SMALL))
     ]
     assert_same(*pair)
     assert len(walks_back) == 1
