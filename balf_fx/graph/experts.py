@@ -152,7 +152,7 @@ def _weight_letters(operand: Any) -> _Weight | None:
     if operand.op == "get_attr":
         shape = annotation(operand).shape
         return (operand, (), "eab", None) if shape is not None and len(shape) == 3 else None
-    if operand.op not in ("call_function", "call_method") or not operand.args:
+    if operand.op not in ("call_function", "call_method") or not operand.args or not _may_link(operand):
         return None
     before = _weight_letters(operand.args[0])
     if before is None:
@@ -167,6 +167,11 @@ def _weight_letters(operand: Any) -> _Weight | None:
     moved = _moved(operand, letters)
     only = all(node is operand.args[0] for node in operand.all_input_nodes)
     return None if moved is None or not only else (source, (*links, operand), moved, ids)
+
+
+def _may_link(node: fx.Node) -> bool:
+    """Whether a node is of a kind that transposes or selects: of others, what they read need not be looked at."""
+    return node.target is getattr or operation(node) in _LINKS
 
 
 def _selection(node: fx.Node) -> fx.Node | None:

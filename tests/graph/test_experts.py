@@ -22,7 +22,7 @@ from torch import fx, nn
 from balf_fx.capture.normal_form import capture
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.expert_factors import build_experts, keeping
-from balf_fx.graph.experts import read_experts
+from balf_fx.graph.experts import leads_to_experts, read_experts
 from balf_fx.graph.layers import read_site
 from balf_fx.graph.parameters import get_tensor, grouped_weight
 from balf_fx.graph.site import Reason, Refusal, Site
@@ -138,6 +138,17 @@ def test_a_selected_embedding_is_no_product():
 
     graph_module = capture(Table().eval(), torch.tensor([0, 3, 1]))
     assert not any(read_experts(node) for node in graph_module.graph.nodes)
+
+
+def test_a_long_chain_of_other_operations_is_not_looked_through():
+    """Of thousands of nodes, beyond the depth to which Python calls functions."""
+    graph = fx.Graph()
+    node = graph.get_attr("weight")
+    for _ in range(5000):
+        node = graph.call_function(torch.relu, (node,))
+    product = graph.call_function(torch.matmul, (graph.placeholder("x"), node))
+    assert not leads_to_experts(node)
+    assert read_experts(product) is None
 
 
 def test_the_rows_of_each_expert_on_the_example_are_counted():
