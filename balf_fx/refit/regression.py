@@ -102,7 +102,9 @@ class Joint:
 
     def cross(self) -> Tensor:
         """Cov(y, x') [G, O, D]."""
-        return self.yx / self.count - self.mean_y.unsqueeze(-1) * self.inputs.mean.unsqueeze(-2)
+        found = self.yx / self.count  # in place from here, since it is large for many outputs
+        found -= self.mean_y.unsqueeze(-1) * self.inputs.mean.unsqueeze(-2)
+        return found
 
 
 class JointSums:
@@ -185,7 +187,8 @@ def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     added = seen.inputs.ridge(strength) if prior.shape[-1] else 0.0
     if factor is None:
         return prior, prior @ seen.inputs.covariance + prior * added
-    product = seen.cross() + prior * added
+    product = seen.cross()
+    product += prior * added
     return torch.cholesky_solve(product.mT, factor).mT, product
 
 
@@ -217,11 +220,13 @@ def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
         )
     y = seen.mean_y.unsqueeze(-1)
     bias = torch.zeros_like(y) if solution.bias is None else solution.bias.unsqueeze(-1)
-    fitted = (left @ products - 2 * cross) / count + 2 * bias @ mean.mT
+    fitted = left @ products
+    fitted.sub_(cross, alpha=2).div_(count)
+    fitted += 2 * bias @ mean.mT
     offset = bias - 2 * y
     if metric is not None:
         left, bias = metric @ left, metric @ bias
-    return float((left * fitted).sum() + (bias * offset).sum())
+    return float(fitted.mul_(left).sum() + (bias * offset).sum())
 
 
 @dataclass(frozen=True)
