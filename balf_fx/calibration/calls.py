@@ -41,6 +41,9 @@ class Answering(_StandIn):
     Args:
         subject: the module for which it stands.
         outputs: what that would return for each call in turn.
+
+    Raises:
+        CalibrationError: there are more calls.
     """
 
     def __init__(self, subject: nn.Module, outputs: Sequence[Any]) -> None:
@@ -49,6 +52,11 @@ class Answering(_StandIn):
         self._calls = 0
 
     def forward(self, *_: Any, **__: Any) -> Any:
+        if self._calls == len(self.outputs):
+            raise CalibrationError(
+                "forward(model, batch) calls the model more than once, which it may not where the model goes block by "
+                "block: pass batches for one call each, or more memory="
+            )
         self._calls += 1
         return self.outputs[self._calls - 1]
 

@@ -126,8 +126,8 @@ def _there(
     if seen.complete:
         _again(batches, range(len(blocks)), finish)
         return
-    walk(graph_module, seen.unfinished(blocks), calls, calibration.memory, finish, calls.around).close()
-    calls.check()
+    with walk(graph_module, seen.unfinished(blocks), calls, calibration.memory, finish, calls.around) as outputs:
+        calls.check(outputs)
 
 
 def _there_and_back(
@@ -171,7 +171,7 @@ def _there_and_back(
         return
     memory = calibration.memory
     shelves = walk_out(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, keep=True)
-    calls.check()
+    calls.check(shelves[len(blocks) - 1])
     left = felt.unfinished(seen.unobserved(blocks))
     walk_back(graph_module, left, shelves, memory, back, calls.differentiated, calls.loss)
 

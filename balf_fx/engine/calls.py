@@ -39,6 +39,7 @@ class Calls:
         self._program, self._calibration, self._batches, self._blocks = program, calibration, batches, blocks
         self._known: list[tuple[int, str, Tensor | None, CallWeights]] = []
         self._run = Shelved(calibration.memory)  # the batches, for the way back
+        self._first: list[Any] = []  # the first batch
         self._generator = torch.Generator("cpu").manual_seed(calibration.seed + calibration.group.rank)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
@@ -50,6 +51,7 @@ class Calls:
                 self._known.append((index, words, given, call_weights(self._program, batch, given)))
             if self._blocks is not None:
                 self._run.append([batch])
+            self._first = self._first or [batch]
             yield values
 
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
@@ -87,11 +89,21 @@ class Calls:
     def loss(self, call: int, output: Any) -> Tensor:
         """The scalar whose gradients are observed in a call."""
         (index, _, _, weights), (batch,) = self._known[call], self._run[call]
-        forward, graph_module = self._calibration.forward, self._program.graph_modules[0]
-        answer = run_batch(Answering(graph_module, [output]), batch, forward, index, gradients=True)
+        answer = self._answer(batch, output, index)
         return loss_of(answer, batch, self._calibration, index, self._generator, weights.outputs)
 
-    def check(self) -> None:
-        """Raise if the user's weights are no weights of the positions in a call."""
+    def check(self, outputs: Sequence[Any]) -> None:
+        """Raise if the user's weights are no weights of the positions in a call, or one batch takes several calls.
+
+        Args:
+            outputs: the outputs of the calls.
+        """
         for index, _, given, weights in self._known:
             check_fit(given, weights, index)
+        for batch, output in zip(self._first, outputs, strict=False):
+            self._answer(batch, output, self._known[0][0])
+
+    def _answer(self, batch: Any, output: Any, index: int) -> Any:
+        """What the user's function makes of an output."""
+        stand_in = Answering(self._program.graph_modules[0], [output])
+        return run_batch(stand_in, batch, self._calibration.forward, index, gradients=True)

@@ -283,6 +283,23 @@ def test_errors_are_the_same(effort):
     assert str(one) == str(other)
 
 
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_a_function_calls_the_model_once(effort):
+    model, batches = make("mlp")
+    options = {"effort": effort, "forward": lambda module, batch: module(batch[:1]) + module(batch[1:])}
+    assert compressed(model, small_batches(batches), memory=AMPLE, **options)(batches[0]).shape == (48, 10)
+    with pytest.raises(CalibrationError, match="more than once"):
+        compressed(model, small_batches(batches), memory=5000, **options)
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_a_function_may_change_what_the_model_returns(effort):
+    model, batches = make("mlp")
+    options = {"effort": effort, "forward": lambda module, batch: {"answer": 2 * module(batch["x"])}}
+    given = [{"x": batch} for batch in small_batches(batches)]
+    assert_same(*(compressed(model, given, memory=memory, **options) for memory in (AMPLE, 5000)))
+
+
 @pytest.mark.parametrize("value", [None, torch.ones(2), torch.tensor(float("nan"))], ids=str)
 def test_a_loss_that_is_none_gives_the_same_error(value):
     model, batches = make("mlp")
