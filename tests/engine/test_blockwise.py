@@ -283,6 +283,18 @@ def test_errors_are_the_same(effort):
     assert str(one) == str(other)
 
 
+@pytest.mark.parametrize("memory", [AMPLE, 5000])
+def test_an_error_of_the_users_loss_stays_what_it_is(memory):
+    model, batches = make("mlp")
+    with pytest.raises(ValueError, match="no loss") as error:
+        compressed(model, small_batches(batches), memory=memory, effort="balanced", loss=raising)
+    assert type(error.value) is ValueError
+
+
+def raising(output, batch):
+    raise ValueError(f"no loss of {output.shape} for {batch.shape}")
+
+
 @pytest.mark.parametrize("effort", ["fast", "balanced"])
 def test_a_function_calls_the_model_once(effort):
     model, batches = make("mlp")
