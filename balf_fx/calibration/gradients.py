@@ -118,7 +118,11 @@ Records = Sequence[tuple[SensitivityObserver, Sequence[Recorded]]]
 
 @contextmanager
 def recording(observers: Iterable[SensitivityObserver], batch: Any, number: int | None = None) -> Iterator[Records]:
-    """Let observers record the values of the calls on a batch during the context; its number as in `recording`."""
+    """Let observers record the values of the calls on a batch during the context.
+
+    Args:
+        number: as in `SensitivityObserver.recording`.
+    """
     samples = sample_count(batch)
     with ExitStack() as stack:
         yield [(observer, stack.enter_context(observer.recording(samples, number))) for observer in observers]

@@ -24,9 +24,6 @@ class Finished:
         kind: the class of the observers.
         stage: the name of the walk in the journal, which has the blocks that were finished before a run was killed.
         back: whether the walk is from the last block to the first.
-
-    Attributes:
-        homes: {path of an observer: the index of the block with which it is finished}.
     """
 
     def __init__(
@@ -37,26 +34,26 @@ class Finished:
         stage: str,
         back: bool = False,
     ) -> None:
-        self._graph_module, self._stage = graph_module, stage
+        self._stage = stage
         self._observers: dict[str, CovarianceObserver | SensitivityObserver] = {}
         self._calls: dict[fx.Node, str] = {}
-        self.homes: dict[str, int] = {}
+        self._homes: dict[str, int] = {}  # the block with which each is finished
         for index, block in reversed(list(enumerate(blocks))) if back else enumerate(blocks):
             for node in block.nodes:
                 path = str(node.target)
                 observer = observer_of(graph_module, path, kind) if node.op == "call_module" else None
                 if observer is not None:
-                    self._observers[path], self._calls[node], self.homes[path] = observer, path, index
+                    self._observers[path], self._calls[node], self._homes[path] = observer, path, index
         self._known = set[str]()
 
     @property
     def complete(self) -> bool:
         """Whether all observers were finished before."""
-        return len(self._known) == len(self.homes)
+        return len(self._known) == len(self._homes)
 
     def take_up(self, journal: Journal, group: Group, pages: Pages) -> None:
         """Read the statistics of the blocks that were finished before, in all processes."""
-        for index in sorted(set(self.homes.values())):
+        for index in sorted(set(self._homes.values())):
             found = journal.recall(self._name(index))
             if all(group.gathered(found is not None)):
                 for path, statistics in found.items():
@@ -66,7 +63,7 @@ class Finished:
 
     def settle(self, index: int, journal: Journal, group: Group, pages: Pages) -> None:
         """Merge and write the statistics of the observers that are finished with a block, unless they were before."""
-        own = [path for path, home in self.homes.items() if home == index and path not in self._known]
+        own = [path for path, home in self._homes.items() if home == index and path not in self._known]
         for path in own:
             merge_statistics(self._observers[path], group)
         if own:
