@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,8 @@ def forked(compute: Callable[[], str], result: Path) -> int:
         try:
             result.write_text(compute())
             status = 0
+        except BaseException:  # the process ends without the interpreter, which would print it
+            traceback.print_exc()
         finally:
             os._exit(status)
     return process

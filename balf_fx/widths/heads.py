@@ -23,7 +23,7 @@ from balf_fx.graph.layers import site_input
 from balf_fx.graph.operators import aten, operation
 from balf_fx.graph.parameters import owns_weight, parameter_users
 from balf_fx.graph.widths import Operand, Size, View, Width
-from balf_fx.widths.moves import Moves, is_harmless, is_shaped, numbered, read_size
+from balf_fx.widths.moves import Moves, is_harmless, is_shaped, numbered, read_size, reads_size
 
 _ATTENTIONS = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 
@@ -281,11 +281,14 @@ def _read_rows(numbers: Tensor, moved: Tensor, scale: float, source: fx.Node) ->
             heads = operand.reshape(batch, -1, *operand.shape[1:]) if merged else operand
             if heads.dim() != numbers.dim() + 1 or heads.dim() < 4 or heads.numel() == 0:
                 continue
+            leading = (*numbers.shape[1:-1], numbers.shape[0]) if sequence_first else numbers.shape[:-1]
+            if (*heads.shape[:-3], heads.shape[-2]) != leading:
+                continue
             first = heads[(0,) * (heads.dim() - 3)][:, 0]
             rows = (first % numbers.shape[-1]).to(torch.int64)  # [heads, features]
             picked = numbers[..., rows.flatten()].reshape(*numbers.shape[:-1], *rows.shape)
             expected = picked.movedim(0, -2) if sequence_first else picked.transpose(-3, -2)
-            if expected.shape == heads.shape and torch.equal(expected, heads):
+            if torch.equal(expected, heads):
                 found.append(_Operand(rows, scale, transposed, sequence_first, merged, source))
     return found[0] if len(found) == 1 else None
 
@@ -302,7 +305,7 @@ def _size_behind(product: fx.Node, v: _Operand, merged: Tensor, user: fx.Node, m
         merged: where the output's elements lie in the value that the output projection reads, [..., positions, heads *
             features] or sequence first.
     """
-    if not isinstance(moved, Tensor):
+    if not isinstance(moved, Tensor) or not reads_size(user):
         return None
     place = merged.new_empty(merged.numel())
     place[merged.flatten().to(torch.int64)] = numbered(place.shape)
