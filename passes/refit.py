@@ -30,6 +30,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn import functional as F
 
 from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
@@ -45,7 +46,7 @@ from balf_fx.graph.expert_factors import build_experts
 from balf_fx.graph.experts import leads_to_experts, read_experts
 from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.masks import mask_inputs
-from balf_fx.graph.parameters import get_tensor, grouped_weight, owns_weight, parameter_users
+from balf_fx.graph.parameters import get_tensor, grouped_bias, grouped_weight, owns_weight, parameter_users
 from balf_fx.graph.pivoted import feature_axis
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import Substitute, build
@@ -56,7 +57,7 @@ from balf_fx.ranks.separable import by_column, by_patch
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.experts import refit_experts
 from balf_fx.refit.lockstep import Batch, Lockstep, sources_of
-from balf_fx.refit.problems import BiasProblem, Problem
+from balf_fx.refit.problems import BiasProblem, Problem, Through
 from balf_fx.refit.targets import Target, observes
 from balf_fx.refit.windows import Window
 from balf_fx.refit.work import Shape, node_work
@@ -158,7 +159,7 @@ class _Solver:
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))
-            self.walk.store(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
+            self.walk.finish(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
 
     def _replace_experts(self, node: fx.Node, site: Site, moved: bool) -> None:
         """Solve for the factors of experts; those that stay dense run on the compressed model's values.
@@ -168,7 +169,7 @@ class _Solver:
         product, curve = read_experts(node), annotation(node).curve
         if _rank(node) is None or product is None or curve is None:
             if not self.walk.moved.isdisjoint(sources_of(node)):
-                self.walk.store(node, partial(self.walk.compressed, node))
+                self.walk.finish(node, partial(self.walk.compressed, node))
             return
         (solution,) = self._prior(node, site, Cut())
         if moved and self.mode == "full" and self._refittable(node, site, _rank(node)):
@@ -177,7 +178,7 @@ class _Solver:
             solution = self.journal.remembered(f"layer {node.name}", refitted)
             annotate(node, refit=(solution,))
         factors = build_experts(get_tensor(self.graph_module, site.weight), site, solution)
-        self.walk.store(node, lambda batch: factors.run(node, batch.current))
+        self.walk.finish(node, lambda batch: factors.run(node, batch.current))
 
     def _refittable(self, node: fx.Node, site: Site, rank: Rank) -> bool:
         """Whether the regression is defined for the layer, and nothing else reads the weight that it changes."""
@@ -207,9 +208,24 @@ class _Solver:
             prior=prior,
             spectra=_spectra(node, site),
         )
+        problem = self._through_inputs(problem, site, cut)
         solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=solution)
-        self.walk.store(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
+        self.walk.finish(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
+
+    def _through_inputs(self, problem: Problem, site: Site, cut: Cut) -> Problem:
+        """The problem for a layer's inputs, and 1 for its bias, in place of its outputs, where these are more."""
+        target, node = problem.target, problem.target.node
+        changed = target.addition is not None or target.limits is not None
+        if changed or site.out_features <= site.in_features + 1 or any(_is_separable(each) for each in problem.prior):
+            return problem
+        weight, bias = grouped_weight(self.graph_module, site), grouped_bias(self.graph_module, site)
+        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+        map_ = torch.cat([weight, bias.unsqueeze(-1)], -1)
+        same = torch.eye(site.in_features, dtype=weight.dtype, device=weight.device).expand(site.groups, -1, -1)
+        toward = F.pad(cut.narrow_inputs(Solution(None, same, None), site).right, (0, 0, 0, 1))
+        through = Through(partial(_inputs_and_one, node, site), in_parts(map_, len(problem.prior)))
+        return dataclasses.replace(problem, toward=toward, through=through)
 
     def _refit_up(self, node: fx.Node, site: Site, cut: Cut) -> None:
         """Solve for left factors and biases; until then, the layer's value is the output of its right factors."""
@@ -231,7 +247,7 @@ class _Solver:
             values = zip(batch.compressed[node], shifts, strict=True)
             return after.run_second([_shifted(value, thin, shift) for value, shift in values])
 
-        self.walk.store(node, finished)
+        self.walk.finish(node, finished)
 
     def _solve_part(self, node: fx.Node, site: Site, index: int, part: Solution, spectrum: Spectrum | None) -> Solution:
         """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
@@ -288,6 +304,16 @@ def _input(node: fx.Node, site: Site, cut: Cut, batch: Batch, own: Window) -> Te
     """The compressed model's inputs at a window's positions, [G, D, n]."""
     value = by_sample(batch.current(site_input(node)), site)[own.samples]
     return input_columns(cut.read_features(value, feature_axis(site)), cut.inputs(site), own.pixels)
+
+
+def _inputs_and_one(node: fx.Node, site: Site, batch: Batch, own: Window) -> Tensor:
+    """The original model's inputs at a window's positions, and a row of ones, [G, D + 1, n]."""
+    value = by_sample(batch.before(site_input(node)), site)[own.samples]
+    return F.pad(input_columns(value, site, own.pixels), (0, 0, 0, 1), value=1.0)
+
+
+def _is_separable(solution: Solution) -> bool:
+    return solution.form == "separable"
 
 
 def _in_parts(outputs: Tensor, parts: int) -> Tensor:

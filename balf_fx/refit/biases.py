@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from balf_fx.graph.curves import Spectrum
-from balf_fx.refit.regression import metric_of
+from balf_fx.refit.regression import root_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Residual:
     def mean(self) -> Tensor:
         return self.total / self.count
 
-    def rise(self, shift: Tensor, metric: Tensor | None) -> float:
-        """The difference between E (r - s)^T M (r - s) and E r^T M r for a shift s [G, O]."""
-        weighted = shift if metric is None else (metric @ shift.unsqueeze(-1)).squeeze(-1)
-        return float((weighted * (shift - 2 * self.mean)).sum())
+    def rise(self, shift: Tensor, root: Tensor | None) -> float:
+        """The difference between E |R (r - s)|^2 and E |R r|^2 for a shift s [G, O]; R [G, m, O] may be None for 1."""
+        pair = (shift, shift - 2 * self.mean)
+        first, second = pair if root is None else ((root @ each.unsqueeze(-1)).squeeze(-1) for each in pair)
+        return float((first * second).sum())
 
 
 def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -> Tensor:
@@ -53,7 +54,7 @@ def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -
     Args:
         spectrum: the metric; None for the plain squared error.
     """
-    metric = None if spectrum is None else metric_of(spectrum)
+    root = None if spectrum is None else root_of(spectrum)
     both = train + held_out
-    accepted = not held_out.count or held_out.rise(train.mean, metric) < 0
-    return both.mean if accepted and both.rise(both.mean, metric) < 0 else torch.zeros_like(both.total)
+    accepted = not held_out.count or held_out.rise(train.mean, root) < 0
+    return both.mean if accepted and both.rise(both.mean, root) < 0 else torch.zeros_like(both.total)

@@ -9,7 +9,8 @@ from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.graph.experts import ExpertProduct
 from balf_fx.graph.operators import operation
 from balf_fx.refit.lockstep import Batch, Lockstep
-from balf_fx.refit.regression import Joint, JointSums, Shares, best
+from balf_fx.refit.regression import best
+from balf_fx.refit.sums import Joint, JointSums, Shares
 
 _HELD_OUT = 4  # one row in four
 

@@ -105,6 +105,7 @@ class Lockstep:
         self.moved: set[fx.Node] = set()
         self.inputs = inputs
         self.handed = handed
+        self._unread: fx.Node | None = None
         self._memory = memory
         self._weights = weights
         self._mask_names = mask_names(graph_module) if len(weights) else {}
@@ -140,7 +141,7 @@ class Lockstep:
             nodes: without those that only select matrices of experts, which are large: the products compute them.
             layers: the nodes that the compressed model may replace.
             replace: called with each of the layers once the original model has run it for all batches; it stores the
-                compressed model's values, unless they are the same.
+                compressed model's values, unless they are the same or no node reads them.
             track: yields the nodes one by one, and may show the progress.
         """
         last_reads = _last_reads(nodes)
@@ -152,7 +153,8 @@ class Lockstep:
                 self._separate(node)
                 moves = node not in layers and not self.moved.isdisjoint(sources_of(node))
                 moves = moves or self.is_handed(node)
-                for batch in self.batches():
+                unread = node in layers and node in last_reads[node]
+                for batch in () if unread else self.batches():
                     batch.original[node] = self._original(node, batch)
                     if moves:
                         batch.compressed[node] = self.compressed(node, batch)
@@ -161,16 +163,25 @@ class Lockstep:
                 if moves:
                     self.moved.add(node)
                 if node in layers:
+                    self._unread = node if unread else None
                     replace(node)
+                    self._unread = None
                     for batch in self._batches:
                         batch.free(last_reads[node])
 
     def batches(self) -> Iterator[Batch]:
-        """Yield one batch after the other; the caller may keep no value of a batch beyond its turn."""
+        """Yield one batch after the other; the caller may keep no value of a batch beyond its turn.
+
+        A layer that no node reads, such as the head of a language model, is run at each turn; its value is not kept.
+        """
         total = sum(self._nbytes)
         for index, batch in enumerate(self._batches):
             batch.load()
+            if self._unread is not None:
+                batch.original[self._unread] = self._original(self._unread, batch)
             yield batch
+            if self._unread is not None:
+                del batch.original[self._unread]
             total -= self._nbytes[index]
             self._nbytes[index] = batch.leave(self._memory - total)
             total += self._nbytes[index]
@@ -180,6 +191,11 @@ class Lockstep:
         for batch in self.batches():
             batch.compressed[node] = value(batch)
         self.moved.add(node)
+
+    def finish(self, node: fx.Node, value: Callable[[Batch], Any]) -> None:
+        """Store the final value of a layer for the compressed model, unless no node reads it."""
+        if node is not self._unread:
+            self.store(node, value)
 
     def _pinned(self) -> set[int]:
         """The storages that stay in memory in any case: those of the caller and of the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,12 +11,29 @@ from torch import Tensor
 from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.refit.biases import Residual, best_shift
 from balf_fx.refit.lockstep import Batch, Lockstep
-from balf_fx.refit.regression import JointSums, Shares, apply, best
+from balf_fx.refit.regression import apply, best
+from balf_fx.refit.sums import JointSums, Shares
 from balf_fx.refit.targets import Target
 from balf_fx.refit.windows import Visit, Window, visits
 
 Columns = Callable[[Batch, Window], Tensor]
 """A function that reads a window of a batch as [G, D, n] or [G, O, n]."""
+
+
+@dataclass(frozen=True)
+class Through:
+    """Values z of the original model of which the target outputs are a linear map, y = T z.
+
+    Where they are fewer than the outputs, as before the head of a language model, so are the products with x', and the
+    outputs themselves are not needed.
+
+    Attributes:
+        columns: reads z [G, Z, n].
+        map: T [G, O, Z].
+    """
+
+    columns: Columns
+    map: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,9 +45,10 @@ class Problem:
         importance: [P], the weight of each position of a sample (`refit.windows.visits`).
         columns: reads [G, D, n], the layer's input or a function of it.
         outputs: extracts [G, O, n] from values of the shape of the layer's output.
-        toward: [G, O, D], the map toward which the ridge shrinks.
+        toward: [G, O, D], the map toward which the ridge shrinks; with `through`, the map to z, [G, Z, D].
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
+        through: in place of `outputs`, for a target that is the layer's output as it is.
     """
 
     target: Target
@@ -40,6 +58,7 @@ class Problem:
     toward: Tensor
     prior: Sequence[Solution]
     spectra: Sequence[Spectrum | None]
+    through: Through | None = None
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
         """The solution with the least error on the held-out share; a part without a bias gets none."""
@@ -64,13 +83,21 @@ class Problem:
         for visit in visits(walk, self.target.node, self.target.site, (outputs, inputs), self.importance):
             x = self.columns(visit.batch, visit.window)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            predicted = None if earlier is None else apply(earlier, x)
-            y = self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
+            y = self._wanted(visit, x, earlier)
             weights = None if visit.weights is None else visit.weights.to(x.dtype)
             shares[visit.share].add(visit.keep(x), visit.keep(y).to(x.dtype), weights)
         for each in shares:
             each.merge(walk.group)
-        return Shares(shares[0].joint(), shares[1].joint(), None if first is None else first.whole.inputs)
+        through = None if self.through is None else self.through.map
+        joints = [replace(each.joint(), through=through) for each in shares]
+        return Shares(joints[0], joints[1], None if first is None else first.whole.inputs)
+
+    def _wanted(self, visit: Visit, x: Tensor, earlier: Sequence[Solution] | None) -> Tensor:
+        """y [G, O, n], or z [G, Z, n]."""
+        if self.through is not None:
+            return self.through.columns(visit.batch, visit.window)
+        predicted = None if earlier is None else apply(earlier, x)
+        return self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -23,166 +21,14 @@ from torch import Tensor
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.ranks.separable import separated, whole
+from balf_fx.refit.sums import Joint, Shares, applied
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # c of the ridge, in units of the mean variance of x'
 _FIRST = 3  # the index of the strength to try first, and of that for too few samples to hold some out
-_BLOCK = 48  # columns of x x^T that are computed at a time, or a multiple of it
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Weighted sums over positions of x' and its products.
-
-    Attributes:
-        count: the sum of weights.
-        x, xx: [G, D] and [G, D, D].
-    """
-
-    count: float
-    x: Tensor
-    xx: Tensor
-    _factors: dict[float, Tensor | None] = field(default_factory=dict, repr=False)
-
-    def __add__(self, other: Inputs) -> Inputs:
-        return Inputs(self.count + other.count, self.x + other.x, self.xx + other.xx)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.x / self.count
-
-    @cached_property
-    def covariance(self) -> Tensor:
-        """Cov(x') [G, D, D]."""
-        return self.xx / self.count - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-
-    @cached_property
-    def uncentred(self) -> Inputs:
-        """The sums as if the mean were zero; cached, so that their Cholesky factors are computed only once."""
-        return Inputs(self.count, torch.zeros_like(self.x), self.xx)
-
-    def ridge(self, strength: float) -> Tensor:
-        """[G, 1, 1], the value that a ridge adds to the diagonal of the covariance."""
-        mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        return strength * mean + torch.finfo(mean.dtype).tiny
-
-    def factor(self, strength: float) -> Tensor | None:
-        """The Cholesky factor of the covariance with a ridge, cached; None if it is not positive definite."""
-        if strength not in self._factors:
-            damped = self.covariance.clone()
-            damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            self._factors[strength] = None if failed.any() else factor
-        return self._factors[strength]
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Weighted sums over positions of x', y and their products.
-
-    Attributes:
-        inputs: the sums of x' alone; one group of x' may be shared by all groups of y.
-        y, yx: [G, O] and [G, O, D].
-    """
-
-    inputs: Inputs
-    y: Tensor
-    yx: Tensor
-
-    @property
-    def count(self) -> float:
-        return self.inputs.count
-
-    @property
-    def mean_y(self) -> Tensor:
-        return self.y / self.count
-
-    def uncentred(self) -> Joint:
-        """The sums as if both means were zero: a regression on them has no bias."""
-        return Joint(self.inputs.uncentred, torch.zeros_like(self.y), self.yx)
-
-    def cross(self) -> Tensor:
-        """Cov(y, x') [G, O, D]."""
-        found = self.yx / self.count  # in place from here, since it is large for many outputs
-        found -= self.mean_y.unsqueeze(-1) * self.inputs.mean.unsqueeze(-2)
-        return found
-
-
-class JointSums:
-    """Accumulates a `Joint` chunk by chunk: products in the precision of the chunks, totals in float64.
-
-    Args:
-        x, y: (G, D) and (G, O); one group of x may be shared by all groups of y.
-        known: the sums over the same x, if they are already known.
-
-    Attributes:
-        count: the sum of weights.
-    """
-
-    def __init__(
-        self, x: tuple[int, int], y: tuple[int, int], device: torch.device, known: Inputs | None = None
-    ) -> None:
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        groups, size = x
-        rows = y[0] * y[1] // groups
-        self._known, self._shape = known, (*y, size)
-        self.count = 0.0
-        self._y = zeros(groups, rows)
-        # products of x, y and 1 with x, stacked in this order; only of y if the sums over x are known
-        self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
-
-    def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
-        """Add some positions.
-
-        Args:
-            x, y: [G, D, n] and [G, O, n].
-            weights: [n], None for 1 each.
-        """
-        y = y.reshape(len(x), -1, y.shape[-1])
-        self.count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
-        if self._known is not None:
-            y = y if weights is None else y * weights
-            self._y += y.sum(-1)
-            self._products += y @ x.mT
-            return
-        size = x.shape[1]
-        rows = torch.cat([x, y, x.new_ones(len(x), 1, x.shape[-1])], 1)
-        if weights is not None:
-            rows *= weights.sqrt()
-        self._y += (rows[:, size:-1] @ rows[:, -1:].mT).squeeze(-1)
-        width = max(size // 16 // _BLOCK, 1) * _BLOCK
-        for start in range(0, size, width):  # x x^T is symmetric: only its lower triangle is computed
-            block = slice(start, min(start + width, size))
-            self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
-
-    def merge(self, group: Group) -> None:
-        """Add the sums of the other processes; the sums over known x must be those of all processes."""
-        self.count, self._y, self._products = group.merged((self.count, self._y, self._products), _added)
-
-    def joint(self) -> Joint:
-        """The sums so far."""
-        inputs, yx = self._known, self._products
-        if inputs is None:
-            lower, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
-            inputs = Inputs(self.count, x.squeeze(1), lower.tril() + lower.tril(-1).mT)
-        return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
-
-
-_Sums = tuple[float, Tensor, Tensor]
-
-
-def _added(first: _Sums, second: _Sums) -> _Sums:
-    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
-
-
-def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
-    """The sums of one chunk; arguments as in `JointSums.add`."""
-    sums = JointSums((len(x), x.shape[1]), (len(y), y.shape[1]), x.device)
-    sums.add(x, y, weights)
-    return sums.joint()
 
 
 def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """The ridge solution M [G, O, D], and its product M (Cov(x') + c I) [G, O, D]."""
+    """The ridge solution M [G, O, D], and its product M (Cov(x') + c I) [G, O, D]; [G, Z, D] from sums of z."""
     factor = seen.inputs.factor(strength) if prior.shape[-1] else None
     added = seen.inputs.ridge(strength) if prior.shape[-1] else 0.0
     if factor is None:
@@ -192,20 +38,31 @@ def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     return torch.cholesky_solve(product.mT, factor).mT, product
 
 
-def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from the results of `ridge`."""
+def truncate(
+    full: Tensor, product: Tensor, spectrum: Spectrum, rank: int, through: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from the results of `ridge`.
+
+    Args:
+        through: T [G, O, Z], where these are maps to z.
+    """
     left, right = spectrum.maps(spectrum.energies.shape[-1])
+    if through is not None:
+        right = right @ through
     seen = right @ full
     _, vectors = torch.linalg.eigh((right @ product @ seen.mT).nan_to_num())  # fails for NaN on some devices
     leading = vectors.flip(-1)[..., :rank]
     return left @ leading, leading.mT @ seen
 
 
-def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
-    """E (y - A B x' - b)^T M (y - A B x' - b) over all groups, up to a constant that is the same for all solutions.
+def error(seen: Joint, solution: Solution, root: Tensor | None) -> float:
+    """E |R (y - A B x' - b)|^2 over all groups, up to a constant that is the same for all solutions.
+
+    R takes fewer values than R^T R, which is as wide as the outputs are many.
 
     Args:
-        metric: M [G, O, O], symmetric; None for the identity.
+        seen: the sums of R y in place of y (`Joint.seen`).
+        root: R [G, m, O]; None for the identity.
     """
     solution, count = whole(solution), seen.count
     left = solution.left
@@ -218,35 +75,15 @@ def error(seen: Joint, solution: Solution, metric: Tensor | None) -> float:
             seen.yx @ right.mT,
             right @ seen.inputs.mean[..., None],
         )
+    bias = solution.bias
+    if root is not None:
+        left, bias = root @ left, None if bias is None else applied(root, bias)
     y = seen.mean_y.unsqueeze(-1)
-    bias = torch.zeros_like(y) if solution.bias is None else solution.bias.unsqueeze(-1)
+    bias = torch.zeros_like(y) if bias is None else bias.unsqueeze(-1)
     fitted = left @ products
     fitted.sub_(cross, alpha=2).div_(count)
     fitted += 2 * bias @ mean.mT
-    offset = bias - 2 * y
-    if metric is not None:
-        left, bias = metric @ left, metric @ bias
-    return float(fitted.mul_(left).sum() + (bias * offset).sum())
-
-
-@dataclass(frozen=True)
-class Shares:
-    """The sums over the training share and over the held-out share of the samples.
-
-    Attributes:
-        inputs: those of x' over both, if they are already known; with their Cholesky factors.
-    """
-
-    train: Joint
-    held_out: Joint
-    inputs: Inputs | None = None
-
-    @cached_property
-    def whole(self) -> Joint:
-        """The sums over all samples."""
-        train, held_out = self.train, self.held_out
-        inputs = train.inputs + held_out.inputs if self.inputs is None else self.inputs
-        return Joint(inputs, train.y + held_out.y, train.yx + held_out.yx)
+    return float(fitted.mul_(left).sum() + (bias * (bias - 2 * y)).sum())
 
 
 class Fit(NamedTuple):
@@ -267,25 +104,25 @@ def best(
     """The solution with the least held-out error, solved again on all samples; the prior if its error is no larger.
 
     Args:
-        toward: [G, O, D], the map toward which the ridge shrinks.
+        toward: [G, O, D], the map toward which the ridge shrinks; [G, Z, D] from sums of z.
         prior: the solution so far, one for each part of the outputs; parts with a left factor are solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
         start: the index of the strength to try first. The search ends at a minimum; layers have had only one.
         group: the processes over which the strengths of the ridge are shared out; their sums are the same.
     """
-    metrics = [None if spectrum is None else metric_of(spectrum) for spectrum in spectra]
-    held_out = shares.held_out
+    roots = [None if spectrum is None else root_of(spectrum) for spectrum in spectra]
+    held_out = in_metrics(shares.held_out, roots)
 
     def judged(index: int) -> float:
-        return total_error(held_out, solutions(shares.train, toward, prior, spectra, _STRENGTHS[index]), metrics)
+        return total_error(held_out, solutions(shares.train, toward, prior, spectra, _STRENGTHS[index]), roots)
 
-    if held_out.count:  # nothing is held out of fewer than four samples
+    if shares.held_out.count:  # nothing is held out of fewer than four samples
         start, least = lowest(judged, len(_STRENGTHS), start, group)
-        if not least < total_error(held_out, prior, metrics):  # also where one of them is not a number
+        if not least < total_error(held_out, prior, roots):  # also where one of them is not a number
             return Fit(tuple(prior), start)
-    seen = shares.whole
-    solved = solutions(seen, toward, prior, spectra, _STRENGTHS[start])
-    better = total_error(seen, solved, metrics) < total_error(seen, prior, metrics)
+    seen = in_metrics(shares.whole, roots)
+    solved = solutions(shares.whole, toward, prior, spectra, _STRENGTHS[start])
+    better = total_error(seen, solved, roots) < total_error(seen, prior, roots)
     return Fit(solved if better else tuple(prior), start)
 
 
@@ -313,7 +150,7 @@ def solutions(
 
     A part whose prior has no bias gets none, since its cost was counted without one: its regression is uncentred.
     """
-    groups = len(toward) // len(prior)
+    groups = seen.groups // len(prior)
     fits: dict[bool, tuple[Joint, Tensor, Tensor]] = {}
     found = []
     for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
@@ -323,18 +160,21 @@ def solutions(
             fits[biased] = sums, *ridge(sums, toward, strength)
         sums, full, product = fits[biased]
         own = slice(index * groups, (index + 1) * groups)
+        through = None if sums.through is None else sums.through[own]
+        if through is None:  # else all parts are maps of the same z
+            full, product = full[own], product[own]
         if part.left is None or spectrum is None:
-            left, right = None, full[own]
+            left, right = None, full if through is None else through @ full
         elif part.form == "separable":
             left, right = _separated(sums, full, product, spectrum, part, strength)
         else:
-            left, right = truncate(full[own], product[own], spectrum, part.left.shape[-1])
+            left, right = truncate(full, product, spectrum, part.left.shape[-1], through)
         bias = None
         if biased:
             mean = sums.inputs.mean if len(sums.inputs.mean) == 1 else sums.inputs.mean[own]
             fitted = whole(Solution(left, right, None, form=part.form, taps=part.taps))
-            map_ = fitted.right if fitted.left is None else fitted.left @ fitted.right
-            bias = sums.mean_y[own] - (map_ @ mean.unsqueeze(-1)).squeeze(-1)
+            answer = applied(fitted.right, mean)
+            bias = sums.part(own).mean_y - (answer if fitted.left is None else applied(fitted.left, answer))
         found.append(Solution(left, right, bias, form=part.form, taps=part.taps))
     return tuple(found)
 
@@ -349,19 +189,20 @@ def _separated(
     return separated(full, product, moment, metric, part.right.shape[1], part.taps)
 
 
-def metric_of(spectrum: Spectrum) -> Tensor:
-    """M = R^T R [G, O, O], the metric for which the spectrum's maps are optimal."""
-    _, right = spectrum.maps(spectrum.energies.shape[-1])
-    return right.mT @ right
+def root_of(spectrum: Spectrum) -> Tensor:
+    """R [G, m, O], the root of the metric R^T R for which the spectrum's maps are optimal."""
+    return spectrum.maps(spectrum.energies.shape[-1])[1]
 
 
-def total_error(seen: Joint, solution: Sequence[Solution], metrics: Sequence[Tensor | None]) -> float:
-    """The sum of the `error` of all parts; several parts belong to one group."""
-    total = 0.0
-    for index, (part, metric) in enumerate(zip(solution, metrics, strict=True)):
-        own = slice(None) if len(solution) == 1 else slice(index, index + 1)
-        total += error(Joint(seen.inputs, seen.y[own], seen.yx[own]), part, metric)
-    return total
+def in_metrics(seen: Joint, roots: Sequence[Tensor | None]) -> list[Joint]:
+    """The sums of R y of each part; several parts belong to one group."""
+    owns = [slice(None)] if len(roots) == 1 else [slice(index, index + 1) for index in range(len(roots))]
+    return [seen.part(own).seen(root) for own, root in zip(owns, roots, strict=True)]
+
+
+def total_error(seen: Sequence[Joint], solution: Sequence[Solution], roots: Sequence[Tensor | None]) -> float:
+    """The sum of the `error` of all parts."""
+    return sum(map(error, seen, solution, roots))
 
 
 def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:

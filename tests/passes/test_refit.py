@@ -15,6 +15,7 @@ from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.graph.annotation import annotate, annotation, sites
 from balf_fx.graph.site import Reason, Refusal
 from balf_fx.passes import Allocate, Annotate, Factorize, InsertObservers, Refit, Score
+from balf_fx.passes.refit import _Solver
 from balf_fx.progress import Progress
 from balf_fx.refit.lockstep import Lockstep
 from balf_fx.refit.offload import Shelf, Shelved
@@ -556,3 +557,62 @@ def test_positions_count_as_much_as_their_gradients(mode, monkeypatch):
     ranks = {"first": 3, "second": 4}
     found = [balf_fx.compile(model, batches, allocation=ranks, **options) for batches in (plain, other)]
     torch.testing.assert_close(found[0].state_dict(), found[1].state_dict(), rtol=1e-6, atol=1e-8)
+
+
+class Wide(nn.Module):
+    """Layers with more outputs than inputs: grouped, fused, narrowed, with and without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.thin = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.Conv2d(32, 12, 3, padding=1)
+        self.grouped = nn.Conv2d(12, 60, 1, groups=2)
+        self.back = nn.Conv2d(60, 12, 1)
+        self.qkv, self.up, self.down = nn.Linear(12, 48), nn.Linear(16, 40), nn.Linear(40, 12)
+        self.head = nn.Linear(12, 70, bias=False)
+
+    def forward(self, x):
+        x = self.thin(F.gelu(self.stem(x)))
+        x = self.back(F.gelu(self.grouped(x))).flatten(2).mT
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = self.down(F.gelu(self.up(F.scaled_dot_product_attention(q, k, v))))
+        return self.head(x)
+
+
+def test_a_layer_with_more_outputs_than_inputs_is_solved_as_by_its_outputs(monkeypatch):
+    torch.manual_seed(3)
+    model, batches = Wide().double().eval(), list(torch.randn(4, 12, 3, 6, 6, dtype=torch.float64))
+    fewer, through = [], _Solver._through_inputs
+
+    def noted(self, problem, site, cut):
+        found = through(self, problem, site, cut)
+        if found.through is not None:
+            fewer.append(site.name)
+        return found
+
+    monkeypatch.setattr(_Solver, "_through_inputs", noted)
+    small = balf_fx.compile(model, batches, flops=0.4, effort="best", pivot=False, progress=False)
+    assert {"grouped", "qkv", "up", "head"} <= set(fewer)
+    monkeypatch.setattr(_Solver, "_through_inputs", lambda _, problem, *__: problem)
+    expected = balf_fx.compile(model, batches, flops=0.4, effort="best", pivot=False, progress=False)
+    assert any(name in balf_fx.plan(small).ranks for name in fewer)
+    for batch in batches:
+        torch.testing.assert_close(small(batch), expected(batch), rtol=1e-6, atol=1e-8)
+
+
+def test_values_that_no_node_reads_are_not_kept():
+    """The logits of a language model, for instance."""
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 90, bias=False)).eval()
+    inputs = list(torch.randn(4, 30, 6))
+    graph_module, name = chosen(model, {"0": 2}, inputs)
+    walk, kept = Lockstep.batches, []
+
+    def batches(self):
+        for batch in walk(self):
+            yield batch
+            kept.extend(other for other in self._batches if other is not batch and "_1" in map(str, other.original))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lockstep, "batches", batches)
+        Refit([{name: value} for value in inputs])(graph_module)
+    assert not kept
+    assert solutions(graph_module)["1"] is not None

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from refit.helpers import PROPERTY, random, seeds, spectrum
 
 from balf_fx.refit.biases import Residual, best_shift
-from balf_fx.refit.regression import metric_of
+from balf_fx.refit.regression import root_of
 
 
 @PROPERTY
@@ -14,7 +14,7 @@ def test_a_bias_is_shifted_by_the_weighted_mean_of_what_is_left(seed, plain, wei
     left = random(seed, 1, 4, 60) + 0.3 * random(seed + 1, 1, 4, 1)
     weights = random(seed + 3, 60).square() + 0.1 if weighted else torch.ones(60, dtype=torch.float64)
     metric = None if plain else spectrum(seed, 4)
-    gram = torch.eye(4, dtype=torch.float64) if metric is None else metric_of(metric)[0]
+    gram = torch.eye(4, dtype=torch.float64) if metric is None else root_of(metric)[0].mT @ root_of(metric)[0]
     train, held_out = (
         Residual.of(left[..., own], weights[own] if weighted else None) for own in (slice(0, 45), slice(45, None))
     )
@@ -30,7 +30,7 @@ def test_a_bias_is_shifted_by_the_weighted_mean_of_what_is_left(seed, plain, wei
     better = lost(mean(training), held) < lost(nothing, held)
     expected = mean(slice(None)) if better else nothing
     torch.testing.assert_close(best_shift(train, held_out, metric), expected)
-    rise = held_out.rise(train.mean, None if plain else metric_of(metric))
+    rise = held_out.rise(train.mean, None if plain else root_of(metric))
     assert rise == pytest.approx(lost(mean(training), held) - lost(nothing, held), abs=1e-12)
 
 

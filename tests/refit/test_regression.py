@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,22 +8,20 @@ from hypothesis import strategies as st
 from refit.helpers import PROPERTY, random, seeds, spectrum
 
 from balf_fx.distributed.group import Group
-from balf_fx.graph.curves import Solution
+from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.refit.regression import (
-    Joint,
-    JointSums,
-    Shares,
     apply,
     best,
     error,
-    joint,
+    in_metrics,
     lowest,
-    metric_of,
     ridge,
+    root_of,
     solutions,
     total_error,
     truncate,
 )
+from balf_fx.refit.sums import JointSums, Shares, joint
 
 
 def problem(seed, groups=1, outputs=4, inputs=3, positions=50):
@@ -112,22 +111,11 @@ def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
     ]
     fitted = [left @ right, left @ right, solutions[2].right]
     biases = [solutions[0].bias, solutions[1].bias, torch.zeros(groups, 4, dtype=torch.float64)]
-    for gram, root in ((None, None), (metric_of(metric), metric.maps(4)[1])):
+    for root in (None, root_of(metric)):
         direct = [objective(x, y, weights, *each, root) for each in zip(fitted, biases, strict=True)]
-        summed = [error(seen, solution, gram) for solution in solutions]
+        summed = [error(seen.seen(root), solution, root) for solution in solutions]
         assert summed[0] == pytest.approx(summed[1])
         assert summed[0] - summed[2] == pytest.approx(direct[0] - direct[2], rel=1e-9, abs=1e-9)
-
-
-def test_sums_of_batches_add_up():
-    x, y, weights = problem(4, groups=2)
-    whole = joint(x, y, weights)
-    parts = Shares(joint(x[..., :20], y[..., :20], weights[:20]), joint(x[..., 20:], y[..., 20:], weights[20:])).whole
-    for name in ("y", "yx"):
-        torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
-    for name in ("x", "xx"):
-        torch.testing.assert_close(getattr(whole.inputs, name), getattr(parts.inputs, name))
-    assert whole.count == pytest.approx(parts.count)
 
 
 def test_an_input_that_never_varies_keeps_the_prior():
@@ -183,9 +171,9 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
     for held in (held_out, JointSums((1, 3), (1, 4), weight.device).joint()):
         found = best(Shares(train, held), weight, prior, spectra).solution
         assert found[0].left is None or found[0].left.shape[-1] == rank
-        seen = Shares(train, held).whole
-        metrics = [None if each is None else metric_of(each) for each in spectra]
-        assert total_error(seen, found, metrics) <= total_error(seen, prior, metrics)
+        roots = [None if each is None else root_of(each) for each in spectra]
+        seen = in_metrics(Shares(train, held).whole, roots)
+        assert total_error(seen, found, roots) <= total_error(seen, prior, roots)
 
 
 @PROPERTY
@@ -198,40 +186,10 @@ def test_with_its_right_factor_kept_a_layer_never_does_better(seed, rank):
     thin = joint(prior.right @ x, y, weights)
     (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0)
     up = Solution(up.right, prior.right, up.bias)
-    errors = [error(seen, solution, metric_of(metric)) for solution in (full, up, prior)]
+    root = root_of(metric)
+    errors = [error(seen.seen(root), solution, root) for solution in (full, up, prior)]
     assert errors[0] <= errors[1] + 1e-9
     assert errors[1] <= errors[2] + 1e-9
-
-
-def test_products_with_new_targets_need_no_new_products_of_inputs():
-    x, y, weights = problem(6, groups=2)
-    other = random(60, *y.shape)
-    first, again = joint(x, y, weights), JointSums((2, 3), (2, 4), x.device, joint(x, y, weights).inputs)
-    again.add(x, other, weights)
-    expected = joint(x, other, weights)
-    torch.testing.assert_close(again.joint().yx, expected.yx)
-    torch.testing.assert_close(again.joint().y, expected.y)
-    assert again.joint().inputs.xx.equal(first.inputs.xx)
-
-
-def test_without_means_it_is_least_squares_without_a_bias_and_factors_are_taken_once():
-    x, y, weights = problem(8)
-    first = joint(x, y, weights)
-    again = JointSums((1, 3), (1, 4), x.device, first.inputs)
-    again.add(x, 2 * y, weights)
-    fitted, _ = ridge(first.uncentred(), torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
-    expected = torch.linalg.lstsq((x * weights.sqrt()).mT, (y * weights.sqrt()).mT).solution.mT
-    torch.testing.assert_close(fitted, expected)
-    factor = first.uncentred().inputs.factor(0.1)
-    assert again.joint().uncentred().inputs.factor(0.1) is factor
-
-
-def test_products_of_many_columns_are_whole():
-    x, y = random(70, 1, 230, 40), random(71, 3, 5, 40)
-    found = joint(x, y, None)
-    torch.testing.assert_close(found.inputs.xx, x @ x.mT)
-    torch.testing.assert_close(found.yx, y @ x.mT)
-    torch.testing.assert_close(found.inputs.x, x.sum(-1))
 
 
 def test_a_solution_is_applied_part_by_part():
@@ -287,7 +245,8 @@ def test_no_neighbour_of_the_strength_has_less_error_wherever_the_search_begins(
     (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
     strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     fitted = [solutions(train, weight, (prior,), (metric,), strength) for strength in strengths]
-    errors = [total_error(held_out, each, [metric_of(metric)]) for each in fitted]
+    roots = [root_of(metric)]
+    errors = [total_error(in_metrics(held_out, roots), each, roots) for each in fitted]
     shares = Shares(train, held_out)
     found = best(shares, weight, (prior,), (metric,), start)
     assert errors[found.strength] == min(errors[max(found.strength - 1, 0) : found.strength + 2])
@@ -322,11 +281,58 @@ def test_a_descent_leaves_what_is_not_a_number():
     assert lowest([math.nan, 1.0, 2.0].__getitem__, 3, 2) == (1, 1.0)
 
 
-def test_sums_of_other_targets_have_the_factors_of_the_first():
-    x, y, weights = problem(9)
-    train, held_out = joint(x, y, weights), joint(x + 1, y, weights)
-    first = Shares(train, held_out)
-    other = Shares(Joint(train.inputs, -y.sum(-1), -train.yx), held_out, first.whole.inputs)
-    assert other.whole.inputs.factor(0.1) is first.whole.inputs.factor(0.1)
-    torch.testing.assert_close(other.whole.yx, held_out.yx - train.yx)
-    torch.testing.assert_close(first.whole.inputs.xx, train.inputs.xx + held_out.inputs.xx)
+@st.composite
+def wide_problems(draw):
+    """Sums of y = T z and of z, of the training and the held-out share, the map T, a prior and the metrics."""
+    seed, groups, parts, biased = draw(seeds), draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.booleans())
+    groups = 1 if parts > 1 else groups
+    x = random(seed, groups, 3, 80) + 1
+    z = torch.cat([x + 0.3 * random(seed + 1, groups, 3, 80), torch.ones(groups, 1, 80, dtype=torch.float64)], 1)
+    through = random(seed + 2, groups * parts, 7, 4)
+    through[..., -1] *= float(biased)
+    weights = random(seed + 3, 80).square() + 0.1
+    shares = [
+        (joint(x[..., own], through @ z[..., own], weights[own]), joint(x[..., own], z[..., own], weights[own]))
+        for own in (slice(0, 60), slice(60, None))
+    ]
+    prior, spectra = [], []
+    for part in range(parts):
+        own = slice(None) if parts == 1 else slice(part, part + 1)
+        metric, rank = spectrum(seed + part, 7, groups), draw(st.sampled_from((None, 1, 2)))
+        bias = random(seed + 5, groups, 7) if biased else None
+        left, right = metric.maps(rank or 1)
+        weight = through[own, :, :3]
+        prior.append(Solution(None, weight, bias) if rank is None else Solution(left, right @ weight, bias))
+        spectra.append(None if rank is None and draw(st.booleans()) else metric)
+    return shares, through, prior, spectra
+
+
+@PROPERTY
+@given(wide_problems())
+def test_the_regression_for_fewer_values_is_that_for_the_outputs_that_are_a_map_of_them(drawn):
+    shares, through, prior, spectra = drawn
+    direct = Shares(*(seen for seen, _ in shares))
+    fewer = Shares(*(replace(seen, through=through) for _, seen in shares))
+    same = torch.eye(4, 3, dtype=torch.float64).expand(len(shares[0][1].y), -1, -1)
+    expected = best(direct, through[..., :3], prior, spectra)
+    found = best(fewer, same, prior, spectra)
+    assert found.strength == expected.strength
+    for one, other in zip(found.solution, expected.solution, strict=True):
+        assert (one.left is None, one.bias is None) == (other.left is None, other.bias is None)
+        maps = [each.right if each.left is None else each.left @ each.right for each in (one, other)]
+        torch.testing.assert_close(*maps, rtol=1e-7, atol=1e-9)
+        if one.bias is not None:
+            torch.testing.assert_close(one.bias, other.bias, rtol=1e-7, atol=1e-9)
+
+
+def test_a_metric_takes_memory_for_as_many_outputs_as_it_has_components():
+    """Its square for 200,000 outputs would take 320 GB."""
+    x, outputs = random(0, 1, 3, 50), 200_000
+    through, prior = random(1, 1, outputs, 4), random(2, 1, outputs, 3)
+    left, _ = torch.linalg.qr(through[..., :3])
+    metric = Spectrum(torch.ones(1, 3, dtype=torch.float64), left, None)
+    z = torch.cat([2 * x, torch.ones(1, 1, 50, dtype=torch.float64)], 1)
+    seen = replace(joint(x, z, None), through=through)
+    same = torch.eye(4, 3, dtype=torch.float64).unsqueeze(0)
+    (found,) = best(Shares(seen, seen), same, (Solution(None, prior, prior[..., 0]),), (metric,)).solution
+    torch.testing.assert_close(found.right, 2 * through[..., :3], rtol=1e-2, atol=1e-2)

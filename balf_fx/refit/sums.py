@@ -1,0 +1,217 @@
+"""Weighted sums over positions of a layer's inputs x' and outputs y, and of their products.
+
+Shapes: x' is [G, D] and y [G, O] at each position. Totals are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from balf_fx.distributed.group import Group
+
+_BLOCK = 48  # columns of x x^T that are computed at a time, or a multiple of it
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Weighted sums over positions of x' and its products.
+
+    Attributes:
+        count: the sum of weights.
+        x, xx: [G, D] and [G, D, D].
+    """
+
+    count: float
+    x: Tensor
+    xx: Tensor
+    _factors: dict[float, Tensor | None] = field(default_factory=dict, repr=False)
+
+    def __add__(self, other: Inputs) -> Inputs:
+        return Inputs(self.count + other.count, self.x + other.x, self.xx + other.xx)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.x / self.count
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Cov(x') [G, D, D]."""
+        return self.xx / self.count - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+
+    @cached_property
+    def uncentred(self) -> Inputs:
+        """The sums as if the mean were zero; cached, so that their Cholesky factors are computed only once."""
+        return Inputs(self.count, torch.zeros_like(self.x), self.xx)
+
+    def ridge(self, strength: float) -> Tensor:
+        """[G, 1, 1], the value that a ridge adds to the diagonal of the covariance."""
+        mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return strength * mean + torch.finfo(mean.dtype).tiny
+
+    def factor(self, strength: float) -> Tensor | None:
+        """The Cholesky factor of the covariance with a ridge, cached; None if it is not positive definite."""
+        if strength not in self._factors:
+            damped = self.covariance.clone()
+            damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            self._factors[strength] = None if failed.any() else factor
+        return self._factors[strength]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Weighted sums over positions of x', y and their products.
+
+    Where y = T z, the sums may be those of z, which has fewer values: then everything is solved for z.
+
+    Attributes:
+        inputs: the sums of x' alone; one group of x' may be shared by all groups of y.
+        y, yx: [G, O] and [G, O, D]; or [G, Z] and [G, Z, D], those of z.
+        through: T [G, O, Z], of which all groups may share one group of z; None if the sums are those of y.
+    """
+
+    inputs: Inputs
+    y: Tensor
+    yx: Tensor
+    through: Tensor | None = None
+
+    @property
+    def count(self) -> float:
+        return self.inputs.count
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of y."""
+        return len(self.y if self.through is None else self.through)
+
+    @property
+    def mean_y(self) -> Tensor:
+        mean = self.y / self.count
+        return mean if self.through is None else applied(self.through, mean)
+
+    def part(self, own: slice) -> Joint:
+        """The sums of some groups of y."""
+        if self.through is not None:
+            return replace(self, through=self.through[own])
+        return replace(self, y=self.y[own], yx=self.yx[own])
+
+    def seen(self, root: Tensor | None) -> Joint:
+        """The sums of R y in place of y, for R [G, m, O]; None for the identity."""
+        factors = [each for each in (root, self.through) if each is not None]
+        if not factors:
+            return self
+        map_ = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        return Joint(self.inputs, applied(map_, self.y), map_ @ self.yx)
+
+    def uncentred(self) -> Joint:
+        """The sums as if both means were zero: a regression on them has no bias."""
+        return replace(self, inputs=self.inputs.uncentred, y=torch.zeros_like(self.y))
+
+    def cross(self) -> Tensor:
+        """Cov(y, x') [G, O, D], or Cov(z, x') [G, Z, D]."""
+        found = self.yx / self.count  # in place from here, since it is large for many outputs
+        found -= (self.y / self.count).unsqueeze(-1) * self.inputs.mean.unsqueeze(-2)
+        return found
+
+
+def applied(map_: Tensor, vector: Tensor) -> Tensor:
+    """[G, O, Z] times [G, Z]."""
+    return (map_ @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+class JointSums:
+    """Accumulates a `Joint` chunk by chunk: products in the precision of the chunks, totals in float64.
+
+    Args:
+        x, y: (G, D) and (G, O); one group of x may be shared by all groups of y.
+        known: the sums over the same x, if they are already known.
+
+    Attributes:
+        count: the sum of weights.
+    """
+
+    def __init__(
+        self, x: tuple[int, int], y: tuple[int, int], device: torch.device, known: Inputs | None = None
+    ) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        groups, size = x
+        rows = y[0] * y[1] // groups
+        self._known, self._shape = known, (*y, size)
+        self.count = 0.0
+        self._y = zeros(groups, rows)
+        # products of x, y and 1 with x, stacked in this order; only of y if the sums over x are known
+        self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+        """Add some positions.
+
+        Args:
+            x, y: [G, D, n] and [G, O, n].
+            weights: [n], None for 1 each.
+        """
+        y = y.reshape(len(x), -1, y.shape[-1])
+        self.count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
+        if self._known is not None:
+            y = y if weights is None else y * weights
+            self._y += y.sum(-1)
+            self._products += y @ x.mT
+            return
+        size = x.shape[1]
+        rows = torch.cat([x, y, x.new_ones(len(x), 1, x.shape[-1])], 1)
+        if weights is not None:
+            rows *= weights.sqrt()
+        self._y += (rows[:, size:-1] @ rows[:, -1:].mT).squeeze(-1)
+        width = max(size // 16 // _BLOCK, 1) * _BLOCK
+        for start in range(0, size, width):  # x x^T is symmetric: only its lower triangle is computed
+            block = slice(start, min(start + width, size))
+            self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
+
+    def merge(self, group: Group) -> None:
+        """Add the sums of the other processes; the sums over known x must be those of all processes."""
+        self.count, self._y, self._products = group.merged((self.count, self._y, self._products), _added)
+
+    def joint(self) -> Joint:
+        """The sums so far."""
+        inputs, yx = self._known, self._products
+        if inputs is None:
+            lower, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
+            inputs = Inputs(self.count, x.squeeze(1), lower.tril() + lower.tril(-1).mT)
+        return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
+
+
+_Sums = tuple[float, Tensor, Tensor]
+
+
+def _added(first: _Sums, second: _Sums) -> _Sums:
+    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
+
+
+def joint(x: Tensor, y: Tensor, weights: Tensor | None) -> Joint:
+    """The sums of one chunk; arguments as in `JointSums.add`."""
+    sums = JointSums((len(x), x.shape[1]), (len(y), y.shape[1]), x.device)
+    sums.add(x, y, weights)
+    return sums.joint()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The sums over the training share and over the held-out share of the samples.
+
+    Attributes:
+        inputs: those of x' over both, if they are already known; with their Cholesky factors.
+    """
+
+    train: Joint
+    held_out: Joint
+    inputs: Inputs | None = None
+
+    @cached_property
+    def whole(self) -> Joint:
+        """The sums over all samples."""
+        train, held_out = self.train, self.held_out
+        inputs = train.inputs + held_out.inputs if self.inputs is None else self.inputs
+        return Joint(inputs, train.y + held_out.y, train.yx + held_out.yx, train.through)
