@@ -14,9 +14,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from balf_fx.budget.members import Member, Ranks, Share
 from balf_fx.budget.options import Option, Options
@@ -28,7 +31,6 @@ from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve, joint_widths
 from balf_fx.ranks.costs import rank_params
-from balf_fx.ranks.hulls import steepest_first
 from balf_fx.widths.heads import has_level_heads, is_attention
 
 _SIZES = {1: 32, 2: 12}  # the number of sizes tried for each width, by the number of widths in the cluster
@@ -38,6 +40,20 @@ _PRODUCTS = 512  # up to so many choices of ranks at one size are all tried; els
 
 _Build = Callable[[int, float], Option]
 """Makes an option from its index and its loss."""
+
+
+class _Priced(NamedTuple):
+    """Choices of one candidate per member at one choice of sizes.
+
+    Attributes:
+        costs, losses: [n] int64 and [n] float64.
+        picks: [n, members] int64, the indices of the candidates; None for all choices in the order of
+            `itertools.product`.
+    """
+
+    costs: Tensor
+    losses: Tensor
+    picks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,23 +68,16 @@ class _Menu:
     others: Cost
     rows: tuple[Ranks, ...]
 
-    def priced(self, weights: Sequence[float]) -> tuple[Tensor, Tensor, Sequence[tuple[int, ...]] | None]:
-        """Costs and losses of choices of one candidate per member: all if they are few, else those on the convex hull.
+    @property
+    def choices(self) -> int:
+        """The number of choices of one candidate per member."""
+        return math.prod(len(row.candidates) for row in self.rows)
 
-        Returns:
-            [n] int64, [n] float64, and the choices as indices of candidates; None for all choices in the order of
-            `itertools.product`.
-        """
+    def all_choices(self, weights: Sequence[float]) -> _Priced:
+        """All choices, in the order of `itertools.product`."""
         costs = [row.costs for row in self.rows]
         losses = [weight * row.losses for row, weight in zip(self.rows, weights, strict=True)]
-        if math.prod(map(len, costs)) <= _PRODUCTS:
-            return _all_sums(costs, torch.int64), _all_sums(losses, torch.float64), None
-        picks = list(_on_hull(self.rows, weights))
-        columns = torch.tensor(picks, device="cpu").unbind(1)
-        cost, loss = (
-            torch.stack([row[own] for row, own in zip(rows, columns, strict=True)]).sum(0) for rows in (costs, losses)
-        )
-        return cost, loss, picks
+        return _Priced(_all_sums(costs, torch.int64), _all_sums(losses, torch.float64))
 
     def pick(self, index: int) -> tuple[int, ...]:
         """The choice with this index among all choices."""
@@ -125,14 +134,13 @@ class Cluster:
         costs: list[Tensor] = []
         lost: list[Tensor] = []
         builders: list[_Build] = []
-        for sizes in itertools.product(*tried):
-            menu = self._menu(sizes, curves, measure)
-            fixed = menu.others.of(measure)
+        all_sizes = list(itertools.product(*tried))
+        menus = [self._menu(sizes, curves, measure) for sizes in all_sizes]
+        for sizes, menu, priced in zip(all_sizes, menus, _priced(menus, weights), strict=True):
             kept = sum(loss[size] for loss, size in zip(losses, sizes, strict=True))
-            cost, loss, picks = menu.priced(weights)
-            costs.append(fixed + cost)
-            lost.append(kept + loss)
-            builders.append(partial(_built, menu, picks, sizes))
+            costs.append(menu.others.of(measure) + priced.costs)
+            lost.append(kept + priced.losses)
+            builders.append(partial(_built, menu, priced.picks, sizes))
         if near is not None:
             for cost, loss, build in self._neighbours(near, curves, weights, measure):
                 costs.append(cost)
@@ -311,20 +319,61 @@ def _between_sizes(size: int, tried: Sequence[int], step: int) -> list[int]:
     return list(range(size, following, step)) or [size]
 
 
-def _on_hull(rows: Sequence[Ranks], weights: Sequence[float]) -> Iterator[tuple[int, ...]]:
-    """Choices of one candidate from each row that lie on the lower convex hull of cost and weighted loss."""
-    picked = [row.hull[0] for row in rows]
-    yield tuple(picked)
-    steps = [[(weight * gain, point) for gain, point in row.hull[1]] for row, weight in zip(rows, weights, strict=True)]
-    for _, row, point in steepest_first(steps):
-        picked[row] = point
-        yield tuple(picked)
+def _priced(menus: Sequence[_Menu], weights: Sequence[float]) -> Iterator[_Priced]:
+    """The choices at each menu: all if they are few, else those on the lower convex hull of cost and weighted loss."""
+    on_hulls = iter(_on_hulls([menu for menu in menus if menu.choices > _PRODUCTS], weights))
+    for menu in menus:
+        yield next(on_hulls) if menu.choices > _PRODUCTS else menu.all_choices(weights)
 
 
-def _built(
-    menu: _Menu, picks: Sequence[tuple[int, ...]] | None, sizes: tuple[int, ...], index: int, loss: float
-) -> Option:
-    return menu.option(menu.pick(index) if picks is None else picks[index], sizes, loss)
+def _on_hulls(menus: Sequence[_Menu], weights: Sequence[float]) -> list[_Priced]:
+    """The choices on the lower convex hull of each menu, for all menus at once.
+
+    They begin with the cheapest; each next one takes the steepest segment that is left of any member, as
+    `hulls.steepest_first` orders them.
+    """
+    if not menus:
+        return []
+    tables = [_Table.of([menu.rows[member] for menu in menus]) for member in range(len(weights))]
+    slopes = torch.cat([weight * table.slopes for table, weight in zip(tables, weights, strict=True)], 1)
+    members = torch.repeat_interleave(torch.tensor([table.slopes.shape[1] for table in tables], device="cpu"))
+    steepest = torch.argsort(-slopes, dim=1, stable=True)
+    taken = F.pad(F.one_hot(members[steepest], len(tables)).cumsum(1), (0, 0, 1, 0))  # segments of each member so far
+    picks = [table.points.gather(1, own) for table, own in zip(tables, taken.unbind(2), strict=True)]
+    pairs = list(zip(tables, picks, strict=True))
+    costs = torch.stack([table.costs.gather(1, own) for table, own in pairs]).sum(0)
+    losses = [weight * table.losses.gather(1, own) for weight, (table, own) in zip(weights, pairs, strict=True)]
+    rows = zip(costs, torch.stack(losses).sum(0), torch.stack(picks, 2), strict=True)
+    counts = (1 + torch.isfinite(slopes).sum(1)).tolist()  # what follows is of menus with longer hulls
+    return [_Priced(*(each[:count] for each in row)) for row, count in zip(rows, counts, strict=True)]
+
+
+class _Table(NamedTuple):
+    """The candidates of one member at some sizes and their hulls, as rows that are filled up to one length.
+
+    Attributes:
+        costs, losses: [sizes, n] int64 and float64.
+        points: [sizes, k + 1] int64, filled up with 0.
+        slopes: [sizes, k] float64, filled up with minus infinity.
+    """
+
+    costs: Tensor
+    losses: Tensor
+    points: Tensor
+    slopes: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Ranks]) -> _Table:
+        distinct = list({id(row): row for row in rows}.values())
+        number = {id(row): index for index, row in enumerate(distinct)}
+        at = torch.tensor([number[id(row)] for row in rows], device="cpu")
+        columns = zip(*((row.costs, row.losses, *row.hull) for row in distinct), strict=True)
+        fills = (0, 0.0, 0, -math.inf)
+        return cls(*(pad_sequence(list(own), True, fill)[at] for own, fill in zip(columns, fills, strict=True)))
+
+
+def _built(menu: _Menu, picks: Tensor | None, sizes: tuple[int, ...], index: int, loss: float) -> Option:
+    return menu.option(menu.pick(index) if picks is None else picks[index].tolist(), sizes, loss)
 
 
 def _changed(near: Option, member: int, candidates: Sequence[Candidate], index: int, loss: float) -> Option:

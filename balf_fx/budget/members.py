@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -109,6 +109,13 @@ class Member:
         return sum(heads * round(rows[index] / heads * kept[index]) ** 2 for index, heads in self.heads)
 
 
+class Hull(NamedTuple):
+    """A lower convex hull of candidates: points [k + 1] int64 from the cheapest on, slopes [k] float64 between them."""
+
+    points: Tensor
+    slopes: Tensor
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The candidates of a member at some sizes, before their losses are weighted.
@@ -135,14 +142,12 @@ class Ranks:
         return cls(curve, found, costs, torch.tensor(lost, dtype=torch.float64, device="cpu"))
 
     @cached_property
-    def hull(self) -> tuple[int, list[tuple[float, int]]]:
-        """The cheapest point of the lower convex hull, and the slope and the point of each of its segments.
-
-        A weight of the losses changes all slopes alike.
-        """
+    def hull(self) -> Hull:
+        """The lower convex hull; a weight of the losses changes all slopes alike."""
         costs, losses = self.costs.tolist(), self.losses.tolist()
-        hull = lower_hull(costs, losses)
-        return hull[0], segments(costs, losses, hull)
+        points = lower_hull(costs, losses)
+        slopes = [steepness for steepness, _ in segments(costs, losses, points)]
+        return Hull(torch.tensor(points, device="cpu"), torch.tensor(slopes, dtype=torch.float64, device="cpu"))
 
 
 def _thin(found: Sequence[_T]) -> list[_T]:

@@ -1,16 +1,20 @@
 import dataclasses
 import itertools
 import math
+from random import Random
 
 import architectures
 import pytest
 import torch
 from architectures import EVERYTHING, count_flops, count_params, make, rewritten, scored
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from balf_fx.budget.clusters import find_clusters
-from balf_fx.budget.members import Member
+from balf_fx.budget.clusters import _Menu, _on_hulls, find_clusters
+from balf_fx.budget.members import Member, Ranks
 from balf_fx.graph.annotation import annotation, graph_record, sites
-from balf_fx.graph.curves import Cost
+from balf_fx.graph.curves import FREE, Cost
+from balf_fx.ranks.hulls import segments, steepest_first
 
 MEASURES = pytest.mark.parametrize("measure", ["flops", "params"])
 
@@ -178,3 +182,43 @@ def test_sizes_suit_the_hardware(hidden, step):
     assert len(sizes) > 4
     assert max(sizes) == hidden
     assert math.gcd(*(sizes - {hidden})) == step
+
+
+@st.composite
+def menus(draw):
+    """Menus of three members, which share some of their candidates, with many choices."""
+    rng = Random(draw(st.integers(0, 10_000)))
+
+    def ranks():
+        count = rng.choice((9, 12, 20))
+        costs = [rng.randrange(100) for _ in range(count)]
+        losses = [rng.choice((rng.random(), 0.25, 0.5)) for _ in range(count)]
+        costs, losses = torch.tensor(costs), torch.tensor(losses, dtype=torch.float64)
+        return Ranks(None, tuple(range(count)), costs, losses)
+
+    pools = [[ranks() for _ in range(2)] for _ in range(3)]
+    found = [_Menu(FREE, tuple(map(rng.choice, pools))) for _ in range(5)]
+    weights = [rng.choice((0.0, 1.0, 1.0, 3.0)) for _ in range(3)]
+    return [*found, _Menu(FREE, tuple(pool[0] for pool in pools[:2]) + (ranks(),))], weights
+
+
+@given(menus())
+@settings(deadline=None)
+def test_choices_on_hulls_take_the_steepest_segment_that_is_left(drawn):
+    found, weights = drawn
+    for menu, priced in zip(found, _on_hulls(found, weights), strict=True):
+        rows = [(row.costs.tolist(), row.losses.tolist(), row.hull.points.tolist()) for row in menu.rows]
+        picked = [points[0] for _, _, points in rows]
+        expected = [tuple(picked)]
+        steps = [
+            [(weight * steepness, point) for steepness, point in segments(*row)]
+            for row, weight in zip(rows, weights, strict=True)
+        ]
+        for _, member, point in steepest_first(steps):
+            picked[member] = point
+            expected.append(tuple(picked))
+        assert list(map(tuple, priced.picks.tolist())) == expected
+        for choice, cost, loss in zip(expected, priced.costs.tolist(), priced.losses.tolist(), strict=True):
+            assert cost == sum(costs[own] for (costs, _, _), own in zip(rows, choice, strict=True))
+            lost = (weight * losses[own] for weight, (_, losses, _), own in zip(weights, rows, choice, strict=True))
+            assert loss == pytest.approx(sum(lost))
