@@ -22,7 +22,7 @@ router, chooses the original's in both models, so that these are the same rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -208,24 +208,29 @@ class _Solver:
             prior=prior,
             spectra=_spectra(node, site),
         )
-        problem = self._through_inputs(problem, site, cut)
+        problem = self._for_inputs(problem, site, cut)
         solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=solution)
         self.walk.finish(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
 
-    def _through_inputs(self, problem: Problem, site: Site, cut: Cut) -> Problem:
-        """The problem for a layer's inputs, and 1 for its bias, in place of its outputs, where these are more."""
-        target, node = problem.target, problem.target.node
-        changed = target.addition is not None or target.limits is not None
-        if changed or site.out_features <= site.in_features + 1 or any(_is_separable(each) for each in problem.prior):
+    def _for_inputs(self, problem: Problem, site: Site, cut: Cut) -> Problem:
+        """The problem for a layer's inputs in place of its outputs, where these are more."""
+        through = self._through(problem.target, site, site.out_features)
+        if through is None or any(each.form == "separable" for each in problem.prior):
             return problem
+        through = dataclasses.replace(through, map=in_parts(through.map, len(problem.prior)))
+        same = torch.eye(site.in_features, dtype=through.map.dtype, device=through.map.device)
+        narrowed = cut.narrow_inputs(Solution(None, same.expand(site.groups, -1, -1), None), site).right
+        return dataclasses.replace(problem, toward=F.pad(narrowed, (0, 0, 0, 1)), through=through)
+
+    def _through(self, target: Target, site: Site, outputs: int, extra: int = 0) -> Through | None:
+        """A layer's outputs as a map of its inputs and 1, if these and `extra` are fewer and it is the target."""
+        changed = target.addition is not None or target.limits is not None
+        if changed or outputs <= site.in_features + 1 + extra:
+            return None
         weight, bias = grouped_weight(self.graph_module, site), grouped_bias(self.graph_module, site)
         bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-        map_ = torch.cat([weight, bias.unsqueeze(-1)], -1)
-        same = torch.eye(site.in_features, dtype=weight.dtype, device=weight.device).expand(site.groups, -1, -1)
-        toward = F.pad(cut.narrow_inputs(Solution(None, same, None), site).right, (0, 0, 0, 1))
-        through = Through(partial(_inputs_and_one, node, site), in_parts(map_, len(problem.prior)))
-        return dataclasses.replace(problem, toward=toward, through=through)
+        return Through(partial(_inputs_and_one, target.node, site), torch.cat([weight, bias.unsqueeze(-1)], -1))
 
     def _refit_up(self, node: fx.Node, site: Site, cut: Cut) -> None:
         """Solve for left factors and biases; until then, the layer's value is the output of its right factors."""
@@ -234,7 +239,7 @@ class _Solver:
         reads = partial(_reads, node, site, cut)
         before = self._build(thin, as_read, prior)
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
-        parts = zip(prior, _spectra(node, thin), strict=True)
+        parts = zip(prior, _spectra(node, thin), self._throughs(node, site, prior), strict=True)
         solution = tuple(
             self.journal.remembered(f"layer {node.name}, {index}", partial(self._solve_part, node, thin, index, *part))
             for index, part in enumerate(parts)
@@ -249,7 +254,28 @@ class _Solver:
 
         self.walk.finish(node, finished)
 
-    def _solve_part(self, node: fx.Node, site: Site, index: int, part: Solution, spectrum: Spectrum | None) -> Solution:
+    def _throughs(self, node: fx.Node, site: Site, prior: Sequence[Solution]) -> Iterator[Through | None]:
+        """For each part with a left factor, its outputs as a map of fewer values: inputs, 1, and its right factor's."""
+        target = Target.of(self.graph_module, node, site)
+        for index, part in enumerate(prior):
+            found = None
+            if part.left is not None and part.form != "separable":
+                found = self._through(target, site, *part.left.shape[1:])
+            if found is not None and part.left is not None:
+                map_ = found.map if len(prior) == 1 else in_parts(found.map, len(prior))[index : index + 1]
+                map_ = torch.cat([map_, part.left], -1)
+                found = dataclasses.replace(found, map=map_, zeros=part.left.shape[-1])
+            yield found
+
+    def _solve_part(
+        self,
+        node: fx.Node,
+        site: Site,
+        index: int,
+        part: Solution,
+        spectrum: Spectrum | None,
+        through: Through | None,
+    ) -> Solution:
         """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
         inner = dataclasses.replace(site, out_features=part.right.shape[1])
         if part.form == "separable":
@@ -269,8 +295,12 @@ class _Solver:
         target, importance = Target.of(self.graph_module, node, site), self._importance(node)
         if part.left is not None:
             map_ = by_patch(part.left, site.out_features) if part.form == "separable" else part.left
-            prior = Solution(None, map_, part.bias)
-            (found,) = Problem(target, importance, columns, outputs, map_, (prior,), (spectrum,)).solve(self.walk)
+            prior, toward = Solution(None, map_, part.bias), map_
+            if through is not None:
+                same = torch.eye(through.zeros, dtype=map_.dtype, device=map_.device)
+                toward = F.pad(same.expand(len(map_), -1, -1), (0, 0, through.size, 0))
+            problem = Problem(target, importance, columns, outputs, toward, (prior,), (spectrum,), through)
+            (found,) = problem.solve(self.walk)
             left = by_column(found.right, part.taps[1]) if part.form == "separable" else found.right
             return dataclasses.replace(part, left=left, bias=found.bias)
         if part.bias is None:
@@ -310,10 +340,6 @@ def _inputs_and_one(node: fx.Node, site: Site, batch: Batch, own: Window) -> Ten
     """The original model's inputs at a window's positions, and a row of ones, [G, D + 1, n]."""
     value = by_sample(batch.before(site_input(node)), site)[own.samples]
     return F.pad(input_columns(value, site, own.pixels), (0, 0, 0, 1), value=1.0)
-
-
-def _is_separable(solution: Solution) -> bool:
-    return solution.form == "separable"
 
 
 def _in_parts(outputs: Tensor, parts: int) -> Tensor:

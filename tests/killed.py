@@ -51,7 +51,7 @@ def forked(compute: Callable[[], str], result: Path) -> int:
         try:
             result.write_text(compute())
             status = 0
-        except BaseException:  # the process ends without the interpreter, which would print it
+        except BaseException:  # noqa: BLE001 (the process ends without the interpreter, which would print it)
             traceback.print_exc()
         finally:
             os._exit(status)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from balf_fx.ranks.hulls import lower_hull, segments, steepest_first
 
-_FRONT_LIMIT = 1 << 14
+_FRONT_LIMIT = 1 << 12
 _PIECE = 1 << 20  # states
 _BINS = 1 << 14
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.refit.biases import Residual, best_shift
 from balf_fx.refit.lockstep import Batch, Lockstep
 from balf_fx.refit.regression import apply, best
-from balf_fx.refit.sums import JointSums, Shares
+from balf_fx.refit.sums import Joint, JointSums, Shares
 from balf_fx.refit.targets import Target
 from balf_fx.refit.windows import Visit, Window, visits
 
@@ -29,11 +30,22 @@ class Through:
 
     Attributes:
         columns: reads z [G, Z, n].
-        map: T [G, O, Z].
+        map: T [G, O, Z + k]; its last columns are for values that are zero, so that `toward` may have parts of its own.
     """
 
     columns: Columns
     map: Tensor
+    zeros: int = 0
+
+    @property
+    def size(self) -> int:
+        """Z."""
+        return self.map.shape[-1] - self.zeros
+
+    def joint(self, seen: Joint) -> Joint:
+        """The sums of x' and y, given those of x' and z."""
+        y, yx = F.pad(seen.y, (0, self.zeros)), F.pad(seen.yx, (0, 0, 0, self.zeros))
+        return Joint(seen.inputs, y, yx, self.map)
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class Problem:
         importance: [P], the weight of each position of a sample (`refit.windows.visits`).
         columns: reads [G, D, n], the layer's input or a function of it.
         outputs: extracts [G, O, n] from values of the shape of the layer's output.
-        toward: [G, O, D], the map toward which the ridge shrinks; with `through`, the map to z, [G, Z, D].
+        toward: [G, O, D], the map toward which the ridge shrinks; with `through`, M [G, Z + k, D] where that
+            map is T M.
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
         through: in place of `outputs`, for a target that is the layer's output as it is.
@@ -77,6 +90,7 @@ class Problem:
             first: the sums that led to it, with the same columns.
         """
         groups, outputs, inputs = self.toward.shape
+        outputs = outputs if self.through is None else self.through.size
         shape = (groups if len(self.prior) == 1 else 1, inputs)
         known = (None, None) if first is None else (first.train.inputs, first.held_out.inputs)
         shares = [JointSums(shape, (groups, outputs), self.toward.device, share) for share in known]
@@ -88,9 +102,10 @@ class Problem:
             shares[visit.share].add(visit.keep(x), visit.keep(y).to(x.dtype), weights)
         for each in shares:
             each.merge(walk.group)
-        through = None if self.through is None else self.through.map
-        joints = [replace(each.joint(), through=through) for each in shares]
-        return Shares(joints[0], joints[1], None if first is None else first.whole.inputs)
+        train, held_out = (each.joint() for each in shares)
+        if self.through is not None:
+            train, held_out = self.through.joint(train), self.through.joint(held_out)
+        return Shares(train, held_out, None if first is None else first.whole.inputs)
 
     def _wanted(self, visit: Visit, x: Tensor, earlier: Sequence[Solution] | None) -> Tensor:
         """y [G, O, n], or z [G, Z, n]."""

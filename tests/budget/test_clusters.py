@@ -199,7 +199,7 @@ def menus(draw):
     pools = [[ranks() for _ in range(2)] for _ in range(3)]
     found = [_Menu(FREE, tuple(map(rng.choice, pools))) for _ in range(5)]
     weights = [rng.choice((0.0, 1.0, 1.0, 3.0)) for _ in range(3)]
-    return [*found, _Menu(FREE, tuple(pool[0] for pool in pools[:2]) + (ranks(),))], weights
+    return [*found, _Menu(FREE, (pools[0][0], pools[1][0], ranks()))], weights
 
 
 @given(menus())

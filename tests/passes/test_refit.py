@@ -19,6 +19,7 @@ from balf_fx.passes.refit import _Solver
 from balf_fx.progress import Progress
 from balf_fx.refit.lockstep import Lockstep
 from balf_fx.refit.offload import Shelf, Shelved
+from balf_fx.refit.problems import Problem
 from balf_fx.refit.targets import limits_of, within_limits
 from balf_fx.refit.windows import chunks, pixel_grid, pixel_step
 
@@ -578,23 +579,32 @@ class Wide(nn.Module):
         return self.head(x)
 
 
-def test_a_layer_with_more_outputs_than_inputs_is_solved_as_by_its_outputs(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"flops": 0.4, "refit": "full"}, {"grouped", "qkv", "up", "head"}),
+        ({"flops": 0.4, "refit": "up"}, {"grouped", "head"}),
+        ({"flops": 0.3, "refit": "full", "widths": False}, {"grouped", "qkv", "up", "head"}),
+        ({"flops": 0.3, "refit": "up", "widths": False}, {"grouped", "qkv", "up", "head"}),
+    ],
+)
+def test_a_layer_with_more_outputs_than_inputs_is_solved_as_by_its_outputs(options, names, monkeypatch):
     torch.manual_seed(3)
     model, batches = Wide().double().eval(), list(torch.randn(4, 12, 3, 6, 6, dtype=torch.float64))
-    fewer, through = [], _Solver._through_inputs
+    fewer, solve = [], Problem.solve
 
-    def noted(self, problem, site, cut):
-        found = through(self, problem, site, cut)
-        if found.through is not None:
-            fewer.append(site.name)
-        return found
+    def noted(self, walk):
+        fewer.append(self.target.site.name if self.through is not None else None)
+        return solve(self, walk)
 
-    monkeypatch.setattr(_Solver, "_through_inputs", noted)
-    small = balf_fx.compile(model, batches, flops=0.4, effort="best", pivot=False, progress=False)
-    assert {"grouped", "qkv", "up", "head"} <= set(fewer)
-    monkeypatch.setattr(_Solver, "_through_inputs", lambda _, problem, *__: problem)
-    expected = balf_fx.compile(model, batches, flops=0.4, effort="best", pivot=False, progress=False)
-    assert any(name in balf_fx.plan(small).ranks for name in fewer)
+    monkeypatch.setattr(Problem, "solve", noted)
+    options |= {"effort": "best", "pivot": False, "progress": False}
+    small = balf_fx.compile(model, batches, **options)
+    assert names <= set(fewer)
+    monkeypatch.setattr(_Solver, "_through", lambda *_: None)
+    fewer.clear()
+    expected = balf_fx.compile(model, batches, **options)
+    assert set(fewer) == {None}
     for batch in batches:
         torch.testing.assert_close(small(batch), expected(batch), rtol=1e-6, atol=1e-8)
 
