@@ -7,6 +7,9 @@ x'. Centred, M = (Cov(y, x') + c M0) (Cov(x') + c I)^-1.
 
 Reduced rank. The best map of rank r in E|R (y - M x' - b)|^2 is L U_r U_r^T R M. Here U are the eigenvectors of
 R M (Cov(x') + c I) M^T R^T, and R and L are the spectrum's right and left maps (reduced-rank regression, Izenman 1975).
+
+Outputs as a map of fewer values. Where y = T z and M0 = T K0, then M = T K, with the ridge solution K for z and K0; the
+map of rank r needs R T K alone. So nothing takes memory for products of the outputs, which are many in a head.
 """
 
 from __future__ import annotations
