@@ -30,7 +30,8 @@ class Through:
 
     Attributes:
         columns: reads z [G, Z, n].
-        map: T [G, O, Z + k]; its last columns are for values that are zero, so that `toward` may have parts of its own.
+        map: T [G, O, Z + k].
+        zeros: k, columns of T for values that are always 0: of maps toward which the ridge shrinks, beside those of z.
     """
 
     columns: Columns
