@@ -264,7 +264,8 @@ class Score(Pass):
         Damping steadies a spectrum where gradients are few. The error is measured without it.
         """
         centred = self.centred and not site.has_experts
-        thin = torch.linalg.qr(in_parts(weight, parts)) if site.side == "input" else None
+        mode = "r" if parts == 1 else "reduced"  # gradients of parts alone are not in the basis Q
+        thin = torch.linalg.qr(in_parts(weight, parts), mode) if site.side == "input" else None
         seen = [_coordinates(thin, bias, half, centred, parts) for half in halves]
         # Second moments of gradients are sums over samples, and the unit is that of both halves together.
         total = sum(half.gradients.samples for half in halves)
@@ -354,7 +355,8 @@ def _coordinates(
     """Moment and mean of W x, and E[g g^T].
 
     Args:
-        thin: Q and R of W = Q R where statistics are on the input side: all are in the basis Q.
+        thin: Q and R of W = Q R where statistics are on the input side: all are in the basis Q, which is read where
+            there are several parts.
     """
     gradient = sample.gradients.scatter
     if parts > 1 and sample.gradients.parts is not None:
