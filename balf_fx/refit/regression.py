@@ -61,7 +61,7 @@ def truncate(
 def error(seen: Joint, solution: Solution, root: Tensor | None) -> float:
     """E |R (y - A B x' - b)|^2 over all groups, up to a constant that is the same for all solutions.
 
-    R takes fewer values than R^T R, which is as wide as the outputs are many.
+    The metric is R^T R. It is not computed, since it has a row and a column for each output.
 
     Args:
         seen: the sums of R y in place of y (`Joint.seen`).
