@@ -12,6 +12,7 @@ from torch import Tensor
 
 from balf_fx.graph.curves import Spectrum
 from balf_fx.refit.regression import root_of
+from balf_fx.refit.sums import applied
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Residual:
     def rise(self, shift: Tensor, root: Tensor | None) -> float:
         """The difference between E |R (r - s)|^2 and E |R r|^2 for a shift s [G, O]; R [G, m, O] may be None for 1."""
         pair = (shift, shift - 2 * self.mean)
-        first, second = pair if root is None else ((root @ each.unsqueeze(-1)).squeeze(-1) for each in pair)
+        first, second = pair if root is None else (applied(root, each) for each in pair)
         return float((first * second).sum())
 
 
