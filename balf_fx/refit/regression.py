@@ -41,19 +41,15 @@ def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     return torch.cholesky_solve(product.mT, factor).mT, product
 
 
-def truncate(
-    full: Tensor, product: Tensor, spectrum: Spectrum, rank: int, through: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int, metric: Tensor) -> tuple[Tensor, Tensor]:
     """The factors A [G, O, r] and B [G, r, D] of the best map of this rank, from the results of `ridge`.
 
     Args:
-        through: T [G, O, Z], where these are maps to z.
+        metric: R [G, m, O]; R T [G, m, Z], where the results are maps to z.
     """
-    left, right = spectrum.maps(spectrum.energies.shape[-1])
-    if through is not None:
-        right = right @ through
-    seen = right @ full
-    _, vectors = torch.linalg.eigh((right @ product @ seen.mT).nan_to_num())  # fails for NaN on some devices
+    left, _ = spectrum.maps(spectrum.energies.shape[-1])
+    seen = metric @ full
+    _, vectors = torch.linalg.eigh((metric @ product @ seen.mT).nan_to_num())  # fails for NaN on some devices
     leading = vectors.flip(-1)[..., :rank]
     return left @ leading, leading.mT @ seen
 
@@ -114,17 +110,19 @@ def best(
         group: the processes over which the strengths of the ridge are shared out; their sums are the same.
     """
     roots = [None if spectrum is None else root_of(spectrum) for spectrum in spectra]
-    held_out = in_metrics(shares.held_out, roots)
+    metrics = metrics_of(shares.train, roots)  # once, since they are large for many outputs
+    held_out = in_metrics(shares.held_out, metrics)
 
     def judged(index: int) -> float:
-        return total_error(held_out, solutions(shares.train, toward, prior, spectra, _STRENGTHS[index]), roots)
+        solved = solutions(shares.train, toward, prior, spectra, _STRENGTHS[index], metrics)
+        return total_error(held_out, solved, roots)
 
     if shares.held_out.count:  # nothing is held out of fewer than four samples
         start, least = lowest(judged, len(_STRENGTHS), start, group)
         if not least < total_error(held_out, prior, roots):  # also where one of them is not a number
             return Fit(tuple(prior), start)
-    seen = in_metrics(shares.whole, roots)
-    solved = solutions(shares.whole, toward, prior, spectra, _STRENGTHS[start])
+    seen = in_metrics(shares.whole, metrics)
+    solved = solutions(shares.whole, toward, prior, spectra, _STRENGTHS[start], metrics)
     better = total_error(seen, solved, roots) < total_error(seen, prior, roots)
     return Fit(solved if better else tuple(prior), start)
 
@@ -147,16 +145,24 @@ def lowest(function: Callable[[int], float], count: int, start: int, group: Grou
 
 
 def solutions(
-    seen: Joint, toward: Tensor, prior: Sequence[Solution], spectra: Sequence[Spectrum | None], strength: float
+    seen: Joint,
+    toward: Tensor,
+    prior: Sequence[Solution],
+    spectra: Sequence[Spectrum | None],
+    strength: float,
+    metrics: Sequence[Tensor | None],
 ) -> tuple[Solution, ...]:
     """The regression with one strength of the ridge, part by part; arguments as in `best`.
 
     A part whose prior has no bias gets none, since its cost was counted without one: its regression is uncentred.
+
+    Args:
+        metrics: R or R T of each part (`metrics_of`).
     """
     groups = seen.groups // len(prior)
     fits: dict[bool, tuple[Joint, Tensor, Tensor]] = {}
     found = []
-    for index, (part, spectrum) in enumerate(zip(prior, spectra, strict=True)):
+    for index, (part, spectrum, metric) in enumerate(zip(prior, spectra, metrics, strict=True)):
         biased = part.bias is not None
         if biased not in fits:
             sums = seen if biased else seen.uncentred()
@@ -166,12 +172,12 @@ def solutions(
         through = None if sums.through is None else sums.through[own]
         if through is None:  # else all parts are maps of the same z
             full, product = full[own], product[own]
-        if part.left is None or spectrum is None:
+        if part.left is None or spectrum is None or metric is None:
             left, right = None, full if through is None else through @ full
         elif part.form == "separable":
             left, right = _separated(sums, full, product, spectrum, part, strength)
         else:
-            left, right = truncate(full, product, spectrum, part.left.shape[-1], through)
+            left, right = truncate(full, product, spectrum, part.left.shape[-1], metric)
         bias = None
         if biased:
             mean = sums.inputs.mean if len(sums.inputs.mean) == 1 else sums.inputs.mean[own]
@@ -197,10 +203,23 @@ def root_of(spectrum: Spectrum) -> Tensor:
     return spectrum.maps(spectrum.energies.shape[-1])[1]
 
 
-def in_metrics(seen: Joint, roots: Sequence[Tensor | None]) -> list[Joint]:
-    """The sums of R y of each part; several parts belong to one group."""
-    owns = [slice(None)] if len(roots) == 1 else [slice(index, index + 1) for index in range(len(roots))]
-    return [seen.part(own).seen(root) for own, root in zip(owns, roots, strict=True)]
+def metrics_of(seen: Joint, roots: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """R T [G, m, Z] of each part, for sums of z; R alone for sums of y; T or None where there is no R."""
+    throughs = [seen.part(own).through for own in _owns(len(roots))]
+    return [
+        root if through is None else through if root is None else root @ through
+        for root, through in zip(roots, throughs, strict=True)
+    ]
+
+
+def in_metrics(seen: Joint, metrics: Sequence[Tensor | None]) -> list[Joint]:
+    """The sums of R y of each part, by its R T."""
+    return [seen.part(own).seen(metric) for own, metric in zip(_owns(len(metrics)), metrics, strict=True)]
+
+
+def _owns(parts: int) -> list[slice]:
+    """The groups of each part; several parts belong to one group."""
+    return [slice(None)] if parts == 1 else [slice(index, index + 1) for index in range(parts)]
 
 
 def total_error(seen: Sequence[Joint], solution: Sequence[Solution], roots: Sequence[Tensor | None]) -> float:

@@ -99,13 +99,9 @@ class Joint:
             return replace(self, through=self.through[own])
         return replace(self, y=self.y[own], yx=self.yx[own])
 
-    def seen(self, root: Tensor | None) -> Joint:
-        """The sums of R y in place of y, for R [G, m, O]; None for the identity."""
-        factors = [each for each in (root, self.through) if each is not None]
-        if not factors:
-            return self
-        map_ = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
-        return Joint(self.inputs, applied(map_, self.y), map_ @ self.yx)
+    def seen(self, map_: Tensor | None) -> Joint:
+        """The sums of R y in place of y, for R [G, m, O], or R T [G, m, Z] from sums of z; None for the identity."""
+        return self if map_ is None else Joint(self.inputs, applied(map_, self.y), map_ @ self.yx)
 
     def uncentred(self) -> Joint:
         """The sums as if both means were zero: a regression on them has no bias."""

@@ -79,7 +79,7 @@ def test_no_other_map_of_that_rank_does_better(seed, rank):
     x, y, weights = problem(seed)
     seen, metric = joint(x, y, weights), spectrum(seed, 4)
     full, product = ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
-    left, right = truncate(full, product, metric, rank)
+    left, right = truncate(full, product, metric, rank, root_of(metric))
     assert left.shape == (1, 4, rank)
     assert right.shape == (1, rank, 3)
     _, metric_map = metric.maps(4)
@@ -93,7 +93,8 @@ def test_no_other_map_of_that_rank_does_better(seed, rank):
 def test_at_full_rank_nothing_is_lost():
     x, y, weights = problem(3)
     full, product = ridge(joint(x, y, weights), torch.zeros(1, 4, 3, dtype=torch.float64), 0.0)
-    left, right = truncate(full, product, spectrum(3, 4), 3)
+    metric = spectrum(3, 4)
+    left, right = truncate(full, product, metric, 3, root_of(metric))
     torch.testing.assert_close(left @ right, full)
 
 
@@ -143,7 +144,7 @@ def test_alternating_least_squares_arrives_at_the_map_of_reduced_rank(rank, weig
     weights = weights if weighted else None
     seen, metric = joint(x, y, weights), spectrum(30, 4)
     _, right = metric.maps(4)
-    found = truncate(*ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0), metric, rank)
+    found = truncate(*ridge(seen, torch.zeros(1, 4, 3, dtype=torch.float64), 0.0), metric, rank, right)
     weights = torch.ones(x.shape[-1], dtype=torch.float64) if weights is None else weights
     closed = found[0] @ found[1]
     closed = objective(x, y, weights, closed, bias_of(seen, closed), right)
@@ -181,12 +182,11 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
 def test_with_its_right_factor_kept_a_layer_never_does_better(seed, rank):
     x, y, weights = problem(seed)
     (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
-    seen = Shares(train, held_out).whole
-    (full,) = solutions(seen, weight, (prior,), (metric,), 0.0)
+    seen, root = Shares(train, held_out).whole, root_of(metric)
+    (full,) = solutions(seen, weight, (prior,), (metric,), 0.0, (root,))
     thin = joint(prior.right @ x, y, weights)
-    (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0)
+    (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0, (root,))
     up = Solution(up.right, prior.right, up.bias)
-    root = root_of(metric)
     errors = [error(seen.seen(root), solution, root) for solution in (full, up, prior)]
     assert errors[0] <= errors[1] + 1e-9
     assert errors[1] <= errors[2] + 1e-9
@@ -206,7 +206,7 @@ def test_a_part_without_a_bias_is_solved_without_one():
     seen = joint(x, torch.cat([first, second]), weights)
     toward, nothing = torch.zeros(2, 3, 3, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
     prior = (Solution(None, toward[:1], nothing), Solution(None, toward[1:], None))
-    biased, plain = solutions(seen, toward, prior, (None, None), 0.0)
+    biased, plain = solutions(seen, toward, prior, (None, None), 0.0, (None, None))
     root = weights.sqrt()
     ones = torch.ones(1, x.shape[-1], dtype=torch.float64)
     expected = torch.linalg.lstsq((torch.cat([x[0], ones]) * root).mT, (first[0] * root).mT).solution.mT
@@ -244,13 +244,13 @@ def test_the_prior_stays_where_all_samples_prefer_it():
 def test_no_neighbour_of_the_strength_has_less_error_wherever_the_search_begins(seed, rank, start):
     (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
     strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    fitted = [solutions(train, weight, (prior,), (metric,), strength) for strength in strengths]
     roots = [root_of(metric)]
+    fitted = [solutions(train, weight, (prior,), (metric,), strength, roots) for strength in strengths]
     errors = [total_error(in_metrics(held_out, roots), each, roots) for each in fitted]
     shares = Shares(train, held_out)
     found = best(shares, weight, (prior,), (metric,), start)
     assert errors[found.strength] == min(errors[max(found.strength - 1, 0) : found.strength + 2])
-    expected = solutions(shares.whole, weight, (prior,), (metric,), strengths[found.strength])[0]
+    expected = solutions(shares.whole, weight, (prior,), (metric,), strengths[found.strength], roots)[0]
     if found.solution[0] is not prior:
         torch.testing.assert_close(found.solution[0].left, expected.left)
         torch.testing.assert_close(found.solution[0].right, expected.right)
