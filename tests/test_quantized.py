@@ -6,6 +6,8 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 import balf_fx
@@ -188,6 +190,23 @@ def test_pt2e_takes_the_operations_between_pivots(pt2e, capture):
     assert len(rounded) == 5
     error = (both(batches[0]) - small(batches[0])).std() / small(batches[0]).std()
     assert error < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
+def test_inductor_does_not_fuse_the_sum_with_pivots_into_a_quantized_layer(pt2e):
+    """Only reference code does: hundreds of times as slow as the layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 64)).eval()
+    batches = [torch.randn(8, 32) for _ in range(2)]
+    small = balf_fx.compile(model, batches, allocation={"2": 40}, effort="fast", progress=False)
+    assert [(layer.in_features, layer.out_features) for layer in small.get_submodule("2")] == [(216, 40), (40, 64)]
+    both = pt2e(small, batches)
+    counters["inductor"].clear()
+    with inductor.patch(freezing=True), torch.no_grad():
+        found = torch.compile(both)(batches[0])
+    torch.testing.assert_close(found, both(batches[0]), rtol=1e-2, atol=1e-2)
+    assert counters["inductor"]["qlinear_weight_prepack_matcher_count"] == 3  # all layers are quantized
+    assert counters["inductor"]["qlinear_binary_matcher_count"] == 0
 
 
 def test_fx_graph_mode_quantizes_every_factor(convolutions, digits):

@@ -102,7 +102,7 @@ class Columns:
             source = graph.call_function(torch.index_select, (source, -1, indices))
         split = graph.call_function(torch.split, (source, [self.rank, self.others], -1))
         pivots, rest = (graph.call_function(operator.getitem, (split, i)) for i in range(2))
-        thin = graph.call_function(operator.add, (pivots, graph.call_module(f"{path}.0", (rest,))))
+        thin = _insert_sum(graph, graph.call_module(f"{path}.0", (rest,)), pivots)
         output = graph.call_module(f"{path}.1", (thin,))
         return output if self.axis == -1 else graph.call_function(torch.movedim, (output, -1, self.axis))
 
@@ -142,11 +142,20 @@ class Blocks:
                 pieces[size] = first, others
             pivots, others = pieces[size]
             tiled = graph.call_function(torch.tile, (pivots, (count,))) if count > 1 else pivots
-            values.append(graph.call_function(operator.add, (tiled, graph.call_module(f"{path}.{index}", (others,)))))
+            values.append(_insert_sum(graph, graph.call_module(f"{path}.{index}", (others,)), tiled))
         output = values[0] if len(values) == 1 else graph.call_function(torch.cat, (values, -1))
         if not hasattr(self.module, ROWS):
             return output
         return graph.call_function(torch.index_select, (output, -1, graph.get_attr(f"{path}.{ROWS}")))
+
+
+def _insert_sum(graph: fx.Graph, product: fx.Node, pivots: fx.Node) -> fx.Node:
+    """Insert the sum of a layer's outputs and of pivots, which are a part of a value.
+
+    It is written as a difference. Quantizers fuse a sum with the layer, and oneDNN has no kernel for that in int8 where
+    the other value is a part: its reference code takes hundreds of times as long as the layer.
+    """
+    return graph.call_function(torch.sub, (product, pivots), {"alpha": -1})
 
 
 def feature_axis(site: Site) -> int:

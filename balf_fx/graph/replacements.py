@@ -152,7 +152,7 @@ class Replacement(nn.Sequential):
     def _columns(self, value: Tensor) -> Tensor:
         (others, rank), axis = features(self[0]), self.recipe.axis
         pivots, rest = torch.split_with_sizes(value if axis == -1 else value.movedim(axis, -1), [rank, others], -1)
-        output: Tensor = self[1](pivots + self[0](rest))
+        output: Tensor = self[1](torch.sub(self[0](rest), pivots, alpha=-1))
         return output if axis == -1 else output.movedim(-1, axis).contiguous()  # the model may view it
 
     def _blocks(self, value: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Replacement(nn.Sequential):
         found = [self[index](value) for index in range(others)]
         for index, (count, size) in enumerate(heads, start=others):
             pivots, rest = torch.split_with_sizes(value, [size, features(self[index])[0]], -1)
-            found.append((pivots.tile((count,)) if count > 1 else pivots) + self[index](rest))
+            found.append(torch.sub(self[index](rest), pivots.tile((count,)) if count > 1 else pivots, alpha=-1))
         return torch.cat(found, -1)
 
     @property
