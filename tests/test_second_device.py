@@ -91,7 +91,8 @@ OPTIONS = {
     "on the shelf": {"effort": "balanced", "flops": 0.6, "memory": 20_000},
 }
 CASES = [
-    *((name, "fast") for name in EVERYTHING),  # gradients and refits do not depend on what they are around
+    *((name, "fast") for name in EVERYTHING),
+    *((name, "balanced") for name in ATTENTIONS),
     *(("images", effort) for effort in ("fast", "best", "module", "free")),
     *(("tagger", effort) for effort in ("best", "free")),
     ("transformer", "module"),
