@@ -197,31 +197,37 @@ class _Solver:
 
     def _refit(self, node: fx.Node, site: Site, cut: Cut) -> None:
         """Solve for the whole layer."""
-        prior = self._prior(node, site, cut)
-        whole = cut.narrow_inputs(Solution(None, grouped_weight(self.graph_module, site), None), site)
+        prior, target = self._prior(node, site, cut), Target.of(self.graph_module, node, cut.inputs(site))
+        through = self._through_inputs(target, site, prior)
         problem = Problem(
-            target=Target.of(self.graph_module, node, cut.inputs(site)),
+            target=target,
             importance=self._importance(node),
             columns=partial(_input, node, site, cut),
             outputs=lambda value: _in_parts(output_columns(value, site), len(prior)),
-            toward=in_parts(whole.right, len(prior)),
+            toward=self._toward(site, cut, len(prior), through),
             prior=prior,
             spectra=_spectra(node, site),
+            through=through,
         )
-        problem = self._for_inputs(problem, site, cut)
         solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=solution)
         self.walk.finish(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
 
-    def _for_inputs(self, problem: Problem, site: Site, cut: Cut) -> Problem:
-        """The problem for a layer's inputs in place of its outputs, where these are more."""
-        through = self._through(problem.target, site, site.out_features)
-        if through is None or any(each.form == "separable" for each in problem.prior):
-            return problem
-        through = dataclasses.replace(through, map=in_parts(through.map, len(problem.prior)))
+    def _through_inputs(self, target: Target, site: Site, prior: Sequence[Solution]) -> Through | None:
+        """The outputs of all parts as maps of a layer's inputs and 1, where these are fewer."""
+        if any(part.form == "separable" for part in prior):
+            return None
+        through = self._through(target, site, site.out_features)
+        return None if through is None else dataclasses.replace(through, map=in_parts(through.map, len(prior)))
+
+    def _toward(self, site: Site, cut: Cut, parts: int, through: Through | None) -> Tensor:
+        """The map of the original layer from the inputs that remain, to its outputs or to those of `through`."""
+        if through is None:
+            whole = Solution(None, grouped_weight(self.graph_module, site), None)
+            return in_parts(cut.narrow_inputs(whole, site).right, parts)
         same = torch.eye(site.in_features, dtype=through.map.dtype, device=through.map.device)
         narrowed = cut.narrow_inputs(Solution(None, same.expand(site.groups, -1, -1), None), site).right
-        return dataclasses.replace(problem, toward=F.pad(narrowed, (0, 0, 0, 1)), through=through)
+        return F.pad(narrowed, (0, 0, 0, 1))
 
     def _through(self, target: Target, site: Site, outputs: int, extra: int = 0) -> Through | None:
         """A layer's outputs as a map of its inputs and 1, if these and `extra` are fewer and it is the target."""
