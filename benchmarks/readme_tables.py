@@ -345,12 +345,13 @@ def realised() -> str:
 def int8() -> str:
     """The times of models compressed, with 8 bits, and both, relative to the dense ones in float32."""
     lines = []
-    for case in _read("int8")["benchmarks"]:
-        _, model, form, _ = case["group"].split(", ")
-        both = {rival: found["median"] for rival, found in case["extra_info"]["ratios"].items()}
-        compressed, bits = (both["dense"] / both[rival] for rival in ("compressed", "dense, int8"))
-        cells = (compressed, bits, compressed * bits, both["dense"])
-        lines.append((f"{model}, {form}", *(f"{cell:.2f}" for cell in cells)))
+    for processor, name in (("AVX2", "int8"), ("AMX", "int8_amx")):
+        for case in _read(name)["benchmarks"]:
+            _, model, form, _ = case["group"].split(", ")
+            both = {rival: found["median"] for rival, found in case["extra_info"]["ratios"].items()}
+            compressed, bits = (both["dense"] / both[rival] for rival in ("compressed", "dense, int8"))
+            cells = (compressed, bits, compressed * bits, both["dense"])
+            lines.append((f"{processor}: {model}, {form}", *(f"{cell:.2f}" for cell in cells)))
     return markdown(lines, ("time, 16 images, inductor", "compressed", "int8", "their product", "both, measured"))
 
 
