@@ -69,15 +69,18 @@ def divergence(
         weigh: the weights of the outputs for the batch of an index.
     """
 
+    def judged(index: int, batch: Any, reference: Any) -> tuple[float, float]:
+        output = run_batch(model, batch, calibration.forward, index)  # freed before the next is computed
+        if calibration.loss is not None:
+            return float(calibration.loss(output, batch)), 1.0
+        lost, share = differ(reference, output, batch, weigh(index))
+        return float(lost), share
+
     def summed() -> tuple[float, float]:
         total = count = 0.0
         for index, (batch, reference) in enumerate(zip(calibration.batches, references, strict=True)):
-            output = run_batch(model, batch, calibration.forward, index)
-            if calibration.loss is None:
-                lost, share = differ(reference, output, batch, weigh(index))
-            else:
-                lost, share = calibration.loss(output, batch), 1.0
-            total, count = total + share * float(lost), count + share
+            lost, share = judged(index, batch, reference)
+            total, count = total + share * lost, count + share
         return total, count
 
     group = calibration.group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
@@ -40,25 +40,24 @@ class Answering(_StandIn):
 
     Args:
         subject: the module for which it stands.
-        outputs: what that would return for each call in turn.
+        outputs: what that would return for each call in turn; one is asked for at each call.
 
     Raises:
         CalibrationError: there are more calls.
     """
 
-    def __init__(self, subject: nn.Module, outputs: Sequence[Any]) -> None:
+    def __init__(self, subject: nn.Module, outputs: Iterable[Any]) -> None:
         super().__init__(subject)
-        self.outputs = outputs
-        self._calls = 0
+        self.outputs = iter(outputs)
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        if self._calls == len(self.outputs):
+        try:
+            return next(self.outputs)
+        except StopIteration:
             raise CalibrationError(
                 "forward(model, batch) calls the model more than once, which it may not where the model goes block by "
                 "block: pass batches for one call each, or more memory="
-            )
-        self._calls += 1
-        return self.outputs[self._calls - 1]
+            ) from None
 
 
 def placeholder_values(graph_module: fx.GraphModule, batch: Any, forward: Forward) -> dict[str, Any]:

@@ -30,12 +30,16 @@ from balf_fx.engine.program import Program
 from balf_fx.engine.resuming import CALIBRATION
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import Work
-from balf_fx.engine.walking import walk, walk_back, walk_out
+from balf_fx.engine.walking import walk, walk_back
 from balf_fx.graph.annotation import annotation, graph_record, record_graph, sites
 from balf_fx.graph.blocks import Block, find_blocks, weight_bytes
 from balf_fx.passes import Score, ScoreWidths
 from balf_fx.passes.score_widths import judges
 from balf_fx.progress import SILENT, Progress
+from balf_fx.refit.offload import Shelved
+
+_KINDS = 2
+"""What shares the memory: what a block takes for weights, statistics and spectra, and the values between blocks."""
 
 
 def paged(program: Program, settings: Settings, calibration: Calibration, lenient: bool = False) -> Calibration:
@@ -111,7 +115,7 @@ def _there(
 ) -> None:
     """As `calibrate_in_blocks`, without gradients."""
     graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
-    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration))
+    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration) // _KINDS)
     seen, calls = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION), Calls(program, calibration, batches)
     times, names = [work.calibrating, work.scoring], ["calibrating", "scoring"]
     shares = iter(progress.spans(times * len(blocks), names * len(blocks)))
@@ -126,8 +130,10 @@ def _there(
     if seen.complete:
         _again(batches, range(len(blocks)), finish)
         return
-    with walk(graph_module, seen.unfinished(blocks), calls, calibration.memory, finish, calls.around) as outputs:
-        calls.check(outputs)
+    memory = calibration.memory // _KINDS
+    outputs = walk(graph_module, seen.unfinished(blocks), calls, memory, finish, calls.around)
+    for call, output in enumerate(outputs):
+        calls.check(call, output)
 
 
 def _there_and_back(
@@ -142,7 +148,7 @@ def _there_and_back(
     """As `calibrate_in_blocks`, with gradients."""
     graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
     # Observers of gradients are in the block that computes their value, to see all of its gradient.
-    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration), _observing(graph_module))
+    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration) // _KINDS, _observing(graph_module))
     seen = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION)
     felt = Finished(graph_module, blocks, SensitivityObserver, f"{CALIBRATION} with gradients", back=True)
     calls = Calls(program, calibration, batches, blocks)
@@ -169,9 +175,11 @@ def _there_and_back(
     if seen.complete and felt.complete:
         _again(batches, reversed(range(len(blocks))), back)
         return
-    memory = calibration.memory
-    shelves = walk_out(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, keep=True)
-    calls.check(shelves[len(blocks) - 1])
+    memory = calibration.memory // _KINDS
+    shelves: dict[int, Shelved] = {}
+    outputs = walk(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, shelves)
+    for call, output in enumerate(outputs):
+        calls.check(call, output)
     left = felt.unfinished(seen.unobserved(blocks))
     walk_back(graph_module, left, shelves, memory, back, calls.differentiated, calls.loss)
 
@@ -181,7 +189,7 @@ def _pages(calibration: Calibration) -> Pages:
 
 
 def _bound(calibration: Calibration) -> int:
-    """The bytes that a block may take, the same in all processes."""
+    """The bytes of memory, the same in all processes."""
     return min(calibration.group.gathered(calibration.memory))
 
 
@@ -246,7 +254,7 @@ def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[
 def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Module:
     """A module that, called on each of the batches in turn, returns what a program of one graph computes for it.
 
-    It has been computed block by block, and is kept within the memory.
+    The graph runs block by block.
     """
     graph_module = program.graph_modules[0]
     calls = Calls(program, calibration, calibration.batches)

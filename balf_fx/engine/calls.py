@@ -39,7 +39,7 @@ class Calls:
         self._program, self._calibration, self._batches, self._blocks = program, calibration, batches, blocks
         self._known: list[tuple[int, str, Tensor | None, CallWeights]] = []
         self._run = Shelved(calibration.memory)  # the batches, for the way back
-        self._first: list[Any] = []  # the first batch
+        self._first: Any = None  # the first batch
         self._generator = torch.Generator("cpu").manual_seed(calibration.seed + calibration.group.rank)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
@@ -51,7 +51,7 @@ class Calls:
                 self._known.append((index, words, given, call_weights(self._program, batch, given)))
             if self._blocks is not None:
                 self._run.append([batch])
-            self._first = self._first or [batch]
+            self._first = batch if len(self._known) == 1 else self._first
             yield values
 
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
@@ -92,16 +92,12 @@ class Calls:
         answer = self._answer(batch, output, index)
         return loss_of(answer, batch, self._calibration, index, self._generator, weights.outputs)
 
-    def check(self, outputs: Sequence[Any]) -> None:
-        """Raise if the user's weights are no weights of the positions in a call, or one batch takes several calls.
-
-        Args:
-            outputs: the outputs of the calls.
-        """
-        for index, _, given, weights in self._known:
-            check_fit(given, weights, index)
-        for batch, output in zip(self._first, outputs, strict=False):
-            self._answer(batch, output, self._known[0][0])
+    def check(self, call: int, output: Any) -> None:
+        """Raise if the user's weights are no weights of the positions in a call, or one batch takes several calls."""
+        index, _, given, weights = self._known[call]
+        check_fit(given, weights, index)
+        if not call:
+            self._answer(self._first, output, index)
 
     def _answer(self, batch: Any, output: Any, index: int) -> Any:
         """What the user's function makes of an output."""

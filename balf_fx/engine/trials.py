@@ -83,6 +83,7 @@ class Trial:
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
+            pages.release()
         give_back(BETWEEN_WALKS, problem.totals.params)
         return lost
 
@@ -116,10 +117,10 @@ def plan_trial(
 
 
 def _references(original: Program, judge: Calibration) -> Sequence[Any]:
-    """The original's outputs, within the memory where the model goes block by block."""
+    """The original's outputs, in files where the model goes block by block."""
     if judge.pages is None:
         return answers(original.module, judge.batches, judge.forward)
-    module, found = answering(original, judge, judge.pages), Shelved(judge.memory)
+    module, found = answering(original, judge, judge.pages), Shelved(memory=0)
     for index, batch in enumerate(judge.batches):
         found.append(run_batch(module, batch, judge.forward, index))
     return found

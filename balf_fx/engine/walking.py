@@ -34,8 +34,12 @@ def walk(
     memory: int,
     finish: Callable[[int], None],
     around: Callable[[int], AbstractContextManager[Any]],
-) -> Shelved:
-    """Run all calls through one block after another, without gradients.
+    kept: dict[int, Shelved] | None = None,
+) -> Iterator[Any]:
+    """Run all calls through one block after another, without gradients, and yield the graph's output for each.
+
+    Each output is computed when it is asked for, in the last block: those of all calls, as of a language model, are
+    never held at once.
 
     Args:
         blocks: those of the graph (`graph.blocks.find_blocks`).
@@ -43,50 +47,48 @@ def walk(
         memory: bytes of values that may stay in memory between blocks.
         finish: called with the index of each block after it.
         around: the context in which the call of an index runs.
-
-    Returns:
-        The graph's output for each call.
-    """
-    return walk_out(graph_module, blocks, calls, memory, finish, around)[len(blocks) - 1]
-
-
-def walk_out(
-    graph_module: fx.GraphModule,
-    blocks: Sequence[Block],
-    calls: Iterable[Mapping[str, Any]],
-    memory: int,
-    finish: Callable[[int], None],
-    around: Callable[[int], AbstractContextManager[Any]],
-    keep: bool = False,
-) -> dict[int, Shelved]:
-    """As `walk`, for the way back.
-
-    Args:
-        keep: whether to keep what no later block reads.
-
-    Returns:
-        What each block has written in each call, by node, if it is kept; for the last block, the graph's output. With
-        `keep`, also the values of the placeholders, at -1.
+        kept: where to keep, for the way back, what each block but the last has written in each call, by node, and the
+            values of the placeholders, at -1.
     """
     interpreter, last = fx.Interpreter(graph_module), len(blocks) - 1
-    sources = _sources(blocks)
-    shelves: dict[int, Shelved] = {-1: Shelved(memory)} if keep else {}
+    sources, keep = _sources(blocks), kept is not None
+    shelves: dict[int, Shelved] = {} if kept is None else kept
+    if keep:
+        shelves[-1] = Shelved(memory)
     for index, block in enumerate(blocks):
-        shelf = _shelf(memory, shelves.values())
         given = _handed(block, [shelves[place] for place in sources[index]]) if index else _given(block, calls)
-        with torch.no_grad():
-            for call, values in enumerate(given):
-                if keep and not index:
-                    shelves[-1].append(dict(values))
-                with around(call):
-                    _run(interpreter, block, values)
-                written = {node: values[node] for node in block.writes}
-                shelf.append(written if index < last else written.popitem()[1])
-        shelves[index] = shelf
+        given = _recorded(given, shelves[-1]) if keep and not index else given
+        written = _written(interpreter, block, given, around)
+        if index == last:
+            yield from (value for values in written for value in values.values())
+        else:
+            shelf = _shelf(memory, shelves.values())
+            for values in written:
+                shelf.append(values)
+            shelves[index] = shelf
         if not keep:
-            _close(shelves, {last}.union(*sources[index + 1 :]))
+            _close(shelves, set[int]().union(*sources[index + 1 :]))
         finish(index)
-    return shelves
+
+
+def _recorded(given: Iterable[Values], shelf: Shelved) -> Iterator[Values]:
+    """The values that calls are given, which are kept, too."""
+    for values in given:
+        shelf.append(dict(values))
+        yield values
+
+
+def _written(
+    interpreter: fx.Interpreter,
+    block: Block,
+    given: Iterable[Values],
+    around: Callable[[int], AbstractContextManager[Any]],
+) -> Iterator[Values]:
+    """What a block writes in each call."""
+    for call, values in enumerate(given):
+        with torch.no_grad(), around(call):
+            _run(interpreter, block, values)
+        yield {node: values[node] for node in block.writes}
 
 
 def walk_back(
@@ -101,7 +103,7 @@ def walk_back(
     """Run all calls back through the blocks, from the last to the first, with gradients.
 
     Args:
-        shelves: what `walk_out` has kept; each is closed once it has been read.
+        shelves: what `walk` has kept; each is closed once it has been read.
         memory: as in `walk`, for what was kept and the gradients at it.
         around: the context in which a block runs for the call of an index. It gives a function that returns the tensors
             in the block whose gradients are wanted, once it has run.
@@ -109,7 +111,6 @@ def walk_back(
     """
     interpreter, last = fx.Interpreter(graph_module), len(blocks) - 1
     sources, trained = [[-1], *_sources(blocks)[1:]], _trained(graph_module)
-    shelves.pop(last).close()
     slopes: dict[int, Shelved] = {}  # for each block, the gradients at what it reads
     for index in reversed(range(len(blocks))):
         block = blocks[index]

@@ -1,6 +1,7 @@
 """Block by block, the result is that of all blocks at once, bit for bit, and earlier statistics are in files."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -331,18 +332,25 @@ def test_a_layer_that_nothing_has_reached_stays_dense(caplog):
     assert caplog.text.count("site up stays dense") == 2
 
 
-def test_outputs_of_trials_are_kept_within_the_memory(monkeypatch):
-    """Of all samples' outputs, as of a language model, no more than the memory are held at once."""
-    kept, plain = [], trials.answering
+def test_outputs_of_trials_are_computed_one_by_one(monkeypatch):
+    """Those of all samples, as of a language model, are never held at once."""
+    walks, alive, plain = [], [], trials.answering
+
+    def watched(outputs, seen):
+        for output in outputs:
+            seen.append(weakref.ref(output))
+            assert sum(each() is not None for each in seen) == 1
+            yield output
+            del output
 
     def answering(program, calibration, pages):
         module = plain(program, calibration, pages)
-        kept.append((module.outputs.nbytes, len(module.outputs)))
+        walks.append([])
+        module.outputs = watched(module.outputs, walks[-1])
         return module
 
     monkeypatch.setattr(trials, "answering", answering)
     model, batches = make("mlp")
-    memory = 4 * 10 * 4  # the outputs of a batch of 4 samples
-    compressed(model, list(torch.cat(batches).split(4)), memory=memory)
-    assert len(kept) == 3
-    assert all(nbytes <= memory < count * memory for nbytes, count in kept)
+    compressed(model, list(torch.cat(batches)[:16].split(4)), memory=TINY)
+    assert [len(seen) for seen in walks] == [4] * 3
+    assert alive == [1] * 12

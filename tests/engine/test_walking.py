@@ -1,6 +1,7 @@
 """A walk over blocks computes what the graph does, and keeps no more between blocks than it may."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from balf_fx.capture.normal_form import capture
 from balf_fx.engine import walking
-from balf_fx.engine.walking import walk, walk_back, walk_out
+from balf_fx.engine.walking import walk, walk_back
 from balf_fx.graph.blocks import find_blocks, weight_bytes
 
 
@@ -58,13 +59,15 @@ def test_all_calls_have_the_outputs_of_the_graph(name, memory, shelves):
 
     calls = iter([{name: batch} for batch in batches])
     outputs = walk(graph_module, blocks, calls, memory, finish, lambda _: contextlib.nullcontext())
+    for output, batch in zip(outputs, batches, strict=True):
+        assert done == blocks[:-1]
+        with torch.no_grad():
+            torch.testing.assert_close(output, model(batch), rtol=0, atol=0)
     assert done == blocks
     assert len(blocks) > 4
     assert max(most) <= memory
     assert (max(most) > 0) == (memory > 0)
-    for output, batch in zip(outputs, batches, strict=True):
-        with torch.no_grad():
-            torch.testing.assert_close(output, model(batch), rtol=0, atol=0)
+    assert most[-1] == 0
 
 
 def test_what_no_later_block_reads_is_given_up(shelves):
@@ -76,9 +79,23 @@ def test_what_no_later_block_reads_is_given_up(shelves):
     def finish(_):
         alive.append(len([shelf for shelf in shelves if len(shelf)]))
 
-    walk(graph_module, blocks, [{"x": batch} for batch in batches], 10**9, finish, lambda _: contextlib.nullcontext())
-    assert max(alive) <= 3  # the one with x, the last one, and the one before
-    assert alive[-1] == 1
+    calls = [{"x": batch} for batch in batches]
+    for _ in walk(graph_module, blocks, calls, 10**9, finish, lambda _: contextlib.nullcontext()):
+        pass
+    assert max(alive) == 2  # the one with x, and the one before
+    assert alive[-1] == 0
+
+
+def test_outputs_are_computed_one_by_one(shelves):
+    model, batches = MODELS["skips"]()
+    graph_module = capture(model, batches[0])
+    blocks, alive = find_blocks(graph_module, weight_bytes(graph_module), 0), []
+    calls = [{"x": batch} for batch in batches]
+    for output in walk(graph_module, blocks, calls, 10**9, lambda _: None, lambda _: contextlib.nullcontext()):
+        alive.append(weakref.ref(output["last"]))
+        assert [each() is not None for each in alive] == [False] * (len(alive) - 1) + [True]
+        del output
+    assert len(alive) == len(batches)
 
 
 def test_each_call_runs_in_its_context():
@@ -91,7 +108,8 @@ def test_each_call_runs_in_its_context():
         seen.append(index)
         yield
 
-    walk(graph_module, blocks, ({"x": batch} for batch in batches), 0, lambda _: None, around)
+    for _ in walk(graph_module, blocks, ({"x": batch} for batch in batches), 0, lambda _: None, around):
+        pass
     assert seen == [0, 1, 2] * len(blocks)
 
 
@@ -125,7 +143,9 @@ def test_back_through_the_blocks_gradients_are_those_of_the_graph(name, memory, 
         most.append(sum(shelf.nbytes for shelf in shelves))
 
     calls = [{name: batch} for batch in batches]
-    kept = walk_out(graph_module, blocks, calls, memory, lambda _: None, lambda _: contextlib.nullcontext(), keep=True)
+    kept = {}
+    for _ in walk(graph_module, blocks, calls, memory, lambda _: None, lambda _: contextlib.nullcontext(), kept):
+        pass
     walk_back(graph_module, blocks, kept, memory, finish, around, lambda _, output: loss(output))
     assert done == blocks[::-1]
     assert max(most) <= memory
