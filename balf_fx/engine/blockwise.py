@@ -38,9 +38,6 @@ from balf_fx.passes.score_widths import judges
 from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
 
-_KINDS = 2
-"""What shares the memory: what a block takes for weights, statistics and spectra, and the values between blocks."""
-
 
 def paged(program: Program, settings: Settings, calibration: Calibration, lenient: bool = False) -> Calibration:
     """Calibration with files for what is scored, if the program goes block by block.
@@ -115,7 +112,7 @@ def _there(
 ) -> None:
     """As `calibrate_in_blocks`, without gradients."""
     graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
-    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration) // _KINDS)
+    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration))
     seen, calls = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION), Calls(program, calibration, batches)
     times, names = [work.calibrating, work.scoring], ["calibrating", "scoring"]
     shares = iter(progress.spans(times * len(blocks), names * len(blocks)))
@@ -130,7 +127,7 @@ def _there(
     if seen.complete:
         _again(batches, range(len(blocks)), finish)
         return
-    memory = calibration.memory // _KINDS
+    memory = calibration.memory
     outputs = walk(graph_module, seen.unfinished(blocks), calls, memory, finish, calls.around)
     for call, output in enumerate(outputs):
         calls.check(call, output)
@@ -148,7 +145,7 @@ def _there_and_back(
     """As `calibrate_in_blocks`, with gradients."""
     graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
     # Observers of gradients are in the block that computes their value, to see all of its gradient.
-    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration) // _KINDS, _observing(graph_module))
+    blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration), _observing(graph_module))
     seen = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION)
     felt = Finished(graph_module, blocks, SensitivityObserver, f"{CALIBRATION} with gradients", back=True)
     calls = Calls(program, calibration, batches, blocks)
@@ -175,7 +172,7 @@ def _there_and_back(
     if seen.complete and felt.complete:
         _again(batches, reversed(range(len(blocks))), back)
         return
-    memory = calibration.memory // _KINDS
+    memory = calibration.memory
     shelves: dict[int, Shelved] = {}
     outputs = walk(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, shelves)
     for call, output in enumerate(outputs):
@@ -189,7 +186,7 @@ def _pages(calibration: Calibration) -> Pages:
 
 
 def _bound(calibration: Calibration) -> int:
-    """The bytes of memory, the same in all processes."""
+    """The bytes that a block may take, the same in all processes."""
     return min(calibration.group.gathered(calibration.memory))
 
 

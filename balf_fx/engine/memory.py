@@ -12,10 +12,12 @@ from typing import Any
 from balf_fx.calibration.batches import MEMORY
 from balf_fx.errors import OptionError
 
-SHARE = 0.25
-"""Default of the option `memory`. The limit holds for each kind of value that is kept: batches, the values of a walk
-over both models, weights of positions. Up to three of these exist at once, and statistics and the values of the batch
-that is being run come on top, so a quarter leaves room for all of them."""
+SHARE = 0.5
+"""Default of the option `memory`."""
+
+KINDS = 2
+"""What shares the memory evenly: statistics, with the weights and spectra beside them, and values that are kept. The
+values of the batch that is being run take the place of either."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

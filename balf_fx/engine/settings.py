@@ -17,7 +17,7 @@ from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
 from balf_fx.engine import checks
 from balf_fx.engine.fields import option
-from balf_fx.engine.memory import SHARE, bytes_of, check_memory
+from balf_fx.engine.memory import KINDS, SHARE, bytes_of, check_memory
 from balf_fx.engine.units import share_of
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
@@ -236,11 +236,11 @@ class Settings:
     )
     memory: int | float | str = option(
         SHARE,
-        'memory for intermediate values: bytes, such as "2GiB", or a share of what is free at the start, such as 0.25. '
-        "Values beyond it are kept in temporary files (in TMPDIR), with the same result, and so are statistics without "
-        "gradients (`engine.blockwise`). A batch that needs more than it, or than 2 GiB, is run in pieces if the model "
-        "computes each sample independently of the others, and a sequence without padding if the model is causal "
-        "(`calibration.pieces`). Pieces have random probes and held-out samples of their own, as with another seed",
+        'memory beside the model: bytes, such as "2GiB", or a share of what is free at the start, such as 0.25. Half '
+        "of it is for statistics, which beyond it are computed block by block (`engine.blockwise`), half for values, "
+        "which beyond it are kept in temporary files (in TMPDIR), with the same result. A batch that needs more than "
+        "half of it, or 2 GiB, is run in pieces if samples do not depend on each other, and a sequence without padding "
+        "if the model is causal (`calibration.pieces`). Pieces have random probes and held-out samples of their own",
         "calibrate",
         "convert",
     )
@@ -341,8 +341,8 @@ class Settings:
 
     @property
     def memory_bytes(self) -> int:
-        """`memory` as a number; of a share, what is free now."""
-        return bytes_of(self.memory)
+        """The bytes of `memory` for each kind of what shares it; of a share, what is free now."""
+        return bytes_of(self.memory) // KINDS
 
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""

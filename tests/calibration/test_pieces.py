@@ -5,6 +5,7 @@ from torch import nn
 import balf_fx
 from balf_fx.calibration.batches import Calibration, forward_for
 from balf_fx.calibration.pieces import pieces_for_gradients, pieces_for_walk
+from balf_fx.engine.memory import KINDS
 
 BATCH = 24
 VALUE = 4 * 16 * 12 * 12  # bytes of the largest value of one sample
@@ -132,7 +133,7 @@ def test_a_conversion_takes_a_large_batch_as_it_takes_its_pieces(model, batch):
     balf_fx.calibrate(prepared, [batch], progress=False)
     whole, cut_by_us, cut_by_hand = (
         balf_fx.convert(prepared, flops=0.5, batches=batches, memory=memory, progress=False).state_dict()
-        for batches, memory in (([batch], 1 << 30), ([batch], 12 * 8 * VALUE), (batch.split(12), 1 << 30))
+        for batches, memory in (([batch], 1 << 30), ([batch], KINDS * 12 * 8 * VALUE), (batch.split(12), 1 << 30))
     )
     assert all(torch.equal(value, cut_by_hand[name]) for name, value in cut_by_us.items())
     assert any(not torch.equal(value, whole[name]) for name, value in cut_by_us.items() if name in whole)

@@ -12,7 +12,7 @@ from balf_fx.calibration import pieces
 from balf_fx.calibration.batches import MEMORY, Calibration, forward_for
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.engine import compress, memory
-from balf_fx.engine.memory import bytes_of, free_memory
+from balf_fx.engine.memory import KINDS, bytes_of, free_memory
 from balf_fx.engine.settings import Settings
 
 GIB = 1 << 30
@@ -116,7 +116,7 @@ def test_where_nothing_is_known_it_is_all_memory_or_four_times_the_constant(tmp_
     assert free_memory(tmp_path) == 4_096_000
     monkeypatch.delattr(os, "sysconf")
     assert free_memory(tmp_path) == 4 * MEMORY
-    assert bytes_of(Settings().memory, free=4 * MEMORY) == MEMORY
+    assert bytes_of(Settings().memory, free=4 * MEMORY) == KINDS * MEMORY  # for each kind, the constant
 
 
 def test_more_memory_than_the_constant_makes_no_larger_pieces(monkeypatch):

@@ -201,7 +201,7 @@ def test_another_run_is_refused_with_the_difference(model, batches, tmp_path, ki
     def check_everything():
         refused("option flops was 0.4, and is 0.5 now", flops=0.5)
         refused("option seed was 0, and is 3 now", seed=3)
-        refused("option memory was 0.25, and is '1G' now", memory="1G")
+        refused("option memory was 0.5, and is '1G' now", memory="1G")
         refused(r"option weights was None, and is .*\.weights now", weights=weights)
         refused("option forward was .* now", forward=lambda module, batch: module(batch))
         refused("calibration batch 1 differs", batches=[batches[0], batches[2], batches[1], batches[3]])
