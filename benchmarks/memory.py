@@ -109,7 +109,7 @@ def _drop_weights(model: nn.Module) -> None:
     Pages().release()
 
 
-def footprint_apart(name: str, effort: Effort, memory: str = "0.5", files: bool = False) -> Footprint:
+def footprint_apart(name: str, effort: Effort, memory: str = "0.25", files: bool = False) -> Footprint:
     """Compress it in a process of its own."""
     words = ["--subject", name, "--effort", effort, "--memory", memory, *["--files"] * files]
     return Footprint(**run_apart(__file__, *words, "--here"))
@@ -130,7 +130,7 @@ def measure_apart(images: int, batch_size: int, refit: RefitMode) -> Cost:
 @click.option(
     "--effort", "efforts", type=click.Choice(get_args(Effort)), multiple=True, default=("fast",), help="With --subject."
 )
-@click.option("--memory", "bounds", multiple=True, default=("0.5",), help="The option memory, with --subject.")
+@click.option("--memory", "bounds", multiple=True, default=("0.25",), help="The option memory, with --subject.")
 @click.option("--files", is_flag=True, help="With the last bound, read the weights from files, too.")
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process and print the result as JSON.")
 def main(

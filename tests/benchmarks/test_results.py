@@ -17,9 +17,6 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "benchmarks" / "README.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
-UNNAMED = {"zoo"}
-"""Files that hold rows of a run that did not record its command yet, and so name it last, by its date."""
-
 FIELDS = ("torch", "cpu", "cores", "threads", "date", "commit", "command", "options")
 
 
@@ -64,9 +61,7 @@ def as_json(values):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_says_how_each_of_its_runs_was_made(path):
-    *later, first = headers(json.loads(path.read_text()))
-    assert bool(missing(first)) is (path.stem in UNNAMED)
-    for header in [*later, *([] if path.stem in UNNAMED else [first])]:
+    for header in headers(json.loads(path.read_text())):
         assert missing(header) == []
         assert re.fullmatch("[0-9a-f]{40}", header["commit"]), "it was not made from a commit, but from changed files"
 
@@ -75,9 +70,7 @@ def test_a_file_says_how_each_of_its_runs_was_made(path):
 def test_the_commands_of_a_file_exist_and_pass_its_options(path, load_benchmark):
     load_benchmark("common")
     for header in headers(json.loads(path.read_text())):
-        if "command" not in header:
-            assert path.stem in UNNAMED
-        elif header["command"].startswith("python -m pytest"):
+        if header["command"].startswith("python -m pytest"):
             assert (ROOT / collected(header["command"])).exists()
         else:
             passed = as_json(options(header["command"]))
