@@ -10,6 +10,7 @@ import torch
 from dynamo.helpers import STEPS, Mlps, calibrated, compiled, make_offline, rows, run
 
 from balf_fx.dynamo import recording
+from balf_fx.engine.memory import KINDS
 from balf_fx.refit.offload import Shelved
 
 
@@ -25,7 +26,7 @@ def files(folder):
 
 
 def test_inputs_beyond_the_memory_wait_in_files_until_the_switch(conv_net, images, folder):
-    small = compiled(conv_net, memory=images[0].nbytes + 1)
+    small = compiled(conv_net, memory=KINDS * (images[0].nbytes + 1))
     run(small, images[0], images[1])
     assert not files(folder)
     run(small, images[2])
