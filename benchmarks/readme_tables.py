@@ -342,6 +342,32 @@ def realised() -> str:
     return markdown(lines, (", ".join(counts), *headers))
 
 
+def processors() -> str:
+    """The same on a processor with AVX-512, and of FLOPs in bfloat16 with AMX."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    files = {"realised_avx512": "float32", "realised_avx512_large": "float32", "realised_bfloat16": "bfloat16"}
+    for name, dtype in files.items():
+        for case in _read(name)["benchmarks"]:
+            _, model, *budget, _, runner = case["group"].split(", ")
+            found = case["extra_info"]
+            shown = [found["ratios"]["dense"]["median"], found["realised"]]
+            if budget[0] == "latency":
+                shown = [found["flops_kept"], found["ratios"]["dense"]["median"]]
+            cells[f"{model}, {runner}", f"{dtype}, {budget[0]}"] = [f"{each:.2f}" for each in shown]
+    columns = ("float32, flops", "float32, latency", "bfloat16, flops")
+    rows = dict.fromkeys(row for row, _ in cells)
+    lines = [(row, *(each for column in columns for each in cells.get((row, column), ["", ""]))) for row in rows]
+    headers = (
+        "0.5 of FLOPs: time",
+        "realised",
+        "0.5 of time: FLOPs",
+        "time",
+        "bfloat16, 0.5 of FLOPs: time",
+        "realised",
+    )
+    return markdown(lines, ("16 images", *headers))
+
+
 def int8() -> str:
     """The times of models compressed, with 8 bits, and both, relative to the dense ones in float32."""
     lines = []
@@ -403,6 +429,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "blocks": blocks,
     "timings": timings,
     "realised": realised,
+    "processors": processors,
     "int8": int8,
     "generation": generation,
     "pivots": pivots,

@@ -18,7 +18,7 @@ from balf_fx.engine.settings import Settings
 ROOT = Path(__file__).parents[2]
 FRONT, PASSES, MEASUREMENTS = (ROOT / "README.md", ROOT / "passes" / "README.md", ROOT / "benchmarks" / "README.md")
 NAMES = re.compile(
-    r"ResNet-\d+|MobileNetV2|CIFAR-10|ViT-Tiny/16|stories260K|float(?:32|64)|int8|AVX2|AMX|PT2E"
+    r"ResNet-\d+|MobileNetV2|CIFAR-10|ViT-Tiny/16|stories260K|b?float(?:16|32|64)|int8|AVX2|AVX-512|AMX|PT2E"
     r"|[Tt]op-1|Python 3\.\d+|PyTorch 2\.\d+"
 )
 WORDS = {3: "three", 6: "six", 8: "eight"}
@@ -148,7 +148,16 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     ]
     assert left_over(prose(MEASUREMENTS), claims) == []
     assert dict(pivots)[slow]["dense"]["median"] > dict(pivots)[slow]["pairs"]["median"]  # so pairs are slower, too
-    threads = {"realised": 1, "realised_large": 1, "int8": 1, "int8_amx": 1, "generation": 1, "pivots": 2}
+    threads = {
+        "realised": 1,
+        "realised_large": 1,
+        "realised_avx512": 1,
+        "realised_bfloat16": 1,
+        "int8": 1,
+        "int8_amx": 1,
+        "generation": 1,
+        "pivots": 2,
+    }
     assert {name: read(name)["machine_info"]["threads"] for name in threads} == threads
     assert writer.SHARE == 0.5
     assert {case["extra_info"]["cache"] for case in read("generation")["benchmarks"]} == {1.0}
@@ -239,6 +248,19 @@ def test_what_is_said_of_quantization(read):
             assert model != "resnet20" or rise[model, variant, how] > rise[model, "dense", how]
         if variant == "compressed" and "4" in how:
             assert lost > 1.5 * top1[model, "dense", how]
+
+
+def test_what_is_said_of_times_in_bfloat16(read):
+    times = {}
+    for name in ("realised_avx512", "realised_avx512_large", "realised_bfloat16"):
+        for case in read(name)["benchmarks"]:
+            _, model, budget, *_, runner = case["group"].split(", ")
+            if budget == "flops" and runner == "inductor":
+                times.setdefault(model, []).append(case["extra_info"]["ratios"]["dense"]["median"])
+    both = {model: found for model, found in times.items() if len(found) == 2}
+    assert both.keys() == {"MobileNetV2", "SqueezeNet", "ResNet-18", "ResNet-50", "ViT-Tiny", "Swin-T"}
+    for model, (single, half) in both.items():
+        assert (half < single) == ("ResNet" in model)
 
 
 @pytest.mark.parametrize(("name", "slower"), [("int8", 1.1), ("int8_amx", 1.05)])
