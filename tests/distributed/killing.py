@@ -24,7 +24,7 @@ from killed import digest, forked, tiny
 import balf_fx
 from balf_fx.checkpoint import journal
 
-SIZE, MEMORY = 2, 3000
+SIZE, MEMORY = 2, 6000
 
 
 def compressed(rank: int, folder: Path, meeting: Path) -> str:
