@@ -322,14 +322,20 @@ def timings() -> str:
     return markdown(lines, ("group", "case", "median, ms", "median ratio"))
 
 
-def realised() -> str:
-    """What is left for each budget, how much of what FLOPs promise is real, and how much of the time budgets reach."""
+def _by_budget(*files: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """What was measured for each model and runner, by budget, and the number of images."""
     rows: dict[str, dict[str, Any]] = {}
     counts: dict[str, None] = {}
-    for case in _read("realised")["benchmarks"] + _read("realised_large")["benchmarks"]:
+    for case in (case for file in files for case in _read(file)["benchmarks"]):
         _, model, *budget, count, runner = case["group"].split(", ")
         counts[count] = None
         rows.setdefault(f"{model}, {runner}", {})[budget[0]] = case["extra_info"]
+    return rows, ", ".join(counts)
+
+
+def realised() -> str:
+    """What is left for each budget, how much of what FLOPs promise is real, and how much of the time budgets reach."""
+    rows, images = _by_budget("realised", "realised_large")
     lines = []
     for name, found in rows.items():
         flops, latency = found["flops"], found.get("latency")
@@ -339,24 +345,20 @@ def realised() -> str:
         shown = [f"{cell:.2f}" for cell in cells]
         lines.append((name, *(shown if latency is not None else ["", *shown, "", ""])))
     headers = ("dense time in sites", "0.5 of FLOPs: FLOPs", "time", "realised", "0.5 of time: FLOPs", "time")
-    return markdown(lines, (", ".join(counts), *headers))
+    return markdown(lines, (images, *headers))
 
 
 def processors() -> str:
     """The same on a processor with AVX-512, and of FLOPs in bfloat16 with AMX."""
-    cells: dict[tuple[str, str], list[str]] = {}
-    files = {"realised_avx512": "float32", "realised_avx512_large": "float32", "realised_bfloat16": "bfloat16"}
-    for name, dtype in files.items():
-        for case in _read(name)["benchmarks"]:
-            _, model, *budget, _, runner = case["group"].split(", ")
-            found = case["extra_info"]
-            shown = [found["ratios"]["dense"]["median"], found["realised"]]
-            if budget[0] == "latency":
-                shown = [found["flops_kept"], found["ratios"]["dense"]["median"]]
-            cells[f"{model}, {runner}", f"{dtype}, {budget[0]}"] = [f"{each:.2f}" for each in shown]
-    columns = ("float32, flops", "float32, latency", "bfloat16, flops")
-    rows = dict.fromkeys(row for row, _ in cells)
-    lines = [(row, *(each for column in columns for each in cells.get((row, column), ["", ""]))) for row in rows]
+    (rows, images), (half, _) = _by_budget("realised_avx512", "realised_avx512_large"), _by_budget("realised_bfloat16")
+    lines = []
+    for name, found in rows.items():
+        flops, latency = found["flops"], found["latency"]
+        cells = [flops["ratios"]["dense"]["median"], flops["realised"]]
+        cells += [latency["flops_kept"], latency["ratios"]["dense"]["median"]]
+        if name in half:
+            cells += [half[name]["flops"]["ratios"]["dense"]["median"], half[name]["flops"]["realised"]]
+        lines.append((name, *(f"{cell:.2f}" for cell in cells), *[""] * (6 - len(cells))))
     headers = (
         "0.5 of FLOPs: time",
         "realised",
@@ -365,7 +367,7 @@ def processors() -> str:
         "bfloat16, 0.5 of FLOPs: time",
         "realised",
     )
-    return markdown(lines, ("16 images", *headers))
+    return markdown(lines, (images, *headers))
 
 
 def int8() -> str:

@@ -127,10 +127,7 @@ def _there(
     if seen.complete:
         _again(batches, range(len(blocks)), finish)
         return
-    memory = calibration.memory
-    outputs = walk(graph_module, seen.unfinished(blocks), calls, memory, finish, calls.around)
-    for call, output in enumerate(outputs):
-        calls.check(call, output)
+    calls.check(walk(graph_module, seen.unfinished(blocks), calls, calibration.memory, finish, calls.around))
 
 
 def _there_and_back(
@@ -174,9 +171,7 @@ def _there_and_back(
         return
     memory = calibration.memory
     shelves: dict[int, Shelved] = {}
-    outputs = walk(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, shelves)
-    for call, output in enumerate(outputs):
-        calls.check(call, output)
+    calls.check(walk(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, shelves))
     left = felt.unfinished(seen.unobserved(blocks))
     walk_back(graph_module, left, shelves, memory, back, calls.differentiated, calls.loss)
 

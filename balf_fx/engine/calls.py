@@ -51,7 +51,8 @@ class Calls:
                 self._known.append((index, words, given, call_weights(self._program, batch, given)))
             if self._blocks is not None:
                 self._run.append([batch])
-            self._first = batch if len(self._known) == 1 else self._first
+            if len(self._known) == 1:
+                self._first = batch
             yield values
 
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
@@ -92,12 +93,17 @@ class Calls:
         answer = self._answer(batch, output, index)
         return loss_of(answer, batch, self._calibration, index, self._generator, weights.outputs)
 
-    def check(self, call: int, output: Any) -> None:
-        """Raise if the user's weights are no weights of the positions in a call, or one batch takes several calls."""
-        index, _, given, weights = self._known[call]
-        check_fit(given, weights, index)
-        if not call:
-            self._answer(self._first, output, index)
+    def check(self, outputs: Iterable[Any]) -> None:
+        """Raise if the user's weights are no weights of the positions in a call, or one batch takes several calls.
+
+        Args:
+            outputs: the outputs of the calls, which are read once.
+        """
+        for call, output in enumerate(outputs):
+            index, _, given, weights = self._known[call]
+            check_fit(given, weights, index)
+            if not call:
+                self._answer(self._first, output, index)
 
     def _answer(self, batch: Any, output: Any, index: int) -> Any:
         """What the user's function makes of an output."""
