@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -28,6 +27,7 @@ from balf_fx.graph.operators import changes_in_place
 from balf_fx.graph.parameters import grouped_weight
 from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass
+from balf_fx.ranks.spectra import thin_qr
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def _range_basis(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
     """Q of W = Q R, where statistics are on the input side."""
     if site.side == "output":
         return None
-    basis: Tensor = torch.linalg.qr(grouped_weight(graph_module, site))[0]
-    return basis
+    return thin_qr(grouped_weight(graph_module, site))[0]
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:

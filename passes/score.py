@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -42,6 +41,7 @@ from balf_fx.ranks.spectra import (
     spectrum_from_input,
     spectrum_from_output,
     spectrum_from_weight,
+    thin_qr,
 )
 
 Factors = Literal["sensitivity", "activations", "air", "svd"]
@@ -252,7 +252,7 @@ class Score(Pass):
             return None
         own = gradients.parts
         if site.side == "input":
-            basis = torch.linalg.qr(in_parts(grouped_weight(graph_module, site), site.parts))[0]
+            basis = thin_qr(in_parts(grouped_weight(graph_module, site), site.parts))[0]
             own = basis.mT @ own @ basis
         return damped_roots(own, self.damping, gradients.unit)
 
@@ -264,8 +264,7 @@ class Score(Pass):
         Damping steadies a spectrum where gradients are few. The error is measured without it.
         """
         centred = self.centred and not site.has_experts
-        mode = "r" if parts == 1 else "reduced"  # gradients of parts alone are not in the basis Q
-        thin = torch.linalg.qr(in_parts(weight, parts), mode) if site.side == "input" else None
+        thin = thin_qr(in_parts(weight, parts)) if site.side == "input" else None
         seen = [_coordinates(thin, bias, half, centred, parts) for half in halves]
         # Second moments of gradients are sums over samples, and the unit is that of both halves together.
         total = sum(half.gradients.samples for half in halves)

@@ -28,7 +28,7 @@ from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes.base import Pass, scored_alike
 from balf_fx.progress import SILENT, Progress
-from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output
+from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output, thin_qr
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 
 _LOGGER = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     if observer.wants_features and any(sample.features is None for sample in samples):
         return None
     weight, bias = grouped_weight(graph_module, mark.site)[0], grouped_bias(graph_module, mark.site)
-    basis, reduced = (None, weight) if mark.site.side == "output" else torch.linalg.qr(weight)
+    basis, reduced = (None, weight) if mark.site.side == "output" else thin_qr(weight)
     gradients = whole.gradients
     unit = gradients.unit
     loss = 0.5 * float(unit) / gradients.samples

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from balf_fx.ranks.pivots import GAIN, interchange
+from balf_fx.ranks.spectra import thin_qr
 
 BOUND = 64.0
 """The largest entry of T: rounding errors grow with it."""
@@ -40,7 +41,7 @@ _LEAST = 1e-6  # singular values of C below this share of the largest one are ra
 
 def row_space(heads: Tensor) -> Tensor:
     """Q [heads, D, r] in float64, whose orthonormal columns span the rows of W [heads, r, D]."""
-    basis: Tensor = torch.linalg.qr(heads.detach().to(torch.float64).mT)[0]
+    basis, _ = thin_qr(heads.detach().to(torch.float64).mT)
     return basis.contiguous()  # products with a few directions take several times as long column by column
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from balf_fx.graph.curves import Solution
+from balf_fx.ranks.spectra import thin_qr
 
 GAIN = 1.01
 """The least factor by which an interchange increases a volume; without a bound above 1, rounding could repeat them."""
@@ -35,7 +36,7 @@ def pivot_rows(factor: Tensor) -> Tensor:
         [O]: the pivots, ascending, then the other rows, ascending.
     """
     rows, rank = factor.shape
-    basis, _ = torch.linalg.qr(factor.detach().to(torch.float64))  # also spans rows of a lower rank
+    basis, _ = thin_qr(factor.detach().to(torch.float64))  # also spans rows of a lower rank
     _, exchanged = torch.linalg.lu_factor(basis)
     order = _permutation(exchanged, rows)
     others = torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
@@ -102,7 +103,7 @@ def _combined(factor: Tensor, rank: int) -> Tensor:
 
     T is the same for A = Q R and for Q, whose pivots are well-conditioned unless A has a lower rank.
     """
-    basis, triangle = torch.linalg.qr(factor.to(torch.float64))
+    basis, triangle = thin_qr(factor.to(torch.float64))
     sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()
     solved, failed = torch.linalg.solve_ex(basis[..., :rank, :], basis[..., rank:, :], left=False)
     if bool(failed.any()) or bool((sizes.amin(-1) <= _LEAST * sizes.amax(-1)).any()):

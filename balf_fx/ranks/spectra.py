@@ -35,6 +35,10 @@ _SINGULAR = 1e-6
 """Pivots of a Cholesky factor below this share of the largest one are rounding errors of zeros."""
 
 
+_DEPENDENT = 1e-3
+"""Where some diagonal entry of R is below this share of the largest one, Q R is not computed from W^T W."""
+
+
 def in_parts(value: Tensor, parts: int) -> Tensor:
     """[G, O, ...] split along O into [G * parts, O / parts, ...]."""
     return value.reshape(value.shape[0] * parts, value.shape[1] // parts, *value.shape[2:])
@@ -45,6 +49,25 @@ def diagonal_blocks(matrix: Tensor, parts: int) -> Tensor:
     groups, size = matrix.shape[0], matrix.shape[1] // parts
     blocks = matrix.reshape(groups, parts, size, parts, size).diagonal(dim1=1, dim2=3)
     return blocks.movedim(-1, 1).reshape(groups * parts, size, size)
+
+
+def thin_qr(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Q [..., O, m] and R [..., m, D] with W = Q R, where R has no negative number on its diagonal.
+
+    For a tall W of full rank, R is the Cholesky factor of W^T W and Q = W R^-1: products of matrices, up to three times
+    as fast as reflections. The rounding error of Q^T Q grows with the square of W's condition (Yamamoto et al. 2015,
+    "Roundoff error analysis of the CholeskyQR2 algorithm"), so others are decomposed by reflections.
+    """
+    rows, columns = weight.shape[-2:]
+    if rows >= 2 * columns:
+        lower, failed = torch.linalg.cholesky_ex(weight.mT @ weight)
+        sizes = lower.diagonal(dim1=-2, dim2=-1)
+        if not bool(failed.any()) and bool((sizes.amin(-1) > _DEPENDENT * sizes.amax(-1)).all()):
+            identity = torch.eye(columns, dtype=weight.dtype, device=weight.device).expand_as(lower)
+            return weight @ torch.linalg.solve_triangular(lower.mT, identity, upper=True), lower.mT
+    basis, triangle = torch.linalg.qr(weight)
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(weight)
+    return basis * signs.unsqueeze(-2), triangle * signs.unsqueeze(-1)
 
 
 def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +185,7 @@ def spectrum_from_input(
     output_mean = None if mean is None else (weight @ mean.unsqueeze(-1)).squeeze(-1)
     if roots is None and weight.shape[-2] <= weight.shape[-1]:  # Q is square: a rotation, which changes nothing
         return spectrum_from_output(weight @ covariance @ weight.mT, output_mean)
-    basis, reduced = torch.linalg.qr(weight)
+    basis, reduced = thin_qr(weight)
     inner = spectrum_from_output(reduced @ covariance @ reduced.mT, output_mean, roots)
     right = None if inner.right is None else inner.right @ basis.mT
     return Spectrum(inner.energies, basis @ inner.left, output_mean, right)

@@ -119,10 +119,17 @@ def addition_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if len(readers) != 1:
         return None
     (reader, read), *_ = readers
-    if reader.target not in _ADDITIONS or reader.kwargs or len(reader.args) != 2:
+    if not _adds(reader) or len(reader.args) != 2:
         return None
     others = [source for source in reader.all_input_nodes if source is not read]
     return others[0] if len(others) == 1 else None
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a node is a plain sum; the graph of a compressed model may have it as a difference with alpha=-1."""
+    if node.target is torch.sub:
+        return dict(node.kwargs) == {"alpha": -1}
+    return node.target in _ADDITIONS and not node.kwargs
 
 
 def limits_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:

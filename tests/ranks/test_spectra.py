@@ -15,6 +15,7 @@ from balf_fx.ranks.spectra import (
     spectrum_from_output,
     spectrum_from_weight,
     tail_energies,
+    thin_qr,
 )
 
 SHAPES = [(1, 4, 6), (1, 7, 3), (1, 5, 5), (3, 4, 2), (2, 3, 5)]
@@ -57,6 +58,29 @@ def best_affine_map(z, y, centred):
     """Least-squares prediction of y from z, with an intercept where centred."""
     features = torch.cat([z, torch.ones_like(z[:, :1])], 1) if centred else z
     return (torch.linalg.lstsq(features.mT, y.mT).solution.mT) @ features
+
+
+@PROPERTY
+@given(seeds, st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 8)), st.floats(0, 14))
+def test_a_thin_qr_is_one_whatever_the_condition(seed, shape, decades):
+    weight = random(seed, *shape) * torch.logspace(0, -decades, shape[-1], dtype=torch.float64)
+    basis, triangle = thin_qr(weight)
+    inner = min(shape[1:])
+    assert basis.shape == (*shape[:2], inner)
+    assert triangle.shape == (shape[0], inner, shape[2])
+    torch.testing.assert_close(basis @ triangle, weight, rtol=0, atol=1e-14 * float(weight.abs().max()) * inner)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(inner, dtype=torch.float64).expand(shape[0], -1, -1))
+    assert (triangle.diagonal(dim1=-2, dim2=-1) >= 0).all()
+    torch.testing.assert_close(triangle.triu(), triangle, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dependent", ["a column of zeros", "a repeated column"])
+def test_a_thin_qr_of_dependent_columns_is_orthonormal(dependent):
+    weight = random(0, 1, 12, 4)
+    weight[..., 2] = 0.0 if dependent == "a column of zeros" else weight[..., 1]
+    basis, triangle = thin_qr(weight)
+    torch.testing.assert_close(basis @ triangle, weight)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(4, dtype=torch.float64).unsqueeze(0))
 
 
 @pytest.mark.parametrize("centred", [True, False])
