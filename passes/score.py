@@ -42,6 +42,7 @@ from balf_fx.ranks.spectra import (
     spectrum_from_output,
     spectrum_from_weight,
     thin_qr,
+    thin_triangle,
 )
 
 Factors = Literal["sensitivity", "activations", "air", "svd"]
@@ -264,7 +265,9 @@ class Score(Pass):
         Damping steadies a spectrum where gradients are few. The error is measured without it.
         """
         centred = self.centred and not site.has_experts
-        thin = thin_qr(in_parts(weight, parts)) if site.side == "input" else None
+        thin: tuple[Tensor | None, Tensor] | None = None
+        if site.side == "input":  # where there are no parts, gradients are in the basis Q
+            thin = (None, thin_triangle(weight)) if parts == 1 else thin_qr(in_parts(weight, parts))
         seen = [_coordinates(thin, bias, half, centred, parts) for half in halves]
         # Second moments of gradients are sums over samples, and the unit is that of both halves together.
         total = sum(half.gradients.samples for half in halves)
@@ -349,13 +352,13 @@ def _spectrum(
 
 
 def _coordinates(
-    thin: tuple[Tensor, Tensor] | None, bias: Tensor | None, sample: Sample, centred: bool, parts: int
+    thin: tuple[Tensor | None, Tensor] | None, bias: Tensor | None, sample: Sample, centred: bool, parts: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Moment and mean of W x, and E[g g^T].
 
     Args:
-        thin: Q and R of W = Q R where statistics are on the input side: all are in the basis Q, which is read where
-            there are several parts.
+        thin: Q and R of W = Q R where statistics are on the input side: all are in the basis Q; None for Q where the
+            gradients already are.
     """
     gradient = sample.gradients.scatter
     if parts > 1 and sample.gradients.parts is not None:
@@ -363,7 +366,7 @@ def _coordinates(
     moments = sample.moments
     if thin is not None:
         basis, reduced = thin
-        gradient = gradient if parts == 1 else basis.mT @ gradient @ basis
+        gradient = gradient if basis is None else basis.mT @ gradient @ basis
         moment = moments.covariance() if centred else moments.second_moment()
         mean = (reduced @ moments.mean.unsqueeze(-1)).squeeze(-1)
         return reduced @ moment @ reduced.mT, mean if centred else None, gradient

@@ -28,7 +28,15 @@ from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes.base import Pass, scored_alike
 from balf_fx.progress import SILENT, Progress
-from balf_fx.ranks.spectra import convex_energies, damped, damped_roots, held_out_errors, spectrum_from_output, thin_qr
+from balf_fx.ranks.spectra import (
+    convex_energies,
+    damped,
+    damped_roots,
+    held_out_errors,
+    spectrum_from_output,
+    thin_qr,
+    thin_triangle,
+)
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 
 _LOGGER = logging.getLogger(__name__)
@@ -118,7 +126,6 @@ class _Layer:
     Attributes:
         weight, bias: [O, D] and [O].
         reduced: [m, D], R of W = Q R on the input side, W itself on the output side. Errors are those of R x.
-        basis: Q [O, m], or None on the output side.
         unit: [1, 1], the scale by which second moments of gradients are divided.
         loss: the loss of an error of 1 in the metric M.
     """
@@ -128,7 +135,6 @@ class _Layer:
     weight: Tensor
     bias: Tensor | None
     reduced: Tensor
-    basis: Tensor | None
     unit: Tensor
     damping: float
     loss: float
@@ -144,6 +150,11 @@ class _Layer:
         if self.sample.features is None:
             raise ValueError(f"the input of {self.site.name} was not observed")
         return self.sample.features
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """Q [O, m] of W = Q R."""
+        return thin_qr(self.weight)[0]
 
     @cached_property
     def weighed(self) -> Tensor:
@@ -173,7 +184,7 @@ class _Layer:
         gradients = self.sample.gradients
         if gradients.parts is not None and len(part) == 1:
             return gradients.parts[int(part)][rows % size][:, rows % size]
-        if self.basis is None:
+        if self.site.side == "output":
             return gradients.scatter[0][rows][:, rows]
         return self.basis[rows] @ gradients.scatter[0] @ self.basis[rows].mT
 
@@ -189,14 +200,14 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     if observer.wants_features and any(sample.features is None for sample in samples):
         return None
     weight, bias = grouped_weight(graph_module, mark.site)[0], grouped_bias(graph_module, mark.site)
-    basis, reduced = (None, weight) if mark.site.side == "output" else thin_qr(weight)
+    reduced = weight if mark.site.side == "output" else thin_triangle(weight)
     gradients = whole.gradients
     unit = gradients.unit
     loss = 0.5 * float(unit) / gradients.samples
     bias = None if bias is None else bias[0]
     units = [unit * (sample.gradients.samples / gradients.samples) for sample in samples]  # sums over samples
     return [
-        _Layer(mark.site, sample, weight, bias, reduced, basis, own, damping, loss)
+        _Layer(mark.site, sample, weight, bias, reduced, own, damping, loss)
         for sample, own in zip(samples, units, strict=True)
     ]
 

@@ -58,16 +58,31 @@ def thin_qr(weight: Tensor) -> tuple[Tensor, Tensor]:
     as fast as reflections. The rounding error of Q^T Q grows with the square of W's condition (Yamamoto et al. 2015,
     "Roundoff error analysis of the CholeskyQR2 algorithm"), so others are decomposed by reflections.
     """
+    triangle = _tall_triangle(weight)
+    if triangle is None:
+        basis, triangle = torch.linalg.qr(weight)
+        signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(weight)
+        return basis * signs.unsqueeze(-2), triangle * signs.unsqueeze(-1)
+    identity = torch.eye(triangle.shape[-1], dtype=weight.dtype, device=weight.device).expand_as(triangle)
+    return weight @ torch.linalg.solve_triangular(triangle, identity, upper=True), triangle
+
+
+def thin_triangle(weight: Tensor) -> Tensor:
+    """R of `thin_qr` alone."""
+    triangle = _tall_triangle(weight)
+    return thin_qr(weight)[1] if triangle is None else triangle
+
+
+def _tall_triangle(weight: Tensor) -> Tensor | None:
+    """R, if W has at least twice as many rows as columns and is so well-conditioned that R is that of W^T W."""
     rows, columns = weight.shape[-2:]
-    if rows >= 2 * columns:
-        lower, failed = torch.linalg.cholesky_ex(weight.mT @ weight)
-        sizes = lower.diagonal(dim1=-2, dim2=-1)
-        if not bool(failed.any()) and bool((sizes.amin(-1) > _DEPENDENT * sizes.amax(-1)).all()):
-            identity = torch.eye(columns, dtype=weight.dtype, device=weight.device).expand_as(lower)
-            return weight @ torch.linalg.solve_triangular(lower.mT, identity, upper=True), lower.mT
-    basis, triangle = torch.linalg.qr(weight)
-    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(weight)
-    return basis * signs.unsqueeze(-2), triangle * signs.unsqueeze(-1)
+    if rows < 2 * columns:
+        return None
+    lower, failed = torch.linalg.cholesky_ex(weight.mT @ weight)
+    sizes = lower.diagonal(dim1=-2, dim2=-1)
+    independent = not bool(failed.any()) and bool((sizes.amin(-1) > _DEPENDENT * sizes.amax(-1)).all())
+    triangle: Tensor = lower.mT
+    return triangle if independent else None
 
 
 def _descending_eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
