@@ -39,7 +39,7 @@ from balf_fx.engine.memory import bytes_of
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Part, Program, Step, Trace
 from balf_fx.engine.resuming import check, open_journal, with_validation
-from balf_fx.engine.rewriting import finish, with_plan
+from balf_fx.engine.rewriting import finish, own_memory, with_plan
 from balf_fx.engine.run import keep, run, solve, with_refit
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import FEW_SAMPLES
@@ -101,7 +101,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
                 "there are no calibration batches, or all are empty: pass at least one, or a fresh iterator"
             )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
-        program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}), forward)
+        program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}, share=True), forward)
         journal = open_journal(program, settings, forward, group)
         settings = with_validation(settings, journal)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
@@ -120,11 +120,9 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         compressed, plan = run(program, settings, calibration, stream=stream, progress=bar, journal=journal)
         # 5. Leave a plain module with its plan, or put the layers into a copy of the model.
         graph_module = compressed.graph_modules[0]
-        small = (
-            finish(graph_module, plan)
-            if settings.result == "graph"
-            else _grafted(model, graph_module, plan, first, forward)
-        )
+        plain = settings.result == "graph"
+        small = finish(graph_module, plan) if plain else _grafted(model, graph_module, plan, first, forward)
+        own_memory(small, model)
         checkpoint.write_result(journal, stored(small), group)
         return small
 
@@ -340,12 +338,12 @@ def _stored(compressed: Any) -> Stored:
 
 
 def _prepared(
-    model: nn.Module, example: Any, forward: Forward, settings: Settings, factors: set[Factors]
+    model: nn.Module, example: Any, forward: Forward, settings: Settings, factors: set[Factors], share: bool = False
 ) -> fx.GraphModule:
-    """The captured graph with observers."""
+    """The captured graph with observers (`share`: see `capture`)."""
     if is_empty(example):
         raise CalibrationError("the example batch has no samples: pass one with samples")
-    graph_module = capture(model, example, forward, settings.capture)
+    graph_module = capture(model, example, forward, settings.capture, share)
     if settings.result == "module":
         unused = count_parameters(model) - count_parameters(graph_module)
         names = parameters_named_once(model)

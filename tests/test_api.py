@@ -12,6 +12,7 @@ import balf_fx
 from balf_fx.errors import (
     BudgetError,
     CalibrationError,
+    CaptureError,
     NonFiniteError,
     NoSiteError,
     NotCalibratedError,
@@ -72,6 +73,58 @@ def test_the_model_and_the_random_state_stay_as_they_are(conv_net, images):
     assert all(torch.equal(state[key], after[key]) for key in state)
     original = {parameter.data_ptr() for parameter in conv_net.parameters()}
     assert not any(parameter.data_ptr() in original for parameter in compressed.parameters())
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, in features last, and a table with a view of its memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.first.weight = nn.Parameter(self.first.weight.detach().to(memory_format=torch.channels_last))
+        self.second.weight = self.first.weight
+        self.scale = nn.Parameter(torch.ones(2, 16, 1, 1), requires_grad=False)
+        self.register_buffer("shift", self.scale.detach()[0])
+        self.last = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))) * self.scale[1] + self.shift)
+
+
+@pytest.mark.parametrize("result", ["graph", "module"])
+def test_what_is_kept_has_its_own_memory_and_stays_tied(result):
+    torch.manual_seed(0)
+    model, batches = Tied().eval(), [torch.randn(8, 16, 6, 6)]
+    small = compress(model, batches, flops=None, allocation={"last": 2}, effort="fast", result=result)
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {name: tensor for name, tensor in small.state_dict(keep_vars=True).items() if name in model.state_dict()}
+    assert {"first.weight", "second.weight", "scale"} <= set(kept)
+    assert not any(tensor.untyped_storage().data_ptr() in held for tensor in small.state_dict().values())
+    assert kept["first.weight"] is kept["second.weight"]
+    assert kept["first.weight"].stride() == model.first.weight.stride()
+    assert not kept["scale"].requires_grad
+
+
+@pytest.mark.parametrize("options", [{"effort": "best"}, {"factors": "air"}])
+def test_hooks_on_the_parameters_of_the_model_are_not_called(options, conv_net, images):
+    called = []
+    for parameter in conv_net.parameters():
+        parameter.register_hook(called.append)
+    compress(conv_net, images, **options)
+    assert not called
+
+
+def test_a_parameter_that_forward_changes_stays_as_it_is(images):
+    class Drifting(ConvNet):
+        def forward(self, x):
+            self.head.weight.data.mul_(0.5)
+            return super().forward(x)
+
+    model = Drifting().eval()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(CaptureError):
+        compress(model, images)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
 def test_no_global_state_changes(conv_net, images):

@@ -66,24 +66,47 @@ def _without_compiled_parts(model: nn.Module) -> nn.Module:
     return copied
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A deep copy, also of tensors that hooks compute and store on a module, as `torch.nn.utils.weight_norm` does.
 
-    Tensors that are mapped from files (`calibration.pages`) are shared, not copied. Modules are in the mode of the
-    originals: torchvision's feature extractors copy themselves into training mode.
+    Tensors that are mapped from files (`calibration.pages`) are not copied. Modules are in the mode of the originals:
+    torchvision's feature extractors copy themselves into training mode.
+
+    Args:
+        shared: other tensors that are not copied.
 
     Raises:
         ModelError: another part of the model cannot be copied.
     """
     try:
-        shared = mapped((*model.parameters(), *model.buffers()))
-        copied = copy.deepcopy(model, {**computed_tensors(model), **shared})
+        kept = mapped((*model.parameters(), *model.buffers())) | {id(tensor): tensor for tensor in shared}
+        copied = copy.deepcopy(model, {**computed_tensors(model), **kept})
     except MODEL_ERRORS as error:
         raise ModelError(f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}") from error
     for original, own in zip(model.modules(), copied.modules(), strict=False):
         if own.training != original.training:
             own.train(original.training)
     return copied
+
+
+def unchanged_parameters(model: nn.Module, copied: nn.Module) -> list[Tensor]:
+    """The parameters of a model that a graph may share with it, since forward does not change them.
+
+    Args:
+        copied: a copy of the model whose forward has run.
+    """
+    after = dict(copied.named_parameters())
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if _is_plain(parameter) and name in after and torch.equal(parameter, after[name])
+    ]
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is an ordinary one, whose gradients nobody watches."""
+    watched = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return type(parameter) is nn.Parameter and not (watched or parameter.is_inference() or is_quantized(parameter))
 
 
 def fold_parametrizations(model: nn.Module) -> None:

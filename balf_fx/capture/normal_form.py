@@ -6,8 +6,9 @@ The graph is checked against the model on the example batch, and every node is a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from balf_fx.capture.models import (
     cuda_devices,
     fold_parametrizations,
     plain_model,
+    unchanged_parameters,
     without_expert_loops,
 )
 from balf_fx.capture.tracing import trace
@@ -50,7 +52,9 @@ _EXPORTABLE = (Tensor, bool, int, float, str, type(None))
 _LOGGER = logging.getLogger(__name__)
 
 
-def capture(model: nn.Module, example: Any, forward: Forward | None = None, method: Method = "auto") -> fx.GraphModule:
+def capture(
+    model: nn.Module, example: Any, forward: Forward | None = None, method: Method = "auto", share: bool = False
+) -> fx.GraphModule:
     """Turn a copy of the model into a graph, check it on the example batch and count its FLOPs.
 
     Arguments that the example does not supply, or supplies with something other than tensors, keep that value in the
@@ -62,6 +66,7 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
         forward: a function forward(model, batch), in place of the rules in `calibration.batches`.
         method: "symbolic_trace", "export", or "auto": symbolic tracing first, then torch.export if that fails or leaves
             weights inside calls that it cannot trace. An exported graph asserts the sizes for which it is valid.
+        share: whether the graph may have the model's own parameters, not copies (`engine.rewriting.own_memory`).
 
     Raises:
         ModelError: it is no module, weights are missing or modules are quantized; torchao's quantized weights are
@@ -75,15 +80,19 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
     model = plain_model(model)
     check_weights(model)
     check_evaluation_mode(model)
+    copied = copy_model(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        call = record_call(copy_model(model), example, forward or forward_for(model))
+        call = record_call(copied, example, forward or forward_for(model))
+    shared = unchanged_parameters(model, copied) if share else []
+    del copied  # a large model's takes much memory
+    captured = partial(_captured, model, call, shared)
     if method != "auto":
-        return _captured(model, call, method, conditional=True)
+        return captured(method, conditional=True)
     try:
-        traced = _captured(model, call, "symbolic_trace")
+        traced = captured("symbolic_trace")
     except CaptureError as not_traced:
         try:
-            return _captured(model, call, "export", conditional=True)
+            return captured("export", conditional=True)
         except CaptureError as not_exported:
             raise CaptureError(
                 f"{not_traced}\n{not_exported}\nFor a model that cannot be captured as one graph, use "
@@ -92,16 +101,18 @@ def capture(model: nn.Module, example: Any, forward: Forward | None = None, meth
     if not _has_opaque_weights(traced):
         return traced
     try:
-        exported = _captured(model, call, "export")
+        exported = captured("export")
     except CaptureError as error:
         _LOGGER.info("some weights stay inside calls that cannot be traced: %s", error)
         return traced
     return max((traced, exported), key=_flops_in_sites)
 
 
-def _captured(model: nn.Module, call: Call, method: Method, conditional: bool = False) -> fx.GraphModule:
-    """Capture by one method, checked and profiled (`conditional`: see `export`)."""
-    subject = copy_model(model)
+def _captured(
+    model: nn.Module, call: Call, shared: Sequence[Tensor], method: Method, conditional: bool = False
+) -> fx.GraphModule:
+    """Capture by one method, checked and profiled (`shared`: see `copy_model`; `conditional`: see `export`)."""
+    subject = copy_model(model, shared)
     with torch.no_grad():
         fold_parametrizations(subject)
     if method == "symbolic_trace":

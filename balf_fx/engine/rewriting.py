@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.calibration.observers import OBSERVERS
+from balf_fx.calibration.pages import mapped
 from balf_fx.capture.devices import follow_inputs
 from balf_fx.errors import PlanError
 from balf_fx.graph.annotation import (
@@ -255,6 +256,27 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
             is_parameter = isinstance(tensor, nn.Parameter)
             given[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
         put(module, name, given[id(tensor)])
+
+
+def own_memory(compressed: nn.Module, model: nn.Module) -> None:
+    """Copy the tensors of a compressed model that are in the memory of the model's own; not those in files."""
+    given = [tensor for _, tensor in held_tensors(model) if _has_memory(tensor)]
+    files = mapped(given)
+    held = {tensor.untyped_storage().data_ptr() for tensor in given if id(tensor) not in files}
+    copies: dict[int, Tensor] = {}  # tensors that several names share remain shared
+    for name, tensor in list(held_tensors(compressed)):
+        if not _has_memory(tensor) or tensor.untyped_storage().data_ptr() not in held:
+            continue
+        if id(tensor) not in copies:
+            own = tensor.detach().clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
+        put(compressed, name, copies[id(tensor)])
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor with values."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.numel() > 0
 
 
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -188,7 +188,7 @@ def spectrum_from_input(
 ) -> Spectrum:
     """The same optimum from the second moment of x, cheaper where D < O.
 
-    With the thin QR decomposition W = Q R, the output W x lies in the m-dimensional range of Q, m = min(O, D), and
+    With W = Q R from `thin_qr`, the output W x lies in the m-dimensional range of Q, m = min(O, D), and
     |W x| = |R x|. So if V are the eigenvectors of R Cov(x) R^T [G, m, m], Q V are those of Cov(W x).
 
     Args:
