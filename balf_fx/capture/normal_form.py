@@ -55,7 +55,7 @@ _LOGGER = logging.getLogger(__name__)
 def capture(
     model: nn.Module, example: Any, forward: Forward | None = None, method: Method = "auto", share: bool = False
 ) -> fx.GraphModule:
-    """Turn a copy of the model into a graph, check it on the example batch and count its FLOPs.
+    """Turn a model into a graph, check it on the example batch and count its FLOPs.
 
     Arguments that the example does not supply, or supplies with something other than tensors, keep that value in the
     graph, guarded by an assertion.

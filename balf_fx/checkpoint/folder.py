@@ -23,7 +23,7 @@ from torch import Tensor
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.errors import CheckpointError
 
-_MANIFEST, _STAGES, _FORMAT = "manifest.json", "stages", 2
+_MANIFEST, _STAGES, _FORMAT = "manifest.json", "stages", 3
 
 
 class Folder:
