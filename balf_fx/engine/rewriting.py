@@ -253,8 +253,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
             value = value.to(
                 tensor.device, like.dtype if like is not None and value.is_floating_point() else value.dtype
             )
-            is_parameter = isinstance(tensor, nn.Parameter)
-            given[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+            given[id(tensor)] = _in_place_of(tensor, value)
         put(module, name, given[id(tensor)])
 
 
@@ -268,10 +267,13 @@ def own_memory(compressed: nn.Module, model: nn.Module) -> None:
         if not _has_memory(tensor) or tensor.untyped_storage().data_ptr() not in held:
             continue
         if id(tensor) not in copies:
-            own = tensor.detach().clone()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            copies[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
+            copies[id(tensor)] = _in_place_of(tensor, tensor.detach().clone())
         put(compressed, name, copies[id(tensor)])
+
+
+def _in_place_of(tensor: Tensor, value: Tensor) -> Tensor:
+    """A value as a parameter if the tensor is one."""
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _has_memory(tensor: Tensor) -> bool:
