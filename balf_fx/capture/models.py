@@ -93,14 +93,11 @@ def unchanged_parameters(model: nn.Module, copied: nn.Module) -> list[Tensor]:
     """The parameters of a model that a graph may share with it, since forward does not change them.
 
     Args:
-        copied: a copy of the model whose forward has run.
+        copied: a copy of the model whose forward has run. What it shares with the model, in files, is not read.
     """
     after = dict(copied.named_parameters())
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if _is_plain(parameter) and name in after and torch.equal(parameter, after[name])
-    ]
+    pairs = [(own, after[name]) for name, own in model.named_parameters() if name in after and _is_plain(own)]
+    return [own for own, other in pairs if own is not other and torch.equal(own, other)]
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
