@@ -61,7 +61,7 @@ def thin_qr(weight: Tensor) -> tuple[Tensor, Tensor]:
     triangle = _tall_triangle(weight)
     if triangle is None:
         basis, triangle = torch.linalg.qr(weight)
-        signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(weight)
+        signs = _signs(triangle)
         return basis * signs.unsqueeze(-2), triangle * signs.unsqueeze(-1)
     identity = torch.eye(triangle.shape[-1], dtype=weight.dtype, device=weight.device).expand_as(triangle)
     return weight @ torch.linalg.solve_triangular(triangle, identity, upper=True), triangle
@@ -70,7 +70,16 @@ def thin_qr(weight: Tensor) -> tuple[Tensor, Tensor]:
 def thin_triangle(weight: Tensor) -> Tensor:
     """R of `thin_qr` alone."""
     triangle = _tall_triangle(weight)
-    return thin_qr(weight)[1] if triangle is None else triangle
+    if triangle is not None:
+        return triangle
+    reflected: Tensor = torch.linalg.qr(weight, mode="r")[1]
+    return reflected * _signs(reflected).unsqueeze(-1)
+
+
+def _signs(triangle: Tensor) -> Tensor:
+    """The signs [..., m] on the diagonal of R; 1 for zero."""
+    signs: Tensor = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return signs.to(triangle)
 
 
 def _tall_triangle(weight: Tensor) -> Tensor | None:

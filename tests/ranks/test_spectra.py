@@ -16,6 +16,7 @@ from balf_fx.ranks.spectra import (
     spectrum_from_weight,
     tail_energies,
     thin_qr,
+    thin_triangle,
 )
 
 SHAPES = [(1, 4, 6), (1, 7, 3), (1, 5, 5), (3, 4, 2), (2, 3, 5)]
@@ -72,6 +73,7 @@ def test_a_thin_qr_is_one_whatever_the_condition(seed, shape, decades):
     torch.testing.assert_close(basis.mT @ basis, torch.eye(inner, dtype=torch.float64).expand(shape[0], -1, -1))
     assert (triangle.diagonal(dim1=-2, dim2=-1) >= 0).all()
     torch.testing.assert_close(triangle.triu(), triangle, rtol=0, atol=0)
+    torch.testing.assert_close(thin_triangle(weight), triangle, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dependent", ["a column of zeros", "a repeated column"])
