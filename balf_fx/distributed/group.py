@@ -22,6 +22,11 @@ from balf_fx.distributed.shares import assigned
 from balf_fx.errors import BalfError, ProcessError
 from balf_fx.progress import SILENT, Progress
 
+if dist.is_available():
+    # Its functions take the group of the time of their import as a default, and keep it: a group that they hold lives
+    # on after destroy_process_group, with its threads, which may abort the process as it ends. Exporting imports it.
+    import torch.distributed.nn.functional
+
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
 

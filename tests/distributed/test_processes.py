@@ -22,6 +22,19 @@ ROOT = Path(__file__).parents[2]
 CASES = [(2, name) for name in EFFORTS] + [(4, name) for name in IN_FOUR]
 
 
+HELD = """
+import sys
+import torch, balf_fx
+import torch.distributed as dist
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+before = sys.getrefcount(dist.group.WORLD)
+balf_fx.compile(torch.nn.Sequential(torch.nn.Linear(8, 8)), [torch.randn(4, 8)], flops=0.5, progress=False)
+assert "torch.distributed.nn.functional" in sys.modules
+sys.exit(sys.getrefcount(dist.group.WORLD) - before)
+"""
+
+
 def run(size, folder):
     """Run the processes, each of which stores what it has found."""
     command = [sys.executable, worker.__file__]
@@ -192,3 +205,11 @@ def test_a_process_that_ends_is_an_error_of_the_others_within_the_time_limit(fou
     assert kind == "ProcessError"
     assert "another process has ended" in message
     assert seconds < worker.SECONDS
+
+
+def test_nothing_holds_the_group_once_it_is_destroyed(tmp_path):
+    """What export imports would hold it: then its threads end with the process, and may abort it."""
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HELD]
+    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
