@@ -26,6 +26,7 @@ from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
 from balf_fx.passes.score import Score
 from balf_fx.passes.score_widths import ScoreWidths
+from balf_fx.passes.split_bias import SplitBias
 from balf_fx.passes.time import Time
 
 __all__ = [  # noqa: RUF022 (in the order in which they run)
@@ -49,5 +50,6 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Pivot",
     "Narrow",
     "Factorize",
+    "SplitBias",
     "Overwrite",
 ]

@@ -144,7 +144,7 @@ def _largest(site: Site, curve: RankCurve, uses: Sequence[Use]) -> Iterator[Run]
     forms: list[Form] = ["separable" if site.separable else "pair"]
     if site.pivots is not None and not site.separable:
         forms += ["rows", "columns"] if site.reads_each_once else ["rows"]
-    ordered = dataclasses.replace(site, pivots="none")  # which may take gathers
+    ordered = site if site.pivots is None else dataclasses.replace(site, pivots="none")  # which may take gathers
     sizes: dict[Operation, tuple[int, int]] = {}
     for each in uses:
         yield from each.runs(site, None)

@@ -35,7 +35,18 @@ from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import AnySubstitute, build, features_last, replace_site
 from balf_fx.graph.widths import Width, WidthCurve
-from balf_fx.passes import Annotate, Factorize, FindPivots, FindWidths, FoldBatchNorm, Follow, Narrow, Overwrite, Pivot
+from balf_fx.passes import (
+    Annotate,
+    Factorize,
+    FindPivots,
+    FindWidths,
+    FoldBatchNorm,
+    Follow,
+    Narrow,
+    Overwrite,
+    Pivot,
+    SplitBias,
+)
 from balf_fx.passes.observe import remove_observers
 from balf_fx.widths.layouts import find_constants, find_layouts
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
@@ -49,7 +60,8 @@ def rewrite(
     """Rewrite a graph by the allocation that is recorded in it.
 
     Args:
-        pivot: whether to write low-rank maps in the form for which they were priced; False leaves pairs of factors.
+        pivot: whether to write low-rank maps in the form for which they were priced, and to add biases apart; False
+            leaves pairs of factors.
         done: called with the modules that replace a layer once they are built, if given.
     """
     if hasattr(graph_module, OBSERVERS):
@@ -57,11 +69,14 @@ def rewrite(
     if sites(graph_module):
         if pivot:
             Pivot()(graph_module)
-        if graph_record(graph_module).modules is not None:
+        in_modules = graph_record(graph_module).modules is not None
+        if in_modules:
             constants = find_constants(graph_module)
             record_graph(graph_module, layouts=find_layouts(graph_module), constants=constants)
         Narrow()(graph_module)
         Factorize(done)(graph_module)
+        if pivot and not in_modules:
+            SplitBias()(graph_module)
     Overwrite()(graph_module)
     graph_module.recompile()
     return graph_module
@@ -141,6 +156,8 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     if any(map(features_last, built)):
         allow_any_layout(graph_module)
     graph_module.delete_all_unused_submodules()
+    record_graph(graph_module, replaced=plan.layers)
+    SplitBias(followed=True)(graph_module)
     Overwrite()(graph_module)
     graph_module.recompile()
 

@@ -124,6 +124,7 @@ class Replaced:
         kept: the experts that keep their matrices.
         form: how its map is written, if it has a rank.
         ordered: whether its rows or columns are brought into order by a gather.
+        apart: paths, within it, of the layers whose biases are added in operations of their own; set by SplitBias.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Replaced:
     kept: tuple[int, ...] = ()
     form: Form = "pair"
     ordered: bool = False
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

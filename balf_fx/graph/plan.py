@@ -315,8 +315,8 @@ def _layer(data: Mapping[str, Any]) -> Replaced:
     found = data["fingerprint"]
     fingerprint = Fingerprint(tuple(found["shape"]), tuple(found["sums"]))
     kept = tuple(map(int, data.get("kept", ())))
-    biased, ordered = tuple(map(bool, data["biased"])), bool(data["ordered"])
-    return Replaced(str(data["name"]), _rank(data["rank"]), biased, fingerprint, kept, data["form"], ordered)
+    biased, ordered, apart = tuple(map(bool, data["biased"])), bool(data["ordered"]), tuple(data.get("apart", ()))
+    return Replaced(str(data["name"]), _rank(data["rank"]), biased, fingerprint, kept, data["form"], ordered, apart)
 
 
 def _width(data: Mapping[str, Any]) -> PlannedWidth:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class Operation:
         groups: of a layer; features are counted for each of them.
         conv: the geometry of a convolution.
         channels_last: whether values are stored with their features last.
+        bias: whether a linear layer adds one.
     """
 
     kind: Kind
@@ -42,11 +43,13 @@ class Operation:
     groups: int = 1
     conv: ConvGeometry | None = None
     channels_last: bool = False
+    bias: bool = True
 
     @property
     def key(self) -> str:
         """Identifies the operation on one machine."""
-        return repr((self.kind, self.positions, str(self.dtype), self.groups, self.conv, self.channels_last))
+        own = (self.kind, self.positions, str(self.dtype), self.groups, self.conv, self.channels_last)
+        return repr(own if self.bias else (*own, "no bias"))
 
     @property
     def family(self) -> Family:
@@ -69,7 +72,7 @@ class Operation:
             return functools.partial(torch.index_select, value, _AXIS, order)
         bias = torch.ones(self.groups * outputs, dtype=self.dtype, device=self.device)
         if self.conv is None:
-            return functools.partial(F.linear, value, self._ones(outputs, inputs), bias)
+            return functools.partial(F.linear, value, self._ones(outputs, inputs), bias if self.bias else None)
         conv, kernel = self.conv, self.conv.kernel_size
         padding = tuple(before for before, _ in conv.padding)
         if any(before != after for before, after in conv.padding):  # the model pads its input first
@@ -105,6 +108,8 @@ class Use:
 
     Attributes:
         before, after: as `Operation.positions`, of its input and of its output.
+        apart: whether linear layers of low-rank maps add no bias: a compiler fuses it with what follows
+            (`passes.SplitBias`).
     """
 
     before: tuple[int, ...]
@@ -112,6 +117,7 @@ class Use:
     dtype: torch.dtype
     device: torch.device
     channels_last: bool = False
+    apart: bool = False
 
     def runs(self, site: Site, rank: Rank) -> Iterator[Run]:
         """The operations of a site at a rank; dense for None."""
@@ -120,18 +126,18 @@ class Use:
     def runs_as(self, site: Site, rank: Rank, form: Form) -> Iterator[Run]:
         """The same in a given form."""
         outputs, inputs = site.out_features, site.in_features // site.taps
-        first = self._layer(site)
+        first = self._first(site)
         if rank is None:
-            yield Run(first, inputs, outputs)
+            yield Run(self._layer(site), inputs, outputs)
         elif isinstance(rank, tuple):
             yield from self._parts(site, rank, form == "rows")
         elif form == "columns":
             rows = (math.prod(self.before),)  # also of a convolution, which is computed as a product
             if site.pivots != "columns":
                 yield Run(self._moves("gather", rows), inputs, inputs)
-            yield Run(self._operation("linear", rows, 1, None), inputs - rank, rank)
+            yield Run(self._thin_linear(site, rows), inputs - rank, rank)
             yield Run(self._moves("add", rows), rank, rank)
-            yield Run(self._operation("linear", rows, 1, None), rank, outputs)
+            yield Run(self._thin_linear(site, rows), rank, outputs)
         elif form == "separable":
             along, across = site.factor_convs
             yield Run(self._operation("conv2d", self.before, 1, along), inputs, rank)
@@ -146,10 +152,10 @@ class Use:
 
     def _parts(self, site: Site, ranks: tuple[int | None, ...], rows: bool) -> Iterator[Run]:
         each, inputs = site.out_features // site.parts, site.in_features // site.taps
-        yield Run(self._layer(site), inputs, sum(rank or 0 for rank in ranks))
+        yield Run(self._first(site), inputs, sum(rank or 0 for rank in ranks))
         for rank in ranks:
             left = each - (rank or 0) if rows else each
-            yield Run(self._layer(site) if rank is None else self._second(site), inputs if rank is None else rank, left)
+            yield Run(self._first(site) if rank is None else self._second(site), inputs if rank is None else rank, left)
         if rows:
             yield from self._gathered(site, [site.out_features // 2] * 2)
         else:
@@ -164,21 +170,31 @@ class Use:
 
     def layers(self, site: Site) -> tuple[Operation, Operation]:
         """The layer itself, which computes the values of the rank, and the one that reads these."""
-        return self._layer(site), self._second(site)
+        return self._first(site), self._second(site)
 
     def _layer(self, site: Site) -> Operation:
         kind: Kind = "linear" if site.kind == "experts" else site.kind
         return self._operation(kind, self.before, site.groups, site.conv)
 
+    def _first(self, site: Site) -> Operation:
+        """The layer from inputs to ranks, which has the geometry of the layer itself."""
+        return self._layer(site) if site.conv is not None else self._thin_linear(site, self.before)
+
     def _second(self, site: Site) -> Operation:
         """The layer from ranks to outputs, which reads single pixels."""
         if site.conv is None:
-            return self._operation("linear", self.after, site.groups, None)
+            return self._thin_linear(site, self.after)
         axes = len(site.conv.kernel_size)
         ones, zeros = (1,) * axes, ((0, 0),) * axes
         conv = ConvGeometry(ones, ones, zeros, ones, "zeros")
         kinds: dict[int, Conv] = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
         return self._operation(kinds[axes], self.after, site.groups, conv)
+
+    def _thin_linear(self, site: Site, positions: tuple[int, ...]) -> Operation:
+        """A linear layer of a low-rank map; without a bias where `passes.SplitBias` adds that apart."""
+        groups = 1 if site.conv is not None else site.groups
+        linear = self._operation("linear", positions, groups, None)
+        return replace(linear, bias=not self.apart or site.pivots is None)
 
     def _moves(self, kind: Kind, positions: tuple[int, ...]) -> Operation:
         return self._operation(kind, positions, 1, None)

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import site_input
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.parameters import bias_takes_time, get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.latency.operations import Use
 
@@ -16,13 +16,15 @@ def use_of(graph_module: fx.GraphModule, site: Site, node: fx.Node, compiled: bo
     """How a node uses a site, from the shapes of its input and output.
 
     Args:
-        compiled: whether inductor compiles the graph: on a CPU, it gives images to convolutions features last.
+        compiled: whether inductor compiles the graph: on a CPU, it gives images to convolutions features last. It also
+            fuses the biases of low-rank maps with what follows.
     """
     weight: Tensor = get_tensor(graph_module, site.weight)
     last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     before, after = annotation(site_input(node)).shape or (), annotation(node).shape or ()
     layout = (last and not weight.is_contiguous()) or (compiled and weight.dim() == 4 and weight.device.type == "cpu")
-    return Use(_positions(site, before), _positions(site, after), weight.dtype, weight.device, layout)
+    apart = compiled and bias_takes_time(weight)
+    return Use(_positions(site, before), _positions(site, after), weight.dtype, weight.device, layout, apart)
 
 
 def _positions(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -222,7 +222,8 @@ def test_a_refit_corrects_each_expert_for_errors_made_before_it():
     found = []
     for refit in (False, True):
         small = balf_fx.compile(model, batches, allocation=ranks, effort="fast", refit=refit, progress=False)
-        changed, first, second = small.stem(x), small.get_parameter("up.0"), small.get_parameter("up.1")
+        first, second = small.get_parameter("up.0"), small.get_parameter("up.1")
+        changed = small.stem[1](small.stem[0](x)) + small.stem.get_parameter("1_bias")
         wrong = [h @ w.T - changed @ (b @ a).T for w, a, b in zip(model.up, first, second, strict=True)]
         found.append([float(e[(chosen == i).any(-1)].square().sum()) for i, e in enumerate(wrong)])
     before, after = found

@@ -104,7 +104,7 @@ def test_a_value_that_something_else_reads_is_left_alone(name):
 def test_a_module_is_in_place_only_if_all_of_its_calls_may_be():
     torch.manual_seed(0)
     model, x = Net(lambda m, x: m.b(m.relu(m.a(x))) + m.relu(x * 1.0)), torch.randn(64, 8)
-    assert not overwriting(compiled(model, x))
+    assert not overwriting(compiled(model, x, pivot=False))
 
 
 def test_a_module_with_two_names_is_in_place_under_one():

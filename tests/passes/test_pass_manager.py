@@ -26,6 +26,7 @@ from balf_fx.passes import (
     RemoveObservers,
     Score,
     ScoreWidths,
+    SplitBias,
 )
 
 BITS = "bits"
@@ -100,8 +101,9 @@ def test_quantization_passes_stand_between_and_after_ours(batches):
 
 def test_the_managed_pipeline_is_the_librarys_own(batches):
     model = mlp()
-    pipeline = [FindPivots(), Score(), Allocate(flops=0.6), RemoveObservers(), Pivot(), Narrow(), Factorize()]
-    managed = PassManager(pipeline)(calibrated(model, batches)).graph_module
+    scored = [FindPivots(), Score(), Allocate(flops=0.6)]
+    rewritten = [RemoveObservers(), Pivot(), Narrow(), Factorize(), SplitBias()]
+    managed = PassManager(scored + rewritten)(calibrated(model, batches)).graph_module
     own = balf_fx.compile(model, batches, flops=0.6, factors="activations", refit=False, progress=False)
     assert managed.state_dict().keys() == own.state_dict().keys()
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in managed.state_dict().items())
