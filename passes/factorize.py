@@ -33,7 +33,7 @@ class Factorize(Pass):
 
     `name` becomes an nn.Sequential of the two, and the graph calls each of them in a separate node. Where the parts
     of a site have separate ranks, `name.1` is a list of layers, one for each part (`Substitute`). Parameters keep
-    dtype, device, memory format and requires_grad.
+    dtype, device, memory format and requires_grad. `SplitBias` moves biases of linear layers out of them.
 
     Attributes:
         done: called with the modules that replace a layer once they are built, if given.

@@ -146,7 +146,7 @@ class Settings:
     pivot: bool = option(
         True,
         "write a map of rank r as r of its own rows, or columns, and combinations of them where that is cheaper than "
-        "two factors (`ranks.pivots`): it computes the same, and every rank below the full one saves something",
+        "two factors (`ranks.pivots`), and add its bias apart (`passes.SplitBias`): it computes the same in less time",
         "prepare",
         "convert",
         values=(True, False),
