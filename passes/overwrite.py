@@ -36,6 +36,9 @@ class Overwrite(Pass):
     value, and if a layer, a sum or a concatenation made it: these return new memory, and autograd does not need what
     they return. The result is the same in every bit.
 
+    What a linear layer returns stays as it is where a convolution reads it later: compiled, it would read a view of a
+    view, which has no features last if there is one sample, and is copied.
+
     Its graph is no longer functional: put passes that need a functional graph before it.
     """
 
@@ -62,8 +65,21 @@ def _may_overwrite(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if target.op == "call_module":
         module = graph_module.get_submodule(str(target.target))
-        return isinstance(module, _LAYERS) and type(module).__module__.startswith("torch.nn.")
+        known = isinstance(module, _LAYERS) and type(module).__module__.startswith("torch.nn.")
+        return known and not (isinstance(module, nn.Linear) and _read_by_convolution(graph_module, node))
     return operation(target) in _OPERATIONS
+
+
+def _read_by_convolution(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a convolution reads a value, maybe through views or after it was overwritten again."""
+    for user in node.users:
+        module = graph_module.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(module, _ConvNd) or operation(user).startswith("conv"):
+            return True
+        same = operation(user) in _VIEWS or annotation(user).overwrites is not None
+        if same and _read_by_convolution(graph_module, user):
+            return True
+    return False
 
 
 def _set_flag(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -109,3 +109,23 @@ def test_inductor_gives_images_to_convolutions_features_last(case):
         assert own.channels_last is (compiled and case == "conv2d")
         operation = own.layers(site)[0]
         assert operation.channels_last is own.channels_last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pivots", [None, "rows", "columns", "none"])
+def test_inductor_fuses_the_biases_of_linear_factors(pivots, dtype):
+    graph = balf_fx.prepare(nn.Sequential(nn.Linear(16, 16)), torch.randn(4, 16)).to(dtype)
+    (site, nodes), *_ = sites(graph).items()
+    site = dataclasses.replace(site, pivots=pivots)
+    for compiled in (False, True):
+        own = use_of(graph, site, nodes[0], compiled)
+        (dense,) = own.runs(site, None)
+        thin = [run.operation for run in own.runs(site, 4) if run.operation.kind == "linear"]
+        assert dense.operation.bias
+        assert dense.operation.task(16, 16)()[0, 0] == 17
+        assert len(thin) == 2
+        apart = compiled and pivots is not None and dtype is torch.float32
+        for each in thin:
+            assert each.bias is not apart
+            assert each.task(16, 16)()[0, 0] == (16 if apart else 17)
+            assert (each.key == dense.operation.key) is not apart

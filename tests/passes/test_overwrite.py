@@ -3,6 +3,7 @@ import operator
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
@@ -127,3 +128,18 @@ def test_residual_blocks_write_as_much_in_place_as_the_model_does(tmp_path):
     loaded = balf_fx.load(tmp_path / "small", model)
     assert overwriting(loaded) == overwriting(small)
     assert torch.equal(loaded(x), small(x))
+
+
+def test_what_linear_layers_return_for_convolutions_is_not_overwritten():
+    """Inductor would give the convolution a view whose features are not last, where there is one sample."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU6(inplace=True)]
+    model, x = nn.Sequential(*layers, nn.Conv2d(24, 24, 3, groups=24)).eval(), torch.randn(1, 3, 9, 9)
+    small = balf_fx.compile(model, [torch.randn(16, 3, 9, 9)], allocation={"2": 9}, effort="fast", progress=False)
+    assert isinstance(small.get_submodule("2.1"), nn.Linear)
+    assert overwriting(small) == ["_3"]  # what the sum of the bias returned
+    with torch.no_grad():
+        found, (code, *_) = run_and_get_code(torch.compile(small), x)
+    torch.testing.assert_close(found, small(x.clone()))
+    (call,) = (line for line in code.splitlines() if "convolution(" in line and "groups=24" in line)
+    assert ", (0, " not in call.partition("stride=")[0]  # the stride of the only sample
