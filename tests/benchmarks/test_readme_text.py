@@ -105,15 +105,14 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     (_, paper, *_) = load_benchmark("shapes").on_paper(small)
     longer = 3600 * paper["hours"] / billion["seconds"]
     pivots = [(case["group"], case["extra_info"]["ratios"]) for case in read("pivots")["benchmarks"]]
-    (slow,) = (words for words, ratios in pivots if ratios["dense"]["median"] > 1)
-    slow_images, slow_budget = re.fullmatch(r"pivots, MobileNetV2 at (\S+), (\d+) images, inductor", slow).group(2, 1)
+    slowest = {rival: max(ratios[rival]["median"] for _, ratios in pivots) for rival in ("dense", "pairs")}
     writer, shape = load_benchmark("bench_generation"), load_benchmark("subjects")._LARGE
     wide, hidden = shape["hidden_size"], shape["intermediate_size"]
     weights = 2 * 32_000 * wide + shape["num_hidden_layers"] * wide * (4 * wide + 3 * hidden)
     claims = [
         f"A Llama of {weights / 1e6:.0f} million random weights",
         f"to read a prompt of {writer.PROMPT} tokens, and to write {writer.WRITTEN} tokens",
-        f"With {slow_images} images at {slow_budget}, MobileNetV2 is slower than the dense model",
+        "more than 3 % longer than pairs",
         "Llama in bfloat16",  # of `large.build`
         f"{small['shape']}, {billion['shape']} would take {longer:.1f} times as long as it does",
         f"at {100 * large['params']:.0f} % of the parameters",
@@ -147,7 +146,8 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"of rank {load_benchmark('finetune').RANK} on the layers",
     ]
     assert left_over(prose(MEASUREMENTS), claims) == []
-    assert dict(pivots)[slow]["dense"]["median"] > dict(pivots)[slow]["pairs"]["median"]  # so pairs are slower, too
+    assert slowest["dense"] < 1
+    assert slowest["pairs"] < 1.03
     threads = {
         "realised": 1,
         "realised_large": 1,
