@@ -72,13 +72,16 @@ def _may_overwrite(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _read_by_convolution(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a convolution reads a value, maybe through views or after it was overwritten again."""
-    for user in node.users:
+    readers = dict.fromkeys(node.users)
+    pending = list(readers)
+    while pending:
+        user = pending.pop()
         module = graph_module.get_submodule(str(user.target)) if user.op == "call_module" else None
         if isinstance(module, _ConvNd) or operation(user).startswith("conv"):
             return True
-        same = operation(user) in _VIEWS or annotation(user).overwrites is not None
-        if same and _read_by_convolution(graph_module, user):
-            return True
+        if operation(user) in _VIEWS or annotation(user).overwrites is not None:
+            pending += [each for each in user.users if each not in readers]
+            readers |= user.users
     return False
 
 

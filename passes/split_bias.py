@@ -27,15 +27,16 @@ class SplitBias(Pass):
     nn.ModuleList. The sum is written as a difference, since inductor puts a sum back into the product.
 
     Attributes:
-        followed: split what the records of the layers say, as in another run; False finds the layers to split.
+        layers: the records of another run, whose biases are split in the same way; None finds the biases to split.
     """
 
-    followed: bool = False
+    layers: tuple[Replaced, ...] | None = None
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        layers = graph_record(graph_module).replaced
-        if not self.followed:
-            layers = tuple(replace(each, apart=tuple(_found(graph_module, each))) for each in layers)
+        layers = self.layers
+        if layers is None:
+            found = graph_record(graph_module).replaced
+            layers = tuple(replace(each, apart=tuple(_found(graph_module, each))) for each in found)
             record_graph(graph_module, replaced=layers)
         paths = [f"{layer.name}.{name}" for layer in layers for name in layer.apart]
         for path in paths:

@@ -156,8 +156,7 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
     if any(map(features_last, built)):
         allow_any_layout(graph_module)
     graph_module.delete_all_unused_submodules()
-    record_graph(graph_module, replaced=plan.layers)
-    SplitBias(followed=True)(graph_module)
+    SplitBias(plan.layers)(graph_module)
     Overwrite()(graph_module)
     graph_module.recompile()
 

@@ -130,6 +130,7 @@ def test_residual_blocks_write_as_much_in_place_as_the_model_does(tmp_path):
     assert torch.equal(loaded(x), small(x))
 
 
+@pytest.mark.slow
 def test_what_linear_layers_return_for_convolutions_is_not_overwritten():
     """Inductor would give the convolution a view whose features are not last, where there is one sample."""
     torch.manual_seed(0)
