@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from operator import attrgetter
 from typing import Any
 
 from balf_fx.budget.problem import Problem
-from balf_fx.calibration.answers import answers, divergence
+from balf_fx.calibration.answers import answers, differ, divergence
 from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some_samples
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.weights import Weights
@@ -39,7 +40,9 @@ _IMPORTANCES = (IMPORTANCE, 0.3, 1.0)  # small powers are better at low budgets,
 _BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (2.0, 4.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
-_SAMPLES = 128
+_SAMPLES = 128  # the most, to refit on and to measure on
+_ROWS = {"fit": 16_384, "judge": 2_048}  # of logits, such as tokens: as many say as much with fewer samples
+_FEWEST = 8  # samples with so many rows: those of one sample are alike
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,7 @@ class Trial:
             tried = settled(program, problem, allocation)
             carry_out(tried, "up" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
         module = tried.module if pages is None else answering(tried, self.judge, pages)
-
-        def weigh(index: int) -> Weights | None:
-            batch = self.judge.batches[index]
-            return call_weights(program, batch, self.judge.given(index, batch)).outputs
-
-        lost = divergence(module, self.judge, self.references, weigh)
+        lost = divergence(module, self.judge, self.references, partial(_weights, program, self.judge))
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
@@ -100,20 +98,35 @@ def plan_trial(
     Args:
         calibration: has at least one batch, in one of the processes. Samples are taken from all processes in turn.
         refit: whether the chosen allocation will be refitted.
-        most: the largest number of samples for each purpose.
+        most: the largest number of samples for each purpose; fewer are taken where each has many rows of logits.
         journal: as in `Trial`.
     """
-    original = without_observers(program)
-    fit, judge = _few(calibration, refit, most)
+    original, group = without_observers(program), calibration.group
     try:
-        run = partial(_references, original, judge)
-        references = calibration.group.together(run)
+        rows = group.gathered(group.together(partial(_rows, program, original, calibration)))
+        fit, judge = _few(calibration, refit, most, next(filter(None, rows), 1.0))
+        references = group.together(partial(_references, original, judge))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
         half = count // 2 if refit else 0
         fit, judge = calibration.only(range(half)), calibration.only(range(half, count))
         references = _references(original, judge)
     return Trial(original, fit, judge, references, fit.has_batches(), journal)
+
+
+def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
+    """The weights of the outputs for a batch."""
+    batch = calibration.batches[index]
+    return call_weights(program, batch, calibration.given(index, batch)).outputs
+
+
+def _rows(program: Program, original: Program, calibration: Calibration) -> float:
+    """The rows of logits that count in this process's first sample; 1 for other outputs, 0 without samples."""
+    first = _samples(calibration.only(range(min(len(calibration.batches), 1))), [0], 0, 1)
+    rows = 0.0
+    for index, (batch, answer) in enumerate(zip(first.batches, _references(original, first), strict=True)):
+        _, rows = differ(answer, answer, batch, _weights(program, first, index))
+    return rows
 
 
 def _references(original: Program, judge: Calibration) -> Sequence[Any]:
@@ -177,13 +190,17 @@ class _Attempt:
     allocation: Allocation
 
 
-def _few(calibration: Calibration, refit: bool, most: int) -> tuple[Calibration, Calibration]:
-    """A few samples for the refit, and others for the measurement."""
+def _few(calibration: Calibration, refit: bool, most: int, rows: float) -> tuple[Calibration, Calibration]:
+    """A few samples for the refit, and others for the measurement.
+
+    Args:
+        rows: the rows of logits of one sample.
+    """
     starts, total = calibration.numbered()
-    if not refit or total < 2:
-        return _samples(calibration, starts, 0, 0), _samples(calibration, starts, 0, min(most, total))
-    size = min(most, total // 2)
-    return _samples(calibration, starts, 0, size), _samples(calibration, starts, size, 2 * size)
+    limits = {purpose: min(most, max(math.ceil(count / rows), _FEWEST)) for purpose, count in _ROWS.items()}
+    half = total // 2 if refit and total > 1 else total
+    fit = min(limits["fit"], half) if half < total else 0
+    return _samples(calibration, starts, 0, fit), _samples(calibration, starts, fit, fit + min(limits["judge"], half))
 
 
 def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: int) -> Calibration:

@@ -5,12 +5,13 @@ import torch
 from architectures import make
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.api import _program
 from balf_fx.budget.problem import pose
-from balf_fx.calibration.batches import Calibration, forward_for
+from balf_fx.calibration.batches import Calibration, forward_for, samples_of
 from balf_fx.engine.trials import Trial, _samples, allocate_faithfully, plan_trial
 from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Allocate, Score, ScoreWidths
@@ -54,6 +55,38 @@ def test_a_refit_is_measured_on_samples_of_its_own():
     assert torch.equal(torch.cat(list(without.judge.batches)), samples[:128])
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(with_refit.references), model(judge))
+
+
+class Tagger(nn.Module):
+    """Logits of each token; tokens after the first `counted` of a sequence are padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, tokens, attention_mask=None):
+        hidden = torch.relu(self.up(self.embed(tokens)))
+        return self.head(hidden if attention_mask is None else hidden * attention_mask.unsqueeze(-1))
+
+
+@pytest.mark.parametrize(
+    ("length", "counted", "fit", "judge", "alone"),
+    [
+        (4, 4, 48, 48, 96),  # few tokens: half of all samples for each, or all of them
+        (1_024, 1_024, 16, 8, 8),  # 16,384 tokens to refit on, and no fewer than 8 samples to measure on
+        (1_024, 128, 48, 16, 16),  # 2,048 tokens that count
+    ],
+)
+def test_sequences_of_many_tokens_are_fewer(length, counted, fit, judge, alone):
+    model = Tagger().eval()
+    tokens = torch.zeros(96, length, dtype=torch.int64)
+    mask = (torch.arange(length) < counted).long().expand_as(tokens)
+    batches = [{"tokens": tokens[at : at + 12], "attention_mask": mask[at : at + 12]} for at in range(0, 96, 12)]
+    prepared = balf_fx.prepare(model, batches[0])
+    for refit, sizes in ((True, [fit, judge]), (False, [0, alone])):
+        trial = trial_of(model, prepared, batches, refit)
+        assert [sum(map(samples_of, each.batches)) for each in (trial.fit, trial.judge)] == sizes
+        assert len(trial.references) == len(trial.judge.batches)
 
 
 def test_one_sample_is_enough():
