@@ -11,13 +11,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from balf_fx.graph.annotation import annotation
-from balf_fx.graph.operators import operation, set_flag
+from balf_fx.graph.operators import is_convolution, operation, set_flag
 from balf_fx.passes.base import Pass
 
 _LAYERS = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.GroupNorm)
-_OPERATIONS = frozenset(
+_PRODUCTS = frozenset(("linear", "addmm", "matmul", "mm", "bmm", "baddbmm"))
+
+
+_OPERATIONS = _PRODUCTS | frozenset(
     (
-        *("linear", "addmm", "matmul", "mm", "bmm", "baddbmm"),
         *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
         *("batch_norm", "layer_norm", "group_norm", "instance_norm"),
         *("add", "sub", "cat"),
@@ -36,8 +38,8 @@ class Overwrite(Pass):
     value, and if a layer, a sum or a concatenation made it: these return new memory, and autograd does not need what
     they return. The result is the same in every bit.
 
-    What a linear layer returns stays as it is where a convolution reads it later: compiled, it would read a view of a
-    view, which has no features last if there is one sample, and is copied.
+    What a linear layer or a product of matrices returns stays as it is where a convolution reads it later: compiled, it
+    would read a view of a view, which has no features last if there is one sample, and is copied.
 
     Its graph is no longer functional: put passes that need a functional graph before it.
     """
@@ -66,8 +68,10 @@ def _may_overwrite(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if target.op == "call_module":
         module = graph_module.get_submodule(str(target.target))
         known = isinstance(module, _LAYERS) and type(module).__module__.startswith("torch.nn.")
-        return known and not (isinstance(module, nn.Linear) and _read_by_convolution(graph_module, node))
-    return operation(target) in _OPERATIONS
+        product = isinstance(module, nn.Linear)
+    else:
+        known, product = operation(target) in _OPERATIONS, operation(target) in _PRODUCTS
+    return known and not (product and _read_by_convolution(graph_module, node))
 
 
 def _read_by_convolution(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -76,8 +80,7 @@ def _read_by_convolution(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     pending = list(readers)
     while pending:
         user = pending.pop()
-        module = graph_module.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, _ConvNd) or operation(user).startswith("conv"):
+        if is_convolution(graph_module, user):
             return True
         if operation(user) in _VIEWS or annotation(user).overwrites is not None:
             pending += [each for each in user.users if each not in readers]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -110,6 +111,13 @@ def operation(node: fx.Node) -> str:
     owner = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
     name = name or str(getattr(node.target, "__name__", ""))
     return name.rstrip("_") if owner in ("torch", "_operator", "builtins") else ""
+
+
+def is_convolution(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node calls a convolution, transposed or not."""
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(str(node.target)), _ConvNd)
+    return operation(node).startswith("conv")
 
 
 def is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from balf_fx.graph.operators import operation
+from balf_fx.graph.operators import is_convolution, operation
 from balf_fx.latency.stopwatch import Task, seconds
 
 _ROUNDS = 7
@@ -22,7 +22,8 @@ class _Clocked(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, device: torch.device, skipped: str, compiled: bool) -> None:
         super().__init__(graph_module)
-        self._device, self._skipped, self._compiled = device, skipped, compiled
+        self._graph_module, self._device = graph_module, device
+        self._skipped, self._compiled = skipped, compiled
         self.times: dict[str, list[float]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -42,7 +43,7 @@ class _Clocked(fx.Interpreter):
         """Whether a node is a convolution or a pool."""
         module = self.submodules.get(str(node.target)) if node.op == "call_module" else None
         name = operation(node) if module is None else type(module).__name__.lower()
-        return "conv" in name or "pool" in name
+        return "pool" in name or is_convolution(self._graph_module, node)
 
 
 def _stored(value: Tensor, images: torch.memory_format) -> Tensor:

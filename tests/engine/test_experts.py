@@ -27,7 +27,7 @@ def batches():
     return list(torch.randn(6, 8, 6, 16))
 
 
-@pytest.fixture(params=GROUPED, ids=["selected", "grouped"])
+@pytest.fixture(params=GROUPED, ids=lambda grouped: "grouped" if grouped else "selected")
 def mixture(request):
     torch.manual_seed(0)
     return Mixture(grouped=request.param).eval()

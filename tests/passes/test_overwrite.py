@@ -130,6 +130,25 @@ def test_residual_blocks_write_as_much_in_place_as_the_model_does(tmp_path):
     assert torch.equal(loaded(x), small(x))
 
 
+@pytest.mark.parametrize("product", [F.linear, lambda x, weight: torch.matmul(x, weight.mT)])
+@pytest.mark.parametrize("convolves", [True, False])
+def test_products_of_matrices_that_convolutions_read_are_not_overwritten(product, convolves):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.weight = nn.Linear(4, 8), nn.Parameter(torch.randn(6, 8))
+            self.conv = nn.Conv2d(6, 5, 3)
+
+        def forward(self, x):
+            x = product(self.first(x), self.weight).permute(0, 3, 1, 2).relu_()
+            return self.conv(x) if convolves else x.sum()
+
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(4, 9, 9, 4)
+    small = compiled(model, x, include=["first"])
+    assert ("relu_" in overwriting(small)) == (not convolves)
+
+
 @pytest.mark.slow
 def test_what_linear_layers_return_for_convolutions_is_not_overwritten():
     """Inductor would give the convolution a view whose features are not last, where there is one sample."""
