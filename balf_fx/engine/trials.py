@@ -109,7 +109,10 @@ def plan_trial(
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
         half = count // 2 if refit else 0
-        fit, judge = calibration.only(range(half)), calibration.only(range(half, count))
+        few = math.ceil(most / max(map(samples_of, calibration.batches), default=1))
+        fit, judge = (
+            calibration.only(range(start, min(start + few, stop))) for start, stop in ((0, half), (half, count))
+        )
         references = _references(original, judge)
     return Trial(original, fit, judge, references, fit.has_batches(), journal)
 
@@ -121,12 +124,25 @@ def _weights(program: Program, calibration: Calibration, index: int) -> Weights 
 
 
 def _rows(program: Program, original: Program, calibration: Calibration) -> float:
-    """The rows of logits that count in this process's first sample; 1 for other outputs, 0 without samples."""
-    first = _samples(calibration.only(range(min(len(calibration.batches), 1))), [0], 0, 1)
-    rows = 0.0
-    for index, (batch, answer) in enumerate(zip(first.batches, _references(original, first), strict=True)):
-        _, rows = differ(answer, answer, batch, _weights(program, first, index))
-    return rows
+    """The rows of logits that count in a sample of this process's first batch; 1 for other outputs, 0 without batches.
+
+    They are those of the first sample, or the mean of the batch where the model does not run on one sample.
+    """
+    batch = calibration.only(range(min(len(calibration.batches), 1)))
+    try:
+        return _mean_rows(program, original, _samples(batch, [0], 0, 1))
+    except CalibrationError:
+        return _mean_rows(program, original, batch)
+
+
+def _mean_rows(program: Program, original: Program, calibration: Calibration) -> float:
+    """The rows of logits of each sample that count, on average."""
+    answered = zip(calibration.batches, _references(original, calibration), strict=True)
+    counts = [
+        differ(answer, answer, batch, _weights(program, calibration, index))[1]
+        for index, (batch, answer) in enumerate(answered)
+    ]
+    return sum(counts) / (sum(map(samples_of, calibration.batches)) or 1)
 
 
 def _references(original: Program, judge: Calibration) -> Sequence[Any]:

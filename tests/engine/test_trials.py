@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -108,6 +109,11 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
     for refit, sizes in ((True, (1, 2)), (False, (0, 3))):
         trial = trial_of(model, prepared, batches, refit, forward)
         assert (len(trial.fit.batches), len(trial.judge.batches)) == sizes
+    many = batches * 10
+    trial = trial_of(model, prepared, many, True, forward)
+    few = math.ceil(128 / len(batches[0]))
+    assert few < len(many) // 2
+    assert (len(trial.fit.batches), len(trial.judge.batches)) == (few, few)
     narrow = balf_fx.compile(model, batches, flops=0.6, forward=forward, progress=False)
     assert balf_fx.report(narrow).flops_kept <= 0.6
 
