@@ -130,7 +130,7 @@ def _rows(program: Program, original: Program, calibration: Calibration) -> floa
     """
     batch = calibration.only(range(min(len(calibration.batches), 1)))
     try:
-        return _mean_rows(program, original, _samples(batch, [0], 0, 1))
+        return _mean_rows(program, original, _samples(batch, [0] * len(batch.batches), 0, 1))
     except CalibrationError:
         return _mean_rows(program, original, batch)
 
