@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -103,8 +103,8 @@ def plan_trial(
     """
     original, group = without_observers(program), calibration.group
     try:
-        rows = group.gathered(group.together(partial(_rows, program, original, calibration)))
-        fit, judge = _few(calibration, refit, most, next(filter(None, rows), 1.0))
+        limits = _limits(program, original, calibration, most)
+        fit, judge = _few(calibration, refit, limits)
         references = group.together(partial(_references, original, judge))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
@@ -121,6 +121,16 @@ def _weights(program: Program, calibration: Calibration, index: int) -> Weights 
     """The weights of the outputs for a batch."""
     batch = calibration.batches[index]
     return call_weights(program, batch, calibration.given(index, batch)).outputs
+
+
+def _limits(program: Program, original: Program, calibration: Calibration, most: int) -> dict[str, int]:
+    """The most samples for each purpose."""
+    if min(most, calibration.numbered()[1]) <= _FEWEST:
+        return dict.fromkeys(_ROWS, most)
+    group = calibration.group
+    counts = group.gathered(group.together(partial(_rows, program, original, calibration)))
+    rows = next(filter(None, counts), 1.0)
+    return {purpose: min(most, max(math.ceil(count / rows), _FEWEST)) for purpose, count in _ROWS.items()}
 
 
 def _rows(program: Program, original: Program, calibration: Calibration) -> float:
@@ -206,14 +216,9 @@ class _Attempt:
     allocation: Allocation
 
 
-def _few(calibration: Calibration, refit: bool, most: int, rows: float) -> tuple[Calibration, Calibration]:
-    """A few samples for the refit, and others for the measurement.
-
-    Args:
-        rows: the rows of logits of one sample.
-    """
+def _few(calibration: Calibration, refit: bool, limits: Mapping[str, int]) -> tuple[Calibration, Calibration]:
+    """A few samples for the refit, and others for the measurement."""
     starts, total = calibration.numbered()
-    limits = {purpose: min(most, max(math.ceil(count / rows), _FEWEST)) for purpose, count in _ROWS.items()}
     half = total // 2 if refit and total > 1 else total
     fit = min(limits["fit"], half) if half < total else 0
     return _samples(calibration, starts, 0, fit), _samples(calibration, starts, fit, fit + min(limits["judge"], half))
