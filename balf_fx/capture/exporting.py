@@ -13,8 +13,8 @@ import functools
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -63,19 +63,50 @@ def export(
         positional, keywords = pytree.tree_map_only(Tensor, _doubled, (dict(positional), dict(keywords)))
         batch = 2
     args, kwargs = tuple(positional.values()), dict(keywords)
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, batch), dict(bound))
     try:
-        program = _exported(model, args, kwargs, shapes, conditional)
+        with _named_keywords(model, keywords):
+            bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+            shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, batch), dict(bound))
+            program = _exported(model, args, kwargs, shapes, conditional)
         if any(transforms(program.graph)):  # those of vmap become operations on batches
             program = program.run_decompositions({})
         exported = program.module()
     # Export raises errors of many classes, most of them private; all are treated in the same way here.
     except (*MODEL_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or f"{type(error).__name__} in torch.export"
         raise CaptureError(f"{type(model).__name__} cannot be exported: {user_line(error)}{reason}") from error
     example = {**positional, **keywords}
     return _plain(exported, list(positional), example, type(model).__name__, program.range_constraints)
+
+
+@contextmanager
+def _named_keywords(model: nn.Module, keywords: Iterable[str]) -> Iterator[None]:
+    """Let the model's `forward` have a parameter for each keyword in place of `**kwargs`.
+
+    With `**kwargs`, torch 2.8 does not export dynamic shapes.
+    """
+    forward = model.forward
+    signature = inspect.signature(forward)
+    named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    names = {each.name for each in named}
+    if len(named) == len(signature.parameters):
+        yield
+        return
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords if name not in names]
+
+    def with_names(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    with_names.__signature__ = signature.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
+    own = vars(model).get("forward")
+    model.forward = with_names
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _exported(model: nn.Module, args: Any, kwargs: Any, shapes: Any, conditional: bool) -> torch.export.ExportedProgram:

@@ -143,7 +143,8 @@ def _captured(
         with _runs_the_example():
             output = profile(graph_module, inputs)
     _restore_buffers(graph_module, model)
-    _check_same_output(call.output, output)
+    with _runs_the_example():  # what export leaves of a changed parameter has no values to compare
+        _check_same_output(call.output, output)
     graph_module.graph.lint()
     origin = Origin(arguments=call.description())
     record_graph(graph_module, params=count_parameters(model), captured=method, origin=origin)

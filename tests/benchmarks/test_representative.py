@@ -31,5 +31,6 @@ def test_only_images_of_the_first_classes_are_taken(load_benchmark):
     found = representative.calibrations(one, 15)
     assert torch.cat(found["the first five classes"])[:, 0, 0, 0].unique().tolist() == [0, 1, 2, 3, 4]
     assert {name: sum(map(len, batches)) for name, batches in found.items()} == dict.fromkeys(found, 15)
-    assert representative.top1(lambda batch: model(batch).roll(5 * (batch[0, 0, 0, 0] > 9), -1), one) == (100.0, 100.0)
+    turned = lambda batch: model(batch).roll(5 * int(batch[0, 0, 0, 0] > 9), -1)  # noqa: E731
+    assert representative.top1(turned, one) == (100.0, 100.0)
     assert representative.top1(lambda batch: model(batch.clamp(max=4)), one) == (100.0, 0.0)

@@ -273,7 +273,7 @@ class Averaging(Counting):
 
 def test_a_buffer_that_forward_replaces():
     model = Averaging()
-    with pytest.raises(CaptureError, match="state that forward changes"):
+    with pytest.raises(CaptureError, match=r"state that forward changes|as buffer 'calls'"):  # torch 2.8
         capture(model, X, method="symbolic_trace")
     small = balf_fx.compile(model, [X] * 3, params=1.0, effort="fast", progress=False)
     for again in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
@@ -288,7 +288,11 @@ def test_a_buffer_that_forward_replaces():
         (lambda net, x: net.b(net.relu(net.a(x))), [2]),
         (lambda net, x: net.b(net.a(x).view(6, 8).relu_()), [6]),  # relu_ may be given a view
         (lambda net, x: net.b(net.relu(net.a(x)).view(6, 8)), [2, 6]),  # two samples do not have this shape
-        (lambda net, x: torch.cat(net.relu(net.a(x)).split(3)), [6]),  # the number of pieces depends on the samples
+        pytest.param(
+            lambda net, x: torch.cat(net.relu(net.a(x)).split(3)),
+            [6],  # the number of pieces depends on the samples
+            marks=pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.8 does not trace it"),
+        ),
     ],
     ids=["elementwise", "method", "a fixed shape", "pieces of the batch"],
 )

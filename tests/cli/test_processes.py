@@ -59,5 +59,7 @@ def test_torchrun_compresses_one_model(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = balf_fx.report(tmp_path / "small.safetensors")
-    assert done.stdout.strip() == str(found).strip()
+    shown = str(found).strip()
+    assert done.stdout.count(shown) == 1
+    assert done.stdout.strip().endswith(shown)  # before it, torch 2.8 prints the ranks that are connected
     assert done.stderr.count("saved as small.safetensors") == 1
