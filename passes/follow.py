@@ -103,7 +103,8 @@ def _check_rank(site: Site, rank: Rank) -> None:
     if rank is None:
         return
     ranks, parts = (rank, site.parts) if isinstance(rank, tuple) else ((rank,), 1)
-    limit = min(site.out_features // parts, site.in_features)
+    outputs, inputs = site.factor_sizes
+    limit = min(outputs // parts, inputs)
     numbers = [each for each in ranks if each is not None]
     whole = all(isinstance(each, int) and 1 <= each <= limit and each % site.rank_step == 0 for each in numbers)
     if not numbers or len(ranks) != parts or not whole:

@@ -101,6 +101,14 @@ def test_files_copies_and_plans(model, small, batches, tmp_path):
     assert distance(again, small, batches) < 1e-9
 
 
+def test_a_file_with_a_rank_that_only_a_separable_layer_can_have(model, batches, tmp_path):
+    small = compress(model, batches, flops=0.8, effort="fast")
+    (row,) = (row for row in balf_fx.report(small).sites if row.name == "down")
+    assert row.rank > model.down.out_channels
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    assert distance(balf_fx.load(tmp_path / "small.safetensors", model), small, batches) == 0
+
+
 def test_a_module_of_the_models_own_class(model, small, batches):
     grafted = compress(model, batches, result="module")
     assert type(grafted) is Block
