@@ -254,6 +254,34 @@ def zoo() -> str:
     return markdown(lines, headers)
 
 
+def compression() -> str:
+    """Forward passes that each effort takes, in all and by stage."""
+    stages = ("capturing", "calibrating", "scoring", "trying allocations", "solving layers")
+    lines = []
+    for case in _read("compression")["benchmarks"]:
+        model, _, effort = case["name"].partition("[")[2].rstrip("]").rpartition("-")
+        own = {stage: ratios["forward passes"]["median"] for stage, ratios in case["extra_info"]["stages"].items()}
+        whole = case["extra_info"]["ratios"]["forward passes"]["median"]
+        rest = sum(passes for stage, passes in own.items() if stage not in stages)
+        cells = [whole, *(own.get(stage) for stage in stages), rest]
+        lines.append((f'{model}, `"{effort}"`', *("" if cell is None else f"{cell:.1f}" for cell in cells)))
+    return markdown(lines, ("forward passes", "in all", *stages, "rewriting"))
+
+
+def scaling() -> str:
+    """The seconds of each stage and the efficiency, measured in one process and in two and computed for more."""
+    found = _read("scaling")
+    lines = []
+    for stage in found["measured"]:
+        lines.append((stage["name"], "1", f"{stage['alone']:.2f}", "", "measured"))
+        cells = (str(stage["processes"]), f"{stage['together']:.2f}", f"{stage['efficiency']:.2f}")
+        lines.append((stage["name"], *cells, "measured"))
+        for each in _select(found["simulated"], name=stage["name"]):
+            cells = (str(each["processes"]), f"{each['seconds']:.2f}", f"{each['efficiency']:.2f}")
+            lines.append((stage["name"], *cells, "computed"))
+    return markdown(lines, ("stage", "processes", "seconds", "efficiency", ""))
+
+
 def memory() -> str:
     """Time and resident memory for each size of batches."""
     figures = ("forward_seconds", "seconds", "before_gib", "peak_gib")
@@ -427,6 +455,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "quantization": quantization,
     "residual": residual,
     "zoo": zoo,
+    "compression": compression,
     "memory": memory,
     "blocks": blocks,
     "timings": timings,
@@ -437,6 +466,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pivots": pivots,
     "finetune": finetune,
     "large": large,
+    "scaling": scaling,
 }
 
 

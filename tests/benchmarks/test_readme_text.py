@@ -106,6 +106,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     longer = 3600 * paper["hours"] / billion["seconds"]
     pivots = [(case["group"], case["extra_info"]["ratios"]) for case in read("pivots")["benchmarks"]]
     slowest = {rival: max(ratios[rival]["median"] for _, ratios in pivots) for rival in ("dense", "pairs")}
+    images = load_benchmark("subjects").SUBJECTS["ResNet-50"]()
     writer, shape = load_benchmark("bench_generation"), load_benchmark("subjects")._LARGE
     wide, hidden = shape["hidden_size"], shape["intermediate_size"]
     weights = 2 * 32_000 * wide + shape["num_hidden_layers"] * wide * (4 * wide + 3 * hidden)
@@ -132,6 +133,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"A Llama shape of {blocks['results'][0]['weights'] * 2**30 / 4e6:.0f} million random weights",
         f"at {100 * blocks['flops']:.0f} % of the FLOPs",
         "than batches of 32",
+        f"{sum(map(len, images.calibration))} images of 224 x 224 or",
         f"at {100 * load_benchmark('subjects').FLOPS:.0f} % of the FLOPs",
         f"is compressed to {quantized['resnet20']['flops']:g} and ViT-Tiny to {quantized['vit_tiny']['flops']:g} of",
         f"to {quantized['stories']['params']:g} of its parameters",
@@ -156,6 +158,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         "int8": 1,
         "int8_amx": 1,
         "generation": 1,
+        "compression": 1,
         "pivots": 2,
     }
     assert {name: read(name)["machine_info"]["threads"] for name in threads} == threads
