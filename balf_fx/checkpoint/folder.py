@@ -104,7 +104,8 @@ class Folder:
         """Delete the large files, those of stages with tensors, once the result is written."""
         with self.writing():
             for path in (self.path / _STAGES).iterdir():
-                if path.suffix == ".tmp" or _has_tensors(path):
+                unfinished = path.suffix != ".safetensors"  # ours, or those of safetensors: ".tmp" and random letters
+                if unfinished or _has_tensors(path):
                     path.unlink()
 
     @contextlib.contextmanager
