@@ -23,7 +23,7 @@ from torch import Tensor
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.errors import CheckpointError
 
-_MANIFEST, _STAGES, _FORMAT = "manifest.json", "stages", 3
+_MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 3
 
 
 class Folder:
@@ -47,6 +47,9 @@ class Folder:
             (self.path / _STAGES).mkdir(parents=True, exist_ok=True)
             for left in self.path.glob(".balf_fx-*"):  # of a run that was killed while it wrote its result
                 shutil.rmtree(left, ignore_errors=True)
+            for left in (self.path / _STAGES).iterdir():  # of one that was killed while it wrote a stage
+                if left.suffix != _SUFFIX:  # ours is ".tmp", that of safetensors ".tmp" and random letters
+                    left.unlink(missing_ok=True)
             if not (self.path / _MANIFEST).exists():
                 self._write_manifest(run)
         self.before = self._manifest()
@@ -103,9 +106,8 @@ class Folder:
     def clear(self) -> None:
         """Delete the large files, those of stages with tensors, once the result is written."""
         with self.writing():
-            for path in (self.path / _STAGES).iterdir():
-                unfinished = path.suffix != ".safetensors"  # ours, or those of safetensors: ".tmp" and random letters
-                if unfinished or _has_tensors(path):
+            for path in (self.path / _STAGES).glob(f"*{_SUFFIX}"):
+                if _has_tensors(path):
                     path.unlink()
 
     @contextlib.contextmanager
@@ -122,7 +124,7 @@ class Folder:
     def _path(self, stage: str) -> Path:
         readable = re.sub(r"[^\w.-]+", "-", stage)[:80]
         digest = hashlib.blake2b(stage.encode(), digest_size=4).hexdigest()
-        return self.path / _STAGES / f"{readable}-{digest}.safetensors"
+        return self.path / _STAGES / f"{readable}-{digest}{_SUFFIX}"
 
     def _write_manifest(self, run: Mapping[str, Any]) -> None:
         whole = self.path / f".{_MANIFEST}.tmp"

@@ -98,9 +98,18 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 def test_large_files_go_and_small_ones_stay(folder):
     folder.put("statistics", 1, {"0": torch.ones(4)})
     folder.put("trial", 0.5, {})
-    for left in ("left.tmp", ".tmpAbC123"):  # of ours, and of safetensors, which writes to a file of its own first
-        (folder.path / "stages" / left).write_bytes(bytes(8))
     folder.clear()
     assert folder.get("statistics") is None
     assert folder.get("trial") == (0.5, {})
     assert len(list((folder.path / "stages").iterdir())) == 1
+
+
+def test_what_a_killed_run_left_unfinished_goes(folder):
+    """A file of ours, and one of safetensors, which writes to a file of its own first."""
+    folder.put("statistics", 1, {"0": torch.ones(4)})
+    for left in ("left.tmp", ".tmpAbC123"):
+        (folder.path / "stages" / left).write_bytes(bytes(8))
+    again = Folder(folder.path, RUN)
+    assert [path.name for path in (folder.path / "stages").iterdir()] == [again._path("statistics").name]
+    again.clear()
+    assert again.get("statistics") is None
