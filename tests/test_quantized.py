@@ -152,8 +152,8 @@ def test_a_quantized_compressed_model_is_saved_and_loaded(small_transformer, dig
 
 @pytest.fixture
 def pt2e(load_benchmark):
-    if torch.__version__ < (2, 9):
-        pytest.skip("the quantizer finds no layers in what torch 2.8 exports without strict=True")
+    if torch.__version__ < (2, 12):
+        pytest.skip("the quantizer finds no layers in what torch 2.8 to 2.11 export without strict=True")
     pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     return load_benchmark("quantization").pt2e
 
