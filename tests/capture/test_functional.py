@@ -273,7 +273,8 @@ class Averaging(Counting):
 
 def test_a_buffer_that_forward_replaces():
     model = Averaging()
-    with pytest.raises(CaptureError, match=r"state that forward changes|as buffer 'calls'"):  # torch 2.8
+    words = "as buffer 'calls'" if torch.__version__ < (2, 9) else "state that forward changes"
+    with pytest.raises(CaptureError, match=words):
         capture(model, X, method="symbolic_trace")
     small = balf_fx.compile(model, [X] * 3, params=1.0, effort="fast", progress=False)
     for again in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("click")
 pytest.importorskip("PIL")
@@ -59,7 +60,8 @@ def test_torchrun_compresses_one_model(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = balf_fx.report(tmp_path / "small.safetensors")
-    shown = str(found).strip()
-    assert done.stdout.count(shown) == 1
-    assert done.stdout.strip().endswith(shown)  # before it, torch 2.8 prints the ranks that are connected
+    printed, shown = done.stdout.strip(), str(found).strip()
+    if torch.__version__ < (2, 9):  # it prints the ranks that are connected first
+        printed = printed[printed.index(shown) :]
+    assert printed == shown
     assert done.stderr.count("saved as small.safetensors") == 1

@@ -183,7 +183,9 @@ def test_processes_of_which_one_is_killed_again_and_again_end_with_the_same_mode
     here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])  # before it, torch 2.8 prints the ranks that are connected
+    printed = done.stdout.splitlines()
+    found = json.loads(printed[-1])
+    assert len(printed) == 1 or torch.__version__ < (2, 9), "only torch 2.8 prints the ranks that are connected"
     assert found["kills"] == 5
     assert found["resumed"] >= 3
     assert found["expected"][0] == found["expected"][1]
