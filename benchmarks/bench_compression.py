@@ -20,7 +20,15 @@ from timing import Measure
 import balf_fx
 
 PASSES = "forward passes"
-LARGE = ("ResNet-50", "ViT-B", "Llama-100M", "Llama-100M-bfloat16")
+LARGE = (
+    "ResNet-50",
+    "ViT-B",
+    "Llama-100M",
+    "Llama-100M-bfloat16",
+    "ResNet-18, 256 images",
+    "ResNet-50, 256 images",
+    "ViT-B, 256 images",
+)
 ROUNDS = {
     ("ResNet-20", "fast"): 5,
     ("ResNet-20", "balanced"): 3,

@@ -54,10 +54,10 @@ def _vit_tiny() -> Subject:
     return Subject(task.model, task.calibration, task.calibration[0][:4])
 
 
-def _large(make: Callable[[], nn.Module]) -> Subject:
-    """An image classifier with random weights, 16 random images of 224 x 224."""
+def _large(make: Callable[[], nn.Module], images: int = 16) -> Subject:
+    """An image classifier with random weights, and random images of 224 x 224."""
     torch.manual_seed(0)
-    calibration = torch.randn(16, 3, 224, 224).split(8)
+    calibration = torch.randn(images, 3, 224, 224).split(8)
     return Subject(make().eval(), calibration, calibration[0][:4])
 
 
@@ -81,6 +81,9 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {
     "ViT-Tiny": _vit_tiny,
     "ResNet-50": partial(_large, resnet50),
     "ViT-B": partial(_large, vit_b_16),
+    "ResNet-18, 256 images": partial(_large, resnet18, 256),
+    "ResNet-50, 256 images": partial(_large, resnet50, 256),
+    "ViT-B, 256 images": partial(_large, vit_b_16, 256),
     "Llama-25M": partial(_llama, torch.float32, 16_000, _SMALL),
     "Llama-100M": partial(_llama, torch.float32),
     "Llama-100M-bfloat16": partial(_llama, torch.bfloat16),
