@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -24,7 +25,7 @@ from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import site_input
 from balf_fx.graph.masks import mask_inputs, mask_names
 from balf_fx.graph.operators import changes_in_place
-from balf_fx.graph.parameters import grouped_weight
+from balf_fx.graph.parameters import get_tensor, grouped_weight
 from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass
 from balf_fx.ranks.spectra import thin_qr
@@ -182,10 +183,11 @@ def _observe_weight(graph_module: fx.GraphModule, site: Site, nodes: list[fx.Nod
 
 
 def _range_basis(graph_module: fx.GraphModule, site: Site) -> Tensor | None:
-    """Q of W = Q R, where statistics are on the input side."""
+    """Q of W = Q R in the precision of gradients, where statistics are on the input side."""
     if site.side == "output":
         return None
-    return thin_qr(grouped_weight(graph_module, site))[0]
+    dtype = torch.promote_types(get_tensor(graph_module, site.weight).dtype, torch.float32)
+    return thin_qr(grouped_weight(graph_module, site))[0].to(dtype).contiguous()  # as it would be in a file
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:

@@ -339,12 +339,12 @@ def _spectrum(
 ) -> Spectrum:
     """The spectrum of the site as a whole or, with `parts` above 1, of each of its parts."""
     moments = seen.moments
-    weight = in_parts(grouped_weight(graph_module, site), parts)
     if moments is None:
-        return spectrum_from_weight(weight)
+        return spectrum_from_weight(in_parts(grouped_weight(graph_module, site), parts))
     if seen.side == "input":
         moment = moments.covariance() if centred else moments.second_moment()
-        return spectrum_from_input(weight, moment, moments.mean if centred else None, roots)
+        mean = moments.mean if centred else None
+        return spectrum_from_input(in_parts(grouped_weight(graph_module, site), parts), moment, mean, roots)
     bias = grouped_bias(graph_module, site)
     moment = moments.covariance() if centred else moments.second_moment(bias)
     mean = in_parts(moments.mean if bias is None else moments.mean - bias, parts)

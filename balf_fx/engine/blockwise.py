@@ -27,6 +27,7 @@ from balf_fx.engine.calls import Calls
 from balf_fx.engine.finished import Finished
 from balf_fx.engine.parking import park_curves, parked
 from balf_fx.engine.program import Program
+from balf_fx.engine.projecting import bytes_read
 from balf_fx.engine.resuming import CALIBRATION
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import Work
@@ -164,6 +165,7 @@ def _there_and_back(
         if settings.widths:
             _score_widths(graph_module, ScoreWidths(score.damping, group=group, progress=sizes), scored, pages)
 
+    _park_bases(graph_module, pages)
     for each in (seen, felt):
         each.take_up(journal, group, pages)
     if seen.complete and felt.complete:
@@ -174,6 +176,14 @@ def _there_and_back(
     calls.check(walk(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, shelves))
     left = felt.unfinished(seen.unobserved(blocks))
     walk_back(graph_module, left, shelves, memory, back, calls.differentiated, calls.loss)
+
+
+def _park_bases(graph_module: fx.GraphModule, pages: Pages) -> None:
+    """Move the bases in which gradients are observed to files."""
+    for observer in graph_module.modules():
+        if isinstance(observer, SensitivityObserver) and observer.basis is not None:
+            observer.basis = pages.park(observer.basis)
+    pages.release()
 
 
 def _pages(calibration: Calibration) -> Pages:
@@ -250,6 +260,6 @@ def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Mo
     """
     graph_module = program.graph_modules[0]
     calls = Calls(program, calibration, calibration.batches)
-    blocks = find_blocks(graph_module, weight_bytes(graph_module), calibration.memory)
+    blocks = find_blocks(graph_module, bytes_read(graph_module), calibration.memory)
     outputs = walk(graph_module, blocks, calls, calibration.memory, lambda _: pages.release(), calls.around)
     return Answering(graph_module, outputs)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from balf_fx.engine.program import Program
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import annotation, graph_record, sites
+from balf_fx.graph.blocks import weight_bytes
 from balf_fx.graph.curves import Rank, RankCurve, each_rank
 from balf_fx.graph.parameters import grouped_bias
 from balf_fx.graph.site import Site
@@ -65,6 +66,16 @@ def _insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], name: str, p
             user.replace_input_with(node, call)
 
 
+def bytes_read(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
+    """As `graph.blocks.weight_bytes`, with the spectra that projections read."""
+    found = weight_bytes(graph_module)
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, Projection):
+            found[node] = module.nbytes
+    return found
+
+
 class Projection(nn.Module):
     """Turns a site's output y into b' + L R W x, with b' as in `ranks.spectra.corrected_bias`.
 
@@ -79,6 +90,12 @@ class Projection(nn.Module):
         self._sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
         self._pieces = list(_pieces(curve, rank, site.parts, bias))  # no buffers: spectra may be in files
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the spectra that it reads."""
+        read = (each.untyped_storage() for maps in self._pieces if maps is not None for each in maps)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in read}.values())
+
     @torch.no_grad()
     def forward(self, value: Tensor) -> Tensor:
         if len(self._pieces) == 1:
@@ -91,7 +108,9 @@ class Projection(nn.Module):
         """The output of the site, or of one of its parts, [..., G * O, *size]."""
         if maps is None:
             return value
-        left, right, shift = (each.to(value).flatten(0, 1) for each in maps)
+        left, right, centre = maps
+        shift = (centre - left @ (right @ centre)).squeeze(-1)
+        left, right, shift = (each.to(value).flatten(0, 1) for each in (left, right, shift))
         if not self._sizes:
             return F.linear(F.linear(value, right), left, shift)
         convolve, groups = _CONVOLUTIONS[len(self._sizes)], len(maps[0])
@@ -102,7 +121,7 @@ class Projection(nn.Module):
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 _Maps = tuple[Tensor, Tensor, Tensor]
-"""L [G, O, r], R [G, r, O] and (I - L R) c [G, O]."""
+"""L [G, O, r], R [G, r, O] and c [G, O, 1], read in each call alone: spectra may be in files."""
 
 
 def _pieces(curve: RankCurve, rank: Rank, parts: int, bias: Tensor | None) -> Iterator[_Maps | None]:
@@ -119,4 +138,4 @@ def _pieces(curve: RankCurve, rank: Rank, parts: int, bias: Tensor | None) -> It
         centre = torch.zeros_like(left[..., :1])
         for mean in (own, spectrum.mean):
             centre = centre if mean is None else centre + mean.unsqueeze(-1)
-        yield left, right, (centre - left @ (right @ centre)).squeeze(-1)
+        yield left, right, centre

@@ -210,6 +210,7 @@ def spectrum_from_input(
     if roots is None and weight.shape[-2] <= weight.shape[-1]:  # Q is square: a rotation, which changes nothing
         return spectrum_from_output(weight @ covariance @ weight.mT, output_mean)
     basis, reduced = thin_qr(weight)
+    del weight  # large, as the next are, for a layer with many outputs
     inner = spectrum_from_output(reduced @ covariance @ reduced.mT, output_mean, roots)
     right = None if inner.right is None else inner.right @ basis.mT
     return Spectrum(inner.energies, basis @ inner.left, output_mean, right)

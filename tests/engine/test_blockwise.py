@@ -222,13 +222,14 @@ def test_statistics_of_finished_blocks_are_in_files(monkeypatch):
 
 def test_statistics_of_gradients_and_widths_are_in_files_too(monkeypatch):
     """On the way back: the halves of each layer that was scored, and the curves of widths whose layers were."""
-    halves, curves, plain = [], [], blockwise._score_widths
+    halves, bases, curves, plain = [], [], [], blockwise._score_widths
 
     def score_widths(graph_module, score, scored, pages):
         plain(graph_module, score, scored, pages)
         record = graph_record(graph_module)
         seen = {observer.site.name: observer.halves for observer in observers(graph_module)}
         assert {name for name, own in seen.items() if any(own)} == scored
+        bases.extend(pages.has(each.basis) for each in observers(graph_module) if each.basis is not None)
         own = [half for name in scored for half in seen[name]]
         halves.extend(pages.has(half.gradients.scatter) and pages.has(half.moments.scatter) for half in own)
         curves.append(sum(curve is not None for curve in record.width_curves))
@@ -243,7 +244,9 @@ def test_statistics_of_gradients_and_widths_are_in_files_too(monkeypatch):
     model, batches = make("transformer")
     compressed(model, small_batches(batches), memory=SMALL, effort="balanced")
     assert len(halves) > 10
+    assert len(bases) > 10
     assert all(halves)
+    assert all(bases)
     assert curves[0] == 0
     assert curves == sorted(curves)
     assert curves[-1] == 3  # queries, values, and the hidden features of the MLP

@@ -9,8 +9,9 @@ import balf_fx
 from balf_fx.api import _program
 from balf_fx.budget.problem import pose
 from balf_fx.calibration.batches import Calibration, forward_for
-from balf_fx.engine.projecting import projected
+from balf_fx.engine.projecting import bytes_read, projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
+from balf_fx.graph.blocks import weight_bytes
 from balf_fx.passes import Allocate, Score, ScoreWidths
 
 
@@ -99,3 +100,19 @@ def test_nothing_is_changed_but_the_copy():
     assert program.graph_modules[0].code == code
     assert tried.graph_modules[0].code != code
     assert set(tried.graph_modules[0].state_dict()) == names
+
+
+@pytest.mark.parametrize(("ranks", "maps"), [({"fused": 3}, 2 * 36 * 10), ({"fused": (2, None, 5)}, 2 * 3 * 12 * 10)])
+def test_the_spectra_that_a_projection_reads_count_with_its_node(ranks, maps):
+    """L and R of all ranks up to full, and E[W x]: in files they are read by the page."""
+    torch.manual_seed(0)
+    model, batches = Layers(False).double().eval(), [torch.randn(4, 6, 8, 8).double() + 0.3 for _ in range(3)]
+    program = scored(model, batches, "sensitivity")
+    solved = Allocate(ranks={"plain": None, "grouped": None, "transposed": None, "line": None, **ranks}).solve(
+        pose(program.counted, program.totals())
+    )
+    (graph_module,) = projected(without_observers(program), solved).graph_modules
+    (node,) = (each for each in graph_module.graph.nodes if str(each.target).startswith("balf_projection"))
+    found, plain = bytes_read(graph_module), weight_bytes(graph_module)
+    assert 8 * maps < found.pop(node) <= 8 * (maps + 2 * 36)
+    assert found == plain
