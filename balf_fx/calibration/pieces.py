@@ -37,49 +37,70 @@ Piece = tuple[Any, Tensor | None]
 """A batch, or some samples of one, with the user's weights of its positions."""
 
 
-def pieces_for_gradients(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
-    """A batch, or pieces of it for which the values of all layers fit into memory."""
-    return _pieces(prepared, piece, calibration, index, sum(_value_sizes(prepared).values()))
+class Pieces:
+    """Splits batches into the fewest pieces of similar size that each fit into memory.
 
-
-def pieces_for_blocks(
-    prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, blocks: Sequence[Block]
-) -> Iterator[Piece]:
-    """The pieces that gradients at all layers have in ample memory; smaller ones if a block does not fit with these."""
-    sizes = _value_sizes(prepared)
-    largest = max(sum(sizes.get(node, 0.0) for node in block.nodes) for block in blocks)
-    share = min(calibration.memory / MEMORY, 1.0)
-    return _pieces(prepared, piece, calibration, index, max(largest, share * sum(sizes.values())))
-
-
-def pieces_for_walk(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int) -> Iterator[Piece]:
-    """A batch, or pieces of it for which the values alive at one layer of two models fit into memory."""
-    return _pieces(prepared, piece, calibration, index, _ALIVE * max(_value_sizes(prepared).values(), default=0.0))
-
-
-def _pieces(prepared: nn.Module, piece: Piece, calibration: Calibration, index: int, nbytes: float) -> Iterator[Piece]:
-    """A batch, or the fewest pieces of similar size that each fit into memory.
-
-    A batch is only split if the model computes each sample independently of the others. More memory than `MEMORY` does
-    not make pieces larger, so that the result does not depend on it.
+    A batch is only split if the model computes each sample independently of the others, which is found on the first
+    batch that is too large. More memory than `MEMORY` does not make pieces larger, so that the result does not depend
+    on it.
 
     Args:
         nbytes: the memory that one sample of the example takes.
     """
-    batch, weights = piece
-    memory, forward = max(min(calibration.memory, MEMORY), 1), calibration.forward
-    nbytes *= _growth(prepared, batch)
-    samples, length = sample_count(batch), 0 if weights is not None and weights.dim() > 1 else _length(batch)
-    count = max(min(math.ceil(samples * nbytes / memory), samples), 1)
-    if count > 1 and not _one_by_one(prepared, batch, forward, index):
-        yield piece
-        return
-    windows = min(math.ceil(nbytes / memory), length // _SHORTEST) if count == samples else 1
-    if windows > 1 and not _is_causal(prepared, some_samples(batch, 0, 1), forward, index):
-        windows = 1
-    for start, stop in _cuts(samples, count):
-        own = piece if count == 1 else _samples(piece, start, stop)
-        yield from [own] if windows <= 1 else (_positions(own, *cut) for cut in _cuts(length, windows))
+
+    def __init__(self, prepared: nn.Module, calibration: Calibration, nbytes: float) -> None:
+        self._prepared, self._calibration, self._nbytes = prepared, calibration, nbytes
+        self._independent: bool | None = None
+        self._causal: bool | None = None
+
+    def of(self, piece: Piece, index: int) -> Iterator[Piece]:
+        """The pieces of a batch.
+
+        Args:
+            index: the index of the batch, for messages.
+        """
+        batch, weights = piece
+        memory, nbytes = max(min(self._calibration.memory, MEMORY), 1), self._nbytes * _growth(self._prepared, batch)
+        samples, length = sample_count(batch), 0 if weights is not None and weights.dim() > 1 else _length(batch)
+        count = max(min(math.ceil(samples * nbytes / memory), samples), 1)
+        if count > 1 and not self._one_by_one(batch, index):
+            yield piece
+            return
+        windows = min(math.ceil(nbytes / memory), length // _SHORTEST) if count == samples else 1
+        if windows > 1 and not self._is_causal(batch, index):
+            windows = 1
+        for start, stop in _cuts(samples, count):
+            own = piece if count == 1 else _samples(piece, start, stop)
+            yield from [own] if windows <= 1 else (_positions(own, *cut) for cut in _cuts(length, windows))
+
+    def _one_by_one(self, batch: Any, index: int) -> bool:
+        if self._independent is None:
+            self._independent = _one_by_one(self._prepared, batch, self._calibration.forward, index)
+        return self._independent
+
+    def _is_causal(self, batch: Any, index: int) -> bool:
+        if self._causal is None:
+            first = some_samples(batch, 0, 1)
+            self._causal = _is_causal(self._prepared, first, self._calibration.forward, index)
+        return self._causal
+
+
+def pieces_for_gradients(prepared: nn.Module, calibration: Calibration) -> Pieces:
+    """Pieces for which the values of all layers fit into memory."""
+    return Pieces(prepared, calibration, sum(_value_sizes(prepared).values()))
+
+
+def pieces_for_blocks(prepared: nn.Module, calibration: Calibration, blocks: Sequence[Block]) -> Pieces:
+    """The pieces that gradients at all layers have in ample memory; smaller ones if a block does not fit with these."""
+    sizes = _value_sizes(prepared)
+    largest = max(sum(sizes.get(node, 0.0) for node in block.nodes) for block in blocks)
+    share = min(calibration.memory / MEMORY, 1.0)
+    return Pieces(prepared, calibration, max(largest, share * sum(sizes.values())))
+
+
+def pieces_for_walk(prepared: nn.Module, calibration: Calibration) -> Pieces:
+    """Pieces for which the values alive at one layer of two models fit into memory."""
+    return Pieces(prepared, calibration, _ALIVE * max(_value_sizes(prepared).values(), default=0.0))
 
 
 def _cuts(length: int, count: int) -> list[tuple[int, int]]:

@@ -64,13 +64,14 @@ def _sizes(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
     """The bytes of each node's weights and, at the first node of each site, of its statistics and its spectra."""
     found = weight_bytes(graph_module)
     for site, (node, *_) in sites(graph_module).items():
-        rank, spectra = site.full_rank, 1 if site.parts == 1 else 2
-        numbers = site.groups * rank * (rank + spectra * site.out_features)
+        rank, directions = site.full_rank, site.out_features * (1 if site.parts == 1 else 2)
+        nbytes = 8 * site.groups * rank * (rank + directions)
         observer = observer_of(graph_module, annotation(node).sensitivity, SensitivityObserver)
-        if observer is not None:
+        if observer is not None:  # halves of the statistics, and spectra with a map to their directions
             features = site.groups * site.in_features // site.taps if observer.wants_features else 0
-            numbers += 2 * (2 * site.groups * rank**2 + features**2)
-        found[node] = found.get(node, 0) + 8 * numbers
+            nbytes += 8 * (site.groups * rank * (4 * rank + directions) + 2 * features**2)
+            nbytes += 0 if observer.basis is None else observer.basis.nbytes
+        found[node] = found.get(node, 0) + nbytes
     return found
 
 

@@ -58,14 +58,13 @@ class Calls:
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
         """What is run at once, with the index of its batch."""
         graph_module, calibration = self._program.graph_modules[0], self._calibration
+        fitting = None if self._blocks is None else pieces_for_blocks(graph_module, calibration, self._blocks)
         for index, made in enumerate(self._batches):
             batch = ordinary(made)
             if is_empty(batch):
                 continue
-            pieces = iter([(batch, calibration.given(index, batch))])
-            if self._blocks is not None:
-                pieces = pieces_for_blocks(graph_module, next(pieces), calibration, index, self._blocks)
-            yield from ((index, piece) for piece in pieces)
+            piece = batch, calibration.given(index, batch)
+            yield from ((index, own) for own in ([piece] if fitting is None else fitting.of(piece, index)))
 
     @contextmanager
     def around(self, call: int) -> Iterator[None]:

@@ -135,6 +135,7 @@ def calibrate(
     module = program.module
     generator = torch.Generator("cpu").manual_seed(calibration.seed + calibration.group.rank)
     gradients = any(isinstance(each, SensitivityObserver | InfluenceObserver) for each in module.modules())
+    pieces = pieces_for_gradients(module, calibration)
     with merging(module, calibration.group):
         state = Resumption(journal, module, generator, gradients)
         index = -1
@@ -145,7 +146,7 @@ def calibrate(
             given = calibration.given(index, batch)
             try:
                 if state.gradients:
-                    for piece in pieces_for_gradients(module, (batch, given), calibration, index):
+                    for piece in pieces.of((batch, given), index):
                         _run(program, piece, calibration, index, generator)
                 else:
                     _run(program, (batch, given), calibration, index, None)
@@ -332,10 +333,11 @@ def _delete_gradients(program: Program) -> None:
 
 def in_pieces(program: Program, calibration: Calibration) -> Calibration:
     """Split large batches so that the values of one layer of both models fit into memory."""
+    fitting = pieces_for_walk(program.module, calibration)
     pieces = [
         piece
         for index, batch in enumerate(calibration.batches)
-        for piece in pieces_for_walk(program.module, (batch, calibration.given(index, batch)), calibration, index)
+        for piece in fitting.of((batch, calibration.given(index, batch)), index)
     ]
     weights = Shelved(calibration.memory)
     for _, given in pieces:

@@ -78,7 +78,7 @@ def test_gradients_tell_positions_and_directions_that_matter():
     assert found.sample.gradients.samples == 64
     assert found.positions[0] > 0
     assert found.positions[1] == 0
-    basis = torch.eye(6, dtype=torch.float64) if found.basis is None else found.basis[0]
+    basis = torch.eye(6, dtype=torch.float64) if found.basis is None else found.basis[0].double()
     full = basis @ scatter @ basis.mT
     assert float(full[0, 0]) == pytest.approx(float(scatter.trace()), rel=1e-4)
     torch.testing.assert_close(found.sample.moments.mean[0], x[:, 0].mean(0).double(), rtol=1e-4, atol=1e-5)

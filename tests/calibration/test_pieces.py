@@ -37,7 +37,7 @@ def batch():
 def cut(pieces, model, batch, memory):
     prepared = balf_fx.prepare(model, batch[:4], sensitivity=True, widths=False)
     calibration = Calibration([], forward_for(model), memory=memory)
-    return [piece for piece, _ in pieces(prepared, (batch, None), calibration, 0)]
+    return [piece for piece, _ in pieces(prepared, calibration).of((batch, None), 0)]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,19 @@ def test_as_few_pieces_as_each_fit(model, batch, pieces, alive, fitting):
     assert len(found) == -(-BATCH // fitting)
 
 
+@pytest.mark.parametrize(("kind", "wanted"), [("images", 3), ("text", 5)])
+def test_a_model_is_asked_once_whether_its_samples_and_positions_are_independent(kind, wanted, model, batch):
+    """With some samples together and each apart, and with more and with fewer positions of one of them."""
+    runs, batches = [], {"images": batch, "text": {"tokens": torch.randint(20, (2, 200))}}
+    model = model if kind == "images" else Text(True).eval()
+    prepared = balf_fx.prepare(model, batches["images"][:4] if kind == "images" else batches["text"])
+    prepared.register_forward_hook(lambda *_: runs.append(1))
+    pieces = pieces_for_walk(prepared, Calibration([], forward_for(model), memory=1))
+    found = [len(list(pieces.of((batches[kind], None), index))) for index in range(3)]
+    assert found == [found[0]] * 3
+    assert len(runs) == wanted
+
+
 @pytest.mark.parametrize("pieces", [pieces_for_walk, pieces_for_gradients])
 def test_samples_that_depend_on_each_other_stay_together(pieces):
     batch = torch.randn(16, 8)
@@ -65,10 +78,8 @@ def test_pieces_for_gradients_leave_no_trace_of_the_samples_that_are_tried(model
     prepared = balf_fx.prepare(model, batch[:4], sensitivity=True)
     before = {name: module.moments for name, module in prepared.named_modules() if hasattr(module, "moments")}
     assert before
-    assert (
-        len(list(pieces_for_gradients(prepared, (batch, None), Calibration([], forward_for(model), memory=1), 0)))
-        == BATCH
-    )
+    pieces = pieces_for_gradients(prepared, Calibration([], forward_for(model), memory=1))
+    assert len(list(pieces.of((batch, None), 0))) == BATCH
     assert before == {name: module.moments for name, module in prepared.named_modules() if hasattr(module, "moments")}
 
 
@@ -93,7 +104,7 @@ def cut_text(model, batch, memory, *, masked=False, weights=None):
     example |= {"attention_mask": torch.ones(3, 50)} if masked else {}
     prepared = balf_fx.prepare(model.eval(), example, sensitivity=True, widths=False)
     before = {module: module.moments for module in prepared.modules() if hasattr(module, "moments")}
-    found = list(pieces_for_walk(prepared, (batch, weights), Calibration([], forward_for(model), memory=memory), 0))
+    found = list(pieces_for_walk(prepared, Calibration([], forward_for(model), memory=memory)).of((batch, weights), 0))
     assert all(module.moments is moments for module, moments in before.items())
     return found
 

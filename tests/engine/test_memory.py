@@ -126,7 +126,7 @@ def test_more_memory_than_the_constant_makes_no_larger_pieces(monkeypatch):
     found = {}
     for limit in (1000, 3000, 1 << 40):
         calibration = Calibration([], forward_for(model), memory=limit)
-        cut = pieces.pieces_for_walk(prepared, (batch, None), calibration, 0)
+        cut = pieces.pieces_for_walk(prepared, calibration).of((batch, None), 0)
         found[limit] = [len(piece) for piece, _ in cut]
     assert found[3000] == found[1 << 40]
     assert 1 < len(found[3000]) < len(found[1000])

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import balf_fx
+from balf_fx.calibration.pieces import Pieces
 from balf_fx.errors import CalibrationError, OptionError
 from balf_fx.graph.annotation import annotate, annotation, sites
 from balf_fx.graph.site import Reason, Refusal
@@ -112,9 +113,7 @@ def test_chunks_and_files_change_nothing(mode, factors, monkeypatch):
     model, batches = Residual().double().eval(), list(torch.randn(3, 8, 3, 8, 8, dtype=torch.float64))
     prepared = calibrated(model, batches, sensitivity=factors == "sensitivity")
     options = {"flops": 0.5, "factors": factors, "batches": batches, "refit": mode, "progress": False}
-    monkeypatch.setattr(
-        "balf_fx.engine.compress.pieces_for_walk", lambda prepared, piece, *_: [piece]
-    )  # tests/calibration/test_pieces.py
+    monkeypatch.setattr(Pieces, "of", lambda self, piece, index: [piece])  # tests/calibration/test_pieces.py
     parked = []
     park = Shelf.park
     monkeypatch.setattr(Shelf, "park", lambda self, values: parked.append(self.nbytes(values)) or park(self, values))
@@ -504,7 +503,7 @@ def test_values_in_memory_stay_within_the_bound(memory, monkeypatch):
     """But for those of the batch that runs."""
     model, batches = Residual().eval(), list(torch.randn(6, 8, 3, 8, 8))
     prepared = calibrated(model, batches)
-    monkeypatch.setattr("balf_fx.engine.compress.pieces_for_walk", lambda prepared, batch, *_: [batch])
+    monkeypatch.setattr(Pieces, "of", lambda self, piece, index: [piece])
     seen, walks = [], Lockstep.batches
 
     def watched(self):
