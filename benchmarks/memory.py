@@ -75,6 +75,7 @@ class Footprint:
     resident before, and count where they are read.
     """
 
+    model: str
     effort: str
     memory: str
     files: bool
@@ -97,7 +98,7 @@ def footprint(name: str, effort: Effort, memory: str, files: bool) -> Footprint:
         balf_fx.compile(
             subject.model, subject.calibration, flops=FLOPS, effort=effort, memory=memory, progress=False, **options
         )
-    return Footprint(effort, memory, files, weights, peak_gib() - before, time.process_time() - start)
+    return Footprint(name, effort, memory, files, weights, peak_gib() - before, time.process_time() - start)
 
 
 def _drop_weights(model: nn.Module) -> None:
@@ -153,7 +154,7 @@ def main(
         found = [asdict(footprint_apart(subject, effort, *case)) for effort in efforts for case in cases]
         click.echo(tabulate(found, headers="keys", floatfmt=".3f"))
         if output is not None:
-            write_json(output, {"model": subject, "flops": FLOPS, "results": found})
+            write_json(output, {"flops": FLOPS, "results": found})
         return
     if here:
         click.echo(json.dumps(asdict(measure(images, sizes[0], refit))))
