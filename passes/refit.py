@@ -36,6 +36,8 @@ from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.moments import by_sample, input_columns, output_columns
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
+from balf_fx.calibration.pages import Pages
+from balf_fx.calibration.parking import parked
 from balf_fx.calibration.weights import Weights, read_masks
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.distributed.group import ALONE, Group
@@ -55,6 +57,7 @@ from balf_fx.passes.factorize import planned
 from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.separable import by_column, by_patch
 from balf_fx.ranks.spectra import in_parts
+from balf_fx.refit.biases import shift_between, shifted
 from balf_fx.refit.experts import refit_experts
 from balf_fx.refit.lockstep import Batch, Lockstep, sources_of
 from balf_fx.refit.problems import BiasProblem, Problem, Through
@@ -83,6 +86,7 @@ class Refit(Pass):
         group: the processes that refit together, each on its own batches: all sums are over the batches of all.
         progress: shows the progress over the nodes.
         journal: has the layers that were solved before a run was killed.
+        pages: files for solutions, which give back what was read of them after each layer; None to keep all in memory.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -93,6 +97,7 @@ class Refit(Pass):
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
     journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
+    pages: Pages | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(RefitMode):
@@ -112,7 +117,7 @@ class Refit(Pass):
             if not len(weights) and mask_inputs(graph_module):
                 weights = [read_masks(graph_module, values) for values in self.inputs]
             walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights, self.group)
-            solver = _Solver(walk, self.mode, self.journal)
+            solver = _Solver(walk, self.mode, self.journal, self.pages)
             samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
             work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))
             walk.run(nodes, layers, solver.replace, partial(self.progress.track, weights=work))
@@ -122,10 +127,8 @@ class Refit(Pass):
 class _Solver:
     """Finds the replacement of each layer in the compressed model."""
 
-    def __init__(self, walk: Lockstep, mode: RefitMode, journal: Journal) -> None:
-        self.walk = walk
-        self.mode = mode
-        self.journal = journal
+    def __init__(self, walk: Lockstep, mode: RefitMode, journal: Journal, pages: Pages | None = None) -> None:
+        self.walk, self.mode, self.journal, self.pages = walk, mode, journal, pages
         self.graph_module = walk.graph_module
         self.users = parameter_users(walk.graph_module)
         self.solved: dict[Site, Substitute] = {}
@@ -155,11 +158,19 @@ class _Solver:
             self._replace_experts(node, site, moved)
         elif moved and self._refittable(node, site, rank):
             (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
-            give_back(BETWEEN_WALKS, site.numel)
+            self._give_back(node, site)
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))
             self.walk.finish(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
+
+    def _give_back(self, node: fx.Node, site: Site) -> None:
+        """Give memory back after a layer; where there are files, its solution goes to them."""
+        if self.pages is None:
+            give_back(BETWEEN_WALKS, site.numel)
+        else:
+            annotate(node, refit=parked(annotation(node).refit, self.pages))
+            self.pages.release()
 
     def _replace_experts(self, node: fx.Node, site: Site, moved: bool) -> None:
         """Solve for the factors of experts; those that stay dense run on the compressed model's values.
@@ -252,11 +263,13 @@ class _Solver:
         )
         annotate(node, refit=solution)
         after = self._build(thin, as_read, solution)
-        shifts = [None if old.left is not None else _shift(old, new) for old, new in zip(prior, solution, strict=True)]
+        shifts = [
+            None if old.left is not None else shift_between(old, new) for old, new in zip(prior, solution, strict=True)
+        ]
 
         def finished(batch: Batch) -> Tensor:
             values = zip(batch.compressed[node], shifts, strict=True)
-            return after.run_second([_shifted(value, thin, shift) for value, shift in values])
+            return after.run_second([shifted(value, thin, shift) for value, shift in values])
 
         self.walk.finish(node, finished)
 
@@ -351,19 +364,6 @@ def _inputs_and_one(node: fx.Node, site: Site, batch: Batch, own: Window) -> Ten
 def _in_parts(outputs: Tensor, parts: int) -> Tensor:
     """[1, O, n] as [parts, O / parts, n]."""
     return outputs if parts == 1 else outputs.reshape(parts, -1, outputs.shape[-1])
-
-
-def _shift(old: Solution, new: Solution) -> Tensor | None:
-    """The change of the bias, [G, O]."""
-    return new.bias if old.bias is None or new.bias is None else new.bias - old.bias
-
-
-def _shifted(value: Tensor, site: Site, shift: Tensor | None) -> Tensor:
-    """An output [..., G * O] or [..., G * O, *size] with a shift added to its features."""
-    if shift is None:
-        return value
-    sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
-    return value + shift.to(value.dtype).reshape(-1, *sizes)
 
 
 def _site(graph_module: fx.GraphModule, node: fx.Node) -> Site:

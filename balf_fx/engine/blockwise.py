@@ -22,10 +22,10 @@ from balf_fx.calibration.coverage import unseen
 from balf_fx.calibration.merging import check_alike
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.calibration.pages import Pages
+from balf_fx.calibration.parking import park_curves, parked
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.calls import Calls
 from balf_fx.engine.finished import Finished
-from balf_fx.engine.parking import park_curves, parked
 from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import bytes_read
 from balf_fx.engine.resuming import CALIBRATION

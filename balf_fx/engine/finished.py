@@ -10,9 +10,9 @@ from torch import fx
 from balf_fx.calibration.merging import merge_statistics
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.calibration.pages import Pages
+from balf_fx.calibration.parking import parked
 from balf_fx.checkpoint.journal import Journal
 from balf_fx.distributed.group import Group
-from balf_fx.engine.parking import parked
 from balf_fx.graph.blocks import Block
 
 

@@ -75,7 +75,9 @@ def carry_out(
             if sites(graph_module):
                 inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
                 own, group = journal.within(f"part {index}"), calibration.group
-                Refit(inputs, mode, calibration.memory, handed, weights, group, span, own)(graph_module)
+                Refit(inputs, mode, calibration.memory, handed, weights, group, span, own, calibration.pages)(
+                    graph_module
+                )
             rewrite(graph_module, pivot, done)
             relay.run(index)
             span.done()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from balf_fx.graph.curves import Spectrum
+from balf_fx.graph.curves import Solution, Spectrum
+from balf_fx.graph.site import Site
 from balf_fx.refit.regression import root_of
 from balf_fx.refit.sums import applied
 
@@ -59,3 +60,16 @@ def best_shift(train: Residual, held_out: Residual, spectrum: Spectrum | None) -
     both = train + held_out
     accepted = not held_out.count or held_out.rise(train.mean, root) < 0
     return both.mean if accepted and both.rise(both.mean, root) < 0 else torch.zeros_like(both.total)
+
+
+def shift_between(old: Solution, new: Solution) -> Tensor | None:
+    """The change of the bias, [G, O]."""
+    return new.bias if old.bias is None or new.bias is None else new.bias - old.bias
+
+
+def shifted(value: Tensor, site: Site, shift: Tensor | None) -> Tensor:
+    """An output [..., G * O] or [..., G * O, *size] with a shift added to its features."""
+    if shift is None:
+        return value
+    sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
+    return value + shift.to(value.dtype).reshape(-1, *sizes)

@@ -16,6 +16,7 @@ from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserve
 from balf_fx.engine import blockwise, trials
 from balf_fx.errors import CalibrationError, NonFiniteError
 from balf_fx.graph.annotation import annotation, graph_record, sites
+from balf_fx.passes.refit import _Solver
 
 AMPLE, SMALL, TINY = "1GiB", 40_000, 1
 
@@ -250,6 +251,20 @@ def test_statistics_of_gradients_and_widths_are_in_files_too(monkeypatch):
     assert curves[0] == 0
     assert curves == sorted(curves)
     assert curves[-1] == 3  # queries, values, and the hidden features of the MLP
+
+
+def test_solutions_of_a_refit_are_in_files_once_their_layer_is_solved(monkeypatch):
+    kept, plain = [], _Solver._give_back
+
+    def give_back(self, node, site):
+        plain(self, node, site)
+        kept.extend(self.pages.has(part.right) for part in annotation(node).refit)
+
+    monkeypatch.setattr(_Solver, "_give_back", give_back)
+    model, batches = make("transformer")
+    compressed(model, small_batches(batches), memory=SMALL, effort="best")
+    assert len(kept) > 10
+    assert all(kept)
 
 
 def test_ample_memory_and_gradients_of_weights_go_as_before(walks, walks_back):

@@ -1,4 +1,4 @@
-"""Moves statistics and curves to files, from which they are mapped into memory where they are read."""
+"""Moves statistics, curves and solutions to files, from which they are mapped into memory where they are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.sample import Gradients, Sample
 from balf_fx.graph.annotation import annotate, annotation, sites
-from balf_fx.graph.curves import RankCurve, Spectrum
+from balf_fx.graph.curves import RankCurve, Solution, Spectrum
 from balf_fx.graph.widths import WidthCurve
 
 _LARGE: Mapping[type, tuple[str, ...]] = {
@@ -22,6 +22,7 @@ _LARGE: Mapping[type, tuple[str, ...]] = {
     Spectrum: ("left", "right"),
     RankCurve: ("spectrum", "parts", "strips"),
     WidthCurve: ("covariances", "left", "right"),
+    Solution: ("left", "right"),
 }
 """The attributes that are large, or hold what is."""
 
@@ -29,7 +30,7 @@ _T = TypeVar("_T")
 
 
 def parked(value: _T, pages: Pages) -> _T:
-    """Statistics or a curve with its large tensors in files; the same object if they are there already."""
+    """Statistics, a curve or a solution with its large tensors in files; the same object if they are there already."""
     if isinstance(value, Tensor):
         return pages.park(value)  # type: ignore[return-value]
     if isinstance(value, tuple):
