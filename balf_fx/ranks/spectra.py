@@ -60,9 +60,7 @@ def thin_qr(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     triangle = _tall_triangle(weight)
     if triangle is None:
-        basis, triangle = torch.linalg.qr(weight)
-        signs = _signs(triangle)
-        return basis * signs.unsqueeze(-2), triangle * signs.unsqueeze(-1)
+        return _reflected(weight)
     identity = torch.eye(triangle.shape[-1], dtype=weight.dtype, device=weight.device).expand_as(triangle)
     return weight @ torch.linalg.solve_triangular(triangle, identity, upper=True), triangle
 
@@ -74,6 +72,13 @@ def thin_triangle(weight: Tensor) -> Tensor:
         return triangle
     reflected: Tensor = torch.linalg.qr(weight, mode="r")[1]
     return reflected * _signs(reflected).unsqueeze(-1)
+
+
+def _reflected(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R of `thin_qr` by reflections."""
+    basis, triangle = torch.linalg.qr(weight)
+    signs = _signs(triangle)
+    return basis * signs.unsqueeze(-2), triangle * signs.unsqueeze(-1)
 
 
 def _signs(triangle: Tensor) -> Tensor:
@@ -209,11 +214,16 @@ def spectrum_from_input(
     output_mean = None if mean is None else (weight @ mean.unsqueeze(-1)).squeeze(-1)
     if roots is None and weight.shape[-2] <= weight.shape[-1]:  # Q is square: a rotation, which changes nothing
         return spectrum_from_output(weight @ covariance @ weight.mT, output_mean)
-    basis, reduced = thin_qr(weight)
-    del weight  # large, as the next are, for a layer with many outputs
-    inner = spectrum_from_output(reduced @ covariance @ reduced.mT, output_mean, roots)
-    right = None if inner.right is None else inner.right @ basis.mT
-    return Spectrum(inner.energies, basis @ inner.left, output_mean, right)
+    triangle = _tall_triangle(weight)
+    tall = triangle is not None
+    if triangle is None:
+        weight, triangle = _reflected(weight)  # Q in place of W, which is large for a layer with many outputs
+    inner = spectrum_from_output(triangle @ covariance @ triangle.mT, output_mean, roots)
+    left, right = inner.left, inner.right
+    if tall:  # Q V = W R^-1 V: one product with W in place of one with W and one with Q
+        left = torch.linalg.solve_triangular(triangle, left, upper=True)
+        right = None if right is None else torch.linalg.solve_triangular(triangle, right.mT, upper=True).mT
+    return Spectrum(inner.energies, weight @ left, output_mean, None if right is None else right @ weight.mT)
 
 
 def spectrum_from_weight(weight: Tensor) -> Spectrum:
