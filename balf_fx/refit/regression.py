@@ -60,7 +60,7 @@ def error(seen: Joint, solution: Solution, root: Tensor | None) -> float:
     The metric is R^T R. It is not computed, since it has a row and a column for each output.
 
     Args:
-        seen: the sums of R y in place of y (`Joint.seen`).
+        seen: the sums of R y in place of y (`Joint.seen`); those of y or z without R.
         root: R [G, m, O]; None for the identity.
     """
     solution, count = whole(solution), seen.count
@@ -79,10 +79,14 @@ def error(seen: Joint, solution: Solution, root: Tensor | None) -> float:
         left, bias = root @ left, None if bias is None else applied(root, bias)
     y = seen.mean_y.unsqueeze(-1)
     bias = torch.zeros_like(y) if bias is None else bias.unsqueeze(-1)
+    shift = (bias * (bias - 2 * y)).sum()
+    if seen.through is not None:  # no products with a row for each output, which are many
+        squares = (products * (left.mT @ left)).sum() - 2 * (cross * (seen.through.mT @ left)).sum()
+        return float(squares / count + 2 * (bias.mT @ left @ mean).sum() + shift)
     fitted = left @ products
     fitted.sub_(cross, alpha=2).div_(count)
     fitted += 2 * bias @ mean.mT
-    return float(fitted.mul_(left).sum() + (bias * (bias - 2 * y)).sum())
+    return float(fitted.mul_(left).sum() + shift)
 
 
 class Fit(NamedTuple):
@@ -157,7 +161,7 @@ def solutions(
     A part whose prior has no bias gets none, since its cost was counted without one: its regression is uncentred.
 
     Args:
-        metrics: R or R T of each part (`metrics_of`).
+        metrics: R or R T of each part, or None (`metrics_of`).
     """
     groups = seen.groups // len(prior)
     fits: dict[bool, tuple[Joint, Tensor, Tensor]] = {}
@@ -204,10 +208,10 @@ def root_of(spectrum: Spectrum) -> Tensor:
 
 
 def metrics_of(seen: Joint, roots: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """R T [G, m, Z] of each part, for sums of z; R alone for sums of y; T or None where there is no R."""
+    """R T [G, m, Z] of each part, for sums of z; R alone for sums of y; None where there is no R."""
     throughs = [seen.part(own).through for own in _owns(len(roots))]
     return [
-        root if through is None else through if root is None else root @ through
+        root if through is None or root is None else root @ through
         for root, through in zip(roots, throughs, strict=True)
     ]
 
