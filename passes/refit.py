@@ -59,7 +59,7 @@ from balf_fx.ranks.separable import by_column, by_patch
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.biases import shift_between, shifted
 from balf_fx.refit.experts import refit_experts
-from balf_fx.refit.lockstep import Batch, Lockstep, sources_of
+from balf_fx.refit.lockstep import Batch, Lockstep, sources_of, without_ends
 from balf_fx.refit.problems import BiasProblem, Problem, Through
 from balf_fx.refit.targets import Target, observes
 from balf_fx.refit.windows import Window
@@ -108,10 +108,10 @@ class Refit(Pass):
             raise OptionError(f"weights has {len(self.weights)} batches, inputs has {len(self.inputs)}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        unread = (node for node in graph_module.graph.nodes if node.op == "output" or leads_to_experts(node))
-        skipped = {*unread, *filter(observes, graph_module.graph.nodes)}
-        nodes = [node for node in graph_module.graph.nodes if node not in skipped]
+        ends = {node for node in graph_module.graph.nodes if node.op == "output" or observes(node)}
+        nodes = [node for node in graph_module.graph.nodes if node not in ends and not leads_to_experts(node)]
         layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_kept(node)}
+        nodes = without_ends(graph_module, nodes, layers, ends)
         with torch.no_grad():
             weights = self.weights
             if not len(weights) and mask_inputs(graph_module):

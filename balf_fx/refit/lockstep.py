@@ -259,6 +259,26 @@ def sources_of(node: fx.Node) -> list[fx.Node]:
     return list(dict.fromkeys(source for found in sources for source in found))
 
 
+def without_ends(
+    graph_module: fx.GraphModule, nodes: Sequence[fx.Node], layers: Set[fx.Node], ends: Set[fx.Node]
+) -> list[fx.Node]:
+    """The nodes without those that only make what a graph returns of one value, such as the class of an output.
+
+    No layer is solved for what they compute, which may be large: the logits of a language model.
+
+    Args:
+        nodes: in their order.
+        ends: nodes behind them that read values, and compute none.
+    """
+    found = set(ends)
+    for node in reversed(nodes):
+        plain = node.op in ("call_function", "call_method") and node not in layers and not node.is_impure()
+        unary = plain and len(set(node.all_input_nodes)) == 1 and not changes_in_place(graph_module, node)
+        if unary and found.issuperset(node.users):
+            found.add(node)
+    return [node for node in nodes if node not in found]
+
+
 def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the nodes whose values it is the last to read."""
     last: dict[fx.Node, fx.Node] = {}
