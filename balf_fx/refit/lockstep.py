@@ -39,19 +39,22 @@ class Batch:
         compressed: values of the compressed model, where these differ.
     """
 
-    def __init__(self, index: int, shelf: Shelf) -> None:
+    def __init__(self, index: int, shelf: Shelf, late: Callable[[fx.Node, Batch], Any]) -> None:
         self.index = index
         self.original: dict[fx.Node, Any] = {}
         self.compressed: dict[fx.Node, Any] = {}
         self._shelf = shelf
+        self._late = late
 
     def before(self, node: fx.Node) -> Any:
-        """The original model's value."""
+        """The original model's value; of a layer that no node reads, computed the first time in a turn."""
+        if node not in self.original:
+            self.original[node] = self._late(node, self)
         return self.original[node]
 
     def current(self, node: fx.Node) -> Any:
         """The compressed model's value."""
-        return self.compressed[node] if node in self.compressed else self.original[node]
+        return self.compressed[node] if node in self.compressed else self.before(node)
 
     def free(self, nodes: Iterable[fx.Node]) -> None:
         """Free the values of some nodes."""
@@ -147,8 +150,9 @@ class Lockstep:
         last_reads = _last_reads(nodes)
         with tempfile.TemporaryDirectory(prefix="balf_fx-") as folder:
             pinned = self._pinned()
-            self._batches = [Batch(index, Shelf(Path(folder), pinned)) for index in range(len(self.inputs))]
-            self._nbytes = [0] * len(self._batches)
+            count = len(self.inputs)
+            self._batches = [Batch(index, Shelf(Path(folder), pinned), self._late) for index in range(count)]
+            self._nbytes = [0] * count
             for node in track(nodes):
                 self._separate(node)
                 moves = node not in layers and not self.moved.isdisjoint(sources_of(node))
@@ -172,16 +176,15 @@ class Lockstep:
     def batches(self) -> Iterator[Batch]:
         """Yield one batch after the other; the caller may keep no value of a batch beyond its turn.
 
-        A layer that no node reads, such as the head of a language model, is run at each turn; its value is not kept.
+        A layer that no node reads, such as the head of a language model, is only run at a turn that asks for its value,
+        which is not kept.
         """
         total = sum(self._nbytes)
         for index, batch in enumerate(self._batches):
             batch.load()
-            if self._unread is not None:
-                batch.original[self._unread] = self._original(self._unread, batch)
             yield batch
             if self._unread is not None:
-                del batch.original[self._unread]
+                batch.original.pop(self._unread, None)
             total -= self._nbytes[index]
             self._nbytes[index] = batch.leave(self._memory - total)
             total += self._nbytes[index]
@@ -210,6 +213,11 @@ class Lockstep:
             for source in node.all_input_nodes:
                 if source not in self.moved:
                     self.store(source, partial(_cloned, source))
+
+    def _late(self, node: fx.Node, batch: Batch) -> Any:
+        if node is not self._unread:
+            raise KeyError(node)
+        return self._original(node, batch)
 
     def _original(self, node: fx.Node, batch: Batch) -> Any:
         """The value of a node in the original model."""

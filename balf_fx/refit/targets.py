@@ -63,7 +63,7 @@ class Target:
             predicted: [G, O, n], the output of an earlier solution, from which the target is made beyond the limits;
                 None to ignore the limits.
         """
-        wanted = window.of(by_sample(batch.original[self.node], self.site))
+        wanted = window.of(by_sample(batch.before(self.node), self.site))
         other = self._other(batch)
         if other is None:
             return self._seen(cut(wanted), predicted)
@@ -74,7 +74,7 @@ class Target:
     def _other(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """The value to which the output is added, in the original and in the compressed model."""
         other = None if self.addition is None else batch.original.get(self.addition)
-        if self.addition is None or not isinstance(other, Tensor) or other.shape != batch.original[self.node].shape:
+        if self.addition is None or not isinstance(other, Tensor) or other.shape != batch.before(self.node).shape:
             return None
         return other, batch.current(self.addition)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from balf_fx.calibration.moments import CHUNK_ELEMENTS, by_sample, leading_sizes
+from balf_fx.graph.layers import site_input
 from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch, Lockstep
 
@@ -89,11 +90,10 @@ def visits(
     outputs, inputs = shape
     seen, turn = walk.before, walk.group.rank  # the grid is shifted each turn: together they read all pixels
     for batch in walk.batches():
-        original = by_sample(batch.original[node], site)
-        sizes = tuple(original.shape[2:] if site.conv is not None else original.shape[1:2])
-        counted = _counted(walk, node, site, batch, (len(original), *sizes))
+        count, sizes = _positions(batch, node, site)
+        counted = _counted(walk, node, site, batch, (count, *sizes))
         numbers = _present(counted)
-        samples = len(original) if numbers is None else len(numbers)
+        samples = count if numbers is None else len(numbers)
         step = pixel_step(walk.runs * samples, sizes, inputs) if site.conv is not None else 1
         positions = math.prod(-(-size // step) for size in sizes)
         weights = None if importance is None else position_weights(importance, sizes)
@@ -108,10 +108,16 @@ def visits(
         seen += samples
 
 
+def _positions(batch: Batch, node: fx.Node, site: Site) -> tuple[int, tuple[int, ...]]:
+    """The number of samples, and the sizes of their positions, which a linear layer's input has, too."""
+    value = by_sample(batch.before(node if site.conv is not None else site_input(node)), site)
+    return len(value), tuple(value.shape[2:] if site.conv is not None else value.shape[1:2])
+
+
 def _counted(walk: Lockstep, node: fx.Node, site: Site, batch: Batch, shape: Sequence[int]) -> Tensor | None:
     """The weights of the positions of each sample, [N, *sizes]; None if each is 1."""
-    weights, value = walk.weights(node, batch), batch.original[node]
-    found = None if weights is None else weights.at(leading_sizes(value, site, "output"))
+    weights, value = walk.weights(node, batch), batch.before(site_input(node))
+    found = None if weights is None else weights.at(leading_sizes(value, site, "input"))
     return None if found is None else found.to(value.device).reshape(*shape)
 
 
