@@ -18,6 +18,8 @@ import click
 from shapes import SHAPES, on_paper
 from tabulate import tabulate
 
+from balf_fx.engine.memory import bytes_of
+
 README = Path(__file__).with_name("README.md")
 _RESULTS = Path(__file__).with_name("results")
 _NEAR = 0.03  # of shares kept
@@ -306,6 +308,21 @@ def blocks() -> str:
     return markdown(lines, headers)
 
 
+def bounds() -> str:
+    """Resident memory for each model and effort, as a share of its bound."""
+    lines = [
+        (
+            row["model"],
+            f'`"{row["effort"]}"`',
+            row["memory"],
+            f"{1024 * row['above']:,.0f}",
+            f"{2**30 * row['above'] / bytes_of(row['memory']):.2f}",
+        )
+        for row in _read("bounds")["results"]
+    ]
+    return markdown(lines, ("model", "effort", "`memory=`", "above what was before, MiB", "share of the bound"))
+
+
 def large() -> str:
     """What each shape of Llama takes, measured and on paper."""
     found = _read("large")["results"]
@@ -456,6 +473,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "residual": residual,
     "zoo": zoo,
     "compression": compression,
+    "bounds": bounds,
     "memory": memory,
     "blocks": blocks,
     "timings": timings,

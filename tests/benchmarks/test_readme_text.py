@@ -106,7 +106,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     longer = 3600 * paper["hours"] / billion["seconds"]
     pivots = [(case["group"], case["extra_info"]["ratios"]) for case in read("pivots")["benchmarks"]]
     slowest = {rival: max(ratios[rival]["median"] for _, ratios in pivots) for rival in ("dense", "pairs")}
-    images = load_benchmark("subjects").SUBJECTS["ResNet-50"]()
+    images, many = (load_benchmark("subjects").SUBJECTS[f"ResNet-50{more}"]() for more in ("", ", 256 images"))
     writer, shape = load_benchmark("bench_generation"), load_benchmark("subjects")._LARGE
     wide, hidden = shape["hidden_size"], shape["intermediate_size"]
     weights = 2 * 32_000 * wide + shape["num_hidden_layers"] * wide * (4 * wide + 3 * hidden)
@@ -134,6 +134,8 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"at {100 * blocks['flops']:.0f} % of the FLOPs",
         "than batches of 32",
         f"{sum(map(len, images.calibration))} images of 224 x 224 or",
+        f"{sum(map(len, many.calibration))} images where it says so",
+        f"a model to {100 * read('bounds')['flops']:.0f} % of its FLOPs, above",
         f"at {100 * load_benchmark('subjects').FLOPS:.0f} % of the FLOPs",
         f"is compressed to {quantized['resnet20']['flops']:g} and ViT-Tiny to {quantized['vit_tiny']['flops']:g} of",
         f"to {quantized['stories']['params']:g} of its parameters",
