@@ -196,7 +196,7 @@ def _separated(
     sums: Joint, full: Tensor, product: Tensor, spectrum: Spectrum, part: Solution, strength: float
 ) -> tuple[Tensor, Tensor]:
     """The factors of a separable convolution, from the results of `ridge`."""
-    moment = sums.inputs.covariance.clone()
+    moment = sums.inputs.covariance
     moment.diagonal(dim1=-2, dim2=-1).add_(sums.inputs.ridge(strength).squeeze(-1))
     _, metric = spectrum.maps(spectrum.energies.shape[-1])
     return separated(full, product, moment, metric, part.right.shape[1], part.taps)

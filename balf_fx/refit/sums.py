@@ -37,10 +37,11 @@ class Inputs:
     def mean(self) -> Tensor:
         return self.x / self.count
 
-    @cached_property
+    @property
     def covariance(self) -> Tensor:
-        """Cov(x') [G, D, D]."""
-        return self.xx / self.count - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+        """Cov(x') [G, D, D]; computed anew each time, since it is as large as its Cholesky factors, which are kept."""
+        found = self.xx / self.count
+        return found.sub_(self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2))
 
     @cached_property
     def uncentred(self) -> Inputs:
@@ -49,13 +50,14 @@ class Inputs:
 
     def ridge(self, strength: float) -> Tensor:
         """[G, 1, 1], the value that a ridge adds to the diagonal of the covariance."""
-        mean = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        variances = self.xx.diagonal(dim1=-2, dim2=-1) / self.count - self.mean.square()
+        mean = variances.mean(-1)[:, None, None]
         return strength * mean + torch.finfo(mean.dtype).tiny
 
     def factor(self, strength: float) -> Tensor | None:
         """The Cholesky factor of the covariance with a ridge, cached; None if it is not positive definite."""
         if strength not in self._factors:
-            damped = self.covariance.clone()
+            damped = self.covariance
             damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
             factor, failed = torch.linalg.cholesky_ex(damped)
             self._factors[strength] = None if failed.any() else factor
@@ -171,11 +173,12 @@ class JointSums:
         self.count, self._y, self._products = group.merged((self.count, self._y, self._products), _added)
 
     def joint(self) -> Joint:
-        """The sums so far."""
+        """The sums so far, in the memory in which they are accumulated."""
         inputs, yx = self._known, self._products
         if inputs is None:
-            lower, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
-            inputs = Inputs(self.count, x.squeeze(1), lower.tril() + lower.tril(-1).mT)
+            xx, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
+            xx.tril_().add_(xx.tril(-1).mT)
+            inputs = Inputs(self.count, x.squeeze(1), xx)
         return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
 
 

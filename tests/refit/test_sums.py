@@ -49,6 +49,18 @@ def test_products_of_many_columns_are_whole():
     torch.testing.assert_close(found.inputs.x, x.sum(-1))
 
 
+def test_sums_stay_in_the_memory_in_which_they_are_accumulated_and_more_can_be_added():
+    """Those of a convolution with 4,608 columns take 190 MB."""
+    x, y = random(72, 2, 130, 40), random(73, 2, 5, 40)
+    sums = JointSums((2, 130), (2, 5), x.device)
+    sums.add(x[..., :25], y[..., :25], None)
+    first = sums.joint()
+    assert first.inputs.xx.untyped_storage().data_ptr() == first.yx.untyped_storage().data_ptr()
+    sums.add(x[..., 25:], y[..., 25:], None)
+    torch.testing.assert_close(sums.joint().inputs.xx, x @ x.mT)
+    torch.testing.assert_close(sums.joint().yx, y @ x.mT)
+
+
 def test_sums_of_other_targets_have_the_factors_of_the_first():
     x, y, weights = problem(9)
     train, held_out = joint(x, y, weights), joint(x + 1, y, weights)
