@@ -179,7 +179,7 @@ def test_what_is_said_of_accuracy(read, rows, load_benchmark):
     assert found["ours", 0.3]["top1"] > 75
     assert all(found[method, 0.3]["top1"] < 25 for method in once)
     (found, _), dense = rows("accuracy_vit_tiny"), read("accuracy_vit_tiny")["dense"]["top1"]
-    assert round(dense - found["ours", 0.8]["top1"]) == 3  # points
+    assert 2 < dense - found["ours", 0.8]["top1"] < 3  # points
     assert all(dense - found[method, 0.8]["top1"] > 50 for method in ("svd", "svd-llm", "air", "balf"))
     (found, _), dense = rows("accuracy_mobilenetv2"), read("accuracy_mobilenetv2")["dense"]["top1"]
     assert all(found[method, 0.8]["top1"] < 10 for method in ("svd", "svd-llm", "air", "balf"))
