@@ -158,11 +158,11 @@ class _Solver:
             self._replace_experts(node, site, moved)
         elif moved and self._refittable(node, site, rank):
             (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
-            self._give_back(node, site)
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))
             self.walk.finish(node, partial(_run, self.solved[site], partial(_reads, node, site, cut)))
+        self._give_back(node, site)
 
     def _give_back(self, node: fx.Node, site: Site) -> None:
         """Give memory back after a layer; where there are files, its solution goes to them."""

@@ -19,6 +19,7 @@ from balf_fx.graph.blocks import weight_bytes
 from balf_fx.graph.curves import Rank, RankCurve, each_rank
 from balf_fx.graph.parameters import grouped_bias
 from balf_fx.graph.site import Site
+from balf_fx.refit.offload import storage_bytes
 
 _PREFIX = "balf_projection"
 
@@ -93,8 +94,7 @@ class Projection(nn.Module):
     @property
     def nbytes(self) -> int:
         """The bytes of the spectra that it reads."""
-        read = (each.untyped_storage() for maps in self._pieces if maps is not None for each in maps)
-        return sum({storage.data_ptr(): storage.nbytes() for storage in read}.values())
+        return storage_bytes(each for maps in self._pieces if maps is not None for each in maps)
 
     @torch.no_grad()
     def forward(self, value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -54,8 +54,7 @@ class Shelf:
 
     def nbytes(self, values: Any) -> int:
         """The bytes of memory that `park` would free."""
-        leaves = [leaf for leaf in pytree.tree_leaves(values) if self._takes(leaf)]
-        return sum({leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves}.values())
+        return storage_bytes(leaf for leaf in pytree.tree_leaves(values) if self._takes(leaf))
 
     def park(self, values: Any) -> Any:
         """The values with their tensors moved to files; tensors that were mapped from a file are already in it."""
@@ -177,6 +176,12 @@ class Shelved(Sequence[Any]):
             return _Parked(written[address], tensor.dtype, tensor.device, tensor.shape, tensor.stride(), offset)
 
         return pytree.tree_map_only(Tensor, parked, value)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of the storages of tensors; a storage of several counts once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def resident(values: Sequence[Mapping[str, Any]]) -> list[Tensor]:

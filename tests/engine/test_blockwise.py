@@ -258,7 +258,7 @@ def test_solutions_of_a_refit_are_in_files_once_their_layer_is_solved(monkeypatc
 
     def give_back(self, node, site):
         plain(self, node, site)
-        kept.extend(self.pages.has(part.right) for part in annotation(node).refit)
+        kept.extend(self.pages.has(part.right) for part in annotation(node).refit or ())
 
     monkeypatch.setattr(_Solver, "_give_back", give_back)
     model, batches = make("transformer")
