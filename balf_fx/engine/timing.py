@@ -28,7 +28,7 @@ from balf_fx.progress import SILENT, Progress
 _LOGGER = logging.getLogger(__name__)
 _ROUNDS = 15
 _TOLERANCE = 0.03  # of the target
-_CORRECTIONS = 3
+_CORRECTIONS = 5
 
 
 class Timed(NamedTuple):
@@ -121,22 +121,23 @@ class Watch:
             The slowest allocation within the tolerance, else the fastest; the original if none is faster.
         """
         tried: list[Timed] = []
-        fastest = 0.0
+        smallest = False
         for _ in range(_CORRECTIONS + 1):
             try:
                 found = self._timed(problem, dataclasses.replace(allocate, latency=target))
             except BudgetError as error:
-                target = fastest = error.minimum
+                target, smallest = error.minimum, True
                 found = self._timed(problem, dataclasses.replace(allocate, latency=target, strict=False))
             tried.append(found)
             _LOGGER.info("target %.4g: %s", target, found.timing)
-            hit = abs(found.timing.measured - self.asked) <= _TOLERANCE * self.asked
-            if hit or target >= 1.0 or (fastest and found.timing.measured > self.asked):
+            over = found.timing.measured / self.asked - 1.0
+            if abs(over) <= _TOLERANCE or target >= 1.0 or (smallest and over > 0):
                 break
+            smallest = False
             target = next_target(self.asked, [(each.timing.predicted, each.timing.measured) for each in tried])
         kept = [each for each in tried if each.timing.measured <= (1.0 + _TOLERANCE) * self.asked]
         best = max(kept, key=_measured) if kept else min(tried, key=_measured)
-        if fastest and not kept and allocate.strict:
+        if smallest and not kept and allocate.strict:
             raise BudgetError(
                 f"latency={self.asked:.4g} is out of reach: with every site at rank 1 the model takes "
                 f"{best.timing.measured:.4f} of its time. Ask for more, or pass strict=False to get the fastest model",

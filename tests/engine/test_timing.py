@@ -116,6 +116,13 @@ def test_the_target_is_corrected_where_half_of_the_savings_are_real(net, batches
     assert kept.measured == pytest.approx(asked, rel=0.03)
 
 
+@pytest.mark.parametrize("asked", [0.6, 0.7, 0.8])
+def test_the_target_is_corrected_where_only_small_models_save_time(net, batches, clock, asked):
+    clock.law = lambda share: 1 - 0.2 * (1 - share) if share > 0.5 else 1.7 * share + 0.05  # the line misses at first
+    kept = balf_fx.report(fast(net, batches, latency=asked)).timing
+    assert kept.measured == pytest.approx(asked, rel=0.03)
+
+
 def test_no_model_that_is_slower_than_the_original_is_used(net, batches, clock):
     clock.law = lambda share: 2 - share
     small = fast(net, batches, latency=0.9, strict=False)
