@@ -12,6 +12,7 @@ BALF: Mapping[str, object] = MappingProxyType(
         "centred": False,
         "split": False,
         "pivot": False,
+        "separable": False,
         "allocation": "budget",
     }
 )
@@ -30,6 +31,7 @@ AIR: Mapping[str, object] = MappingProxyType(
         "centred": False,
         "split": False,
         "pivot": False,
+        "separable": False,
         "allocation": "uniform",
     }
 )

@@ -20,8 +20,8 @@ from balf_fx.graph.parameters import fingerprint, get_tensor, grouped_bias, grou
 from balf_fx.graph.site import Site
 from balf_fx.graph.substitute import AnySubstitute, build, features_last, replace_site
 from balf_fx.passes.base import Pass
+from balf_fx.ranks.divided import strips_of
 from balf_fx.ranks.pivots import written_as_columns, written_as_rows
-from balf_fx.ranks.separable import strips_of
 from balf_fx.ranks.spectra import corrected_bias, factors, in_parts
 from balf_fx.widths.elementwise import table_of
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
@@ -148,7 +148,7 @@ def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: R
     weight = grouped_weight(graph_module, site)
     bias = grouped_bias(graph_module, site)
     if curve.strips is not None and isinstance(rank, int):
-        return (_separated(weight, bias, curve.strips, rank, site.factor_taps),)
+        return (_divided(site, weight, bias, curve.strips, rank),)
     if not isinstance(rank, tuple):
         return (keeping(_one_shot(weight, bias, curve.spectrum, rank), weight, curve.kept),)
     if curve.parts is None:
@@ -159,13 +159,15 @@ def one_shot(graph_module: fx.GraphModule, site: Site, curve: RankCurve, rank: R
     return tuple(map(_one_shot, weights, biases, spectra, rank))
 
 
-def _separated(weight: Tensor, bias: Tensor | None, strips: Spectrum, rank: int, taps: tuple[int, int]) -> Solution:
-    left, right = factors(strips_of(weight, taps), strips, rank)
-    lost = corrected_bias(None, strips, rank)
-    if lost is not None:
-        lost = lost.reshape(1, -1, taps[1]).sum(-1)
+def _divided(site: Site, weight: Tensor, bias: Tensor | None, strips: Spectrum, rank: int) -> Solution:
+    taps, (left, right) = site.factor_taps, strips.maps(rank)
+    matrix = strips_of(weight, taps)
+    if strips.mean is not None:
+        mean = strips.mean.unsqueeze(-1)
+        lost = (matrix @ (mean - left @ (right @ mean))).reshape(1, -1, taps[1]).sum(-1)
         bias = lost if bias is None else bias + lost
-    return Solution(left, right, bias, form="separable", taps=taps)
+    left = matrix @ left
+    return Solution(left, right, bias, form=site.form(rank), taps=taps)
 
 
 def _one_shot(weight: Tensor, bias: Tensor | None, spectrum: Spectrum, rank: int | None) -> Solution:

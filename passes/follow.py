@@ -65,7 +65,8 @@ class Follow(Pass):
             scored: keys of the widths that can be narrowed.
         """
         choices = {choice.site.name: choice for choice in self.plan.allocation.choices}
-        listed = [dataclasses.replace(s, separable=s.name in choices and choices[s.name].site.separable) for s in found]
+        divided = self.plan.divided
+        listed = [dataclasses.replace(site, divided=divided.get(site.name)) for site in found]
         unlike = [s.name for s in listed if s.name not in choices or choices[s.name].site.shape != s.shape]
         unlike += sorted(set(choices) - {site.name for site in listed})
         if unlike:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from balf_fx.calibration.observers import (
 from balf_fx.calibration.weights import PositionWeights
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
+from balf_fx.graph.curves import Divided
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.layers import site_input
 from balf_fx.graph.masks import mask_inputs, mask_names
@@ -47,7 +49,7 @@ class InsertObservers(Pass):
             of all sites except transposed convolutions, as factors="air" requires.
         widths: with `sensitivity`, observe what it takes to score the sizes of widths, too.
         skip_non_finite: skip batches with NaN or infinity and log a warning, in place of an error.
-        strips: whether to observe the inputs of convolutions that may become separable, too.
+        divisions: observe the inputs of convolutions whose kernels may be divided in one of these ways, too.
         apart: names of sites that share no observer with other sites, so that another graph with the same weights can
             be given the same observers.
 
@@ -60,7 +62,7 @@ class InsertObservers(Pass):
     widths: bool = True
     skip_non_finite: bool = False
     apart: Collection[str] = ()
-    strips: bool = False
+    divisions: Collection[Divided] = ()
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.require_sites(graph_module)
@@ -90,9 +92,10 @@ class InsertObservers(Pass):
             if self.sensitivity:
                 features = any(node.name in readers for node in nodes)
                 _observe_gradients(graph_module, site, nodes, f"{OBSERVERS}.{number}", features, weights)
-            if self.strips and site.can_be_separable and len(nodes) == 1 and site.name not in self.apart:
-                path = f"{OBSERVERS}.strips_{number}"
-                graph_module.add_submodule(path, CovarianceObserver(site.strips, self.skip_non_finite, "input"))
+            divisions = [division for division in site.divisions if division in self.divisions]
+            if divisions and len(nodes) == 1 and site.name not in self.apart:
+                path, thin = f"{OBSERVERS}.strips_{number}", dataclasses.replace(site, divided=divisions[-1])
+                graph_module.add_submodule(path, CovarianceObserver(thin.strips, self.skip_non_finite, "input"))
                 _observe(graph_module.graph, nodes[0], "input", path, weights.get(nodes[0], ()))
                 annotate(nodes[0], strips=path)
             if self.influence and not site.transposed:

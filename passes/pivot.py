@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import Pivots, annotate, annotation, graph_record, record_graph, sites
-from balf_fx.graph.curves import Form, Solution
+from balf_fx.graph.curves import DIVIDED, Form, Solution
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width
@@ -81,7 +81,7 @@ class Pivot(Pass):
             cut = cuts.get(node.name, Cut())
             form = cut.outputs(cut.inputs(choice.site)).form(choice.chosen.rank)
             form = "blocks" if choice.chosen.blocks else form
-            if form in ("pair", "separable"):
+            if form == "pair" or form in DIVIDED:
                 continue
             width = (written if form == "rows" else read).get(node.name)
             free = width is not None and (form == "blocks" or choice.site.pivots == form)

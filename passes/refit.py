@@ -55,7 +55,7 @@ from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned
 from balf_fx.progress import SILENT, Progress
-from balf_fx.ranks.separable import by_column, by_patch
+from balf_fx.ranks.divided import by_column, by_patch
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.biases import shift_between, shifted
 from balf_fx.refit.experts import refit_experts
@@ -226,7 +226,7 @@ class _Solver:
 
     def _through_inputs(self, target: Target, site: Site, prior: Sequence[Solution]) -> Through | None:
         """The outputs of all parts as maps of a layer's inputs and 1, where these are fewer."""
-        if any(part.form == "separable" for part in prior):
+        if any(part.divided for part in prior):
             return None
         through = self._through(target, site, site.out_features)
         return None if through is None else dataclasses.replace(through, map=in_parts(through.map, len(prior)))
@@ -278,7 +278,7 @@ class _Solver:
         target = Target.of(self.graph_module, node, site)
         for index, part in enumerate(prior):
             found = None
-            if part.left is not None and part.form != "separable":
+            if part.left is not None and not part.divided:
                 found = self._through(target, site, *part.left.shape[1:])
             if found is not None and part.left is not None:
                 map_ = found.map if len(prior) == 1 else in_parts(found.map, len(prior))[index : index + 1]
@@ -297,12 +297,12 @@ class _Solver:
     ) -> Solution:
         """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
         inner = dataclasses.replace(site, out_features=part.right.shape[1])
-        if part.form == "separable":
+        if part.divided:
             inner = dataclasses.replace(inner, in_features=inner.out_features * part.taps[1], conv=site.factor_convs[1])
 
         def columns(batch: Batch, window: Window) -> Tensor:
             value = by_sample(batch.compressed[node][index], site)
-            if part.form == "separable":
+            if part.divided:
                 return input_columns(value[window.samples], inner, window.pixels)
             return output_columns(window.of(value), inner)
 
@@ -313,14 +313,14 @@ class _Solver:
 
         target, importance = Target.of(self.graph_module, node, site), self._importance(node)
         if part.left is not None:
-            map_ = by_patch(part.left, site.out_features) if part.form == "separable" else part.left
+            map_ = by_patch(part.left, site.out_features) if part.divided else part.left
             prior, toward = Solution(None, map_, part.bias), map_
             if through is not None:
                 same = torch.eye(through.zeros, dtype=map_.dtype, device=map_.device)
                 toward = F.pad(same.expand(len(map_), -1, -1), (0, 0, through.size, 0))
             problem = Problem(target, importance, columns, outputs, toward, (prior,), (spectrum,), through)
             (found,) = problem.solve(self.walk)
-            left = by_column(found.right, part.taps[1]) if part.form == "separable" else found.right
+            left = by_column(found.right, part.taps[1]) if part.divided else found.right
             return dataclasses.replace(part, left=left, bias=found.bias)
         if part.bias is None:
             return part

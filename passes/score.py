@@ -21,7 +21,7 @@ from balf_fx.calibration.sample import Gradients, Sample
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
-from balf_fx.graph.curves import RankCurve, Spectrum
+from balf_fx.graph.curves import Divided, RankCurve, Spectrum
 from balf_fx.graph.experts import read_experts
 from balf_fx.graph.flops import use
 from balf_fx.graph.parameters import fingerprint, grouped_bias, grouped_weight
@@ -29,7 +29,7 @@ from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass, scored_alike
 from balf_fx.progress import SILENT, Progress
 from balf_fx.ranks.costs import rank_curve
-from balf_fx.ranks.separable import over_taps, strips_of
+from balf_fx.ranks.divided import moment_of_strips, strips_of, strips_spectrum
 from balf_fx.ranks.spectra import (
     convex_energies,
     damped,
@@ -84,9 +84,9 @@ class Score(Pass):
             second moments and leaves the bias unchanged, as BALF (arXiv 2509.25136) does.
         split: whether the parts of a fused projection may have separate factors where that is better.
         damping: the value added to the eigenvalues of the gradients' second moment, as a share of their mean.
-        separable: whether a convolution may become one along each axis of its kernel where that loses less, with
-            factors by statistics (`ranks.separable`); or the names of those that do.
-        by_time: whether `Time` decides that, since less is lost for the same time.
+        divisions: how the kernel of a convolution may be divided between its factors where that loses less, with
+            factors by statistics (`ranks.divided`); or how that of each site is.
+        by_time: whether `Time` decides among several, since less is lost for the same time.
         only: the names of the sites to score; None for all.
         group: the processes over which the sites are shared out; their statistics are the same.
         progress: shows the progress over the sites.
@@ -98,7 +98,7 @@ class Score(Pass):
     centred: bool = True
     split: bool = True
     damping: float = 0.1
-    separable: bool | Collection[str] = False
+    divisions: Collection[Divided] | Mapping[str, Divided | None] = ()
     by_time: bool = False
     only: Collection[str] | None = None
     group: Group = field(default=ALONE, repr=False, compare=False)
@@ -123,32 +123,27 @@ class Score(Pass):
         blocks = {site: block_entries(graph_module, nodes[0]) for site, nodes in found.items()}
         scored_with, changed = {}, []
         for site, nodes in found.items():
-            plain = dataclasses.replace(site, separable=False)
-            options = (self.factors, self.centred, self.split, self.damping, self.separable, self.by_time)
+            plain = dataclasses.replace(site, divided=None)
+            options = (self.factors, self.centred, self.split, self.damping, self.divisions, self.by_time)
             scored_with[site] = ((*options, plain, blocks[site]), *self._statistics(graph_module, nodes[0], site))
             known = annotation(nodes[0]).scored_with
             if not scored_alike(known, scored_with[site]):
                 changed.append(site)
 
-        def curves_of(site: Site) -> tuple[RankCurve, RankCurve | None]:
-            plain, nodes = dataclasses.replace(site, separable=False), found[site]
+        def curves_of(site: Site) -> list[tuple[Site, RankCurve]]:
+            plain, nodes = dataclasses.replace(site, divided=None), found[site]
             seen = self._seen(graph_module, nodes[0], site)
             curve = self.score(graph_module, plain, seen, use(nodes), blocks[site])
-            apart = self._apart(graph_module, nodes, plain, curve, seen) if self.separable else None
+            forms = self._forms(graph_module, nodes, plain, curve, seen)
             give_back(freed=site.numel)
-            return curve, apart
+            return forms
 
         work = [float(site.full_rank) ** 3 * site.groups for site in changed]
         curves = self.group.shared_out(changed, work, curves_of, self.progress)
-        for site, (curve, apart) in zip(changed, curves, strict=True):
-            plain = dataclasses.replace(site, separable=False)
+        for site, (chosen, *others) in zip(changed, curves, strict=True):
             scored = {"scored_with": scored_with[site], "fingerprint": fingerprint(graph_module, site)}
-            chosen, other = (plain, curve), None
-            if apart is not None:
-                thin = dataclasses.replace(plain, separable=True), apart
-                chosen, other = (chosen, thin) if self.by_time else (thin, None)
             for node in found[site]:
-                annotate(node, site=chosen[0], curve=chosen[1], other=other, **scored)
+                annotate(node, site=chosen[0], curve=chosen[1], others=tuple(others), **scored)
         return PassResult(graph_module, False)
 
     def _sites(self, graph_module: fx.GraphModule) -> dict[Site, list[fx.Node]]:
@@ -186,43 +181,46 @@ class Score(Pass):
             return curve
         return dataclasses.replace(curve, loss=_loss(gradients, spectrum.energies, site.has_experts))
 
-    def _apart(
+    def _forms(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
-    ) -> RankCurve | None:
-        """The curve of a separable convolution where that may lose less, by FLOPs at half of them; None elsewhere."""
+    ) -> list[tuple[Site, RankCurve]]:
+        """The site and its curve in the form that loses least at half of its FLOPs; in all forms with `by_time`."""
         observer = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver)
-        named = self.separable if isinstance(self.separable, Collection) else (site.name,)
-        if observer is None or observer.moments is None or site.name not in named:
-            return None
-        thin = dataclasses.replace(site, separable=True)
-        strips = self._strips(graph_module, thin, observer.moments, seen.gradients, curve.energy)
-        found = rank_curve(thin, strips, *use(nodes))
-        found = dataclasses.replace(curve, candidates=found.candidates, strips=strips)
-        better = self.by_time or found.least_at_half("flops") < curve.least_at_half("flops")
-        return found if better or isinstance(self.separable, Collection) else None
+        forms, named = [(site, curve)], isinstance(self.divisions, Mapping)
+        wanted = (self.divisions.get(site.name),) if isinstance(self.divisions, Mapping) else self.divisions
+        for division in site.divisions:
+            if observer is not None and observer.moments is not None and division in wanted:
+                thin = dataclasses.replace(site, divided=division)
+                strips = self._strips(graph_module, thin, observer, seen.gradients, curve.energy)
+                found = rank_curve(thin, strips, *use(nodes))
+                forms.append((thin, dataclasses.replace(curve, candidates=found.candidates, strips=strips)))
+        if self.by_time and not named:
+            return forms
+        return forms[-1:] if named else [min(forms, key=lambda form: form[1].least_at_half("flops"))]
 
     def _strips(
-        self, graph_module: fx.GraphModule, site: Site, moments: Moments, gradients: Gradients | None, energy: float
+        self,
+        graph_module: fx.GraphModule,
+        site: Site,
+        observer: CovarianceObserver,
+        gradients: Gradients | None,
+        energy: float,
     ) -> Spectrum:
-        """The spectrum of a site for strips, with energies scaled to the energy of its output."""
-        weight = strips_of(grouped_weight(graph_module, site), site.factor_taps)
+        """The spectrum of a site for strips, with energies scaled to the energy of its output where that is larger.
+
+        Where it is smaller, as with differences of pixels, the strips cancel each other. What a rank loses of them is
+        less alike at neighbouring pixels, so that it does not.
+        """
+        matrix = strips_of(grouped_weight(graph_module, site), site.factor_taps)
+        moments, metric, judge = _of_strips(observer, site), None, None
+        if gradients is not None:
+            metric, judge = (damped(gradients.scatter, each, gradients.unit) for each in (self.damping, 0.0))
         moment = moments.covariance() if self.centred else moments.second_moment()
-        covariance = weight @ moment @ weight.mT
-        roots, taps = None, site.factor_taps[1]
-        if gradients is not None:
-            plain = damped_roots(gradients.scatter, self.damping)
-            roots = (over_taps(plain[0], taps), over_taps(plain[1], taps))
-        mean = (weight @ moments.mean.unsqueeze(-1)).squeeze(-1) if self.centred else None
-        spectrum = spectrum_from_output(covariance, mean, roots)
-        energies = spectrum.energies
-        if gradients is not None:
-            metric = over_taps(damped(gradients.scatter, 0.0, gradients.unit), taps)
-            energies = convex_energies(held_out_errors(spectrum, covariance, None, metric))
-        total = float(energies.sum())
-        size = min(weight.shape[1:])  # of the rest, which is beyond the rank of the weight, nothing is kept
-        left, right = spectrum.maps(size)
-        energies = energies[:, :size] * (energy / total if total > 0 else 0.0)
-        return Spectrum(energies, left, mean, right)
+        mean = moments.mean if self.centred else None
+        found = strips_spectrum(matrix, moment, mean, site.factor_taps[1], metric, judge)
+        total, size = float(found.energies.sum()), min(matrix.shape[1:])  # beyond it, nothing is kept
+        energies = found.energies[:, :size] * (max(energy / total, 1.0) if total > 0 else 0.0)
+        return Spectrum(energies, found.left[..., :size], mean, found.maps(size)[1])
 
     def _statistics(self, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[Any, ...]:
         """What `_seen` is made of: the same objects, as long as nothing is added to them."""
@@ -312,6 +310,18 @@ def _loss(gradients: Gradients, energies: Tensor, shared: bool) -> float:
     units = gradients.unit.squeeze(-1)
     lost = units.sum() * energies.sum() if shared else (units * energies.sum(-1)).sum()
     return 0.5 * float(lost) / gradients.samples
+
+
+def _of_strips(observer: CovarianceObserver, site: Site) -> Moments:
+    """The moments of the strips that a site reads; pixels may have been observed in strips of several."""
+    moments, own = observer.moments, site.factor_taps[0]
+    if moments is None:
+        raise NotCalibratedError(f"no calibration data has reached the strips of site {site.name!r}")
+    seen = observer.site.taps // own
+    if seen == 1:
+        return moments
+    mean = moments.mean.reshape(1, -1, seen).mean(-1)
+    return Moments(moments.count, mean, moment_of_strips(moments.scatter, (own, seen)))
 
 
 def block_entries(graph_module: fx.GraphModule, node: fx.Node) -> int:

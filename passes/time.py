@@ -33,7 +33,7 @@ class Time(Pass):
     The time of a dense site is that of its nodes. At a rank, it is in proportion to the sum of the operations that the
     site runs (`latency.operations`), which are measured one by one for its positions, type and device
     (`latency.table`); that of experts, whose positions the inputs decide, is in proportion to FLOPs. A convolution
-    that may be one along each axis of its kernel takes the form that loses less at half of its time.
+    whose kernel may be divided takes the form that loses least at half of its time.
 
     In a graph that inductor compiles, what is between the layers is fused: all nodes that are not sites share what the
     sites leave of the graph's time.
@@ -80,7 +80,7 @@ class Time(Pass):
             curves = [(form, self._timed(form, curve, measured, uses[site])) for form, curve in forms[site]]
             chosen, *others = sorted(curves, key=lambda item: item[1].least_at_half("latency"))
             for node in nodes:
-                annotate(node, site=chosen[0], curve=chosen[1], other=others[0] if others else None)
+                annotate(node, site=chosen[0], curve=chosen[1], others=tuple(others))
         return PassResult(graph_module, False)
 
     def _timed(self, site: Site, curve: RankCurve, measured: int, uses: Sequence[Use]) -> RankCurve:
@@ -130,7 +130,7 @@ def _forms(site: Site, nodes: Sequence[fx.Node]) -> list[tuple[Site, RankCurve]]
     mark = annotation(nodes[0])
     if mark.curve is None:
         raise PassError(f"Time: {nodes[0].name} has no curve; run Score first")
-    return [(site, mark.curve), *([] if mark.other is None else [mark.other])]
+    return [(site, mark.curve), *mark.others]
 
 
 def _largest(site: Site, curve: RankCurve, uses: Sequence[Use]) -> Iterator[Run]:
@@ -141,8 +141,8 @@ def _largest(site: Site, curve: RankCurve, uses: Sequence[Use]) -> Iterator[Run]
     if site.has_experts:
         return
     ranks = [candidate.rank for candidate in curve.candidates]
-    forms: list[Form] = ["separable" if site.separable else "pair"]
-    if site.pivots is not None and not site.separable:
+    forms: list[Form] = [site.divided or "pair"]
+    if site.pivots is not None and site.divided is None:
         forms += ["rows", "columns"] if site.reads_each_once else ["rows"]
     ordered = site if site.pivots is None else dataclasses.replace(site, pivots="none")  # which may take gathers
     sizes: dict[Operation, tuple[int, int]] = {}

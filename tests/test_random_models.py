@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import balf_fx
 from balf_fx.backend import balf
 from balf_fx.errors import CaptureError, NoSiteError
-from balf_fx.graph.curves import each_rank
+from balf_fx.graph.curves import DIVIDED, each_rank
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1}
 
@@ -53,7 +53,7 @@ def draw(seed: int) -> tuple[RandomModel, list[Any], dict[str, Any]]:
     if rng.random() < 0.15:
         options["weights"] = _weights
     options |= {"multiple_of": rng.choice((1, 1, 2, 4, 8)), "pivot": rng.random() < 0.7}
-    options |= {"separable": rng.random() < 0.5}
+    options |= {"separable": rng.choice((True, False, None))}
     return model, batches, options
 
 
@@ -162,7 +162,8 @@ def check_sizes(small: nn.Module, options: dict[str, Any]) -> None:
     reduced = [width for width in plan.widths if width.size != width.features]
     assert not [width for width in reduced if width.size % options["multiple_of"]]
     if not options["pivot"]:
-        allowed = {"", "pair", "separable"} if options["separable"] else {"", "pair"}
+        divided = {True: DIVIDED, False: (), None: ("pointwise_first",)}[options["separable"]]
+        allowed = {"", "pair", *divided}
         assert {row.form for row in balf_fx.report(small).sites} <= allowed
 
 

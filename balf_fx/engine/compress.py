@@ -85,8 +85,8 @@ def observe(program: Program, settings: Settings, factors: Collection[Factors]) 
         if settings.pivot or (settings.widths and "sensitivity" in factors):
             FindWidths()(graph_module)
         sensitivity, influence = "sensitivity" in factors, "air" in factors
-        names, strips = frozenset(shared), settings.separates
-        InsertObservers(sensitivity, influence, settings.widths, apart=names, strips=strips)(graph_module)
+        names, divisions = frozenset(shared), settings.divisions
+        InsertObservers(sensitivity, influence, settings.widths, apart=names, divisions=divisions)(graph_module)
     share_observers(program.parts, shared)
 
 

@@ -1,7 +1,8 @@
 """Try an allocation of ranks alone without building its layers.
 
 The factors of a site output L R W x in place of W x (`graph.curves.Spectrum`). Where L and R are applied to the outputs
-of the original layers, a few samples show what the factors would output, without the products R W of all layers.
+of the original layers, a few samples show what the factors would output, without the products R W of all layers. Only
+convolutions with divided kernels run as their factors (`ranks.divided`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import annotation, graph_record, sites
 from balf_fx.graph.blocks import weight_bytes
 from balf_fx.graph.curves import Rank, RankCurve, each_rank
+from balf_fx.graph.layers import site_input
 from balf_fx.graph.parameters import grouped_bias
 from balf_fx.graph.site import Site
+from balf_fx.passes.factorize import factor_modules
 from balf_fx.refit.offload import storage_bytes
 
 _PREFIX = "balf_projection"
@@ -31,7 +34,7 @@ def projected(original: Program, allocation: Allocation) -> Program | None:
         original: a scored program without observers.
 
     Returns:
-        None if the allocation makes a width narrower, the matrices of experts thinner or a convolution separable.
+        None if the allocation makes a width narrower or the matrices of experts thinner.
     """
     ranks = {choice.site.name: choice.chosen.rank for choice in allocation.choices}
     if not all(_projects(graph_module, allocation, ranks) for graph_module in original.graph_modules):
@@ -40,9 +43,14 @@ def projected(original: Program, allocation: Allocation) -> Program | None:
     for graph_module in copied.graph_modules:
         for index, (site, nodes) in enumerate(sites(graph_module).items()):
             curve, rank = annotation(nodes[0]).curve, ranks[site.name]
-            if curve is not None and rank is not None:
-                projection = Projection(site, curve, rank, grouped_bias(graph_module, site))
-                _insert(graph_module, nodes, f"{_PREFIX}_{index}", projection)
+            if curve is None or rank is None:
+                continue
+            if site.divided is not None and isinstance(rank, int):
+                factors = factor_modules(graph_module, site, curve, rank).module
+                _replace(graph_module, nodes[0], f"{_PREFIX}_{index}", factors)
+                continue
+            projection = Projection(site, curve, rank, grouped_bias(graph_module, site))
+            _insert(graph_module, nodes, f"{_PREFIX}_{index}", projection)
         graph_module.recompile()
     return copied
 
@@ -52,8 +60,7 @@ def _projects(graph_module: fx.GraphModule, allocation: Allocation, ranks: Mappi
         return False
     for site, nodes in sites(graph_module).items():
         curve = annotation(nodes[0]).curve
-        plain = curve is not None and curve.strips is None and not site.has_experts
-        if ranks[site.name] is not None and not plain:
+        if ranks[site.name] is not None and (curve is None or site.has_experts):
             return False
     return True
 
@@ -65,6 +72,15 @@ def _insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], name: str, p
             call = graph_module.graph.call_module(name, (node,))
         for user in set(node.users) - {call}:
             user.replace_input_with(node, call)
+
+
+def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, factors: nn.Module) -> None:
+    """Run the factors of a divided kernel, which are no function of what the node outputs."""
+    graph_module.add_submodule(name, factors)
+    with graph_module.graph.inserting_before(node):
+        call = graph_module.graph.call_module(name, (site_input(node),))
+    node.replace_all_uses_with(call)
+    graph_module.graph.erase_node(node)
 
 
 def bytes_read(graph_module: fx.GraphModule) -> dict[fx.Node, int]:

@@ -231,8 +231,8 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
             site.in_features,
             rank or 0,
         )
-        if form == "separable":
-            second, first = (apart := replace(site, separable=True)).factor_sizes
+        if form in ("separable", "pointwise_first"):
+            second, first = (apart := replace(site, divided=form)).factor_sizes
             bias, factors = zeros(1, outputs) if biased else None, (zeros(1, second, own), zeros(1, own, first))
             found.append(Solution(*factors, bias, form=form, taps=apart.factor_taps))
             continue

@@ -21,7 +21,7 @@ from balf_fx.engine.memory import KINDS, SHARE, bytes_of, check_memory
 from balf_fx.engine.units import share_of
 from balf_fx.errors import OptionError
 from balf_fx.graph.annotation import Origin
-from balf_fx.graph.curves import Measure, Rank
+from balf_fx.graph.curves import Divided, Measure, Rank
 from balf_fx.graph.plan import Plan
 from balf_fx.graph.site import MOVE
 from balf_fx.graph.timing import Runner
@@ -153,9 +153,8 @@ class Settings:
     )
     separable: bool | None = option(
         None,
-        "let a convolution become one along each axis of its kernel, k x 1 and 1 x k, where that loses less than a "
-        "k x k and a 1 x 1 one (`ranks.separable`). That loses far less for the same FLOPs, but takes longer. Default: "
-        'with latency only, where it loses less in its time. With factors by statistics, and allocation="budget"',
+        "let a convolution become k x 1 and 1 x k ones, which lose less at the same FLOPs, but take longer; by default "
+        "with latency only. With False, it may not become 1 x 1 and k x k ones either, but k x k and 1 x 1 ones alone",
         "prepare",
         "convert",
         values=(True, False, None),
@@ -346,16 +345,17 @@ class Settings:
 
     def score(self, progress: Progress = SILENT) -> Score:
         """Return the scoring pass for these settings."""
-        names = self.allocation.separable if isinstance(self.allocation, Plan) else self.separates
-        by_time = self.times and names is True
-        return Score(self.chosen_factors, self.centred, self.split, separable=names, by_time=by_time, progress=progress)
+        own = self.allocation.divided if isinstance(self.allocation, Plan) else self.divisions
+        options = (self.chosen_factors, self.centred, self.split)
+        return Score(*options, divisions=own, by_time=self.times, progress=progress)
 
     @property
-    def separates(self) -> bool:
-        """Whether convolutions may become separable."""
-        wanted = self.times if self.separable is None else self.separable
+    def divisions(self) -> tuple[Divided, ...]:
+        """How kernels may be divided between the factors of convolutions."""
         chosen = isinstance(self.allocation, Plan) or self.allocation == "budget"
-        return wanted and chosen and self.chosen_factors in ("sensitivity", "activations")
+        if self.separable is False or not chosen or self.chosen_factors not in ("sensitivity", "activations"):
+            return ()
+        return ("pointwise_first", "separable") if self.separable or self.times else ("pointwise_first",)
 
     def align(self) -> Align:
         """Return the pass that sets the steps of ranks and widths for these settings.

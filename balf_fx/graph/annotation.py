@@ -56,12 +56,12 @@ class Annotation:
             change then, unless both graphs replace them by the same factors.
         site, refusal: set by Annotate; at most one of them.
         observer: path of the observer of the site's statistics; set by InsertObservers.
-        strips: path of the observer of the strips that the layer reads, if it may become separable.
+        strips: path of the observer of the strips that the layer reads, if its kernel may be divided.
         sensitivity: path of the observer of its gradients, if there is one.
         influence: path of the observer of its weight's gradients, if there is one.
         curve, scored_with: set by Score; scored_with identifies the statistics and options of the score.
-        other: the site and its curve in the other form that a convolution may have (`ranks.separable`), where Time
-            chooses between both; set by Score.
+        others: the site and its curve in each other form that a convolution may have (`ranks.divided`), where Time
+            chooses among them; set by Score.
         fingerprint: of the layer's weight and bias; set by Score.
         nanoseconds: the time of the node alone; set by Time.
         choice: set by Allocate.
@@ -87,7 +87,7 @@ class Annotation:
     influence: str | None = None
     curve: RankCurve | None = None
     scored_with: tuple[Any, ...] | None = None
-    other: tuple[Site, RankCurve] | None = None
+    others: tuple[tuple[Site, RankCurve], ...] = ()
     fingerprint: Fingerprint | None = None
     nanoseconds: int | None = None
     choice: Choice | None = None

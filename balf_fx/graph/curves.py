@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -127,7 +127,8 @@ class RankCurve:
             there are no gradients.
         parts: the spectrum of the site's parts, if these may have separate factors.
         kept: the experts that keep their matrices, since they have seen too few positions.
-        strips: the spectrum of a separable convolution for strips; its energies are in the unit of `spectrum`.
+        strips: where the kernel is divided, the spectrum for strips of pixels, whose maps are those of inputs
+            (`ranks.divided.strips_spectrum`); its energies are in the unit of `spectrum`.
         clock: the time of the site; None where times have not been measured.
     """
 
@@ -173,9 +174,14 @@ class Kept:
     weight: torch.Tensor
 
 
-Form = Literal["pair", "rows", "columns", "blocks", "separable"]
+Divided = Literal["separable", "pointwise_first"]
+"""How a kernel is divided between two convolutions other than k x k, 1 x 1: k x 1, 1 x k, or 1 x 1, k x k."""
+
+DIVIDED: tuple[str, ...] = get_args(Divided)
+
+Form = Literal["pair", "rows", "columns", "blocks", Divided]
 """How a low-rank map is written: as two factors, or with some of its own rows or columns (`ranks.pivots`). Or that of a
-dense map with identity blocks (`ranks.bases`), or that of a convolution along each axis (`ranks.separable`)."""
+dense map with identity blocks (`ranks.bases`), or that of a convolution with a divided kernel (`ranks.divided`)."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,8 @@ class Solution:
       right [G, r, D];
     * "columns": left (x_P + right x_rest) + bias, with left [1, O, r] and right [1, r, D - r];
     * "blocks": right x + bias, where the columns P of right [1, O, D] are the identity in each head of some rows;
-    * "separable": two convolutions, with left [1, O w, r] and right [1, r, C h] (`ranks.separable`).
+    * "separable" and "pointwise_first": two convolutions, with left [1, O w, r] and right [1, r, C h], for kernels of
+      h w pixels, of which right reads h (`ranks.divided`).
 
     Attributes:
         left: None for a dense layer.
@@ -197,7 +204,7 @@ class Solution:
         kept: the experts that keep their matrices; their factors are zero.
         order: for rows, [G, O], the rows as [P, rest]; for columns and blocks, [1, D], the columns in the same way.
             None if the graph already has the features in this order.
-        taps: for a separable convolution, the pixels that right and left read, h and w.
+        taps: where the kernel is divided, the pixels that right and left read, h and w.
         blocks: for blocks, the rows [heads, r] of each set of heads, whose first r columns in `order` are the identity.
     """
 
@@ -209,6 +216,11 @@ class Solution:
     order: torch.Tensor | None = None
     blocks: tuple[torch.Tensor, ...] = ()
     taps: tuple[int, int] = (1, 1)
+
+    @property
+    def divided(self) -> bool:
+        """Whether it is that of a convolution with a divided kernel."""
+        return self.form in DIVIDED
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from balf_fx.errors import PassError, PlanError
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.annotation import META_KEY, GraphRecord, Origin, Replaced
 from balf_fx.graph.certificate import Certificate, Tried
-from balf_fx.graph.curves import Candidate, Cost, EnergyCurve, Measure, Rank
+from balf_fx.graph.curves import Candidate, Cost, Divided, EnergyCurve, Measure, Rank
 from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.graph.replacements import Recipe
 from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.graph.timing import Timing
 from balf_fx.version import __version__
 
-FORMAT = 7
+FORMAT = 8
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
@@ -115,9 +115,9 @@ class Plan:
         raise PassError("there is no plan and nothing to report: pass the result of balf_fx.compile, convert or load")
 
     @property
-    def separable(self) -> frozenset[str]:
-        """The names of the convolutions that are separable."""
-        return frozenset(choice.site.name for choice in self.allocation.choices if choice.site.separable)
+    def divided(self) -> dict[str, Divided | None]:
+        """How the kernel of each site is divided between its factors."""
+        return {choice.site.name: choice.site.divided for choice in self.allocation.choices}
 
     @property
     def ranks(self) -> dict[str, Rank]:

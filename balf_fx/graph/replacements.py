@@ -204,13 +204,14 @@ def replacement(holder: nn.Module, replaced: Replaced, layout: Layout, original:
     """
     device = next(holder.parameters()).device
     order, rows = (getattr(holder, name, None) for name in (ORDER, ROWS))
+    layers = list(holder.children())
+    form: Written
     if replaced.rank is None and replaced.form != "blocks":
-        form: Written = "dense"
-        layers = [holder]
+        form, layers = "dense", [holder]
+    elif replaced.form == "pair":
+        form = "parts" if isinstance(replaced.rank, tuple) else "pair"
     else:
-        split = replaced.form == "pair" and isinstance(replaced.rank, tuple)
-        form = "parts" if split else "pair" if replaced.form == "separable" else replaced.form
-        layers = list(holder.children())
+        form = "pair" if replaced.form == "separable" or replaced.form == "pointwise_first" else replaced.form
     read = torch.arange(layout.inputs, device="cpu") if layout.reads is None else layout.reads.cpu()
     if form in ("columns", "blocks") and order is not None:
         read = read[order.cpu()]

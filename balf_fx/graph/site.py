@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from balf_fx.graph.curves import Form, Rank
+from balf_fx.graph.curves import Divided, Form, Rank
 
 Side = Literal["output", "input"]
 
@@ -134,7 +134,7 @@ class Site:
         multiple_of: the number of which the user wants ranks, over all groups, to be multiples.
         pivots: the order that is free where its low-rank maps are written with their own rows or columns; None for
             pairs of factors only.
-        separable: whether its ranks are those of a convolution along each axis of the kernel (`ranks.separable`).
+        divided: how its kernel is divided between the factors (`ranks.divided`); None where the first has all of it.
         move: the multiplications that such a form must save for each value that it moves at a position; 0 where only
             parameters count.
     """
@@ -155,7 +155,7 @@ class Site:
     multiple_of: int = 1
     pivots: FreeOrder | None = None
     move: int = MOVE
-    separable: bool = False
+    divided: Divided | None = None
 
     @property
     def transposed(self) -> bool:
@@ -180,21 +180,25 @@ class Site:
         return 1 if self.conv is None else math.prod(self.conv.kernel_size)
 
     @property
-    def can_be_separable(self) -> bool:
-        """Whether it may be a convolution of h x 1 and one of 1 x w, whose outputs have as many columns as its own."""
+    def divisions(self) -> tuple[Divided, ...]:
+        """How its kernel may be divided, so that the first factor's outputs have as many columns as its own."""
         conv = self.conv
         if conv is None or self.kind != "conv2d" or self.side == "input" or self.groups > 1 or self.parts > 1:
-            return False
+            return ()
         zeros = conv.padding_mode == "zeros" and all(before == after for before, after in conv.padding)
-        same = conv.stride[1] == 1 and sum(conv.padding[1]) == conv.dilation[1] * (conv.kernel_size[1] - 1)
-        return zeros and same and min(conv.kernel_size) > 1 and not (self.keeps_rank or self.keeps_weight)
+        if not zeros or self.taps == 1 or self.keeps_rank or self.keeps_weight:
+            return ()
+        axes = zip(conv.stride, conv.padding, conv.dilation, conv.kernel_size, strict=True)
+        same = [stride == 1 and sum(padding) == apart * (size - 1) for stride, padding, apart, size in axes]
+        found: list[Divided] = ["pointwise_first"] if all(same) else []
+        return (*found, "separable") if same[1] and min(conv.kernel_size) > 1 else tuple(found)
 
     @cached_property
     def factor_taps(self) -> tuple[int, int]:
         """The pixels that each of its two factors reads."""
-        if self.conv is None or not self.separable:
+        if self.conv is None or self.divided is None:
             return self.taps, 1
-        return self.conv.kernel_size[0], self.conv.kernel_size[1]
+        return (1, self.taps) if self.divided == "pointwise_first" else self.conv.kernel_size  # type: ignore[return-value]
 
     @cached_property
     def factor_sizes(self) -> tuple[int, int]:
@@ -204,9 +208,11 @@ class Site:
 
     @property
     def factor_convs(self) -> tuple[ConvGeometry, ConvGeometry]:
-        """The geometry of the convolutions of a separable site."""
+        """The geometry of the convolutions of a site with a divided kernel."""
         if self.conv is None:
             raise TypeError(f"{self.name} is not a convolution")
+        if self.divided == "pointwise_first":
+            return ConvGeometry((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), "zeros"), self.conv
         height, width = (
             (self.conv.kernel_size[i], self.conv.stride[i], self.conv.padding[i], self.conv.dilation[i]) for i in (0, 1)
         )
@@ -218,10 +224,9 @@ class Site:
 
     @property
     def strips(self) -> Site:
-        """The layer that computes what each strip of h pixels adds to the outputs for each of the w columns."""
-        outputs, inputs = dataclasses.replace(self, separable=True).factor_sizes
-        conv, _ = self.factor_convs
-        return dataclasses.replace(self, out_features=outputs, in_features=inputs, conv=conv, separable=False)
+        """The layer that computes what each strip adds to the outputs at each place it has under a divided kernel."""
+        (outputs, inputs), (conv, _) = self.factor_sizes, self.factor_convs
+        return dataclasses.replace(self, out_features=outputs, in_features=inputs, conv=conv, divided=None)
 
     @property
     def break_even(self) -> int:
@@ -248,8 +253,8 @@ class Site:
 
     def form(self, rank: Rank) -> Form:
         """How the map of a rank is written: with pivots, if that saves enough for the values that it moves."""
-        if self.separable and rank is not None:
-            return "separable"
+        if self.divided is not None and rank is not None:
+            return self.divided
         if self.pivots is None or rank is None:
             return "pair"
         if isinstance(rank, int):

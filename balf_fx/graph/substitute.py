@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.graph.annotation import carried_meta
-from balf_fx.graph.curves import PartRanks, Solution
+from balf_fx.graph.curves import Divided, PartRanks, Solution
 from balf_fx.graph.edits import MODULE_STACK, erase_unused, module_stack
 from balf_fx.graph.expert_factors import ExpertFactors, build_experts
 from balf_fx.graph.experts import read_experts
@@ -118,8 +118,8 @@ def build(graph_module: fx.GraphModule, site: Site, solution: Sequence[Solution]
         built = _parts(site, original, solution)
     elif solution[0].left is None:
         built = _dense(site, original, solution[0])
-    elif "separable" in forms:
-        built = _separable(site, original, solution[0], solution[0].left)
+    elif solution[0].divided:
+        built = _divided(site, original, solution[0], solution[0].left)
     else:
         built = _pair(site, original, solution[0], solution[0].left)
     built.module.train(graph_module.training)
@@ -144,14 +144,14 @@ def _pair(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Sub
     return Substitute(nn.Sequential(first, second), first, (second,), (left.shape[-1],))
 
 
-def _separable(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Substitute:
-    along, across = site.factor_convs
-    rank, taps = left.shape[-1], across.kernel_size[1]
-    inputs = site.in_features // site.taps
-    first = _empty_conv(nn.Conv2d, along, inputs, rank, original, bias=False)
-    second = _empty_conv(nn.Conv2d, across, rank, site.out_features, original, bias=solution.bias is not None)
+def _divided(site: Site, original: Tensor, solution: Solution, left: Tensor) -> Substitute:
+    division: Divided = solution.form  # type: ignore[assignment]
+    before, after = dataclasses.replace(site, divided=division).factor_convs
+    rank, inputs = left.shape[-1], site.in_features // site.taps
+    first = _empty_conv(nn.Conv2d, before, inputs, rank, original, bias=False)
+    second = _empty_conv(nn.Conv2d, after, rank, site.out_features, original, bias=solution.bias is not None)
     _assign(first, "weight", solution.right, original)
-    _assign(second, "weight", left.reshape(-1, taps, rank).transpose(1, 2), original)
+    _assign(second, "weight", left.reshape(-1, solution.taps[1], rank).transpose(1, 2), original)
     if solution.bias is not None:
         _assign(second, "bias", solution.bias, original)
     return Substitute(nn.Sequential(first, second), first, (second,), (rank,))

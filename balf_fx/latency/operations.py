@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from balf_fx.graph.curves import Form, Rank
+from balf_fx.graph.curves import DIVIDED, Form, Rank
 from balf_fx.graph.site import Conv, ConvGeometry, Site
 
 Kind = Literal["linear", Conv, "cat", "gather", "add"]
@@ -138,10 +138,10 @@ class Use:
             yield Run(self._thin_linear(site, rows), inputs - rank, rank)
             yield Run(self._moves("add", rows), rank, rank)
             yield Run(self._thin_linear(site, rows), rank, outputs)
-        elif form == "separable":
-            along, across = site.factor_convs
-            yield Run(self._operation("conv2d", self.before, 1, along), inputs, rank)
-            yield Run(self._operation("conv2d", self.after, 1, across), rank, outputs)
+        elif form in DIVIDED:
+            before, after = site.factor_convs
+            yield Run(self._operation("conv2d", self.before, 1, before), inputs, rank)
+            yield Run(self._operation("conv2d", self.after, 1, after), rank, outputs)
         elif form == "rows":
             yield Run(first, inputs, rank)
             yield Run(self._second(site), rank, outputs - rank)

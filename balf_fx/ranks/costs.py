@@ -33,8 +33,8 @@ def rank_flops(site: Site, rank: Rank, dense_flops: int, output_elements: int) -
 
     The first factor is the layer itself with r outputs per group in place of O. The second needs r multiply-adds for
     each element of the output, or of the part of the output to which the rank belongs. Where the map is written with
-    its own rows or columns, r of these elements need none. Each factor of a separable convolution reads the pixels on
-    its own axis.
+    its own rows or columns, r of these elements need none. Where a kernel is divided, each factor reads some of the
+    pixels under it.
 
     Args:
         dense_flops, output_elements: sums over all uses of the site.
@@ -59,7 +59,7 @@ def _spread(rank: Rank) -> tuple[int, int, int]:
 
 def _saved(site: Site, rank: Rank) -> int:
     """The numbers of a pair of factors that need not be stored where the map is written in another form, per group."""
-    if site.form(rank) in ("pair", "separable"):
+    if site.form(rank) not in ("rows", "columns"):
         return 0
     return rank * rank if isinstance(rank, int) else sum(r * r for r in each_rank(rank) if r is not None)
 

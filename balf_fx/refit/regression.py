@@ -23,7 +23,7 @@ from torch import Tensor
 
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.graph.curves import Solution, Spectrum
-from balf_fx.ranks.separable import separated, whole
+from balf_fx.ranks.divided import ROUNDS, divided_factors, whole
 from balf_fx.refit.sums import Joint, Shares, applied
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # c of the ridge, in units of the mean variance of x'
@@ -118,7 +118,7 @@ def best(
     held_out = in_metrics(shares.held_out, metrics)
 
     def judged(index: int) -> float:
-        solved = solutions(shares.train, toward, prior, spectra, _STRENGTHS[index], metrics)
+        solved = solutions(shares.train, toward, prior, spectra, _STRENGTHS[index], metrics, rounds=0)
         return total_error(held_out, solved, roots)
 
     if shares.held_out.count:  # nothing is held out of fewer than four samples
@@ -155,6 +155,7 @@ def solutions(
     spectra: Sequence[Spectrum | None],
     strength: float,
     metrics: Sequence[Tensor | None],
+    rounds: int = ROUNDS,
 ) -> tuple[Solution, ...]:
     """The regression with one strength of the ridge, part by part; arguments as in `best`.
 
@@ -162,6 +163,7 @@ def solutions(
 
     Args:
         metrics: R or R T of each part, or None (`metrics_of`).
+        rounds: as in `ranks.divided.divided_factors`; none compare strengths as well.
     """
     groups = seen.groups // len(prior)
     fits: dict[bool, tuple[Joint, Tensor, Tensor]] = {}
@@ -178,8 +180,8 @@ def solutions(
             full, product = full[own], product[own]
         if part.left is None or spectrum is None or metric is None:
             left, right = None, full if through is None else through @ full
-        elif part.form == "separable":
-            left, right = _separated(sums, full, product, spectrum, part, strength)
+        elif part.divided:
+            left, right = _divided(sums, full, product, spectrum, part, strength, rounds)
         else:
             left, right = truncate(full, product, spectrum, part.left.shape[-1], metric)
         bias = None
@@ -192,14 +194,14 @@ def solutions(
     return tuple(found)
 
 
-def _separated(
-    sums: Joint, full: Tensor, product: Tensor, spectrum: Spectrum, part: Solution, strength: float
+def _divided(
+    sums: Joint, full: Tensor, product: Tensor, spectrum: Spectrum, part: Solution, strength: float, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """The factors of a separable convolution, from the results of `ridge`."""
+    """The factors of a convolution with a divided kernel, from the results of `ridge`."""
     moment = sums.inputs.covariance
     moment.diagonal(dim1=-2, dim2=-1).add_(sums.inputs.ridge(strength).squeeze(-1))
     _, metric = spectrum.maps(spectrum.energies.shape[-1])
-    return separated(full, product, moment, metric, part.right.shape[1], part.taps)
+    return divided_factors(full, product, moment, metric, part.right.shape[1], part.taps, rounds)
 
 
 def root_of(spectrum: Spectrum) -> Tensor:

@@ -138,7 +138,7 @@ class Cut:
         seen = _over_heads(self.read.right, self.repeat) @ self.read.mean
         lost = torch.einsum("gofk,f->go", by_tap, self.read.mean - left @ seen)
         lost = lost if solution.left is None else (solution.left @ lost.unsqueeze(-1)).squeeze(-1)
-        if solution.form == "separable":
+        if solution.divided:
             lost = lost.reshape(1, site.out_features, -1).sum(-1)
         bias = lost if solution.bias is None else solution.bias + lost
         return dataclasses.replace(solution, right=right, bias=bias)
@@ -158,7 +158,7 @@ class Cut:
         if solution.left is None:
             return Solution(None, self._written_rows(solution.right), bias)
         left, rank = solution.left, solution.left.shape[-1]
-        if solution.form == "separable":
+        if solution.divided:
             outputs = sum(own.rows.numel() for own in self.written)
             left = self._written_rows(left.reshape(1, outputs, -1)).reshape(1, -1, rank)
         else:
@@ -207,7 +207,7 @@ class Cut:
 
 def _taps(solution: Solution, site: Site) -> int:
     """The pixels that a solution's right factor reads."""
-    return solution.taps[0] if solution.form == "separable" else site.taps
+    return solution.taps[0] if solution.divided else site.taps
 
 
 def _over_heads(maps: Tensor, repeat: int) -> Tensor:

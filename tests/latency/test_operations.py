@@ -53,12 +53,14 @@ def test_operations_cost_what_the_site_does_at_each_rank(case, pivots):
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), ((3, 5), (2, 1), (0, 2))])
-def test_operations_of_separable_convolutions(kernel, stride, padding):
+def test_operations_of_divided_kernels(kernel, stride, padding):
     site, nodes, own = found(nn.Conv2d(8, 9, kernel, stride, padding), (2, 8, 7, 6))
-    assert site.can_be_separable
-    site = dataclasses.replace(site, separable=True)
-    for rank in possible_ranks(site):
-        assert counted(own.runs(site, rank)) == rank_flops(site, rank, *use(nodes))
+    assert "separable" in site.divisions
+    assert ("pointwise_first" in site.divisions) is (kernel == 3)
+    for division in site.divisions:
+        thin = dataclasses.replace(site, divided=division)
+        for rank in possible_ranks(thin):
+            assert counted(own.runs(thin, rank)) == rank_flops(thin, rank, *use(nodes))
 
 
 @pytest.mark.parametrize("pivots", [None, "none"])

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from balf_fx import passes
 from balf_fx.calibration.observers import CovarianceObserver
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import annotation, graph_record, sites
+from balf_fx.graph.curves import Divided
 from balf_fx.graph.flops import flop_counter, profile
 from balf_fx.latency import table as module
 from balf_fx.latency.table import Table
@@ -160,16 +162,16 @@ def test_a_convolution_takes_the_form_that_loses_less_in_its_time(monkeypatch, s
     monkeypatch.setattr(module, "_seconds", seconds)
     chosen = []
     for _ in range(2):  # again, from what was chosen before
-        Score(factors="sensitivity", separable=True, by_time=True)(graph_module)
+        Score(factors="sensitivity", divisions=get_args(Divided), by_time=True)(graph_module)
         Time([batches[0]], Table())(graph_module)
         ((site, (node,)),) = sites(graph_module).items()
         chosen.append((site, annotation(node).curve))
-        other, curve = annotation(node).other
-        assert other.separable is not site.separable
-        assert annotation(node).curve.least_at_half("latency") < curve.least_at_half("latency")
+        others = annotation(node).others
+        assert {site.divided, *(other.divided for other, _ in others)} == {None, *get_args(Divided)}
+        assert all(chosen[-1][1].least_at_half("latency") < curve.least_at_half("latency") for _, curve in others)
     assert chosen[0][0] == chosen[1][0]
-    assert chosen[0][0].separable is (slower == 1)
-    assert (chosen[0][1].strips is not None) is (slower == 1)
+    assert (chosen[0][0].divided == "separable") is (slower == 1)
+    assert (chosen[0][1].strips is not None) is (chosen[0][0].divided is not None)
 
 
 def test_time_comes_after_scores_and_before_its_budget(graph_module):

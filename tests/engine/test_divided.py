@@ -1,4 +1,4 @@
-"""Convolutions that become separable: what they cost and compute, through refits, widths, files and plans."""
+"""Convolutions with divided kernels: what they cost and compute, through refits, widths, files and plans."""
 
 import copy
 import pickle
@@ -10,6 +10,7 @@ from torch import nn
 import balf_fx
 from balf_fx.engine.settings import Settings
 from balf_fx.errors import BalfError
+from balf_fx.graph.curves import DIVIDED
 from balf_fx.graph.flops import count_flops
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -47,6 +48,18 @@ def batches():
     return [batch.double() for batch in BATCHES]
 
 
+@pytest.fixture(scope="module")
+def few_channels():
+    """The same layers, the second of which reads a few combinations of its inputs, up to some noise."""
+    torch.manual_seed(0)
+    model = Block().double().eval()
+    with torch.no_grad():
+        conv = model.conv1
+        kernels, mixed = torch.randn(24, 5, 3, 3).double(), torch.randn(5, 16).double()
+        conv.weight.copy_((torch.einsum("orhw,rc->ochw", kernels, mixed) + 0.01 * torch.randn_like(conv.weight)) / 10)
+    return model
+
+
 def compress(model, batches, **options):
     return balf_fx.compile(model, batches, **{"flops": 0.55, "separable": True, "progress": False, **options})
 
@@ -59,6 +72,11 @@ def small(model, batches):
 def distance(model, other, batches):
     with torch.no_grad():
         return max(float((model(batch) - other(batch)).abs().max()) for batch in batches)
+
+
+def error(model, other, batches):
+    with torch.no_grad():
+        return sum(float((model(batch) - other(batch)).square().sum()) for batch in batches)
 
 
 def forms(small):
@@ -80,8 +98,38 @@ def test_layers_are_two_stock_convolutions_of_the_counted_cost(model, small, bat
     "options", [{"effort": "fast"}, {"effort": "balanced"}, {"refit": "up"}, {}, {"widths": False}, {"centred": False}]
 )
 def test_kernels_of_a_column_and_a_row_lose_less(model, batches, options):
-    lost = distance(compress(model, batches, **options), model, batches)
-    assert lost < 0.5 * distance(compress(model, batches, separable=False, **options), model, batches)
+    lost = error(compress(model, batches, **options), model, batches)
+    assert lost < 0.5 * error(compress(model, batches, separable=False, **options), model, batches)
+
+
+def test_a_pointwise_convolution_comes_first(few_channels, batches):
+    small = compress(few_channels, batches, separable=None)
+    assert forms(small)["conv1"] == "pointwise_first"
+    first, second = small.conv1
+    assert (type(first), first.kernel_size, first.padding, first.bias) == (nn.Conv2d, (1, 1), (0, 0), None)
+    assert (type(second), second.kernel_size, second.padding) == (nn.Conv2d, (3, 3), (1, 1))
+    report = balf_fx.report(small)
+    assert report.flops_after == count_flops(small, batches[0]) <= 0.55 * count_flops(few_channels, batches[0])
+    assert report.params_after == sum(parameter.numel() for parameter in small.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"effort": "fast"}, {"effort": "balanced"}, {"refit": "up"}, {}, {"centred": False}]
+)
+def test_kernels_of_few_channels_lose_less(few_channels, batches, options):
+    options = {"widths": False, **options}
+    lost = error(compress(few_channels, batches, **{"separable": None, **options}), few_channels, batches)
+    assert lost < 0.5 * error(compress(few_channels, batches, separable=False, **options), few_channels, batches)
+
+
+def test_files_and_plans_of_a_pointwise_convolution_first(few_channels, batches, tmp_path):
+    small = compress(few_channels, batches, separable=None)
+    balf_fx.save(small, tmp_path / "small.safetensors")
+    assert distance(balf_fx.load(tmp_path / "small.safetensors", few_channels), small, batches) == 0
+    again = compress(few_channels, batches, flops=None, allocation=balf_fx.plan(small), separable=None)
+    assert forms(again) == forms(small)
+    assert distance(again, small, batches) < 1e-9
+    assert distance(compress(few_channels, batches, separable=None, result="module"), small, batches) < 1e-9
 
 
 def test_narrower_channels_around_them(model, batches):
@@ -119,7 +167,7 @@ def test_a_module_of_the_models_own_class(model, small, batches):
     "options", [{"separable": False}, {"factors": "air"}, {"factors": "svd"}, {"allocation": "uniform"}]
 )
 def test_by_choice_and_without_statistics_there_are_none(model, batches, options):
-    assert "separable" not in forms(compress(model, batches, **options)).values()
+    assert not set(DIVIDED) & set(forms(compress(model, batches, **options)).values())
 
 
 @pytest.mark.parametrize(
@@ -142,13 +190,17 @@ def test_others_stay_as_they_are(conv):
         small = compress(model, BATCHES, effort="balanced", flops=0.7)
     except BalfError as error:
         pytest.fail(str(error))
-    assert "separable" not in forms(small).values()
+    allowed = {"pointwise_first"} if conv.kernel_size == (5, 1) else set()
+    assert set(DIVIDED) & set(forms(small).values()) <= allowed
 
 
-def test_by_default_only_a_budget_of_time_allows_them():
-    assert Settings(latency=0.7).separates
-    assert Settings(disagreement=0.1, minimise="latency", validation=[1]).separates
-    assert not Settings(latency=0.7, separable=False).separates
-    assert not Settings(latency=0.7, factors="air").separates
-    assert Settings(flops=0.7, separable=True).separates
-    assert not Settings(flops=0.7).separates
+def test_by_default_only_a_budget_of_time_allows_one_along_each_axis():
+    assert Settings(latency=0.7).divisions == DIVIDED[::-1]
+    assert Settings(disagreement=0.1, minimise="latency", validation=[1]).divisions == DIVIDED[::-1]
+    assert Settings(flops=0.7, separable=True).divisions == DIVIDED[::-1]
+    assert Settings(flops=0.7).divisions == ("pointwise_first",)
+
+
+@pytest.mark.parametrize("options", [{"separable": False}, {"factors": "air"}, balf_fx.BALF, balf_fx.AIR])
+def test_published_methods_divide_no_kernel_otherwise(options):
+    assert Settings(latency=0.7, **options).divisions == ()

@@ -1,0 +1,136 @@
+"""How well budgets of time are met: predicted, measured by the compiler, and measured again.
+
+python benchmarks/targets.py --threads 1 --json benchmarks/results/targets.json
+python benchmarks/targets.py --threads 2 --resume --json benchmarks/results/targets.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from common import write_json
+from models import load
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from torchvision.models import resnet50
+from tqdm import tqdm
+
+import balf_fx
+from balf_fx.errors import BudgetError
+from balf_fx.graph.timing import Timing
+from balf_fx.latency.stopwatch import race
+from balf_fx.passes import FoldBatchNorm, Overwrite
+
+Case = tuple[nn.Module, Sequence[Tensor]]
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
+_ROUNDS = 15
+
+
+def _trained(name: str, images: int, size: int, data: Path | None) -> Case:
+    task = load(name, data=data, images=images, evaluate=1)
+    return task.model, torch.cat(list(task.calibration)).split(size)
+
+
+def _resnet50(data: Path | None) -> Case:
+    del data
+    torch.manual_seed(0)
+    return resnet50().eval(), torch.randn(32, 3, 224, 224).split(8)
+
+
+CASES: Mapping[str, Callable[[Path | None], Case]] = {
+    "ResNet-20": partial(_trained, "resnet20", 512, 128),
+    "MobileNetV2": partial(_trained, "mobilenetv2", 64, 8),
+    "ViT-Tiny": partial(_trained, "vit_tiny", 64, 8),
+    "ResNet-50": _resnet50,
+}
+"""Makes each model and its calibration batches, the first of which is timed; ResNet-50 has random weights."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compressed model.
+
+    Attributes:
+        asked: the share of the original's time that was asked for.
+        predicted: that of the chosen sizes, by the times of their operations.
+        measured: that of the whole model, as the compiler measured it.
+        again: the same, measured here afterwards.
+        flops_kept: the share of the FLOPs.
+        reached: whether the smallest model takes no longer.
+    """
+
+    model: str
+    threads: int
+    runner: str
+    asked: float
+    predicted: float
+    measured: float
+    again: float
+    flops_kept: float
+    reached: bool
+
+
+def run(name: str, case: Case, asked: float) -> Row:
+    """Compress a model to a share of its time, and time both once more."""
+    model, batches = case
+    options = {"latency": asked, "effort": "fast", "progress": False}
+    try:
+        small, reached = balf_fx.compile(model, batches, **options), True
+    except BudgetError:
+        small, reached = balf_fx.compile(model, batches, strict=False, **options), False
+    timing = balf_fx.report(small).timing
+    again = measured(dense(model), small, batches[0], timing)
+    kept = balf_fx.report(small).flops_kept
+    shares = (timing.asked, timing.predicted, timing.measured, again, kept)
+    return Row(name, timing.threads, timing.runner, *(round(share, 4) for share in shares), reached)
+
+
+def dense(model: nn.Module) -> fx.GraphModule:
+    """The original as a graph, with its BatchNorms folded and its operations in place."""
+    graph_module = fx.symbolic_trace(model)
+    for simplify in (FoldBatchNorm(), Overwrite()):
+        graph_module = simplify(graph_module).graph_module
+    return graph_module
+
+
+def measured(first: nn.Module, second: nn.Module, batch: Tensor, timing: Timing) -> float:
+    """The time of the second model as a share of that of the first, in turn."""
+    torch.compiler.reset()
+    models = [torch.compile(each) if timing.runner == "inductor" else each for each in (first, second)]
+    tasks = [partial(each, batch) for each in models]
+    with torch.no_grad():
+        return race(*tasks, batch.device, _ROUNDS).ratio
+
+
+@click.command()
+@click.option("--model", "names", multiple=True, type=click.Choice(list(CASES)), default=list(CASES))
+@click.option("--share", "shares", multiple=True, type=float, default=SHARES, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder with the data and the weights.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here, row by row.")
+@click.option("--resume", is_flag=True, help="Keep the rows that the results file holds.")
+def main(
+    names: Sequence[str], shares: Sequence[float], threads: int, data: Path | None, output: Path | None, resume: bool
+) -> None:
+    """Compress models to shares of their time; other programs disturb it."""
+    torch.set_num_threads(threads)
+    earlier = json.loads(output.read_text()) if resume and output is not None and output.exists() else None
+    rows = [] if earlier is None else list(earlier["results"])
+    for name in (bar := tqdm(names, unit="model", leave=False)):
+        case = CASES[name](data)
+        for share in shares:
+            bar.set_postfix_str(f"{name}, {share:g}")
+            rows.append(asdict(run(name, case, share)))
+            if output is not None:
+                write_json(output, {"results": rows}, earlier)
+    click.echo(tabulate(rows, headers="keys", floatfmt=".3f"))
+
+
+if __name__ == "__main__":
+    main()
