@@ -61,15 +61,16 @@ def _mutable(value: Any) -> Any:
 def flop_counter() -> FlopCounterMode:
     """torch's counter, with operators that it leaves out: attention on CPUs, grouped products, recurrent layers..."""
     # only here: it imports triton where that is installed
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-    added: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count}
+    added: dict[Any, Any] = {}
     for formula, names in _FORMULAS.items():
         added |= dict.fromkeys(_operators(names), formula)
-    missing = {operator: formula for operator, formula in added.items() if operator not in flop_registry}
+    missing = {
+        operator: formula
+        for operator, formula in added.items()
+        if operator not in flop_registry or formula is attention_flops  # torch's fails for fewer heads up to 2.11
+    }
     counter = FlopCounterMode(display=False, custom_mapping=missing)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter
@@ -81,6 +82,11 @@ def _operators(names: Iterable[str]) -> Iterator[Any]:
         namespace, _, own = name.partition("::")
         if hasattr(getattr(torch.ops, namespace), own):
             yield getattr(getattr(torch.ops, namespace), own)
+
+
+def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of both products of attention from the shapes [N, heads, length, size]; keys may have fewer heads."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def grouped_flops(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) -> int:
@@ -128,6 +134,10 @@ def _deformable_flops(value: Sequence[int], weight: Sequence[int], *_: Any, out_
 
 
 _FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
+    attention_flops: tuple(
+        f"aten::_scaled_dot_product_{kernel}"
+        for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    ),
     grouped_flops: (
         *("aten::_grouped_mm", "aten::_scaled_grouped_mm", "aten::_scaled_grouped_mm_v2"),
         "transformers::grouped_mm_fallback",

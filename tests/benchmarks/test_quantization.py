@@ -11,6 +11,8 @@ from torch import fx, nn
 @pytest.mark.slow
 def test_both_are_measured_alone_and_together(load_benchmark, data_folder, tmp_path):
     pytest.importorskip("torchao")
+    if torch.__version__ < (2, 12):
+        pytest.skip("the quantizer finds no layers in what torch 2.8 to 2.11 export without strict=True")
     quantization, output = load_benchmark("quantization"), tmp_path / "results.json"
     models = ["--model", "resnet20", "--model", "stories", "--images", "32", "--effort", "fast", "--evaluate", "32"]
     arguments = [*models, "--data", str(data_folder), "--json", str(output)]

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import sdpa_flop_count
 
 import balf_fx
 from balf_fx.graph.annotation import annotation, graph_record
-from balf_fx.graph.flops import count_flops, grouped_flops, profile
+from balf_fx.graph.flops import attention_flops, count_flops, flop_counter, grouped_flops, profile
 from balf_fx.graph.site import Reason
 
 ROWS, IN, OUT, EXPERTS = 12, 16, 8, 3
@@ -115,6 +116,18 @@ def test_attention_is_counted_as_its_two_products(kernel, capture):
     assert count_flops(model, *batch) == products + layers
     prepared = balf_fx.prepare(model, batch, capture=capture)
     assert graph_record(prepared).flops == products + layers
+
+
+def test_attention_is_counted_as_torch_counts_it():
+    shapes = (B, HEADS, QUERIES, SIZE), (B, HEADS, KEYS, SIZE), (B, HEADS, KEYS, VALUES)
+    assert attention_flops(*shapes, 0.0, True, out_shape=None) == sdpa_flop_count(*shapes)
+
+
+def test_keys_may_have_fewer_heads():
+    query, key = torch.randn(B, 4, QUERIES, SIZE), torch.randn(B, 2, KEYS, SIZE)
+    with torch.no_grad(), flop_counter() as counter:
+        F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    assert counter.get_total_flops() == 2 * B * 4 * QUERIES * KEYS * 2 * SIZE
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
