@@ -49,6 +49,7 @@ Factors = Literal["sensitivity", "activations", "air", "svd"]
 
 
 _LOGGER = logging.getLogger(__name__)
+_ENOUGH = 4  # positions for each value of a strip; fewer do not show which values matter
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ class Score(Pass):
         for division in site.divisions:
             if observer is not None and observer.moments is not None and division in wanted:
                 thin = dataclasses.replace(site, divided=division)
+                if not named and float(observer.moments.count) < _ENOUGH * thin.strips.in_features:
+                    continue
                 strips = self._strips(graph_module, thin, observer, seen.gradients, curve.energy)
                 found = rank_curve(thin, strips, *use(nodes))
                 forms.append((thin, dataclasses.replace(curve, candidates=found.candidates, strips=strips)))
@@ -214,7 +217,7 @@ class Score(Pass):
         matrix = strips_of(grouped_weight(graph_module, site), site.factor_taps)
         moments, metric, judge = _of_strips(observer, site), None, None
         if gradients is not None:
-            metric, judge = (damped(gradients.scatter, each, gradients.unit) for each in (self.damping, 0.0))
+            metric, judge = (damped(gradients.scatter, share, gradients.unit) for share in (self.damping, 0.0))
         moment = moments.covariance() if self.centred else moments.second_moment()
         mean = moments.mean if self.centred else None
         found = strips_spectrum(matrix, moment, mean, site.factor_taps[1], metric, judge)

@@ -1,8 +1,8 @@
 """Try an allocation of ranks alone without building its layers.
 
 The factors of a site output L R W x in place of W x (`graph.curves.Spectrum`). Where L and R are applied to the outputs
-of the original layers, a few samples show what the factors would output, without the products R W of all layers. Only
-convolutions with divided kernels run as their factors (`ranks.divided`).
+of the original layers, a few samples show what the factors would output, without the products R W of all layers. Where
+kernels are divided (`ranks.divided`), L and R are applied to the inputs if these are read pixel by pixel.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def projected(original: Program, allocation: Allocation) -> Program | None:
             curve, rank = annotation(nodes[0]).curve, ranks[site.name]
             if curve is None or rank is None:
                 continue
-            if site.divided is not None and isinstance(rank, int):
-                factors = factor_modules(graph_module, site, curve, rank).module
-                _replace(graph_module, nodes[0], f"{_PREFIX}_{index}", factors)
+            name = f"{_PREFIX}_{index}"
+            if site.divided == "separable" and isinstance(rank, int):
+                _replace(graph_module, nodes[0], name, factor_modules(graph_module, site, curve, rank).module)
                 continue
-            projection = Projection(site, curve, rank, grouped_bias(graph_module, site))
-            _insert(graph_module, nodes, f"{_PREFIX}_{index}", projection)
+            graph_module.add_submodule(name, Projection(site, curve, rank, grouped_bias(graph_module, site)))
+            (_insert if site.divided is None else _insert_before)(graph_module, nodes, name)
         graph_module.recompile()
     return copied
 
@@ -65,8 +65,7 @@ def _projects(graph_module: fx.GraphModule, allocation: Allocation, ranks: Mappi
     return True
 
 
-def _insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], name: str, projection: nn.Module) -> None:
-    graph_module.add_submodule(name, projection)
+def _insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], name: str) -> None:
     for node in nodes:
         with graph_module.graph.inserting_after(node):
             call = graph_module.graph.call_module(name, (node,))
@@ -74,8 +73,15 @@ def _insert(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], name: str, p
             user.replace_input_with(node, call)
 
 
+def _insert_before(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], name: str) -> None:
+    for node in nodes:
+        with graph_module.graph.inserting_before(node):
+            call = graph_module.graph.call_module(name, (site_input(node),))
+        node.replace_input_with(site_input(node), call)
+
+
 def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, factors: nn.Module) -> None:
-    """Run the factors of a divided kernel, which are no function of what the node outputs."""
+    """Run the factors of a separable convolution: functions neither of its output nor of single pixels of its input."""
     graph_module.add_submodule(name, factors)
     with graph_module.graph.inserting_before(node):
         call = graph_module.graph.call_module(name, (site_input(node),))
@@ -96,7 +102,8 @@ def bytes_read(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
 class Projection(nn.Module):
     """Turns a site's output y into b' + L R W x, with b' as in `ranks.spectra.corrected_bias`.
 
-    With c = b + E[W x], or b if the spectrum is not centred, this is L R y + (I - L R) c.
+    With c = b + E[W x], or b if the spectrum is not centred, this is L R y + (I - L R) c. Before a convolution whose
+    first factor reads single pixels, x becomes L R x + (I - L R) E[x] in the same way.
 
     Args:
         bias: b [G, O], or None.
@@ -105,7 +112,8 @@ class Projection(nn.Module):
     def __init__(self, site: Site, curve: RankCurve, rank: Rank, bias: Tensor | None) -> None:
         super().__init__()
         self._sizes = () if site.conv is None else (1,) * len(site.conv.kernel_size)
-        self._pieces = list(_pieces(curve, rank, site.parts, bias))  # no buffers: spectra may be in files
+        own = None if site.divided is not None else bias
+        self._pieces = list(_pieces(curve, rank, site.parts, own))  # no buffers: spectra may be in files
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +150,7 @@ _Maps = tuple[Tensor, Tensor, Tensor]
 
 def _pieces(curve: RankCurve, rank: Rank, parts: int, bias: Tensor | None) -> Iterator[_Maps | None]:
     """The maps of the whole site, or of each part; None for a dense part."""
-    spectra, biases = [curve.spectrum], [bias]
+    spectra, biases = [curve.ranked], [bias]
     if isinstance(rank, tuple) and curve.parts is not None:
         spectra = [curve.parts.only(index) for index in range(parts)]
         biases = [None] * parts if bias is None else list(bias.reshape(parts, 1, -1))

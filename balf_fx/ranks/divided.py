@@ -72,11 +72,11 @@ def strips_spectrum(
         metric: [1, O, O], that of errors of the outputs; None for plain squared errors.
         judge: the metric in which energies are measured; None for the same.
     """
-    left, right = _directions(_seen(matrix, metric, taps), moment)
-    seen = left.mT @ _seen(matrix, metric if judge is None else judge, taps) @ left
-    kept = seen.diagonal(dim1=-2, dim2=-1)
-    lost = F.pad(kept.flip(-1).cumsum(-1).flip(-1), (0, 1))
-    return Spectrum(convex_energies(lost), left, mean, right)
+    values, left, right = _directions(_seen(matrix, metric, taps), moment)
+    if judge is not None:
+        values = (left * (_seen(matrix, judge, taps) @ left)).sum(-2)
+        values = convex_energies(F.pad(values.flip(-1).cumsum(-1).flip(-1), (0, 1)))
+    return Spectrum(values, left, mean, right)
 
 
 def _seen(matrix: Tensor, metric: Tensor | None, taps: int) -> Tensor:
@@ -87,18 +87,28 @@ def _seen(matrix: Tensor, metric: Tensor | None, taps: int) -> Tensor:
     return matrix.mT @ weighed.reshape(matrix.shape)
 
 
-def _directions(seen: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """L [1, C h, m] and R [1, m, C h], by descending energy, for which M L_r R_r is the best map of each rank r.
+def _directions(seen: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies [1, m], descending, and L [1, C h, m] and R [1, m, C h], for which M L_r R_r is the best map of rank r.
 
-    With a root K of the moment, they are K V and V^T K^-1 for the right singular vectors V of M K.
+    With a root K of the moment, L and R are K V and V^T K^-1 for the right singular vectors V of M K.
+
+    Args:
+        seen: M^T M [1, C h, C h], or M^T G M for a metric G of errors.
     """
-    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
-    sizes = values.clamp_min(0).sqrt().unsqueeze(-2)
-    inverse = torch.where(sizes > _SINGULAR * sizes.amax(-1, keepdim=True), 1 / sizes, 0.0)
-    root = vectors * sizes
+    root, failed = torch.linalg.cholesky_ex(moment)
+    sizes = root.diagonal(dim1=-2, dim2=-1)
+    if bool(failed.any()) or not bool((sizes.amin(-1) > _SINGULAR * sizes.amax(-1)).all()):
+        values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+        sizes = values.clamp_min(0).sqrt().unsqueeze(-2)
+        root = vectors * sizes
+        inverse = (vectors * torch.where(sizes > _SINGULAR * sizes.amax(-1, keepdim=True), 1 / sizes, 0.0)).mT
+    else:
+        identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
+        inverse = torch.linalg.solve_triangular(root, identity, upper=False)
     inner = root.mT @ seen @ root
-    turned = torch.linalg.eigh((inner + inner.mT) / 2)[1].flip(-1)
-    return root @ turned, turned.mT @ (vectors * inverse).mT
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    turned = vectors.flip(-1)
+    return values.flip(-1).clamp_min(0), root @ turned, turned.mT @ inverse
 
 
 def divided_factors(
@@ -119,7 +129,7 @@ def divided_factors(
         rounds: how often both factors are found in turn, after the optimum for uncorrelated strips.
     """
     seen = _seen(strips_of(metric @ full, taps), None, taps[1])
-    right = _directions(seen, moment_of_strips(moment, taps))[1][..., :rank, :]
+    right = _directions(seen, moment_of_strips(moment, taps))[-1][..., :rank, :]
     left = _second_factor(right, product, moment, taps)
     for _ in range(rounds):
         right = _first_factor(left, right, product, moment, metric, taps)
