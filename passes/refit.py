@@ -318,7 +318,9 @@ class _Solver:
             if through is not None:
                 same = torch.eye(through.zeros, dtype=map_.dtype, device=map_.device)
                 toward = F.pad(same.expand(len(map_), -1, -1), (0, 0, through.size, 0))
-            problem = Problem(target, importance, columns, outputs, toward, (prior,), (spectrum,), through)
+            problem = Problem(
+                target, importance, columns, outputs, toward, (prior,), (spectrum,), through, part.taps[1]
+            )
             (found,) = problem.solve(self.walk)
             left = by_column(found.right, part.taps[1]) if part.divided else found.right
             return dataclasses.replace(part, left=left, bias=found.bias)
