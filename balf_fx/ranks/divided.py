@@ -141,7 +141,8 @@ def _second_factor(right: Tensor, product: Tensor, moment: Tensor, taps: tuple[i
     """The best second factor [1, O, w r] behind a first one [1, r, C h]."""
     inner = _read(right, _read(right, moment, taps).mT, taps)
     size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    inner = inner + 1e-10 * size * torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+    floor = 1e-10 * size + torch.finfo(inner.dtype).tiny  # where nothing is read, too
+    inner = inner + floor * torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
     left: Tensor = torch.linalg.solve(inner, _read(right, product.mT, taps)).mT
     return left
 

@@ -63,7 +63,7 @@ class Problem:
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
         through: in place of `outputs`, for a target that is the layer's output as it is.
-        taps: the pixels that each channel of the columns is read at; so many fewer positions are read.
+        taps: the pixels at which each channel of the columns is read; these are alike, so fewer positions are read.
     """
 
     target: Target

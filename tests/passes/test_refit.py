@@ -75,19 +75,23 @@ def distance(model, other, batches):
 @pytest.mark.parametrize("factors", ["activations", "sensitivity"])
 @pytest.mark.parametrize("mode", ["full", "up"])
 def test_refit_brings_the_answer_nearer(mode, factors, capture):
-    model, batches = Residual().eval(), list(torch.randn(4, 16, 3, 8, 8))
-    prepared = calibrated(model, batches, sensitivity=factors == "sensitivity", capture=capture)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    once = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, refit=False, progress=False)
-    refit = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, refit=mode, progress=False)
-    fresh = list(torch.randn(4, 16, 3, 8, 8))
-    assert distance(model, refit, batches) < distance(model, once, batches)
-    assert distance(model, refit, fresh) < distance(model, once, fresh)
-    if factors == "activations":  # otherwise the allocation is chosen with the refit in mind
-        assert [row.rank for row in balf_fx.report(refit).sites] == [row.rank for row in balf_fx.report(once).sites]
-    assert balf_fx.report(refit).flops_kept <= 0.5
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert refit(fresh[0][:3]).shape == (3, 5)
+    kept = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, batches = Residual().eval(), list(torch.randn(4, 16, 3, 8, 8))
+        prepared = calibrated(model, batches, sensitivity=factors == "sensitivity", capture=capture)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        once = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, refit=False, progress=False)
+        refit = balf_fx.convert(prepared, flops=0.5, factors=factors, batches=batches, refit=mode, progress=False)
+        fresh = list(torch.randn(4, 16, 3, 8, 8))
+        assert distance(model, refit, batches) < distance(model, once, batches)
+        kept.append(distance(model, refit, fresh) / distance(model, once, fresh))
+        if factors == "activations":  # otherwise the allocation is chosen with the refit in mind
+            assert balf_fx.plan(refit).ranks == balf_fx.plan(once).ranks
+        assert balf_fx.report(refit).flops_kept <= 0.5
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert refit(fresh[0][:3]).shape == (3, 5)
+    assert sum(kept) / len(kept) < 0.9  # of these models; not of each
 
 
 def test_where_nothing_is_lost_nothing_changes():
