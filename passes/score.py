@@ -186,26 +186,30 @@ class Score(Pass):
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
     ) -> list[tuple[Site, RankCurve]]:
         """The site and its curve in the form that loses least at half of its FLOPs; in all forms with `by_time`."""
-        observer = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver)
-        forms, named = [(site, curve)], isinstance(self.divisions, Mapping)
+        planned = isinstance(self.divisions, Mapping)
         wanted = (self.divisions.get(site.name),) if isinstance(self.divisions, Mapping) else self.divisions
+        observer, forms = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver), [(site, curve)]
         for division in site.divisions:
-            if observer is not None and observer.moments is not None and division in wanted:
-                thin = dataclasses.replace(site, divided=division)
-                if not named and float(observer.moments.count) < _ENOUGH * thin.strips.in_features:
-                    continue
-                strips = self._strips(graph_module, thin, observer, seen.gradients, curve.energy)
+            thin = dataclasses.replace(site, divided=division)
+            moments = _of_strips(observer, thin) if division in wanted else None
+            if moments is not None and (planned or float(moments.count) >= _ENOUGH * thin.strips.in_features):
+                strips = self._strips(graph_module, thin, moments, seen.gradients, curve.energy)
                 found = rank_curve(thin, strips, *use(nodes))
                 forms.append((thin, dataclasses.replace(curve, candidates=found.candidates, strips=strips)))
-        if self.by_time and not named:
-            return forms
-        return forms[-1:] if named else [min(forms, key=lambda form: form[1].least_at_half("flops"))]
+        if planned and forms[-1][0].divided not in wanted:
+            raise NotCalibratedError(
+                f"the plan divides the kernel of site {site.name!r}, whose strips were not observed: pass "
+                "separable=True to balf_fx.prepare"
+            )
+        if planned:
+            return forms[-1:]
+        return forms if self.by_time else [min(forms, key=lambda form: form[1].least_at_half("flops"))]
 
     def _strips(
         self,
         graph_module: fx.GraphModule,
         site: Site,
-        observer: CovarianceObserver,
+        moments: Moments,
         gradients: Gradients | None,
         energy: float,
     ) -> Spectrum:
@@ -215,7 +219,7 @@ class Score(Pass):
         less alike at neighbouring pixels, so that it does not.
         """
         matrix = strips_of(grouped_weight(graph_module, site), site.factor_taps)
-        moments, metric, judge = _of_strips(observer, site), None, None
+        metric, judge = None, None
         if gradients is not None:
             metric, judge = (damped(gradients.scatter, share, gradients.unit) for share in (self.damping, 0.0))
         moment = moments.covariance() if self.centred else moments.second_moment()
@@ -315,12 +319,12 @@ def _loss(gradients: Gradients, energies: Tensor, shared: bool) -> float:
     return 0.5 * float(lost) / gradients.samples
 
 
-def _of_strips(observer: CovarianceObserver, site: Site) -> Moments:
-    """The moments of the strips that a site reads; pixels may have been observed in strips of several."""
-    moments, own = observer.moments, site.factor_taps[0]
-    if moments is None:
-        raise NotCalibratedError(f"no calibration data has reached the strips of site {site.name!r}")
-    seen = observer.site.taps // own
+def _of_strips(observer: CovarianceObserver | None, site: Site) -> Moments | None:
+    """The moments of the strips that a site reads, also from longer ones; None if they were not observed."""
+    own = site.factor_taps[0]
+    if observer is None or observer.moments is None or observer.site.taps % own:
+        return None
+    moments, seen = observer.moments, observer.site.taps // own
     if seen == 1:
         return moments
     mean = moments.mean.reshape(1, -1, seen).mean(-1)

@@ -301,9 +301,8 @@ class Settings:
     @property
     def chosen_factors(self) -> Factors:
         """What the factors minimise."""
-        if self.factors is not None:
-            return self.factors
-        return "activations" if self.effort == "fast" else "sensitivity"
+        usual: Factors = "activations" if self.effort == "fast" else "sensitivity"
+        return usual if self.factors is None else self.factors
 
     @property
     def refit_mode(self) -> RefitMode | None:
@@ -352,8 +351,9 @@ class Settings:
     @property
     def divisions(self) -> tuple[Divided, ...]:
         """How kernels may be divided between the factors of convolutions."""
-        chosen = isinstance(self.allocation, Plan) or self.allocation == "budget"
-        if self.separable is False or not chosen or self.chosen_factors not in ("sensitivity", "activations"):
+        if isinstance(self.allocation, Plan):
+            return self.allocation.divisions
+        if self.separable is False or self.allocation != "budget" or self.chosen_factors in ("air", "svd"):
             return ()
         return ("pointwise_first", "separable") if self.separable or self.times else ("pointwise_first",)
 

@@ -120,6 +120,11 @@ class Plan:
         return {choice.site.name: choice.site.divided for choice in self.allocation.choices}
 
     @property
+    def divisions(self) -> tuple[Divided, ...]:
+        """All ways in which kernels are divided."""
+        return tuple(sorted({found for found in self.divided.values() if found is not None}))
+
+    @property
     def ranks(self) -> dict[str, Rank]:
         """{site: rank}, None for dense, as in the option `allocation`."""
         return {choice.site.name: choice.chosen.rank for choice in self.allocation.choices}

@@ -9,7 +9,7 @@ from torch import nn
 
 import balf_fx
 from balf_fx.engine.settings import Settings
-from balf_fx.errors import BalfError
+from balf_fx.errors import BalfError, NotCalibratedError
 from balf_fx.graph.curves import DIVIDED
 from balf_fx.graph.flops import count_flops
 
@@ -144,9 +144,21 @@ def test_files_copies_and_plans(model, small, batches, tmp_path):
     loaded = balf_fx.load(tmp_path / "small.safetensors", model)
     for other in (loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert distance(other, small, batches) == 0
-    again = compress(model, batches, flops=None, allocation=balf_fx.plan(small))
+    again = compress(model, batches, flops=None, allocation=balf_fx.plan(small), separable=None)
     assert forms(again) == forms(small)
     assert distance(again, small, batches) < 1e-9
+
+
+def test_a_plan_whose_strips_were_not_observed_is_refused(model, small, batches):
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")  # observes single pixels
+    balf_fx.calibrate(prepared, batches, progress=False)
+    with pytest.raises(NotCalibratedError, match="pass separable=True to"):
+        balf_fx.convert(prepared, allocation=balf_fx.plan(small), progress=False)
+
+
+def test_few_positions_do_not_show_which_channels_matter(few_channels):
+    images = [torch.randn(1, 3, 4, 4).double()]
+    assert "pointwise_first" not in forms(compress(few_channels, images, separable=None, effort="fast")).values()
 
 
 def test_a_file_with_a_rank_that_only_a_separable_layer_can_have(model, batches, tmp_path):
