@@ -16,6 +16,8 @@ Everything is float64; kernels have one group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,47 +113,80 @@ def _directions(seen: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.flip(-1).clamp_min(0), root @ turned, turned.mT @ inverse
 
 
+@dataclass(frozen=True)
+class Patches:
+    """The second moment C = P / n - m m^T + c I of patches; it is not formed, since it is large.
+
+    Attributes:
+        products: P [1, C h w, C h w].
+        count: n.
+        mean: m [1, C h w].
+        added: c [1, 1, 1].
+        taps: h and w.
+    """
+
+    products: Tensor
+    count: float
+    mean: Tensor
+    added: Tensor
+    taps: tuple[int, int]
+
+    def strips(self) -> Tensor:
+        """The second moment of strips [1, C h, C h], averaged over their columns."""
+        w = self.taps[1]
+        columns = self.mean.reshape(1, -1, w)
+        found = moment_of_strips(self.products, self.taps) / self.count - columns @ columns.mT / w
+        found.diagonal(dim1=-2, dim2=-1).add_(self.added.squeeze(-1))
+        return found
+
+    def after(self, rows: Tensor) -> Tensor:
+        """Rows [m, C h w] times C."""
+        mean, found = self.mean[0], rows @ self.products[0] / self.count
+        return found.sub_(torch.outer(rows @ mean, mean)).add_(rows * self.added[0])
+
+    def read(self, right: Tensor) -> Tensor:
+        """What the first factor [1, r, C h] makes of C at each column, [1, w r, C h w]."""
+        found, mean = _read(right, self.products, self.taps), _read(right, self.mean.unsqueeze(-1), self.taps)
+        found.baddbmm_(mean, self.mean.unsqueeze(-2), beta=1 / self.count, alpha=-1)
+        w = self.taps[1]
+        own = found.view(w, right.shape[1], -1, w).diagonal(dim1=0, dim2=3)  # a column reads its own pixels
+        own += (self.added * right)[0].unsqueeze(-1)
+        return found
+
+
 def divided_factors(
-    full: Tensor,
-    product: Tensor,
-    moment: Tensor,
-    metric: Tensor,
-    rank: int,
-    taps: tuple[int, int],
-    rounds: int = ROUNDS,
+    full: Tensor, product: Tensor, patches: Patches, metric: Tensor, rank: int, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor]:
     """Factors [1, O w, r] and [1, r, C h] near a map M, for patches with the second moment C.
 
     Args:
         full, product: M and M C, [1, O, C h w].
-        moment: C [1, C h w, C h w], positive definite.
+        patches: C, positive definite.
         metric: R [1, m, O]; the first factor depends on the error R (y - y').
         rounds: how often both factors are found in turn, after the optimum for uncorrelated strips.
     """
+    taps = patches.taps
     seen = _seen(strips_of(metric @ full, taps), None, taps[1])
-    right = _directions(seen, moment_of_strips(moment, taps))[-1][..., :rank, :]
-    left = _second_factor(right, product, moment, taps)
+    right = _directions(seen, patches.strips())[-1][..., :rank, :]
+    left = _second_factor(right, product, patches)
     for _ in range(rounds):
-        right = _first_factor(left, right, product, moment, metric, taps)
-        left = _second_factor(right, product, moment, taps)
+        right = _first_factor(left, right, product, patches, metric)
+        left = _second_factor(right, product, patches)
     return left.reshape(1, -1, rank), right
 
 
-def _second_factor(right: Tensor, product: Tensor, moment: Tensor, taps: tuple[int, int]) -> Tensor:
+def _second_factor(right: Tensor, product: Tensor, patches: Patches) -> Tensor:
     """The best second factor [1, O, w r] behind a first one [1, r, C h]."""
-    inner = _read(right, _read(right, moment, taps).mT, taps)
-    size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    floor = 1e-10 * size + torch.finfo(inner.dtype).tiny  # where nothing is read, too
-    inner = inner + floor * torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
-    left: Tensor = torch.linalg.solve(inner, _read(right, product.mT, taps)).mT
+    inner = _read(right, patches.read(right).mT, patches.taps)
+    size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)
+    inner.diagonal(dim1=-2, dim2=-1).add_(1e-10 * size.unsqueeze(-1) + torch.finfo(inner.dtype).tiny)  # for zeros, too
+    left: Tensor = torch.linalg.solve(inner, _read(right, product.mT, patches.taps)).mT
     return left
 
 
-def _first_factor(
-    left: Tensor, right: Tensor, product: Tensor, moment: Tensor, metric: Tensor, taps: tuple[int, int]
-) -> Tensor:
+def _first_factor(left: Tensor, right: Tensor, product: Tensor, patches: Patches, metric: Tensor) -> Tensor:
     """A better first factor [1, r, C h] before a second one [1, O, w r]: a few steps of conjugate gradients."""
-    (h, w), rank = taps, right.shape[1]
+    (h, w), rank = patches.taps, right.shape[1]
     seen = (metric @ left)[0].reshape(-1, w, rank)
 
     def on_patches(first: Tensor) -> Tensor:
@@ -162,11 +197,11 @@ def _first_factor(
         return torch.einsum("mjr,mcij->rci", seen, value.reshape(len(seen), -1, h, w)).flatten(1)
 
     found = right[0]
-    residual = adjoint((metric @ product)[0] - on_patches(found) @ moment[0])
+    residual = adjoint((metric @ product)[0] - patches.after(on_patches(found)))
     direction, square = residual, residual.square().sum()
     least = torch.finfo(square.dtype).eps * square
     for _ in range(_STEPS):
-        image = adjoint(on_patches(direction) @ moment[0])
+        image = adjoint(patches.after(on_patches(direction)))
         curvature = (direction * image).sum()
         if square <= least or curvature <= 0:  # nothing is left to improve
             break
@@ -179,9 +214,9 @@ def _first_factor(
 
 def _read(right: Tensor, patches: Tensor, taps: tuple[int, int]) -> Tensor:
     """What the first factor [1, r, C h] makes of patches [1, C h w, n] at each column, [1, w r, n]."""
-    (h, w), (rank, n) = taps, (right.shape[1], patches.shape[-1])
-    rows = patches.reshape(-1, h, w, n).permute(2, 0, 1, 3).reshape(w, -1, n)
-    return (right @ rows).reshape(1, w * rank, n)
+    (h, w), n = taps, patches.shape[-1]
+    pixels = patches[0].reshape(-1, h, w, n)
+    return torch.cat([right @ pixels[:, :, column].reshape(1, -1, n) for column in range(w)], 1)
 
 
 def by_patch(left: Tensor, outputs: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.graph.curves import Solution, Spectrum
-from balf_fx.ranks.divided import ROUNDS, divided_factors, whole
+from balf_fx.ranks.divided import ROUNDS, Patches, divided_factors, whole
 from balf_fx.refit.sums import Joint, Shares, applied
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # c of the ridge, in units of the mean variance of x'
@@ -198,10 +198,10 @@ def _divided(
     sums: Joint, full: Tensor, product: Tensor, spectrum: Spectrum, part: Solution, strength: float, rounds: int
 ) -> tuple[Tensor, Tensor]:
     """The factors of a convolution with a divided kernel, from the results of `ridge`."""
-    moment = sums.inputs.covariance
-    moment.diagonal(dim1=-2, dim2=-1).add_(sums.inputs.ridge(strength).squeeze(-1))
+    inputs = sums.inputs
+    patches = Patches(inputs.xx, inputs.count, inputs.mean, inputs.ridge(strength), part.taps)
     _, metric = spectrum.maps(spectrum.energies.shape[-1])
-    return divided_factors(full, product, moment, metric, part.right.shape[1], part.taps, rounds)
+    return divided_factors(full, product, patches, metric, part.right.shape[1], rounds)
 
 
 def root_of(spectrum: Spectrum) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from balf_fx.graph.curves import Solution
 from balf_fx.ranks.divided import (
+    Patches,
     by_column,
     by_patch,
     divided_factors,
@@ -19,6 +20,12 @@ from balf_fx.ranks.divided import (
 )
 
 TAPS = st.sampled_from([(3, 3), (3, 5), (2, 3), (5, 2), (1, 9), (1, 6)])
+
+
+def factors(weight, moment, metric, rank, taps, *rounds):
+    nothing = torch.zeros_like(moment[:, :1])
+    patches = Patches(moment, 1.0, nothing[:, 0], nothing[..., :1], taps)
+    return divided_factors(weight, weight @ moment, patches, metric, rank, *rounds)
 
 
 def randn(*shape, seed=0):
@@ -70,7 +77,7 @@ def test_other_solutions_stay_as_they_are():
 
 def test_at_full_rank_nothing_is_lost():
     taps, weight, moment = (3, 3), randn(1, 4, 18), positive(18)
-    left, right = divided_factors(weight, weight @ moment, moment, torch.eye(4).double()[None], 6, taps)
+    left, right = factors(weight, moment, torch.eye(4).double()[None], 6, taps)
     torch.testing.assert_close(kernels_of(left @ right, taps), weight)
 
 
@@ -81,14 +88,14 @@ def test_for_uncorrelated_strips_no_rank_r_map_is_better(rank):
     columns = strip.reshape(channels, 3, channels, 3)
     moment = torch.einsum("aibk,jl->aijbkl", columns, torch.eye(2).double()).reshape(1, channels * 6, channels * 6)
     torch.testing.assert_close(moment_of_strips(moment, taps), strip)
-    left, right = divided_factors(weight, weight @ moment, moment, torch.eye(outputs).double()[None], rank, taps)
+    left, right = factors(weight, moment, torch.eye(outputs).double()[None], rank, taps)
     dropped = torch.linalg.svdvals(strips_of(weight, taps)[0] @ torch.linalg.cholesky(strip[0]))[rank:]
     assert error(weight, kernels_of(left @ right, taps), moment) == pytest.approx(float(dropped.square().sum()))
 
 
 def test_the_second_factor_is_the_best_for_patches_of_any_moment():
     taps, weight, moment = (3, 3), randn(1, 4, 27), positive(27, seed=3)
-    left, right = divided_factors(weight, weight @ moment, moment, torch.eye(4).double()[None], 4, taps)
+    left, right = factors(weight, moment, torch.eye(4).double()[None], 4, taps)
     least = error(weight, kernels_of(left @ right, taps), moment)
     for seed in range(20):
         other = left + 0.01 * randn(*left.shape, seed=seed)
@@ -104,20 +111,18 @@ def test_least_squares_in_turn_come_nearer_to_the_best_map(taps, seed):
     metric = torch.diag(torch.tensor([3.0, 1.0, 1.0, 0.3]).double())[None]
 
     def lost(rounds):
-        left, right = divided_factors(weight, weight @ moment, moment, metric, 3, taps, rounds)
+        left, right = factors(weight, moment, metric, 3, taps, rounds)
         return error(metric @ weight, metric @ kernels_of(left @ right, taps), moment)
 
     first, once, often = lost(0), lost(1), lost(200)
     assert often < once < first
 
-    factors = [
-        part.clone().requires_grad_() for part in divided_factors(weight, weight @ moment, moment, metric, 3, taps)
-    ]
-    optimizer = torch.optim.LBFGS(factors, max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    pair = [part.clone().requires_grad_() for part in factors(weight, moment, metric, 3, taps)]
+    optimizer = torch.optim.LBFGS(pair, max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def descend():
         optimizer.zero_grad()
-        missed = metric @ (weight - kernels_of(factors[0] @ factors[1], taps))
+        missed = metric @ (weight - kernels_of(pair[0] @ pair[1], taps))
         loss = (missed @ moment * missed).sum()
         loss.backward()
         return loss
@@ -126,11 +131,23 @@ def test_least_squares_in_turn_come_nearer_to_the_best_map(taps, seed):
     assert often == pytest.approx(float(descend()), rel=1e-3)
 
 
+@pytest.mark.parametrize("taps", [(3, 3), (1, 9)])
+def test_the_moment_of_patches_is_not_formed(taps):
+    products, mean, added = 5 * positive(27), randn(1, 27, seed=1), torch.full((1, 1, 1), 0.3).double()
+    patches = Patches(products, 5.0, mean, added, taps)
+    moment = products / 5 - mean.mT @ mean + added * torch.eye(27).double()
+    right, rows = randn(1, 2, 3 * taps[0], seed=2), randn(4, 27, seed=3)
+    torch.testing.assert_close(patches.strips(), moment_of_strips(moment, taps))
+    torch.testing.assert_close(patches.after(rows), rows @ moment[0])
+    strips = moment.reshape(1, 3 * taps[0], taps[1], 27).movedim(2, 1)
+    torch.testing.assert_close(patches.read(right), (right.unsqueeze(1) @ strips).flatten(1, 2))
+
+
 def test_the_metric_decides_which_outputs_matter():
     taps, weight, moment = (3, 3), randn(1, 4, 18), torch.eye(18).double()[None]
     metric = torch.diag(torch.tensor([100.0, 100.0, 0.01, 0.01]).double())[None]
-    left, right = divided_factors(weight, weight @ moment, moment, metric, 3, taps)
-    plain = divided_factors(weight, weight, moment, torch.eye(4).double()[None], 3, taps)
+    left, right = factors(weight, moment, metric, 3, taps)
+    plain = factors(weight, moment, torch.eye(4).double()[None], 3, taps)
     weighted, other = ((metric @ (weight - kernels_of(a @ b, taps))).square().sum() for a, b in ((left, right), plain))
     assert weighted < other
 
