@@ -308,6 +308,19 @@ def blocks() -> str:
     return markdown(lines, headers)
 
 
+def targets() -> str:
+    """Budgets of time, and the shares of the time that the models take."""
+    rows = [
+        [
+            f"{row['model']}, {row['runner']}",
+            f"{row['asked']:g}",
+            *(f"{row[name]:.2f}" for name in ("predicted", "measured", "again", "flops_kept")),
+        ]
+        for row in _read("targets")["results"]
+    ]
+    return markdown(rows, ["one thread", "asked for", "predicted", "measured", "measured again", "FLOPs kept"])
+
+
 def bounds() -> str:
     """Resident memory for each model and effort, as a share of its bound."""
     lines = [
@@ -474,6 +487,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "zoo": zoo,
     "compression": compression,
     "bounds": bounds,
+    "targets": targets,
     "memory": memory,
     "blocks": blocks,
     "timings": timings,
