@@ -93,7 +93,7 @@ def run(name: str, case: Case, asked: float) -> Row:
 
 def dense(model: nn.Module, batch: Tensor) -> fx.GraphModule:
     """The original as a graph, with its BatchNorms folded and its operations in place."""
-    graph_module = balf_fx.prepare(model, batch, progress=False)
+    graph_module = balf_fx.prepare(model, batch)
     for simplify in (RemoveObservers(), Overwrite()):
         graph_module = simplify(graph_module).graph_module
     return graph_module
