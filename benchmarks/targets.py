@@ -29,24 +29,27 @@ from balf_fx.passes import Overwrite, RemoveObservers
 
 Case = tuple[nn.Module, Sequence[Tensor]]
 SHARES = (0.8, 0.6, 0.5)
+BATCHES = {"ResNet-20": 128, "MobileNetV2": 8, "ViT-Tiny": 8, "ResNet-50": 8}
+"""Images in a batch."""
+
 _ROUNDS = 15
 
 
-def _trained(name: str, images: int, size: int, data: Path | None) -> Case:
+def _trained(name: str, model: str, images: int, data: Path | None) -> Case:
     task = load(name, data=data, images=images, evaluate=1)
-    return task.model, torch.cat(list(task.calibration)).split(size)
+    return task.model, torch.cat(list(task.calibration)).split(BATCHES[model])
 
 
 def _resnet50(data: Path | None) -> Case:
     del data
     torch.manual_seed(0)
-    return resnet50().eval(), torch.randn(32, 3, 224, 224).split(8)
+    return resnet50().eval(), torch.randn(32, 3, 224, 224).split(BATCHES["ResNet-50"])
 
 
 CASES: Mapping[str, Callable[[Path | None], Case]] = {
-    "ResNet-20": partial(_trained, "resnet20", 512, 128),
-    "MobileNetV2": partial(_trained, "mobilenetv2", 64, 8),
-    "ViT-Tiny": partial(_trained, "vit_tiny", 64, 8),
+    "ResNet-20": partial(_trained, "resnet20", "ResNet-20", 512),
+    "MobileNetV2": partial(_trained, "mobilenetv2", "MobileNetV2", 64),
+    "ViT-Tiny": partial(_trained, "vit_tiny", "ViT-Tiny", 64),
     "ResNet-50": _resnet50,
 }
 """Makes each model and its calibration batches, the first of which is timed; ResNet-50 has random weights."""

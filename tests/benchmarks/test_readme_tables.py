@@ -64,7 +64,7 @@ def test_the_front_page_shows_the_results(tables):
             saved, lost = (" / ".join(f"{pair[side]:g}" for pair in results) for side in (0, 1))
             assert shown[name] == [f"{saved} % of the {unit}", lost]
     kept = [0.8, 0.7, 0.5, 0.3]
-    lost = [dense - float(shown["balf_fx"][BUDGETS.index(f"{budget:g}")]) for budget in kept]
+    lost = [round(dense - float(shown["balf_fx"][BUDGETS.index(f"{budget:g}")]), 1) + 0.0 for budget in kept]  # no -0
     assert f"loses {' / '.join(f'{points:.1f}' for points in lost)} points at -20 / -30 / -50 / -70 % FLOPs" in front
 
 
@@ -102,10 +102,9 @@ def test_what_the_readme_says_of_other_calibration_data_follows_from_the_results
         (row["calibration"], row["effort"]): (dense["seen"] - row["seen"], dense["others"] - row["others"])
         for row in rows
     }
-    for effort in ("balanced", "best"):
-        seen, others = lost["the first five classes", effort]
-        assert others > 3 * max(seen, 0)
-    assert 10 < lost["the first five classes", "best"][1] < lost["the first five classes", "balanced"][1] / 2
-    half = (dense["seen"] / 2, dense["others"] / 2)
+    seen, others = lost["the first five classes", "best"]
+    assert others > 3 * max(seen, 0)
+    assert 5 < others < lost["the first five classes", "balanced"][1] / 2
+    third = (dense["seen"] / 3, dense["others"] / 3)
     for effort in ("fast", "balanced", "best"):
-        assert all(points > least for points, least in zip(lost["noise", effort], half, strict=True))
+        assert all(points > least for points, least in zip(lost["noise", effort], third, strict=True))

@@ -107,6 +107,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     pivots = [(case["group"], case["extra_info"]["ratios"]) for case in read("pivots")["benchmarks"]]
     slowest = {rival: max(ratios[rival]["median"] for _, ratios in pivots) for rival in ("dense", "pairs")}
     images, many = (load_benchmark("subjects").SUBJECTS[f"ResNet-50{more}"]() for more in ("", ", 256 images"))
+    times = load_benchmark("targets").BATCHES
     writer, shape = load_benchmark("bench_generation"), load_benchmark("subjects")._LARGE
     wide, hidden = shape["hidden_size"], shape["intermediate_size"]
     weights = 2 * 32_000 * wide + shape["num_hidden_layers"] * wide * (4 * wide + 3 * hidden)
@@ -114,6 +115,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"A Llama of {weights / 1e6:.0f} million random weights",
         f"to read a prompt of {writer.PROMPT} tokens, and to write {writer.WRITTEN} tokens",
         "more than 3 % longer than pairs",
+        f"batches of {times['ViT-Tiny']} images, or of {times['ResNet-20']} for ResNet-20",
         "Llama in bfloat16",  # of `large.build`
         f"{small['shape']}, {billion['shape']} would take {longer:.1f} times as long as it does",
         f"at {100 * large['params']:.0f} % of the parameters",
