@@ -104,7 +104,7 @@ class Bench:
         self._forward = forward_for(task.model)
         self._flops = count_flops(task.model, task.calibration[0])
         self._wanted = answers(task.model, task.calibration)
-        self._calibrated = balf_fx.prepare(task.model, task.calibration[0], sensitivity=True)
+        self._calibrated = balf_fx.prepare(task.model, task.calibration[0], sensitivity=True, separable=False)
         balf_fx.calibrate(self._calibrated, task.calibration, seed=seed, progress=False)
         self._scored = {measure: self._score(measure) for measure in get_args(Measure)}
 
@@ -120,7 +120,7 @@ class Bench:
         batches = self.task.calibration
         if weighting == CHOSEN:
             asked = {measure: budget, "strict": False, "refit": refit, "progress": False}
-            model = balf_fx.convert(self._calibrated, batches=batches, **asked)
+            model = balf_fx.convert(self._calibrated, batches=batches, separable=False, **asked)
         else:
             allocate = Allocate(**{measure: budget}, strict=False, **WEIGHTINGS[weighting])
             allocated = self._allocated(measure, allocate)
