@@ -313,7 +313,7 @@ def targets() -> str:
     rows = [
         [
             f"{row['model']}, {row['runner']}",
-            f"{row['asked']:g}",
+            f"{row['asked']:g}{'' if row['reached'] else ', out of reach'}",
             *(f"{row[name]:.2f}" for name in ("predicted", "measured", "again", "flops_kept")),
         ]
         for row in _read("targets")["results"]
