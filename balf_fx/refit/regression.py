@@ -38,7 +38,8 @@ def ridge(seen: Joint, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         return prior, prior @ seen.inputs.covariance + prior * added
     product = seen.cross()
     product += prior * added
-    return torch.cholesky_solve(product.mT, factor).mT, product
+    half = torch.linalg.solve_triangular(factor, product.mT, upper=False)  # cholesky_solve would copy the factor
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT, product
 
 
 def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int, metric: Tensor) -> tuple[Tensor, Tensor]:
