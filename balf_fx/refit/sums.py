@@ -13,6 +13,7 @@ from torch import Tensor
 
 from balf_fx.distributed.group import Group
 
+_CACHED = 2048  # the largest size of Cholesky factors that are kept
 _BLOCK = 48  # columns of x x^T that are computed at a time, or a multiple of it
 
 
@@ -55,13 +56,19 @@ class Inputs:
         return strength * mean + torch.finfo(mean.dtype).tiny
 
     def factor(self, strength: float) -> Tensor | None:
-        """The Cholesky factor of the covariance with a ridge, cached; None if it is not positive definite."""
-        if strength not in self._factors:
-            damped = self.covariance
-            damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            self._factors[strength] = None if failed.any() else factor
-        return self._factors[strength]
+        """The Cholesky factor of the covariance with a ridge; None if it is not positive definite.
+
+        It is cached unless it is large: several of them would take most of the memory of a refit.
+        """
+        if strength in self._factors:
+            return self._factors[strength]
+        damped = self.covariance
+        damped.diagonal(dim1=-2, dim2=-1).add_(self.ridge(strength).squeeze(-1))
+        found, failed = torch.linalg.cholesky_ex(damped)
+        factor: Tensor | None = None if failed.any() else found
+        if damped.shape[-1] <= _CACHED:
+            self._factors[strength] = factor
+        return factor
 
 
 @dataclass(frozen=True)
