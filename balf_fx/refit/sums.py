@@ -40,13 +40,13 @@ class Inputs:
 
     @property
     def covariance(self) -> Tensor:
-        """Cov(x') [G, D, D]; computed anew each time, since it is as large as its Cholesky factors, which are kept."""
+        """Cov(x') [G, D, D]; computed anew each time, since it is large."""
         found = self.xx / self.count
         return found.sub_(self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2))
 
     @cached_property
     def uncentred(self) -> Inputs:
-        """The sums as if the mean were zero; cached, so that their Cholesky factors are computed only once."""
+        """The sums as if the mean were zero; cached, as are their Cholesky factors."""
         return Inputs(self.count, torch.zeros_like(self.x), self.xx)
 
     def ridge(self, strength: float) -> Tensor:
