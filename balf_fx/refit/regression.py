@@ -182,7 +182,7 @@ def solutions(
         if part.left is None or spectrum is None or metric is None:
             left, right = None, full if through is None else through @ full
         elif part.divided:
-            left, right = _divided(sums, full, product, spectrum, part, strength, rounds)
+            left, right = _divided(sums, full, product, metric, part, strength, rounds)
         else:
             left, right = truncate(full, product, spectrum, part.left.shape[-1], metric)
         bias = None
@@ -196,12 +196,11 @@ def solutions(
 
 
 def _divided(
-    sums: Joint, full: Tensor, product: Tensor, spectrum: Spectrum, part: Solution, strength: float, rounds: int
+    sums: Joint, full: Tensor, product: Tensor, metric: Tensor, part: Solution, strength: float, rounds: int
 ) -> tuple[Tensor, Tensor]:
     """The factors of a convolution with a divided kernel, from the results of `ridge`."""
     inputs = sums.inputs
     patches = Patches(inputs.xx, inputs.count, inputs.mean, inputs.ridge(strength), part.taps)
-    _, metric = spectrum.maps(spectrum.energies.shape[-1])
     return divided_factors(full, product, patches, metric, part.right.shape[1], rounds)
 
 

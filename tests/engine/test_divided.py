@@ -99,7 +99,7 @@ def test_layers_are_two_stock_convolutions_of_the_counted_cost(model, small, bat
 )
 def test_kernels_of_a_column_and_a_row_lose_less(model, batches, options):
     lost = error(compress(model, batches, **options), model, batches)
-    assert lost < 0.5 * error(compress(model, batches, separable=False, **options), model, batches)
+    assert lost < 0.3 * error(compress(model, batches, separable=False, **options), model, batches)
 
 
 def test_a_pointwise_convolution_comes_first(few_channels, batches):
@@ -119,7 +119,7 @@ def test_a_pointwise_convolution_comes_first(few_channels, batches):
 def test_kernels_of_few_channels_lose_less(few_channels, batches, options):
     options = {"widths": False, **options}
     lost = error(compress(few_channels, batches, **{"separable": None, **options}), few_channels, batches)
-    assert lost < 0.5 * error(compress(few_channels, batches, separable=False, **options), few_channels, batches)
+    assert lost < 0.4 * error(compress(few_channels, batches, separable=False, **options), few_channels, batches)
 
 
 def test_files_and_plans_of_a_pointwise_convolution_first(few_channels, batches, tmp_path):
