@@ -103,6 +103,14 @@ def test_columns_are_the_pair_at_the_price_that_was_counted(make, shape, ordered
     assert count_parameters(small) == rank_params(priced, 22, True) == 22 * (70 - 22) + 30
 
 
+def test_few_pivots_of_a_convolution_take_more_time_than_they_save():
+    _, conv, _ = annotated(nn.Conv2d(96, 48, 1), randn(1, 96, 4, 4))
+    _, linear, _ = annotated(nn.Linear(96, 48), randn(4, 96))
+    conv, linear = (dataclasses.replace(own, pivots="columns") for own in (conv, linear))
+    assert [conv.form(rank) for rank in (1, 31, 32, 48)] == ["pair", "pair", "columns", "columns"]
+    assert linear.form(1) == dataclasses.replace(conv, move=0).form(1) == "columns"
+
+
 @pytest.mark.parametrize("ranks", [(9, 11, 14), (9, None, 14), (None, None, 3)])
 def test_parts_have_pivots_of_their_own(ranks):
     x = randn(4, 20)
