@@ -55,12 +55,11 @@ from balf_fx.graph.substitute import Substitute, build
 from balf_fx.passes.base import Pass
 from balf_fx.passes.factorize import planned
 from balf_fx.progress import SILENT, Progress
-from balf_fx.ranks.divided import by_column, by_patch
 from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.biases import shift_between, shifted
 from balf_fx.refit.experts import refit_experts
 from balf_fx.refit.lockstep import Batch, Lockstep, sources_of, without_ends
-from balf_fx.refit.problems import BiasProblem, Problem, Through
+from balf_fx.refit.problems import BiasProblem, DividedProblem, Problem, Through
 from balf_fx.refit.targets import Target, observes
 from balf_fx.refit.windows import Window
 from balf_fx.refit.work import Shape, node_work
@@ -255,6 +254,14 @@ class _Solver:
         as_read = dataclasses.replace(cut, read=None)
         reads = partial(_reads, node, site, cut)
         before = self._build(thin, as_read, prior)
+        if prior[0].divided:
+            self.walk.store(node, partial(_run, before, reads))
+            target, spectra = Target.of(self.graph_module, node, thin), _spectra(node, thin)
+            problem = DividedProblem(target, self._importance(node), prior[0], spectra[0])
+            found = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
+            annotate(node, refit=(found,))
+            self.walk.finish(node, partial(_run, self._build(thin, as_read, (found,)), reads))
+            return
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
         parts = zip(prior, _spectra(node, thin), self._throughs(node, site, prior), strict=True)
         solution = tuple(
@@ -277,9 +284,7 @@ class _Solver:
         """For each part with a left factor, its outputs as a map of fewer values: inputs, 1, and its right factor's."""
         target = Target.of(self.graph_module, node, site)
         for index, part in enumerate(prior):
-            found = None
-            if part.left is not None and not part.divided:
-                found = self._through(target, site, *part.left.shape[1:])
+            found = None if part.left is None else self._through(target, site, *part.left.shape[1:])
             if found is not None and part.left is not None:
                 map_ = found.map if len(prior) == 1 else in_parts(found.map, len(prior))[index : index + 1]
                 map_ = torch.cat([map_, part.left], -1)
@@ -297,33 +302,24 @@ class _Solver:
     ) -> Solution:
         """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
         inner = dataclasses.replace(site, out_features=part.right.shape[1])
-        if part.divided:
-            inner = dataclasses.replace(inner, in_features=inner.out_features * part.taps[1], conv=site.factor_convs[1])
 
         def columns(batch: Batch, window: Window) -> Tensor:
-            value = by_sample(batch.compressed[node][index], site)
-            if part.divided:
-                return input_columns(value[window.samples], inner, window.pixels)
-            return output_columns(window.of(value), inner)
+            return output_columns(window.of(by_sample(batch.compressed[node][index], site)), inner)
 
         def outputs(value: Tensor) -> Tensor:
             found = output_columns(value, site)
-            size = part.right.shape[1] if part.left is None else part.left.shape[1] // part.taps[1]
+            size = part.right.shape[1] if part.left is None else part.left.shape[1]
             return found if size == site.out_features else found[:, index * size : (index + 1) * size]
 
         target, importance = Target.of(self.graph_module, node, site), self._importance(node)
         if part.left is not None:
-            map_ = by_patch(part.left, site.out_features) if part.divided else part.left
-            prior, toward = Solution(None, map_, part.bias), map_
+            prior, toward = Solution(None, part.left, part.bias), part.left
             if through is not None:
-                same = torch.eye(through.zeros, dtype=map_.dtype, device=map_.device)
-                toward = F.pad(same.expand(len(map_), -1, -1), (0, 0, through.size, 0))
-            problem = Problem(
-                target, importance, columns, outputs, toward, (prior,), (spectrum,), through, part.taps[1]
-            )
+                same = torch.eye(through.zeros, dtype=toward.dtype, device=toward.device)
+                toward = F.pad(same.expand(len(toward), -1, -1), (0, 0, through.size, 0))
+            problem = Problem(target, importance, columns, outputs, toward, (prior,), (spectrum,), through)
             (found,) = problem.solve(self.walk)
-            left = by_column(found.right, part.taps[1]) if part.divided else found.right
-            return dataclasses.replace(part, left=left, bias=found.bias)
+            return dataclasses.replace(part, left=found.right, bias=found.bias)
         if part.bias is None:
             return part
         bias = BiasProblem(target, importance, outputs, columns, part.bias, spectrum).solve(self.walk)

@@ -39,7 +39,8 @@ _LOGGER = logging.getLogger(__name__)
 _IMPORTANCES = (IMPORTANCE, 0.3, 1.0)  # small powers are better at low budgets, 1 at high budgets
 _BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
-_CAUTIONS = (2.0, 4.0)  # in addition to 1: a refit makes up for low ranks better than for removed features
+_CAUTION = 2.0  # where features may be removed: a refit makes up for low ranks better
+_CAUTIONS = (1.0, 4.0)  # in addition
 _SAMPLES = 128  # the most, to refit on and to measure on
 _ROWS = {"fit": 16_384, "judge": 2_048}  # of logits, such as tokens: as many say as much with fewer samples
 _FEWEST = 8  # samples with so many rows: those of one sample are alike
@@ -191,8 +192,9 @@ def allocate_faithfully(
         lambda _: [{"evenness": evenness} for evenness in _EVENNESSES]
     ]
     if allocate.importance > 0:
+        caution = _CAUTION if problem.clusters else allocate.caution
         rounds = [
-            lambda _: [{"importance": importance} for importance in _IMPORTANCES],
+            lambda _: [{"importance": importance, "caution": caution} for importance in _IMPORTANCES],
             lambda best: [{"importance": _BESIDE[best.importance]}],
             lambda _: [{"caution": caution} for caution in _CAUTIONS] if problem.clusters else [],
         ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from balf_fx.calibration.moments import by_sample, output_columns
 from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.refit.biases import Residual, best_shift
 from balf_fx.refit.lockstep import Batch, Lockstep
@@ -63,7 +66,6 @@ class Problem:
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
         through: in place of `outputs`, for a target that is the layer's output as it is.
-        taps: the pixels at which each channel of the columns is read; these are alike, so fewer positions are read.
     """
 
     target: Target
@@ -74,7 +76,6 @@ class Problem:
     prior: Sequence[Solution]
     spectra: Sequence[Spectrum | None]
     through: Through | None = None
-    taps: int = 1
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
         """The solution with the least error on the held-out share; a part without a bias gets none."""
@@ -97,8 +98,7 @@ class Problem:
         shape = (groups if len(self.prior) == 1 else 1, inputs)
         known = (None, None) if first is None else (first.train.inputs, first.held_out.inputs)
         shares = [JointSums(shape, (groups, outputs), self.toward.device, share) for share in known]
-        read = (outputs, inputs // self.taps)
-        for visit in visits(walk, self.target.node, self.target.site, read, self.importance):
+        for visit in visits(walk, self.target.node, self.target.site, (outputs, inputs), self.importance):
             x = self.columns(visit.batch, visit.window)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             y = self._wanted(visit, x, earlier)
@@ -117,6 +117,45 @@ class Problem:
             return self.through.columns(visit.batch, visit.window)
         predicted = None if earlier is None else apply(earlier, x)
         return self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
+
+
+@dataclass(frozen=True)
+class DividedProblem:
+    """The second factor and the bias of a divided kernel, changed by a map of its outputs, the layer's value.
+
+    The factor reads each channel at several pixels, so that a regression on what it reads has far more unknowns.
+
+    Attributes:
+        target, importance: as in `Problem`.
+        prior: the solution so far.
+        spectrum: the metric, None for the plain squared error.
+    """
+
+    target: Target
+    importance: Tensor | None
+    prior: Solution
+    spectrum: Spectrum | None
+
+    def solve(self, walk: Lockstep) -> Solution:
+        """The solution with the least error on the held-out share."""
+        left, bias, node, site = self.prior.left, self.prior.bias, self.target.node, self.target.site
+        if left is None:
+            raise ValueError("a dense layer has no factors")
+        same = torch.eye(site.out_features, dtype=left.dtype, device=left.device).unsqueeze(0)
+        problem = Problem(
+            self.target,
+            self.importance,
+            columns=lambda batch, own: output_columns(own.of(by_sample(batch.compressed[node], site)), site),
+            outputs=partial(output_columns, site=site),
+            toward=same,
+            prior=(Solution(None, same, None if bias is None else torch.zeros_like(bias)),),
+            spectra=(self.spectrum,),
+        )
+        (found,) = problem.solve(walk)
+        if bias is not None and found.bias is not None:
+            bias = found.bias + bias @ found.right[0].mT
+        new = found.right @ left.reshape(1, site.out_features, -1)
+        return dataclasses.replace(self.prior, left=new.reshape(left.shape), bias=bias)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,20 @@ def test_kernels_of_few_channels_lose_less(few_channels, batches, options):
     assert lost < 0.4 * error(compress(few_channels, batches, separable=False, **options), few_channels, batches)
 
 
+def test_a_refit_of_second_factors_mixes_the_outputs(few_channels, batches):
+    up = compress(few_channels, batches, flops=0.3, separable=None, refit="up", widths=False)
+    once = compress(
+        few_channels, batches, flops=None, allocation=balf_fx.plan(up), separable=None, refit=False, widths=False
+    )
+    assert forms(up)["conv1"] == forms(once)["conv1"] == "pointwise_first"
+    torch.testing.assert_close(up.conv1[0].weight, once.conv1[0].weight, rtol=0, atol=0)
+    before, after = (net.conv1[1].weight.detach().flatten(1) for net in (once, up))
+    mixed = torch.linalg.lstsq(before.mT, after.mT).solution.mT
+    torch.testing.assert_close(mixed @ before, after)  # [24, 24] numbers, not the [24, 36] of any second factor
+    assert float((mixed - torch.eye(24)).abs().max()) > 0.01
+    assert error(up, few_channels, batches) < 0.9 * error(once, few_channels, batches)
+
+
 def test_files_and_plans_of_a_pointwise_convolution_first(few_channels, batches, tmp_path):
     small = compress(few_channels, batches, separable=None)
     balf_fx.save(small, tmp_path / "small.safetensors")
