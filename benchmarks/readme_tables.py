@@ -457,11 +457,11 @@ def generation() -> str:
     )
 
 
-def pivots() -> str:
+def pivots(name: str = "pivots") -> str:
     """The times of models with pivots relative to those of plain pairs of the same FLOPs, and to the dense models'."""
     lines: dict[str, list[str]] = {}
     headers: dict[str, None] = {}
-    for case in _read("pivots")["benchmarks"]:
+    for case in _read(name)["benchmarks"]:
         _, model, count, _ = case["group"].split(", ")
         for rival, found in sorted(case["extra_info"]["ratios"].items(), reverse=True):
             lines.setdefault(model, []).append(f"{found['median']:.2f}")
@@ -496,6 +496,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "int8": int8,
     "generation": generation,
     "pivots": pivots,
+    "pivots_amd": lambda: pivots("pivots_amd"),
     "finetune": finetune,
     "large": large,
     "scaling": scaling,

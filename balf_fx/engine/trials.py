@@ -36,11 +36,10 @@ from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
-_IMPORTANCES = (IMPORTANCE, 0.3, 1.0)  # small powers are better at low budgets, 1 at high budgets
+_IMPORTANCES = (0.3, 1.0)  # beside the usual one: small powers are better at low budgets, 1 at high budgets
 _BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
-_CAUTION = 2.0  # where features may be removed: a refit makes up for low ranks better
-_CAUTIONS = (1.0, 4.0)  # in addition
+_CAUTIONS = (1.0, 2.0)  # where features may be removed: a refit makes up for low ranks better
 _SAMPLES = 128  # the most, to refit on and to measure on
 _ROWS = {"fit": 16_384, "judge": 2_048}  # of logits, such as tokens: as many say as much with fewer samples
 _FEWEST = 8  # samples with so many rows: those of one sample are alike
@@ -169,7 +168,7 @@ def _references(original: Program, judge: Calibration) -> Sequence[Any]:
 def allocate_faithfully(
     program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
 ) -> tuple[Allocate, Allocation]:
-    """Choose the best of a few allocations: over `importance`, then `caution`; without gradients, over `evenness`.
+    """Choose the best of a few allocations: over `caution` and `importance`; without gradients, over `evenness`.
 
     Each round changes one option of the best allocation so far.
 
@@ -192,14 +191,15 @@ def allocate_faithfully(
         lambda _: [{"evenness": evenness} for evenness in _EVENNESSES]
     ]
     if allocate.importance > 0:
-        caution = _CAUTION if problem.clusters else allocate.caution
+        cautions = _CAUTIONS if problem.clusters else (allocate.caution,)
         rounds = [
-            lambda _: [{"importance": importance, "caution": caution} for importance in _IMPORTANCES],
+            lambda _: [{"importance": IMPORTANCE, "caution": caution} for caution in cautions],
+            lambda _: [{"importance": importance} for importance in _IMPORTANCES],
             lambda best: [{"importance": _BESIDE[best.importance]}],
-            lambda _: [{"caution": caution} for caution in _CAUTIONS] if problem.clusters else [],
+            lambda best: [{"caution": 2 * best.caution}] if problem.clusters else [],
         ]
     option, attempts = allocate, list[_Attempt]()
-    for changes, span in zip(rounds, progress.spans([3.0, 1.0, 2.0][: len(rounds)]), strict=True):
+    for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0, 1.0][: len(rounds)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
         option = min(attempts, key=attrgetter("lost")).option
     best = min(attempts, key=attrgetter("lost"))

@@ -14,6 +14,7 @@ from torch import nn
 from balf_fx.cli.demo import Demo, Figures
 from balf_fx.dynamo.options import BackendOptions
 from balf_fx.engine.settings import Settings
+from balf_fx.graph.site import _ADDED, MOVE
 
 ROOT = Path(__file__).parents[2]
 FRONT, PASSES, MEASUREMENTS = (ROOT / "README.md", ROOT / "passes" / "README.md", ROOT / "benchmarks" / "README.md")
@@ -106,6 +107,9 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
     longer = 3600 * paper["hours"] / billion["seconds"]
     pivots = [(case["group"], case["extra_info"]["ratios"]) for case in read("pivots")["benchmarks"]]
     slowest = {rival: max(ratios[rival]["median"] for _, ratios in pivots) for rival in ("dense", "pairs")}
+    amd = {case["group"]: case["extra_info"]["ratios"]["pairs"]["median"] for case in read("pivots_amd")["benchmarks"]}
+    single = {group for group in amd if "ViT-Tiny" in group and ", 1 images" in group}
+    alone, rest = (max(amd[group] for group in groups) for groups in (single, amd.keys() - single))
     images, many = (load_benchmark("subjects").SUBJECTS[f"ResNet-50{more}"]() for more in ("", ", 256 images"))
     times = load_benchmark("targets").BATCHES
     writer, shape = load_benchmark("bench_generation"), load_benchmark("subjects")._LARGE
@@ -115,6 +119,8 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"A Llama of {weights / 1e6:.0f} million random weights",
         f"to read a prompt of {writer.PROMPT} tokens, and to write {writer.WRITTEN} tokens",
         "more than 3 % longer than pairs",
+        f"up to {alone:.2f} of the pairs' time for ViT-Tiny with one image, and up to {rest:.2f} otherwise",
+        f"pivots from a rank of {MOVE * _ADDED:.0f} only",
         f"batches of {times['ViT-Tiny']} images, or of {times['ResNet-20']} for ResNet-20",
         "Llama in bfloat16",  # of `large.build`
         f"{small['shape']}, {billion['shape']} would take {longer:.1f} times as long as it does",
@@ -164,6 +170,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         "generation": 1,
         "compression": 1,
         "pivots": 2,
+        "pivots_amd": 2,
     }
     assert {name: read(name)["machine_info"]["threads"] for name in threads} == threads
     assert writer.SHARE == 0.5
