@@ -114,6 +114,12 @@ def load_task(load_benchmark, data_folder):
 
 
 @pytest.fixture
+def any_pivots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers have pivots at any rank, as with budgets of parameters, whatever time they take."""
+    monkeypatch.setattr("balf_fx.engine.settings.MOVE", 0)
+
+
+@pytest.fixture
 def conv_net() -> nn.Module:
     return randomise_batchnorm(ConvNet()).eval()
 

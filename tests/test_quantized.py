@@ -176,6 +176,7 @@ def test_pt2e_quantizes_every_factor(convolutions, digits, pt2e, capture):
     assert top1(both, digits) > top1(small, digits) - 0.02
 
 
+@pytest.mark.usefixtures("any_pivots")
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
 def test_pt2e_takes_the_operations_between_pivots(pt2e, capture):
     """They are no parts of a convolution, in which torchao would look for its only output."""

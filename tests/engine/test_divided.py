@@ -131,7 +131,7 @@ def test_a_refit_of_second_factors_mixes_the_outputs(few_channels, batches):
     torch.testing.assert_close(up.conv1[0].weight, once.conv1[0].weight, rtol=0, atol=0)
     before, after = (net.conv1[1].weight.detach().flatten(1) for net in (once, up))
     mixed = torch.linalg.lstsq(before.mT, after.mT).solution.mT
-    torch.testing.assert_close(mixed @ before, after)  # [24, 24] numbers, not the [24, 36] of any second factor
+    torch.testing.assert_close(mixed @ before, after)
     assert float((mixed - torch.eye(24)).abs().max()) > 0.01
     assert error(up, few_channels, batches) < 0.9 * error(once, few_channels, batches)
 

@@ -41,6 +41,7 @@ def compiled(model, **options):
     return balf_fx.compile(model.eval(), batches(), progress=False, **{"params": 0.7, "effort": "fast", **options})
 
 
+@pytest.mark.usefixtures("any_pivots")
 @pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
 @pytest.mark.parametrize("method", ["view", "flatten"])
 def test_views_and_outputs_are_as_without_pivots(method, capture):

@@ -221,6 +221,7 @@ def test_factors_are_noted_as_calls_of_their_own_modules(capture):
         assert kind is type(small.get_submodule(path))
 
 
+@pytest.mark.usefixtures("any_pivots")
 def test_operations_between_pivots_are_noted_as_those_of_the_new_module():
     model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 1)).eval()
     small = balf_fx.compile(model, torch.randn(8, 3, 9, 9), allocation={"2": 17}, effort="fast", progress=False)

@@ -149,6 +149,7 @@ def test_products_of_matrices_that_convolutions_read_are_not_overwritten(product
     assert ("relu_" in overwriting(small)) == (not convolves)
 
 
+@pytest.mark.usefixtures("any_pivots")
 @pytest.mark.slow
 def test_what_linear_layers_return_for_convolutions_is_not_overwritten():
     """Inductor would give the convolution a view whose features are not last, where there is one sample."""

@@ -175,8 +175,8 @@ def test_a_width_takes_over_the_order_of_the_layers_around_it(monkeypatch):
     torch.testing.assert_close(moved(batches[0]), pair(batches[0]))
 
 
-def test_constants_and_depthwise_convolutions_follow_the_order(monkeypatch):
-    monkeypatch.setattr(settings, "MOVE", 0)  # so few pivots would not pay
+@pytest.mark.usefixtures("any_pivots")
+def test_constants_and_depthwise_convolutions_follow_the_order():
     model, batches = made(Bottleneck()), [randn(4, 3, 12, 12, seed=i) for i in range(6)]
     with torch.no_grad():
         model.scale.copy_(torch.linspace(0.5, 2, 96)[:, None, None])

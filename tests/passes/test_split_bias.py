@@ -73,6 +73,7 @@ def test_the_function_the_parameters_and_the_costs_stay(name, tmp_path):
     assert torch.equal(loaded(x), small(x))
 
 
+@pytest.mark.usefixtures("any_pivots")
 def test_products_in_place_of_convolutions_are_split():
     torch.manual_seed(0)
     model, x = pointwise(), torch.randn(8, 3, 9, 9)
