@@ -20,7 +20,7 @@ from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import graph_record, sites
 from balf_fx.passes import Refit
 from balf_fx.passes.observe import remove_observers
-from balf_fx.passes.refit import RefitMode
+from balf_fx.passes.refit import AnyMode
 from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
 
@@ -44,7 +44,7 @@ def without_observers(program: Program) -> Program:
 
 def carry_out(
     program: Program,
-    mode: RefitMode | None,
+    mode: AnyMode | None,
     calibration: Calibration,
     progress: Progress = SILENT,
     pivot: bool = False,

@@ -1,7 +1,7 @@
 """Choose the allocation whose model's output is closest to the original's on some of the calibration samples.
 
 The losses of the layers predict the loss of the model poorly, and its loss after a refit even less. So a few
-allocations are carried out and measured. If there will be a refit, each is refitted quickly ("up") on some samples and
+allocations are carried out and measured. If there will be a refit, each is refitted quickly on some samples, and
 measured on others; this ranks allocations as a full refit on all samples does.
 """
 
@@ -75,7 +75,7 @@ class Trial:
         tried = None if self.refit else projected(self.original, allocation)
         if tried is None:
             tried = settled(program, problem, allocation)
-            carry_out(tried, "up" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
+            carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
         module = tried.module if pages is None else answering(tried, self.judge, pages)
         lost = divergence(module, self.judge, self.references, partial(_weights, program, self.judge))
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers

@@ -217,3 +217,14 @@ def _read(right: Tensor, patches: Tensor, taps: tuple[int, int]) -> Tensor:
     (h, w), n = taps, patches.shape[-1]
     pixels = patches[0].reshape(-1, h, w, n)
     return torch.cat([right @ pixels[:, :, column].reshape(1, -1, n) for column in range(w)], 1)
+
+
+def by_patch(left: Tensor, outputs: int) -> Tensor:
+    """The second factor [1, O w, r] as a map of patches [1, O, r w]."""
+    return left.reshape(outputs, -1, left.shape[-1]).transpose(1, 2).reshape(1, outputs, -1)
+
+
+def by_column(weight: Tensor, taps: int) -> Tensor:
+    """The inverse of `by_patch`: [1, O w, r]."""
+    outputs = weight.shape[1]
+    return weight.reshape(outputs, -1, taps).transpose(1, 2).reshape(1, outputs * taps, -1)

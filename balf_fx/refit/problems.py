@@ -66,6 +66,7 @@ class Problem:
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
         through: in place of `outputs`, for a target that is the layer's output as it is.
+        taps: the pixels at which each channel of the columns is read; these are alike, so fewer positions are read.
     """
 
     target: Target
@@ -76,6 +77,7 @@ class Problem:
     prior: Sequence[Solution]
     spectra: Sequence[Spectrum | None]
     through: Through | None = None
+    taps: int = 1
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
         """The solution with the least error on the held-out share; a part without a bias gets none."""
@@ -98,7 +100,8 @@ class Problem:
         shape = (groups if len(self.prior) == 1 else 1, inputs)
         known = (None, None) if first is None else (first.train.inputs, first.held_out.inputs)
         shares = [JointSums(shape, (groups, outputs), self.toward.device, share) for share in known]
-        for visit in visits(walk, self.target.node, self.target.site, (outputs, inputs), self.importance):
+        read = (outputs, inputs // self.taps)
+        for visit in visits(walk, self.target.node, self.target.site, read, self.importance):
             x = self.columns(visit.batch, visit.window)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             y = self._wanted(visit, x, earlier)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from balf_fx.graph.annotation import annotation
+from balf_fx.graph.curves import Rank
 from balf_fx.graph.site import Site
 from balf_fx.refit.windows import pixel_step
 
@@ -20,6 +21,14 @@ _DOUBLE = 2  # operations of single precision in the time of one of double preci
 
 Shape = tuple[int, int, int]
 """The shape of the map that is solved for: groups G, outputs O and columns D."""
+
+
+def solved_shape(site: Site, rank: Rank, whole: bool) -> Shape:
+    """The shape of the map that is solved for, where that is the whole layer or its left factors."""
+    if whole:
+        return site.groups, site.out_features, site.in_features
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    return site.groups, site.out_features, sum(each for each in ranks if each is not None)
 
 
 def node_work(nodes: Sequence[fx.Node], layers: Mapping[fx.Node, tuple[Site, Shape]], samples: int) -> list[float]:

@@ -12,6 +12,7 @@ from balf_fx.engine.settings import Settings
 from balf_fx.errors import BalfError, NotCalibratedError
 from balf_fx.graph.curves import DIVIDED
 from balf_fx.graph.flops import count_flops
+from balf_fx.passes import Refit
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCHES = list(torch.randn(32, 3, 10, 11, generator=GENERATOR).split(16))
@@ -122,18 +123,25 @@ def test_kernels_of_few_channels_lose_less(few_channels, batches, options):
     assert lost < 0.4 * error(compress(few_channels, batches, separable=False, **options), few_channels, batches)
 
 
-def test_a_refit_of_second_factors_mixes_the_outputs(few_channels, batches):
-    up = compress(few_channels, batches, flops=0.3, separable=None, refit="up", widths=False)
-    once = compress(
-        few_channels, batches, flops=None, allocation=balf_fx.plan(up), separable=None, refit=False, widths=False
-    )
-    assert forms(up)["conv1"] == forms(once)["conv1"] == "pointwise_first"
-    torch.testing.assert_close(up.conv1[0].weight, once.conv1[0].weight, rtol=0, atol=0)
-    before, after = (net.conv1[1].weight.detach().flatten(1) for net in (once, up))
-    mixed = torch.linalg.lstsq(before.mT, after.mT).solution.mT
-    torch.testing.assert_close(mixed @ before, after)
-    assert float((mixed - torch.eye(24)).abs().max()) > 0.01
-    assert error(up, few_channels, batches) < 0.9 * error(once, few_channels, batches)
+def test_trials_map_the_outputs_of_divided_kernels(few_channels, batches, monkeypatch):
+    second = nn.Conv2d(24, 16, 3, padding=1).double()
+    with torch.no_grad():
+        second.weight.copy_(torch.einsum("orhw,rc->ochw", torch.randn(16, 5, 3, 3), torch.randn(5, 24)) / 10)
+    model = nn.Sequential(few_channels.stem, nn.ReLU(), few_channels.conv1, nn.ReLU(), second).eval()
+    options = {"separable": None, "widths": False}
+    up = compress(model, batches, refit="up", flops=0.3, **options)
+    options |= {"flops": None, "allocation": balf_fx.plan(up)}
+    once = compress(model, batches, refit=False, **options)
+    monkeypatch.setattr("balf_fx.engine.solving.Refit", lambda inputs, _, *given: Refit(inputs, "outputs", *given))
+    mapped = compress(model, batches, refit="up", **options)
+    assert {forms(small)["4"] for small in (up, once, mapped)} == {"pointwise_first"}
+    assert torch.equal(once.get_submodule("4.0").weight, mapped.get_submodule("4.0").weight)
+    before, after = (net.get_submodule("4.1").weight.detach().flatten(1) for net in (once, mapped))
+    assert len(before) < before.shape[1]
+    by_outputs = torch.linalg.lstsq(before.mT, after.mT).solution.mT
+    torch.testing.assert_close(by_outputs @ before, after)
+    lost = [error(small, model, batches) for small in (up, mapped, once)]
+    assert lost[0] < lost[1] < lost[2]
 
 
 def test_files_and_plans_of_a_pointwise_convolution_first(few_channels, batches, tmp_path):

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from balf_fx.graph.curves import Solution
 from balf_fx.ranks.divided import (
     Patches,
+    by_column,
+    by_patch,
     divided_factors,
     kernels_of,
     moment_of_strips,
@@ -46,6 +48,7 @@ def test_kernels_and_matrices_are_the_same_numbers(taps, channels, outputs, seed
     matrix = strips_of(weight, taps)
     assert matrix.shape == (1, outputs * taps[1], channels * taps[0])
     assert torch.equal(kernels_of(matrix, taps), weight)
+    assert torch.equal(by_column(by_patch(matrix, outputs), taps[1]), matrix)
 
 
 @pytest.mark.parametrize("taps", [(3, 3), (3, 5), (2, 3)])
