@@ -78,7 +78,7 @@ class Refit(Pass):
         inputs: the values of the graph's placeholders by name, for each calibration batch; may be read from files on
             access (`refit.offload.Shelved`).
         mode: "full" solves for the whole layer; "up" keeps right factors, and changes only the bias of dense layers.
-            "outputs" is "up", but maps the outputs of divided kernels, in a quarter of the time.
+            "outputs" is "up", but maps the outputs of divided kernels, which takes less time and recovers less.
         memory: bytes of values that are kept in memory; the rest are written to temporary files (`refit.lockstep`).
         handed: where the graph is a part of a larger program, the values for each batch with which the compressed
             program replaces some of `inputs`, so that the error made in earlier parts is corrected too. Empty if there

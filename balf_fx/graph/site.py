@@ -263,8 +263,8 @@ class Site:
             return "pair"
         if isinstance(rank, int):
             form, moved = self._cheapest_form
-            moved += _ADDED * rank if form == "columns" and self.conv is not None else 0
-            return form if rank * rank >= self.move * moved else "pair"
+            added = _ADDED * rank if form == "columns" and self.conv is not None else 0
+            return form if rank * rank >= self.move * (moved + added) else "pair"
         saved = sum(each * each for each in rank if each is not None)
         return "rows" if saved >= self.move * self._moved_by_rows else "pair"
 
@@ -274,12 +274,12 @@ class Site:
         return self.out_features * (1 if self.pivots == "rows" else 2)
 
     @cached_property
-    def _cheapest_form(self) -> tuple[Form, float]:
+    def _cheapest_form(self) -> tuple[Form, int]:
         """The form that moves the fewest values where the whole site has one rank, and their number."""
-        rows: tuple[Form, float] = ("rows", self._moved_by_rows)
+        rows: tuple[Form, int] = ("rows", self._moved_by_rows)
         if not self.reads_each_once:
             return rows
-        columns: tuple[Form, float] = ("columns", 0 if self.pivots == "columns" else self.in_features)
+        columns: tuple[Form, int] = ("columns", 0 if self.pivots == "columns" else self.in_features)
         return min(rows, columns, key=lambda item: item[1])
 
     @property

@@ -96,7 +96,7 @@ def assert_same(one, other):
 
 
 WAYS = {
-    "best": ({"flops": 0.4}, [("calibration", 2), ("trial *", 1), ("part 0, layer *", 1)]),
+    "best": ({"flops": 0.5}, [("calibration", 2), ("trial *", 2), ("part 0, layer *", 1)]),
     "blocks": ({"flops": 0.4, "effort": "fast", "memory": 3000}, [("calibration, block *", 2), ("trial *", 1)]),
     "blocks with gradients": (
         {"flops": 0.4, "memory": 3000},
