@@ -15,7 +15,7 @@ from balf_fx.calibration.moments import by_sample, output_columns
 from balf_fx.graph.curves import Solution, Spectrum
 from balf_fx.refit.biases import Residual, best_shift
 from balf_fx.refit.lockstep import Batch, Lockstep
-from balf_fx.refit.regression import apply, best
+from balf_fx.refit.regression import apply, best, rounded
 from balf_fx.refit.sums import Joint, JointSums, Shares
 from balf_fx.refit.targets import Target
 from balf_fx.refit.windows import Visit, Window, visits
@@ -83,7 +83,7 @@ class Problem:
         """The solution with the least error on the held-out share; a part without a bias gets none."""
         shares = self._sums(walk)
         fit = best(shares, self.toward, self.prior, self.spectra, group=walk.group)
-        if self.target.limits is not None:
+        if self.target.limits is not None:  # no stronger ridge: it has never been better than the first
             shares = self._sums(walk, fit.solution, shares)
             fit = best(shares, self.toward, self.prior, self.spectra, fit.strength, walk.group)
         return fit.solution
@@ -104,6 +104,7 @@ class Problem:
         for visit in visits(walk, self.target.node, self.target.site, read, self.importance):
             x = self.columns(visit.batch, visit.window)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+            earlier = None if earlier is None else rounded(earlier, x.dtype)  # once; it does nothing in later turns
             y = self._wanted(visit, x, earlier)
             weights = None if visit.weights is None else visit.weights.to(x.dtype)
             shares[visit.share].add(visit.keep(x), visit.keep(y).to(x.dtype), weights)

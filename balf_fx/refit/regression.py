@@ -102,7 +102,7 @@ def best(
     toward: Tensor,
     prior: Sequence[Solution],
     spectra: Sequence[Spectrum | None],
-    start: int = _FIRST,
+    strongest: int | None = None,
     group: Group = ALONE,
 ) -> Fit:
     """The solution with the least held-out error, solved again on all samples; the prior if its error is no larger.
@@ -111,7 +111,8 @@ def best(
         toward: [G, O, D], the map toward which the ridge shrinks; [G, Z, D] from sums of z.
         prior: the solution so far, one for each part of the outputs; parts with a left factor are solved at its rank.
         spectra: the metric of each part, None for the plain squared error.
-        start: the index of the strength to try first. The search ends at a minimum; layers have had only one.
+        strongest: the index of the strongest ridge to try, which is tried first; None for any. The search ends at a
+            minimum; layers have had only one.
         group: the processes over which the strengths of the ridge are shared out; their sums are the same.
     """
     roots = [None if spectrum is None else root_of(spectrum) for spectrum in spectra]
@@ -122,8 +123,9 @@ def best(
         solved = solutions(shares.train, toward, prior, spectra, _STRENGTHS[index], metrics, rounds=0)
         return total_error(held_out, solved, roots)
 
+    start, count = (_FIRST, len(_STRENGTHS)) if strongest is None else (strongest, strongest + 1)
     if shares.held_out.count:  # nothing is held out of fewer than four samples
-        start, least = lowest(judged, len(_STRENGTHS), start, group)
+        start, least = lowest(judged, count, start, group)
         if not least < total_error(held_out, prior, roots):  # also where one of them is not a number
             return Fit(tuple(prior), start)
     seen = in_metrics(shares.whole, metrics)
@@ -233,11 +235,23 @@ def total_error(seen: Sequence[Joint], solution: Sequence[Solution], roots: Sequ
     return sum(map(error, seen, solution, roots))
 
 
+def rounded(solution: Sequence[Solution], dtype: torch.dtype) -> tuple[Solution, ...]:
+    """A solution for `apply`: in this precision, and with its divided kernels as whole ones."""
+    return tuple(
+        Solution(
+            None if part.left is None else part.left.to(dtype),
+            part.right.to(dtype),
+            None if part.bias is None else part.bias.to(dtype),
+        )
+        for part in map(whole, solution)
+    )
+
+
 def apply(solution: Sequence[Solution], x: Tensor) -> Tensor:
-    """The output of a solution, [G, O, n], in the precision of its input [G, D, n]."""
+    """The output [G, O, n] of a `rounded` solution for an input [G, D, n]."""
     found = []
-    for part in map(whole, solution):
-        y = part.right.to(x.dtype) @ x
-        y = y if part.left is None else part.left.to(x.dtype) @ y
-        found.append(y if part.bias is None else y + part.bias.to(x.dtype).unsqueeze(-1))
+    for part in solution:
+        y = part.right @ x
+        y = y if part.left is None else part.left @ y
+        found.append(y if part.bias is None else y + part.bias.unsqueeze(-1))
     return torch.cat(found) if len(found) > 1 else found[0]

@@ -94,11 +94,11 @@ def visits(
         counted = _counted(walk, node, site, batch, (count, *sizes))
         numbers = _present(counted)
         samples = count if numbers is None else len(numbers)
-        step = pixel_step(walk.runs * samples, sizes, inputs) if site.conv is not None else 1
-        positions = math.prod(-(-size // step) for size in sizes)
+        steps = pixel_steps(walk.runs * samples, sizes, inputs) if site.conv is not None else (1,) * len(sizes)
+        positions = math.prod(-(-size // step) for size, step in zip(sizes, steps, strict=True))
         weights = None if importance is None else position_weights(importance, sizes)
         for share, span in chunks(seen, samples, positions, max(inputs, outputs)):
-            window = Window(span if numbers is None else numbers[span], pixel_grid(sizes, step, turn))
+            window = Window(span if numbers is None else numbers[span], pixel_grid(sizes, steps, turn))
             own, kept = window.weights(weights, counted), None
             if counted is not None and own is not None:
                 kept = own > 0
@@ -152,14 +152,22 @@ def chunks(seen: int, samples: int, positions: int, features: int) -> Iterator[t
             yield share, slice(begin, min(begin + size, stop))
 
 
-def pixel_step(samples: int, sizes: tuple[int, ...], inputs: int) -> int:
-    """The step of the pixel grid along each axis that leaves enough positions for each column."""
+def pixel_steps(samples: int, sizes: tuple[int, ...], inputs: int) -> tuple[int, ...]:
+    """The steps of the pixel grid, nearly alike along all axes, that leave enough positions for each column."""
     spare = samples * math.prod(sizes) / (_ENOUGH * max(inputs, _FEWEST))
-    return max(int(spare ** (1 / len(sizes))), 1)
+    steps = [max(int(spare ** (1 / len(sizes))), 1)] * len(sizes)
+    for axis, step in enumerate(steps):
+        if math.prod(steps) // step * (step + 1) <= spare:
+            steps[axis] += 1
+    return tuple(steps)
 
 
-def pixel_grid(sizes: tuple[int, ...], step: int, turn: int) -> tuple[slice, ...]:
-    """A grid of pixels with this step, with another offset each turn; empty for all pixels."""
-    if step == 1:
+def pixel_grid(sizes: tuple[int, ...], steps: tuple[int, ...], turn: int) -> tuple[slice, ...]:
+    """A grid of pixels with these steps, with another offset each turn; empty for all pixels."""
+    if all(step == 1 for step in steps):
         return ()
-    return tuple(slice(turn // step**axis % min(step, size), None, step) for axis, size in enumerate(sizes))
+    slices = []
+    for size, step in zip(sizes, steps, strict=True):
+        slices.append(slice(turn % step % size, None, step))
+        turn //= step
+    return tuple(slices)

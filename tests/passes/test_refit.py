@@ -22,7 +22,7 @@ from balf_fx.refit.lockstep import Lockstep
 from balf_fx.refit.offload import Shelf, Shelved
 from balf_fx.refit.problems import Problem
 from balf_fx.refit.targets import limits_of, within_limits
-from balf_fx.refit.windows import chunks, pixel_grid, pixel_step
+from balf_fx.refit.windows import chunks, pixel_grid, pixel_steps
 
 
 class Residual(nn.Module):
@@ -146,14 +146,16 @@ def test_a_quarter_of_all_samples_is_held_out(batches, positions, features):
         assert shares[1] == seen // 4
 
 
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), step=st.integers(1, 6))
-def test_grids_of_pixels_take_turns_until_each_has_been_looked_at(sizes, step):
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=3))
+def test_grids_of_pixels_take_turns_until_each_has_been_looked_at(axes):
+    sizes, steps = zip(*axes, strict=True)
     seen = torch.zeros(sizes)
-    for turn in range(step ** len(sizes)):
-        window = pixel_grid(sizes, step, turn)
+    for turn in range(math.prod(steps)):
+        window = pixel_grid(sizes, steps, turn)
         assert seen[window].numel() > 0
         seen[window] += 1
-    assert (seen == 1).all() or (any(size < step for size in sizes) and (seen >= 1).all())
+    small = any(size < step for size, step in axes)
+    assert (seen == 1).all() or (small and (seen >= 1).all())
 
 
 @given(
@@ -161,10 +163,14 @@ def test_grids_of_pixels_take_turns_until_each_has_been_looked_at(sizes, step):
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3).map(tuple),
     inputs=st.integers(0, 900),
 )
-def test_enough_positions_are_looked_at(samples, sizes, inputs):
-    step = pixel_step(samples, sizes, inputs)
-    positions = samples * math.prod(size / step for size in sizes)
-    assert step == 1 or positions >= 600 * max(inputs, 32) * (1 - 1e-9)
+def test_enough_positions_are_looked_at_and_not_many_more(samples, sizes, inputs):
+    steps = pixel_steps(samples, sizes, inputs)
+    enough = 600 * max(inputs, 32)
+    positions = samples * math.prod(size / step for size, step in zip(sizes, steps, strict=True))
+    assert max(steps) == 1 or positions >= enough * (1 - 1e-9)
+    assert max(steps) - min(steps) <= 1
+    least = min(steps)
+    assert positions * least / (least + 1) < enough * (1 + 1e-9)  # no axis can be read more coarsely
 
 
 @pytest.mark.parametrize("mode", ["full", "up"])
