@@ -40,7 +40,7 @@ _IMPORTANCES = (0.3, 1.0)  # beside the usual one: small powers are better at lo
 _BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (1.0, 2.0)  # where features may be removed: a refit makes up for low ranks better
-_SAMPLES = 128  # the most, to refit on and to measure on
+_SAMPLES = {"fit": 64, "judge": 128}  # the most; with twice as many to refit on, equally good ones are the best
 _ROWS = {"fit": 16_384, "judge": 2_048}  # of logits, such as tokens: as many say as much with fewer samples
 _FEWEST = 8  # samples with so many rows: those of one sample are alike
 
@@ -90,7 +90,7 @@ def plan_trial(
     program: Program,
     calibration: Calibration,
     refit: bool,
-    most: int = _SAMPLES,
+    most: int = _SAMPLES["judge"],
     journal: Journal = FORGETFUL,
 ) -> Trial:
     """Choose the samples for the measurement, and run the original on them.
@@ -98,21 +98,22 @@ def plan_trial(
     Args:
         calibration: has at least one batch, in one of the processes. Samples are taken from all processes in turn.
         refit: whether the chosen allocation will be refitted.
-        most: the largest number of samples for each purpose; fewer are taken where each has many rows of logits.
+        most: a limit of the number of samples for each purpose, beside that where each has many rows of logits.
         journal: as in `Trial`.
     """
     original, group = without_observers(program), calibration.group
+    samples = {purpose: min(most, usual) for purpose, usual in _SAMPLES.items()}
     try:
-        limits = _limits(program, original, calibration, most)
+        limits = _limits(program, original, calibration, samples)
         fit, judge = _few(calibration, refit, limits)
         references = group.together(partial(_references, original, judge))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
         half = count // 2 if refit else 0
-        few = math.ceil(most / max(map(samples_of, calibration.batches), default=1))
-        fit, judge = (
-            calibration.only(range(start, min(start + few, stop))) for start, stop in ((0, half), (half, count))
-        )
+        size = max(map(samples_of, calibration.batches), default=1)
+        few = {purpose: math.ceil(limit / size) for purpose, limit in samples.items()}
+        fit = calibration.only(range(min(few["fit"], half)))
+        judge = calibration.only(range(half, min(half + few["judge"], count)))
         references = _references(original, judge)
     return Trial(original, fit, judge, references, fit.has_batches(), journal)
 
@@ -123,14 +124,14 @@ def _weights(program: Program, calibration: Calibration, index: int) -> Weights 
     return call_weights(program, batch, calibration.given(index, batch)).outputs
 
 
-def _limits(program: Program, original: Program, calibration: Calibration, most: int) -> dict[str, int]:
-    """The most samples for each purpose."""
-    if min(most, calibration.numbered()[1]) <= _FEWEST:
-        return dict.fromkeys(_ROWS, most)
+def _limits(program: Program, original: Program, calibration: Calibration, samples: dict[str, int]) -> dict[str, int]:
+    """The most samples for each purpose: `samples`, or fewer with as many rows of logits as are enough."""
+    if min(max(samples.values()), calibration.numbered()[1]) <= _FEWEST:
+        return samples
     group = calibration.group
     counts = group.gathered(group.together(partial(_rows, program, original, calibration)))
     rows = next(filter(None, counts), 1.0)
-    return {purpose: min(most, max(math.ceil(count / rows), _FEWEST)) for purpose, count in _ROWS.items()}
+    return {purpose: min(samples[purpose], max(math.ceil(count / rows), _FEWEST)) for purpose, count in _ROWS.items()}
 
 
 def _rows(program: Program, original: Program, calibration: Calibration) -> float:

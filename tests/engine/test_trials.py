@@ -50,8 +50,9 @@ def test_a_refit_is_measured_on_samples_of_its_own():
     with_refit, without = (trial_of(model, prepared, batches, refit) for refit in (True, False))
     samples = torch.cat(batches)
     fit, judge = torch.cat(list(with_refit.fit.batches)), torch.cat(list(with_refit.judge.batches))
-    assert len(fit) == len(judge) == min(len(samples) // 2, 128)
-    assert torch.equal(torch.cat([fit, judge]), samples[: 2 * len(fit)])
+    half = len(samples) // 2
+    assert (len(fit), len(judge)) == (min(half, 64), min(half, 128))
+    assert torch.equal(torch.cat([fit, judge]), samples[: len(fit) + len(judge)])
     assert not without.fit.batches
     assert torch.equal(torch.cat(list(without.judge.batches)), samples[:128])
     with torch.no_grad():
@@ -111,9 +112,9 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
         assert (len(trial.fit.batches), len(trial.judge.batches)) == sizes
     many = batches * 10
     trial = trial_of(model, prepared, many, True, forward)
-    few = math.ceil(128 / len(batches[0]))
-    assert few < len(many) // 2
-    assert (len(trial.fit.batches), len(trial.judge.batches)) == (few, few)
+    few = [math.ceil(most / len(batches[0])) for most in (64, 128)]
+    assert max(few) < len(many) // 2
+    assert [len(trial.fit.batches), len(trial.judge.batches)] == few
     narrow = balf_fx.compile(model, batches, flops=0.6, forward=forward, progress=False)
     assert balf_fx.report(narrow).flops_kept <= 0.6
 
