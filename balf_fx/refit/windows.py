@@ -15,7 +15,7 @@ from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch, Lockstep
 
 _HELD_OUT = 4  # one sample in four
-_ENOUGH = 600  # positions per column; more pixels of a convolution add little, since neighbours are similar
+_ENOUGH = 300  # positions per column; more pixels of a convolution add little, since neighbours are similar
 _FEWEST = 32  # the least number of columns for which positions are counted
 _CHUNK_POSITIONS = 2048  # enough that adding up products costs little compared to computing them
 

@@ -165,7 +165,7 @@ def test_grids_of_pixels_take_turns_until_each_has_been_looked_at(axes):
 )
 def test_enough_positions_are_looked_at_and_not_many_more(samples, sizes, inputs):
     steps = pixel_steps(samples, sizes, inputs)
-    enough = 600 * max(inputs, 32)
+    enough = 300 * max(inputs, 32)
     positions = samples * math.prod(size / step for size, step in zip(sizes, steps, strict=True))
     assert max(steps) == 1 or positions >= enough * (1 - 1e-9)
     assert max(steps) - min(steps) <= 1
