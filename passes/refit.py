@@ -159,7 +159,8 @@ class _Solver:
         if site.has_experts:
             self._replace_experts(node, site, moved)
         elif moved and self._refittable(node, site, rank):
-            (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
+            refit = {"full": self._refit, "up": self._refit_up, "outputs": self._map_outputs}[self.mode]
+            refit(node, site, cut)
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))
@@ -216,7 +217,7 @@ class _Solver:
             target=target,
             importance=self._importance(node),
             columns=partial(_input, node, site, cut),
-            outputs=lambda value: _in_parts(output_columns(value, site), len(prior)),
+            outputs=lambda value: in_parts(output_columns(value, site), len(prior)),
             toward=self._toward(site, cut, len(prior), through),
             prior=prior,
             spectra=_spectra(node, site),
@@ -254,17 +255,8 @@ class _Solver:
     def _refit_up(self, node: fx.Node, site: Site, cut: Cut) -> None:
         """Solve for left factors and biases; until then, the layer's value is the output of its right factors."""
         prior, thin = self._prior(node, site, cut), cut.inputs(site)
-        as_read = dataclasses.replace(cut, read=None)
-        reads = partial(_reads, node, site, cut)
+        as_read, reads = dataclasses.replace(cut, read=None), partial(_reads, node, site, cut)
         before = self._build(thin, as_read, prior)
-        if prior[0].divided and self.mode == "outputs":
-            self.walk.store(node, partial(_run, before, reads))
-            target, spectra = Target.of(self.graph_module, node, thin), _spectra(node, thin)
-            problem = DividedProblem(target, self._importance(node), prior[0], spectra[0])
-            found = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
-            annotate(node, refit=(found,))
-            self.walk.finish(node, partial(_run, self._build(thin, as_read, (found,)), reads))
-            return
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
         parts = zip(prior, _spectra(node, thin), self._throughs(node, site, prior), strict=True)
         solution = tuple(
@@ -282,6 +274,20 @@ class _Solver:
             return after.run_second([shifted(value, thin, shift) for value, shift in values])
 
         self.walk.finish(node, finished)
+
+    def _map_outputs(self, node: fx.Node, site: Site, cut: Cut) -> None:
+        """Map the outputs of a divided kernel, which are the layer's value until then; other layers as in "up"."""
+        (prior, *parts), thin = self._prior(node, site, cut), cut.inputs(site)
+        if parts or not prior.divided:
+            self._refit_up(node, site, cut)
+            return
+        as_read, reads = dataclasses.replace(cut, read=None), partial(_reads, node, site, cut)
+        self.walk.store(node, partial(_run, self._build(thin, as_read, (prior,)), reads))
+        target = Target.of(self.graph_module, node, thin)
+        problem = DividedProblem(target, self._importance(node), prior, *_spectra(node, thin))
+        solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
+        annotate(node, refit=(solution,))
+        self.walk.finish(node, partial(_run, self._build(thin, as_read, (solution,)), reads))
 
     def _throughs(self, node: fx.Node, site: Site, prior: Sequence[Solution]) -> Iterator[Through | None]:
         """For each part with a left factor, its outputs as a map of fewer values: inputs, 1, and its right factor's."""
@@ -369,11 +375,6 @@ def _inputs_and_one(node: fx.Node, site: Site, batch: Batch, own: Window) -> Ten
     """The original model's inputs at a window's positions, and a row of ones, [G, D + 1, n]."""
     value = by_sample(batch.before(site_input(node)), site)[own.samples]
     return F.pad(input_columns(value, site, own.pixels), (0, 0, 0, 1), value=1.0)
-
-
-def _in_parts(outputs: Tensor, parts: int) -> Tensor:
-    """[1, O, n] as [parts, O / parts, n]."""
-    return outputs if parts == 1 else outputs.reshape(parts, -1, outputs.shape[-1])
 
 
 def _site(graph_module: fx.GraphModule, node: fx.Node) -> Site:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from balf_fx.calibration.gram import add_lower, mirror
 from balf_fx.graph.site import ConvGeometry, Side, Site
 
 CHUNK_ELEMENTS = 1 << 19  # small enough that a chunk's working copy stays in the cache, and extra memory is bounded
@@ -149,16 +150,18 @@ def sum_moments(chunks: Iterable[Tensor], dtype: torch.dtype, weights: Tensor | 
         if shift is None:
             shift = chunk.mean(-1)
         centred = chunk - shift.unsqueeze(-1)
-        weighted = centred if own is None else centred * own.to(dtype)
-        products, sums = weighted @ centred.mT, weighted.sum(-1)
+        sums = centred.sum(-1) if own is None else centred @ own.to(dtype)
         count += chunk.shape[-1] if own is None else float(own.sum(dtype=torch.float64))
         if total is None or scatter is None:
-            total, scatter = sums.to(torch.float64), products.to(torch.float64)
+            total = sums.to(torch.float64)
+            scatter = total.new_zeros(*total.shape, total.shape[-1])
         else:
-            total, scatter = total.add_(sums), scatter.add_(products)
+            total.add_(sums)
+        add_lower(scatter, centred if own is None else centred * own.to(dtype).sqrt())
     if shift is None or total is None or scatter is None or count <= 0:
         return None
     drift = total / count
+    scatter = mirror(scatter)
     scatter -= (drift.unsqueeze(-1) * drift.unsqueeze(-2)).mul_(count)
     return Moments(count, shift.to(torch.float64) + drift, scatter)
 

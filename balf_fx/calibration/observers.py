@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from balf_fx.calibration.gram import gram
 from balf_fx.calibration.moments import (
     CHUNK_ELEMENTS,
     Moments,
@@ -279,12 +280,12 @@ class SensitivityObserver(nn.Module):
         parts = None
         if self.site.parts > 1:
             pieces = columns.reshape(self.site.parts, -1, columns.shape[-1])
-            parts = (pieces @ pieces.mT).to(torch.float64)
+            parts = gram(pieces)
         moments = batch_moments(seen.value, self.site, self.site.side, columns.dtype, weights)
         if moments is None:
             return None
         features = None if seen.features is None else self._features(seen, columns.dtype, weights)
-        return Sample(Gradients(samples, (inner @ inner.mT).to(torch.float64), parts), moments, features)
+        return Sample(Gradients(samples, gram(inner), parts), moments, features)
 
     def _features(self, seen: _Seen, dtype: torch.dtype, weights: Tensor) -> Moments | None:
         value: Any = seen.features

@@ -11,10 +11,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from balf_fx.calibration.gram import add_lower, mirror
 from balf_fx.distributed.group import Group
 
 _CACHED = 2048  # the largest size of Cholesky factors that are kept
-_BLOCK = 48  # columns of x x^T that are computed at a time, or a multiple of it
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,7 @@ class JointSums:
         if weights is not None:
             rows *= weights.sqrt()
         self._y += (rows[:, size:-1] @ rows[:, -1:].mT).squeeze(-1)
-        width = max(size // 16 // _BLOCK, 1) * _BLOCK
-        for start in range(0, size, width):  # x x^T is symmetric: only its lower triangle is computed
-            block = slice(start, min(start + width, size))
-            self._products[:, start:, block] += rows[:, start:] @ rows[:, block].mT
+        add_lower(self._products, rows)
 
     def merge(self, group: Group) -> None:
         """Add the sums of the other processes; the sums over known x must be those of all processes."""
@@ -184,8 +181,7 @@ class JointSums:
         inputs, yx = self._known, self._products
         if inputs is None:
             xx, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
-            xx.tril_().add_(xx.tril(-1).mT)
-            inputs = Inputs(self.count, x.squeeze(1), xx)
+            inputs = Inputs(self.count, x.squeeze(1), mirror(xx))
         return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
 
 
