@@ -29,7 +29,7 @@ _EIGENVECTORS = 200.0
 _GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes
 _REFIT = {"full": 10.0, "up": 3.0}  # forward passes
 _CHOLESKY = 7.0 / 3.0  # one factorization for each strength of the ridge, and one for all samples
-_TRIALS, _TRIAL_SAMPLES = 6, 192
+_TRIALS, _TRIAL_SAMPLES = 5, 192
 _FAST_TRIALS = 3  # two allocations, and the original
 
 

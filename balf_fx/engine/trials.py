@@ -197,10 +197,9 @@ def allocate_faithfully(
             lambda _: [{"importance": IMPORTANCE, "caution": caution} for caution in cautions],
             lambda _: [{"importance": importance} for importance in _IMPORTANCES],
             lambda best: [{"importance": _BESIDE[best.importance]}],
-            lambda best: [{"caution": 2 * best.caution}] if problem.clusters else [],
         ]
     option, attempts = allocate, list[_Attempt]()
-    for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0, 1.0][: len(rounds)]), strict=True):
+    for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0][: len(rounds)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
         option = min(attempts, key=attrgetter("lost")).option
     best = min(attempts, key=attrgetter("lost"))
