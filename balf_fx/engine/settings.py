@@ -99,7 +99,7 @@ class Settings:
         "best",
         '"fast" chooses factors by the output error of each layer. "balanced" weights that error by the sensitivity '
         "of the model's output, reduces widths too, and takes the allocation that changes the model's output least on "
-        'some of the batches. "best" also refits every layer. They take about 2, 6 and 18 times as long as one run of '
+        'some of the batches. "best" also refits every layer. They take about 2, 6 and 15 times as long as one run of '
         'the batches through the model; "balanced" and "best" keep all batches in memory or in temporary files',
         "prepare",
         "convert",
