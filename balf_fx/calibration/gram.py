@@ -16,7 +16,9 @@ def add_lower(total: Tensor, rows: Tensor) -> None:
         rows: [G, R, n]; the first F rows are x, with which all rows are multiplied.
     """
     size = total.shape[-1]
-    width = max(size // 16 // _BLOCK, 1) * _BLOCK if rows.device.type == "cpu" else size  # elsewhere, calls take longer
+    width = max(size // 16 // _BLOCK, 1) * _BLOCK
+    if rows.device.type != "cpu":  # there, a call takes longer than what it saves
+        width = max(size, 1)
     for start in range(0, size, width):
         block = slice(start, min(start + width, size))
         total[:, start:, block] += rows[:, start:] @ rows[:, block].mT
