@@ -23,7 +23,7 @@ from torch import Tensor
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.errors import CheckpointError
 
-_MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 4
+_MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 5
 
 
 class Folder:

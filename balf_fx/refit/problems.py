@@ -83,7 +83,7 @@ class Problem:
         """The solution with the least error on the held-out share; a part without a bias gets none."""
         shares = self._sums(walk)
         fit = best(shares, self.toward, self.prior, self.spectra, group=walk.group)
-        if self.target.limits is not None:  # no stronger ridge: it has never been better than the first
+        if self.target.limits is not None:  # no stronger ridge: it is hardly ever better then
             shares = self._sums(walk, fit.solution, shares)
             fit = best(shares, self.toward, self.prior, self.spectra, fit.strength, walk.group)
         return fit.solution

@@ -274,7 +274,7 @@ def test_what_is_said_of_times_in_bfloat16(read):
     both = {model: found for model, found in times.items() if len(found) == 2}
     assert both.keys() == {"MobileNetV2", "SqueezeNet", "ResNet-18", "ResNet-50", "ViT-Tiny", "Swin-T"}
     for model, (single, half) in both.items():
-        assert (half < single) == ("ResNet" in model)
+        assert abs(half - single) < 0.06 if "ResNet" in model else half > 1.1 * single
 
 
 @pytest.mark.parametrize(("name", "slower"), [("int8", 1.1), ("int8_amx", 1.05)])
