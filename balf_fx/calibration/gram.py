@@ -1,6 +1,6 @@
 """Products x x^T of rows with themselves, of which one triangle is computed, since they are symmetric.
 
-The blocks are the same on all devices, and so are the sums.
+The blocks are the same on all devices, so that results differ as little as the devices do.
 """
 
 from __future__ import annotations
