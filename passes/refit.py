@@ -159,8 +159,7 @@ class _Solver:
         if site.has_experts:
             self._replace_experts(node, site, moved)
         elif moved and self._refittable(node, site, rank):
-            refit = {"full": self._refit, "up": self._refit_up, "outputs": self._map_outputs}[self.mode]
-            refit(node, site, cut)
+            (self._refit if self.mode == "full" else self._refit_up)(node, site, cut)
         elif moved or rank is not None or cut.changes:
             if site not in self.solved:
                 self.solved[site] = self._build(site, cut, self._prior(node, site, cut))
@@ -255,6 +254,9 @@ class _Solver:
     def _refit_up(self, node: fx.Node, site: Site, cut: Cut) -> None:
         """Solve for left factors and biases; until then, the layer's value is the output of its right factors."""
         prior, thin = self._prior(node, site, cut), cut.inputs(site)
+        if self.mode == "outputs" and prior[0].divided:
+            self._map_outputs(node, site, cut, prior[0])
+            return
         as_read, reads = dataclasses.replace(cut, read=None), partial(_reads, node, site, cut)
         before = self._build(thin, as_read, prior)
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
@@ -275,12 +277,9 @@ class _Solver:
 
         self.walk.finish(node, finished)
 
-    def _map_outputs(self, node: fx.Node, site: Site, cut: Cut) -> None:
-        """Map the outputs of a divided kernel, which are the layer's value until then; other layers as in "up"."""
-        (prior, *parts), thin = self._prior(node, site, cut), cut.inputs(site)
-        if parts or not prior.divided:
-            self._refit_up(node, site, cut)
-            return
+    def _map_outputs(self, node: fx.Node, site: Site, cut: Cut, prior: Solution) -> None:
+        """Map the outputs of a layer with a divided kernel; until then, they are its value."""
+        thin = cut.inputs(site)
         as_read, reads = dataclasses.replace(cut, read=None), partial(_reads, node, site, cut)
         self.walk.store(node, partial(_run, self._build(thin, as_read, (prior,)), reads))
         target = Target.of(self.graph_module, node, thin)

@@ -95,7 +95,7 @@ def visits(
         numbers = _present(counted)
         samples = count if numbers is None else len(numbers)
         steps = pixel_steps(walk.runs * samples, sizes, inputs) if site.conv is not None else (1,) * len(sizes)
-        positions = math.prod(-(-size // step) for size, step in zip(sizes, steps, strict=True))
+        positions = grid_count(sizes, steps)
         weights = None if importance is None else position_weights(importance, sizes)
         for share, span in chunks(seen, samples, positions, max(inputs, outputs)):
             window = Window(span if numbers is None else numbers[span], pixel_grid(sizes, steps, turn))
@@ -160,6 +160,11 @@ def pixel_steps(samples: int, sizes: tuple[int, ...], inputs: int) -> tuple[int,
         if math.prod(steps) // step * (step + 1) <= spare:
             steps[axis] += 1
     return tuple(steps)
+
+
+def grid_count(sizes: tuple[int, ...], steps: tuple[int, ...]) -> int:
+    """The number of pixels of a grid, at most."""
+    return math.prod(-(-size // step) for size, step in zip(sizes, steps, strict=True))
 
 
 def pixel_grid(sizes: tuple[int, ...], steps: tuple[int, ...], turn: int) -> tuple[slice, ...]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import truediv
 
 from torch import fx
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.curves import Rank
 from balf_fx.graph.site import Site
-from balf_fx.refit.windows import pixel_steps
+from balf_fx.refit.windows import grid_count, pixel_steps
 
 _ELEMENT = 100  # operations in the time in which an element of a value is read, changed and written
 _FACTORS = 5  # Cholesky factors: about four of the training share and one of all samples
@@ -53,7 +52,7 @@ def _layer(node: fx.Node, site: Site, shape: Shape, samples: int) -> float:
     output = annotation(node).shape or ()
     sizes = output[2:] if site.conv is not None else output[1:-1]
     steps = pixel_steps(samples, sizes, shape[2]) if site.conv is not None and sizes else (1,) * len(sizes)
-    return regression_work(shape, samples * math.prod(map(math.ceil, map(truediv, sizes, steps))))
+    return regression_work(shape, samples * grid_count(sizes, steps))
 
 
 def regression_work(shape: Shape, positions: int) -> float:
