@@ -1,7 +1,7 @@
 """How long each stage of compression takes relative to the others, for the shares of the progress bar.
 
 The unit is one floating-point operation of a matrix product. The factors were measured on one core: eigenvectors of
-an m x m matrix take as long as about 200 m^3 such operations, and calibration with gradients as long as six forward
+an m x m matrix take as long as about 200 m^3 such operations, and calibration with gradients as long as four forward
 passes.
 """
 
@@ -16,6 +16,10 @@ from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.graph.annotation import annotation, graph_record, sites
 
+TRIAL_SAMPLES = {"fit": 64, "judge": 128}
+"""The most on which an allocation is refitted, and then measured; with twice as many to refit on, equally good ones are
+the best."""
+
 FEW_SAMPLES = 32
 """The most samples on which allocations without gradients are measured: few, since that is the fast way."""
 
@@ -26,10 +30,10 @@ def few_samples(samples: int) -> int:
 
 
 _EIGENVECTORS = 200.0
-_GRADIENTS, _OBSERVED = 6.0, 1.7  # forward passes
-_REFIT = {"full": 10.0, "up": 3.0}  # forward passes
+_GRADIENTS, _OBSERVED = 4.0, 1.5  # forward passes
+_REFIT = {"full": 8.0, "up": 4.0}  # forward passes; trials take "up"
 _CHOLESKY = 7.0 / 3.0  # one factorization for each strength of the ridge, and one for all samples
-_TRIALS, _TRIAL_SAMPLES = 5, 192
+_TRIALS = 5
 _FAST_TRIALS = 3  # two allocations, and the original
 
 
@@ -63,12 +67,13 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any], stream
             cubes += float(width.features) ** 3
     mode = settings.refit_mode
     sensitive = settings.chosen_factors == "sensitivity"
-    trials, used = (_TRIALS, _TRIAL_SAMPLES) if sensitive else (_FAST_TRIALS, FEW_SAMPLES)
-    tried = trials * min(1.0, used / max(samples, 1)) * forward
+    trials, most = (_TRIALS, TRIAL_SAMPLES["judge"]) if sensitive else (_FAST_TRIALS, FEW_SAMPLES)
+    fit = 0.0 if mode is None else min(TRIAL_SAMPLES["fit"], most, samples / 2)
+    tried = trials * (_REFIT["up"] * fit + min(most, samples - fit)) / samples * forward
     return Work(
         calibrating=(_GRADIENTS if gradients else _OBSERVED) * forward,
         scoring=_EIGENVECTORS * cubes,
-        trying=tried * (1.0 if mode is None else 1.0 + _REFIT["up"]) if settings.measures else 0.0,
+        trying=tried if settings.measures else 0.0,
         solving=0.0 if mode is None else _REFIT[mode] * forward + (cholesky if mode == "full" else 0.0),
     )
 

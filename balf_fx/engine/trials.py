@@ -28,6 +28,7 @@ from balf_fx.engine.blockwise import answering
 from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
+from balf_fx.engine.stages import TRIAL_SAMPLES
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.allocation import Allocation
@@ -40,7 +41,6 @@ _IMPORTANCES = (0.3, 1.0)  # beside the usual one: small powers are better at lo
 _BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (1.0, 2.0)  # where features may be removed: a refit makes up for low ranks better
-_SAMPLES = {"fit": 64, "judge": 128}  # the most; with twice as many to refit on, equally good ones are the best
 _ROWS = {"fit": 16_384, "judge": 2_048}  # of logits, such as tokens: as many say as much with fewer samples
 _FEWEST = 8  # samples with so many rows: those of one sample are alike
 
@@ -90,7 +90,7 @@ def plan_trial(
     program: Program,
     calibration: Calibration,
     refit: bool,
-    most: int = _SAMPLES["judge"],
+    most: int = TRIAL_SAMPLES["judge"],
     journal: Journal = FORGETFUL,
 ) -> Trial:
     """Choose the samples for the measurement, and run the original on them.
@@ -102,10 +102,11 @@ def plan_trial(
         journal: as in `Trial`.
     """
     original, group = without_observers(program), calibration.group
-    samples = {purpose: min(most, usual) for purpose, usual in _SAMPLES.items()}
+    samples = {purpose: min(most, usual) for purpose, usual in TRIAL_SAMPLES.items()}
     try:
-        limits = _limits(program, original, calibration, samples)
-        fit, judge = _few(calibration, refit, limits)
+        starts, total = calibration.numbered()
+        limits = samples if min(most, total) <= _FEWEST else _limits(program, original, calibration, samples)
+        fit, judge = _few(calibration, refit, limits, starts, total)
         references = group.together(partial(_references, original, judge))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
@@ -126,8 +127,6 @@ def _weights(program: Program, calibration: Calibration, index: int) -> Weights 
 
 def _limits(program: Program, original: Program, calibration: Calibration, samples: dict[str, int]) -> dict[str, int]:
     """The most samples for each purpose: `samples`, or fewer with as many rows of logits as are enough."""
-    if min(max(samples.values()), calibration.numbered()[1]) <= _FEWEST:
-        return samples
     group = calibration.group
     counts = group.gathered(group.together(partial(_rows, program, original, calibration)))
     rows = next(filter(None, counts), 1.0)
@@ -218,9 +217,15 @@ class _Attempt:
     allocation: Allocation
 
 
-def _few(calibration: Calibration, refit: bool, limits: Mapping[str, int]) -> tuple[Calibration, Calibration]:
-    """A few samples for the refit, and others for the measurement."""
-    starts, total = calibration.numbered()
+def _few(
+    calibration: Calibration, refit: bool, limits: Mapping[str, int], starts: Sequence[int], total: int
+) -> tuple[Calibration, Calibration]:
+    """A few samples for the refit, and others for the measurement.
+
+    Args:
+        limits: the most samples for each purpose.
+        starts, total: of `Calibration.numbered`.
+    """
     half = total // 2 if refit and total > 1 else total
     fit = min(limits["fit"], half) if half < total else 0
     return _samples(calibration, starts, 0, fit), _samples(calibration, starts, fit, fit + min(limits["judge"], half))

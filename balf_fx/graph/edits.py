@@ -11,7 +11,7 @@ from torch import fx, nn
 from balf_fx.graph.annotation import annotate
 from balf_fx.graph.layers import argument_position, read_layer
 from balf_fx.graph.operators import changes_in_place, is_identity, is_opaque_call
-from balf_fx.graph.parameters import constant_nodes, is_hooked, locate
+from balf_fx.graph.parameters import is_constant, is_hooked, locate
 from balf_fx.graph.site import Site
 
 
@@ -42,13 +42,12 @@ def erase_unused(graph_module: fx.GraphModule, node: fx.Node, links: Collection[
     Args:
         links: other nodes that are erased if nothing else reads them.
     """
-    constants = {*constant_nodes(graph_module), *links}
     pending = {node: None}
     while pending:
         node, _ = pending.popitem()
         if node.users:
             continue
-        pending |= {source: None for source in node.all_input_nodes if source in constants}
+        pending |= {source: None for source in node.all_input_nodes if source in links or is_constant(source)}
         graph_module.graph.erase_node(node)
         if node.op == "get_attr" and not any(_fetches(other, str(node.target)) for other in graph_module.graph.nodes):
             _delete_tensor(graph_module, str(node.target))

@@ -81,10 +81,29 @@ def constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
     """The nodes that depend only on the module's own tensors: `get_attr` nodes and those computed from them."""
     found: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
-        computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
-        if node.op == "get_attr" or (computed and not node.is_impure() and found.issuperset(node.all_input_nodes)):
+        if node.op == "get_attr" or (_computes(node) and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node is one of the `constant_nodes` of its graph."""
+    pending, seen = [node], {node}
+    while pending:
+        each = pending.pop()
+        if each.op == "get_attr":
+            continue
+        if not _computes(each):
+            return False
+        new = [source for source in each.all_input_nodes if source not in seen]
+        pending += new
+        seen.update(new)
+    return True
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether a node computes its value from others alone."""
+    return node.op in ("call_function", "call_method") and bool(node.all_input_nodes) and not node.is_impure()
 
 
 def parameter_users(graph_module: fx.GraphModule) -> dict[int, set[fx.Node]]:

@@ -15,7 +15,7 @@ map of rank r needs R T K alone. So nothing takes memory for products of the out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,21 +48,23 @@ def truncate(full: Tensor, product: Tensor, spectrum: Spectrum, rank: int, metri
     Args:
         metric: R [G, m, O]; R T [G, m, Z], where the results are maps to z.
     """
-    left, _ = spectrum.maps(spectrum.energies.shape[-1])
+    leading, right = _truncated(full, product, rank, metric)
+    return spectrum.maps(spectrum.energies.shape[-1])[0] @ leading, right
+
+
+def _truncated(full: Tensor, product: Tensor, rank: int, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """U_r [G, m, r] and B [G, r, D]: the map to R y, since A = L U_r and R L = I."""
     seen = metric @ full
     _, vectors = torch.linalg.eigh((metric @ product @ seen.mT).nan_to_num())  # fails for NaN on some devices
     leading = vectors.flip(-1)[..., :rank]
-    return left @ leading, leading.mT @ seen
+    return leading, leading.mT @ seen
 
 
-def error(seen: Joint, solution: Solution, root: Tensor | None) -> float:
-    """E |R (y - A B x' - b)|^2 over all groups, up to a constant that is the same for all solutions.
+def error(seen: Joint, solution: Solution) -> float:
+    """E |y - A B x' - b|^2 over all groups, up to a constant that is the same for all solutions.
 
-    The metric is R^T R. It is not computed, since it has a row and a column for each output.
-
-    Args:
-        seen: the sums of R y in place of y (`Joint.seen`); those of y or z without R.
-        root: R [G, m, O]; None for the identity.
+    In a metric R^T R, y is R y and the solution is `in_metric`. R^T R has a row and a column for each output, and is
+    not computed.
     """
     solution, count = whole(solution), seen.count
     left = solution.left
@@ -75,11 +77,8 @@ def error(seen: Joint, solution: Solution, root: Tensor | None) -> float:
             seen.yx @ right.mT,
             right @ seen.inputs.mean[..., None],
         )
-    bias = solution.bias
-    if root is not None:
-        left, bias = root @ left, None if bias is None else applied(root, bias)
     y = seen.mean_y.unsqueeze(-1)
-    bias = torch.zeros_like(y) if bias is None else bias.unsqueeze(-1)
+    bias = torch.zeros_like(y) if solution.bias is None else solution.bias.unsqueeze(-1)
     shift = (bias * (bias - 2 * y)).sum()
     if seen.through is not None:  # no products with a row for each output, which are many
         squares = (products * (left.mT @ left)).sum() - 2 * (cross * (seen.through.mT @ left)).sum()
@@ -88,6 +87,17 @@ def error(seen: Joint, solution: Solution, root: Tensor | None) -> float:
     fitted.sub_(cross, alpha=2).div_(count)
     fitted += 2 * bias @ mean.mT
     return float(fitted.mul_(left).sum() + shift)
+
+
+def in_metric(solution: Solution, root: Tensor | None) -> Solution:
+    """A solution as a map to R y, for R [G, m, O]; None for the identity."""
+    solution = whole(solution)
+    if root is None:
+        return solution
+    bias = None if solution.bias is None else applied(root, solution.bias)
+    if solution.left is None:
+        return Solution(None, root @ solution.right, bias)
+    return Solution(root @ solution.left, solution.right, bias)
 
 
 class Fit(NamedTuple):
@@ -117,20 +127,19 @@ def best(
     """
     roots = [None if spectrum is None else root_of(spectrum) for spectrum in spectra]
     metrics = metrics_of(shares.train, roots)  # once, since they are large for many outputs
-    held_out = in_metrics(shares.held_out, metrics)
+    held_out, before = in_metrics(shares.held_out, metrics), list(map(in_metric, prior, roots))
 
     def judged(index: int) -> float:
-        solved = solutions(shares.train, toward, prior, spectra, _STRENGTHS[index], metrics, rounds=0)
-        return total_error(held_out, solved, roots)
+        return total_error(held_out, judged_solutions(shares.train, toward, prior, _STRENGTHS[index], metrics))
 
     start, count = (_FIRST, len(_STRENGTHS)) if strongest is None else (strongest, strongest + 1)
     if shares.held_out.count:  # nothing is held out of fewer than four samples
         start, least = lowest(judged, count, start, group)
-        if not least < total_error(held_out, prior, roots):  # also where one of them is not a number
+        if not least < total_error(held_out, before):  # also where one of them is not a number
             return Fit(tuple(prior), start)
     seen = in_metrics(shares.whole, metrics)
     solved = solutions(shares.whole, toward, prior, spectra, _STRENGTHS[start], metrics)
-    better = total_error(seen, solved, roots) < total_error(seen, prior, roots)
+    better = total_error(seen, list(map(in_metric, solved, roots))) < total_error(seen, before)
     return Fit(solved if better else tuple(prior), start)
 
 
@@ -151,6 +160,35 @@ def lowest(function: Callable[[int], float], count: int, start: int, group: Grou
         least = min(known, key=lambda index: (math.isnan(known[index]), known[index]))
 
 
+class _Regression(NamedTuple):
+    """The regression of a part of the outputs: its sums, and the results of `ridge`."""
+
+    sums: Joint
+    full: Tensor
+    product: Tensor
+
+    @property
+    def map(self) -> Tensor:
+        """The map to y, [G, O, D]."""
+        return self.full if self.sums.through is None else self.sums.through @ self.full
+
+
+def _regressions(seen: Joint, toward: Tensor, prior: Sequence[Solution], strength: float) -> Iterator[_Regression]:
+    """The regression of each part; one whose prior has no bias gets none, and so is regressed uncentred."""
+    groups = seen.groups // len(prior)
+    known: dict[bool, _Regression] = {}
+    for index, part in enumerate(prior):
+        biased = part.bias is not None
+        if biased not in known:
+            sums = seen if biased else seen.uncentred()
+            known[biased] = _Regression(sums, *ridge(sums, toward, strength))
+        sums, full, product = known[biased]
+        own = slice(index * groups, (index + 1) * groups)
+        if sums.through is None:  # else all parts are maps of the same z
+            full, product = full[own], product[own]
+        yield _Regression(sums.part(own), full, product)
+
+
 def solutions(
     seen: Joint,
     toward: Tensor,
@@ -158,52 +196,68 @@ def solutions(
     spectra: Sequence[Spectrum | None],
     strength: float,
     metrics: Sequence[Tensor | None],
-    rounds: int = ROUNDS,
 ) -> tuple[Solution, ...]:
     """The regression with one strength of the ridge, part by part; arguments as in `best`.
 
-    A part whose prior has no bias gets none, since its cost was counted without one: its regression is uncentred.
+    A part whose prior has no bias gets none, since its cost was counted without one.
 
     Args:
         metrics: R or R T of each part, or None (`metrics_of`).
-        rounds: as in `ranks.divided.divided_factors`; none compare strengths as well.
     """
-    groups = seen.groups // len(prior)
-    fits: dict[bool, tuple[Joint, Tensor, Tensor]] = {}
     found = []
-    for index, (part, spectrum, metric) in enumerate(zip(prior, spectra, metrics, strict=True)):
-        biased = part.bias is not None
-        if biased not in fits:
-            sums = seen if biased else seen.uncentred()
-            fits[biased] = sums, *ridge(sums, toward, strength)
-        sums, full, product = fits[biased]
-        own = slice(index * groups, (index + 1) * groups)
-        through = None if sums.through is None else sums.through[own]
-        if through is None:  # else all parts are maps of the same z
-            full, product = full[own], product[own]
+    regressions = _regressions(seen, toward, prior, strength)
+    for part, spectrum, metric, own in zip(prior, spectra, metrics, regressions, strict=True):
+        left: Tensor | None = None
         if part.left is None or spectrum is None or metric is None:
-            left, right = None, full if through is None else through @ full
+            right = own.map
         elif part.divided:
-            left, right = _divided(sums, full, product, metric, part, strength, rounds)
+            left, right = _divided(own, metric, part, strength, ROUNDS)
         else:
-            left, right = truncate(full, product, spectrum, part.left.shape[-1], metric)
-        bias = None
-        if biased:
-            mean = sums.inputs.mean if len(sums.inputs.mean) == 1 else sums.inputs.mean[own]
-            fitted = whole(Solution(left, right, None, form=part.form, taps=part.taps))
-            answer = applied(fitted.right, mean)
-            bias = sums.part(own).mean_y - (answer if fitted.left is None else applied(fitted.left, answer))
-        found.append(Solution(left, right, bias, form=part.form, taps=part.taps))
+            left, right = truncate(own.full, own.product, spectrum, part.left.shape[-1], metric)
+        found.append(_with_bias(part, left, right, own.sums.inputs.mean, own.sums.mean_y))
     return tuple(found)
 
 
-def _divided(
-    sums: Joint, full: Tensor, product: Tensor, metric: Tensor, part: Solution, strength: float, rounds: int
-) -> tuple[Tensor, Tensor]:
-    """The factors of a convolution with a divided kernel, from the results of `ridge`."""
-    inputs = sums.inputs
+def judged_solutions(
+    seen: Joint, toward: Tensor, prior: Sequence[Solution], strength: float, metrics: Sequence[Tensor | None]
+) -> tuple[Solution, ...]:
+    """What `error` asks of `solutions`: maps to R y, without products with a row for each output.
+
+    Both factors of divided kernels are those for uncorrelated strips, which compare strengths as well.
+    """
+    found = []
+    for part, metric, own in zip(prior, metrics, _regressions(seen, toward, prior, strength), strict=True):
+        left: Tensor | None = None
+        if metric is None:
+            right, mean = own.map, own.sums.mean_y
+        else:
+            mean = applied(metric, own.sums.y / own.sums.count)
+            if part.left is None:
+                right = metric @ own.full
+            elif part.divided:
+                factors = _divided(own, metric, part, strength, 0)
+                right = metric @ whole(Solution(*factors, None, form=part.form, taps=part.taps)).right
+            else:
+                left, right = _truncated(own.full, own.product, part.left.shape[-1], metric)
+        found.append(_with_bias(part, left, right, own.sums.inputs.mean, mean))
+    return tuple(found)
+
+
+def _divided(own: _Regression, metric: Tensor, part: Solution, strength: float, rounds: int) -> tuple[Tensor, Tensor]:
+    """The factors of a convolution with a divided kernel; rounds as in `ranks.divided.divided_factors`."""
+    inputs = own.sums.inputs
     patches = Patches(inputs.xx, inputs.count, inputs.mean, inputs.ridge(strength), part.taps)
-    return divided_factors(full, product, patches, metric, part.right.shape[1], rounds)
+    return divided_factors(own.full, own.product, patches, metric, part.right.shape[1], rounds)
+
+
+def _with_bias(part: Solution, left: Tensor | None, right: Tensor, mean: Tensor, mean_y: Tensor) -> Solution:
+    """A part with new factors and, if it has a bias, the one for which their mean error is zero."""
+    bias = None
+    if part.bias is not None:
+        fitted = whole(Solution(left, right, None, form=part.form, taps=part.taps))
+        answer = applied(fitted.right, mean)
+        bias = mean_y - (answer if fitted.left is None else applied(fitted.left, answer))
+    return Solution(left, right, bias, form=part.form, taps=part.taps)
 
 
 def root_of(spectrum: Spectrum) -> Tensor:
@@ -230,9 +284,9 @@ def _owns(parts: int) -> list[slice]:
     return [slice(None)] if parts == 1 else [slice(index, index + 1) for index in range(parts)]
 
 
-def total_error(seen: Sequence[Joint], solution: Sequence[Solution], roots: Sequence[Tensor | None]) -> float:
+def total_error(seen: Sequence[Joint], solution: Sequence[Solution]) -> float:
     """The sum of the `error` of all parts."""
-    return sum(map(error, seen, solution, roots))
+    return sum(map(error, seen, solution))
 
 
 def rounded(solution: Sequence[Solution], dtype: torch.dtype) -> tuple[Solution, ...]:

@@ -13,8 +13,11 @@ from balf_fx.refit.regression import (
     apply,
     best,
     error,
+    in_metric,
     in_metrics,
+    judged_solutions,
     lowest,
+    metrics_of,
     ridge,
     root_of,
     rounded,
@@ -115,7 +118,7 @@ def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
     biases = [solutions[0].bias, solutions[1].bias, torch.zeros(groups, 4, dtype=torch.float64)]
     for root in (None, root_of(metric)):
         direct = [objective(x, y, weights, *each, root) for each in zip(fitted, biases, strict=True)]
-        summed = [error(seen.seen(root), solution, root) for solution in solutions]
+        summed = [error(seen.seen(root), in_metric(solution, root)) for solution in solutions]
         assert summed[0] == pytest.approx(summed[1])
         assert summed[0] - summed[2] == pytest.approx(direct[0] - direct[2], rel=1e-9, abs=1e-9)
 
@@ -175,7 +178,8 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
         assert found[0].left is None or found[0].left.shape[-1] == rank
         roots = [None if each is None else root_of(each) for each in spectra]
         seen = in_metrics(Shares(train, held).whole, roots)
-        assert total_error(seen, found, roots) <= total_error(seen, prior, roots)
+        errors = [total_error(seen, list(map(in_metric, each, roots))) for each in (found, prior)]
+        assert errors[0] <= errors[1]
 
 
 @PROPERTY
@@ -188,7 +192,7 @@ def test_with_its_right_factor_kept_a_layer_never_does_better(seed, rank):
     thin = joint(prior.right @ x, y, weights)
     (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0, (root,))
     up = Solution(up.right, prior.right, up.bias)
-    errors = [error(seen.seen(root), solution, root) for solution in (full, up, prior)]
+    errors = [error(seen.seen(root), in_metric(solution, root)) for solution in (full, up, prior)]
     assert errors[0] <= errors[1] + 1e-9
     assert errors[1] <= errors[2] + 1e-9
 
@@ -247,8 +251,8 @@ def test_no_neighbour_of_the_strength_has_less_error_unless_it_is_stronger_than_
     (train, held_out), weight, prior, metric = problem_with_prior(seed, rank)
     strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     roots = [root_of(metric)]
-    fitted = [solutions(train, weight, (prior,), (metric,), strength, roots) for strength in strengths]
-    errors = [total_error(in_metrics(held_out, roots), each, roots) for each in fitted]
+    fitted = [judged_solutions(train, weight, (prior,), strength, roots) for strength in strengths]
+    errors = [total_error(in_metrics(held_out, roots), each) for each in fitted]
     shares = Shares(train, held_out)
     found = best(shares, weight, (prior,), (metric,), strongest)
     stop = len(errors) if strongest is None else strongest + 1
@@ -326,6 +330,23 @@ def test_the_regression_for_fewer_values_is_that_for_the_outputs_that_are_a_map_
         maps = [each.right if each.left is None else each.left @ each.right for each in (one, other)]
         torch.testing.assert_close(*maps, rtol=1e-7, atol=1e-9)
         if one.bias is not None:
+            torch.testing.assert_close(one.bias, other.bias, rtol=1e-7, atol=1e-9)
+
+
+@PROPERTY
+@given(wide_problems(), st.sampled_from((1e-3, 1.0)))
+def test_what_is_judged_is_the_solution_in_the_metric(drawn, strength):
+    shares, through, prior, spectra = drawn
+    roots = [None if each is None else root_of(each) for each in spectra]
+    same = torch.eye(4, 3, dtype=torch.float64).expand(len(shares[0][1].y), -1, -1)
+    for index, toward in enumerate((through[..., :3], same)):
+        seen = shares[0][index] if index == 0 else replace(shares[0][index], through=through)
+        metrics = metrics_of(seen, roots)
+        solved = solutions(seen, toward, prior, spectra, strength, metrics)
+        judged = judged_solutions(seen, toward, prior, strength, metrics)
+        for one, other in zip(map(in_metric, solved, roots), judged, strict=True):
+            maps = [each.right if each.left is None else each.left @ each.right for each in (one, other)]
+            torch.testing.assert_close(*maps, rtol=1e-7, atol=1e-9)
             torch.testing.assert_close(one.bias, other.bias, rtol=1e-7, atol=1e-9)
 
 
