@@ -2,6 +2,7 @@
 
 python benchmarks/targets.py --threads 1 --json benchmarks/results/targets.json
 python benchmarks/targets.py --threads 2 --resume --json benchmarks/results/targets.json
+python benchmarks/targets.py --model MobileNetV2 --effort balanced --resume --json benchmarks/results/targets.json
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Row:
         again: the same, measured here afterwards.
         flops_kept: the share of the FLOPs.
         reached: whether the smallest model takes no longer.
+        effort: of the compression.
     """
 
     model: str
@@ -77,12 +79,13 @@ class Row:
     again: float
     flops_kept: float
     reached: bool
+    effort: str
 
 
-def run(name: str, case: Case, asked: float) -> Row:
+def run(name: str, case: Case, asked: float, effort: str) -> Row:
     """Compress a model to a share of its time, and time both once more."""
     model, batches = case
-    options = {"latency": asked, "effort": "fast", "progress": False}
+    options = {"latency": asked, "effort": effort, "progress": False}
     try:
         small, reached = balf_fx.compile(model, batches, **options), True
     except BudgetError:
@@ -91,7 +94,7 @@ def run(name: str, case: Case, asked: float) -> Row:
     again = measured(dense(model, batches[0]), small, batches[0], timing)
     kept = balf_fx.report(small).flops_kept
     shares = (timing.asked, timing.predicted, timing.measured, again, kept)
-    return Row(name, timing.threads, timing.runner, *(round(share, 4) for share in shares), reached)
+    return Row(name, timing.threads, timing.runner, *(round(share, 4) for share in shares), reached, effort)
 
 
 def dense(model: nn.Module, batch: Tensor) -> fx.GraphModule:
@@ -114,12 +117,19 @@ def measured(first: nn.Module, second: nn.Module, batch: Tensor, timing: Timing)
 @click.command()
 @click.option("--model", "names", multiple=True, type=click.Choice(list(CASES)), default=list(CASES))
 @click.option("--share", "shares", multiple=True, type=float, default=SHARES, show_default=True)
+@click.option("--effort", type=click.Choice(["fast", "balanced", "best"]), default="fast", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with the data and the weights.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here, row by row.")
 @click.option("--resume", is_flag=True, help="Keep the rows that the results file holds.")
 def main(
-    names: Sequence[str], shares: Sequence[float], threads: int, data: Path | None, output: Path | None, resume: bool
+    names: Sequence[str],
+    shares: Sequence[float],
+    effort: str,
+    threads: int,
+    data: Path | None,
+    output: Path | None,
+    resume: bool,
 ) -> None:
     """Compress models to shares of their time; other programs disturb it."""
     torch.set_num_threads(threads)
@@ -129,7 +139,7 @@ def main(
         case = CASES[name](data)
         for share in shares:
             bar.set_postfix_str(f"{name}, {share:g}")
-            rows.append(asdict(run(name, case, share)))
+            rows.append(asdict(run(name, case, share, effort)))
             if output is not None:
                 write_json(output, {"results": rows}, earlier)
     click.echo(tabulate(rows, headers="keys", floatfmt=".3f"))
