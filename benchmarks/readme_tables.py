@@ -312,13 +312,15 @@ def targets() -> str:
     """Budgets of time, and the shares of the time that the models take."""
     rows = [
         [
-            f"{row['model']}, {row['runner']}",
+            f"{row['model']}, {row['runner']}{'' if row['effort'] == 'fast' else ', ' + row['effort']}",
+            row["threads"],
             f"{row['asked']:g}{'' if row['reached'] else ', out of reach'}",
             *(f"{row[name]:.2f}" for name in ("predicted", "measured", "again", "flops_kept")),
         ]
         for row in _read("targets")["results"]
     ]
-    return markdown(rows, ["one thread", "asked for", "predicted", "measured", "measured again", "FLOPs kept"])
+    columns = ["threads", "asked for", "predicted", "measured", "measured again", "FLOPs kept"]
+    return markdown(rows, ["share of the time", *columns])
 
 
 def bounds() -> str:

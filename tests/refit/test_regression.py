@@ -9,6 +9,7 @@ from refit.helpers import PROPERTY, random, seeds, spectrum
 
 from balf_fx.distributed.group import Group
 from balf_fx.graph.curves import Solution, Spectrum
+from balf_fx.refit import regression
 from balf_fx.refit.regression import (
     apply,
     best,
@@ -348,6 +349,21 @@ def test_what_is_judged_is_the_solution_in_the_metric(drawn, strength):
             maps = [each.right if each.left is None else each.left @ each.right for each in (one, other)]
             torch.testing.assert_close(*maps, rtol=1e-7, atol=1e-9)
             torch.testing.assert_close(one.bias, other.bias, rtol=1e-7, atol=1e-9)
+
+
+def test_what_is_judged_of_a_divided_kernel_is_a_solution_for_uncorrelated_strips(monkeypatch):
+    monkeypatch.setattr(regression, "ROUNDS", 0)
+    x, y, weights = problem(50, inputs=18, positions=200)
+    seen, metric = joint(x, y, weights), spectrum(50, 4)
+    bias = torch.zeros(1, 4, dtype=torch.float64)
+    prior = (Solution(random(51, 1, 12, 2), random(52, 1, 2, 6), bias, form="separable", taps=(3, 3)),)
+    root, toward = root_of(metric), random(53, 1, 4, 18)
+    (solved,) = solutions(seen, toward, prior, (metric,), 0.1, (root,))
+    (judged,) = judged_solutions(seen, toward, prior, 0.1, (root,))
+    assert solved.left.shape == (1, 12, 2)
+    expected = in_metric(solved, root)
+    torch.testing.assert_close(judged.right, expected.right)
+    torch.testing.assert_close(judged.bias, expected.bias)
 
 
 def test_a_metric_takes_memory_for_as_many_outputs_as_it_has_components():
