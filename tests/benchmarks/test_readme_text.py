@@ -226,7 +226,7 @@ def test_what_is_said_of_padding(read):
 
 def test_what_is_said_of_memory(read):
     peaks = {row["batch_size"]: row["peak_gib"] for row in read("memory")["results"]}
-    assert peaks[256] <= peaks[32]  # a batch is run in pieces
+    assert peaks[256] == pytest.approx(peaks[32], rel=0.01)  # a batch is run in pieces
 
 
 def test_what_is_said_of_allocations(read):
