@@ -140,7 +140,7 @@ def test_figures_of_the_measurements(read, rows, load_benchmark):
         f"{memory['results'][0]['images']} images of 224 x 224",
         f"A Llama shape of {blocks['results'][0]['weights'] * 2**30 / 4e6:.0f} million random weights",
         f"at {100 * blocks['flops']:.0f} % of the FLOPs",
-        "than batches of 32",
+        "as much memory as batches of 32",
         f"{sum(map(len, images.calibration))} images of 224 x 224 or",
         f"{sum(map(len, many.calibration))} images where it says so",
         f"a model to {100 * read('bounds')['flops']:.0f} % of its FLOPs, above",
