@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import click
 import torch
@@ -23,6 +24,7 @@ from torchvision.models import resnet50
 from tqdm import tqdm
 
 import balf_fx
+from balf_fx.engine.settings import Effort
 from balf_fx.errors import BudgetError
 from balf_fx.graph.timing import Timing
 from balf_fx.latency.stopwatch import race
@@ -79,10 +81,10 @@ class Row:
     again: float
     flops_kept: float
     reached: bool
-    effort: str
+    effort: Effort
 
 
-def run(name: str, case: Case, asked: float, effort: str) -> Row:
+def run(name: str, case: Case, asked: float, effort: Effort) -> Row:
     """Compress a model to a share of its time, and time both once more."""
     model, batches = case
     options = {"latency": asked, "effort": effort, "progress": False}
@@ -117,7 +119,7 @@ def measured(first: nn.Module, second: nn.Module, batch: Tensor, timing: Timing)
 @click.command()
 @click.option("--model", "names", multiple=True, type=click.Choice(list(CASES)), default=list(CASES))
 @click.option("--share", "shares", multiple=True, type=float, default=SHARES, show_default=True)
-@click.option("--effort", type=click.Choice(["fast", "balanced", "best"]), default="fast", show_default=True)
+@click.option("--effort", type=click.Choice(get_args(Effort)), default="fast", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with the data and the weights.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the results here, row by row.")
@@ -125,7 +127,7 @@ def measured(first: nn.Module, second: nn.Module, batch: Tensor, timing: Timing)
 def main(
     names: Sequence[str],
     shares: Sequence[float],
-    effort: str,
+    effort: Effort,
     threads: int,
     data: Path | None,
     output: Path | None,

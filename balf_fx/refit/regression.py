@@ -63,8 +63,8 @@ def _truncated(full: Tensor, product: Tensor, rank: int, metric: Tensor) -> tupl
 def error(seen: Joint, solution: Solution) -> float:
     """E |y - A B x' - b|^2 over all groups, up to a constant that is the same for all solutions.
 
-    In a metric R^T R, y is R y and the solution is `in_metric`. R^T R has a row and a column for each output, and is
-    not computed.
+    In a metric R^T R, y is R y and the solution is that of `solution_in_metric`. R^T R has a row and a column for each
+    output, and is not computed.
     """
     solution, count = whole(solution), seen.count
     left = solution.left
@@ -89,7 +89,7 @@ def error(seen: Joint, solution: Solution) -> float:
     return float(fitted.mul_(left).sum() + shift)
 
 
-def in_metric(solution: Solution, root: Tensor | None) -> Solution:
+def solution_in_metric(solution: Solution, root: Tensor | None) -> Solution:
     """A solution as a map to R y, for R [G, m, O]; None for the identity."""
     solution = whole(solution)
     if root is None:
@@ -127,7 +127,7 @@ def best(
     """
     roots = [None if spectrum is None else root_of(spectrum) for spectrum in spectra]
     metrics = metrics_of(shares.train, roots)  # once, since they are large for many outputs
-    held_out, before = in_metrics(shares.held_out, metrics), list(map(in_metric, prior, roots))
+    held_out, before = in_metrics(shares.held_out, metrics), list(map(solution_in_metric, prior, roots))
 
     def judged(index: int) -> float:
         return total_error(held_out, judged_solutions(shares.train, toward, prior, _STRENGTHS[index], metrics))
@@ -139,7 +139,7 @@ def best(
             return Fit(tuple(prior), start)
     seen = in_metrics(shares.whole, metrics)
     solved = solutions(shares.whole, toward, prior, spectra, _STRENGTHS[start], metrics)
-    better = total_error(seen, list(map(in_metric, solved, roots))) < total_error(seen, before)
+    better = total_error(seen, list(map(solution_in_metric, solved, roots))) < total_error(seen, before)
     return Fit(solved if better else tuple(prior), start)
 
 

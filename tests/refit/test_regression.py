@@ -14,7 +14,6 @@ from balf_fx.refit.regression import (
     apply,
     best,
     error,
-    in_metric,
     in_metrics,
     judged_solutions,
     lowest,
@@ -22,6 +21,7 @@ from balf_fx.refit.regression import (
     ridge,
     root_of,
     rounded,
+    solution_in_metric,
     solutions,
     total_error,
     truncate,
@@ -119,7 +119,7 @@ def test_errors_from_sums_differ_as_errors_from_samples(seed, groups):
     biases = [solutions[0].bias, solutions[1].bias, torch.zeros(groups, 4, dtype=torch.float64)]
     for root in (None, root_of(metric)):
         direct = [objective(x, y, weights, *each, root) for each in zip(fitted, biases, strict=True)]
-        summed = [error(seen.seen(root), in_metric(solution, root)) for solution in solutions]
+        summed = [error(seen.seen(root), solution_in_metric(solution, root)) for solution in solutions]
         assert summed[0] == pytest.approx(summed[1])
         assert summed[0] - summed[2] == pytest.approx(direct[0] - direct[2], rel=1e-9, abs=1e-9)
 
@@ -179,7 +179,7 @@ def test_refit_never_has_more_error_than_the_prior(seed, rank, dense, plain):
         assert found[0].left is None or found[0].left.shape[-1] == rank
         roots = [None if each is None else root_of(each) for each in spectra]
         seen = in_metrics(Shares(train, held).whole, roots)
-        errors = [total_error(seen, list(map(in_metric, each, roots))) for each in (found, prior)]
+        errors = [total_error(seen, list(map(solution_in_metric, each, roots))) for each in (found, prior)]
         assert errors[0] <= errors[1]
 
 
@@ -193,7 +193,7 @@ def test_with_its_right_factor_kept_a_layer_never_does_better(seed, rank):
     thin = joint(prior.right @ x, y, weights)
     (up,) = solutions(thin, prior.left, (Solution(None, prior.left, prior.bias),), (metric,), 0.0, (root,))
     up = Solution(up.right, prior.right, up.bias)
-    errors = [error(seen.seen(root), in_metric(solution, root)) for solution in (full, up, prior)]
+    errors = [error(seen.seen(root), solution_in_metric(solution, root)) for solution in (full, up, prior)]
     assert errors[0] <= errors[1] + 1e-9
     assert errors[1] <= errors[2] + 1e-9
 
@@ -345,7 +345,7 @@ def test_what_is_judged_is_the_solution_in_the_metric(drawn, strength):
         metrics = metrics_of(seen, roots)
         solved = solutions(seen, toward, prior, spectra, strength, metrics)
         judged = judged_solutions(seen, toward, prior, strength, metrics)
-        for one, other in zip(map(in_metric, solved, roots), judged, strict=True):
+        for one, other in zip(map(solution_in_metric, solved, roots), judged, strict=True):
             maps = [each.right if each.left is None else each.left @ each.right for each in (one, other)]
             torch.testing.assert_close(*maps, rtol=1e-7, atol=1e-9)
             torch.testing.assert_close(one.bias, other.bias, rtol=1e-7, atol=1e-9)
@@ -361,7 +361,7 @@ def test_what_is_judged_of_a_divided_kernel_is_a_solution_for_uncorrelated_strip
     (solved,) = solutions(seen, toward, prior, (metric,), 0.1, (root,))
     (judged,) = judged_solutions(seen, toward, prior, 0.1, (root,))
     assert solved.left.shape == (1, 12, 2)
-    expected = in_metric(solved, root)
+    expected = solution_in_metric(solved, root)
     torch.testing.assert_close(judged.right, expected.right)
     torch.testing.assert_close(judged.bias, expected.bias)
 
