@@ -315,12 +315,12 @@ def targets() -> str:
             f"{row['model']}, {row['runner']}{'' if row['effort'] == 'fast' else ', ' + row['effort']}",
             row["threads"],
             f"{row['asked']:g}{'' if row['reached'] else ', out of reach'}",
-            *(f"{row[name]:.2f}" for name in ("predicted", "measured", "again", "flops_kept")),
+            *(f"{row[name]:.2f}" for name in ("by_operations", "predicted", "measured", "again", "flops_kept")),
         ]
         for row in _read("targets")["results"]
     ]
-    columns = ["threads", "asked for", "predicted", "measured", "measured again", "FLOPs kept"]
-    return markdown(rows, ["share of the time", *columns])
+    columns = ["asked for", "by operations", "predicted", "measured", "measured again", "FLOPs kept"]
+    return markdown(rows, ["share of the time", "threads", *columns])
 
 
 def bounds() -> str:

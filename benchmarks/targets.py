@@ -64,7 +64,8 @@ class Row:
 
     Attributes:
         asked: the share of the original's time that was asked for.
-        predicted: that of the chosen sizes, by the times of their operations.
+        by_operations: that of the chosen sizes, by the times of their operations.
+        predicted: the same, corrected by the models that the compiler measured before.
         measured: that of the whole model, as the compiler measured it.
         again: the same, measured here afterwards.
         flops_kept: the share of the FLOPs.
@@ -76,6 +77,7 @@ class Row:
     threads: int
     runner: str
     asked: float
+    by_operations: float
     predicted: float
     measured: float
     again: float
@@ -95,7 +97,7 @@ def run(name: str, case: Case, asked: float, effort: Effort) -> Row:
     timing = balf_fx.report(small).timing
     again = measured(dense(model, batches[0]), small, batches[0], timing)
     kept = balf_fx.report(small).flops_kept
-    shares = (timing.asked, timing.predicted, timing.measured, again, kept)
+    shares = (timing.asked, timing.by_operations, timing.predicted, timing.measured, again, kept)
     return Row(name, timing.threads, timing.runner, *(round(share, 4) for share in shares), reached, effort)
 
 

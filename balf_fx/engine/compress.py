@@ -275,7 +275,7 @@ def _chosen(
     if watch is None or timed is None:
         return allocate.solve(problem) if best is None else best[1], None
     if best is not None and best[0] != timed.option:
-        timed = watch.corrected(problem, best[0], best[0].latency or 1.0)
+        timed = watch.corrected(problem, best[0], best[0].latency or 1.0, timed)
     return timed.allocation, timed.timing
 
 

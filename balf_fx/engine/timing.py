@@ -31,12 +31,38 @@ _TOLERANCE = 0.03  # of the target
 _CORRECTIONS = 5
 
 
+Shares = tuple[float, float]
+"""The time of a model by its operations and as it was measured, as shares of that of the original."""
+
+
+class Line(NamedTuple):
+    """The times of the models between two others."""
+
+    slower: Shares = (1.0, 1.0)
+    faster: Shares = (0.0, 0.0)
+
+    def by_operations(self, measured: float) -> float:
+        """The share by operations of the model whose measured share is this one."""
+        (slow, above), (fast, below) = self
+        return fast + (measured - below) * (slow - fast) / (above - below)
+
+    def measured(self, by_operations: float) -> float:
+        """The measured share of the model whose share by operations is this one."""
+        (slow, above), (fast, below) = self
+        return below if slow == fast else max(below + (by_operations - fast) * (above - below) / (slow - fast), 0.0)
+
+
 class Timed(NamedTuple):
     """An allocation whose model has been timed, and the options that choose it."""
 
     option: Allocate
     allocation: Allocation
     timing: Timing
+
+    @property
+    def shares(self) -> Shares:
+        """The time by operations, and as it was measured."""
+        return self.timing.by_operations, self.timing.measured
 
 
 @dataclass(frozen=True)
@@ -111,30 +137,33 @@ class Watch:
         nodes = sum(part.calls * (graph_record(part.graph_module).nanoseconds or 0) for part in self.program.parts)
         return dataclasses.replace(self.program.totals(), latency=nodes)
 
-    def corrected(self, problem: Problem, allocate: Allocate, target: float) -> Timed:
+    def corrected(self, problem: Problem, allocate: Allocate, target: float, earlier: Timed | None = None) -> Timed:
         """Choose an allocation, measure it, and correct the target until the measured share is as asked.
 
         Args:
-            target: the share of the predicted time to begin with.
+            target: the share of the time by operations to begin with.
+            earlier: a model of other options, from which the time of the first one is predicted.
 
         Returns:
             The slowest allocation within the tolerance, else the fastest; the original if none is faster.
         """
         tried: list[Timed] = []
+        line = Line() if earlier is None else nearest_line(self.asked, [earlier.shares]) or Line()
         smallest = False
         for _ in range(_CORRECTIONS + 1):
             try:
-                found = self._timed(problem, dataclasses.replace(allocate, latency=target))
+                found = self._timed(problem, dataclasses.replace(allocate, latency=target), line)
             except BudgetError as error:
                 target, smallest = error.minimum, True
-                found = self._timed(problem, dataclasses.replace(allocate, latency=target, strict=False))
+                found = self._timed(problem, dataclasses.replace(allocate, latency=target, strict=False), line)
             tried.append(found)
             _LOGGER.info("target %.4g: %s", target, found.timing)
             over = found.timing.measured / self.asked - 1.0
             if abs(over) <= _TOLERANCE or target >= 1.0 or (smallest and over > 0):
                 break
             smallest = False
-            target = next_target(self.asked, [(each.timing.predicted, each.timing.measured) for each in tried])
+            shares = [each.shares for each in tried]
+            target, line = next_target(self.asked, shares), nearest_line(self.asked, shares) or Line()
         kept = [each for each in tried if each.timing.measured <= (1.0 + _TOLERANCE) * self.asked]
         best = max(kept, key=_measured) if kept else min(tried, key=_measured)
         if smallest and not kept and allocate.strict:
@@ -143,27 +172,28 @@ class Watch:
                 f"{best.timing.measured:.4f} of its time. Ask for more, or pass strict=False to get the fastest model",
                 best.timing.measured,
             )
-        return best if best.timing.measured <= 1.0 else self._timed(problem, dataclasses.replace(allocate, latency=1.0))
+        if best.timing.measured <= 1.0:
+            return best
+        return self._timed(problem, dataclasses.replace(allocate, latency=1.0), line)
 
-    def _timed(self, problem: Problem, option: Allocate) -> Timed:
+    def _timed(self, problem: Problem, option: Allocate, line: Line) -> Timed:
         allocation = option.solve(problem)
-        return Timed(option, allocation, self.time(problem, allocation))
+        return Timed(option, allocation, self.calibration.group.once(lambda: self._time(problem, allocation, line)))
 
-    def time(self, problem: Problem, allocation: Allocation) -> Timing:
-        """The times of an allocation in process 0; they depend on its sizes alone, so its one-shot weights will do."""
-        return self.calibration.group.once(lambda: self._time(problem, allocation))
-
-    def _time(self, problem: Problem, allocation: Allocation) -> Timing:
+    def _time(self, problem: Problem, allocation: Allocation, line: Line) -> Timing:
+        """The times of an allocation; they depend on its sizes alone, so its one-shot weights will do."""
         compressed = settled(self.program, problem, allocation)
         carry_out(compressed, None, self.calibration, pivot=self.pivot)
         found = _race(self.task, _task(compressed, self.trace, self.runner), self.device)
         whole, in_sites = max(problem.totals.latency, 1), sum(choice.dense.latency for choice in allocation.choices)
+        by_operations = 1.0 - _saved(allocation) / whole
         return Timing(
             runner=self.runner,
             device=str(self.device),
             threads=torch.get_num_threads(),
             asked=self.asked,
-            predicted=1.0 - _saved(allocation) / whole,
+            by_operations=by_operations,
+            predicted=line.measured(by_operations),
             measured=found.ratio,
             in_sites=min(in_sites / whole, 1.0),
             dense=found.first,
@@ -171,22 +201,27 @@ class Watch:
         )
 
 
-def next_target(asked: float, tried: Sequence[tuple[float, float]]) -> float:
-    """The share of the predicted time whose measured share is as asked, on the line between the nearest models.
+def next_target(asked: float, tried: Sequence[Shares]) -> float:
+    """The share of the time by operations whose measured share is as asked, on `nearest_line`."""
+    line = nearest_line(asked, tried)
+    if line is None:
+        return 0.5 * min(tried[-1][0], 1.0)
+    return min(max(line.by_operations(asked), 1e-3), 1.0)
+
+
+def nearest_line(asked: float, tried: Sequence[Shares]) -> Line | None:
+    """The line between the models whose measured shares are nearest to the one asked for; None if nothing was saved.
 
     Args:
-        tried: the predicted and the measured share of other models; those of the original are 1.
+        tried: other models; the shares of the original are 1.
     """
     slow = [(1.0, 1.0), *(each for each in tried if each[1] > asked)]
     fast = [each for each in tried if each[1] <= asked]
     if fast:
-        slower, faster = min(slow, key=itemgetter(1)), max(fast, key=itemgetter(1))
-    else:  # the line from the original, beyond the smallest model
-        slower, faster = slow[0], min(slow, key=itemgetter(0))
-    if faster[1] >= 1.0 or faster[0] >= 1.0:
-        return 0.5 * min(tried[-1][0], 1.0)  # nothing was saved: there is no line
-    slope = (slower[0] - faster[0]) / (slower[1] - faster[1])
-    return min(max(faster[0] + slope * (asked - faster[1]), 1e-3), 1.0)
+        line = Line(min(slow, key=itemgetter(1)), max(fast, key=itemgetter(1)))
+    else:  # from the original, beyond the smallest model
+        line = Line(slow[0], min(slow, key=itemgetter(0)))
+    return None if max(line.faster) >= 1.0 else line
 
 
 def _measured(timed: Timed) -> float:

@@ -16,7 +16,8 @@ class Timing:
     Attributes:
         runner, device, threads: how and where they ran; the number of threads on a CPU.
         asked: the share of the original's time that was asked for.
-        predicted: the share of the original's time by the times of single operations (`passes.Time`).
+        by_operations: the share of the original's time by the times of single operations (`passes.Time`).
+        predicted: the same, corrected by how far those of the models measured before were off.
         measured: the median ratio of their times.
         in_sites: the share of the original's time that its sites take, by the times of their operations; a budget
             reaches the rest only where narrower features shorten it.
@@ -27,6 +28,7 @@ class Timing:
     device: str
     threads: int
     asked: float
+    by_operations: float
     predicted: float
     measured: float
     in_sites: float

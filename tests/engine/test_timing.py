@@ -15,7 +15,7 @@ import balf_fx
 from balf_fx.engine import certify
 from balf_fx.engine import timing as module
 from balf_fx.engine.settings import Settings
-from balf_fx.engine.timing import next_target
+from balf_fx.engine.timing import Line, nearest_line, next_target
 from balf_fx.errors import BudgetError, OptionError
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.flops import count_flops, flop_counter
@@ -75,12 +75,25 @@ def fast(model, batches, **options):
 
 
 @given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(0.1, 1.5))
-def test_the_next_target_hits_where_savings_are_in_proportion(asked, predicted, scale):
-    measured = 1 - scale * (1 - predicted)
-    found = next_target(asked, [(predicted, measured)])
+def test_the_next_target_hits_where_savings_are_in_proportion(asked, by_operations, scale):
+    measured = 1 - scale * (1 - by_operations)
+    found = next_target(asked, [(by_operations, measured)])
     assert 0 < found <= 1
     if measured < 1 and 1 - (1 - asked) / scale > 1e-3:
         assert 1 - scale * (1 - found) == pytest.approx(asked)
+        assert nearest_line(asked, [(by_operations, measured)]).measured(found) == pytest.approx(asked)
+
+
+def test_without_other_models_times_are_those_of_their_operations():
+    assert Line().measured(0.7) == Line().by_operations(0.7) == 0.7
+
+
+def test_models_of_the_same_operations_are_expected_to_take_as_long_as_the_faster_one():
+    assert Line((0.5, 0.7), (0.5, 0.6)).measured(0.5) == 0.6
+
+
+def test_no_model_is_expected_to_take_less_than_no_time():
+    assert Line((1.0, 1.0), (0.8, 0.4)).measured(0.5) == 0
 
 
 def test_a_model_that_gained_nothing_is_followed_by_a_smaller_one():
@@ -114,6 +127,8 @@ def test_the_target_is_corrected_where_half_of_the_savings_are_real(net, batches
     clock.law = lambda share: 1 - 0.5 * (1 - share) if share < 1 else 1.0
     kept = balf_fx.report(fast(net, batches, latency=asked)).timing
     assert kept.measured == pytest.approx(asked, rel=0.03)
+    assert kept.by_operations == pytest.approx(1 - 2 * (1 - kept.measured))
+    assert kept.predicted == pytest.approx(kept.measured)
 
 
 @pytest.mark.parametrize("asked", [0.6, 0.7, 0.8])
