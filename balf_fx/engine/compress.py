@@ -28,7 +28,7 @@ from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.blockwise import score_in_blocks
 from balf_fx.engine.program import Program, join, share_observers
 from balf_fx.engine.resuming import Resumption
-from balf_fx.engine.rewriting import normalise
+from balf_fx.engine.rewriting import Written, normalise
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.stages import few_samples, work_of
@@ -237,12 +237,21 @@ def convert(
     if settings.chosen_factors == "air":
         for graph_module in filter(sites, compressed.graph_modules):
             Refine(group=calibration.group, progress=solving, journal=journal)(graph_module)
-    pivot = settings.pivot or isinstance(allocate, Follow)
-    carry_out(compressed, mode, calibration, solving, pivot, journal, _finishing(settings, calibration.pages))
+    written = _written(settings, allocate, timing)
+    carry_out(compressed, mode, calibration, solving, written, journal, _finishing(settings, calibration.pages))
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     plan = plan_of_records(records, records[0].allocation or allocation)
     return compressed, dataclasses.replace(plan, timing=timing)
+
+
+def _written(settings: Settings, allocate: Allocate | Follow, timing: Timing | None) -> Written:
+    """How low-rank maps are written: for a budget of time, as they were measured to be faster."""
+    if isinstance(allocate, Follow):
+        timing = allocate.plan.timing
+    elif not settings.pivot:
+        return "pairs"
+    return "pivots" if timing is not None and not timing.biases_apart else "apart"
 
 
 def _finishing(settings: Settings, pages: Pages | None) -> Callable[[nn.Module], None] | None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,20 +55,24 @@ from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
 _LOGGER = logging.getLogger(__name__)
 
 
+Written = Literal["pairs", "pivots", "apart"]
+"""How low-rank maps are written: as pairs of factors; in the forms for which they were priced (`Pivot`); or in these,
+with biases added apart (`SplitBias`)."""
+
+
 def rewrite(
-    graph_module: fx.GraphModule, pivot: bool, done: Callable[[nn.Module], None] | None = None
+    graph_module: fx.GraphModule, written: Written, done: Callable[[nn.Module], None] | None = None
 ) -> fx.GraphModule:
     """Rewrite a graph by the allocation that is recorded in it.
 
     Args:
-        pivot: whether to write low-rank maps in the form for which they were priced, and to add biases apart; False
-            leaves pairs of factors.
+        written: how low-rank maps are written; in modules of the user's, biases stay in the layers.
         done: called with the modules that replace a layer once they are built, if given.
     """
     if hasattr(graph_module, OBSERVERS):
         remove_observers(graph_module)
     if sites(graph_module):
-        if pivot:
+        if written != "pairs":
             Pivot()(graph_module)
         in_modules = graph_record(graph_module).modules is not None
         if in_modules:
@@ -75,7 +80,7 @@ def rewrite(
             record_graph(graph_module, layouts=find_layouts(graph_module), constants=constants)
         Narrow()(graph_module)
         Factorize(done)(graph_module)
-        if pivot and not in_modules:
+        if written == "apart" and not in_modules:
             SplitBias()(graph_module)
     Overwrite()(graph_module)
     graph_module.recompile()

@@ -14,7 +14,7 @@ from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.program import Program, Step, Trace, linked
-from balf_fx.engine.rewriting import rewrite
+from balf_fx.engine.rewriting import Written, rewrite
 from balf_fx.engine.weighing import call_weights
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import graph_record, sites
@@ -47,7 +47,7 @@ def carry_out(
     mode: AnyMode | None,
     calibration: Calibration,
     progress: Progress = SILENT,
-    pivot: bool = False,
+    written: Written = "pairs",
     journal: Journal = FORGETFUL,
     done: Callable[[nn.Module], None] | None = None,
 ) -> None:
@@ -59,13 +59,13 @@ def carry_out(
     Args:
         mode: the mode of the refit; None for no refit.
         calibration: has batches if there is a refit.
-        pivot: as in `rewrite`; the outputs are the same.
+        written: as in `rewrite`; the outputs are the same.
         journal: has the layers that were refitted before a run was killed.
         done: as in `rewrite`.
     """
     if mode is None:
         for graph_module in program.graph_modules:
-            rewrite(graph_module, pivot, done)
+            rewrite(graph_module, written, done)
         _share_layers(program)
         return
     with _Relay(program, calibration) as relay:
@@ -78,7 +78,7 @@ def carry_out(
                 Refit(inputs, mode, calibration.memory, handed, weights, group, span, own, calibration.pages)(
                     graph_module
                 )
-            rewrite(graph_module, pivot, done)
+            rewrite(graph_module, written, done)
             relay.run(index)
             span.done()
     _share_layers(program)

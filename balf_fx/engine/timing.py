@@ -14,13 +14,14 @@ import torch
 from balf_fx.budget.problem import Problem, Totals
 from balf_fx.calibration.batches import Calibration
 from balf_fx.engine.program import Program, Step, Trace, run_steps
+from balf_fx.engine.rewriting import Written
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.errors import BudgetError, OptionError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import graph_record, sites
 from balf_fx.graph.timing import Runner, Timing
-from balf_fx.latency.stopwatch import Task, race
+from balf_fx.latency.stopwatch import Race, Task, race
 from balf_fx.latency.table import open_table
 from balf_fx.passes import Allocate, Overwrite, Time
 from balf_fx.progress import SILENT, Progress
@@ -75,7 +76,7 @@ class Watch:
         original: the program as the user runs it: without observers, and with its operations in place.
         task: runs it on this call.
         asked: the share of its time to keep.
-        pivot: as in `solving.carry_out`.
+        pivot: whether low-rank maps may be written in other forms than pairs of factors.
     """
 
     program: Program
@@ -149,13 +150,14 @@ class Watch:
         """
         tried: list[Timed] = []
         line = Line() if earlier is None else nearest_line(self.asked, [earlier.shares]) or Line()
-        smallest = False
+        known, smallest = earlier, False
         for _ in range(_CORRECTIONS + 1):
             try:
-                found = self._timed(problem, dataclasses.replace(allocate, latency=target), line)
+                found = self._timed(problem, dataclasses.replace(allocate, latency=target), line, known)
             except BudgetError as error:
                 target, smallest = error.minimum, True
-                found = self._timed(problem, dataclasses.replace(allocate, latency=target, strict=False), line)
+                found = self._timed(problem, dataclasses.replace(allocate, latency=target, strict=False), line, known)
+            known = found
             tried.append(found)
             _LOGGER.info("target %.4g: %s", target, found.timing)
             over = found.timing.measured / self.asked - 1.0
@@ -174,16 +176,38 @@ class Watch:
             )
         if best.timing.measured <= 1.0:
             return best
-        return self._timed(problem, dataclasses.replace(allocate, latency=1.0), line)
+        return self._timed(problem, dataclasses.replace(allocate, latency=1.0), line, best)
 
-    def _timed(self, problem: Problem, option: Allocate, line: Line) -> Timed:
-        allocation = option.solve(problem)
-        return Timed(option, allocation, self.calibration.group.once(lambda: self._time(problem, allocation, line)))
+    def _timed(self, problem: Problem, option: Allocate, line: Line, known: Timed | None) -> Timed:
+        """Choose an allocation and measure it.
 
-    def _time(self, problem: Problem, allocation: Allocation, line: Line) -> Timing:
-        """The times of an allocation; they depend on its sizes alone, so its one-shot weights will do."""
+        Args:
+            known: another model, which has shown how biases are added; None to measure that, too.
+        """
+        allocation, group = option.solve(problem), self.calibration.group
+        apart = group.once(lambda: self._apart(problem, allocation)) if known is None else known.timing.biases_apart
+        return Timed(option, allocation, group.once(lambda: self._time(problem, allocation, line, apart)))
+
+    def _apart(self, problem: Problem, allocation: Allocation) -> bool:
+        """Whether the model is no slower where biases are added apart."""
+        apart = self._compressed(problem, allocation, apart=True)
+        if not any(layer.apart for part in apart.graph_modules for layer in graph_record(part).replaced):
+            return self.pivot
+        inside = self._compressed(problem, allocation, apart=False)
+        first, second = (_task(program, self.trace, self.runner) for program in (apart, inside))
+        found = _race(first, second, self.device).ratio
+        _LOGGER.info("biases in products take %.3g times as long as apart from them", found)
+        return found >= 1.0
+
+    def _compressed(self, problem: Problem, allocation: Allocation, apart: bool) -> Program:
+        """The compressed program; its times depend on its sizes alone, so that one-shot weights will do."""
         compressed = settled(self.program, problem, allocation)
-        carry_out(compressed, None, self.calibration, pivot=self.pivot)
+        written: Written = "pairs" if not self.pivot else "apart" if apart else "pivots"
+        carry_out(compressed, None, self.calibration, written=written)
+        return compressed
+
+    def _time(self, problem: Problem, allocation: Allocation, line: Line, apart: bool) -> Timing:
+        compressed = self._compressed(problem, allocation, apart)
         found = _race(self.task, _task(compressed, self.trace, self.runner), self.device)
         whole, in_sites = max(problem.totals.latency, 1), sum(choice.dense.latency for choice in allocation.choices)
         by_operations = 1.0 - _saved(allocation) / whole
@@ -196,6 +220,7 @@ class Watch:
             predicted=line.measured(by_operations),
             measured=found.ratio,
             in_sites=min(in_sites / whole, 1.0),
+            biases_apart=apart,
             dense=found.first,
             compressed=found.second,
         )
@@ -234,7 +259,7 @@ def _saved(allocation: Allocation) -> int:
     return saved + allocation.saved_elsewhere.latency
 
 
-def _race(first: Task, second: Task, device: torch.device) -> Any:
+def _race(first: Task, second: Task, device: torch.device) -> Race:
     with torch.no_grad():
         return race(first, second, device, _ROUNDS)
 

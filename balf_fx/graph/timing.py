@@ -21,6 +21,8 @@ class Timing:
         measured: the median ratio of their times.
         in_sites: the share of the original's time that its sites take, by the times of their operations; a budget
             reaches the rest only where narrower features shorten it.
+        biases_apart: whether low-rank maps add their biases apart where they can (`passes.SplitBias`), since the model
+            is not slower for it.
         dense, compressed: the median seconds of each; the original with its BatchNorms folded, if they were.
     """
 
@@ -32,5 +34,6 @@ class Timing:
     predicted: float
     measured: float
     in_sites: float
+    biases_apart: bool
     dense: float
     compressed: float

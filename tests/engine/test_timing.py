@@ -39,15 +39,20 @@ def batches():
 @pytest.fixture
 def clock(monkeypatch):
     """Operations take a nanosecond for each FLOP; models take what `law` makes of the share of FLOPs that they keep."""
-    found = types.SimpleNamespace(law=lambda share: share, compiled=0)
+    found = types.SimpleNamespace(law=lambda share: share, compiled=0, apart=1.0)
 
     def task(program, trace, runner):
         found.compiled += runner == "inductor"
-        return types.SimpleNamespace(flops=count_flops(program.graph_modules[0], *trace[0].args), runner=runner)
+        graph_module = program.graph_modules[0]
+        apart = any(name.endswith("_bias") for name, _ in graph_module.named_parameters())
+        flops = count_flops(graph_module, *trace[0].args)
+        return types.SimpleNamespace(flops=flops, runner=runner, apart=apart)
 
     def race(first, second, device):
         if first.runner != second.runner:  # of the original
             return Race(1.0, found.inductor, found.inductor)
+        if first.apart != second.apart and first.flops == second.flops:
+            return Race(1.0, 1 / found.apart, 1 / found.apart)
         share = second.flops / first.flops
         return Race(1e-9 * first.flops, 1e-9 * first.flops * found.law(share), found.law(share))
 
@@ -166,6 +171,21 @@ def test_seconds_are_a_share_of_the_original_time(net, batches, clock):
 def test_the_faster_runner_of_the_original_is_used(net, batches, clock, inductor, runner):
     clock.inductor = inductor
     assert balf_fx.report(fast(net, batches, latency=0.7, runner=None)).timing.runner == runner
+
+
+@pytest.mark.parametrize(("apart", "pivot"), [(0.9, True), (1.1, True), (1.1, False)])
+def test_biases_are_added_apart_where_that_is_not_slower(clock, apart, pivot):
+    clock.apart = apart  # the time with biases apart, as a share of that with biases in products
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    batches = list(torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    small = fast(net, batches, latency=0.5, pivot=pivot)
+    plan = balf_fx.plan(small)
+    assert plan.timing.biases_apart == (pivot and apart <= 1)
+    assert any(layer.apart for layer in plan.layers) == plan.timing.biases_apart
+    again = fast(net, batches, allocation=plan)
+    assert balf_fx.plan(again).layers == plan.layers
+    torch.testing.assert_close(again(batches[0]), small(batches[0]))
 
 
 def test_the_report_and_the_plan_have_the_times(net, batches, clock):
