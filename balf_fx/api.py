@@ -24,9 +24,8 @@ from balf_fx.calibration.batches import (
     forward_for,
     is_empty,
     iterate,
-    ordinary,
+    several,
 )
-from balf_fx.calibration.calls import placeholder_values
 from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.checks import check_values
 from balf_fx.capture.models import cuda_devices, device_of, plain_model
@@ -37,7 +36,7 @@ from balf_fx.engine.agreement import check_alike
 from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.memory import bytes_of
 from balf_fx.engine.options import settings_from, takes_settings
-from balf_fx.engine.program import Part, Program, Step, Trace
+from balf_fx.engine.program import Program, whole_program
 from balf_fx.engine.resuming import check, open_journal, with_validation
 from balf_fx.engine.rewriting import finish, own_memory, with_plan
 from balf_fx.engine.run import keep, run, solve, with_refit
@@ -101,7 +100,9 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
                 "there are no calibration batches, or all are empty: pass at least one, or a fresh iterator"
             )
         # 2. Capture the graph, fold BatchNorm, find the sites and insert observers.
-        program = _program(_prepared(model, first, forward, settings, {settings.chosen_factors}, share=True), forward)
+        program = whole_program(
+            _prepared(model, first, forward, settings, {settings.chosen_factors}, share=True), forward
+        )
         journal = open_journal(program, settings, forward, group)
         settings = with_validation(settings, journal)
         # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
@@ -142,8 +143,9 @@ def prepare(
     Args:
         model, forward: as in `compile`.
         example: one batch; it is run, but not used for calibration.
-        factors: the factors that `convert` shall support, one or several; "activations" and "svd" are always
-            supported. The others need gradients, which `calibrate` computes and a plain call of the graph does not.
+        factors: the factors that `convert` shall support, one or several, whatever the effort; "activations" and "svd"
+            are always supported. The others need gradients, which `calibrate` computes and a plain call of the graph
+            does not; "sensitivity" is what efforts above "fast" use.
         sensitivity: the same as "sensitivity" among `factors`.
         {options}
 
@@ -171,10 +173,12 @@ def calibrate(
     """Run batches through a prepared graph, with gradients if it has observers of gradients.
 
     Args:
-        forward: as in `compile`.
+        prepared: the result of `prepare`.
+        batches, forward: as `calib_batches` and `forward` in `compile`.
         {options}
 
     Raises:
+        OptionError: an option has a wrong value.
         CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
     """
     settings = settings_from(options, "calibrate")
@@ -183,7 +187,7 @@ def calibrate(
     shown = progress_bar(settings.progress and group.rank == 0, "calibrating")
     with torch.inference_mode(False), group.guarded(), shown as bar:
         calibration = _calibration([], forward, settings, settings.memory_bytes, group)
-        compress.calibrate(_program(prepared, forward), batches, calibration, progress=bar)
+        compress.calibrate(whole_program(prepared, forward), several(batches), calibration, progress=bar)
 
 
 @takes_settings("convert", factors=None)
@@ -197,7 +201,7 @@ def convert(
 ) -> nn.Module:
     """Compress a calibrated graph; the graph itself is not changed, so it can be converted or calibrated again.
 
-    By default, factors are the best that the calibration allows, and layers are refitted if there are batches.
+    By default, factors are the best that the calibration allows, and effort="best" refits layers if there are batches.
 
     Args:
         prepared: the result of `prepare`, after calibration.
@@ -207,12 +211,16 @@ def convert(
         model: the model that was prepared, for result="module" here and there.
         {options}
 
+    Returns:
+        As `compile`.
+
     Raises:
+        OptionError: an option has a wrong value, or needs batches or the model.
         NotCalibratedError: the graph has no observers, lacks those that the factors need, or was not calibrated.
         BudgetError: the budget cannot be reached; the message names the smallest one that can.
     """
     settings = settings_from(options, "convert").with_free()
-    seen = [ordinary(batch) for batch in batches if not is_empty(batch)]
+    seen = list(iterate(batches))
     settings.allocate()
     if settings.factors is None and settings.effort != "fast":
         observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
@@ -227,7 +235,7 @@ def convert(
         check_alike(prepared, settings, group)
         first = next(itertools.chain.from_iterable(group.gathered(seen[:1])), _NOTHING)
         settings = with_refit(settings, first is not _NOTHING)
-        program = _program(prepared, forward)
+        program = whole_program(prepared, forward)
         journal = open_journal(program, settings, forward, group)
         settings = with_validation(settings, journal)
         check(journal, seen)
@@ -253,7 +261,7 @@ def plan(source: Any) -> Plan:
 
     Args:
         source: the result of `compile`, `convert` or `load`, or of `torch.compile(..., backend="balf")`; or the path
-            of a file from `save`, or of a .json file with the result of `Plan.to_json`.
+            of what `save` or `save_pretrained` wrote, or of a .json file with the result of `Plan.to_json`.
 
     Raises:
         PassError: the module has no plan.
@@ -314,7 +322,7 @@ def load(
 
     Raises:
         FileError: the file is truncated, was changed, or was not written by balf_fx.
-        PlanError: the file was written by a later version, or for another architecture.
+        PlanError: the file has another format of plans, or was written for another architecture.
     """
     found = storage.read(path)
     loaded = restore(found, model, example, forward)
@@ -349,7 +357,7 @@ def _prepared(
         names = parameters_named_once(model)
         record_graph(graph_module, modules=stock_modules(model), parameters=names, unused=unused)
     record_graph(graph_module, origin=settings.origin(graph_record(graph_module).origin.arguments))
-    compress.observe(_program(graph_module, forward), settings, factors)
+    compress.observe(whole_program(graph_module, forward), settings, factors)
     return graph_module
 
 
@@ -381,15 +389,6 @@ def _describe(compressed: nn.Module, plan: Plan) -> None:
         from balf_fx.huggingface.quantizer import describe  # only here: it imports transformers
 
         describe(compressed, plan)
-
-
-def _program(graph_module: fx.GraphModule, forward: Forward) -> Program:
-    """The whole model as one part."""
-
-    def steps(graph: fx.GraphModule, batch: Any) -> Trace:
-        return (Step(0, tuple(placeholder_values(graph, batch, forward).values())),)
-
-    return Program((Part(graph_module),), steps)
 
 
 def _calibration(

@@ -34,7 +34,7 @@ from torch._dynamo.exc import ShortenTraceback
 from balf_fx.dynamo.frames import current_request, owner_of
 from balf_fx.dynamo.options import BackendOptions, parse_options
 from balf_fx.dynamo.session import Session
-from balf_fx.errors import NotCalibratedError, OptionError
+from balf_fx.errors import BalfError, NotCalibratedError, OptionError
 from balf_fx.files.restore import Stored
 
 
@@ -44,6 +44,14 @@ class BackendOptionError(ShortenTraceback, OptionError):
     Dynamo wraps a backend's errors in its own, except for those derived from ShortenTraceback. Deriving from both lets
     the user catch an OptionError.
     """
+
+
+def _parsed(options: Mapping[str, Any]) -> BackendOptions:
+    """The options, with errors that reach the user as they are."""
+    try:
+        return parse_options(options)
+    except (BalfError, OSError) as error:  # of an option, or of the file of a plan
+        raise BackendOptionError(str(error), first_useful_frame=None) from None
 
 
 class Backend:
@@ -73,19 +81,16 @@ class Backend:
             mode: the mode of the inner backend.
 
         Raises:
-            BackendOptionError: there is no budget, or an option does not exist; the message lists all options.
+            BackendOptionError: there is no budget, an option does not exist, or the plan cannot be read.
         """
-        try:
-            parsed = parse_options({**({} if mode is None else {"mode": mode}), **(options or {})})
-        except OptionError as error:
-            raise BackendOptionError(str(error), first_useful_frame=None) from None
         request = current_request()
-        return self._session(request.owner, parsed).take(graph_module, example_inputs, request)
+        given = {**({} if mode is None else {"mode": mode}), **(options or {})}
+        return self._session(request.owner, given).take(graph_module, example_inputs, request)
 
-    def _session(self, owner: object | None, options: BackendOptions) -> Session:
+    def _session(self, owner: object | None, options: Mapping[str, Any]) -> Session:
         found = None if owner is None else self._sessions.get(id(owner))
         if found is None:
-            found = Session(options, owner)
+            found = Session(_parsed(options), owner)
             self._sessions[id(found if owner is None else owner)] = found
         return found
 

@@ -15,7 +15,7 @@ class OptionError(BalfError, ValueError):
 
 
 class UnknownSiteError(OptionError):
-    """A name or pattern in `include`, `exclude` or a rank mapping matches no site."""
+    """A name or pattern in `include`, `exclude`, `dense` or a rank mapping matches no layer."""
 
 
 class CalibrationError(BalfError, ValueError):
@@ -31,7 +31,7 @@ class NotCalibratedError(BalfError, RuntimeError):
 
 
 class ModelError(BalfError, ValueError):
-    """The model is not ready to be compressed: its weights are missing, or it is quantized already."""
+    """The model is not ready to be compressed: weights are missing, not finite or not plain, or it is quantized."""
 
 
 class CaptureError(BalfError, RuntimeError):
@@ -51,7 +51,7 @@ class NoSiteError(BalfError, ValueError):
 
 
 class BudgetError(BalfError, ValueError):
-    """The budget is below what factorization can reach.
+    """The budget is below what compression can reach.
 
     Attributes:
         minimum: the smallest reachable budget, as a fraction of the whole model's cost.
@@ -63,7 +63,7 @@ class BudgetError(BalfError, ValueError):
 
 
 class WeightsChangedError(BalfError, RuntimeError):
-    """A weight that `torch.compile(backend="balf")` has replaced by factors was changed afterwards."""
+    """A weight that `torch.compile(backend="balf")` has replaced or folded was changed afterwards."""
 
 
 class MissingExtraError(BalfError, ImportError):
@@ -75,7 +75,7 @@ class PlanError(BalfError, ValueError):
 
 
 class FileError(BalfError, ValueError):
-    """A file cannot be read as one that balf_fx wrote: it is truncated, changed or of another kind."""
+    """A file cannot be written, or not be read as one of balf_fx: it is truncated, changed or of another kind."""
 
 
 class ProcessError(BalfError, RuntimeError):

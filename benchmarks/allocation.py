@@ -126,7 +126,7 @@ class Bench:
             allocated = self._allocated(measure, allocate)
             if refit:
                 Refit([placeholder_values(allocated, batch, self._forward) for batch in batches])(allocated)
-            model = rewrite(allocated, pivot=True)
+            model = rewrite(allocated, written="apart")
         kept = count_flops(model, self.task.calibration[0]) / self._flops
         figures = self.judge.figures(model)
         kl_calibration = self._divergence(model, self.task.calibration)
@@ -139,7 +139,7 @@ class Bench:
         for site, nodes in sites(self._scored["flops"]).items():
             curve, rank = annotation(nodes[0]).curve, max(site.break_even // 2, 1)
             if curve is not None:
-                model = rewrite(self._allocated("flops", Allocate(ranks={site.name: rank})), pivot=True)
+                model = rewrite(self._allocated("flops", Allocate(ranks={site.name: rank})), written="apart")
                 yield SiteRow(site.name, rank, self._divergence(model, self.task.calibration[:1]), _terms(curve, rank))
 
     def _allocated(self, measure: Measure, allocate: Allocate) -> fx.GraphModule:

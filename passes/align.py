@@ -74,7 +74,7 @@ class Align(Pass):
         """The step of a size: the option's, or the granule unless too few sizes would be left."""
         if self.multiple_of != "auto":
             return self.multiple_of
-        return max(step for step in (1, 2, 4, granule) if step <= max(full // 4, 1))
+        return max(step for step in (1, 2, 4, granule) if step <= min(max(full // 4, 1), granule))
 
     def _aligned(self, width: Width, granules: Mapping[str, tuple[int, int, int]], names: Mapping[str, str]) -> Width:
         """A width with its step: its features are outputs of its producers, and inputs of its consumers."""

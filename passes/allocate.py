@@ -57,6 +57,11 @@ class Allocate(Pass):
         strict: whether a budget that cannot be reached is an error; False takes the closest reachable choice instead.
         ranks: {site name: rank}, None for dense, a tuple for one rank per part. Sites that are not named stay dense.
             Cannot be combined with the options above.
+
+    Raises:
+        OptionError: there is no budget, more than one, or a wrong value.
+        BudgetError: the budget cannot be reached.
+        PassError: a site has no curve, or no time for a budget of time.
     """
 
     flops: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -75,9 +75,7 @@ class Factorize(Pass):
             original = mark.fingerprint or fingerprint(graph_module, site)
             replaced.append(_replaced(site.name, rank, substitute.biased, original, solution))
             replace_site(graph_module, nodes, site, substitute)
-        for node in graph_module.graph.nodes:
-            if node.name in cuts:
-                _reorder_table(graph_module, node, cuts[node.name])
+        _reorder_tables(graph_module, cuts)
         if any(map(features_last, built)):
             allow_any_layout(graph_module)
         graph_module.delete_all_unused_submodules()
@@ -85,16 +83,20 @@ class Factorize(Pass):
         return PassResult(graph_module, bool(replaced))
 
 
-def _reorder_table(graph_module: fx.GraphModule, node: fx.Node, cut: Cut) -> None:
-    """Give the features of an embedding their new order; layers that are tied to it read the same features."""
-    path = table_of(graph_module, node, len(annotation(node).shape or ()) - 1)
-    if path is None:
-        return
-    value: Tensor = get_tensor(graph_module, path)
-    new = nn.Parameter(cut.written[0].of(value.detach().mT).mT.contiguous(), requires_grad=value.requires_grad)
-    tied = [name for name, each in graph_module.named_parameters(remove_duplicate=False) if each is value]
-    for name in tied or [path]:
-        put(graph_module, name, new)
+def _reorder_tables(graph_module: fx.GraphModule, cuts: Mapping[str, Cut]) -> None:
+    """Give the features of embeddings their new order; layers that are tied to one read the same features."""
+    reordered: set[int] = set()  # a table may be read several times
+    for node in graph_module.graph.nodes:
+        path = table_of(graph_module, node, len(annotation(node).shape or ()) - 1) if node.name in cuts else None
+        if path is None or id(get_tensor(graph_module, path)) in reordered:
+            continue
+        value: Tensor = get_tensor(graph_module, path)
+        order = cuts[node.name].written[0]
+        new = nn.Parameter(order.of(value.detach().mT).mT.contiguous(), requires_grad=value.requires_grad)
+        tied = [name for name, each in graph_module.named_parameters(remove_duplicate=False) if each is value]
+        for name in tied or [path]:
+            put(graph_module, name, new)
+        reordered.add(id(new))
 
 
 def _written(part: Solution, form: Form, order: Tensor | None, blocks: tuple[Tensor, ...]) -> Solution:

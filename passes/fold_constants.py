@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class FoldConstants(Pass):
                     found[weight] = folding
             if any(weight in found or _is_stack(graph_module, weight) for weight in weights):
                 products.add(node)  # what transposes or selects these matrices stays
+        products |= constants  # products within the computation of a weight are no layers
         layers = (node for node in graph_module.graph.nodes if node not in products)
         operands = [value for node in layers for value in layer_parameters(node).items()]
         for role, node in dict.fromkeys((role, _behind_transpositions(value)) for role, value in operands):
@@ -138,6 +140,7 @@ def _freed(group: Sequence[_Folding], users: Mapping[int, set[fx.Node]]) -> int:
     """The number of elements of the tensors that nothing reads any longer."""
     ends = {folding.node for folding in group}
 
+    @cache
     def is_lost(node: fx.Node) -> bool:
         return node in ends or (bool(node.users) and node in inside and all(map(is_lost, node.users)))
 
@@ -214,10 +217,14 @@ def _layer_path(path: str) -> str:
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     """The attributes from which a constant node is computed, in order of use."""
-    if node.op == "get_attr":
-        return [node]
-    found = (source for argument in node.all_input_nodes for source in _sources(argument))
-    return list(dict.fromkeys(found))
+    found: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found:  # a weight may be computed from many values that are read several times
+            found[node] = None
+            pending += reversed(node.all_input_nodes)
+    return [each for each in found if each.op == "get_attr"]
 
 
 class NotConstantError(Exception):

@@ -44,12 +44,12 @@ class Narrow(Pass):
         cuts = {name: cut for name, cut in find_cuts(graph_module).items() if cut.rewires}
         nodes = {node.name: node for node in graph_module.graph.nodes}
         shrunk = [width for width in record.widths if record.size_of(width) < width.features]
-        for width in record.all_widths:
-            for name in {*width.between, *width.fused} & set(cuts):
-                if nodes[name].op == "get_attr":
-                    _slice_constant(graph_module, nodes[name], cuts[name].written)
-                elif is_normalisation(graph_module, nodes[name], len(annotation(nodes[name]).shape or ()) - 1):
-                    _reorder_module(graph_module, nodes[name], cuts[name].written[0])
+        between = {name for width in record.all_widths for name in (*width.between, *width.fused)}
+        for name in {str(nodes[name].target): name for name in cuts if name in between}.values():  # each target once
+            if nodes[name].op == "get_attr":
+                _slice_constant(graph_module, nodes[name], cuts[name].written)
+            elif is_normalisation(graph_module, nodes[name], len(annotation(nodes[name]).shape or ()) - 1):
+                _reorder_module(graph_module, nodes[name], cuts[name].written[0])
         _resize(record, nodes, cuts, {width.key: record.size_of(width) for width in shrunk})
         attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
         level = [product for product in dict.fromkeys(product for _, product in attentions) if has_level_heads(product)]

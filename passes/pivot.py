@@ -28,7 +28,7 @@ _HALF = 3.0  # the largest coefficient for weights in half precision
 
 @dataclass(frozen=True)
 class Pivot(Pass):
-    """Choose the pivots of each low-rank map, and an order for the features of each width around such maps.
+    """Choose the pivots of each low-rank map (`ranks.pivots`), and an order for the features of each width around them.
 
     Runs between `Refit` and `Narrow`, which reorders the constants between layers; `Factorize` writes the maps. All
     layers around a width share its order. It starts with the pivots of the smallest rank, and those of a larger rank

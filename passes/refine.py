@@ -32,8 +32,9 @@ _LOGGER = logging.getLogger(__name__)
 class Refine(Pass):
     """Refine the one-shot factors of the chosen ranks, between Allocate and Factorize.
 
-    The defaults are as published. Statistics are centred where Score's were; the mean of the lost output is then added
-    to the bias. A site that no gradient has reached and a transposed convolution keep their one-shot factors.
+    The defaults are as published, except for `block`. Statistics are centred where Score's were; the mean of the lost
+    output is then added to the bias. A site that no gradient has reached and a transposed convolution keep their
+    one-shot factors.
 
     Attributes:
         signal: the measure of influence, "weight_gradient" or "fisher" (`ranks.influence.influence`).

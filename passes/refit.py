@@ -61,7 +61,7 @@ from balf_fx.refit.biases import shift_between, shifted
 from balf_fx.refit.experts import refit_experts
 from balf_fx.refit.lockstep import Batch, Lockstep, sources_of, without_ends
 from balf_fx.refit.problems import BiasProblem, DividedProblem, Problem, Through
-from balf_fx.refit.targets import Target, observes
+from balf_fx.refit.targets import Target, observes, summands_first
 from balf_fx.refit.windows import Window
 from balf_fx.refit.work import Shape, node_work, solved_shape
 from balf_fx.widths.narrowing import Cut, find_cuts
@@ -113,7 +113,7 @@ class Refit(Pass):
         ends = {node for node in graph_module.graph.nodes if node.op == "output" or observes(node)}
         nodes = [node for node in graph_module.graph.nodes if node not in ends and not leads_to_experts(node)]
         layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_kept(node)}
-        nodes = without_ends(graph_module, nodes, layers, ends)
+        nodes = summands_first(graph_module, without_ends(graph_module, nodes, layers, ends), layers)
         with torch.no_grad():
             weights = self.weights
             if not len(weights) and mask_inputs(graph_module):

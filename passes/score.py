@@ -192,15 +192,14 @@ class Score(Pass):
         for division in site.divisions:
             thin = dataclasses.replace(site, divided=division)
             moments = _of_strips(observer, thin) if division in wanted else None
+            if moments is None and division == "separable" and division in wanted and not self.by_time:
+                raise _unobserved(site)
             if moments is not None and (planned or float(moments.count) >= _ENOUGH * thin.strips.in_features):
                 strips = self._strips(graph_module, thin, moments, seen.gradients, curve.energy)
                 found = rank_curve(thin, strips, *use(nodes))
                 forms.append((thin, dataclasses.replace(curve, candidates=found.candidates, strips=strips)))
         if planned and forms[-1][0].divided not in wanted:
-            raise NotCalibratedError(
-                f"the plan divides the kernel of site {site.name!r}, whose strips were not observed: pass "
-                "separable=True to balf_fx.prepare"
-            )
+            raise _unobserved(site)
         if planned:
             return forms[-1:]
         return forms if self.by_time else [min(forms, key=lambda form: form[1].least_at_half("flops"))]
@@ -317,6 +316,13 @@ def _loss(gradients: Gradients, energies: Tensor, shared: bool) -> float:
     units = gradients.unit.squeeze(-1)
     lost = units.sum() * energies.sum() if shared else (units * energies.sum(-1)).sum()
     return 0.5 * float(lost) / gradients.samples
+
+
+def _unobserved(site: Site) -> NotCalibratedError:
+    return NotCalibratedError(
+        f"the kernel of site {site.name!r} may be divided, but its strips were not observed: pass separable=True to "
+        "balf_fx.prepare, too"
+    )
 
 
 def _of_strips(observer: CovarianceObserver | None, site: Site) -> Moments | None:

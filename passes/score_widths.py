@@ -50,7 +50,7 @@ _JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
 
 @dataclass(frozen=True)
 class ScoreWidths(Pass):
-    """Score every size of every width, where gradients have been observed.
+    """Score every size of every width, where gradients have been observed (`widths.elimination`, `widths.heads`).
 
     Errors are measured at the outputs of the layers that read the features, or for queries at the queries themselves.
     Metric and unit are the same as for the ranks of these layers (`Score`), so that the two are comparable.

@@ -83,6 +83,11 @@ class BatchedWithBias(Dense):
         return torch.baddbmm(self.bias, x.unsqueeze(0).expand(EXPERTS, -1, -1), self.columns())
 
 
+class BatchedLeftWithBias(Dense):
+    def every(self, x):
+        return torch.baddbmm(self.bias.mT, self.rows(), x.t().expand(EXPERTS, -1, -1)).transpose(1, 2)
+
+
 class Product(Dense):
     def every(self, x):
         return x @ self.columns()
@@ -110,7 +115,7 @@ class EinsumOwn(Dense):
 
 
 CHOSEN = [Selected, SelectedLeft, SelectedTwo, *([Grouped] if hasattr(F, "grouped_mm") else [])]
-DENSE = [Batched, BatchedLeft, BatchedWithBias, Product, Broadcast, Einsum, EinsumLeft, EinsumOwn]
+DENSE = [Batched, BatchedLeft, BatchedWithBias, BatchedLeftWithBias, Product, Broadcast, Einsum, EinsumLeft, EinsumOwn]
 FORMS = [*CHOSEN, *DENSE]
 
 

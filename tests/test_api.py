@@ -404,3 +404,17 @@ def test_progress_goes_to_stderr_and_can_be_silenced(conv_net, images, capfd):
     compress(conv_net, images)
     silent = capfd.readouterr()
     assert shown.out == silent.out == silent.err == ""
+
+
+def test_a_tensor_or_a_mapping_is_one_batch_at_every_door():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    x = torch.randn(16, 3, 10, 10)
+    found = []
+    for batches in (x, {"input": x}, [x]):
+        prepared = balf_fx.prepare(model, x)
+        balf_fx.calibrate(prepared, batches, progress=False)
+        found.append(balf_fx.convert(prepared, batches=batches, flops=0.6, progress=False)(x))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    with pytest.raises(CalibrationError, match="must be a tensor, a mapping or an iterable"):
+        balf_fx.calibrate(prepared, "folder", progress=False)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 
 from balf_fx.errors import MissingExtraError
+
+_MISSING = 'certified budgets need scipy: pip install "balf-fx[certify]"'
+
+
+def check_scipy() -> None:
+    """Check that `clopper_pearson` will work.
+
+    Raises:
+        MissingExtraError: scipy is missing.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise MissingExtraError(_MISSING)
 
 
 def clopper_pearson(failures: int, samples: int, confidence: float) -> float:
@@ -17,7 +30,7 @@ def clopper_pearson(failures: int, samples: int, confidence: float) -> float:
     try:
         from scipy.stats import beta
     except ImportError as error:
-        raise MissingExtraError('certified budgets need scipy: pip install "balf-fx[certify]"') from error
+        raise MissingExtraError(_MISSING) from error
     return 1.0 if failures >= samples else float(beta.ppf(confidence, failures + 1, samples - failures))
 
 

@@ -17,17 +17,34 @@ from balf_fx.calibration.weights import Weights, counted
 def find_logits(output: Any, batch: Any) -> Tensor | None:
     """The logits of a classifier or language model among a model's outputs, or None.
 
-    These are the output named `logits` or, without one, the only tensor if its shape is [samples, classes], or
-    [samples, length, classes] for integer inputs [samples, length].
+    These are the output named `logits`, [samples, classes] or [samples, length, classes], or, without one, the only
+    tensor if its shape is [samples, classes], or [samples, length, classes] for integer inputs [samples, length]. There
+    are at least two classes.
     """
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor) and named.is_floating_point():
-        return named
+    named = _named_logits(output)
+    if named is not None:
+        return named if named.dim() in (2, 3) and named.shape[-1] > 1 else None
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2 or output.shape[-1] < 2:
         return None
     tokens = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
     language = output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
     return output if output.dim() == 2 or language else None
+
+
+def find_pixels(output: Any) -> Tensor | None:
+    """The logits of at least two classes for pixels, [samples, classes, height, width], or None.
+
+    These are the output named `logits` or, without one, the only tensor.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    named = _named_logits(output)
+    found = leaves[0] if named is None and len(leaves) == 1 else named
+    return found if found is not None and found.dim() == 4 and found.shape[1] > 1 else None
+
+
+def _named_logits(output: Any) -> Tensor | None:
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return named if isinstance(named, Tensor) and named.is_floating_point() else None
 
 
 def answers(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[Any]:

@@ -156,21 +156,30 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
+def several(batches: Any) -> Iterable[Any]:
+    """Batches as an iterable: a single tensor or mapping is one batch.
+
+    Raises:
+        CalibrationError: `batches` is neither a batch nor an iterable of batches.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        return [batches]
+    if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration batches must be a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
+        )
+    return batches
+
+
 def iterate(batches: Any) -> Iterator[Any]:
-    """Batches one by one: a single tensor or mapping is one batch, everything else is iterated once.
+    """Batches one by one, as in `several`.
 
     Batches without samples are left out, and tensors made in inference mode are copied.
 
     Raises:
         CalibrationError: `batches` is neither a batch nor an iterable of batches.
     """
-    if isinstance(batches, Tensor | Mapping):
-        batches = [batches]
-    if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"calibration batches must be a tensor, a mapping or an iterable of batches, not {type(batches).__name__}"
-        )
-    return (ordinary(batch) for batch in batches if not is_empty(batch))
+    return (ordinary(batch) for batch in several(batches) if not is_empty(batch))
 
 
 @dataclass(frozen=True)

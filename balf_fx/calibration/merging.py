@@ -35,10 +35,12 @@ def merging(program: nn.Module, group: Group) -> Iterator[None]:
         each.statistics = (None,) * len(each.statistics)
     try:
         yield
-        for index, each in enumerate(observers):  # one at a time, so that no more is held twice
+        merged = []
+        for each, before in zip(observers, found, strict=True):  # one at a time, so that no more is held twice
             merge_statistics(each, group)
             own, each.statistics = each.statistics, (None,) * len(each.statistics)
-            found[index] = _added(found[index], own)
+            merged.append(_added(before, own))
+        found = merged
     finally:
         for each, statistics in zip(observers, found, strict=True):
             each.statistics = statistics

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.calibration.moments import CHUNK_ELEMENTS
 from balf_fx.errors import ModelError, TrainingModeError
+from balf_fx.graph.operators import operation
 from balf_fx.graph.parameters import FLOATS, is_quantized
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
+_PATHS = ("StochasticDepth", "DropPath")  # of torchvision and timm: they drop whole branches
 _FLOAT = ("FloatFunctional", "FXFloatFunctional")  # these lie there, too, but compute with plain tensors
 
 
@@ -90,6 +94,8 @@ def _training_matters(module: nn.Module) -> bool:
         return module.p > 0
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0
+    if type(module).__name__ in _PATHS:
+        return bool(getattr(module, "p", getattr(module, "drop_prob", 0)))
     return isinstance(module, nn.RReLU)
 
 
@@ -100,11 +106,22 @@ def check_functional_training(graph_module: fx.GraphModule) -> None:
         TrainingModeError: one does; names the first.
     """
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and node.kwargs.get("training") is True:
+        if node.op == "call_function" and (node.kwargs.get("training") is True or _drops(node)):
             raise TrainingModeError(
                 f"{node.name} runs with training=True, with which its output differs from that in deployment: "
                 "call model.eval() first"
             )
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a call drops values at random because it runs in training mode, which exported calls pass by position."""
+    if not any(word in operation(node) for word in ("dropout", "stochastic_depth")):
+        return False
+    schema = getattr(node.target, "_schema", None)
+    target: Any = node.target
+    names = [each.name for each in schema.arguments] if schema is not None else list(signature(target).parameters)
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return True in (given.get("training"), given.get("train")) and given.get("p") != 0
 
 
 def close(want: Tensor, got: Tensor) -> bool:

@@ -24,6 +24,7 @@ from balf_fx.checkpoint.digests import digest_of
 from balf_fx.errors import CheckpointError
 
 _MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 5
+_UNFINISHED = f".{_MANIFEST}.tmp"
 
 
 class Folder:
@@ -38,20 +39,22 @@ class Folder:
         before: what the run depended on that began the folder; the same as `run` if it is new.
 
     Raises:
-        CheckpointError: the folder cannot be written, or its manifest is damaged.
+        CheckpointError: the folder cannot be written, has files of others, or its manifest is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         self.path = Path(path)
         with self.writing():
-            (self.path / _STAGES).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / _MANIFEST).exists():
+                self._check_empty()
+                self._write_manifest(run)
+            (self.path / _STAGES).mkdir(exist_ok=True)
             for left in self.path.glob(".balf_fx-*"):  # of a run that was killed while it wrote its result
                 shutil.rmtree(left, ignore_errors=True)
             for left in (self.path / _STAGES).iterdir():  # of one that was killed while it wrote a stage
-                if left.suffix != _SUFFIX:  # ours is ".tmp", that of safetensors ".tmp" and random letters
+                if left.name.startswith(".tmp") or left.suffix == ".tmp":  # of safetensors, or of ours
                     left.unlink(missing_ok=True)
-            if not (self.path / _MANIFEST).exists():
-                self._write_manifest(run)
         self.before = self._manifest()
         self._run = digest_of(self.before)
 
@@ -126,8 +129,14 @@ class Folder:
         digest = hashlib.blake2b(stage.encode(), digest_size=4).hexdigest()
         return self.path / _STAGES / f"{readable}-{digest}{_SUFFIX}"
 
+    def _check_empty(self) -> None:
+        """Check that a folder without a manifest holds nothing: files of others must not be taken for ours."""
+        others = sorted(each.name for each in self.path.iterdir() if each.name != _UNFINISHED)
+        if others:
+            raise CheckpointError(f"{self} is no checkpoint, but holds {others[0]!r}: pass a new or an empty folder")
+
     def _write_manifest(self, run: Mapping[str, Any]) -> None:
-        whole = self.path / f".{_MANIFEST}.tmp"
+        whole = self.path / _UNFINISHED
         whole.write_text(json.dumps({"format": _FORMAT, "run": run}, indent=1))
         self._replace(whole, self.path / _MANIFEST)
 

@@ -35,6 +35,9 @@ except ImportError:
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+_EXISTING_RESULT = click.Path(exists=True, path_type=Path)
+
+
 _PICTURE = OutputFile(".png", ".svg", ".pdf")
 
 
@@ -78,7 +81,7 @@ def main() -> None:
     type=click.IntRange(min=1),
     default=1000,
     show_default=True,
-    help="Largest number of samples, of the rest of --data, on which --disagreement or --divergence is tested.",
+    help="At most this many samples of the rest of --data or --text, to test --disagreement or --divergence on.",
 )
 @click.option(
     *("--output", "-o"),
@@ -130,13 +133,13 @@ def compress(output: Path, html: Path | None, as_json: bool, validation: int, **
 
 
 @main.command()
-@click.argument("file", type=_EXISTING)
+@click.argument("file", type=_EXISTING_RESULT)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--html", type=OutputFile(".html"), help="Write an HTML page with the plot and the tables.")
 @click.option("--sweep", "curve", type=_EXISTING, help="Output of `sweep --json`, to add its plot to the HTML page.")
 @click.option("--plot", type=_PICTURE, help="Write only the plot, as .png, .svg or .pdf.")
 def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plot: Path | None) -> None:
-    """Print what was done to the model in FILE, which is a file written by `compress` or a plan as .json."""
+    """Print what was done to the model in FILE, a file or a folder written by `compress`, or a plan as .json."""
     if curve is not None and html is None:
         raise click.UsageError("--sweep adds a plot to the HTML page: pass --html, too")
     found = report_of(file)
@@ -153,13 +156,19 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
 @input_options
 @setting_options(skip=_BUDGET)
 @click.option("--budgets", callback=_shares, default=_BUDGETS, show_default=True, help="Fractions to keep.")
-@click.option("--measure", type=click.Choice(get_args(Measure)), default="flops", show_default=True)
+@click.option(
+    *("--measure", "measure"),
+    type=click.Choice(get_args(Measure)),
+    default="flops",
+    show_default=True,
+    help="What the budgets are fractions of.",
+)
 @click.option(
     "--eval-data", type=click.Path(exists=True, path_type=Path), help="Evaluation data; default: the rest of --data."
 )
 @click.option("--eval-array", metavar="NAME", help="Array in the .npz file of --eval-data; default: the only one.")
 @click.option(
-    "--eval-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Largest number of samples."
+    "--eval-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="At most this many samples."
 )
 @click.option("--labels", metavar="NAME", help="Array of classes in the .npz file of the evaluation data.")
 @click.option("--plot", type=_PICTURE, help="Plot the curve, as .png, .svg or .pdf.")

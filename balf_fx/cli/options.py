@@ -67,11 +67,13 @@ _OPTIONS = (
     click.option("--length", type=_COUNT, default=256, show_default=True, help="Tokens of each sample of --text."),
     click.option("--array", metavar="NAME", help="Array in the .npz file; default: the only one."),
     click.option("--samples", type=_COUNT, default=512, show_default=True, help="Number of random samples to use."),
-    click.option("--batch-size", type=_COUNT, default=32, show_default=True),
+    click.option("--batch-size", type=_COUNT, default=32, show_default=True, help="Samples in a batch."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of the samples and the probes."),
     click.option("--image-size", type=_COUNT, help="Size of the images; default: the model's."),
     click.option("--mean", callback=numbers, help="Mean of channels, as 0.485,0.456,0.406; default: the model's."),
-    click.option("--std", callback=numbers, help="Deviation of channels, as 0.229,0.224,0.225; default: the model's."),
+    click.option(
+        "--std", callback=numbers, help="Their standard deviation, as 0.229,0.224,0.225; default: the model's."
+    ),
     click.option("--quiet", "-q", is_flag=True, help="Show no progress bars."),
 )
 

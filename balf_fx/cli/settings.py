@@ -42,6 +42,14 @@ _NUMBERS = ("latency", "multiple_of")
 _NAMES = {"weights": "position-weights"}
 """The options whose word is not their name: --weights takes the file of the model's weights."""
 _PATTERNS = ("include", "exclude", "dense")
+_TEXTS = {
+    "allocation": 'How the budget is distributed over the layers: "budget" (least total loss), "uniform" (the same '
+    'share of each layer\'s cost) or "energy" (the same share of each layer\'s energy). Or, without a budget, "free", '
+    "or a file with the plan of a model of the same architecture: .json, or .safetensors from `compress`.",
+    "refit": 'Whether to solve every layer again for the input that it has in the compressed model: "full" solves for '
+    'the whole layer, "up" for left factors and biases only, "none" for nothing. By default, effort decides.',
+}
+"""The texts of options whose values are written in another way than in Python."""
 
 
 def setting_options(skip: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -57,19 +65,18 @@ def setting_options(skip: Collection[str] = ()) -> Callable[[Callable[..., Any]]
 
 
 def _option(name: str, each: dataclasses.Field[Any]) -> Callable[..., Any]:
-    dashed, text = (
-        _NAMES.get(name, name.replace("_", "-")),
-        f"{each.metadata['text'][0].upper()}{each.metadata['text'][1:]}.",
-    )
-    values = each.metadata["values"]
+    written, values = each.metadata["text"], each.metadata["values"]
+    dashed, text = _NAMES.get(name, name.replace("_", "-")), _TEXTS.get(name, f"{written[0].upper()}{written[1:]}.")
     if {True, False} <= set(values) <= {True, False, None}:
         return click.option(f"--{dashed}/--no-{dashed}", name, default=each.default, show_default=True, help=text)
     if name in _PATTERNS:
         return click.option(f"--{dashed}", name, metavar="GLOB", multiple=True, help=f"{text} Repeatable.")
-    kind = _TYPES.get(name) or click.Choice([value or "none" for value in values if isinstance(value, str | None)])
+    words = [value for value in values if isinstance(value, str)]
+    kind = _TYPES.get(name) or click.Choice(["none", *words] if False in values else words)
     metavar = "MODULE:FUNCTION" if name in _FUNCTIONS else None
     own = dashed.replace("-", "_")
-    return click.option(f"--{dashed}", own, type=kind, metavar=metavar, default=None, help=text)
+    shown = False if each.default is None else str(each.default)
+    return click.option(f"--{dashed}", own, type=kind, metavar=metavar, default=None, show_default=shown, help=text)
 
 
 def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def settings_from_command(given: Mapping[str, Any]) -> dict[str, Any]:
     names = {word.replace("-", "_"): name for name, word in _NAMES.items()}
     for own, value in given.items():
         name = names.get(own, own)
-        if value is None or value == () or (name == "factors" and value == "none"):
+        if value is None or value == ():
             continue
         if name in _FUNCTIONS:
             found[name] = _function(value)

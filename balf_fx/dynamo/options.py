@@ -55,7 +55,7 @@ class BackendOptions:
     plan: Stored | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        budget = (self.settings.flops, self.settings.params, self.settings.energy)
+        budget = (self.settings.flops, self.settings.params, self.settings.latency, self.settings.energy)
         if self.plan is None:
             self.settings.allocate()  # checks the budget
         elif any(value is not None for value in budget):

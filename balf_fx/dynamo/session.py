@@ -240,9 +240,9 @@ class Session:
                 self._compress(self._recording.bindings, bar)
         except BalfError as error:
             self._failure = error  # later calls would fail in the same way
-            raise
-        finally:
             self._recording.close()
+            raise
+        self._recording.close()  # not after other errors, such as an interrupt: the next call tries again
 
     def _compress(self, bindings: list[Binding], progress: Progress) -> None:
         """Compress all graphs that were called under one budget, and store the new layers."""

@@ -97,7 +97,7 @@ def calibrate_in_blocks(
     """
     graph_module = program.graph_modules[0]
     check_alike(graph_module, calibration.group)
-    settings.align()(graph_module)
+    dataclasses.replace(settings.align(), group=calibration.group)(graph_module)
     settings.find_pivots()(graph_module)
     run = _there_and_back if settings.chosen_factors == "sensitivity" else _there
     run(program, settings, batches, calibration, work, progress, journal)

@@ -12,14 +12,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein, least_samples
-from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
+from balf_fx.calibration.answers import element_weights, find_logits, find_pixels, real_leaves
 from balf_fx.calibration.batches import Calibration, is_empty, iterate, ordinary, run_batch
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
@@ -30,6 +30,7 @@ from balf_fx.engine.solving import without_observers
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import BudgetError, CalibrationError, OptionError
 from balf_fx.graph.certificate import Certificate, Mistakes, Tried
+from balf_fx.graph.curves import Measure
 from balf_fx.graph.plan import Plan
 from balf_fx.progress import SILENT, Progress
 
@@ -70,11 +71,17 @@ def certify(
             break
         best = candidate
     progress.done()
-    compressed, plan = best or convert(program, settings.at(1.0), calibration)
+    compressed, plan = best or convert(program, _free(settings), calibration)
     found = Certificate(
         judge.mistakes, judge.limit, settings.confidence, settings.minimise, judge.samples, tuple(tried)
     )
     return compressed, dataclasses.replace(plan, certificate=found)
+
+
+def _free(settings: Settings) -> Settings:
+    """The settings for what is free."""
+    without: dict[str, Any] = dict.fromkeys((*get_args(Measure), "factors", "refit"))
+    return dataclasses.replace(settings.at(1.0), **without).with_free()
 
 
 @dataclass(frozen=True)
@@ -173,20 +180,18 @@ class _Judge:
 
 def _choices(output: Any, batch: Any, weights: Weights | None) -> tuple[Tensor, Tensor | None]:
     """The chosen classes of each sample, [N, k], and their weights."""
-    logits = find_logits(output, batch)
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    if logits is None and len(leaves) == 1 and leaves[0].dim() == 4 and leaves[0].shape[1] > 1:
-        logits = leaves[0]  # [N, classes, height, width]
+    logits, classes = find_logits(output, batch), -1
     if logits is None:
+        logits, classes = find_pixels(output), 1
+    if logits is None:
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves) or "no tensor"
         raise OptionError(
             "disagreement= requires a choice among classes: outputs [N, classes], tokens [N, L, classes], or pixels "
             f"[N, classes, height, width], not {shapes}. Use divergence= for other outputs"
         )
-    if logits.dim() == 4:
-        return logits.argmax(1).flatten(1), None
-    chosen = logits.argmax(-1)
-    own = None if weights is None else weights.of(logits, rows=True)
+    chosen = logits.argmax(classes)
+    own = None if weights is None else weights.of(chosen)
     return chosen.reshape(len(chosen), -1), own
 
 

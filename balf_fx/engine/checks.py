@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from balf_fx.budget.bounds import check_scipy
 from balf_fx.errors import OptionError
 
 
@@ -65,5 +66,7 @@ def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation:
         raise OptionError(
             "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
         )
+    if disagreement is not None:
+        check_scipy()
     if not limited and validation is not None:
         raise OptionError("validation= is for disagreement= or divergence=: pass one of them in place of a budget")

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from balf_fx.budget.problem import Totals
-from balf_fx.calibration.batches import graphs_of
+from balf_fx.calibration.batches import Forward, graphs_of
+from balf_fx.calibration.calls import placeholder_values
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.graph.annotation import annotate, annotation, graph_record, sites
 from balf_fx.graph.layers import layers_of
@@ -137,6 +138,15 @@ class Program:
     def trace(self, batch: Any) -> Trace:
         """A batch as a trace; nothing is run."""
         return self.steps(self.graph_modules[0], batch)
+
+
+def whole_program(graph_module: fx.GraphModule, forward: Forward) -> Program:
+    """A whole model as one part, which batches run through as `forward` passes them on."""
+
+    def steps(graph: fx.GraphModule, batch: Any) -> Trace:
+        return (Step(0, tuple(placeholder_values(graph, batch, forward).values())),)
+
+    return Program((Part(graph_module),), steps)
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:

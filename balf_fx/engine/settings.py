@@ -1,7 +1,7 @@
 """All user options in one place.
 
 `compile`, `prepare`, `convert`, the backend of torch.compile and the command line take the fields of `Settings` by
-name, with these defaults and these descriptions. An option that is added here is available in all of them.
+name, with these defaults and these descriptions. An option that is added here is available wherever it applies.
 """
 
 from __future__ import annotations
@@ -70,14 +70,15 @@ class Settings:
     )
     disagreement: float | None = option(
         None,
-        "in place of a budget: the cheapest model whose answer, such as the class, differs from the original's on at "
-        "most this share of inputs like those of validation. It is tested on these (`engine.certify`), and the report "
-        "has the bound. Accuracy then changes by no more than this share",
+        "in place of a budget: the largest share, in (0, 1), of inputs like those of validation on which the model's "
+        "answer, such as the class, may differ from the original's. Budgets are tested on these from 0.95 downwards "
+        "(`engine.certify`), and the last one that passes is taken; the report has its bound",
         "convert",
     )
     divergence: float | None = option(
         None,
-        "the same for other outputs than classes: the largest mean of the relative error of a sample's outputs",
+        "the same for other outputs than classes: the largest mean over samples of |y' - y| / |y|, at most 1 for each "
+        "sample, where y and y' are the outputs of the original and of the compressed model",
         "convert",
     )
     validation: Any = option(
@@ -87,7 +88,7 @@ class Settings:
         "convert",
     )
     confidence: float = option(
-        0.95, "the probability with which the model keeps the limit of disagreement or divergence", "convert"
+        0.95, "the probability, in (0, 1), with which the limit of disagreement or divergence is kept", "convert"
     )
     minimise: Measure = option(
         "flops",
@@ -101,7 +102,6 @@ class Settings:
         "of the model's output, reduces widths too, and takes the allocation that changes the model's output least on "
         'some of the batches. "best" also refits every layer. They take about 2, 6 and 15 times as long as one run of '
         'the batches through the model; "balanced" and "best" keep all batches in memory or in temporary files',
-        "prepare",
         "convert",
         values=get_args(Effort),
     )
@@ -131,7 +131,7 @@ class Settings:
         "convert",
     )
     energy: float | None = option(
-        None, 'with allocation="energy", the share of energy to keep in each site, in place of a budget', "convert"
+        None, 'with allocation="energy" and no budget: the share, in (0, 1], of energy to keep in each site', "convert"
     )
     centred: bool = option(
         True, "add the mean of the dropped part of each output to the bias", "convert", values=(True, False)
@@ -146,7 +146,7 @@ class Settings:
     pivot: bool = option(
         True,
         "write a map of rank r as r of its own rows, or columns, and combinations of them where that is cheaper than "
-        "two factors (`ranks.pivots`), and add its bias apart (`passes.SplitBias`): it computes the same in less time",
+        "two factors (`ranks.pivots`), and add its bias apart (`passes.SplitBias`): the same for fewer FLOPs",
         "prepare",
         "convert",
         values=(True, False),
@@ -154,7 +154,8 @@ class Settings:
     separable: bool | None = option(
         None,
         "let a convolution become k x 1 and 1 x k ones, which lose less at the same FLOPs, but take longer; by default "
-        "with latency only. With False, it may not become 1 x 1 and k x k ones either, but k x k and 1 x 1 ones alone",
+        "with latency only, and in `convert` if `prepare` had it. With False, a convolution may not become 1 x 1 and "
+        "k x k ones either, but k x k and 1 x 1 ones alone",
         "prepare",
         "convert",
         values=(True, False, None),
@@ -214,7 +215,8 @@ class Settings:
         None,
         "whether to solve every layer again for the input that it has in the compressed model (`passes.Refit`): True "
         'or "full" solves for the whole layer, "up" for left factors and biases only, which is several times faster '
-        'and recovers less. By default, effort decides, with factors="sensitivity" only. Not with factors="air"',
+        'and recovers less. By default, effort="best" refits: `compile` with factors="sensitivity", `convert` if it '
+        'has batches. Not with factors="air"',
         "convert",
         values=(None, True, False, *get_args(RefitMode)),
     )
@@ -391,10 +393,6 @@ class Settings:
         return allocate_for(self.allocation, **budget, strict=self.strict, sensitive=sensitive)
 
     def origin(self, arguments: Mapping[str, Any] | None) -> Origin:
-        """How these settings make a graph of a model.
-
-        Args:
-            arguments: the description of the example call, or None.
-        """
+        """How these settings make a graph of a model, given the description of its example call."""
         include = None if self.include is None else tuple(self.include)
         return Origin(arguments, self.fold_batchnorm, include, tuple(self.exclude), tuple(self.dense))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple, get_args
@@ -94,7 +94,7 @@ class Watch:
         """Time the original; by default, with the runner that is faster.
 
         Raises:
-            OptionError: there is no batch to run.
+            OptionError: there is no batch to run, or the runner cannot compile the model here.
         """
         group = calibration.group
         batch = group.once(lambda: next(iter(calibration.batches), None))
@@ -111,8 +111,8 @@ class Watch:
             runner: _task(original, trace, runner) for runner in get_args(Runner) if settings.runner in (runner, None)
         }
         eager = tasks.get("eager") or _task(original, trace, "eager")
-        races = group.once(lambda: {runner: _race(eager, task, device) for runner, task in tasks.items()})
-        runner: Runner = min(tasks, key=lambda each: races[each].ratio)
+        races = group.once(lambda: _races(eager, tasks, device))
+        runner: Runner = min(races, key=lambda each: races[each].ratio)
         seconds = races[runner].second
         _LOGGER.info("the model takes %.4g ms (%s)", 1e3 * seconds, runner)
         asked, task = settings.latency_share(seconds), tasks[runner]
@@ -257,6 +257,28 @@ def _saved(allocation: Allocation) -> int:
     """The nanoseconds that an allocation saves by the times of its operations."""
     saved = sum(choice.dense.latency - choice.chosen.latency for choice in allocation.choices)
     return saved + allocation.saved_elsewhere.latency
+
+
+def _races(eager: Task, tasks: Mapping[Runner, Task], device: torch.device) -> dict[Runner, Race]:
+    """The times of each runner beside eager mode; of several, those that work here."""
+    alone = len(tasks) == 1
+    working = {runner: task for runner, task in tasks.items() if runner == "eager" or _compiles(task, alone)}
+    return {runner: _race(eager, task, device) for runner, task in working.items()}
+
+
+def _compiles(task: Task, required: bool) -> bool:
+    """Whether torch.compile can compile a model here, or an error if it must."""
+    from torch._dynamo.exc import TorchDynamoException  # only here: importing Dynamo takes long
+
+    try:
+        with torch.no_grad():
+            task()
+    except TorchDynamoException as error:
+        if required:
+            raise OptionError(f"torch.compile fails here: {error}. Pass runner='eager'") from error
+        _LOGGER.warning("torch.compile fails here, so the model is timed in eager mode: %s", error)
+        return False
+    return True
 
 
 def _race(first: Task, second: Task, device: torch.device) -> Race:

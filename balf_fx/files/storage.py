@@ -23,7 +23,7 @@ from balf_fx.files.checksums import checksum
 from balf_fx.files.restore import Stored
 from balf_fx.graph.plan import Plan
 
-_INDEX = "model.safetensors.index.json"
+_INDEX, _CONFIG = "model.safetensors.index.json", "config.json"
 _PLAN, _ORDERS, _CHECKSUM = "balf_fx.plan", "balf_fx.orders", "balf_fx.sha256"
 
 
@@ -125,12 +125,26 @@ def _read(path: Path) -> Stored:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a file from `write`, or in a .json file.
+    """The plan in a file or folder from `write`, in the folder of a model of transformers, or in a .json file.
 
     Raises:
         FileError, PlanError: as `read`.
     """
+    if path.is_dir() and (path / _CONFIG).is_file():
+        return _configured(path / _CONFIG)
     return Plan.from_json(path.read_bytes()) if path.suffix == ".json" else read(path).plan
+
+
+def _configured(path: Path) -> Plan:
+    """The plan in the configuration of a model of transformers (`huggingface.quantizer`)."""
+    try:
+        (entry,) = json.loads(path.read_bytes())["quantization_config"]["plan"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"{path} has no plan of balf_fx, since the model is not compressed, or since transformers reads it without "
+            f"one ({type(error).__name__} {error})"
+        ) from error
+    return Plan.from_dict(entry)
 
 
 def _plain(name: str, value: Tensor) -> Tensor:

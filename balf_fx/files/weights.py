@@ -126,8 +126,9 @@ def _read(path: Path, pages: Pages) -> Iterator[tuple[str, Tensor]]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, stop = entry["data_offsets"]
-                own = values[start:stop].view(_DTYPES[entry["dtype"]])
-                yield name, own.reshape(entry["shape"])
+                own, dtype = values[start:stop], _DTYPES[entry["dtype"]]
+                own = own.clone() if own.data_ptr() % dtype.itemsize else own  # the format aligns by custom only
+                yield name, own.view(dtype).reshape(entry["shape"])
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:

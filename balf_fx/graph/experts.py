@@ -81,7 +81,8 @@ class ExpertProduct:
         """
         first, second = (self._linked(create, {self.source: factor}) for factor in factors)
         if operation(self.node) == "baddbmm":
-            thin = create("call_function", torch.bmm, (x, first), {})
+            given = {self.input: x, self.weight: first}
+            thin = create("call_function", torch.bmm, tuple(map(given.get, _operands("baddbmm", self.node))), {})
         else:
             thin = _again(create, self.node, {self.input: x, self.weight: first})
         if operation(self.node) != "einsum":
@@ -235,7 +236,9 @@ def read_experts(node: fx.Node) -> ExpertProduct | None:
     if dimensions is None:
         return None
     read, matrix, written = dimensions
-    experts = (annotation(source).shape or (0,))[0]
+    experts, *sizes = annotation(source).shape or (0,)
+    if name == "baddbmm" and sizes["ab".index(matrix[0])] > sizes["ab".index(matrix[1])]:
+        return None  # statistics of its few outputs would include what it adds
     assigned = "".join(letter for letter in letters if letter in _ROWS) or ("r" if ends is not None else "e")
     by: Literal["ids", "ends"] | None = "ids" if ids is not None else "ends" if ends is not None else None
     rows = ExpertRows(experts, by, assigned, read, written)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 
+_LOGGER = logging.getLogger(__name__)
 _AWAITED = "transformers.quantizers.auto"
 
 
@@ -25,7 +27,10 @@ def watch() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("balf_fx.huggingface.quantizer")
+    try:
+        importlib.import_module("balf_fx.huggingface.quantizer")
+    except ImportError as error:  # of an earlier version, which must go on working for other models
+        _LOGGER.warning("folders of compressed models cannot be read or written: they need transformers 5 (%s)", error)
 
 
 class _Finder(MetaPathFinder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -25,6 +26,7 @@ from balf_fx.latency.operations import Family, Operation, Run
 from balf_fx.latency.stopwatch import least_seconds
 from balf_fx.progress import SILENT, Progress
 
+_LOGGER = logging.getLogger(__name__)
 _ROUNDS = 3
 _LEAST = 4  # smaller sizes take as long as this one
 _DEPTH = 64  # the smallest line is at this fraction of the largest size
@@ -107,7 +109,7 @@ class Table:
             for run, nanoseconds in zip(missing, times, strict=True):
                 self.known[run.operation.key][run.inputs, run.outputs] = nanoseconds
             if self.group.rank == 0:
-                self._write()
+                self._keep()
         progress.done()
 
     def _measured(self, runs: Sequence[Run], progress: Progress) -> list[float]:
@@ -121,6 +123,14 @@ class Table:
                     break
         return list(map(min, zip(*rows, strict=True)))
 
+    def _keep(self) -> None:
+        """Add the points to the file, if there may be one; without it, they are measured again in the next run."""
+        try:
+            self._write()
+        except OSError as error:
+            _LOGGER.warning("the measured times are not kept for other runs: %s", error)
+            self.path = None
+
     def _write(self) -> None:
         """Add the points to the file, which other processes may have changed."""
         if self.path is None:
@@ -130,9 +140,10 @@ class Table:
             merged[key] = {**merged.get(key, {}), **points}
         data = {key: [[*point, value] for point, value in points.items()] for key, points in merged.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-            json.dump(data, file)
-        os.replace(file.name, self.path)
+        with tempfile.TemporaryDirectory(prefix=".times-", dir=self.path.parent) as folder:
+            written = Path(folder) / self.path.name
+            written.write_text(json.dumps(data))
+            os.replace(written, self.path)
 
 
 def open_table(device: torch.device, group: Group = ALONE) -> Table:

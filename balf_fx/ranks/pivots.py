@@ -1,4 +1,4 @@
-"""Low-rank maps written with some of their own rows or columns (PIFA, ICML 2025).
+"""Low-rank maps written with some of their own rows or columns (PIFA: Zhao et al. 2025, "Pivoting Factorization").
 
 A map M = A B of rank r, [O, D], has r rows P that span all others: with T = A_rest A_P^-1,
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from balf_fx.errors import FileError
+
 _NUMBERS = itertools.count()
 
 
@@ -238,10 +240,20 @@ def _load(values: Any, shared: bool) -> tuple[Any, dict[Path, Tensor]]:
 
 
 def _write(folder: Path, storage: torch.UntypedStorage, span: slice) -> Path:
-    """Write some bytes of a storage to a new file, and return its path."""
+    """Write some bytes of a storage to a new file, and return its path.
+
+    Raises:
+        FileError: the disk is full, for instance.
+    """
     path = folder / str(next(_NUMBERS))
     own = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[span]
-    _map_file(path, len(own), shared=True).copy_(own)
+    try:
+        path.write_bytes(own.cpu().numpy().data)  # not to a map of it: a full disk would kill the process
+    except OSError as error:
+        raise FileError(
+            f"temporary files cannot be written to {folder.parent}: {error.strerror}. Make room there, set TMPDIR, or "
+            "allow more memory="
+        ) from error
     return path
 
 

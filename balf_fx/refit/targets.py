@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,8 @@ class Target:
         """
         wanted = window.of(by_sample(batch.before(self.node), self.site))
         other = self._other(batch)
-        if other is None:
-            return self._seen(cut(wanted), predicted)
+        if other is None:  # limits of the sum say nothing of the output alone
+            return self._seen(cut(wanted), predicted if self.addition is None else None)
         before, now = (window.of(by_sample(value, self.site)) for value in other)
         added = cut(now)
         return self._seen(cut(wanted + before), None if predicted is None else predicted + added) - added
@@ -123,6 +123,37 @@ def addition_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     others = [source for source in reader.all_input_nodes if source is not read]
     return others[0] if len(others) == 1 else None
+
+
+def summands_first(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], layers: Set[fx.Node]) -> list[fx.Node]:
+    """The nodes in an order in which what is added to a layer's output is computed before the layer, as a shortcut is.
+
+    Then the layer is solved for the error of the sum, and the limits of the sum are known. Of two layers whose outputs
+    are added, the first one stays the first.
+    """
+    order = list(nodes)
+    for node in filter(layers.__contains__, nodes):
+        other = addition_of(graph_module, node)
+        place = order.index(node)
+        if other is None or other in layers or other not in order[place:]:
+            continue
+        needed = _needed(other, set(order[place:]))
+        if node not in needed:
+            late = order[place:]
+            order[place:] = [*filter(needed.__contains__, late), *(each for each in late if each not in needed)]
+    return order
+
+
+def _needed(node: fx.Node, among: Set[fx.Node]) -> set[fx.Node]:
+    """The nodes that a node depends on, and itself, as far as they are among some."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        each = pending.pop()
+        if each in among and each not in found:
+            found.add(each)
+            pending += each.all_input_nodes
+    return found
 
 
 def _adds(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from balf_fx.errors import MissingExtraError
 from balf_fx.graph.certificate import Certificate
 from balf_fx.reporting.curve import Sweep
 from balf_fx.reporting.plots import plot_certificate, plot_report, plot_sweep, to_svg
-from balf_fx.reporting.report import Report, certificate_in_words
+from balf_fx.reporting.report import Report, certificate_in_words, timing_in_words
 from balf_fx.version import __version__
 
 try:
@@ -107,6 +107,8 @@ def _totals(report: Report) -> list[_Total]:
     found.append(("Budget", asked, f"allocation {report.method}"))
     bound = "" if report.bound is None else f"dual bound {report.bound:.4g}, gap {report.gap:.2g}"
     found.append(("Loss of the allocation", f"{report.primal:.4g}", bound))
+    if report.timing is not None:
+        found.append(("Time", f"{report.timing.measured:.1%}", timing_in_words(report.timing)))
     if report.certificate is not None:
         limit = f"{report.certificate.limit:g}"
         found.append((f"Limit of {report.certificate.mistakes}", limit, certificate_in_words(report.certificate)))

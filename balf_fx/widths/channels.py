@@ -250,7 +250,8 @@ class Finder:
     def constant(self, node: fx.Node, axis: int, features: int) -> fx.Node:
         """A constant that holds one entry, or several, for each feature, if nothing else reads it."""
         size = annotation(node).shape or ()
-        shared = len(node.users) > 1 or annotation(node).shared
+        readers = node.graph.find_nodes(op="get_attr", target=node.target)
+        shared = len(readers) > 1 or len(node.users) > 1 or annotation(node).shared
         if shared or size.count(features) != 1 or size[axis] != features:
             raise UnsupportedError
         return node

@@ -93,11 +93,13 @@ class _OrderFinder(Finder):
         return super().user_axis(node, user, axis)
 
     def _check_tables(self, space: Space) -> None:
-        """Check that all readers of embeddings, and of weights that are tied to them, belong to the space."""
+        """Check that all calls of normalisations and readers of embeddings and of tied weights belong to the space."""
         own = {*space.between, *self._tied}
         layers = [read_layer(self.graph_module, node) for node in self._tied]
         paths = [layer.weight for layer in layers if isinstance(layer, Site)]
         for node in space.between:
+            if node.op == "call_module" and not own.issuperset(node.graph.find_nodes(op=node.op, target=node.target)):
+                raise UnsupportedError
             path = table_of(self.graph_module, node, len(annotation(node).shape or ()) - 1)
             paths += [] if path is None else [path]
         for path in paths:

@@ -69,7 +69,7 @@ def test_figures_of_the_front_page(read, rows):
         losses,
         f'("{demo["budget"]:.0%}'.replace("%", " % of the FLOPs"),
         f"compresses it to {demo['budget']:.0%}".replace("%", " % of its FLOPs"),
-        "on at most 2 % of inputs",  # an example
+        "in at most 2 % of its predictions",  # an example
         f"certified at {Settings(flops=0.5).confidence:.0%}".replace("%", " %"),
         f"takes about {small['seconds'] / 60:.0f} minutes for a ResNet-50 and {small['images']} images of 224 x 224",
         f"({BackendOptions(Settings(flops=0.5)).calibration_steps})",
@@ -314,3 +314,10 @@ def test_what_is_said_of_fine_tuning(read):
     for row in found["results"]:
         for after in ("trained", "adapted"):
             assert row[after] - row["compressed"] > (found["dense"] - row["compressed"]) / 2
+
+
+def test_what_is_said_of_classes_that_calibration_never_saw(read):
+    dense, *found = read("representative")["results"]
+    unlike = [row for row in found if row["calibration"] == "the first five classes"]
+    assert {row["effort"] for row in unlike} == {"fast", "balanced", "best"}
+    assert all(dense["others"] - row["others"] > 1.5 * (dense["seen"] - row["seen"]) for row in unlike)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from balf_fx.calibration.answers import answers, differ, divergence
+from balf_fx.calibration.answers import answers, differ, divergence, find_logits, find_pixels
 from balf_fx.calibration.batches import Calibration, forward_for
 
 
@@ -116,3 +116,20 @@ def test_rows_of_many_classes_are_compared_a_part_at_a_time(monkeypatch):
 def kl(wanted, given):
     p = wanted.double().softmax(-1)
     return (p * (p.log() - given.double().log_softmax(-1))).sum(-1).mean()
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6, 4, 1), (6,), (6, 5, 4, 4)], ids=str)
+def test_logits_without_classes_along_the_last_dimension_are_other_outputs(shape):
+    """As of regressions and segmentations of transformers."""
+    wanted, given = torch.randn(shape), torch.randn(shape)
+    assert find_logits({"logits": wanted}, None) is None
+    lost, _ = differ({"logits": wanted}, {"logits": given}, torch.zeros(6, 3))
+    assert float(lost) == pytest.approx(float((wanted - given).square().sum() / wanted.square().sum()), rel=1e-5)
+
+
+def test_pixels_have_classes_along_the_second_dimension():
+    pixels = torch.randn(2, 5, 4, 4)
+    assert find_pixels({"logits": pixels, "more": pixels}) is pixels
+    assert find_pixels(pixels) is pixels
+    assert find_pixels({"a": pixels, "b": pixels}) is None
+    assert find_pixels(pixels[:, :1]) is None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
 import balf_fx
 from balf_fx.capture import exporting
@@ -168,13 +169,15 @@ def test_nested_outputs_and_unused_arguments():
         nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
         nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)),
         FunctionalDropout(),
+        nn.Sequential(nn.Linear(4, 4), StochasticDepth(0.1, "row")),
     ],
-    ids=["BatchNorm", "Dropout", "F.dropout"],
+    ids=["BatchNorm", "Dropout", "F.dropout", "StochasticDepth"],
 )
-def test_training_mode_is_refused(model):
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_training_mode_is_refused(model, method):
     with pytest.raises(TrainingModeError, match=r"model\.eval\(\)"):
-        capture(model, X)
-    capture(model.eval(), X)
+        capture(model.train(), X, method=method)
+    capture(model.eval(), X, method=method)
 
 
 def test_training_mode_without_effect_is_fine():

@@ -113,3 +113,26 @@ def test_what_a_killed_run_left_unfinished_goes(folder):
     assert [path.name for path in (folder.path / "stages").iterdir()] == [again._path("statistics").name]
     again.clear()
     assert again.get("statistics") is None
+
+
+def test_a_folder_of_others_is_refused_and_stays(tmp_path):
+    (tmp_path / "stages").mkdir()
+    for name in ("stages/build.py", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=r"no checkpoint, but holds 'notes.txt'"):
+        Folder(tmp_path, RUN)
+    assert {path.name for path in tmp_path.rglob("*")} == {"stages", "build.py", "notes.txt"}
+
+
+def test_what_a_killed_run_left_is_removed(folder):
+    folder.put("layer", 1, {})
+    for name in ("stages/layer.tmp", "stages/.tmpAbC12", "stages/note.txt", ".balf_fx-1"):
+        (folder.path / name).write_text("") if "." in name[1:] else (folder.path / name).mkdir()
+    Folder(folder.path, RUN)
+    assert {path.name for path in folder.path.iterdir()} == {"manifest.json", "stages"}
+    assert {path.suffix for path in (folder.path / "stages").iterdir()} == {".safetensors", ".txt"}
+
+
+def test_a_run_that_was_killed_before_its_manifest_begins_again(tmp_path):
+    (tmp_path / ".manifest.json.tmp").write_text("{")
+    assert Folder(tmp_path, RUN).before == RUN

@@ -350,3 +350,14 @@ def test_the_commands_of_the_readme_run(work, monkeypatch):
             (work / output).write_text(result.stdout)
     sys.modules.pop("mine")
     assert all((work / name).stat().st_size for name in ("small.safetensors", "curve.png", "report.html"))
+
+
+@pytest.mark.parametrize("command", ["compress", "sweep"])
+def test_help_shows_what_can_be_written_and_the_defaults(command):
+    shown = " ".join(invoke(command, "--help").stdout.split())
+    assert "--refit [none|full|up]" in shown
+    assert "--runner [eager|inductor]" in shown or command == "sweep"
+    assert "--factors [sensitivity|activations|air|svd]" in shown
+    assert "{site: rank}" not in shown
+    for default in ("best", "0.5", "graph", "auto"):
+        assert re.search(rf"\[default: \(?{default}\)?\]", shown), default

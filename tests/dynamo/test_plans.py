@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import architectures
 import pytest
@@ -118,3 +119,11 @@ def test_new_shapes_after_the_switch_have_the_same_widths_and_refitted_layers(to
     assert backend.plan(small).plan.widths
     torch.testing.assert_close(run(small, tokens[STEPS][:3]), before[:3])
     torch.testing.assert_close(run(small, tokens[STEPS][:, :7]), before[:, :7])
+
+
+@pytest.mark.parametrize("content", [b"{}", None], ids=["damaged", "missing"])
+def test_a_plan_that_cannot_be_read_is_an_error_of_the_option(conv_net, images, path, content):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(OptionError, match=re.escape(str(path))):
+        run(start(conv_net, path), images[0])

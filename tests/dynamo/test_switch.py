@@ -153,3 +153,21 @@ def test_explicit_ranks_and_weights_alone(conv_net, images):
     offline = make_offline(conv_net, images[:1], factors="svd")
     with torch.no_grad():
         torch.testing.assert_close(small(images[0]), offline(images[0]))
+
+
+def test_a_switch_that_was_interrupted_is_tried_again(conv_net, images):
+    calls = []
+
+    def loss(output, inputs):
+        calls.append(True)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return output.square().mean()
+
+    given = {"factors": "sensitivity", "loss": loss}
+    offline = make_offline(conv_net, images[:STEPS], **{**given, "loss": lambda output, _: output.square().mean()})
+    small = calibrated(conv_net, images, **given)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            small(images[0])
+        torch.testing.assert_close(small(images[0]), offline(images[0]))

@@ -1,17 +1,19 @@
 """Limits of mistakes: what is certified holds as often as it says, on data where the truth is known."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 
 import balf_fx
-from balf_fx.api import _program
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein
 from balf_fx.calibration.batches import Calibration, forward_for
 from balf_fx.checkpoint.journal import FORGETFUL
 from balf_fx.engine import certify
+from balf_fx.engine.program import whole_program
 from balf_fx.engine.settings import Settings
-from balf_fx.errors import CalibrationError, OptionError
+from balf_fx.errors import CalibrationError, MissingExtraError, OptionError
 from balf_fx.progress import SILENT
 
 
@@ -75,7 +77,7 @@ def test_the_limit_is_missed_as_rarely_as_the_confidence_says(model, batches, mo
     prepared = balf_fx.prepare(model, batches[0])
     balf_fx.calibrate(prepared, batches, progress=False)
     forward = forward_for(model)
-    calibration, program = Calibration(batches, forward), _program(prepared, forward)
+    calibration, program = Calibration(batches, forward), whole_program(prepared, forward)
 
     def certificate(limit, validation):
         settings = Settings(disagreement=limit, validation=[validation], effort="fast")
@@ -246,3 +248,58 @@ def test_outputs_without_classes_are_told_apart(batches):
 def test_what_makes_no_sense_is_told_before_any_work(options, message):
     with pytest.raises(OptionError, match=message):
         balf_fx.compile(nn.Identity(), [], **options)
+
+
+class Rating(nn.Module):
+    """One number for each sample, which transformers calls logits, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, x):
+        return {"logits": self.net(x)}
+
+
+def test_one_number_is_no_choice_among_classes(batches):
+    with pytest.raises(OptionError, match=r"choice among classes.* not \[500, 1\]. Use divergence="):
+        certified(Rating().eval(), batches, disagreement=0.05, validation=inputs(500))
+
+
+def test_pixels_without_weight_do_not_count():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 5, 1)).eval()
+    validation = randn(300, 3, 6, 6, seed=8)
+    small = certified(
+        *(model, [randn(16, 3, 6, 6)]),
+        disagreement=0.6,
+        validation=validation,
+        weights=lambda batch: (torch.arange(len(batch)) % 2).double(),
+    )
+    found = balf_fx.plan(small).certificate
+    with torch.no_grad():
+        wrong = (model(validation).argmax(1) != small(validation).argmax(1)).double()[1::2].mean()
+    assert found.samples == 150
+    assert found.chosen.observed == pytest.approx(float(wrong))
+
+
+def test_without_a_budget_that_keeps_the_limit_what_is_free_is_removed(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(torch.linalg.qr(torch.randn(16, 16))[0][: layer.out_features])
+        model[1].weight[14:] = 0
+    validation = inputs(4000, 7)
+    free = balf_fx.compile(model, batches, progress=False)
+    small = certified(model, batches, disagreement=0.001, validation=validation, confidence=0.5)
+    found = balf_fx.plan(small)
+    assert found.certificate.chosen is None
+    assert found.ranks == balf_fx.plan(free).ranks
+    torch.testing.assert_close(small(validation), model(validation))
+
+
+def test_what_is_missing_is_told_before_any_work(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="certify"):
+        balf_fx.compile(nn.Identity(), [], disagreement=0.05, validation=[])

@@ -238,3 +238,11 @@ def test_by_default_only_a_budget_of_time_allows_one_along_each_axis():
 @pytest.mark.parametrize("options", [{"separable": False}, {"factors": "air"}, balf_fx.BALF, balf_fx.AIR])
 def test_published_methods_divide_no_kernel_otherwise(options):
     assert Settings(latency=0.7, **options).divisions == ()
+
+
+def test_kernels_whose_strips_were_not_observed_are_not_divided_in_silence(model, batches):
+    prepared = balf_fx.prepare(model, batches[0])
+    balf_fx.calibrate(prepared, batches, progress=False)
+    with pytest.raises(NotCalibratedError, match="pass separable=True to"):
+        balf_fx.convert(prepared, flops=0.5, separable=True, progress=False)
+    balf_fx.convert(prepared, flops=0.5, progress=False)

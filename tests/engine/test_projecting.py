@@ -6,9 +6,9 @@ from architectures import make
 from torch import nn
 
 import balf_fx
-from balf_fx.api import _program
 from balf_fx.budget.problem import pose
 from balf_fx.calibration.batches import Calibration, forward_for
+from balf_fx.engine.program import whole_program
 from balf_fx.engine.projecting import bytes_read, projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.graph.blocks import weight_bytes
@@ -38,7 +38,7 @@ def scored(model, batches, factors, centred=True):
     balf_fx.calibrate(prepared, batches, progress=False)
     with torch.no_grad():
         Score(factors, centred=centred)(prepared)
-    return _program(prepared, forward_for(model))
+    return whole_program(prepared, forward_for(model))
 
 
 def both(program, allocation, batch):

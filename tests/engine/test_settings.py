@@ -210,7 +210,7 @@ def test_an_unknown_option_lists_those_there_are(name, prepared):
 
 
 def test_a_misplaced_option_lists_those_there_are(prepared):
-    with pytest.raises(OptionError, match=r"option 'flops' here \(pass it to balf_fx.convert\);.*effort.*capture"):
+    with pytest.raises(OptionError, match=r"option 'flops' here \(pass it to balf_fx.convert\);.*factors.*capture"):
         balf_fx.prepare(nn.Linear(8, 8).eval(), torch.randn(4, 8), flops=0.5)
     with pytest.raises(OptionError, match=r"option 'capture' here \(pass it to balf_fx.prepare\);.*flops.*memory"):
         balf_fx.convert(prepared, flops=0.5, capture="export")

@@ -36,6 +36,13 @@ def batches():
     return list(torch.randn(3, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
 
 
+class Counted(types.SimpleNamespace):
+    """A task that is not run."""
+
+    def __call__(self):
+        pass
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Operations take a nanosecond for each FLOP; models take what `law` makes of the share of FLOPs that they keep."""
@@ -46,7 +53,7 @@ def clock(monkeypatch):
         graph_module = program.graph_modules[0]
         apart = any(name.endswith("_bias") for name, _ in graph_module.named_parameters())
         flops = count_flops(graph_module, *trace[0].args)
-        return types.SimpleNamespace(flops=flops, runner=runner, apart=apart)
+        return Counted(flops=flops, runner=runner, apart=apart)
 
     def race(first, second, device):
         if first.runner != second.runner:  # of the original
@@ -241,6 +248,18 @@ def test_times_are_written_with_their_unit(written, seconds):
 def test_one_budget_at_a_time():
     with pytest.raises(OptionError, match="flops, latency"):
         Settings(latency=0.5, flops=0.5).allocate()
+
+
+def test_a_runner_that_fails_here_is_left_out_or_refused(net, batches, monkeypatch, caplog):
+    def broken(graph_module, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    small = fast(net, batches, latency=0.99, runner=None, strict=False)
+    assert balf_fx.report(small).timing.runner == "eager"
+    assert "torch.compile fails here" in caplog.text
+    with pytest.raises(OptionError, match=r"(?s)torch.compile fails here.*runner='eager'"):
+        fast(net, batches, latency=0.99, runner="inductor")
 
 
 @pytest.mark.slow

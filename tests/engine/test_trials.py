@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.api import _program
 from balf_fx.budget.problem import pose
 from balf_fx.calibration.batches import Calibration, forward_for, samples_of
+from balf_fx.engine.program import whole_program
 from balf_fx.engine.trials import Trial, _samples, allocate_faithfully, plan_trial
 from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Allocate, Score, ScoreWidths
@@ -31,7 +31,7 @@ def scored(name="transformer", count=4, **options):
 def trial_of(model, prepared, batches, refit, forward=None):
     forward = forward or forward_for(model)
     with torch.no_grad():
-        return plan_trial(_program(prepared, forward), Calibration(batches, forward), refit)
+        return plan_trial(whole_program(prepared, forward), Calibration(batches, forward), refit)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
@@ -122,7 +122,7 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
 @pytest.mark.parametrize("refit", [True, False])
 def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
     model, prepared, batches = scored()
-    program = _program(prepared, forward_for(model))
+    program = whole_program(prepared, forward_for(model))
     problem, allocate, measured = pose(program.counted, program.totals()), Allocate(flops=0.5), []
     measure = Trial.measure
 
@@ -147,7 +147,7 @@ def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
 
 def test_the_original_loses_nothing():
     model, prepared, batches = scored()
-    program = _program(prepared, forward_for(model))
+    program = whole_program(prepared, forward_for(model))
     problem, trial = pose(program.counted, program.totals()), trial_of(model, prepared, batches, False)
     with torch.no_grad():
         assert trial.measure(program, problem, Allocate(ranks={}).solve(problem)) == pytest.approx(0, abs=1e-6)
@@ -174,7 +174,7 @@ def test_caution_spares_widths():
 @pytest.mark.parametrize(("best", "beside"), [(0.3, 0.15), (0.6, 0.8), (1.0, 0.8)])
 def test_one_more_power_is_tried_beside_the_best(best, beside, monkeypatch):
     model, prepared, batches = scored()
-    program = _program(prepared, forward_for(model))
+    program = whole_program(prepared, forward_for(model))
     problem, tried = pose(program.counted, program.totals()), []
     solve = Allocate.solve
 

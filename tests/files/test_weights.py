@@ -207,3 +207,13 @@ def test_a_language_model_goes_from_its_folder_to_another_one(tmp_path):
     small = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small")
     with torch.no_grad():
         torch.testing.assert_close(small(**batches[0]).logits, lazy(**batches[0]).logits)
+
+
+@pytest.mark.parametrize("spaces", range(4))
+def test_files_of_other_writers_are_not_aligned(tmp_path, spaces):
+    value = torch.randn(3, 5, dtype=torch.float64)
+    header = json.dumps({"a": {"dtype": "F64", "shape": [3, 5], "data_offsets": [0, 120]}}) + " " * spaces
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + value.numpy().tobytes())
+    found = read_tensors(path, Pages())["a"]
+    assert torch.equal(found, value)

@@ -164,3 +164,9 @@ def test_experts_in_a_row_are_separate_sites():
     graph_module = capture(Mixture().eval(), torch.randn(2, 5, 16))
     marks = [read_site(graph_module, node) for node in graph_module.graph.nodes]
     assert [mark.name for mark in marks if isinstance(mark, Site) and mark.has_experts] == ["up", "down"]
+
+
+def test_few_outputs_that_include_a_bias_are_left_alone():
+    model, x = BatchedWithBias(outputs=8).eval(), torch.randn(5, INPUTS)
+    graph_module = capture(model, x)
+    assert not any(read_experts(node) for node in graph_module.graph.nodes)

@@ -9,6 +9,7 @@ import torch
 from small_models import TINY_TEXT
 
 import balf_fx
+from balf_fx.errors import FileError
 from balf_fx.huggingface.adapters import target_modules
 
 transformers = pytest.importorskip("transformers")
@@ -230,6 +231,12 @@ def test_folders_give_models_of_each_kind_back(name, compressed, tmp_path):
     _, small, _ = compressed(name)
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path)
+    if hasattr(small.config, "quantization_config"):
+        assert balf_fx.plan(tmp_path).ranks == balf_fx.plan(small).ranks
+        assert str(balf_fx.report(tmp_path)) == str(balf_fx.report(again))
+    else:
+        with pytest.raises(FileError, match="transformers reads it without"):
+            balf_fx.plan(tmp_path)
     state = small.state_dict()
     assert again.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())

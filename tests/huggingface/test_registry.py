@@ -38,3 +38,10 @@ def test_transformers_is_imported_later(registered, monkeypatch):
     monkeypatch.setattr(spec.loader, "_own", type("Own", (), {"exec_module": lambda self, module: None})())
     spec.loader.exec_module(sys)
     assert registered == [True]
+
+
+def test_an_earlier_version_of_transformers_goes_on_working(monkeypatch, caplog):
+    monkeypatch.delitem(sys.modules, "balf_fx.huggingface.quantizer", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+    registry._register()
+    assert "need transformers 5" in caplog.text

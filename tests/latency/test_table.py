@@ -92,3 +92,11 @@ def test_the_file_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
 
 def test_a_measured_time_is_that_of_the_operation():
     assert module._seconds(Run(LINEAR, 512, 512)) > module._seconds(Run(LINEAR, 1, 1)) > 0
+
+
+def test_a_folder_that_cannot_be_written_costs_no_result(measured, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    table = Table(path=tmp_path / "file" / "times.json")
+    table.measure([Run(LINEAR, 32, 48)])
+    assert table.nanoseconds(Run(LINEAR, 32, 48)) == pytest.approx(1e9 * formula(Run(LINEAR, 32, 48)))
+    assert "not kept" in caplog.text

@@ -44,7 +44,7 @@ def test_groups_count_together():
 
 def test_another_multiple_does_not_add_to_the_last():
     model = nn.Sequential(nn.Linear(48, 48)).eval()
-    prepared = balf_fx.prepare(model, torch.randn(64, 48), effort="fast")
+    prepared = balf_fx.prepare(model, torch.randn(64, 48))
     prepared(torch.randn(64, 48))
     ranks = [
         balf_fx.report(balf_fx.convert(prepared, flops=0.6, multiple_of=step, progress=False)).sites[0].rank
@@ -121,3 +121,10 @@ def test_auto_is_an_option_like_a_number(padding_to_16, effort):
     numbers += [width.size for width in plan.widths if width.is_narrower]
     assert numbers
     assert not [number for number in numbers if number % 16]
+
+
+def test_auto_keeps_all_sizes_where_no_multiple_is_faster(monkeypatch):
+    monkeypatch.setattr(table, "_seconds", lambda run: 1e-9 * run.inputs * run.outputs)
+    prepared = balf_fx.prepare(nn.Sequential(nn.Linear(256, 256)).eval(), torch.randn(4, 256))
+    Align("auto", Table())(prepared)
+    assert [site.multiple_of for site in sites(prepared)] == [1]

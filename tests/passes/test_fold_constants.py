@@ -211,3 +211,23 @@ def test_a_weight_that_is_computed_twice_is_stored_once(capture):
     assert sum(parameter.numel() for parameter in compiled.parameters()) == 8 * 8 + 8
     assert len(balf_fx.report(compiled).sites) == 1
     torch.testing.assert_close(compiled(x), model(x))
+
+
+class Orthogonal(nn.Linear):
+    """A weight whose computation reads each of its values several times (Bjorck and Bowie 1971)."""
+
+    def forward(self, x):
+        weight = self.weight / self.weight.norm()
+        for _ in range(30):
+            weight = 1.5 * weight - 0.5 * weight @ (weight.T @ weight)
+        return F.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_a_weight_that_is_computed_in_many_steps(capture):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Orthogonal(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    graph_module = balf_fx.prepare(model, x, capture=capture)
+    torch.testing.assert_close(graph_module(x), model(x))
+    weight = dict(graph_module.named_parameters())["0.weight"]
+    assert not torch.allclose(weight, model[0].weight)

@@ -421,3 +421,17 @@ def test_each_layer_keeps_its_own_readers(names):
     assert count_params(small) < count_params(whole)
     x = torch.randn(5, 12, dtype=torch.float64)
     torch.testing.assert_close(small(x), whole(x))
+
+
+def test_a_buffer_that_is_read_twice_keeps_its_features():
+    class Buffered(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("gamma", torch.rand(32) + 0.5)
+            self.other = nn.Linear(12, 32)
+
+        def forward(self, x):
+            return self.down(self.act(self.up(x)) * self.gamma) + (self.other(x) * self.gamma).sum(-1, keepdim=True)
+
+    model, batches = Buffered().eval(), list(torch.randn(2, 64, 12))
+    assert not graph_record(scored(model, batches, "symbolic_trace")).widths

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from balf_fx.errors import FileError
 from balf_fx.refit.offload import Shelf, Shelved, resident
 
 
@@ -125,3 +126,12 @@ def test_no_folder_is_made_where_everything_fits(folder):
         kept.append([torch.zeros(40)])
         assert len(files(folder)) == 1
     assert not list(folder.iterdir())
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    def write_bytes(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(FileError, match=r"No space left on device.*TMPDIR"):
+        Shelf(tmp_path, frozenset()).park(torch.zeros(3))

@@ -1,10 +1,13 @@
 import operator
+import types
 
 import pytest
 import torch
 from torch import fx, nn
 
-from balf_fx.refit.targets import addition_of
+from balf_fx.capture.normal_form import capture
+from balf_fx.graph.layers import read_layer
+from balf_fx.refit.targets import Target, addition_of, summands_first
 
 SUMS = {
     "operator": lambda layer, other: layer + other,
@@ -50,3 +53,65 @@ def test_a_sum_is_found_however_it_is_written(name):
 def test_nothing_else_is_a_sum(name):
     addition, _ = found(OTHERS[name])
     assert addition is None
+
+
+class Residual(nn.Module):
+    """A sum before ReLU, whose other summand is computed first, or last."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.layer, self.shortcut, self.first = nn.Linear(3, 4), nn.Linear(3, 4), first
+
+    def forward(self, value):
+        one, other = (self.shortcut, self.layer) if self.first else (self.layer, self.shortcut)
+        return torch.relu(one(value) + other(value))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_limits_hold_for_the_sum_alone(first):
+    graph_module = capture(Residual(first).eval(), torch.randn(5, 3))
+    nodes = {str(node.target): node for node in graph_module.graph.nodes}
+    layer, shortcut = nodes["layer"], nodes["shortcut"]
+    found = Target.of(graph_module, layer, read_layer(graph_module, layer))
+    assert found.limits == (0, float("inf"))
+    wanted, other, given = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    values = {layer: wanted, **({shortcut: other} if first else {})}  # in a walk, later nodes have no value yet
+    batch = types.SimpleNamespace(original=values, before=values.get, current=values.get)
+    window = types.SimpleNamespace(of=lambda value: value)
+    target = found.outputs(batch, window, lambda value: value.reshape(5, 4), given)
+    if first:  # errors where both sums are below 0 do not count, and others are those of the sum
+        errors = torch.relu(wanted + other) - torch.relu(given + other)
+        same = (wanted + other < 0) & (given + other < 0)
+        torch.testing.assert_close((target - given)[same], errors[same])
+        assert bool(same.any())
+        torch.testing.assert_close(torch.relu(target + other), torch.relu(wanted + other))
+    else:
+        torch.testing.assert_close(target, wanted)
+
+
+class Shortcut(nn.Module):
+    """Sums of a layer's output and a shortcut that is computed later: without a layer, with one, or from the output."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.other, self.kind = nn.Linear(4, 4), nn.Linear(4, 4), kind
+
+    def forward(self, value):
+        y = self.layer(torch.sin(value))
+        if self.kind == "plain":
+            return y + torch.cos(value[:, :4])
+        return y + (self.other(value) if self.kind == "layer" else torch.tanh(y))
+
+
+@pytest.mark.parametrize(
+    ("kind", "moves"), [("plain", ["getitem", "cos"]), ("layer", []), ("of itself", [])], ids=lambda value: str(value)
+)
+def test_shortcuts_are_computed_before_the_layer_to_which_they_are_added(kind, moves):
+    graph_module = fx.symbolic_trace(Shortcut(kind))
+    nodes = list(graph_module.graph.nodes)
+    layers = {node for node in nodes if node.op == "call_module"}
+    found = summands_first(graph_module, nodes, layers)
+    assert sorted(found) == sorted(nodes)
+    names = [node.name for node in found]
+    assert names[names.index("layer") - len(moves) : names.index("layer")] == moves
+    assert all(found.index(source) < found.index(node) for node in found for source in node.all_input_nodes)

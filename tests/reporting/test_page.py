@@ -11,8 +11,9 @@ import pytest
 import balf_fx
 from balf_fx.errors import MissingExtraError
 from balf_fx.graph.certificate import Certificate, Tried
+from balf_fx.graph.timing import Timing
 from balf_fx.reporting.curve import Point, Sweep
-from balf_fx.reporting.report import RefusedRow, Report, SiteRow, WidthRow
+from balf_fx.reporting.report import RefusedRow, Report, SiteRow, WidthRow, timing_in_words
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -135,6 +136,12 @@ def test_certified_mistakes_are_drawn_and_listed(report):
     assert "no budget keeps it" in render(
         dataclasses.replace(report, certificate=dataclasses.replace(certificate, tried=()))
     )
+
+
+def test_times_are_listed(report):
+    timing = Timing("eager", "cpu", 1, 0.6, 0.5, 0.59, 0.61, 0.9, True, 0.02, 0.0122)
+    page = Page(render(dataclasses.replace(report, timing=timing)))
+    assert any(timing_in_words(timing) in piece for piece in page.text)
 
 
 def test_names_are_text_and_no_markup(report):
