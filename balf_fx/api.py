@@ -72,9 +72,9 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         {options}
 
     Returns:
-        A GraphModule of stock modules. A site `name` with a lower rank is replaced by `name.0` and `name.1`; everything
-        else keeps its name. `balf_fx.report` shows what was done. With result="module", a copy of the model in which
-        this was done.
+        A GraphModule of stock modules. In place of a layer `name` of lower rank stand `name.0` and `name.1` (with
+        several parts, `name.1.0` and so on); other layers keep their names, and BatchNorms may be folded.
+        `balf_fx.report` shows what was done. With result="module", a copy of the model in which this was done.
 
     Raises:
         BalfError: see `balf_fx.errors`; the message says what to do.

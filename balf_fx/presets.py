@@ -36,8 +36,8 @@ AIR: Mapping[str, object] = MappingProxyType(
     }
 )
 """AIR as published (arXiv 2606.19993): factors whose error is weighted by the influence of each weight, |dL/dW * W|,
-from uncentred second moments, with the same share of every layer kept. Several components are solved for
-at a time (`passes.Refine`). The paper uses the task's loss, which needs labels:
+from uncentred second moments, with the same share of every layer kept. Several components are solved for at a time
+(`passes.Refine`). The paper uses the task's loss, which needs labels:
 
     balf_fx.compile(model, batches, flops=0.55, loss=loss, **balf_fx.AIR)
 """

@@ -189,10 +189,11 @@ class Score(Pass):
         planned = isinstance(self.divisions, Mapping)
         wanted = (self.divisions.get(site.name),) if isinstance(self.divisions, Mapping) else self.divisions
         observer, forms = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver), [(site, curve)]
+        observed = observer is not None and not self.by_time  # perhaps single pixels alone
         for division in site.divisions:
             thin = dataclasses.replace(site, divided=division)
             moments = _of_strips(observer, thin) if division in wanted else None
-            if moments is None and division == "separable" and division in wanted and not self.by_time:
+            if moments is None and observed and division == "separable" and division in wanted:
                 raise _unobserved(site)
             if moments is not None and (planned or float(moments.count) >= _ENOUGH * thin.strips.in_features):
                 strips = self._strips(graph_module, thin, moments, seen.gradients, curve.energy)

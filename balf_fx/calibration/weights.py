@@ -11,8 +11,8 @@ input with its positions, as in a vision tower, have none. Parts of a model that
 
 Weights apply to every value that has their positions: [N, L, ...], or flattened, [N L, ...]. In a value of N samples
 with other positions, such as what a pooling layer or a strided convolution returns, all positions of a sample have the
-largest weight of the sample. All positions of other values count, and so do all rows of experts, which routers sort
-anew; only where gradients weigh them, rows without gradient do not.
+largest weight of the sample. All positions of other values count, and so do the rows of experts, which routers bring
+into another order.
 """
 
 from __future__ import annotations

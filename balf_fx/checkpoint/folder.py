@@ -25,6 +25,8 @@ from balf_fx.errors import CheckpointError
 
 _MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 5
 _UNFINISHED = f".{_MANIFEST}.tmp"
+_OF_PROCESS = re.compile(r"process-\d+")
+"""The folders of other processes, in that of the first."""
 
 
 class Folder:
@@ -131,7 +133,8 @@ class Folder:
 
     def _check_empty(self) -> None:
         """Check that a folder without a manifest holds nothing: files of others must not be taken for ours."""
-        others = sorted(each.name for each in self.path.iterdir() if each.name != _UNFINISHED)
+        names = (each.name for each in self.path.iterdir())
+        others = sorted(name for name in names if name != _UNFINISHED and not _OF_PROCESS.fullmatch(name))
         if others:
             raise CheckpointError(f"{self} is no checkpoint, but holds {others[0]!r}: pass a new or an empty folder")
 
