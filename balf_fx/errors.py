@@ -75,7 +75,7 @@ class PlanError(BalfError, ValueError):
 
 
 class FileError(BalfError, ValueError):
-    """A file cannot be written, or not be read as one of balf_fx: it is truncated, changed or of another kind."""
+    """A file cannot be written, or cannot be read as one of balf_fx's: it is truncated, changed or of another kind."""
 
 
 class ProcessError(BalfError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -215,6 +216,7 @@ def deviation(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[float, f
     for want, have in zip(wanted, got, strict=True):
         _require(want.shape == have.shape, f"an output of shape {tuple(have.shape)} for {tuple(want.shape)}")
         difference = float((want.double() - have.double()).abs().max())
+        _require(math.isfinite(difference), "an output is NaN or infinite")
         absolute = max(absolute, difference)
         relative = max(relative, difference / max(float(want.abs().max()), torch.finfo(torch.float32).tiny))
     return absolute, relative

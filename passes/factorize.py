@@ -75,7 +75,7 @@ class Factorize(Pass):
             original = mark.fingerprint or fingerprint(graph_module, site)
             replaced.append(_replaced(site.name, rank, substitute.biased, original, solution))
             replace_site(graph_module, nodes, site, substitute)
-        _reorder_tables(graph_module, cuts)
+        reorder_tables(graph_module, cuts)
         if any(map(features_last, built)):
             allow_any_layout(graph_module)
         graph_module.delete_all_unused_submodules()
@@ -83,7 +83,7 @@ class Factorize(Pass):
         return PassResult(graph_module, bool(replaced))
 
 
-def _reorder_tables(graph_module: fx.GraphModule, cuts: Mapping[str, Cut]) -> None:
+def reorder_tables(graph_module: fx.GraphModule, cuts: Mapping[str, Cut]) -> None:
     """Give the features of embeddings their new order; layers that are tied to one read the same features."""
     reordered: set[int] = set()  # a table may be read several times
     for node in graph_module.graph.nodes:

@@ -73,8 +73,9 @@ class FindPivots(Pass):
         nodes = {node.name: node for node in graph_module.graph.nodes}
         found: dict[str, list[Width]] = defaultdict(list)
         for width in graph_record(graph_module).widths:
-            if width.kind != "channels":
-                found[width.producers[HOSTS[width.kind]]].append(width)
+            host = width.producers[HOSTS[width.kind]] if width.kind != "channels" else None
+            if host is not None and not any(_has_parts(nodes[name]) for name in width.layers if name != host):
+                found[host].append(width)
         return {
             width.key: name
             for name, widths in found.items()
@@ -112,3 +113,9 @@ def writers_and_readers(graph_module: fx.GraphModule) -> tuple[dict[str, Width],
         and layer.in_features == width.features
     }
     return written, read
+
+
+def _has_parts(node: fx.Node) -> bool:
+    """Whether a layer may get factors for each of its parts, which take over no basis."""
+    site = annotation(node).site
+    return site is not None and site.parts > 1

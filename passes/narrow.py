@@ -207,7 +207,8 @@ def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node
         for name, *arguments in steps:
             view = graph.call_method(name, (view, *arguments))
             view.meta = carried_meta(product)
-    _replace_argument(reader, reader.args.index(old), view)
+    reader.replace_input_with(old, view)  # also in a list, or by keyword
+    _erase_unused(old)
 
 
 def _finish(

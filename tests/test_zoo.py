@@ -158,6 +158,9 @@ def test_deviation_is_relative_to_the_largest_output(checks):
     assert checks.deviation(wanted, got) == (2.0, 0.25)
     with pytest.raises(checks.CheckError, match="shape"):
         checks.deviation(wanted, [torch.zeros(2, 1), torch.zeros(1, 1)])
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(checks.CheckError, match="NaN or infinite"):
+            checks.deviation([torch.tensor([number])], [torch.tensor([number])])
 
 
 def test_results_replace_only_what_was_run_again(zoo, tmp_path):

@@ -36,7 +36,7 @@ def merging(program: nn.Module, group: Group) -> Iterator[None]:
     try:
         yield
         merged = []
-        for each, before in zip(observers, found, strict=True):  # one at a time, so that no more is held twice
+        for each, before in zip(observers, found, strict=True):  # an error leaves all of them as they were
             merge_statistics(each, group)
             own, each.statistics = each.statistics, (None,) * len(each.statistics)
             merged.append(_added(before, own))

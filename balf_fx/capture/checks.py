@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -15,7 +16,7 @@ from balf_fx.graph.operators import operation
 from balf_fx.graph.parameters import FLOATS, is_quantized
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
-_PATHS = ("StochasticDepth", "DropPath")  # of torchvision and timm: they drop whole branches
+_PATHS = ("StochasticDepth", "DropPath")  # of torchvision, timm and transformers: they drop whole branches
 _FLOAT = ("FloatFunctional", "FXFloatFunctional")  # these lie there, too, but compute with plain tensors
 
 
@@ -94,7 +95,7 @@ def _training_matters(module: nn.Module) -> bool:
         return module.p > 0
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0
-    if type(module).__name__ in _PATHS:
+    if type(module).__name__.endswith(_PATHS):
         return bool(getattr(module, "p", getattr(module, "drop_prob", 0)))
     return isinstance(module, nn.RReLU)
 
@@ -115,13 +116,21 @@ def check_functional_training(graph_module: fx.GraphModule) -> None:
 
 def _drops(node: fx.Node) -> bool:
     """Whether a call drops values at random because it runs in training mode, which exported calls pass by position."""
-    if not any(word in operation(node) for word in ("dropout", "stochastic_depth")):
+    if "dropout" not in operation(node):
         return False
-    schema = getattr(node.target, "_schema", None)
-    target: Any = node.target
-    names = [each.name for each in schema.arguments] if schema is not None else list(signature(target).parameters)
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return True in (given.get("training"), given.get("train")) and given.get("p") != 0
+    given = {**dict(zip(_argument_names(node.target), node.args, strict=False)), **node.kwargs}
+    return any(given.get(flag) is True for flag in ("training", "train")) and bool(given.get("p") != 0)
+
+
+def _argument_names(target: Any) -> Sequence[str]:
+    """The names of a function's arguments; builtin functions for dropout have those of the operator."""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return [each.name for each in schema.arguments]
+    try:
+        return list(signature(target).parameters)
+    except ValueError:
+        return ("input", "p", "train")
 
 
 def close(want: Tensor, got: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from balf_fx.errors import CaptureError
-from balf_fx.graph.parameters import get_tensor, parameter_users
+from balf_fx.graph.parameters import get_tensor, parameter_users, put
 
 Autocast = tuple[str, torch.dtype, bool, bool]
 """The arguments of a context of autocast: device type, dtype, whether it is enabled, whether it caches."""
@@ -107,10 +107,10 @@ def cast_explicitly(graph_module: fx.GraphModule, inputs: Sequence[Any], around:
     seen = _Casts(graph_module)
     with torch.no_grad():
         seen.run(*inputs)
-    users = parameter_users(graph_module)
+    users, known = parameter_users(graph_module), dict[int, tuple[Tensor, nn.Parameter]]()
     for node, dtype in seen.casts.items():
         if node.op == "call_module":
-            _cast_module(graph_module.get_submodule(str(node.target)), dtype, seen.casts, users)
+            _cast_module(graph_module.get_submodule(str(node.target)), dtype, seen.casts, users, known)
         with graph.inserting_before(node):
             node.args = map_arg(node.args, lambda value: seen.cast(value, dtype))  # noqa: B023
             node.kwargs = map_arg(node.kwargs, lambda value: seen.cast(value, dtype))  # noqa: B023
@@ -126,16 +126,27 @@ def _cast_module(
     dtype: torch.dtype,
     casts: Mapping[fx.Node, torch.dtype],
     users: Mapping[int, set[fx.Node]],
+    known: dict[int, tuple[Tensor, nn.Parameter]],
 ) -> None:
-    """Cast a module that only nodes with the same cast use.
+    """Cast a module that only nodes with the same cast use; its parameters are the user's, and stay as they are.
+
+    Args:
+        known: the parameters that were cast, by id, and what they became.
 
     Raises:
         CaptureError: something else uses its weights.
     """
-    readers = set[fx.Node]().union(*(users[id(parameter)] for parameter in module.parameters()))
+    cast = {id(new) for _, new in known.values()}
+    readers = set[fx.Node]().union(*(users[id(each)] for each in module.parameters() if id(each) not in cast))
     if any(casts.get(reader) != dtype for reader in readers):
         raise CaptureError(f"a {type(module).__name__} is used inside and outside of a context of autocast")
-    module.to(dtype)
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if parameter.is_floating_point() and id(parameter) not in cast:
+            new = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+            put(module, name, known.setdefault(id(parameter), (parameter, new))[1])
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_floating_point():
+            put(module, name, buffer.to(dtype))
 
 
 class _Casts(fx.Interpreter):

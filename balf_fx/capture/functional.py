@@ -35,6 +35,9 @@ _FEW = 2  # samples; with one, more values would share memory
 _LOGGER = logging.getLogger(__name__)
 
 
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not")
+"""Operations that return truth values, but keep the dtype of what they change."""
+
 _PIECES = {"chunk": 2, "split": 2, "split_with_sizes": 2, "tensor_split": 2, "unbind": 1}
 """Functions that return a tuple of views, with the position of their argument `dim`."""
 
@@ -260,7 +263,8 @@ class _Rewriter:
         facts = self.seen.facts
         read = [facts[source].dtype for source in node.all_input_nodes if source in facts]
         own = facts[target].dtype
-        return any(torch.promote_types(own, dtype) != own for dtype in read)
+        compares = operation(node) in _COMPARISONS and own != torch.bool
+        return compares or any(torch.promote_types(own, dtype) != own for dtype in read)
 
     def _write(self, view: fx.Node, value: fx.Node) -> None:
         """Make `value` the present value of a view, and write it through to the base."""

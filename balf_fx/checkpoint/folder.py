@@ -23,7 +23,7 @@ from torch import Tensor
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.errors import CheckpointError
 
-_MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 5
+_MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 6
 _UNFINISHED = f".{_MANIFEST}.tmp"
 _OF_PROCESS = re.compile(r"process-\d+")
 """The folders of other processes, in that of the first."""
@@ -41,7 +41,7 @@ class Folder:
         before: what the run depended on that began the folder; the same as `run` if it is new.
 
     Raises:
-        CheckpointError: the folder cannot be written, has files of others, or its manifest is damaged.
+        CheckpointError: the folder cannot be written, holds other files, or its manifest is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
@@ -51,13 +51,14 @@ class Folder:
             if not (self.path / _MANIFEST).exists():
                 self._check_empty()
                 self._write_manifest(run)
+        self.before = self._manifest()
+        with self.writing():
             (self.path / _STAGES).mkdir(exist_ok=True)
             for left in self.path.glob(".balf_fx-*"):  # of a run that was killed while it wrote its result
                 shutil.rmtree(left, ignore_errors=True)
             for left in (self.path / _STAGES).iterdir():  # of one that was killed while it wrote a stage
                 if left.name.startswith(".tmp") or left.suffix == ".tmp":  # of safetensors, or of ours
                     left.unlink(missing_ok=True)
-        self.before = self._manifest()
         self._run = digest_of(self.before)
 
     def __str__(self) -> str:
@@ -149,7 +150,7 @@ class Folder:
             found = json.loads(path.read_text())
             run: dict[str, Any] = found["run"]
         except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(path) from error
+            raise CheckpointError(f"{path} is damaged, or of another program: pass another folder") from error
         if found.get("format") != _FORMAT:
             raise CheckpointError(f"the checkpoint in {self} was written by another version: pass another folder")
         return run

@@ -79,9 +79,9 @@ def certify(
 
 
 def _free(settings: Settings) -> Settings:
-    """The settings for what is free."""
+    """The settings that remove only what is free."""
     without: dict[str, Any] = dict.fromkeys((*get_args(Measure), "factors", "refit"))
-    return dataclasses.replace(settings.at(1.0), **without).with_free()
+    return dataclasses.replace(settings.at(1.0), allocation="free", **without).with_free()
 
 
 @dataclass(frozen=True)

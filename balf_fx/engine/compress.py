@@ -246,10 +246,10 @@ def convert(
 
 
 def _written(settings: Settings, allocate: Allocate | Follow, timing: Timing | None) -> Written:
-    """How low-rank maps are written: for a budget of time, as they were measured to be faster."""
+    """How low-rank maps are written: as in a plan, or for a budget of time as they were measured to be faster."""
     if isinstance(allocate, Follow):
-        timing = allocate.plan.timing
-    elif not settings.pivot:
+        return "apart" if any(layer.apart for layer in allocate.plan.layers) else "pivots"
+    if not settings.pivot:
         return "pairs"
     return "pivots" if timing is not None and not timing.biases_apart else "apart"
 

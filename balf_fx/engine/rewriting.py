@@ -48,6 +48,7 @@ from balf_fx.passes import (
     Pivot,
     SplitBias,
 )
+from balf_fx.passes.factorize import reorder_tables
 from balf_fx.passes.observe import remove_observers
 from balf_fx.widths.layouts import find_constants, find_layouts
 from balf_fx.widths.narrowing import Cut, find_cuts, hosted_rows
@@ -158,6 +159,7 @@ def rewrite_as(graph_module: fx.GraphModule, plan: Plan) -> None:
             blank = tuple(replace(each, blocks=rows) for each in blank)
         built.append(build(graph_module, thin, blank))
         replace_site(graph_module, nodes, site, built[-1])
+    reorder_tables(graph_module, cuts)
     if any(map(features_last, built)):
         allow_any_layout(graph_module)
     graph_module.delete_all_unused_submodules()
@@ -266,8 +268,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
         names = ", ".join([*missing, *left][:5])
         raise PlanError(f"the model has another architecture, or was built by another version: {names} in one only")
     given: dict[int, Tensor] = {}  # tensors that several names share remain shared
+    first: dict[int, str] = {}
     for name, tensor in held.items():
         value = tensors[name]
+        if first.setdefault(id(tensor), name) != name and not torch.equal(value, tensors[first[id(tensor)]]):
+            raise PlanError(f"{first[id(tensor)]} and {name} are one tensor in this model, but differ in the file")
         if value.shape != tensor.shape:
             raise PlanError(f"{name} has shape {tuple(tensor.shape)} in this model, {tuple(value.shape)} in the file")
         if id(tensor) not in given:

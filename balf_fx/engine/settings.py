@@ -154,7 +154,7 @@ class Settings:
     separable: bool | None = option(
         None,
         "let a convolution become k x 1 and 1 x k ones, which lose less at the same FLOPs, but take longer; by default "
-        "with latency only, and in `convert` if `prepare` had it. With False, a convolution may not become 1 x 1 and "
+        "with latency only. `convert` needs it in `prepare`, too. With False, a convolution may not become 1 x 1 and "
         "k x k ones either, but k x k and 1 x 1 ones alone",
         "prepare",
         "convert",

@@ -190,9 +190,11 @@ class Watch:
 
     def _apart(self, problem: Problem, allocation: Allocation) -> bool:
         """Whether the model is no slower where biases are added apart."""
+        if not self.pivot:
+            return False
         apart = self._compressed(problem, allocation, apart=True)
         if not any(layer.apart for part in apart.graph_modules for layer in graph_record(part).replaced):
-            return self.pivot
+            return True
         inside = self._compressed(problem, allocation, apart=False)
         first, second = (_task(program, self.trace, self.runner) for program in (apart, inside))
         found = _race(first, second, self.device).ratio

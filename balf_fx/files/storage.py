@@ -130,7 +130,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         FileError, PlanError: as `read`.
     """
-    if path.is_dir() and (path / _CONFIG).is_file():
+    if (path / _CONFIG).is_file():
         return _configured(path / _CONFIG)
     return Plan.from_json(path.read_bytes()) if path.suffix == ".json" else read(path).plan
 

@@ -127,7 +127,9 @@ def _read(path: Path, pages: Pages) -> Iterator[tuple[str, Tensor]]:
             if name != "__metadata__":
                 start, stop = entry["data_offsets"]
                 own, dtype = values[start:stop], _DTYPES[entry["dtype"]]
-                own = own.clone() if own.data_ptr() % dtype.itemsize else own  # the format aligns by custom only
+                own = (
+                    own.clone() if own.data_ptr() % dtype.itemsize else own
+                )  # aligned by custom only, not by the format
                 yield name, own.view(dtype).reshape(entry["shape"])
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error

@@ -60,7 +60,13 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module runs more than its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)  # replaced on the instance
+    return any(hooks) or not vars(module).keys().isdisjoint(("forward", "_conv_forward"))  # replaced on the instance
+
+
+def called_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls; None for one that runs more than its forward, which may do anything."""
+    module = graph_module.get_submodule(str(node.target))
+    return None if is_hooked(module) else module
 
 
 def computed_tensors(module: nn.Module) -> dict[int, Tensor]:

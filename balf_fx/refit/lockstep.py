@@ -80,8 +80,8 @@ class Lockstep:
     """Runs the nodes of a graph, in all processes of a group at once.
 
     Args:
-        inputs: the values of the graph's placeholders by name, for each batch; an item is only read when one of its
-            values is needed.
+        inputs: the values of the graph's placeholders by name, for each batch; an item is read once for its size, and
+            when one of its values is needed.
         handed: the values that the compressed model has in place of some of `inputs`, for each batch; empty if there
             are none.
         memory: bytes of values that may be in memory, apart from those of the batch that is being run.
@@ -90,8 +90,8 @@ class Lockstep:
 
     Attributes:
         inputs, handed, group: as above.
-        runs: the number of batches in all processes.
-        before: the number of samples in the processes before this one, if batches are of one size.
+        runs, samples: the number of batches and of samples in all processes.
+        before: the number of samples in the processes before this one.
         moved: the nodes whose values differ between the models.
     """
 
@@ -116,15 +116,21 @@ class Lockstep:
         self._batches: list[Batch] = []
         self._nbytes: list[int] = []
         self.group = group
-        samples = sample_count(inputs[0]) * len(inputs) if group.size > 1 and len(inputs) else 0
-        found = group.gathered((len(inputs), samples, {name for values in handed for name in values}))
+        self._counts = [sample_count(values) for values in inputs]
+        found = group.gathered((len(inputs), sum(self._counts), {name for values in handed for name in values}))
         self.runs = sum(runs for runs, _, _ in found)
+        self.samples = sum(count for _, count, _ in found)
         self.before = sum(count for _, count, _ in found[: group.rank])
         self._handed_names = {name for _, _, names in found for name in names}
 
     def is_handed(self, node: fx.Node) -> bool:
         """Whether a node is a placeholder whose value differs in the compressed model."""
         return node.op == "placeholder" and node.target in self._handed_names
+
+    def samples_like(self, batch: Batch, count: int) -> int:
+        """The samples of a value in all batches and processes, if a batch has so many."""
+        own = self._counts[batch.index]
+        return round(self.samples * count / own) if own else self.runs * count
 
     def weights(self, node: fx.Node, batch: Batch) -> Weights | None:
         """The weights of the positions of a node's value; None if all count."""

@@ -15,7 +15,7 @@ from balf_fx.calibration.moments import by_sample
 from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.graph.operators import aten, is_identity, operation, reads_metadata
 from balf_fx.graph.site import Site
-from balf_fx.refit.lockstep import Batch
+from balf_fx.refit.lockstep import Batch, sources_of
 from balf_fx.refit.windows import Window
 
 _ADDITIONS = (
@@ -135,13 +135,20 @@ def summands_first(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], layer
     for node in filter(layers.__contains__, nodes):
         other = addition_of(graph_module, node)
         place = order.index(node)
-        if other is None or other in layers or other not in order[place:]:
+        if other is None or other not in order[place:] or _behind_identities(graph_module, other) in layers:
             continue
         needed = _needed(other, set(order[place:]))
         if node not in needed:
             late = order[place:]
             order[place:] = [*filter(needed.__contains__, late), *(each for each in late if each not in needed)]
     return order
+
+
+def _behind_identities(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node whose value a node forwards; itself if it computes one."""
+    while is_identity(graph_module, node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _needed(node: fx.Node, among: Set[fx.Node]) -> set[fx.Node]:
@@ -152,7 +159,7 @@ def _needed(node: fx.Node, among: Set[fx.Node]) -> set[fx.Node]:
         each = pending.pop()
         if each in among and each not in found:
             found.add(each)
-            pending += each.all_input_nodes
+            pending += sources_of(each)
     return found
 
 

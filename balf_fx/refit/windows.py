@@ -89,14 +89,13 @@ def visits(
     """
     outputs, inputs = shape
     seen, turn = walk.before, walk.group.rank  # the grid is shifted each turn: together they read all pixels
-    largest = 0  # batch so far; the last one may be smaller, but its samples shall not count more
     for batch in walk.batches():
         count, sizes = _positions(batch, node, site)
         counted = _counted(walk, node, site, batch, (count, *sizes))
         numbers = _present(counted)
         samples = count if numbers is None else len(numbers)
-        largest = max(largest, samples)
-        steps = pixel_steps(walk.runs * largest, sizes, inputs) if site.conv is not None else (1,) * len(sizes)
+        together = walk.samples_like(batch, samples)
+        steps = pixel_steps(together, sizes, inputs) if site.conv is not None else (1,) * len(sizes)
         positions = grid_count(sizes, steps)
         weights = None if importance is None else position_weights(importance, sizes)
         for share, span in chunks(seen, samples, positions, max(inputs, outputs)):

@@ -16,11 +16,20 @@ from torch import fx
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import read_layer, site_input
-from balf_fx.graph.parameters import owns_weight, parameter_users
+from balf_fx.graph.parameters import get_tensor, owns_weight, parameter_users, readers
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size, View, Width
 from balf_fx.widths.elementwise import is_elementwise, is_glu, passes_on
-from balf_fx.widths.moves import Moves, feature_axis, is_harmless, is_shaped, numbered, read_layout, reads_size
+from balf_fx.widths.moves import (
+    Moves,
+    feature_axis,
+    is_fixed,
+    is_harmless,
+    is_shaped,
+    numbered,
+    read_layout,
+    reads_size,
+)
 
 _LEAST = 8  # the least number of features that is worth reducing
 
@@ -172,6 +181,8 @@ class Finder:
             if shape is None or not -1 < axis < len(shape) or shape[axis] != features:
                 raise UnsupportedError
             space.axes[node] = axis
+            if self.moves.is_move(node) and is_fixed(self.graph_module, node, axis):
+                raise UnsupportedError
             if self.moves.is_move(node) and is_shaped(node):
                 space.shaped.append(node)
             pending += self.sources(node, axis, features, space)
@@ -250,8 +261,8 @@ class Finder:
     def constant(self, node: fx.Node, axis: int, features: int) -> fx.Node:
         """A constant that holds one entry, or several, for each feature, if nothing else reads it."""
         size = annotation(node).shape or ()
-        readers = node.graph.find_nodes(op="get_attr", target=node.target)
-        shared = len(readers) > 1 or len(node.users) > 1 or annotation(node).shared
+        everywhere = self.users[id(get_tensor(self.graph_module, str(node.target)))]
+        shared = len(node.users) > 1 or annotation(node).shared or not everywhere <= readers(node)
         if shared or size.count(features) != 1 or size[axis] != features:
             raise UnsupportedError
         return node

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.operators import operation
+from balf_fx.graph.parameters import called_module
 
 _MODULES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
@@ -58,14 +59,14 @@ def passes_on(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
 def is_elementwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node treats each element of its broadcast operands separately."""
     if node.op == "call_module":
-        return type(graph_module.get_submodule(str(node.target))) in _MODULES
+        return type(called_module(graph_module, node)) in _MODULES
     return operation(node) in _ELEMENTWISE_NAMES and "out" not in node.kwargs
 
 
 def is_glu(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     """Whether a node multiplies one half of an axis by the sigmoid of the other."""
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
+        module = called_module(graph_module, node)
         dim: Any = module.dim if isinstance(module, nn.GLU) else None
     else:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
@@ -79,7 +80,7 @@ def is_normalisation(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> 
     if axis != len(annotation(node).shape or ()) - 1:
         return False
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
+        module = called_module(graph_module, node)
         alone = len(graph_module.graph.find_nodes(op="call_module", target=str(node.target))) == 1
         return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1 and alone
     shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
@@ -111,7 +112,7 @@ def table_of(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> str | No
     if axis != len(annotation(node).shape or ()) - 1:
         return None
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
+        module = called_module(graph_module, node)
         return f"{node.target}.weight" if type(module) is nn.Embedding and module.max_norm is None else None
     plain = operation(node) == "embedding" and node.kwargs.get("max_norm") is None
     sources = [source for source in node.all_input_nodes if source.op == "get_attr"]
@@ -122,7 +123,7 @@ def _is_spatial(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     """Whether a node pools, resizes or pads other axes than this one."""
     rank = len(annotation(node).shape or ())
     if node.op == "call_module":
-        kind = type(graph_module.get_submodule(str(node.target)))
+        kind = type(called_module(graph_module, node))
         return kind in _SPATIAL_MODULES and axis < rank - _spatial_axes(kind.__name__, rank)
     name = operation(node)
     if name == "mean":

@@ -198,6 +198,7 @@ class _Finder:
         unique = _unique_heads(k.rows)
         features = q.rows.shape[1]
         alike = (q.sequence_first, q.merged) == (k.sequence_first, k.merged) and not q.transposed
+        alike = alike and k.transposed != is_attention(product)  # else their features are not summed
         if unique is None or not alike or features != k.rows.shape[1] or features < _LEAST:
             return
         if len(q.rows) % len(unique) or len(torch.unique(q.rows)) != q.rows.numel():

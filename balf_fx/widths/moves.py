@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.operators import aten, operation, reads_metadata
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.parameters import called_module, get_tensor
 from balf_fx.graph.widths import Reader, Size
 
 _RESHAPES = ("reshape", "view", "expand")
@@ -66,7 +66,7 @@ class Moves:
     def is_move(self, node: fx.Node) -> bool:
         """Whether a node only moves values."""
         if node.op == "call_module":
-            return type(self.graph_module.get_submodule(str(node.target))) in _MODULES
+            return type(called_module(self.graph_module, node)) in _MODULES
         return operation(node) in _MOVES and "out" not in node.kwargs
 
     def run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -354,8 +354,28 @@ def _skips(item: Any, axis: int, rank: int) -> bool:
 
 
 def is_shaped(node: fx.Node) -> bool:
-    """Whether a move is given the sizes of its result."""
+    """Whether a move is given the sizes of its result, so that it can be resized."""
     return operation(node) in _RESHAPES
+
+
+def is_fixed(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
+    """Whether a move that cannot be resized is given the size of an axis of its result."""
+    rank = len(annotation(node).shape or ())
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    dim: Any
+    sizes: Any
+    if isinstance(module, nn.Unflatten):
+        dim, sizes = module.dim, module.unflattened_size
+    elif operation(node) == "unflatten":
+        dim, sizes = (*node.args[1:], *node.kwargs.values())[:2]
+    elif operation(node) == "broadcast_to":
+        dim, sizes = 0, node.args[1] if len(node.args) > 1 else node.kwargs.get("size")
+    else:
+        return False
+    if not isinstance(dim, int) or not isinstance(sizes, list | tuple):
+        return True
+    place = axis - dim % (rank - len(sizes) + 1)
+    return place in range(len(sizes)) and sizes[place] != -1
 
 
 def resize(node: fx.Node, axis: int, size: int) -> None:

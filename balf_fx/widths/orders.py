@@ -102,6 +102,10 @@ class _OrderFinder(Finder):
                 raise UnsupportedError
             path = table_of(self.graph_module, node, len(annotation(node).shape or ()) - 1)
             paths += [] if path is None else [path]
+        tables = {id(get_tensor(self.graph_module, path)) for path in paths[len(self._tied) :]}
+        across = (layer for layer in layers if isinstance(layer, Site) and layer.inputs_first)
+        if any(id(get_tensor(self.graph_module, layer.weight)) in tables for layer in across):
+            raise UnsupportedError  # it reads the table along its other axis
         for path in paths:
             if not self.users[id(get_tensor(self.graph_module, path))] <= own:
                 raise UnsupportedError

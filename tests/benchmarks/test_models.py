@@ -1,5 +1,6 @@
 """The trained models answer as they should, so that weights, preprocessing and data belong together."""
 
+import itertools
 import struct
 
 import pytest
@@ -46,6 +47,24 @@ def test_calibration_text_is_the_stories_and_nothing_else(load_benchmark, load_t
     found = stories.cut(texts, seed=0)
     assert found.flatten().sort().values.tolist() == sorted(token for text in texts for token in text)
     assert not torch.equal(found, stories.cut(texts, seed=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet20", "vit_tiny", "mobilenetv2"])
+def test_no_image_that_judges_is_calibrated_on(load_task, name):
+    task = load_task(name, images=64, evaluate=64)
+    seen = {image.numpy().tobytes() for batch in task.calibration for image in batch}
+    judged = {image.numpy().tobytes() for batch, _ in task.evaluation for image in batch}
+    assert len(seen) == len(judged) == 64
+    assert seen.isdisjoint(judged)
+
+
+def test_no_story_that_judges_is_calibrated_on(load_task):
+    task = load_task("stories")
+    seen = [" ".join(map(str, batch.flatten().tolist())) for batch in task.calibration]
+    for batch, _ in itertools.islice(task.evaluation, 20):
+        for row in batch[:, :64].tolist():
+            assert not any(" ".join(map(str, row)) in text for text in seen)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vit_tiny", "stories"])

@@ -17,15 +17,17 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "benchmarks" / "README.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
+UNKNOWN = {"db81b545429afdd4f81e86048ad6c5c7d41ad5a0": ["torch", "cpu", "cores", "threads"]}
+"""What the headers of some early runs leave out, by commit."""
 FIELDS = ("torch", "cpu", "cores", "threads", "date", "commit", "command", "options")
 
 
 def headers(found):
     """Of a file's run and of those that it continues; pytest-benchmark has a form of its own."""
+    own = {key: found[key] for key in FIELDS if key in found}
     if "machine_info" in found:
-        return [{**found["machine_info"], "commit": found["commit_info"]["id"], "command": found["command"]}]
-    own = [{key: found[key] for key in FIELDS if key in found}]
-    return own + (headers(found["continues"]) if "continues" in found else [])
+        own |= {**found["machine_info"], "commit": found["commit_info"]["id"]}
+    return [own, *(headers(found["continues"]) if "continues" in found else [])]
 
 
 def missing(header):
@@ -62,7 +64,7 @@ def as_json(values):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_says_how_each_of_its_runs_was_made(path):
     for header in headers(json.loads(path.read_text())):
-        assert missing(header) == []
+        assert missing(header) == UNKNOWN.get(header["commit"], [])
         assert re.fullmatch("[0-9a-f]{40}", header["commit"]), "it was not made from a commit, but from changed files"
 
 

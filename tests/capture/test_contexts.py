@@ -105,3 +105,19 @@ def test_transforms_that_stay_in_a_graph_are_named():
     graph.call_function(torch._C._functorch._vmap_increment_nesting, (3, "error"))
     with pytest.raises(CaptureError, match=r"transform of torch\.func.*operations on batches"):
         check_transforms(fx.GraphModule(nn.Module(), graph))
+
+
+def test_autocast_leaves_the_users_weights_alone():
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    model.append(model[0])  # of which both calls are cast alike
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch)
+
+    x = torch.randn(32, 16)
+    small = balf_fx.compile(model, [x], params=0.9, effort="fast", forward=forward, progress=False)
+    assert small(x).dtype == torch.bfloat16
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}

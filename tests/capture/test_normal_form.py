@@ -180,6 +180,22 @@ def test_training_mode_is_refused(model, method):
     capture(model.eval(), X, method=method)
 
 
+class Dropping(nn.Module):
+    def __init__(self, training):
+        super().__init__()
+        self.layer, self.drops = nn.Linear(4, 4), training
+
+    def forward(self, x):
+        return torch.dropout(self.layer(x), 0.5, self.drops)
+
+
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_functions_in_training_mode_are_refused(method):
+    capture(Dropping(training=False), X, method=method)
+    with pytest.raises(TrainingModeError, match=r"model\.eval\(\)"):
+        capture(Dropping(training=True), X, method=method)
+
+
 def test_training_mode_without_effect_is_fine():
     graph_module = capture(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.ReLU()), X)
     assert graph_module.training

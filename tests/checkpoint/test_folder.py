@@ -67,7 +67,7 @@ def test_a_damaged_manifest_is_told(folder, text):
 
 
 def test_the_manifest_is_json(folder):
-    assert json.loads((folder.path / "manifest.json").read_text()) == {"format": 5, "run": RUN}
+    assert json.loads((folder.path / "manifest.json").read_text()) == {"format": 6, "run": RUN}
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace", "save"])
@@ -135,4 +135,18 @@ def test_what_a_killed_run_left_is_removed(folder):
 
 def test_a_run_that_was_killed_before_its_manifest_begins_again(tmp_path):
     (tmp_path / ".manifest.json.tmp").write_text("{")
+    assert Folder(tmp_path, RUN).before == RUN
+
+
+def test_a_manifest_of_another_program_is_refused_before_anything_is_deleted(tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "mine.tmp").write_text("mine")
+    (tmp_path / "manifest.json").write_text('{"name": "an extension"}')
+    with pytest.raises(CheckpointError, match="of another program: pass another folder"):
+        Folder(tmp_path, RUN)
+    assert (tmp_path / "stages" / "mine.tmp").read_text() == "mine"
+
+
+def test_another_process_may_have_made_its_folder_first(tmp_path):
+    Folder(tmp_path / "process-1", RUN)
     assert Folder(tmp_path, RUN).before == RUN

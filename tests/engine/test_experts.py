@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from expert_models import EXPERTS, INPUTS, Loop, Mixture, Selected
+from expert_models import EXPERTS, INPUTS, OUTPUTS, Loop, Mixture, Selected
+from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
@@ -229,3 +230,25 @@ def test_a_refit_corrects_each_expert_for_errors_made_before_it():
         found.append([float(e[(chosen == i).any(-1)].square().sum()) for i, e in enumerate(wrong)])
     before, after = found
     assert all(new < 0.99 * old for new, old in zip(after, before, strict=True))
+
+
+class SharedFirst(nn.Module):
+    """A layer for all rows, computed before the experts to which it is added, which read ids of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.experts = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, OUTPUTS), Selected()
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        return self.shared(x) + self.experts(x)
+
+
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_a_layer_for_all_rows_is_refitted_beside_experts(capture):
+    torch.manual_seed(0)
+    model, batches = SharedFirst().eval(), list(torch.randn(6, 64, INPUTS))
+    small = balf_fx.compile(model, batches, params=0.8, capture=capture, progress=False)
+    assert balf_fx.report(small).params_kept <= 0.8
+    wanted, found = model(batches[0]), small(batches[0])
+    assert float((found - wanted).square().mean()) < 0.5 * float(wanted.var())

@@ -192,6 +192,7 @@ def test_biases_are_added_apart_where_that_is_not_slower(clock, apart, pivot):
     assert any(layer.apart for layer in plan.layers) == plan.timing.biases_apart
     again = fast(net, batches, allocation=plan)
     assert balf_fx.plan(again).layers == plan.layers
+    assert balf_fx.plan(fast(net, batches, allocation=balf_fx.plan(again))).layers == plan.layers
     torch.testing.assert_close(again(batches[0]), small(batches[0]))
 
 
@@ -231,7 +232,7 @@ def test_limits_of_mistakes_minimise_the_time(net, batches, clock, monkeypatch):
     small = fast(net, batches, divergence=0.5, validation=others, minimise="latency")
     found = balf_fx.plan(small)
     assert found.certificate.measure == "latency"
-    assert found.timing is not None or found.certificate.chosen is None
+    assert found.timing.measured <= 1.03 * found.certificate.chosen.share
 
 
 @pytest.mark.parametrize("latency", [0, 1.5, -1, True, "fast", "12", "0ms", "-1ms", "ms", [0.5]])

@@ -11,6 +11,7 @@ from architectures import (
     HEAD,
     HEADS,
     Mlp,
+    Unfused,
     count_flops,
     count_params,
     make,
@@ -298,6 +299,24 @@ def test_buffers_in_between_stay_buffers():
     assert "gamma" in narrow.state_dict()
     copied = copy.deepcopy(fx.symbolic_trace(model))  # torch 2.8 forgets that a buffer is not persistent
     assert ("shift" in narrow.state_dict()) == ("shift" in copied.state_dict())
+
+
+class Listed(Unfused):
+    """Attention whose output projection is an einsum, which takes its operands as a list in exported graphs."""
+
+    def attend(self, x):
+        b, n, _ = x.shape
+        q, k, v = (layer(x).view(b, n, HEADS, HEAD).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = (((q * HEAD**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(b, n, HEADS * HEAD)
+        return torch.einsum("bnd,od->bno", y, self.proj.weight)
+
+
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_values_narrow_before_operands_in_a_list(method):
+    torch.manual_seed(0)
+    model, x = Listed().double().eval(), torch.randn(32, 6, 32).double()
+    small = balf_fx.compile(model, [x], flops=0.4, effort="balanced", capture=method, progress=False)
+    assert small(x).shape == model(x).shape
 
 
 def test_half_precision_weights_stay_half():

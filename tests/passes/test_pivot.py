@@ -403,3 +403,63 @@ def test_what_is_read_twice_is_reordered_once(what, capture):
     small, plain = (balf_fx.compile(model, batches, **options, pivot=pivot) for pivot in (True, False))
     assert what != "embedding" or forms(small)["up"] == "columns"
     torch.testing.assert_close(small(batches[0]), plain(batches[0]), rtol=1e-6, atol=1e-8)
+
+
+class Gated(nn.Module):
+    """Attention whose output layer writes a value and a gate, of which only the gate has a low rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(48, 48) for _ in range(3))
+        self.out = nn.Linear(48, 96)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (4, 12)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        value, gate = self.out(y).chunk(2, -1)
+        return x + value * torch.sigmoid(gate)
+
+
+def test_parts_of_a_layer_beside_heads_take_over_their_basis_or_leave_it():
+    model, x = made(Gated()), torch.randn(4, 10, 48, dtype=torch.float64, generator=GENERATOR())
+    with torch.no_grad():
+        model.out.weight[48:] = torch.randn(48, 4).double() @ torch.randn(4, 48).double() / 48
+    small = balf_fx.compile(model, [x], progress=False)  # what is free
+    assert balf_fx.plan(small).ranks["out"] == (None, 4)
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_a_hook_between_layers_keeps_their_order():
+    model = made(nn.Sequential(nn.Linear(40, 160), nn.GELU(), nn.Linear(160, 40)))
+    mask = torch.linspace(0, 1, 160, dtype=torch.float64)
+    model[1].register_forward_hook(lambda module, given, found: found * mask)
+    batches = [torch.randn(16, 40, dtype=torch.float64) for _ in range(6)]
+    options = {"allocation": {"0": 31, "2": 25}, "effort": "fast", "progress": False}
+    small, plain = (balf_fx.compile(model, batches, **options, pivot=pivot) for pivot in (True, False))
+    torch.testing.assert_close(small(batches[0]), plain(batches[0]))
+
+
+class Shared(nn.Module):
+    """A table that is added to a stream, and is read elsewhere: by the module that owns it, or along its other axis."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, size = how, 48
+        self.table, self.stem = nn.Embedding(size, size), nn.Linear(size, size)
+        self.up, self.down = nn.Linear(size, 96), nn.Linear(96, size)
+
+    def forward(self, x, ids):
+        x = self.stem(x) + self.table.weight if self.how == "owner" else self.table(ids)
+        x = x + self.down(torch.tanh(self.up(x)))
+        return (x.sum(-1), self.table(ids)) if self.how == "owner" else (x @ self.table.weight,)
+
+
+@pytest.mark.parametrize("how", ["owner", "other axis"])
+@pytest.mark.parametrize("capture", ["symbolic_trace", "export"])
+def test_a_table_that_others_read_keeps_its_order(how, capture):
+    model = made(Shared(how))
+    batches = [(torch.randn(4, 48, 48).double(), torch.randint(48, (4, 48))) for _ in range(4)]
+    options = {"allocation": {"up": 30}, "effort": "fast", "progress": False, "capture": capture}
+    small, plain = (balf_fx.compile(model, batches, **options, pivot=pivot) for pivot in (True, False))
+    for found, wanted in zip(small(*batches[0]), plain(*batches[0]), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)

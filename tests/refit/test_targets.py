@@ -95,23 +95,29 @@ class Shortcut(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.layer, self.other, self.kind = nn.Linear(4, 4), nn.Linear(4, 4), kind
+        self.dropout = nn.Dropout()
 
     def forward(self, value):
         y = self.layer(torch.sin(value))
         if self.kind == "plain":
             return y + torch.cos(value[:, :4])
-        return y + (self.other(value) if self.kind == "layer" else torch.tanh(y))
+        if self.kind == "of itself":
+            return y + torch.zeros(y.size())
+        return y + (self.other(value) if self.kind == "layer" else self.dropout(self.other(value)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "moves"), [("plain", ["getitem", "cos"]), ("layer", []), ("of itself", [])], ids=lambda value: str(value)
+    ("kind", "moves"),
+    [("plain", ["getitem", "cos"]), ("layer", []), ("layer and dropout", []), ("of itself", [])],
+    ids=str,
 )
 def test_shortcuts_are_computed_before_the_layer_to_which_they_are_added(kind, moves):
-    graph_module = fx.symbolic_trace(Shortcut(kind))
+    graph_module = fx.symbolic_trace(Shortcut(kind).eval())
     nodes = list(graph_module.graph.nodes)
-    layers = {node for node in nodes if node.op == "call_module"}
+    layers = {node for node in nodes if node.target in ("layer", "other")}
     found = summands_first(graph_module, nodes, layers)
     assert sorted(found) == sorted(nodes)
+    assert (found == nodes) == (not moves)
     names = [node.name for node in found]
     assert names[names.index("layer") - len(moves) : names.index("layer")] == moves
     assert all(found.index(source) < found.index(node) for node in found for source in node.all_input_nodes)
