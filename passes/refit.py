@@ -244,7 +244,7 @@ class _Solver:
 
     def _through(self, target: Target, site: Site, outputs: int, extra: int = 0) -> Through | None:
         """A layer's outputs as a map of its inputs and 1, if these and `extra` are fewer and it is the target."""
-        changed = target.addition is not None or target.limits is not None
+        changed = bool(target.additions) or target.limits is not None
         if changed or outputs <= site.in_features + 1 + extra:
             return None
         weight, bias = grouped_weight(self.graph_module, site), grouped_bias(self.graph_module, site)

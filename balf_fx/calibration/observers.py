@@ -225,24 +225,35 @@ class SensitivityObserver(nn.Module):
         seen = self._seen(recorded, gradient)
         if not len(seen.gradient) or not is_finite(seen.gradient):
             return
-        samples = len(seen.gradient)
+        rows, samples = len(by_sample(gradient, self.site)), len(seen.gradient)
         squares = output_columns(seen.gradient, self.site).square().sum((0, 1)).reshape(samples, -1)
         count = squares.new_full(squares.shape[1:], samples)
         if seen.counted is not None:
             count = (seen.counted > 0).sum(0).to(count)
         positions = squares.sum(0) / count.clamp_min(1)
         parts = {self.batches % 2: seen}
-        if samples > 1 and seen.by_sample:
-            parts = {half: seen.only(slice(half, None, 2)) for half in range(2)}
+        whole = self.batch_samples and samples == rows and rows % self.batch_samples == 0
+        each = rows // self.batch_samples if whole else 1  # rows of a sample, which shall not be in both halves
+        if samples > each and seen.by_sample:
+            parts = {half: seen.only(_every_second(samples, each, half)) for half in range(2)}
         used = False
         for half, part in parts.items():
-            sample = self._sample(part, positions)
+            sample = self._sample(part, positions, self._samples_of_row(rows))
             if sample is not None:
                 self._merge(half, sample)
                 used = True
         if used:
             own = Positions((squares.sum(0), count))
             self.squares = own if self.squares is None else self.squares.merge(own)
+
+    def _samples_of_row(self, rows: int) -> float:
+        """The samples for which a row of a value stands, along its first axis.
+
+        Rows may be windows or tokens, of which a sample has several. Of a layer that is called several times, the loss
+        is the sum over its calls.
+        """
+        calls = max(len(self._recorded or ()), 1)
+        return (self.batch_samples or rows) / (rows * calls)
 
     def _merge(self, half: int, sample: Sample) -> None:
         """Add a sample to one of the halves."""
@@ -269,8 +280,12 @@ class SensitivityObserver(nn.Module):
         seen, present = seen._replace(gradient=gradient), (counted > 0).any(1)
         return seen.only(present) if seen.by_sample and not present.all() else seen
 
-    def _sample(self, seen: _Seen, positions: Tensor) -> Sample | None:
-        """Statistics of some samples; None if no gradient has reached them."""
+    def _sample(self, seen: _Seen, positions: Tensor, of_row: float) -> Sample | None:
+        """Statistics of some samples; None if no gradient has reached them.
+
+        Args:
+            of_row: the samples for which a row stands.
+        """
         columns = output_columns(seen.gradient, self.site)  # [G, O, n]
         samples = columns.shape[-1] // len(positions)
         weights = positions.repeat(samples)
@@ -285,7 +300,7 @@ class SensitivityObserver(nn.Module):
         if moments is None:
             return None
         features = None if seen.features is None else self._features(seen, columns.dtype, weights)
-        return Sample(Gradients(samples, gram(inner), parts), moments, features)
+        return Sample(Gradients(samples * of_row, gram(inner), parts), moments, features)
 
     def _features(self, seen: _Seen, dtype: torch.dtype, weights: Tensor) -> Moments | None:
         value: Any = seen.features
@@ -296,6 +311,13 @@ class SensitivityObserver(nn.Module):
         # With strides or borders, the input's pixels do not match the output's weights: then gradients do not count.
         own = None if seen.features_counted is None else seen.features_counted.flatten()
         return sum_moments(chunks, dtype, weights if len(weights) == len(rows) else own)
+
+
+def _every_second(rows: int, each: int, half: int) -> slice | Tensor:
+    """The rows of every second sample, of which each has so many rows that follow each other."""
+    if each == 1:
+        return slice(half, None, 2)
+    return torch.arange(rows, device="cpu").reshape(-1, each)[half::2].flatten()
 
 
 def _by(counted: Tensor | None, samples: int, device: torch.device) -> Tensor | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,25 +34,26 @@ _ADDITIONS = (
 class Target:
     """The target output of a layer in the compressed model.
 
-    Where the output is added to another value, the error of that value is added to the target. Where the following
-    operation clips the output to limits, differences beyond the limits do not count as errors.
+    Where the output is added to other values, the errors of these are added to the target, as far as they are known.
+    Where the following operation clips the output to limits, differences beyond the limits do not count as errors.
 
     Attributes:
         node: the layer.
         site: its weight and geometry.
-        addition: the value to which its output is added; None if there is none.
+        additions: the values to which its output is added, one after the other.
         limits: the limits to which its output, or the sum, is clipped; None if it is not clipped.
     """
 
     node: fx.Node
     site: Site
-    addition: fx.Node | None
+    additions: tuple[fx.Node, ...]
     limits: tuple[float, float] | None
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Target:
         """The target of a layer, from the readers of its output in the graph."""
-        return cls(node, site, addition_of(graph_module, node), limits_of(graph_module, node))
+        additions = tuple(other for other, _ in additions_of(graph_module, node))
+        return cls(node, site, additions, limits_of(graph_module, node))
 
     def outputs(
         self, batch: Batch, window: Window, cut: Callable[[Tensor], Tensor], predicted: Tensor | None
@@ -64,19 +66,22 @@ class Target:
                 None to ignore the limits.
         """
         wanted = window.of(by_sample(batch.before(self.node), self.site))
-        other = self._other(batch)
-        if other is None:  # limits of the sum say nothing of the output alone
-            return self._seen(cut(wanted), predicted if self.addition is None else None)
-        before, now = (window.of(by_sample(value, self.site)) for value in other)
+        others = list(self._others(batch))
+        if len(others) < len(self.additions):  # limits of the sum say nothing of a part of it
+            predicted = None
+        if not others:
+            return self._seen(cut(wanted), predicted)
+        parts = ((window.of(by_sample(each, self.site)) for each in side) for side in zip(*others, strict=True))
+        before, now = (reduce(torch.add, side) for side in parts)
         added = cut(now)
         return self._seen(cut(wanted + before), None if predicted is None else predicted + added) - added
 
-    def _other(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """The value to which the output is added, in the original and in the compressed model."""
-        other = None if self.addition is None else batch.original.get(self.addition)
-        if self.addition is None or not isinstance(other, Tensor) or other.shape != batch.before(self.node).shape:
-            return None
-        return other, batch.current(self.addition)
+    def _others(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """The values to which the output is added that are known, in the original and in the compressed model."""
+        for addition in self.additions:
+            other = batch.original.get(addition)
+            if isinstance(other, Tensor) and other.shape == batch.before(self.node).shape:
+                yield other, batch.current(addition)
 
     def _seen(self, wanted: Tensor, predicted: Tensor | None) -> Tensor:
         return wanted if predicted is None or self.limits is None else within_limits(wanted, predicted, self.limits)
@@ -125,6 +130,13 @@ def addition_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return others[0] if len(others) == 1 else None
 
 
+def additions_of(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The values to which the node's output is added, one after the other, each with the sum."""
+    while (other := addition_of(graph_module, node)) is not None:
+        node = _readers(graph_module, node)[0][0]
+        yield other, node
+
+
 def summands_first(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], layers: Set[fx.Node]) -> list[fx.Node]:
     """The nodes in an order in which what is added to a layer's output is computed before the layer, as a shortcut is.
 
@@ -132,10 +144,10 @@ def summands_first(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], layer
     are added, the first one stays the first.
     """
     order = list(nodes)
-    for node in filter(layers.__contains__, nodes):
-        other = addition_of(graph_module, node)
+    sums = ((node, other) for node in nodes if node in layers for other, _ in additions_of(graph_module, node))
+    for node, other in sums:
         place = order.index(node)
-        if other is None or other not in order[place:] or _behind_identities(graph_module, other) in layers:
+        if other not in order[place:] or _behind_identities(graph_module, other) in layers:
             continue
         needed = _needed(other, set(order[place:]))
         if node not in needed:
@@ -172,9 +184,8 @@ def _adds(node: fx.Node) -> bool:
 
 def limits_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
     """The limits to which all readers clip the output, or its sum with another value; None if there are none."""
-    readers = _readers(graph_module, node)
-    if addition_of(graph_module, node) is not None:
-        readers = _readers(graph_module, readers[0][0])
+    sums = [added for _, added in additions_of(graph_module, node)]
+    readers = _readers(graph_module, sums[-1] if sums else node)
     found = {_clips(graph_module, reader) for reader, _ in readers}
     return found.pop() if len(found) == 1 else None
 

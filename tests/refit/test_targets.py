@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from balf_fx.capture.normal_form import capture
 from balf_fx.graph.layers import read_layer
-from balf_fx.refit.targets import Target, addition_of, summands_first
+from balf_fx.refit.targets import Target, addition_of, additions_of, limits_of, summands_first
 
 SUMS = {
     "operator": lambda layer, other: layer + other,
@@ -121,3 +121,44 @@ def test_shortcuts_are_computed_before_the_layer_to_which_they_are_added(kind, m
     names = [node.name for node in found]
     assert names[names.index("layer") - len(moves) : names.index("layer")] == moves
     assert all(found.index(source) < found.index(node) for node in found for source in node.all_input_nodes)
+
+
+class Parallel(nn.Module):
+    """Two branches beside a stream, in the order in which a user writes them."""
+
+    def __init__(self, stream_first):
+        super().__init__()
+        self.stem, self.one, self.other = (nn.Linear(6, 6) for _ in range(3))
+        self.stream_first = stream_first
+
+    def forward(self, value):
+        x = torch.tanh(self.stem(value))
+        one, other = self.one(torch.sin(x)), self.other(torch.cos(x))
+        return torch.relu((x + one) + other if self.stream_first else (one + other) + x)
+
+
+@pytest.mark.parametrize("stream_first", [True, False])
+def test_all_values_of_a_sum_are_found_in_any_order(stream_first):
+    graph_module = fx.symbolic_trace(Parallel(stream_first))
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    for name, rest in (("one", "other"), ("other", "one")):
+        found = [other.name for other, _ in additions_of(graph_module, nodes[name])]
+        if stream_first and name == "other":
+            assert found == ["add"]  # of the stream and the first branch
+        else:
+            assert sorted(found) == sorted(["tanh", rest])
+        assert limits_of(graph_module, nodes[name]) == (0, float("inf"))
+
+
+def test_what_is_known_of_a_sum_is_corrected():
+    graph_module = capture(Parallel(stream_first=False).eval(), torch.randn(5, 6))
+    nodes = {str(node.target): node for node in graph_module.graph.nodes}
+    (stream,) = (node for node in graph_module.graph.nodes if "tanh" in str(node.target))
+    layer = nodes["one"]
+    found = Target.of(graph_module, layer, read_layer(graph_module, layer))
+    wanted, before, now, given = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    originals = {layer: wanted, stream: before}
+    batch = types.SimpleNamespace(original=originals, before=originals.get, current={stream: now}.get)
+    window = types.SimpleNamespace(of=lambda value: value)
+    target = found.outputs(batch, window, lambda value: value.reshape(5, 6), given)
+    torch.testing.assert_close(target, wanted + before - now)  # without limits, since the other branch is not known
