@@ -247,13 +247,8 @@ class SensitivityObserver(nn.Module):
             self.squares = own if self.squares is None else self.squares.merge(own)
 
     def _samples_of_row(self, rows: int) -> float:
-        """The samples for which a row of a value stands, along its first axis.
-
-        Rows may be windows or tokens, of which a sample has several. Of a layer that is called several times, the loss
-        is the sum over its calls.
-        """
-        calls = max(len(self._recorded or ()), 1)
-        return (self.batch_samples or rows) / (rows * calls)
+        """The samples for which a row of a value stands: a sample may have several, such as windows or tokens."""
+        return (self.batch_samples or rows) / rows
 
     def _merge(self, half: int, sample: Sample) -> None:
         """Add a sample to one of the halves."""
