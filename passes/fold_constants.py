@@ -144,7 +144,7 @@ def _freed(group: Sequence[_Folding], users: Mapping[int, set[fx.Node]]) -> int:
     def is_lost(node: fx.Node) -> bool:
         return node in ends or (bool(node.users) and node in inside and all(map(is_lost, node.users)))
 
-    inside = set.union(*(_expression(folding.node) for folding in group))
+    inside = set[fx.Node]().union(*(_expression(folding.node) for folding in group))
     tensors = {id(tensor): tensor for folding in group for tensor in folding.tensors}
     return sum(tensor.numel() for identity, tensor in tensors.items() if all(map(is_lost, users[identity])))
 
@@ -197,15 +197,15 @@ def _changed(graph_module: fx.GraphModule, constants: set[fx.Node]) -> set[fx.No
     return {source for target in targets if isinstance(target, fx.Node) for source in _expression(target)}
 
 
-def _expression(node: fx.Node) -> set[fx.Node]:
-    """The node and all nodes from which it is computed."""
-    found: set[fx.Node] = set()
+def _expression(node: fx.Node) -> dict[fx.Node, None]:
+    """The node and all nodes from which it is computed, in order of use."""
+    found: dict[fx.Node, None] = {}
     pending = [node]
     while pending:
         node = pending.pop()
         if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
+            found[node] = None
+            pending += reversed(node.all_input_nodes)
     return found
 
 
@@ -217,14 +217,7 @@ def _layer_path(path: str) -> str:
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     """The attributes from which a constant node is computed, in order of use."""
-    found: dict[fx.Node, None] = {}
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if node not in found:  # a weight may be computed from many values that are read several times
-            found[node] = None
-            pending += reversed(node.all_input_nodes)
-    return [each for each in found if each.op == "get_attr"]
+    return [each for each in _expression(node) if each.op == "get_attr"]
 
 
 class NotConstantError(Exception):

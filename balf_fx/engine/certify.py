@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein, least_samples
 from balf_fx.calibration.answers import element_weights, find_logits, find_pixels, real_leaves
-from balf_fx.calibration.batches import Calibration, is_empty, iterate, ordinary, run_batch
+from balf_fx.calibration.batches import Calibration, iterate, run_batch
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.compress import convert
@@ -140,7 +140,7 @@ class _Judge:
     def of(cls, program: Program, settings: Settings, calibration: Calibration) -> _Judge:
         """Run the original on the validation samples."""
         kind: Mistakes = "disagreement" if settings.disagreement is not None else "divergence"
-        batches = [ordinary(batch) for batch in iterate(settings.validation) if not is_empty(batch)]
+        batches = list(iterate(settings.validation))
         validation = dataclasses.replace(calibration, batches=batches, weights=())
         blank = cls(kind, settings.limit or 0.0, settings.confidence, validation)
         answers = blank.run(without_observers(program))

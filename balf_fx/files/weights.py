@@ -127,9 +127,8 @@ def _read(path: Path, pages: Pages) -> Iterator[tuple[str, Tensor]]:
             if name != "__metadata__":
                 start, stop = entry["data_offsets"]
                 own, dtype = values[start:stop], _DTYPES[entry["dtype"]]
-                own = (
-                    own.clone() if own.data_ptr() % dtype.itemsize else own
-                )  # aligned by custom only, not by the format
+                if own.data_ptr() % dtype.itemsize:  # tensors are aligned by custom only, not by the format
+                    own = own.clone()
                 yield name, own.view(dtype).reshape(entry["shape"])
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
