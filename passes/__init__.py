@@ -17,6 +17,7 @@ from balf_fx.passes.find_pivots import FindPivots
 from balf_fx.passes.find_widths import FindWidths
 from balf_fx.passes.fold_batchnorm import FoldBatchNorm
 from balf_fx.passes.fold_constants import FoldConstants
+from balf_fx.passes.fold_layer_scale import FoldLayerScale
 from balf_fx.passes.follow import Follow
 from balf_fx.passes.narrow import Narrow
 from balf_fx.passes.observe import InsertObservers, RemoveObservers
@@ -34,6 +35,7 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "DecomposeAttention",
     "FoldConstants",
     "FoldBatchNorm",
+    "FoldLayerScale",
     "Annotate",
     "FindWidths",
     "InsertObservers",

@@ -62,6 +62,9 @@ class Annotate(Pass):
                 chosen = chosen if isinstance(chosen, Refusal) and chosen.keeps_weights else _fixed(chosen)
             site = chosen if isinstance(chosen, Site) else None
             annotate(node, site=site, refusal=chosen if isinstance(chosen, Refusal) else None)
+        for nodes in sites(graph_module).values():
+            for node in nodes:
+                annotate(node, calls=len(nodes))
         return PassResult(graph_module, False)
 
     def check(self, names: Sequence[str]) -> None:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph
-from balf_fx.graph.edits import erase_unused, set_bias
+from balf_fx.graph.annotation import annotation, graph_record, record_graph
+from balf_fx.graph.edits import erase_unused
+from balf_fx.graph.folding import fold, owns_parameters
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.operators import reads_metadata
 from balf_fx.graph.owners import owner_of
-from balf_fx.graph.parameters import get_tensor, is_hooked, locate, parameter_users
+from balf_fx.graph.parameters import get_tensor, is_hooked
 from balf_fx.graph.site import Norm, Site, exclusion
 from balf_fx.passes.base import Pass
 
@@ -56,8 +57,7 @@ class FoldBatchNorm(Pass):
                 continue
             if _may_fold(graph_module, node, source) and not exclusion(layer.name, self.include, self.exclude):
                 _note(graph_module, node, source)
-                _fold(graph_module, source, layer, norm)
-                annotate(source, folded=(*annotation(source).folded, norm))
+                fold(graph_module, source, layer, norm)
                 node.replace_all_uses_with(source)
                 erase_unused(graph_module, node)
                 modified = True
@@ -98,12 +98,11 @@ def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -
     shape = annotation(source).shape
     if shape is None and layer.conv is None:
         return None
-    if (shape is not None and len(shape) != dimensions) or len(norm.mean) != layer.out_features * layer.groups:
+    features = layer.out_features * layer.groups
+    if (shape is not None and len(shape) != dimensions) or norm.mean is None or len(norm.mean) != features:
         return None
-    users = parameter_users(graph_module)
-    own = [get_tensor(graph_module, path) for path in (layer.weight, layer.bias) if path is not None]
     has_bias_argument = layer.bias is not None or layer.conv is not None or not layer.inputs_first
-    return layer if has_bias_argument and all(users[id(tensor)] == {source} for tensor in own) else None
+    return layer if has_bias_argument and owns_parameters(graph_module, source, layer) else None
 
 
 def _may_fold(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:
@@ -121,35 +120,3 @@ def _note(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
     norm, layer = owner_of(node), owner_of(source)
     if record.modules is not None and norm is not None and layer is not None:
         record_graph(graph_module, folded={**record.folded, norm: layer})
-
-
-def _fold(graph_module: fx.GraphModule, source: fx.Node, layer: Site, norm: Norm) -> None:
-    """Scale the layer's outputs and shift its bias; half precision is folded in float32."""
-    weight: Tensor = get_tensor(graph_module, layer.weight)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    scale = norm.scale(wide)
-    shift = -norm.mean.to(wide) if layer.bias is None else get_tensor(graph_module, layer.bias).detach() - norm.mean
-    bias = shift.to(wide) * scale
-    bias = bias if norm.bias is None else bias + norm.bias.detach().to(wide)
-    new_weight = nn.Parameter(
-        (weight.detach() * _per_output(scale, layer, weight)).to(weight.dtype), weight.requires_grad
-    )
-    new_bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
-    _set_parameter(graph_module, layer.weight, new_weight)
-    if layer.bias is None:
-        set_bias(graph_module, source, new_bias)
-    else:
-        _set_parameter(graph_module, layer.bias, new_bias)
-
-
-def _per_output(scale: Tensor, layer: Site, weight: Tensor) -> Tensor:
-    """`scale` [G * O] in a shape that scales each output's row of the weight."""
-    if not layer.inputs_first:
-        return scale.reshape(-1, *[1] * (weight.dim() - 1))
-    repeated = scale.reshape(layer.groups, 1, -1).expand(-1, weight.shape[0] // layer.groups, -1)
-    return repeated.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
-
-
-def _set_parameter(graph_module: fx.GraphModule, path: str, value: nn.Parameter) -> None:
-    owner, name = locate(graph_module, path)
-    owner.register_parameter(name, value)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -124,15 +123,15 @@ class Score(Pass):
         blocks = {site: block_entries(graph_module, nodes[0]) for site, nodes in found.items()}
         scored_with, changed = {}, []
         for site, nodes in found.items():
-            plain = dataclasses.replace(site, divided=None)
+            plain = replace(site, divided=None)
             options = (self.factors, self.centred, self.split, self.damping, self.divisions, self.by_time)
-            scored_with[site] = ((*options, plain, blocks[site]), *self._statistics(graph_module, nodes[0], site))
-            known = annotation(nodes[0]).scored_with
-            if not scored_alike(known, scored_with[site]):
+            mark, own = annotation(nodes[0]), self._statistics(graph_module, nodes[0], site)
+            scored_with[site] = ((*options, plain, blocks[site], mark.calls), *own)
+            if not scored_alike(mark.scored_with, scored_with[site]):
                 changed.append(site)
 
         def curves_of(site: Site) -> list[tuple[Site, RankCurve]]:
-            plain, nodes = dataclasses.replace(site, divided=None), found[site]
+            plain, nodes = replace(site, divided=None), found[site]
             seen = self._seen(graph_module, nodes[0], site)
             curve = self.score(graph_module, plain, seen, use(nodes), blocks[site])
             forms = self._forms(graph_module, nodes, plain, curve, seen)
@@ -171,16 +170,16 @@ class Score(Pass):
         if gradients is not None and len(seen.halves) == 2:
             weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
             judge = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
-            spectrum = dataclasses.replace(spectrum, energies=judge(1))
+            spectrum = replace(spectrum, energies=judge(1))
             if parts is not None and gradients.parts is not None:
-                parts = dataclasses.replace(parts, energies=judge(site.parts))
+                parts = replace(parts, energies=judge(site.parts))
         if site.has_experts and seen.moments is not None:
             energies = shared_energies(spectrum.energies, seen.moments.count, list(seen.kept))
-            spectrum = dataclasses.replace(spectrum, energies=energies)
+            spectrum = replace(spectrum, energies=energies)
         curve = rank_curve(site, spectrum, *cost, parts, seen.kept, blocks)
         if gradients is None:
             return curve
-        return dataclasses.replace(curve, loss=_loss(gradients, spectrum.energies, site.has_experts))
+        return replace(curve, loss=_loss(gradients, spectrum.energies, site.has_experts))
 
     def _forms(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
@@ -191,14 +190,14 @@ class Score(Pass):
         observer, forms = observer_of(graph_module, annotation(nodes[0]).strips, CovarianceObserver), [(site, curve)]
         observed = observer is not None and not self.by_time  # perhaps single pixels alone
         for division in site.divisions:
-            thin = dataclasses.replace(site, divided=division)
+            thin = replace(site, divided=division)
             moments = _of_strips(observer, thin) if division in wanted else None
             if moments is None and observed and division == "separable" and division in wanted:
                 raise _unobserved(site)
             if moments is not None and (planned or float(moments.count) >= _ENOUGH * thin.strips.in_features):
                 strips = self._strips(graph_module, thin, moments, seen.gradients, curve.energy)
                 found = rank_curve(thin, strips, *use(nodes))
-                forms.append((thin, dataclasses.replace(curve, candidates=found.candidates, strips=strips)))
+                forms.append((thin, replace(curve, candidates=found.candidates, strips=strips)))
         if planned and forms[-1][0].divided not in wanted:
             raise _unobserved(site)
         if planned:
@@ -244,11 +243,10 @@ class Score(Pass):
         moments, side = self._observed(graph_module, node, site)
         kept = _kept(node, site, moments)
         sample, halves = self._sensitivity(graph_module, node) if self.factors == "sensitivity" else (None, ())
-        return (
-            Observed(moments, side, kept=kept)
-            if sample is None
-            else Observed(sample.moments, site.side, sample.gradients, halves, kept)
-        )
+        if sample is None:
+            return Observed(moments, side, kept=kept)
+        samples = sample.gradients.samples / annotation(node).calls  # counted in every call
+        return Observed(sample.moments, site.side, replace(sample.gradients, samples=samples), halves, kept)
 
     def _parts_roots(
         self, graph_module: fx.GraphModule, site: Site, gradients: Gradients

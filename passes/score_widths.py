@@ -74,7 +74,8 @@ class ScoreWidths(Pass):
         scored_with = _filled(record.widths_scored_with, len(record.widths))
         nodes, changed = {node.name: node for node in graph_module.graph.nodes}, []
         for index, width in enumerate(record.widths):
-            own = (self.damping, *_halves(graph_module, nodes, width))
+            calls = tuple(annotation(nodes[name]).calls for name in judges(width))
+            own = ((self.damping, calls), *_halves(graph_module, nodes, width))
             if (self.only is None or width.key in self.only) and not scored_alike(scored_with[index], own):
                 scored_with[index] = own
                 changed.append(index)
@@ -203,7 +204,7 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     reduced = weight if mark.site.side == "output" else thin_triangle(weight)
     gradients = whole.gradients
     unit = gradients.unit
-    loss = 0.5 * float(unit) / gradients.samples
+    loss = 0.5 * float(unit) * mark.calls / gradients.samples  # samples are counted in every call
     bias = None if bias is None else bias[0]
     units = [unit * (sample.gradients.samples / gradients.samples) for sample in samples]  # sums over samples
     return [

@@ -45,11 +45,6 @@ class Moments:
         scatter += other.scatter
         return Moments(count, self.mean + delta * _columns(share, 1), scatter)
 
-    def affine(self, scale: Tensor, shift: Tensor) -> Moments:
-        """Moments of `scale * v + shift`, both [G, F]."""
-        between = scale.unsqueeze(-1) * scale.unsqueeze(-2)
-        return Moments(self.count, self.mean * scale + shift, self.scatter * between)
-
     def covariance(self) -> Tensor:
         """[G, F, F], the mean of (v - mean)(v - mean)^T."""
         return self.scatter / _columns(_positive(self.count), 2)

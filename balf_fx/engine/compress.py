@@ -26,7 +26,7 @@ from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_w
 from balf_fx.calibration.weights import check_fit, weighing
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.blockwise import score_in_blocks
-from balf_fx.engine.program import Program, join, share_observers
+from balf_fx.engine.program import Program, count_calls, join, share_observers
 from balf_fx.engine.resuming import Resumption
 from balf_fx.engine.rewriting import Written, normalise
 from balf_fx.engine.settings import Settings
@@ -313,6 +313,7 @@ def _measured(
 def score(program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT) -> None:
     """Score the ranks and widths of all parts, shared out over the processes of the calibration's group."""
     group = calibration.group
+    count_calls(program.parts)
     found = [graph_module for graph_module in program.graph_modules if sites(graph_module)]
     for graph_module, span in zip(found, progress.spans([1.0] * len(found)), strict=True):
         ranks, sizes = span.spans([1.0, 2.0])

@@ -213,7 +213,7 @@ class Key:
     """Identifies a site across graphs: uses of the same tensors in the same way have equal keys.
 
     Attributes:
-        tensors: ids of weight, bias and the BatchNorms folded into them.
+        tensors: ids of weight, bias and what was folded into them.
         digest: of a computed weight, since several may be computed from the same tensors; None for the user's own.
     """
 
@@ -259,7 +259,7 @@ def site_originals(part: Part, site: Site, node: fx.Node) -> dict[str, Tensor]:
         for index, tensor in enumerate(annotation(source).computed_from):
             found[f"{site.name} (source {index} of {source.target})"] = tensor
     for norm in annotation(node).folded:
-        found |= {f"{site.name} (BatchNorm {field})": getattr(norm, field) for field in _NORM_TENSORS}
+        found |= {f"{site.name} (folded {field})": getattr(norm, field) for field in _NORM_TENSORS}
     return {name: part.original(tensor) for name, tensor in found.items() if tensor is not None}
 
 
@@ -308,6 +308,17 @@ def join(parts: Sequence[Part]) -> set[str]:
             for node in nodes:
                 annotate(node, site=changed)
     return joined
+
+
+def count_calls(parts: Sequence[Part]) -> None:
+    """Record for each site how often one call of the model runs its layer, in all parts together."""
+    found: dict[str, int] = {}
+    nodes = [(site.name, part.calls, own) for part in parts for site, own in sites(part.graph_module).items()]
+    for name, calls, own in nodes:
+        found[name] = found.get(name, 0) + calls * len(own)
+    for name, _, own in nodes:
+        for node in own:
+            annotate(node, calls=found[name])
 
 
 def _holders(tensors: Sequence[Iterable[Tensor]]) -> dict[int, set[int]]:

@@ -42,6 +42,7 @@ from balf_fx.passes import (
     FindPivots,
     FindWidths,
     FoldBatchNorm,
+    FoldLayerScale,
     Follow,
     Narrow,
     Overwrite,
@@ -111,13 +112,14 @@ def with_plan(compressed: nn.Module, done: Plan) -> nn.Module:
 
 
 def normalise(graph_module: fx.GraphModule, origin: Origin, partial: bool = False) -> None:
-    """Fold BatchNorm and find the sites.
+    """Fold BatchNorm and layer scale, and find the sites.
 
     Args:
         partial: whether the graph is a part of a model, so that a pattern may match nothing in it.
     """
     if origin.fold_batchnorm:
         FoldBatchNorm(origin.include, origin.exclude)(graph_module)
+        FoldLayerScale(origin.include, origin.exclude)(graph_module)
     Annotate(origin.include, origin.exclude, origin.dense, partial)(graph_module)
 
 

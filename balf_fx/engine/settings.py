@@ -168,7 +168,7 @@ class Settings:
         "convert",
     )
     fold_batchnorm: bool = option(
-        True, "first fold each BatchNorm into the layer before it", "prepare", values=(True, False)
+        True, "first fold each BatchNorm and layer scale into the layer before it", "prepare", values=(True, False)
     )
     include: Sequence[str] | None = option(
         None, "glob patterns of the layers that may change; the others keep their weights bit for bit", "prepare"

@@ -51,10 +51,12 @@ class Annotation:
         computed_from: the tensors from which a parameter was computed; set by FoldConstants on the node that reads it.
         overwrites: the operation and the target of the call in the user's model, where it changed its first argument
             in place; set by capture.
-        folded: the BatchNorms that were folded into the node, in their order; set by FoldBatchNorm.
+        folded: the BatchNorms and scales that were folded into the node, in their order; set by FoldBatchNorm and
+            FoldLayerScale.
         shared: whether another graph of the program reads the node's weights too. Their shapes and values do not
             change then, unless both graphs replace them by the same factors.
         site, refusal: set by Annotate; at most one of them.
+        calls: how often one call of the model runs the site's layer; set by Annotate.
         observer: path of the observer of the site's statistics; set by InsertObservers.
         strips: path of the observer of the strips that the layer reads, if its kernel may be divided.
         sensitivity: path of the observer of its gradients, if there is one.
@@ -81,6 +83,7 @@ class Annotation:
     shared: bool = False
     site: Site | None = None
     refusal: Refusal | None = None
+    calls: int = 1
     observer: str | None = None
     strips: str | None = None
     sensitivity: str | None = None

@@ -21,7 +21,7 @@ from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.graph.timing import Timing
 from balf_fx.version import __version__
 
-FORMAT = 9
+FORMAT = 10
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"

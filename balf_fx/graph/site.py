@@ -309,27 +309,34 @@ class Site:
 
 @dataclass(frozen=True)
 class Norm:
-    """A BatchNorm by its running statistics: y = (x - mean) / sqrt(variance + eps) * weight + bias.
+    """A BatchNorm by its running statistics, y = (x - mean) / sqrt(variance + eps) * weight + bias, or y = x * weight.
 
-    All of length C; weight and bias may be None.
+    All are of length C; mean and variance are None without statistics, and weight and bias may be None.
     """
 
-    mean: torch.Tensor
-    variance: torch.Tensor
+    mean: torch.Tensor | None
+    variance: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
 
     def scale(self, dtype: torch.dtype) -> torch.Tensor:
         """The factor of its input, [C]."""
+        own = None if self.weight is None else self.weight.detach().to(dtype).flatten()
+        if self.variance is None:
+            return torch.ones((), dtype=dtype) if own is None else own
         scale = (self.variance.to(dtype) + self.eps).rsqrt()
-        return scale if self.weight is None else scale * self.weight.detach().to(dtype)
+        return scale if own is None else scale * own
 
-    def affine(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift, each [C], with y = scale * x + shift."""
-        scale = self.scale(dtype)
-        shift = -self.mean.to(dtype) * scale
-        return scale, shift if self.bias is None else shift + self.bias.detach().to(dtype)
+    def shifted(self, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias [C] of a layer with this bias into which it is folded; None if that has none."""
+        if self.mean is not None:
+            bias = -self.mean.to(dtype) if bias is None else bias.detach() - self.mean
+        scaled = None if bias is None else bias.detach().to(dtype) * self.scale(dtype)
+        if self.bias is None:
+            return scaled
+        own = self.bias.detach().to(dtype)
+        return own if scaled is None else scaled + own
 
 
 def exclusion(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:

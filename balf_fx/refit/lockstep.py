@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,8 @@ from balf_fx.graph.operators import changes_in_place, operation
 from balf_fx.graph.parameters import is_quantized
 from balf_fx.graph.routers import PLACES_ONLY, chooses
 from balf_fx.refit.offload import Shelf, resident
+
+_T = TypeVar("_T")
 
 
 class Batch:
@@ -45,6 +47,7 @@ class Batch:
         self.compressed: dict[fx.Node, Any] = {}
         self._shelf = shelf
         self._late = late
+        self._found: dict[Hashable, Any] = {}
 
     def before(self, node: fx.Node) -> Any:
         """The original model's value; of a layer that no node reads, computed the first time in a turn."""
@@ -55,6 +58,13 @@ class Batch:
     def current(self, node: fx.Node) -> Any:
         """The compressed model's value."""
         return self.compressed[node] if node in self.compressed else self.before(node)
+
+    def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        """What a function of the batch's values returns, computed the first time in a turn."""
+        if key not in self._found:
+            self._found[key] = compute()
+        found: _T = self._found[key]
+        return found
 
     def free(self, nodes: Iterable[fx.Node]) -> None:
         """Free the values of some nodes."""
@@ -69,6 +79,7 @@ class Batch:
 
     def leave(self, room: int) -> int:
         """Move the values to files if they were there before or exceed `room`; returns the bytes left in memory."""
+        self._found.clear()
         nbytes = self._shelf.nbytes((self.original, self.compressed))
         if not self._shelf.used and nbytes <= room:
             return nbytes

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from balf_fx.calibration.moments import by_sample
 from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.graph.operators import aten, is_identity, operation, reads_metadata
+from balf_fx.graph.relayouts import ValueOf, broadcasts, is_relayout, laid_back, relaid
 from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch, sources_of
 from balf_fx.refit.windows import Window
@@ -31,6 +32,41 @@ _ADDITIONS = (
 
 
 @dataclass(frozen=True)
+class Summand:
+    """A value to which the output of a layer is added.
+
+    Attributes:
+        node: the value.
+        total: the sum.
+        relayouts: the nodes that bring the output into the layout of the sum, in their order.
+    """
+
+    node: fx.Node
+    total: fx.Node
+    relayouts: tuple[fx.Node, ...] = ()
+
+    @property
+    def sizes(self) -> set[fx.Node]:
+        """The nodes that relayouts read besides the output."""
+        return {source for node in self.relayouts for source in node.all_input_nodes[1:]}
+
+    def laid_back(
+        self, graph_module: fx.GraphModule, value: Tensor, shape: torch.Size, value_of: ValueOf
+    ) -> Tensor | None:
+        """The value in the layout of the layer's output, whose shape is given; None if the value is larger."""
+        shapes = [shape]
+        for node in self.relayouts:
+            shapes.append(relaid(graph_module, node, torch.empty(shapes[-1], device="meta"), value_of).shape)
+        *earlier, last = shapes
+        if not broadcasts(value.shape, last):
+            return None
+        found: Tensor | None = value.expand(last)
+        for node, before in zip(reversed(self.relayouts), reversed(earlier), strict=True):
+            found = None if found is None else laid_back(graph_module, node, found, before, value_of)
+        return found
+
+
+@dataclass(frozen=True)
 class Target:
     """The target output of a layer in the compressed model.
 
@@ -42,18 +78,19 @@ class Target:
         site: its weight and geometry.
         additions: the values to which its output is added, one after the other.
         limits: the limits to which its output, or the sum, is clipped; None if it is not clipped.
+        graph_module: the graph of both.
     """
 
+    graph_module: fx.GraphModule
     node: fx.Node
     site: Site
-    additions: tuple[fx.Node, ...]
+    additions: tuple[Summand, ...]
     limits: tuple[float, float] | None
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, node: fx.Node, site: Site) -> Target:
         """The target of a layer, from the readers of its output in the graph."""
-        additions = tuple(other for other, _ in additions_of(graph_module, node))
-        return cls(node, site, additions, limits_of(graph_module, node))
+        return cls(graph_module, node, site, tuple(additions_of(graph_module, node)), limits_of(graph_module, node))
 
     def outputs(
         self, batch: Batch, window: Window, cut: Callable[[Tensor], Tensor], predicted: Tensor | None
@@ -79,9 +116,19 @@ class Target:
     def _others(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """The values to which the output is added that are known, in the original and in the compressed model."""
         for addition in self.additions:
-            other = batch.original.get(addition)
-            if isinstance(other, Tensor) and other.shape == batch.before(self.node).shape:
-                yield other, batch.current(addition)
+            found = batch.once((self.node, addition), partial(self._other, batch, addition))
+            if found is not None:
+                yield found
+
+    def _other(self, batch: Batch, addition: Summand) -> tuple[Tensor, Tensor] | None:
+        """A value to which the output is added, of both models and in the layout of the output; None if unknown."""
+        before, sizes = batch.original.get(addition.node), addition.sizes
+        if not isinstance(before, Tensor) or any(node not in batch.original for node in sizes):
+            return None
+        shape = batch.before(self.node).shape
+        values = (before, batch.current(addition.node))
+        found = [addition.laid_back(self.graph_module, value, shape, batch.before) for value in values]
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
 
     def _seen(self, wanted: Tensor, predicted: Tensor | None) -> Tensor:
         return wanted if predicted is None or self.limits is None else within_limits(wanted, predicted, self.limits)
@@ -118,23 +165,28 @@ def _readers(graph_module: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node,
     return found
 
 
-def addition_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The value to which the node's output is added, or None if the output is used in any other way."""
-    readers = _readers(graph_module, node)
-    if len(readers) != 1:
-        return None
-    (reader, read), *_ = readers
-    if not _adds(reader) or len(reader.args) != 2:
-        return None
-    others = [source for source in reader.all_input_nodes if source is not read]
-    return others[0] if len(others) == 1 else None
+def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], list[tuple[fx.Node, fx.Node]]]:
+    """The relayouts of a node's values, one behind the other, and the readers of what the last one makes."""
+    found, readers = [], _readers(graph_module, node)
+    while len(readers) == 1 and is_relayout(graph_module, readers[0][0]) and readers[0][0].args[0] is readers[0][1]:
+        found.append(readers[0][0])
+        readers = _readers(graph_module, found[-1])
+    return found, readers
 
 
-def additions_of(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The values to which the node's output is added, one after the other, each with the sum."""
-    while (other := addition_of(graph_module, node)) is not None:
-        node = _readers(graph_module, node)[0][0]
-        yield other, node
+def additions_of(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[Summand]:
+    """The values to which the node's output is added, one after the other, as long as nothing else reads the sums."""
+    relayouts: list[fx.Node] = []
+    while True:
+        found, readers = _behind(graph_module, node)
+        relayouts += found
+        if len(readers) != 1 or not _adds(readers[0][0]):
+            return
+        (node, read), *_ = readers
+        others = [source for source in node.all_input_nodes if source is not read]
+        if len(others) != 1 or len(node.args) != 2:
+            return
+        yield Summand(others[0], node, tuple(relayouts))
 
 
 def summands_first(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], layers: Set[fx.Node]) -> list[fx.Node]:
@@ -144,7 +196,7 @@ def summands_first(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], layer
     are added, the first one stays the first.
     """
     order = list(nodes)
-    sums = ((node, other) for node in nodes if node in layers for other, _ in additions_of(graph_module, node))
+    sums = ((node, each.node) for node in nodes if node in layers for each in additions_of(graph_module, node))
     for node, other in sums:
         place = order.index(node)
         if other not in order[place:] or _behind_identities(graph_module, other) in layers:
@@ -184,8 +236,8 @@ def _adds(node: fx.Node) -> bool:
 
 def limits_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
     """The limits to which all readers clip the output, or its sum with another value; None if there are none."""
-    sums = [added for _, added in additions_of(graph_module, node)]
-    readers = _readers(graph_module, sums[-1] if sums else node)
+    sums = [each.total for each in additions_of(graph_module, node)]
+    _, readers = _behind(graph_module, sums[-1] if sums else node)
     found = {_clips(graph_module, reader) for reader, _ in readers}
     return found.pop() if len(found) == 1 else None
 

@@ -16,6 +16,7 @@ from balf_fx.engine.program import (
     Program,
     Step,
     copy_graph,
+    count_calls,
     join,
     linked,
     per_call,
@@ -112,6 +113,17 @@ def test_the_same_weights_are_one_site_of_one_name():
     assert not first.keeps_weight
     marks = {node.target: annotation(node).shared for node in parts[0].graph_module.graph.nodes if "call" in node.op}
     assert not marks["other"]
+
+
+def test_calls_of_a_site_are_those_of_all_parts():
+    shared, own = nn.Linear(8, 8), nn.Linear(8, 8)
+    parts = [part_of(traced(first=shared, other=own)), part_of(traced(second=shared, again=shared))]
+    parts = [parts[0], dataclasses.replace(parts[1], calls=3)]
+    assert [annotation(node).calls for node in parts[1].graph_module.graph.nodes if node.op == "call_module"] == [2, 2]
+    join(parts)
+    count_calls(parts)
+    found = {node.target: annotation(node).calls for part in parts for node in part.graph_module.graph.nodes}
+    assert {name: found[name] for name in ("first", "other", "second")} == {"first": 7, "other": 1, "second": 7}
 
 
 def test_aliases_stand_for_the_users_weights():

@@ -147,3 +147,34 @@ def test_each_half_of_the_samples_judges_the_other(shape, centred):
     by_rank = {candidate.rank: curve.normalised(candidate.distortion) for candidate in curve.candidates}
     assert by_rank[4] > 0.3
     assert by_rank[8] > 0.2
+
+
+class Repeated(nn.Module):
+    """The same layers on every part of a sample."""
+
+    def __init__(self, layers, parts):
+        super().__init__()
+        self.layers, self.parts = layers, parts
+
+    def forward(self, x):
+        return torch.cat([self.layers(part) for part in x.chunk(self.parts, 1)], 1)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_loss_of_a_layer_that_is_called_several_times_is_that_of_all_calls(traced):
+    draws = torch.Generator().manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 12)).double()
+    rows = torch.randn(2400, 8, generator=draws, dtype=torch.float64)
+
+    def losses(parts):
+        def loss(output, batch):  # the same gradients at each row, in whatever sample it is
+            random = torch.randn(2400, 12, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+            return (output.reshape(2400, 12) * random).sum()
+
+        model, x = Repeated(layers, parts), rows.reshape(-1, 8 * parts)
+        graph_module = balf_fx.prepare(model, x, factors="sensitivity", capture="export" if traced else "auto")
+        balf_fx.calibrate(graph_module, [x], loss=loss, progress=False)
+        return [curve.loss for curve in curves(graph_module, factors="sensitivity").values()]
+
+    alone, together = losses(1), losses(3)
+    assert together == pytest.approx([3 * loss for loss in alone], rel=0.05)

@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from balf_fx.capture.normal_form import capture
 from balf_fx.graph.layers import read_layer
-from balf_fx.refit.targets import Target, addition_of, additions_of, limits_of, summands_first
+from balf_fx.refit.targets import Target, additions_of, limits_of, summands_first
 
 SUMS = {
     "operator": lambda layer, other: layer + other,
@@ -27,6 +27,10 @@ OTHERS = {
 }
 
 
+def _once(_, compute):
+    return compute()
+
+
 class Joined(nn.Module):
     def __init__(self, join):
         super().__init__()
@@ -40,19 +44,19 @@ class Joined(nn.Module):
 def found(join):
     graph_module = fx.symbolic_trace(Joined(join))
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    return addition_of(graph_module, nodes["layer"]), nodes["sin"]
+    return [addition.node for addition in additions_of(graph_module, nodes["layer"])], nodes["sin"]
 
 
 @pytest.mark.parametrize("name", SUMS)
 def test_a_sum_is_found_however_it_is_written(name):
-    addition, other = found(SUMS[name])
-    assert addition is other
+    additions, other = found(SUMS[name])
+    assert additions == [other]
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_nothing_else_is_a_sum(name):
-    addition, _ = found(OTHERS[name])
-    assert addition is None
+    additions, _ = found(OTHERS[name])
+    assert additions == []
 
 
 class Residual(nn.Module):
@@ -76,7 +80,7 @@ def test_limits_hold_for_the_sum_alone(first):
     assert found.limits == (0, float("inf"))
     wanted, other, given = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     values = {layer: wanted, **({shortcut: other} if first else {})}  # in a walk, later nodes have no value yet
-    batch = types.SimpleNamespace(original=values, before=values.get, current=values.get)
+    batch = types.SimpleNamespace(original=values, before=values.get, current=values.get, once=_once)
     window = types.SimpleNamespace(of=lambda value: value)
     target = found.outputs(batch, window, lambda value: value.reshape(5, 4), given)
     if first:  # errors where both sums are below 0 do not count, and others are those of the sum
@@ -142,7 +146,7 @@ def test_all_values_of_a_sum_are_found_in_any_order(stream_first):
     graph_module = fx.symbolic_trace(Parallel(stream_first))
     nodes = {node.name: node for node in graph_module.graph.nodes}
     for name, rest in (("one", "other"), ("other", "one")):
-        found = [other.name for other, _ in additions_of(graph_module, nodes[name])]
+        found = [addition.node.name for addition in additions_of(graph_module, nodes[name])]
         if stream_first and name == "other":
             assert found == ["add"]  # of the stream and the first branch
         else:
@@ -158,7 +162,7 @@ def test_what_is_known_of_a_sum_is_corrected():
     found = Target.of(graph_module, layer, read_layer(graph_module, layer))
     wanted, before, now, given = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
     originals = {layer: wanted, stream: before}
-    batch = types.SimpleNamespace(original=originals, before=originals.get, current={stream: now}.get)
+    batch = types.SimpleNamespace(original=originals, before=originals.get, current={stream: now}.get, once=_once)
     window = types.SimpleNamespace(of=lambda value: value)
     target = found.outputs(batch, window, lambda value: value.reshape(5, 6), given)
     torch.testing.assert_close(target, wanted + before - now)  # without limits, since the other branch is not known
