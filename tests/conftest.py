@@ -10,10 +10,14 @@ import zlib
 from collections import OrderedDict
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from small_models import ConvNet, randomise_batchnorm
 from torch import nn
+
+hypothesis.settings.register_profile("without a clock", deadline=None)
+hypothesis.settings.load_profile("without a clock")
 
 RANDOM_MODELS = 24
 _GENERATOR = torch.Generator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from balf_fx.graph.operators import operation
+from balf_fx.graph.operators import is_transposition, operation
 
 ValueOf = Callable[[fx.Node], Any]
 """A function that returns the value of a node."""
@@ -17,7 +17,7 @@ ValueOf = Callable[[fx.Node], Any]
 _CALLS = (
     *("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "ravel", "flatten", "unflatten"),
     *("squeeze", "unsqueeze", "contiguous"),
-    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"),
+    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT", "numpy_T"),
     *("getitem", "slice", "narrow", "roll"),
 )
 
@@ -30,7 +30,8 @@ def is_relayout(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target))) in _MODULES
-    return operation(node) in _CALLS and not any(isinstance(value, torch.dtype) for value in node.args)
+    known = operation(node) in _CALLS or is_transposition(node)
+    return known and not any(isinstance(value, torch.dtype) for value in node.args)
 
 
 def relaid(graph_module: fx.GraphModule, node: fx.Node, value: Tensor, value_of: ValueOf) -> Tensor:

@@ -30,6 +30,10 @@ _ADDITIONS = (
     "add_",
 )
 
+_LIMITS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "hardsigmoid": (-3.0, 3.0), "hardswish": (-3.0, math.inf)}
+
+_CLIPPING = (nn.ReLU, nn.Hardsigmoid, nn.Hardswish)
+
 
 @dataclass(frozen=True)
 class Summand:
@@ -243,15 +247,15 @@ def limits_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float
 
 
 def _clips(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """The limits of ReLU, ReLU6 and similar functions."""
+    """The limits of ReLU, Hardswish and similar functions, beyond which an input need not be known."""
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         if type(module) in (nn.Hardtanh, nn.ReLU6):
             return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
-        return (0.0, math.inf) if type(module) is nn.ReLU else None
+        return _LIMITS[type(module).__name__.lower()] if type(module) in _CLIPPING else None
     name = operation(node)
     if name == "hardtanh":
         low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
         high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max_val", 1.0)
         return (float(low), float(high)) if isinstance(low, int | float) and isinstance(high, int | float) else None
-    return {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(name)
+    return _LIMITS.get(name)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein, least_samples
@@ -15,7 +15,6 @@ def at_most(failures, samples, rate):
     return math.fsum(math.comb(samples, k) * rate**k * (1 - rate) ** (samples - k) for k in range(failures + 1))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.floats(0.5, 0.999), st.data())
 def test_a_rate_at_the_bound_gives_so_few_failures_with_the_rest_of_the_confidence(samples, confidence, data):
     failures = data.draw(st.integers(0, samples - 1))

@@ -7,7 +7,7 @@ import architectures
 import pytest
 import torch
 from architectures import EVERYTHING, count_flops, count_params, make, rewritten, scored
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from balf_fx.budget.clusters import _Menu, _on_hulls, find_clusters
@@ -203,7 +203,6 @@ def menus(draw):
 
 
 @given(menus())
-@settings(deadline=None)
 def test_choices_on_hulls_take_the_steepest_segment_that_is_left(drawn):
     found, weights = drawn
     for menu, priced in zip(found, _on_hulls(found, weights), strict=True):

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from balf_fx.budget import knapsack
 from balf_fx.budget.knapsack import minimum_cost, solve, spend
 
-PROPERTY = settings(deadline=None, max_examples=150, derandomize=True)
+PROPERTY = settings(max_examples=150, derandomize=True)
 
 
 @st.composite

@@ -18,7 +18,7 @@ from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.parameters import weight_matrix
 from balf_fx.graph.site import ConvGeometry, Site
 
-PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
+PROPERTY = settings(max_examples=40, derandomize=True)
 
 CONVS = {
     "conv1d": (nn.Conv1d, {"kernel_size": 3, "padding": 1}, (3, 4, 9)),

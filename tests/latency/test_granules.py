@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from balf_fx.latency import table as module
@@ -20,7 +20,6 @@ def padded(step, overhead=0.0):
 
 
 @given(st.sampled_from([1, 8, 16, 32]), st.integers(64, 1000), st.floats(0, 100))
-@settings(deadline=None)
 def test_a_kernel_that_pads_has_the_granule_to_which_it_pads(step, size, overhead):
     run, law = Run(LINEAR, 16, size), padded(step, overhead)
     times = {(probe.inputs, probe.outputs): law(probe.inputs, probe.outputs) for probe in probes(run, 1)}

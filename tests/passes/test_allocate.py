@@ -34,7 +34,7 @@ def costs(allocation, measure):
     return [choice.chosen.cost(measure) for choice in allocation.choices]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(0.2, 1.0), st.sampled_from(["flops", "params"]), st.sampled_from(["budget", "uniform", "energy"]))
 def test_a_budget_is_kept_and_used_up(scored, target, measure, method):
     allocation = allocate(scored, **{measure: target}, method=method)
@@ -51,7 +51,7 @@ def test_a_budget_is_kept_and_used_up(scored, target, measure, method):
     assert not steps or spent + min(steps) > target * total
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.2, 1.0))
 def test_the_optimum_is_between_its_bound_and_the_simpler_methods(scored, target):
     best = allocate(scored, flops=target)

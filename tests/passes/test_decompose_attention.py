@@ -108,7 +108,7 @@ CALL = {"inputs": st.sampled_from(["self", "key is value", "separate"]), "paddin
 CALL |= dict.fromkeys(("only_output", "need_weights", "average_attn_weights", "is_causal"), FLAG)
 
 
-@settings(deadline=None, max_examples=120, derandomize=True)
+@settings(max_examples=120, derandomize=True)
 @given(st.fixed_dictionaries(OPTIONS), st.fixed_dictionaries(CALL), SIZES, SIZES, st.sampled_from([2, 3]), FLAG)
 def test_it_computes_what_the_module_computes(options, call, first, second, mask_rank, batched):
     if call["inputs"] != "separate":

@@ -160,7 +160,7 @@ def test_names_and_attributes_of_the_factors():
     assert not any(module.training for module in compressed.modules())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 3))
 def test_no_other_map_of_that_rank_does_better(seed, rank):
     generator = torch.Generator().manual_seed(seed)

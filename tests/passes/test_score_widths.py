@@ -63,7 +63,7 @@ def test_damped_adds_a_share_of_the_unit():
     torch.testing.assert_close(found[1], identity)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.floats(0, 100), min_size=7, max_size=7), min_size=1, max_size=3))
 def test_convex_energies_lie_below_the_errors(rows):
     errors = torch.tensor(rows, dtype=torch.float64)

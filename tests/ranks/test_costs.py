@@ -18,7 +18,7 @@ from balf_fx.graph.site import Site
 from balf_fx.ranks.costs import energy_curve, largest_part_rank, parts_candidate, rank_curve, rank_flops, rank_params
 from balf_fx.ranks.spectra import in_parts, spectrum_from_weight
 
-PROPERTY = settings(deadline=None, max_examples=50, derandomize=True)
+PROPERTY = settings(max_examples=50, derandomize=True)
 widths = st.integers(1, 24)
 
 LAYERS = {

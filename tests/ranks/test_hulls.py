@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from balf_fx.ranks.hulls import lower_hull, segments, slope, steepest_first
 
 POINTS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=9)
-PROPERTY = settings(deadline=None, max_examples=300, derandomize=True)
+PROPERTY = settings(max_examples=300, derandomize=True)
 
 
 def envelope(points, cost):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from balf_fx.calibration.observers import WeightGradients
 from balf_fx.ranks.influence import cholesky_root, error_weights, influence, refined_factors, sweep
 
-PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
+PROPERTY = settings(max_examples=60, derandomize=True)
 
 
 def random(seed, *shape):

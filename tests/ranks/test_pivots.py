@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from balf_fx.graph.curves import Solution
 from balf_fx.ranks.pivots import GAIN, pivot_rows, written_as_columns, written_as_rows
 
-PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
+PROPERTY = settings(max_examples=60, derandomize=True)
 
 
 def randn(*shape, seed=0):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from balf_fx.ranks.spectra import damped_roots, spectrum_from_output
 
-PROPERTY = settings(deadline=None, max_examples=25, derandomize=True)
+PROPERTY = settings(max_examples=25, derandomize=True)
 seeds = st.integers(0, 10_000)
 
 

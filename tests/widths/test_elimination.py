@@ -103,7 +103,7 @@ def test_features_that_are_zero_can_all_go(features):
     assert max(errors) < 1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 1000))
 def test_features_of_few_samples_go_in_some_order(features, samples, seed):
     covariance = conditioned(positive(features, seed, samples))
