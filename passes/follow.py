@@ -54,9 +54,17 @@ class Follow(Pass):
         return PassResult(graph_module, False)
 
     def solve(self, problem: Problem) -> Allocation:
-        """The plan's allocation for all graphs together, in place of `Allocate.solve`."""
+        """The plan's allocation for all graphs together, in place of `Allocate.solve`.
+
+        Its FLOPs are those of this example batch, which may have another shape than the plan's.
+        """
         widths = {width.key: width for cluster in problem.clusters for width in cluster.widths}
-        return self._allocation(problem.curves, widths, widths)
+        found = self._allocation(problem.curves, widths, widths)
+        dense = {site.name: curve.dense.flops for site, curve in problem.curves.items()}
+        choices = tuple(_repriced(choice, dense[choice.site.name]) for choice in found.choices)
+        flops = _scaled(found.saved_elsewhere.flops, problem.totals.flops, self.plan.flops or 0)
+        elsewhere = dataclasses.replace(found.saved_elsewhere, flops=flops)
+        return dataclasses.replace(found, choices=choices, saved_elsewhere=elsewhere)
 
     def _allocation(self, found: Iterable[Site], widths: Mapping[str, Width], scored: Collection[str]) -> Allocation:
         """The plan's allocation for these sites.
@@ -97,6 +105,17 @@ class Follow(Pass):
 def _with_site(choice: Choice, site: Site) -> Choice:
     """The plan's choice for the graph's own site, in the form for which it was priced."""
     return dataclasses.replace(choice, site=dataclasses.replace(site, pivots=choice.site.pivots, move=choice.site.move))
+
+
+def _repriced(choice: Choice, flops: int) -> Choice:
+    """A choice whose dense layer takes so many FLOPs here; all forms of a layer take as many times as many."""
+    chosen = dataclasses.replace(choice.chosen, flops=_scaled(choice.chosen.flops, flops, choice.dense.flops))
+    return dataclasses.replace(choice, chosen=chosen, dense=dataclasses.replace(choice.dense, flops=flops))
+
+
+def _scaled(flops: int, now: int, before: int) -> int:
+    """FLOPs on a batch where a layer, or a model, takes `now`, of what took them where it took `before`."""
+    return flops * now // before if before else flops
 
 
 def _check_rank(site: Site, rank: Rank) -> None:

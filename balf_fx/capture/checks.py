@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from balf_fx.calibration.moments import CHUNK_ELEMENTS
 from balf_fx.errors import ModelError, TrainingModeError
-from balf_fx.graph.operators import operation
+from balf_fx.graph.operators import trains
 from balf_fx.graph.parameters import FLOATS, is_quantized
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torchao.")
@@ -107,30 +104,11 @@ def check_functional_training(graph_module: fx.GraphModule) -> None:
         TrainingModeError: one does; names the first.
     """
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and (node.kwargs.get("training") is True or _drops(node)):
+        if trains(node):
             raise TrainingModeError(
-                f"{node.name} runs with training=True, with which its output differs from that in deployment: "
+                f"{node.name} runs in training mode, in which its output differs from that in deployment: "
                 "call model.eval() first"
             )
-
-
-def _drops(node: fx.Node) -> bool:
-    """Whether a call drops values at random because it runs in training mode, which exported calls pass by position."""
-    if "dropout" not in operation(node):
-        return False
-    given = {**dict(zip(_argument_names(node.target), node.args, strict=False)), **node.kwargs}
-    return any(given.get(flag) is True for flag in ("training", "train")) and bool(given.get("p") != 0)
-
-
-def _argument_names(target: Any) -> Sequence[str]:
-    """The names of a function's arguments; builtin functions for dropout have those of the operator."""
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return [each.name for each in schema.arguments]
-    try:
-        return list(signature(target).parameters)
-    except ValueError:
-        return ("input", "p", "train")
 
 
 def close(want: Tensor, got: Tensor) -> bool:

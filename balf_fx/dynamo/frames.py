@@ -19,6 +19,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from balf_fx.capture.names import legal_path
 from balf_fx.graph.annotation import annotate
+from balf_fx.graph.operators import trains
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "__closure__", "cell_contents", "__dict__", "_orig_mod")
 
@@ -30,10 +31,6 @@ _POSITIONAL = re.compile(r"L\['args'\]\[(\d+)\]")  # the source of a positional 
 
 
 _WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the latter in torch 2.8
-
-
-_TRAINING: dict[Any, int] = {nn.functional.dropout: 2, nn.functional.batch_norm: 5}
-_INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats")
 
 
 @dataclass(frozen=True)
@@ -198,14 +195,4 @@ def is_dynamic(graph_module: fx.GraphModule) -> bool:
 
 def is_training(graph_module: fx.GraphModule) -> bool:
     """Whether a layer is in training mode: active dropout, or BatchNorm with the statistics of the batch."""
-    return any(node.op == "call_function" and _trains(node) for node in graph_module.graph.nodes)
-
-
-def _trains(node: fx.Node) -> bool:
-    if node.target is nn.functional.instance_norm:  # without running statistics, both modes compute the same
-        bound = {**dict(zip(_INSTANCE_NORM, node.args, strict=False)), **node.kwargs}
-        return bound.get("running_mean") is not None and bound.get("use_input_stats", True) is True
-    position = _TRAINING.get(node.target)
-    if position is None:
-        return node.kwargs.get("training") is True
-    return (node.args[position] if len(node.args) > position else node.kwargs.get("training")) is True
+    return any(map(trains, graph_module.graph.nodes))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,17 @@ _IDENTITY_CALLS = (
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
     *("feature_dropout", "feature_alpha_dropout"),
 )
+
+
+_BUILTIN = {
+    **dict.fromkeys(
+        ("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_alpha_dropout"),
+        ("input", "p", "train"),
+    ),
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+    "rrelu": ("input", "lower", "upper", "training"),
+    "rrelu_": ("input", "lower", "upper", "training"),
+}
 
 
 AUGMENTED = {
@@ -65,8 +75,9 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def set_flag(node: fx.Node, in_place: bool) -> None:
     """Set the argument `inplace` of a call, which has one."""
-    position = _flag_position(node.target)
-    if position is not None and position < len(node.args):
+    names = argument_names(node.target)
+    position = names.index("inplace") if "inplace" in names else len(node.args)
+    if position < len(node.args):
         node.update_arg(position, in_place)
     else:
         node.update_kwarg("inplace", in_place)
@@ -74,19 +85,42 @@ def set_flag(node: fx.Node, in_place: bool) -> None:
 
 def has_flag(node: fx.Node) -> bool:
     """Whether a call's argument `inplace` is true."""
-    position = _flag_position(node.target)
-    given = node.args[position : position + 1] if position is not None else ()
-    return bool(given[0] if given else node.kwargs.get("inplace", False))
+    return bool(arguments(node).get("inplace", False))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a function's call by name, as far as the names are known and they are given."""
+    return {**dict(zip(argument_names(node.target), node.args, strict=False)), **node.kwargs}
 
 
 @functools.lru_cache(maxsize=1024)
-def _flag_position(function: Callable[..., Any]) -> int | None:
-    """The position of a function's argument `inplace`; None if it has none, and for builtin functions."""
+def argument_names(function: Any) -> tuple[str, ...]:
+    """The names of a function's positional arguments; empty for builtin functions other than those of dropout."""
+    if isinstance(function, torch._ops.OpOverload):
+        return tuple(argument.name for argument in function._schema.arguments)
     try:
-        names = list(inspect.signature(function).parameters)
+        return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return None
-    return names.index("inplace") if "inplace" in names else None
+        return _BUILTIN.get(getattr(function, "__name__", ""), ())
+
+
+def trains(node: fx.Node) -> bool:
+    """Whether a call runs in training mode, in which its output differs from that in deployment.
+
+    This is active dropout, also that of attention, and BatchNorm and InstanceNorm with the statistics of the batch in
+    place of those that they keep.
+    """
+    if node.op != "call_function":
+        return False
+    name, given = operation(node) or str(getattr(node.target, "__name__", "")), arguments(node)
+    if "_norm" in name and given.get("running_mean") is None:  # both modes compute the same
+        return False
+    if name == "instance_norm":
+        return given.get("use_input_stats", True) is True
+    flags = [given[flag] for flag in ("training", "train") if flag in given]
+    active = any(flag is True for flag in flags) if flags else "dropout_p" in given
+    rates = [given[rate] for rate in ("p", "dropout", "dropout_p") if rate in given]
+    return active and (not rates or rates[0] != 0)
 
 
 def is_opaque_call(node: fx.Node) -> bool:
