@@ -249,7 +249,7 @@ class Session:
         settings, traces = self.settings, self._recording.traces()
         # 1. Make the graphs parts of one program, and the calls traces through it.
         first = {step.part: step.args for trace in reversed(traces) for step in reversed(trace)}
-        calls = per_call([binding.calls for binding in bindings])
+        calls, together = per_call([binding.calls for binding in bindings], len(traces))
         origin = settings.origin(None)
         parts = [bound.part(n, first[i], origin) for i, (bound, n) in enumerate(zip(bindings, calls, strict=True))]
         program = Program(tuple(parts), lambda _, batch: batch)
@@ -273,6 +273,7 @@ class Session:
                 None if settings.weights is None else weights_of_inputs(settings.weights),
             )
             compressed, plan = run(program, settings, calibration, lenient=True, progress=progress, journal=journal)
+            plan = plan.of_one_call(together)
         # 3. Run each graph with its new layers, and watch the tensors that these replace.
         replaced = {layer.name for layer in plan.layers}
         tensors: dict[str, Tensor] = {}

@@ -285,7 +285,8 @@ def _chosen(
         return allocate.solve(problem) if best is None else best[1], None
     if best is not None and best[0] != timed.option:
         timed = watch.corrected(problem, best[0], best[0].latency or 1.0, timed)
-    return timed.allocation, timed.timing
+    watch.warn(timed.timing)
+    return dataclasses.replace(timed.allocation, target=min(watch.asked, 1.0)), timed.timing
 
 
 def _measured(

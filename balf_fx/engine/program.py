@@ -65,7 +65,7 @@ class Part:
 
     Attributes:
         graph_module: modified by the passes; the model's own tensors are unchanged.
-        calls: how often one call of the model runs the part.
+        calls: how often one call of the model runs the part (see `per_call`).
         originals: the user's tensors by dotted path, where several parts may share weights.
         aliases: {id of alias: (alias, user's tensor)} for tensors of the graph that replace the user's. The aliases
             are kept alive so that no new tensor has the same id.
@@ -377,7 +377,15 @@ def share_observers(parts: Sequence[Part], names: set[str]) -> None:
                     part.graph_module.set_submodule(path, observer)
 
 
-def per_call(calls: Sequence[int]) -> list[int]:
-    """How often one call of the model runs each part, from the counts of the whole calibration."""
-    unit = math.gcd(*calls) or 1
-    return [count // unit for count in calls]
+def per_call(calls: Sequence[int], total: int) -> tuple[list[int], int]:
+    """How often one call of the model runs each part, or the fewest calls in which that is a whole number for all.
+
+    Args:
+        calls: how often each part has run in the whole calibration.
+        total: the calls of the model.
+
+    Returns:
+        The counts, and the number of calls of the model to which they belong.
+    """
+    unit = math.gcd(*calls, total) or 1
+    return [count // unit for count in calls], total // unit

@@ -178,6 +178,16 @@ class Watch:
             return best
         return self._timed(problem, dataclasses.replace(allocate, latency=1.0), line, best)
 
+    def warn(self, timing: Timing) -> None:
+        """Warn of a model that takes longer than the user has asked for."""
+        if timing.measured > (1.0 + _TOLERANCE) * self.asked:
+            _LOGGER.warning(
+                "the model takes %.3g of the original's time, and %.3g was asked for: no model that was measured is "
+                "faster. Ask for more, or try again when the machine is quiet",
+                timing.measured,
+                self.asked,
+            )
+
     def _timed(self, problem: Problem, option: Allocate, line: Line, known: Timed | None) -> Timed:
         """Choose an allocation and measure it.
 

@@ -129,6 +129,24 @@ class Plan:
         """{site: rank}, None for dense, as in the option `allocation`."""
         return {choice.site.name: choice.chosen.rank for choice in self.allocation.choices}
 
+    def of_one_call(self, calls: int) -> Plan:
+        """The plan with the mean FLOPs of one call of the model, in place of those of several calls."""
+        if calls == 1:
+            return self
+
+        def choice(own: Choice) -> Choice:
+            chosen, dense = (replace(each, flops=each.flops // calls) for each in (own.chosen, own.dense))
+            return replace(own, chosen=chosen, dense=dense)
+
+        elsewhere = replace(self.allocation.saved_elsewhere, flops=self.allocation.saved_elsewhere.flops // calls)
+        choices = tuple(map(choice, self.allocation.choices))
+        return replace(
+            self,
+            allocation=replace(self.allocation, choices=choices, saved_elsewhere=elsewhere),
+            flops=None if self.flops is None else self.flops // calls,
+            refusals=tuple((each, None if flops is None else flops // calls) for each, flops in self.refusals),
+        )
+
     @property
     def flops_after(self) -> int | None:
         """FLOPs of the whole compressed model."""

@@ -13,6 +13,7 @@ from torch import nn
 import balf_fx
 from balf_fx.backend import balf
 from balf_fx.errors import NotCalibratedError
+from balf_fx.graph.flops import count_flops
 
 
 def test_calibration_returns_what_the_model_returns_bit_for_bit(conv_net, images):
@@ -127,6 +128,20 @@ def test_every_way_to_compile(way, tokens):
         for batch in tokens:
             small(batch)
     assert balf_fx.report(small).flops_kept <= 0.5
+
+
+def test_flops_are_those_of_one_call_where_graphs_run_on_some_calls_only(conv_net, images):
+    batches = [*images[: STEPS - 1], images[0][: len(images[0]) // 2]]  # which makes a second graph
+    small = compiled(conv_net, dynamic=False)
+    with torch.no_grad():
+        for batch in [*batches, images[0]]:
+            small(batch)
+    found = balf_fx.report(small)
+    mean = sum(count_flops(conv_net, batch) for batch in batches) / len(batches)
+    assert found.flops_before == int(mean)
+    assert balf_fx.plan(small).flops_after == pytest.approx(found.flops_kept * mean)
+    assert 0.45 < found.flops_kept <= 0.5 + 1e-6
+    assert sum(site.flops_before for site in found.sites) < mean
 
 
 def test_a_function_of_weights():

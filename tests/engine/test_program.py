@@ -90,9 +90,19 @@ def test_a_single_answer_is_returned_as_it_is(graphs):
     assert run_trace(nested, trace).tolist() == (3 * (x + 1) * (x * 2)).tolist()
 
 
-@pytest.mark.parametrize(("calls", "once"), [([4, 4], [1, 1]), ([6, 2, 4], [3, 1, 2]), ([5], [1]), ([0, 3], [0, 1])])
-def test_calls_are_those_of_one_call_of_the_model(calls, once):
-    assert per_call(calls) == once
+@pytest.mark.parametrize(
+    ("calls", "total", "found"),
+    [
+        ([4, 4], 4, ([1, 1], 1)),
+        ([6, 2, 4], 2, ([3, 1, 2], 1)),
+        ([10], 5, ([2], 1)),
+        ([0, 3], 3, ([0, 1], 1)),
+        ([5, 1], 6, ([5, 1], 6)),
+        ([8, 4], 8, ([2, 1], 2)),
+    ],
+)
+def test_calls_are_those_of_one_call_of_the_model(calls, total, found):
+    assert per_call(calls, total) == found
 
 
 # What is one site.

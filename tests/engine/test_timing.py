@@ -137,7 +137,9 @@ def test_times_in_proportion_to_flops_give_the_model_of_that_budget(net, batches
 @pytest.mark.parametrize("asked", [0.7, 0.9])
 def test_the_target_is_corrected_where_half_of_the_savings_are_real(net, batches, clock, asked):
     clock.law = lambda share: 1 - 0.5 * (1 - share) if share < 1 else 1.0
-    kept = balf_fx.report(fast(net, batches, latency=asked)).timing
+    report = balf_fx.report(fast(net, batches, latency=asked))
+    kept = report.timing
+    assert report.target == asked
     assert kept.measured == pytest.approx(asked, rel=0.03)
     assert kept.by_operations == pytest.approx(1 - 2 * (1 - kept.measured))
     assert kept.predicted == pytest.approx(kept.measured)
@@ -157,13 +159,15 @@ def test_no_model_that_is_slower_than_the_original_is_used(net, batches, clock):
     torch.testing.assert_close(small(batches[0]), net(batches[0]))
 
 
-def test_a_time_out_of_reach_names_the_fastest_model(net, batches, clock):
+def test_a_time_out_of_reach_names_the_fastest_model(net, batches, clock, caplog):
     clock.law = lambda share: 1 - 0.2 * (1 - share)
     with pytest.raises(BudgetError, match="out of reach") as error:
         fast(net, batches, latency=0.5)
     assert 0.8 < error.value.minimum < 0.9
+    assert "was asked for" not in caplog.text
     small = fast(net, batches, latency=0.5, strict=False)
     assert balf_fx.report(small).timing.measured == pytest.approx(error.value.minimum, rel=1e-3)
+    assert "0.5 was asked for" in caplog.text
 
 
 def test_seconds_are_a_share_of_the_original_time(net, batches, clock):
