@@ -26,7 +26,6 @@ from balf_fx.calibration.batches import (
     iterate,
     several,
 )
-from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.capture.checks import check_values
 from balf_fx.capture.models import cuda_devices, device_of, plain_model
 from balf_fx.capture.normal_form import capture
@@ -39,7 +38,7 @@ from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Program, whole_program
 from balf_fx.engine.resuming import check, open_journal, with_validation
 from balf_fx.engine.rewriting import finish, own_memory, with_plan
-from balf_fx.engine.run import keep, run, solve, with_refit
+from balf_fx.engine.run import keep, run, solve, with_factors, with_refit
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import FEW_SAMPLES
 from balf_fx.errors import CalibrationError, OptionError
@@ -222,10 +221,7 @@ def convert(
     settings = settings_from(options, "convert").with_free()
     seen = list(iterate(batches))
     settings.allocate()
-    if settings.factors is None and settings.effort != "fast":
-        observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
-        observed = any(half is not None for observer in observers for half in observer.halves)
-        settings = dataclasses.replace(settings, factors="sensitivity" if observed else "activations")
+    settings = with_factors(settings, prepared)
     if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
         raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
     given, forward = forward, forward or forward_for(prepared)

@@ -323,6 +323,14 @@ def test_factors_that_a_graph_was_not_prepared_for(conv_net, images):
         balf_fx.convert(prepared, flops=0.6, factors="air", progress=False)
     with pytest.raises(OptionError, match="drop one of them"):
         balf_fx.convert(prepared, flops=0.6, factors="air", batches=images, refit=True, progress=False)
+    plain = balf_fx.prepare(conv_net, images[0], factors="activations")
+    balf_fx.calibrate(plain, images, progress=False)
+    with pytest.raises(NotCalibratedError, match=r"needs gradients.*pass factors='sensitivity' to balf_fx\.prepare"):
+        balf_fx.convert(plain, flops=0.6, factors="sensitivity", progress=False)
+    called = balf_fx.prepare(conv_net, images[0], factors="sensitivity")
+    called(images[0])
+    with pytest.raises(NotCalibratedError, match=r"balf_fx\.calibrate"):
+        balf_fx.convert(called, flops=0.6, factors="sensitivity", progress=False)
     with pytest.raises(OptionError, match="drop one of them"):
         compress(conv_net, images, factors="air", refit=True)
 

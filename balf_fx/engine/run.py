@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from balf_fx.calibration.batches import Calibration, Stream
+from balf_fx.calibration.observers import SensitivityObserver
 from balf_fx.checkpoint.journal import FORGETFUL, Journal
 from balf_fx.engine.agreement import give_alike
 from balf_fx.engine.blockwise import calibrate_in_blocks, paged
@@ -19,7 +21,7 @@ from balf_fx.engine.compress import calibrate, convert
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import work_of
-from balf_fx.errors import OptionError
+from balf_fx.errors import NotCalibratedError, OptionError
 from balf_fx.graph.plan import Plan
 from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
@@ -89,6 +91,24 @@ def keep(given: Any, batches: Iterable[Any], memory: int, closing: ExitStack) ->
     for batch in batches:
         shelved.append(batch)
     return shelved
+
+
+def with_factors(settings: Settings, prepared: nn.Module) -> Settings:
+    """The settings of a conversion, whose factors are weighted by sensitivity where gradients were observed.
+
+    Raises:
+        NotCalibratedError: such factors are asked for, and no gradients were observed.
+    """
+    if settings.factors not in (None, "sensitivity") or (settings.factors is None and settings.effort == "fast"):
+        return settings
+    observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
+    observed = any(half is not None for observer in observers for half in observer.halves)
+    if settings.factors is not None and not observed:
+        raise NotCalibratedError(
+            "factors='sensitivity' needs gradients, and none were observed: pass factors='sensitivity' to "
+            "balf_fx.prepare, too, and the batches to balf_fx.calibrate"
+        )
+    return dataclasses.replace(settings, factors="sensitivity" if observed else "activations")
 
 
 def with_refit(settings: Settings, batches: bool) -> Settings:
