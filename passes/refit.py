@@ -5,9 +5,9 @@ by side (`refit.lockstep`). At each layer it regresses the original output y on 
 (`refit.regression`), which corrects the error made upstream as far as x' predicts it. Alternatively it keeps the right
 factor B and regresses y on B x', which is much cheaper and corrects less.
 
-Three things change the plain target y (`refit.targets`). Where the layer's output is added to another value, the error
-of that value is added to the target, so that residual streams are corrected at every block. Where ReLU or ReLU6
-follows, an output below zero, or above six, has no error: the target becomes the output of the first solution there,
+Three things change the plain target y (`refit.targets`). Where the layer's output is added to another value, in any
+layout, the error of that value is added to the target, so that residual streams are corrected at every block. Where
+ReLU or the like follows, an output below zero has no error: the target becomes the output of the first solution there,
 and the layer is solved again. Finally, positions are weighted by the squared gradients of the loss.
 
 The strength of the regularisation is chosen on a held-out quarter of all samples: the ridge with the least error there

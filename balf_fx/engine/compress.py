@@ -20,7 +20,7 @@ from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_bat
 from balf_fx.calibration.coverage import unseen
 from balf_fx.calibration.gradients import observe_gradients
 from balf_fx.calibration.merging import check_merged, merging
-from balf_fx.calibration.observers import OBSERVERS, InfluenceObserver, SensitivityObserver
+from balf_fx.calibration.observers import OBSERVERS, CovarianceObserver, InfluenceObserver, SensitivityObserver
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import check_fit, weighing
@@ -197,7 +197,7 @@ def convert(
     Args:
         calibration: its batches are used to measure allocations and to refit layers; without batches, neither is done.
         journal: has the allocation and the layers that a run finished before it was killed.
-        once: whether this is the only time, so that the program's statistics of gradients are deleted after the score.
+        once: whether this is the only time, so that the program's statistics are deleted after the score.
 
     Returns:
         The rewritten parts, and the plan that was carried out.
@@ -224,7 +224,7 @@ def convert(
     # 1. Align, FindPivots, Score, ScoreWidths, Time: the loss and the cost of each rank and each size.
     score(program, settings, calibration, scoring)
     if once:
-        _delete_gradients(program)
+        _delete_statistics(program, moments=settings.chosen_factors != "air")
     if watch is not None:
         measuring, trying = trying.spans([1.0, 2.0], ["timing layers", "trying allocations"])
         watch.measure_sites(measuring)
@@ -331,11 +331,17 @@ def score(program: Program, settings: Settings, calibration: Calibration, progre
             record_graph(graph_module, width_curves=(), widths_scored_with=())
 
 
-def _delete_gradients(program: Program) -> None:
-    """Delete the statistics of gradients, which nothing reads once all ranks and widths are scored."""
+def _delete_statistics(program: Program, moments: bool) -> None:
+    """Delete the statistics of gradients, which nothing reads once all ranks and widths are scored.
+
+    Args:
+        moments: delete those of values, too, which only `Refine` reads.
+    """
     for module in program.module.modules():
         if isinstance(module, SensitivityObserver):
             module.halves = [None, None]
+        if isinstance(module, CovarianceObserver) and moments:
+            module.reset()
     for graph_module in program.graph_modules:
         record_graph(graph_module, widths_scored_with=())
         for node in itertools.chain.from_iterable(sites(graph_module).values()):
