@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from balf_fx.graph.annotation import annotation, graph_record, record_graph
 from balf_fx.graph.edits import erase_unused
 from balf_fx.graph.folding import fold, owns_parameters
-from balf_fx.graph.layers import read_layer
+from balf_fx.graph.layers import read_layer, takes_bias
 from balf_fx.graph.operators import reads_metadata
 from balf_fx.graph.owners import owner_of
 from balf_fx.graph.parameters import get_tensor, is_hooked
@@ -101,8 +101,8 @@ def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -
     features = layer.out_features * layer.groups
     if (shape is not None and len(shape) != dimensions) or norm.mean is None or len(norm.mean) != features:
         return None
-    has_bias_argument = layer.bias is not None or layer.conv is not None or not layer.inputs_first
-    return layer if has_bias_argument and owns_parameters(graph_module, source, layer) else None
+    biased = layer.bias is not None or takes_bias(source)
+    return layer if biased and owns_parameters(graph_module, source, layer) else None
 
 
 def _may_fold(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:

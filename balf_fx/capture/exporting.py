@@ -308,20 +308,21 @@ def _limits(size: Any, ranges: dict[Any, Any], is_batch: bool) -> tuple[int, int
         only = size.node.hint if known is None else known
         return only, only
     low, high = int(found.lower), int(found.upper) if found.upper.is_Integer else None
-    if is_batch:  # export assumes at least 2; the graph is also valid for a batch of one, not for a length of one
-        return (1 if low == 2 else low), high
-    return _around(size, ranges, low, high)
+    low, high = _around(size, ranges, low, high, is_batch)
+    # Export assumes at least 2; the graph is also valid for a batch of one (`capture.single`), not for a length of one.
+    return (1 if is_batch and low == 2 else low), high
 
 
 _WALK = 1024
 """How many sizes above the example's are tried where conditions cannot be solved."""
 
 
-def _around(size: Any, ranges: dict[Any, Any], low: int, high: int | None) -> tuple[int, int | None]:
+def _around(size: Any, ranges: dict[Any, Any], low: int, high: int | None, is_batch: bool) -> tuple[int, int | None]:
     """The sizes around the example's, from low to high, for which the conditions of the model's code hold.
 
     Most conditions follow from the range. Others ask whether a size, or a part of it, is a certain number, as 1 often
-    is; or compare it with a limit; or ask whether it is even, so that no other size is left.
+    is; or compare it with a limit; or ask whether it is even, so that no other size is left. Of batches, all sizes are
+    right if all that are tried are, and conditions on other sizes, too, are taken to hold.
     """
     from torch.utils._sympy.value_ranges import bound_sympy  # only here: it imports sympy
 
@@ -329,6 +330,8 @@ def _around(size: Any, ranges: dict[Any, Any], low: int, high: int | None) -> tu
     conditions = [environment.replace(guard.expr) for guard in environment.guards]
     for condition in (each for each in conditions if symbol in each.free_symbols):
         if bool(bound_sympy(condition, ranges).lower):
+            continue
+        if condition.free_symbols != {symbol} and is_batch:
             continue
         if condition.free_symbols != {symbol}:
             return given, given
@@ -338,7 +341,8 @@ def _around(size: Any, ranges: dict[Any, Any], low: int, high: int | None) -> tu
             continue
         low = next((n + 1 for n in range(given, low - 1, -1) if not bool(condition.subs(symbol, n))), low)
         most = given + _WALK if high is None else min(high, given + _WALK)
-        high = next((n - 1 for n in range(given, most + 1) if not bool(condition.subs(symbol, n))), most)
+        wrong = (n - 1 for n in range(given, most + 1) if not bool(condition.subs(symbol, n)))
+        high = next(wrong, high if is_batch else most)
     return low, high
 
 

@@ -29,6 +29,7 @@ from balf_fx.capture.models import (
     unchanged_parameters,
     without_expert_loops,
 )
+from balf_fx.capture.single import assert_several
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
 from balf_fx.graph.annotation import Origin, annotation, record_graph
@@ -142,6 +143,8 @@ def _captured(
         drop_dead_code(graph_module)
         with _runs_the_example():
             output = profile(graph_module, inputs)
+        if method == "export":
+            assert_several(graph_module, subject, call)
     _restore_buffers(graph_module, model)
     with _runs_the_example():  # what export leaves of a changed parameter has no values to compare
         _check_same_output(call.output, output)

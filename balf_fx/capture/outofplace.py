@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,12 +77,19 @@ def _without_out(function: Any) -> Any:
     """The function, or the overload of an operator, that returns what this one writes to `out`."""
     if not isinstance(function, torch._ops.OpOverload):
         return function
-    packet = function.overloadpacket
-    wanted = [(each.name, str(each.type)) for each in function._schema.arguments if not each.is_out]
-    overloads = (getattr(packet, name) for name in packet.overloads())
-    return next(
-        each for each in overloads if [(given.name, str(given.type)) for given in each._schema.arguments] == wanted
-    )
+    wanted = _arguments(function)
+    return next(each for each in _overloads(function.overloadpacket) if _arguments(each) == wanted)
+
+
+def _overloads(packet: Any) -> Iterator[torch._ops.OpOverload]:
+    """The overloads of an operator that change none of their arguments; none for None."""
+    found = () if packet is None else (getattr(packet, name) for name in packet.overloads())
+    yield from (each for each in found if not each._schema.is_mutable)
+
+
+def _arguments(operator: torch._ops.OpOverload) -> list[tuple[str, str]]:
+    """The names and types of an operator's arguments, without `out`."""
+    return [(each.name, str(each.type)) for each in operator._schema.arguments if not each.is_out]
 
 
 def _counterpart(node: fx.Node) -> Any:
@@ -90,8 +97,8 @@ def _counterpart(node: fx.Node) -> Any:
     if isinstance(node.target, torch._ops.OpOverload):
         namespace, _, name = node.target._schema.name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
-        found = getattr(packet, node.target._overloadname, None)
-        return None if found is None or found._schema.is_mutable else found
+        wanted = _arguments(node.target)
+        return next((each for each in _overloads(packet) if _arguments(each) == wanted), None)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if not name.endswith("_") or name.endswith("__"):
         return None

@@ -48,7 +48,7 @@ class Settings:
         None,
         "the fraction of the whole model's FLOPs to keep, in (0, 1], as torch.utils.flop_counter counts them. This, "
         "params or latency is the budget. Without any, only what is free is removed: what changes the weights by no "
-        "more than their rounding",
+        "more than rounding in single precision",
         "convert",
     )
     params: float | None = option(

@@ -236,6 +236,11 @@ def _read_call(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | 
     return _layer(graph_module, None, kind, (constant.path, bias_path), groups, conv, inputs_first=transposed)
 
 
+def takes_bias(node: fx.Node) -> bool:
+    """Whether a layer's call has an argument for a bias: products of matrices have none."""
+    return node.op == "call_module" or "bias" in _CALLS.get(node.target, ("", ()))[1]
+
+
 def argument_position(node: fx.Node, name: str) -> int:
     """The position of a functional layer's argument among its positional ones."""
     return _CALLS[node.target][1].index(name)

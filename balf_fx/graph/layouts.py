@@ -13,6 +13,7 @@ from balf_fx.graph.annotation import annotation, carried_meta
 from balf_fx.graph.operators import changes_in_place, operation
 
 _VIEWS = ("view", "_unsafe_view")
+_STRIDED = ("view_as_complex", "as_strided", "stride")
 _PERMUTED = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t", "expand")
 _ALIASES = (
     *_VIEWS,
@@ -60,11 +61,21 @@ def allow_any_layout(graph_module: fx.GraphModule) -> None:
     """Let views copy where they must, and return outputs in the usual order; the caller recompiles the graph."""
     graph = graph_module.graph
     views_to_reshapes(graph)
+    for node in list(graph.nodes):
+        if operation(node) in _VIEWS or operation(node) in _STRIDED:  # a view of another type is left
+            source = node.all_input_nodes[0]
+            with graph.inserting_before(node):
+                node.replace_input_with(source, _contiguous(graph, source))
     (output,) = graph.find_nodes(op="output")
     made: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(output):
         for node in dict.fromkeys(output.all_input_nodes):
             if len(annotation(node).shape or ()) > 2 and operation(node) not in _PERMUTED:
-                made[node] = graph.call_method("contiguous", (node,))
-                made[node].meta = carried_meta(node, same_value=True)
+                made[node] = _contiguous(graph, node)
     output.args = map_arg(output.args, lambda node: made.get(node, node))
+
+
+def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    made = graph.call_method("contiguous", (node,))
+    made.meta = carried_meta(node, same_value=True)
+    return made

@@ -223,10 +223,11 @@ class Finder:
         layer = read_layer(self.graph_module, node)
         shape = annotation(node).shape or ()
         if isinstance(layer, Site):
-            if _is_depthwise(layer, features) and self._owns(node, layer) and not _is_kept(node):
+            along = axis == _feature_axis(layer, shape)
+            if along and _is_depthwise(layer, features) and self._owns(node, layer) and not _is_kept(node):
                 space.between.append(node)
                 return [(site_input(node), axis)]
-            if self.is_layer(node, layer) and axis == _feature_axis(layer, shape) and layer.out_features == features:
+            if along and self.is_layer(node, layer) and layer.out_features == features:
                 space.producers.append(node)
                 return []
             raise UnsupportedError
@@ -329,9 +330,10 @@ class Finder:
         shape = annotation(node).shape or ()
         if site_input(user) is not node:
             raise UnsupportedError
-        if _is_depthwise(layer, shape[axis]):
+        along = axis == _feature_axis(layer, shape)
+        if along and _is_depthwise(layer, shape[axis]):
             return [(user, axis)]
-        whole = axis == _feature_axis(layer, shape) and self.inputs(layer) == shape[axis]
+        whole = along and self.inputs(layer) == shape[axis]
         if annotation(user).site is None or not self.takes(user, layer) or not whole:
             raise UnsupportedError
         space.consumers.append(user)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -59,3 +60,44 @@ def test_values_may_lie_in_memory_otherwise_than_the_examples():
     graph_module = capture(Turned().eval(), x.transpose(1, 2), method="export")
     for value in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
         assert torch.equal(graph_module(value), x.flatten(1))
+
+
+class Branching(nn.Module):
+    """Its code asks for the number of samples."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.layer, self.asks = nn.Linear(16, 16), asks
+
+    def forward(self, x):
+        y = self.layer(x)
+        return 2 * y if self.asks(x.shape[0]) else y
+
+
+@pytest.mark.parametrize(
+    ("asks", "allowed"),
+    [
+        (lambda n: n == 1, {2, 3, 4, 5, 7}),
+        (lambda n: n % 2 == 0, {4}),
+        (lambda n: n != 5, {1, 2, 3, 4}),
+        (lambda n: n > 3, {4, 5, 7}),
+        (lambda n: n > 0, {1, 2, 3, 4, 5, 7}),
+    ],
+    ids=["one", "even", "not 5", "more than 3", "any"],
+)
+def test_batches_for_which_the_code_takes_another_branch_are_refused(asks, allowed):
+    model = Branching(asks).eval()
+    graph_module = capture(model, torch.randn(4, 16), method="export")
+    for samples in (1, 2, 3, 4, 5, 7):
+        x = torch.randn(samples, 16)
+        if samples in allowed:
+            torch.testing.assert_close(graph_module(x), model(x))
+        else:
+            with pytest.raises(AssertionError, match="'x' "):
+                graph_module(x)
+
+
+def test_batches_may_be_of_any_size_where_no_condition_fails():
+    model = Branching(lambda n: (49 * n) % 7 == 0).eval()
+    graph_module, x = capture(model, torch.randn(4, 16), method="export"), torch.randn(3000, 16)
+    torch.testing.assert_close(graph_module(x), model(x))

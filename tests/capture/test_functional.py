@@ -113,6 +113,7 @@ FUNCTIONS = {
     "out=": out,
     "the shape": shapes,
     "constants": lambda m, x: m.b(write(m.a(x), lambda y: (y[:2].fill_(2.0), y.t()[0].zero_(), y[2:3].copy_(x[0])))),
+    "powers": lambda m, x: m.b(m.a(x).pow_(2)) + m.a(x).abs_().pow_(x.sigmoid()),
     "a mask": lambda m, x: m.b(m.a(x).masked_fill_(x > 0, 0.0)),
     "another dtype": lambda m, x: m.a(x).half().mul_(m.b(x)),
     "a new tensor": lambda m, x: m.a(nn.init.constant_(torch.empty_like(x), 0.5).mul_(x)),

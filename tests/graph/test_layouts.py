@@ -117,3 +117,16 @@ def test_views_become_reshapes_and_types_stay():
     assert bits.dtype is torch.int32
     assert torch.equal(flat, value.reshape(2, 12))
     assert transposed.is_contiguous()
+
+
+@pytest.mark.usefixtures("any_pivots")
+def test_operations_that_read_strides_get_the_usual_order():
+    class Complex(Viewed):
+        def forward(self, x):
+            y = self.down(torch.relu(self.up(x)))
+            pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
+            return self.head(pairs.abs().repeat(1, 1, 1, 2).flatten(1)), y.view(torch.int32)
+
+    small = compiled(Complex())
+    assert "columns" in {layer.form for layer in balf_fx.plan(small).layers}
+    small(batches()[0])

@@ -150,3 +150,29 @@ def test_looking_at_the_shape_of_a_layers_output_does_not_prevent_folding(values
     folded, modified = fold(model, x)
     assert modified is not values
     torch.testing.assert_close(folded(x), model(x))
+
+
+class Product(nn.Module):
+    """BatchNorm behind a product, which has no argument for a bias."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(6, 5)), nn.BatchNorm1d(6)
+        self.product = product
+
+    def forward(self, x):
+        return self.norm(self.product(x, self.weight))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, weight: x @ weight.t(),
+        lambda x, weight: torch.einsum("bi,oi->bo", x, weight),
+        lambda x, weight: F.linear(x, weight),
+    ],
+)
+def test_a_product_without_an_argument_for_a_bias_keeps_its_norm(product):
+    model, x = randomise_batchnorm(Product(product)), torch.randn(7, 5, dtype=torch.float64)
+    folded, _ = fold(model, x)
+    torch.testing.assert_close(folded(x), model(x))

@@ -301,7 +301,7 @@ def test_constants_used_elsewhere_stay():
             self.gamma = nn.Parameter(torch.ones(32))
 
         def forward(self, x):
-            return self.down(self.up(x) * self.gamma) + self.gamma.sum()
+            return self.down(F.gelu(self.up(x)) * self.gamma) + self.gamma.sum()
 
     assert channels(Net(), ROW) == {}
 
@@ -356,3 +356,28 @@ def test_padding_of_pixels_passes():
             return self.head(self.second(x).mean((2, 3)))
 
     assert set(channels(Padded(), IMAGE)) == {"head"}
+
+
+class Spatial(nn.Module):
+    """A depthwise convolution along another axis than that of the features, which has as many entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 10)
+        self.mix = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+
+    def forward(self, x):
+        return self.head(self.down(torch.relu(self.mix(self.up(x)))).mean((1, 2)))
+
+
+@pytest.mark.usefixtures("any_pivots")
+def test_a_depthwise_convolution_along_another_axis_mixes_the_features():
+    model = Spatial().double().eval()
+    with torch.no_grad():
+        model.down.weight.copy_(torch.randn(16, 5) @ torch.randn(5, 32) / 10)
+    batches = [torch.randn(4, 32, 8, 16, dtype=torch.float64) for _ in range(2)]
+    assert not channels(Spatial(), batches[0].float())
+    small = balf_fx.compile(model, batches, progress=False)
+    assert balf_fx.report(small).flops_kept < 1
+    torch.testing.assert_close(small(batches[0]), model(batches[0]), rtol=0, atol=1e-6)
+    balf_fx.compile(model, batches, flops=0.5, progress=False)(batches[0])
