@@ -173,6 +173,10 @@ class Score(Pass):
             spectrum = replace(spectrum, energies=judge(1))
             if parts is not None and gradients.parts is not None:
                 parts = replace(parts, energies=judge(site.parts))
+        if gradients is not None and not site.has_experts:  # groups matter as much as their gradients are large
+            unit = gradients.unit.mean()
+            energies = spectrum.energies * (gradients.unit / unit if unit > 0 else 1.0)
+            spectrum = replace(spectrum, energies=energies)
         if site.has_experts and seen.moments is not None:
             energies = shared_energies(spectrum.energies, seen.moments.count, list(seen.kept))
             spectrum = replace(spectrum, energies=energies)
@@ -309,12 +313,11 @@ def _loss(gradients: Gradients, energies: Tensor, shared: bool) -> float:
     """The loss of a sample, to second order, if the site's output is replaced by its mean.
 
     Args:
-        energies: [G, m], for gradients that are scaled to a mean square of 1 in each group.
+        energies: [G, m], for gradients that are scaled to a mean square of 1 over all groups.
         shared: whether energies are means over the positions of all groups (`ranks.spectra.shared_energies`).
     """
-    units = gradients.unit.squeeze(-1)
-    lost = units.sum() * energies.sum() if shared else (units * energies.sum(-1)).sum()
-    return 0.5 * float(lost) / gradients.samples
+    unit = gradients.unit.sum() if shared else gradients.unit.mean()
+    return 0.5 * float(unit * energies.sum()) / gradients.samples
 
 
 def _unobserved(site: Site) -> NotCalibratedError:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import Calibration, Forward, run_batch
+from balf_fx.calibration.batches import Calibration, Forward, run_batch, samples_of
 from balf_fx.calibration.moments import CHUNK_ELEMENTS
 from balf_fx.calibration.weights import Weights, counted
 
@@ -76,7 +76,7 @@ def divergence(
 ) -> float:
     """The mean loss of a model's outputs over batches; infinite if it is NaN.
 
-    The loss is the user's, if given. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row of all
+    The loss is the user's, if given, which is a mean over samples. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row of all
     batches, and the squared error relative to the mean square for other outputs. Padding does not count in either. The
     mean is over the batches of all processes.
 
@@ -89,7 +89,7 @@ def divergence(
     def judged(index: int, batch: Any, reference: Any) -> tuple[float, float]:
         output = run_batch(model, batch, calibration.forward, index)  # freed before the next is computed
         if calibration.loss is not None:
-            return float(calibration.loss(output, batch)), 1.0
+            return float(calibration.loss(output, batch)), float(samples_of(batch))
         lost, share = differ(reference, output, batch, weigh(index))
         return float(lost), share
 

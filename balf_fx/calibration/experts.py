@@ -93,7 +93,7 @@ class ExpertSensitivityObserver(SensitivityObserver):
             return
         values = self.rows.split(recorded.value, self.site.side, assignment)
         gradients = self.rows.split(gradient, "output", assignment)
-        samples = self.batch_samples or sum(map(len, gradients))
+        samples = self.batch_samples or 1
         cuts = [(len(own) + self.batches % 2) // 2 for own in gradients]  # odd rows go to either half in turn
         for half, own in enumerate((_parts(cuts, first=True), _parts(cuts, first=False))):
             own_values, own_gradients = (

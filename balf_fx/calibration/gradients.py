@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
-from balf_fx.calibration.batches import Calibration, graphs_of, run_batch, sample_count
+from balf_fx.calibration.batches import Calibration, graphs_of, run_batch, sample_count, samples_of
 from balf_fx.calibration.describing import describe
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
 from balf_fx.calibration.weights import Weights, counted
@@ -71,7 +71,10 @@ def loss_of(
     generator: torch.Generator,
     weights: Weights | None = None,
 ) -> Tensor:
-    """The scalar whose gradients are observed: the user's loss, or the probe. Arguments as in `observe_gradients`."""
+    """The scalar whose gradients are observed: the sum of the user's loss over samples, or the probe.
+
+    Arguments as in `observe_gradients`.
+    """
     if calibration.loss is None:
         return probe(output, batch, generator, weights)
     scalar: Any = calibration.loss(output, batch)
@@ -79,7 +82,7 @@ def loss_of(
         raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
     if not torch.isfinite(scalar).all():
         raise NonFiniteError(f"loss(output, batch) is {float(scalar.detach())} for calibration batch {index}")
-    return scalar
+    return scalar * samples_of(batch)  # of a mean: in a small batch, each sample's share of it is larger
 
 
 def check_gradients(graph_module: fx.GraphModule) -> None:

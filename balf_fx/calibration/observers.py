@@ -247,8 +247,11 @@ class SensitivityObserver(nn.Module):
             self.squares = own if self.squares is None else self.squares.merge(own)
 
     def _samples_of_row(self, rows: int) -> float:
-        """The samples for which a row of a value stands: a sample may have several, such as windows or tokens."""
-        return (self.batch_samples or rows) / rows
+        """The samples for which a row of a value stands: a sample may have several, such as windows or tokens.
+
+        A batch whose samples cannot be counted is one sample, for all layers.
+        """
+        return (self.batch_samples or 1) / rows
 
     def _merge(self, half: int, sample: Sample) -> None:
         """Add a sample to one of the halves."""

@@ -197,7 +197,8 @@ def _alike(whole: Tensor, parts: Sequence[Tensor]) -> bool:
         return False
     if sum(map(len, parts)) != len(whole) or not whole.numel():
         return False
-    tolerance = 1e-3 * float(whole.abs().max())
+    rounding = torch.finfo(whole.dtype).eps if whole.is_floating_point() else 0.0
+    tolerance = max(1e-3, 4 * rounding) * float(whole.abs().max())
     own = torch.split(whole, list(map(len, parts)))
     pairs = [pair for each in zip(own, parts, strict=True) for pair in zip(*each, strict=True)]  # one sample at a time
     return all(torch.allclose(one, other, rtol=0.0, atol=tolerance) for one, other in pairs)

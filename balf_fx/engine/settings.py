@@ -222,8 +222,8 @@ class Settings:
     )
     loss: Loss | None = option(
         None,
-        'with factors="sensitivity" or "air", a function loss(output, batch) that returns a scalar to keep small, in '
-        "place of the loss without labels",
+        'with factors="sensitivity" or "air", a function loss(output, batch) that returns a scalar to keep small, a '
+        "mean over the batch's samples, in place of the loss without labels",
         "calibrate",
         "convert",
     )

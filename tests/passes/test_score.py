@@ -89,7 +89,7 @@ def test_passes_take_a_graph_that_was_traced_elsewhere():
 LAYERS = {
     "output side": nn.Linear(16, 6),
     "input side": nn.Linear(6, 16),
-    "groups": nn.Conv1d(12, 12, 1, groups=3),
+    "groups": nn.Conv1d(24, 24, 1, groups=3),
     "wide groups": nn.Conv1d(6, 15, 1, groups=3),
 }
 
@@ -102,12 +102,15 @@ def measured(layer: nn.Module, shape: tuple[int, ...], least: float):
     draws = torch.Generator().manual_seed(0)
     model = nn.Sequential(layer).double().requires_grad_(False)
     layer.weight.copy_(torch.randn(layer.weight.shape, generator=draws))
+    if layer.weight.dim() > 2:  # of convolutions, the group with the largest gradients has nearly one component
+        last = layer.weight[-len(layer.weight) // layer.groups :]
+        last.copy_(last[:1] + 0.1 * last)
     x = torch.randn(shape, generator=draws, dtype=torch.float64)
     scales = torch.logspace(least, 0, len(layer.weight), dtype=torch.float64)
 
     def loss(output, batch):
         random = torch.randn(output.shape, generator=draws, dtype=output.dtype)
-        return (output * random * scales.reshape(-1, *(1,) * (output.dim() - 2))).sum()
+        return (output * random * scales.reshape(-1, *(1,) * (output.dim() - 2))).sum() / len(output)
 
     graph_module = balf_fx.prepare(model, x, factors="sensitivity")
     balf_fx.calibrate(graph_module, [x], loss=loss, progress=False)
@@ -124,13 +127,15 @@ def test_the_loss_of_a_layer_is_what_is_measured(name):
     assert curve.loss == pytest.approx(float(0.5 * (outputs * scales).square().sum((1, 2)).mean()), rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["output side", "input side"])
+@pytest.mark.parametrize("name", ["output side", "input side", "groups"])
 def test_the_loss_of_a_rank_is_what_is_measured(name):
-    """Most directions of the output have nearly no gradient, where damping would see some."""
-    curve, outputs, scales = measured(LAYERS[name], (3000, LAYERS[name].in_features), -3)
+    """Most directions of the output, and some groups, have nearly no gradient, where damping would see some."""
+    layer = LAYERS[name]
+    shape = (3000, layer.in_features) if isinstance(layer, nn.Linear) else (3000, layer.in_channels, 2)
+    curve, outputs, scales = measured(layer, shape, -3)
     candidate = next(candidate for candidate in curve.candidates if candidate.rank == 2)
-    left, right = curve.spectrum.maps(2)
-    errors = outputs - outputs @ right[0].mT @ left[0].mT
+    left, right = curve.spectrum.maps(candidate.rank)
+    errors = outputs - outputs @ torch.block_diag(*(left @ right)).mT
     wanted = float(0.5 * (errors * scales).square().sum((1, 2)).mean())
     assert curve.loss * curve.normalised(candidate.distortion) == pytest.approx(wanted, rel=0.1)
 
@@ -169,7 +174,7 @@ def test_the_loss_of_a_layer_that_is_called_several_times_is_that_of_all_calls(t
     def losses(parts):
         def loss(output, batch):  # the same gradients at each row, in whatever sample it is
             random = torch.randn(2400, 12, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
-            return (output.reshape(2400, 12) * random).sum()
+            return (output.reshape(2400, 12) * random).sum() / len(output)
 
         model, x = Repeated(layers, parts), rows.reshape(-1, 8 * parts)
         graph_module = balf_fx.prepare(model, x, factors="sensitivity", capture="export" if traced else "auto")
@@ -178,3 +183,57 @@ def test_the_loss_of_a_layer_that_is_called_several_times_is_that_of_all_calls(t
 
     alone, together = losses(1), losses(3)
     assert together == pytest.approx([3 * loss for loss in alone], rel=0.05)
+
+
+def test_samples_count_alike_in_batches_of_other_sizes():
+    """The user's loss is a mean over samples, so that the gradient of each is larger in a small batch."""
+    draws = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12)).double()
+    x = torch.randn(200, 8, generator=draws, dtype=torch.float64)
+    signs = torch.randn(200, 12, generator=draws, dtype=torch.float64).sign()
+
+    def found(sizes):
+        batches = list(zip(x.split(sizes), signs.split(sizes), strict=True))
+        graph_module = balf_fx.prepare(
+            model, batches[0], forward=lambda net, batch: net(batch[0]), factors="sensitivity"
+        )
+        balf_fx.calibrate(
+            graph_module,
+            batches,
+            forward=lambda net, batch: net(batch[0]),
+            loss=lambda output, batch: (output * batch[1]).sum(1).mean(),
+            progress=False,
+        )
+        observer = graph_module.get_submodule(annotation(next(iter(sites(graph_module).values()))[0]).sensitivity)
+        return observer.sample.gradients.scatter, curves(graph_module, factors="sensitivity")["0"].loss
+
+    (whole, loss), (parts, other) = found([200]), found([99, 100, 1])
+    torch.testing.assert_close(parts, whole)
+    assert other == pytest.approx(loss, rel=0.05)  # by halves of other samples
+
+
+class Towers(nn.Module):
+    """Values of two kinds, of which a batch has different numbers, as a model of images and texts does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 12), nn.Linear(8, 12)
+
+    def forward(self, many, few):
+        return self.one(many), self.other(few)
+
+
+def test_layers_of_batches_whose_samples_cannot_be_counted_have_losses_on_one_scale():
+    draws = torch.Generator().manual_seed(0)
+    model = Towers().double()
+    with torch.no_grad():
+        model.other.load_state_dict(model.one.state_dict())
+    batch = (torch.randn(4000, 8, dtype=torch.float64), torch.randn(1000, 8, dtype=torch.float64))
+
+    def loss(outputs, batch):
+        return sum((each * torch.randn(each.shape, generator=draws, dtype=each.dtype)).sum() for each in outputs)
+
+    graph_module = balf_fx.prepare(model, batch, factors="sensitivity")
+    balf_fx.calibrate(graph_module, [batch], loss=loss, progress=False)
+    found = curves(graph_module, factors="sensitivity")
+    assert found["one"].loss == pytest.approx(4 * found["other"].loss, rel=0.1)
