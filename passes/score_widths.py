@@ -45,7 +45,7 @@ _LOGGER = logging.getLogger(__name__)
 _BASIS_DAMPING = 1e-3  # small, because the metric consists of damped ones
 
 
-_JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
+_JUDGED_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,27 @@ class _Layer:
         return weighed
 
     def metric(self) -> Tensor:
-        """A [F, F], the metric of errors in the input's features; the taps of a kernel count as independent."""
+        """A [F, F], the metric of errors in the input's features; the taps of a kernel count as independent.
+
+        `alike` corrects that.
+        """
         by_tap = [each.reshape(len(each), -1, self.site.taps).permute(2, 0, 1) for each in (self.reduced, self.weighed)]
         found = (by_tap[0].mT @ by_tap[1]).sum(0)
         return (found + found.mT) / 2
+
+    def alike(self) -> float:
+        """How many times larger errors in the features are at the output than with independent taps, at least 1.
+
+        It is that of the features themselves, as errors: those at neighbouring pixels are alike, and add up.
+        """
+        if self.site.taps == 1:
+            return 1.0
+        exact = self.sample.moments.covariance()[0]
+        if self.site.side == "input":
+            exact = self.reduced @ exact @ self.reduced.mT
+        seen = float((self.sample.gradients.scatter[0] * exact).sum() / self.unit)
+        apart = float((self.undamped.metric() * self.features.covariance()[0]).sum())
+        return max(seen / apart, 1.0) if apart > 0 else 1.0
 
     def output_moment(self) -> Tensor:
         """E[y y^T], [O, O] float64, with the observer's weights of positions."""
@@ -215,7 +232,7 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
 
 def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
     first = readers[0].loss
-    units = [layer.loss / first if first > 0 else 1.0 for layer in readers]
+    units = [layer.alike() * layer.loss / first if first > 0 else 1.0 for layer in readers]
 
     def problem(layers: list[_Layer]) -> tuple[list[Tensor], list[Tensor]]:
         covariances = [conditioned(layer.features.covariance()[0]) for layer in layers]

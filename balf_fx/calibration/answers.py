@@ -76,9 +76,9 @@ def divergence(
 ) -> float:
     """The mean loss of a model's outputs over batches; infinite if it is NaN.
 
-    The loss is the user's, if given, which is a mean over samples. Otherwise it is the Kullback-Leibler divergence for logits, in nats per row of all
-    batches, and the squared error relative to the mean square for other outputs. Padding does not count in either. The
-    mean is over the batches of all processes.
+    The loss is the user's, if given, which is a mean over samples. Otherwise it is the Kullback-Leibler divergence for
+    logits, in nats per row of all batches, and the squared error relative to the mean square for other outputs. Padding
+    does not count in either. The mean is over the batches of all processes.
 
     Args:
         calibration: the batches.

@@ -59,7 +59,8 @@ def observe_gradients(
     with recording(observers, batch) as records, differentiable(prepared), torch.enable_grad():
         output = run_batch(prepared, batch, calibration.forward, index, gradients=True)
         scalar = loss_of(output, batch, calibration, index, generator, weights)
-        wanted = [*outputs(records), *_weights(prepared)]
+        share = 1.0 if calibration.loss is None else 1.0 / samples_of(batch)
+        wanted = [*outputs(records), *_weights(prepared, share)]
         return take_gradients([(scalar, None)], wanted)
 
 
@@ -157,14 +158,18 @@ def outputs(records: Records) -> Iterator[Wanted]:
             yield values.output, partial(observer.take, values)
 
 
-def _weights(prepared: nn.Module) -> Iterator[Wanted]:
-    """The weights whose gradients are observed."""
+def _weights(prepared: nn.Module, share: float) -> Iterator[Wanted]:
+    """The weights whose gradients are observed, times a share: of the mean loss of a batch, as AIR has them."""
     for graph_module in graphs_of(prepared):
         for observer in graph_module.modules():
             if isinstance(observer, InfluenceObserver):
                 weight: Tensor = get_tensor(graph_module, observer.site.weight)
                 if weight.requires_grad:
-                    yield weight, observer.take
+                    yield weight, partial(_take_share, observer, share)
+
+
+def _take_share(observer: InfluenceObserver, share: float, gradient: Tensor) -> None:
+    observer.take(gradient * share)
 
 
 @contextmanager

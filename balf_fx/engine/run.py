@@ -97,13 +97,15 @@ def with_factors(settings: Settings, prepared: nn.Module) -> Settings:
     """The settings of a conversion, whose factors are weighted by sensitivity where gradients were observed.
 
     Raises:
-        NotCalibratedError: such factors are asked for, and no gradients were observed.
+        NotCalibratedError: such factors are asked for, but gradients were not observed.
     """
     if settings.factors not in (None, "sensitivity") or (settings.factors is None and settings.effort == "fast"):
         return settings
     observers = [module for module in prepared.modules() if isinstance(module, SensitivityObserver)]
     observed = any(half is not None for observer in observers for half in observer.halves)
-    if settings.factors is not None and not observed:
+    if settings.factors is not None:
+        if observed or any(observer.batches for observer in observers):  # where none flow, the output error is used
+            return settings
         raise NotCalibratedError(
             "factors='sensitivity' needs gradients, and none were observed: pass factors='sensitivity' to "
             "balf_fx.prepare, too, and the batches to balf_fx.calibrate"

@@ -91,7 +91,7 @@ def test_what_is_convex_already_stays():
 
 def squared(output, batch):
     """A loss whose gradients have the identity for a second moment, up to the noise of the draw."""
-    return (output * torch.randn(output.shape, dtype=output.dtype)).sum()
+    return (output * torch.randn(output.shape, dtype=output.dtype)).sum(1).mean()
 
 
 def linear_mlp(hidden=16):
@@ -393,3 +393,30 @@ def test_damping_keeps_the_unit_of_the_queries():
     assert strong.distortion[0] > 0
     assert strong.distortion == pytest.approx(stronger.distortion, rel=1e-3)
     assert strong.loss == pytest.approx(stronger.loss, rel=1e-3)
+
+
+def losses_of_all(model, batches):
+    """What it costs to lose all features of the only width, and the output of the layer that reads them."""
+    prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
+    balf_fx.calibrate(prepared, batches, progress=False)
+    Score("sensitivity")(prepared)
+    ScoreWidths()(prepared)
+    (width,), (curve,) = graph_record(prepared).widths, graph_record(prepared).width_curves
+    reader = next(node for node in prepared.graph.nodes if node.name == width.consumers[0])
+    return curve.loss, annotation(reader).curve.loss
+
+
+def test_losing_all_features_costs_what_losing_the_output_does_where_samples_are_few():
+    """Predictions that fit few samples too well say nothing of the error without any feature."""
+    width, output = losses_of_all(linear_mlp(64), list(torch.randn(2, 16, 12, dtype=torch.float64)))
+    assert width == pytest.approx(output, rel=0.05)
+
+
+def test_errors_at_neighbouring_pixels_add_up_in_a_kernel():
+    smooth, reader = nn.Conv2d(3, 12, 7, padding=3), nn.Conv2d(12, 5, 3, padding=1)
+    model = nn.Sequential(smooth, nn.Identity(), reader, nn.Flatten()).double().eval()
+    with torch.no_grad():
+        smooth.weight.copy_(smooth.weight.mean((2, 3), keepdim=True).expand_as(smooth.weight))
+        reader.weight.copy_(reader.weight.mean((2, 3), keepdim=True).expand_as(reader.weight))
+    width, output = losses_of_all(model, list(torch.randn(4, 32, 3, 12, 12, dtype=torch.float64)))
+    assert width == pytest.approx(output, rel=0.1)  # independent taps would give less than a third of it
