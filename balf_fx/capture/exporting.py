@@ -313,8 +313,7 @@ def _limits(size: Any, ranges: dict[Any, Any], is_batch: bool) -> tuple[int, int
     return (1 if is_batch and low == 2 else low), high
 
 
-_WALK = 1024
-"""How many sizes above the example's are tried where conditions cannot be solved."""
+_WALK = 1024  # how many sizes above the example's are tried where conditions cannot be solved
 
 
 def _around(size: Any, ranges: dict[Any, Any], low: int, high: int | None, is_batch: bool) -> tuple[int, int | None]:
