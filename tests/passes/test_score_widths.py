@@ -406,12 +406,6 @@ def losses_of_all(model, batches):
     return curve.loss, annotation(reader).curve.loss
 
 
-def test_losing_all_features_costs_what_losing_the_output_does_where_samples_are_few():
-    """Predictions that fit few samples too well say nothing of the error without any feature."""
-    width, output = losses_of_all(linear_mlp(64), list(torch.randn(2, 16, 12, dtype=torch.float64)))
-    assert width == pytest.approx(output, rel=0.05)
-
-
 def test_errors_at_neighbouring_pixels_add_up_in_a_kernel():
     smooth, reader = nn.Conv2d(3, 12, 7, padding=3), nn.Conv2d(12, 5, 3, padding=1)
     model = nn.Sequential(smooth, nn.Identity(), reader, nn.Flatten()).double().eval()
