@@ -44,6 +44,9 @@ class OutputFile(click.Path):
             self.fail(f"{str(path)!r} does not end in {endings}", param, ctx)
         if not os.access(path.parent, os.W_OK):
             self.fail(f"there is no folder {str(path.parent)!r} to write to", param, ctx)
+        if path.exists() and path.is_dir() == bool(path.suffix):
+            found, wanted = ("folder", "file") if path.suffix else ("file", "folder")
+            self.fail(f"{str(path)!r} is a {found}, where a {wanted} is to be written: pass another name", param, ctx)
         return path
 
 

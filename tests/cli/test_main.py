@@ -300,6 +300,16 @@ def test_wrong_usage_is_told_before_any_work(work, arguments, message):
     assert not (work / "small.safetensors").exists()
 
 
+def test_what_cannot_be_replaced_by_the_result_is_told_before_any_work(work):
+    Path("there").write_text("mine")
+    Path("there.safetensors").mkdir()
+    assert_clean_failure(invoke(*COMPRESS, "--flops", "0.5", "--output", "there"), 2, "'there' is a file")
+    assert_clean_failure(
+        invoke(*COMPRESS, "--flops", "0.5", "--output", "there.safetensors"), 2, "'there.safetensors' is a folder"
+    )
+    assert Path("there").read_text() == "mine"
+
+
 @pytest.mark.parametrize("budgets", ["0.5,2", "0", "half", ""])
 def test_wrong_budgets_are_wrong_usage(work, budgets):
     assert_clean_failure(invoke("sweep", *NET, "--budgets", budgets), 2, "Invalid value for '--budgets'")
