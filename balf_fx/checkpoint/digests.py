@@ -1,15 +1,18 @@
-"""Digests of tensors and of nested values, bit for bit."""
+"""Digests of tensors, of nested values and of functions, bit for bit, and the same in each process."""
 
 from __future__ import annotations
 
+import array
 import ctypes
 import dataclasses
+import functools
 import hashlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Feed = Callable[[Any], object]
 """Takes the next bytes of what is digested."""
@@ -21,34 +24,92 @@ def bytes_in(tensor: Tensor) -> Any:
 
 
 def digest_of(value: Any) -> str:
-    """The digest of nested values: tensors by dtype, shape and bytes, numbers and strings by value.
+    """The digest of nested values: numbers and strings by value, tensors and arrays by dtype, shape and bytes.
 
-    Of other objects, only the type counts.
+    Functions count with their code, defaults and what they enclose, but not with the globals that they read; modules
+    with their parameters, buffers and plain attributes. Of other objects, only the type counts.
     """
     digest = hashlib.blake2b(digest_size=16)
     _feed(value, digest.update)
     return digest.hexdigest()
 
 
-def _feed(value: Any, feed: Feed) -> None:
+def _feed(value: Any, feed: Feed, within: tuple[int, ...] = ()) -> None:
+    """Feed a value; `within` has the functions that it is a part of, since a function may enclose itself."""
     if isinstance(value, Tensor):
         _feed_tensor(value.detach(), feed)
-    elif isinstance(value, Mapping):
-        feed(f"mapping {len(value)}".encode())
-        for key, each in value.items():
-            _feed(key, feed)
-            _feed(each, feed)
-    elif isinstance(value, list | tuple):
-        feed(f"sequence {len(value)}".encode())
-        for each in value:
-            _feed(each, feed)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        feed(type(value).__name__.encode())
-        for field in dataclasses.fields(value):
-            _feed(getattr(value, field.name), feed)
-    else:
-        plain = value is None or isinstance(value, bool | int | float | complex | str | bytes)
-        feed(f"{type(value).__name__} {value!r}".encode() if plain else type(value).__name__.encode())
+        return
+    name, parts = ("again", []) if id(value) in within else _parts(value)
+    feed(name.encode())
+    for part in parts:
+        if isinstance(part, _Bytes):
+            feed(part)
+        else:
+            _feed(part, feed, (*within, id(value)) if callable(value) else within)
+
+
+class _Bytes(bytes):
+    """Bytes of a value, which are fed as they are."""
+
+
+def _parts(value: Any) -> tuple[str, list[Any]]:
+    """What kind of value it is, and what it consists of."""
+    name = type(value).__name__
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return f"{name} {value!r}", []
+    if isinstance(value, Mapping):
+        return f"mapping {len(value)}", [each for pair in value.items() for each in pair]
+    if isinstance(value, list | tuple):
+        return f"sequence {len(value)}", list(value)
+    if isinstance(value, set | frozenset):
+        return f"set {len(value)}", sorted(map(digest_of, value))  # their order differs from process to process
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return name, [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return _parts_of_array(value) or _parts_of_function(value) or (name, [])
+
+
+def _parts_of_array(value: Any) -> tuple[str, list[Any]] | None:
+    """The parts of an array of numpy, an image of pillow or another buffer; None if it is none."""
+    described = getattr(value, "__array_interface__", None)
+    if isinstance(described, Mapping):
+        name = f"array {described['typestr']} {described['shape']}"
+        objects = str(described["typestr"]).startswith("|O")  # its bytes are addresses
+        return name, list(value.flat) if objects else [_Bytes(value.tobytes())]
+    if isinstance(value, bytearray | memoryview | array.array):
+        view = memoryview(value)
+        return f"buffer {view.format} {view.shape}", [_Bytes(view.tobytes())]
+    return None
+
+
+def _parts_of_function(value: Any) -> tuple[str, list[Any]] | None:
+    """The parts of a function, of its code, or of an object that may be called as one; None if it is none."""
+    if isinstance(value, types.FunctionType):
+        enclosed = [_content(cell) for cell in value.__closure__ or ()]
+        return "function", [value.__code__, value.__defaults__, value.__kwdefaults__, enclosed]
+    if isinstance(value, types.CodeType):
+        names = [value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars]
+        return "code", [value.co_code, *names, value.co_consts]
+    if isinstance(value, types.MethodType):
+        return "method", [value.__func__, value.__self__]
+    if isinstance(value, functools.partial):
+        return "partial", [value.func, value.args, value.keywords]
+    if isinstance(value, nn.Module):
+        plain = {name: each for name, each in vars(value).items() if isinstance(each, bool | int | float | str)}
+        return type(value).__name__, [plain, *_held(value), *value.named_children()]
+    return None
+
+
+def _content(cell: types.CellType) -> Any:
+    """What a function encloses; None if it is not there yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """The parameters and buffers of a module itself, by name."""
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
 def _feed_tensor(tensor: Tensor, feed: Feed) -> None:
@@ -56,6 +117,6 @@ def _feed_tensor(tensor: Tensor, feed: Feed) -> None:
     if hasattr(tensor, "__tensor_flatten__"):  # a quantized weight, for instance
         names, context = tensor.__tensor_flatten__()
         _feed([*(getattr(tensor, name) for name in names), str(context)], feed)
-    elif tensor.numel():
+    elif tensor.numel() and not tensor.is_meta:
         held = (tensor if tensor.layout is torch.strided else tensor.to_dense()).cpu().contiguous()
         feed(bytes_in(held))

@@ -131,7 +131,7 @@ def settings_in_words(settings: Settings) -> dict[str, str]:
 
 
 def in_words(value: Any) -> str:
-    """An option such that equal ones have equal words; of a function, its module and name."""
+    """An option such that equal ones have equal words; of a function, a digest of what it does, and its name."""
     if isinstance(value, Plan):
         return f"a plan ({digest_of(value.to_json())})"
     if isinstance(value, Mapping):
@@ -140,7 +140,7 @@ def in_words(value: Any) -> str:
         return repr(list(value))
     if callable(value):
         kind = value if hasattr(value, "__qualname__") else type(value)
-        return f"{kind.__module__}.{kind.__qualname__}"
+        return f"version {digest_of(value)[:8]} of {kind.__module__}.{kind.__qualname__}"
     return repr(value)
 
 

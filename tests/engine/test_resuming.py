@@ -277,6 +277,23 @@ def test_quantized_layers_leave_no_finished_model(batches, tmp_path, caplog):
     assert "the checkpoint has no finished model" in caplog.text
 
 
+def test_another_loss_of_the_same_name_and_other_arrays_are_other_runs(model, batches, tmp_path):
+    def scaled(factor):
+        return lambda output, batch: factor * output.square().mean()
+
+    def forward(module, batch):
+        return module(torch.from_numpy(batch))
+
+    arrays = [batch.numpy() for batch in batches]
+    options = {"flops": 0.4, "effort": "balanced", "checkpoint": tmp_path, "forward": forward, "progress": False}
+    balf_fx.compile(model, arrays, loss=scaled(1), **options)
+    balf_fx.compile(model, arrays, loss=scaled(1), **options)
+    with pytest.raises(CheckpointError, match=r"option loss was .*lambda>, and is .*lambda> now"):
+        balf_fx.compile(model, arrays, loss=scaled(9), **options)
+    with pytest.raises(CheckpointError, match="calibration batch 0 differs"):
+        balf_fx.compile(model, [array + 1 for array in arrays], loss=scaled(1), **options)
+
+
 def test_equal_options_have_equal_words():
     assert in_words(["a"]) == in_words(("a",)) != in_words(["b"])
     assert in_words({"a": 1, "b": 2}) == in_words({"b": 2, "a": 1}) != in_words({"a": 1, "b": None})
