@@ -181,10 +181,12 @@ def calibrate(
         CalibrationError: a batch cannot be run, or holds NaN or infinity at a site.
     """
     settings = settings_from(options, "calibrate")
+    compress.check_prepared(prepared)
     forward = forward or forward_for(prepared)
     group = group_of(device_of(prepared), settings.distributed)
     shown = progress_bar(settings.progress and group.rank == 0, "calibrating")
-    with torch.inference_mode(False), group.guarded(), shown as bar:
+    kept = torch.random.fork_rng(cuda_devices(prepared))
+    with torch.inference_mode(False), group.guarded(), shown as bar, kept:
         calibration = _calibration([], forward, settings, settings.memory_bytes, group)
         compress.calibrate(whole_program(prepared, forward), several(batches), calibration, progress=bar)
 
@@ -207,7 +209,7 @@ def convert(
         batches: the calibration batches again, to measure allocations and refit the layers on them. Without batches,
             neither is done.
         forward: as in `compile`.
-        model: the model that was prepared, for result="module" here and there.
+        model: the model that was prepared, for result="module", which must be passed to both calls.
         {options}
 
     Returns:
@@ -219,15 +221,17 @@ def convert(
         BudgetError: the budget cannot be reached; the message names the smallest one that can.
     """
     settings = settings_from(options, "convert").with_free()
-    seen = list(iterate(batches))
-    settings.allocate()
-    settings = with_factors(settings, prepared)
-    if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
-        raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
-    given, forward = forward, forward or forward_for(prepared)
+    settings.allocate()  # checks the budget before any work is done
+    compress.check_prepared(prepared)
     group = group_of(device_of(prepared), settings.distributed)
     shown = progress_bar(settings.progress and group.rank == 0, "compressing")
-    with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar:
+    kept = torch.random.fork_rng(cuda_devices(prepared))
+    with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar, kept:
+        seen = list(iterate(batches))
+        settings = with_factors(settings, prepared)
+        if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
+            raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
+        given, forward = forward, forward or forward_for(prepared)
         check_alike(prepared, settings, group)
         first = next(itertools.chain.from_iterable(group.gathered(seen[:1])), _NOTHING)
         settings = with_refit(settings, first is not _NOTHING)

@@ -397,6 +397,37 @@ def test_training_mode(conv_net, images):
         compress(conv_net, images)
 
 
+class Noisy(nn.Module):
+    """Draws numbers in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.last((self.first(x) + 0.01 * torch.randn_like(x[:, :1])).relu())
+
+
+def test_calibration_and_conversion_leave_the_random_state():
+    prepared = balf_fx.prepare(Noisy().eval(), torch.randn(8, 16), sensitivity=True)
+    batches = list(torch.randn(2, 8, 16))
+    before = torch.random.get_rng_state()
+    balf_fx.calibrate(prepared, batches, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    balf_fx.convert(prepared, batches=batches, flops=0.7, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [lambda net: net, fx.symbolic_trace])
+def test_only_prepared_graphs_are_calibrated_and_converted(conv_net, images, kind, tmp_path):
+    plain = kind(conv_net)
+    with pytest.raises(NotCalibratedError, match=r"balf_fx\.prepare"):
+        balf_fx.calibrate(plain, images, progress=False)
+    for options in ({}, {"checkpoint": tmp_path}, {"result": "module", "model": conv_net}):
+        with pytest.raises(NotCalibratedError, match=r"balf_fx\.prepare"):
+            balf_fx.convert(plain, flops=0.5, progress=False, **options)
+
+
 def test_graphs_that_were_never_prepared_or_calibrated(conv_net, images):
     with pytest.raises(NotCalibratedError, match=r"balf_fx\.prepare"):
         balf_fx.convert(fx.symbolic_trace(conv_net), flops=0.5)

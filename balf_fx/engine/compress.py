@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from balf_fx.budget.problem import Problem, drawn, pose
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
@@ -184,6 +184,18 @@ def _run(
     check_fit(given, weights, index)
 
 
+def check_prepared(graph_module: Any) -> None:
+    """Check that a graph has observers.
+
+    Raises:
+        NotCalibratedError: it is not the result of `balf_fx.prepare`.
+    """
+    if not isinstance(graph_module, fx.GraphModule) or not hasattr(graph_module, OBSERVERS):
+        raise NotCalibratedError(
+            "this is not a prepared graph: call balf_fx.prepare first and run a few batches through it"
+        )
+
+
 def convert(
     program: Program,
     settings: Settings,
@@ -206,10 +218,8 @@ def convert(
         NotCalibratedError: there are no observers, or they have observed no batch.
         BudgetError: the budget cannot be reached; the message names the smallest one that can.
     """
-    if not (program.is_traced or any(hasattr(graph_module, OBSERVERS) for graph_module in program.graph_modules)):
-        raise NotCalibratedError(
-            "this is not a prepared graph: call balf_fx.prepare first and run a few batches through it"
-        )
+    if not program.is_traced:
+        check_prepared(program.module)
     check_merged(program.module, calibration.group)
     allocate, mode = settings.allocate(), settings.refit_mode
     program = program if settings.chosen_factors == "svd" else _seen_only(program)

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from balf_fx.errors import FileError
 from balf_fx.graph.curves import Measure
+from balf_fx.reporting.report import counted
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Sweep:
     @property
     def note(self) -> str:
         """The number of samples, the effort, and the budgets that are out of reach."""
-        note = f"on {self.samples:,} samples, effort {self.effort!r}"
+        note = f"on {counted(self.samples, 'sample')}, effort {self.effort!r}"
         if not self.out_of_reach:
             return note
         listed = ", ".join(f"{budget:g}" for budget in self.out_of_reach)

@@ -6,7 +6,7 @@ from balf_fx.errors import MissingExtraError
 from balf_fx.graph.certificate import Certificate
 from balf_fx.reporting.curve import Sweep
 from balf_fx.reporting.plots import plot_certificate, plot_report, plot_sweep, to_svg
-from balf_fx.reporting.report import Report, certificate_in_words, timing_in_words
+from balf_fx.reporting.report import Report, certificate_in_words, numbers, timing_in_words
 from balf_fx.version import __version__
 
 try:
@@ -133,7 +133,7 @@ def _sites(report: Report) -> _Table:
     rows = [
         [
             *(row.name, row.kind, row.shape, row.rank_in_words),
-            *_numbers(row.flops_before, row.flops_after, row.params_before, row.params_after),
+            *numbers(row.flops_before, row.flops_after, row.params_before, row.params_after),
             f"{row.energy_kept:.2%}",
         ]
         for row in report.sites
@@ -148,7 +148,7 @@ def _widths(report: Report) -> _Table:
     rows = [
         [
             *(row.name, row.kind),
-            *_numbers(row.features_before, row.features_after, row.heads),
+            *numbers(row.features_before, row.features_after, row.heads),
             f"{row.energy_kept:.2%}",
         ]
         for row in report.widths
@@ -163,9 +163,5 @@ def _widths(report: Report) -> _Table:
 
 def _refused(report: Report) -> _Table:
     headers = [("layer", False), ("kind", False), ("reason", False), ("FLOPs", True)]
-    rows = [[row.name, row.kind, row.reason, *_numbers(row.flops)] for row in report.refused]
+    rows = [[row.name, row.kind, row.reason, *numbers(row.flops)] for row in report.refused]
     return "Not a site", "Layers with parameters that no rank makes smaller, or that were excluded.", headers, rows
-
-
-def _numbers(*values: int | None) -> list[str]:
-    return ["" if value is None else f"{value:,}" for value in values]

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from balf_fx.errors import MissingExtraError
-from balf_fx.reporting.report import Report, SiteRow, WidthRow
+from balf_fx.reporting.report import Report, SiteRow, WidthRow, counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from balf_fx.graph.certificate import Certificate
-    from balf_fx.reporting.curve import Sweep
+    from balf_fx.reporting.curve import Point, Sweep
 
 try:
     import matplotlib
@@ -96,7 +96,7 @@ def draw_ranks(axes: Axes, sites: Sequence[SiteRow]) -> None:
     for line, (row, share) in enumerate(zip(sites, shares, strict=True)):
         _label(axes, share, line, _elide(row.rank_in_words, 14))
     axes.set_title("Rank", loc="left", fontsize=10)
-    axes.set_xlabel("share of the full rank, min(O, D)")
+    axes.set_xlabel("share of the full rank")
     _percent(axes, 122)
 
 
@@ -201,7 +201,8 @@ def plot_certificate(certificate: Certificate) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter())
     _plain(axes)
     axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"Mistakes on {certificate.samples:,} samples", x=0.02, ha="left", fontsize=12, fontweight="bold")
+    title = f"Mistakes on {counted(certificate.samples, 'sample')}"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 
@@ -209,8 +210,8 @@ def plot_sweep(sweep: Sweep) -> Figure:
     """Plot accuracy and agreement on top, divergence below, against the share of the measure that is kept."""
     figure = Figure(figsize=(8.0, 6.0), layout="constrained")
     shares, divergences = figure.subplots(2, sharex=True, height_ratios=(1.6, 1.0))
-    points = sorted(sweep.points, key=lambda point: point.budget)
-    kept = [100 * point.budget for point in points]
+    points = sorted(sweep.points, key=lambda point: _kept(sweep, point))
+    kept = [100 * _kept(sweep, point) for point in points]
     curves = {
         "same top-1 as the dense model": (BLUE, "o", [point.agreement for point in points]),
         "right": (ORANGE, "s", [point.accuracy for point in points]),
@@ -231,7 +232,8 @@ def plot_sweep(sweep: Sweep) -> Figure:
     shares.set_ylabel("top-1 answers", fontsize=9)
     shares.yaxis.set_major_formatter(PercentFormatter())
     divergences.set_ylabel("divergence, nats" if shares.lines else "squared error, relative", fontsize=9)
-    divergences.set_xlabel(f"{_MEASURES[sweep.measure]} kept", fontsize=9)
+    asked = "asked for" if sweep.measure == "latency" else "kept"
+    divergences.set_xlabel(f"{_MEASURES[sweep.measure]} {asked}", fontsize=9)
     for x, point in zip(kept, points, strict=True):
         divergences.annotate(
             f"{point.divergence:.2g}",
@@ -242,16 +244,22 @@ def plot_sweep(sweep: Sweep) -> Figure:
             fontsize=7.5,
         )
     divergences.margins(y=0.15)
-    divergences.set_xticks(kept, [f"{share:g}%" for share in kept])
+    divergences.set_xticks(kept, [f"{share:.3g}%" for share in kept])
     for axes in (shares, divergences):
         _plain(axes)
-    title = f"Answers on {sweep.samples:,} samples, effort {sweep.effort!r}"
+    title = f"Answers on {counted(sweep.samples, 'sample')}, effort {sweep.effort!r}"
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     if shares.lines:
         shares.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
     else:
         shares.remove()
     return figure
+
+
+def _kept(sweep: Sweep, point: Point) -> float:
+    """The share of the measure that a model keeps; the budget where it is not known, as of a time."""
+    kept = {"flops": point.flops_kept, "params": point.params_kept}.get(sweep.measure)
+    return point.budget if kept is None else kept
 
 
 def to_svg(figure: Figure, name: str) -> str:
@@ -297,7 +305,7 @@ def _has_ticks_above(lines: int) -> bool:
 def _legend(figure: Figure, width: float, height: float) -> None:
     handles = [
         Patch(color=BLUE, label="lower rank"),
-        Patch(color=ORANGE, label="dense, with fewer features"),
+        Patch(color=ORANGE, label="dense, with fewer features or identity blocks"),
         Patch(color=GREY, label="dense, as it was"),
         Patch(color=PALE, label="saved or dropped"),
     ]

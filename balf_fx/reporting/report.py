@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class SiteRow:
         spectrum: the energy that other ranks keep; None in reports of older models.
         form: how a map with a rank is written, "pair", "rows" or "columns", or "blocks" for a dense one with identity
             blocks (`graph.curves.Form`); "" for others.
+        full_rank: the full rank of a site without parts, for a kernel that is divided that of its strips; None for
+            min(O, D).
     """
 
     name: str
@@ -45,6 +48,7 @@ class SiteRow:
     energy_kept: float
     spectrum: EnergyCurve | None = None
     form: str = ""
+    full_rank: int | None = None
 
     @property
     def shape(self) -> str:
@@ -53,19 +57,23 @@ class SiteRow:
 
     @property
     def rank_share(self) -> float:
-        """The rank as a share of the full rank min(O, D), over all parts; 1 if it is dense."""
+        """The rank as a share of the full rank, over all parts; 1 if it is dense."""
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         full = min(self.out_features // len(ranks), self.in_features)
+        if self.full_rank is not None and not isinstance(self.rank, tuple):
+            full = self.full_rank
         return sum(full if rank is None else rank for rank in ranks) / (len(ranks) * full)
 
     @property
     def rank_in_words(self) -> str:
-        """The rank for a table or a label: "16", "16+dense+8" for parts, "dense" or "narrower"."""
+        """The rank for a table or a label: "16", "16+dense+8" for parts, "dense", "blocks" or "narrower"."""
+        if self.form == "blocks":
+            return "blocks"
         return "narrower" if self.is_only_narrower else _rank_in_words(self.rank)
 
     @property
     def is_only_narrower(self) -> bool:
-        """Whether it has no factors, but is smaller because its widths are."""
+        """Whether it has no factors, but is smaller, since its widths are or since it has identity blocks."""
         cheaper = self.flops_after < self.flops_before or self.params_after < self.params_before
         return self.rank is None and cheaper
 
@@ -210,40 +218,35 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        rows = [
+        sites = [
             (
-                r.name,
-                r.kind,
-                r.shape,
-                r.rank_in_words,
-                r.form,
-                r.flops_before,
-                r.flops_after,
-                r.energy_kept,
+                *(row.name, row.kind, row.shape, row.rank_in_words, row.form),
+                *numbers(row.flops_before, row.flops_after),
+                f"{row.energy_kept:.4f}",
             )
-            for r in self.sites
+            for row in self.sites
         ]
         headers = ("site", "kind", "O x D x groups", "rank", "form", "FLOPs before", "FLOPs after", "energy kept")
-        table = tabulate(rows, headers, floatfmt=".4f", intfmt=",", stralign="left", numalign="right")
-        widths = tabulate(
-            [(r.name, r.kind, r.features_before, r.features_after, r.heads) for r in self.widths],
-            ("width", "kind", "features before", "features after", "heads"),
-            intfmt=",",
-        )
-        refused = tabulate(
-            [(r.name, r.kind, r.reason, r.flops) for r in self.refused],
-            ("not a site", "kind", "reason", "FLOPs"),
-            intfmt=",",
-        )
-        parts = (table, widths if self.widths else "", refused if self.refused else "", "\n".join(self._totals()))
-        return "\n\n".join(part for part in parts if part)
+        tables = [_table(headers, sites, texts=5)]
+        if self.widths:
+            widths = [
+                (row.name, row.kind, *numbers(row.features_before, row.features_after, row.heads))
+                for row in self.widths
+            ]
+            tables.append(_table(("width", "kind", "features before", "features after", "heads"), widths, texts=2))
+        if self.refused:
+            refused = [(row.name, row.kind, row.reason, *numbers(row.flops)) for row in self.refused]
+            tables.append(_table(("not a site", "kind", "reason", "FLOPs"), refused, texts=3))
+        return "\n\n".join([*tables, "\n".join(self._totals())])
 
     def _totals(self) -> list[str]:
         lines = []
         if self.flops_before is not None and self.flops_after is not None:
             lines.append(f"FLOPs   {self.flops_before:,} -> {self.flops_after:,} ({self.flops_kept:.2%} kept)")
             refused = "".join(f", {share:.1%} {why}" for why, share in self.flops_refused.items() if share >= 5e-4)
-            lines.append(f"        {self.flops_in_sites:.1%} in sites{refused}, the rest not parametric")
+            lines.append(
+                f"        {self.flops_in_sites:.1%} in sites{refused}, the rest is in operations without parameters"
+            )
         lines.append(f"params  {self.params_before:,} -> {self.params_after:,} ({self.params_kept:.2%} kept)")
         if self.widths:
             before = sum(row.heads * row.features_before for row in self.widths)
@@ -264,7 +267,7 @@ class Report:
 
 def timing_in_words(timing: Timing) -> str:
     """The times, and where they were measured."""
-    where = timing.device if timing.device != "cpu" else f"cpu, {timing.threads} threads"
+    where = timing.device if timing.device != "cpu" else f"cpu, {counted(timing.threads, 'thread')}"
     return (
         f"{1e3 * timing.dense:.4g} -> {1e3 * timing.compressed:.4g} ms ({timing.runner}, {where}): "
         f"{timing.measured:.2%} of the original's, {timing.asked:.2%} asked for, {timing.predicted:.2%} predicted, "
@@ -274,11 +277,28 @@ def timing_in_words(timing: Timing) -> str:
 
 def certificate_in_words(certificate: Certificate) -> str:
     """What was observed and certified."""
-    on, chosen = f"on {certificate.samples:,} samples", certificate.chosen
+    on, chosen = f"on {counted(certificate.samples, 'sample')}", certificate.chosen
     if chosen is None:
-        return f"no budget keeps it {on}, so only what is free was removed"
+        found = "no budget keeps it" if certificate.tried else "no budget could be tried"
+        return f"{found} {on}, so only what is free was removed"
     certified = f"at most {chosen.bound:.2%} with confidence {certificate.confidence:g}"
-    return f"{chosen.observed:.2%} {on}, {certified}; {len(certificate.tried)} budgets tried"
+    return f"{chosen.observed:.2%} {on}, {certified}; {counted(len(certificate.tried), 'budget')} tried"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things in words, such as "1 sample" and "1,000 samples"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def numbers(*values: int | None) -> list[str]:
+    """Numbers for cells of a table; empty where one is not known."""
+    return ["" if value is None else f"{value:,}" for value in values]
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
+    """A table whose first columns are texts; nothing is parsed, since a layer may be called 0.10."""
+    aligned = ["left"] * texts + ["right"] * (len(headers) - texts)
+    return tabulate(rows, headers, disable_numparse=True, colalign=aligned)
 
 
 def _rank_in_words(rank: Rank) -> str:
@@ -304,4 +324,5 @@ def _row(choice: Choice, form: str) -> SiteRow:
         energy_kept=choice.energy_kept,
         spectrum=choice.spectrum,
         form=form,
+        full_rank=site.full_rank,
     )

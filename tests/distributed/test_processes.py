@@ -129,6 +129,12 @@ def test_a_bad_batch_of_one_process_is_an_error_of_all(found, size):
     assert found[size][0]["bad batch"] == ("NonFiniteError", f"process 1: {own[1]}")
 
 
+def test_a_bad_conversion_of_one_process_is_an_error_of_all(found):
+    other, own = (each["bad conversion"] for each in found[2])
+    assert own[0] == "CalibrationError"
+    assert other == ("CalibrationError", f"process 1: {own[1]}")
+
+
 def test_an_error_of_the_users_function_is_told(found):
     other, own = (each["bad function"] for each in found[2])
     assert own[0] == "ZeroDivisionError"

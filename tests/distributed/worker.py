@@ -148,6 +148,13 @@ def bad_function(rank, own):
     return error_of(lambda: compiled(own, effort="balanced", loss=loss_of))
 
 
+def bad_conversion(rank, own):
+    """One process has batches of another kind when it converts, which it finds before it meets the others."""
+    prepared = balf_fx.prepare(make_net(), own[0])
+    balf_fx.calibrate(prepared, own, progress=False)
+    return error_of(lambda: balf_fx.convert(prepared, batches=3 if rank else own, flops=0.7, progress=False))
+
+
 def certified(validation):
     small = compiled(make_batches(2), effort="fast", flops=None, disagreement=0.05, validation=validation)
     return balf_fx.plan(small).certificate
@@ -215,6 +222,7 @@ def main(rank, size, folder):
         found["probe"] = described(compiled(own, effort="balanced"))
         found["alone"] = described(compiled(batches, effort="fast", distributed=False))
         found["statistics"] = statistics([batches[rank:2:size], batches[2 + rank :: size]])
+        found["bad conversion"] = bad_conversion(rank, own)
         found["bad function"] = bad_function(rank, own)
         found["options"] = error_of(lambda: compiled(own, effort="fast" if rank else "best"))
         found["checkpoint"] = {name: resumed(rank, own, folder / name, EFFORTS[name]) for name in RESUMED}

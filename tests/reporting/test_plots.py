@@ -70,6 +70,13 @@ def test_ranks_of_parts_are_shares_of_theirs():
     assert labels(ranks) == ["8+dense+4+4"]
 
 
+def test_ranks_of_divided_kernels_are_shares_of_theirs():
+    row = dataclasses.replace(site(rank=96), out_features=32, full_rank=96, spectrum=None)
+    figure = plot_report(report_of(row))
+    assert bars(figure.axes[0], BLUE) == {0: 100}
+    assert [list(line.get_xdata()) for line in figure.axes[2].lines] == [[100]]
+
+
 def test_costs_before_and_after_lie_on_each_other(report):
     costs = plot_report(report).axes[1]
     assert bars(costs, PALE) == {0: 1000, 1: 800, 2: 600}
@@ -203,12 +210,22 @@ def curve():
 def test_the_curve_shows_its_points(curve):
     shares, divergences = plot_sweep(curve).axes
     agreement, accuracy, dense = shares.lines
-    assert (list(agreement.get_xdata()), list(agreement.get_ydata())) == ([50, 90], [80, 98])
+    assert (list(agreement.get_xdata()), list(agreement.get_ydata())) == ([50, 89.9], [80, 98])
     assert list(accuracy.get_ydata()) == [75, 90]
     assert list(dense.get_ydata()) == [92, 92]
     assert list(divergences.lines[0].get_ydata()) == [0.2, 0.01]
     assert divergences.get_yscale() == "log"
     assert divergences.get_xlabel() == "FLOPs kept"
+    assert [label.get_text() for label in divergences.get_xticklabels()] == ["50%", "89.9%"]
+
+
+@pytest.mark.parametrize(
+    ("measure", "shares", "words"), [("params", [60, 95], "parameters kept"), ("latency", [50, 90], "time asked for")]
+)
+def test_other_curves_are_drawn_over_their_own_shares(curve, measure, shares, words):
+    axes = plot_sweep(dataclasses.replace(curve, measure=measure)).axes[1]
+    assert list(axes.lines[0].get_xdata()) == shares
+    assert axes.get_xlabel() == words
 
 
 def test_the_curve_does_without_labels_and_classes(curve):

@@ -9,10 +9,12 @@ import balf_fx
 from balf_fx.errors import PassError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import GraphRecord
+from balf_fx.graph.certificate import Certificate, Tried
 from balf_fx.graph.curves import Cost
 from balf_fx.graph.flops import count_flops
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import Plan, plan_of_records
+from balf_fx.graph.timing import Timing
 from balf_fx.graph.widths import Width, WidthCurve
 from balf_fx.passes import Allocate, Score, ScoreWidths
 from balf_fx.reporting.report import Report, SiteRow, WidthRow
@@ -117,6 +119,45 @@ def test_the_table_shows_what_was_done(compressed):
         "% kept",
     ):
         assert piece in table
+
+
+def test_names_that_are_numbers_stay_as_they_are():
+    model = nn.Sequential(nn.Sequential(*(nn.Linear(8, 8) for _ in range(11)), nn.Linear(8, 1))).eval()
+    small = balf_fx.compile(model, torch.randn(2, 8, 8), flops=0.9, exclude=["0.10"], effort="fast", progress=False)
+    lines = str(balf_fx.report(small)).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("0.")] == [
+        *(f"0.{index}" for index in range(10)),
+        "0.10",
+        "0.11",
+    ]
+
+
+def test_one_is_singular(compressed):
+    report = balf_fx.report(compressed)
+    certificate = Certificate("disagreement", 0.1, 0.95, "flops", 1, (Tried(0.95, 0.0, 0.05),))
+    timing = Timing("eager", "cpu", 1, 0.6, 0.5, 0.59, 0.61, 0.9, True, 0.02, 0.0122)
+    text = str(dataclasses.replace(report, certificate=certificate, timing=timing))
+    assert "0.00% on 1 sample, " in text
+    assert "; 1 budget tried" in text
+    assert "cpu, 1 thread)" in text
+
+
+def test_identity_blocks_are_named():
+    row = SiteRow("proj", "linear", 8, 8, 1, None, 9, 5, 9, 5, 0, 1, form="blocks")
+    assert (row.rank_in_words, row.rank_share) == ("blocks", 1.0)
+
+
+def test_ranks_of_divided_kernels_are_at_most_the_full_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.copy_(torch.einsum("row,rih->oihw", torch.randn(20, 16, 3), torch.randn(20, 16, 3)) / 30)
+    options = {"flops": 0.88, "separable": True, "effort": "fast", "progress": False}
+    rows = balf_fx.report(balf_fx.compile(model, list(torch.randn(4, 8, 16, 12, 12)), **options)).sites
+    assert {(row.form, row.full_rank) for row in rows} == {("separable", 48)}
+    assert [row.rank_share for row in rows] == [row.rank / 48 for row in rows]
+    assert all(16 < row.rank <= 48 for row in rows)
 
 
 def test_widths_have_a_table_of_their_own(bottleneck, images):
