@@ -8,6 +8,7 @@ its quantizer all the same, since transformers asks that for metadata when it wr
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -98,12 +99,14 @@ class BalfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Store the checksums in the model's configuration, which transformers writes next."""
+        given = _given_tensors()
+        held = model.state_dict() if given is None else given
         biases = None if hasattr(model.config, "quantization_config") else missing_biases(model, model.config)
         if biases is not None:  # stock transformers reads the folder: it needs no plan, but some zeros perhaps
-            return ({**model.state_dict(), **biases} if biases else None), {}
+            return ({**held, **biases} if biases else given), {}
         config: Any = self.quantization_config
-        model.config.quantization_config = BalfConfig(config.plan, _checksums(model))
-        return None, {}
+        model.config.quantization_config = BalfConfig(config.plan, _checksums(model, held))
+        return given, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -141,14 +144,25 @@ def _recipes(model: Any, plan: Plan) -> dict[str, Recipe]:
     return found
 
 
-def _checksums(model: Any) -> dict[str, str]:
-    """The checksums of all tensors under the names that they may have in files.
+def _given_tensors() -> dict[str, Tensor] | None:
+    """The argument `state_dict` of save_pretrained, which asks a quantizer for tensors without passing on its own.
+
+    Trainer passes one where the weights are distributed over processes.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "save_pretrained":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("state_dict")
+
+
+def _checksums(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The checksums of a model's tensors under the names that they may have in files.
 
     Some classes write their tensors in the form of an earlier version: under other names, or divided.
     """
     held = {
         name: value
-        for name, value in model.state_dict().items()
+        for name, value in tensors.items()
         if type(value.data) is Tensor and value.device.type != "meta"
     }
     found = {name: checksum({name: value}) for name, value in held.items()}

@@ -70,6 +70,17 @@ def logits(net, tokens):
         return net(tokens).logits
 
 
+def test_tensors_that_are_given_are_those_that_are_written(small, tokens, tmp_path):
+    held = small.state_dict().items()
+    given = {name: 0.5 * value if value.is_floating_point() else value for name, value in held}
+    small.save_pretrained(tmp_path, state_dict=dict(given))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = again.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in given.items())
+    small.load_state_dict(given)
+    torch.testing.assert_close(logits(again, tokens), logits(small, tokens))
+
+
 def test_an_embedding_that_was_tied_to_the_head_keeps_its_weight(model, tokens, tmp_path):
     options = {"effort": "fast", "progress": False, "allocation": {"lm_head_factors": 8}}
     small = balf_fx.compile(model, [{"input_ids": tokens}], result="module", **options)
