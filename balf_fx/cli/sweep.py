@@ -55,6 +55,8 @@ def run_sweep(
     calibration, evaluation = data.calibration, data.evaluation
     if not calibration or not evaluation:
         raise CalibrationError("a sweep needs batches for calibration and others for evaluation")
+    if "separable" in settings_from({**options, measure: 1.0}).divisions:
+        options["separable"] = True  # as `compile` has it with latency, of which `prepare` does not know
     settings = settings_from(options)
     forward = forward_for(model, **cache_arguments(model))
     references = answers(model, evaluation, forward)

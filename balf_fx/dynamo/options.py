@@ -55,11 +55,12 @@ class BackendOptions:
     plan: Stored | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        budget = (self.settings.flops, self.settings.params, self.settings.latency, self.settings.energy)
         if self.plan is None:
             self.settings.allocate()  # checks the budget
-        elif any(value is not None for value in budget):
-            raise OptionError("a plan cannot be combined with a budget: give one of them")
+        elif self._replaced:
+            raise OptionError(
+                f"a plan cannot be combined with a budget, nor with options that it replaces: drop {', '.join(self._replaced)}"
+            )
         else:
             _ = self.stored
         steps = self.calibration_steps
@@ -69,6 +70,17 @@ class BackendOptions:
             raise OptionError("give either mode or inner_options: torch.compile takes only one of them")
         _ = self.compiler
 
+    @property
+    def _replaced(self) -> list[str]:
+        """The options with other values than their defaults that a plan leaves without effect."""
+        changed = [
+            each.name
+            for owner in (self.settings, self)
+            for each in dataclasses.fields(owner)
+            if each.name in (*options_of(), "calibration_steps") and getattr(owner, each.name) != each.default
+        ]
+        return [name for name in changed if name != "progress"]
+
     @cached_property
     def stored(self) -> Stored | None:
         """The plan, read from its file if it is a path."""
@@ -76,7 +88,7 @@ class BackendOptions:
             return self.plan
         if isinstance(self.plan, str | os.PathLike):
             return read(self.plan)
-        raise OptionError(f"plan must be the result of balf_fx.backend.plan or a path, not {self.plan!r}")
+        raise OptionError(f"plan must be the result of balf_fx.backend.plan or a path, not of type {type(self.plan).__name__}")
 
     @cached_property
     def compiler(self) -> Compiler:
@@ -112,7 +124,7 @@ def parse_options(given: Mapping[str, Any]) -> BackendOptions:
             if name not in (*shared, *own):
                 raise OptionError(f"there is no option {name!r}")
         settings = Settings(**{name: value for name, value in given.items() if name in shared})
-        settings = settings if "plan" in given else settings.with_free()
+        settings = settings if given.get("plan") is not None else settings.with_free()
         return BackendOptions(settings, **{name: value for name, value in given.items() if name in own})
     except OptionError as error:
         listed = ", ".join((*shared, *own))

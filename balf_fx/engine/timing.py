@@ -13,6 +13,7 @@ import torch
 
 from balf_fx.budget.problem import Problem, Totals
 from balf_fx.calibration.batches import Calibration
+from balf_fx.capture.models import device_of
 from balf_fx.engine.program import Program, Step, Trace, run_steps
 from balf_fx.engine.rewriting import Written
 from balf_fx.engine.settings import Settings
@@ -106,7 +107,7 @@ class Watch:
         trace, original = program.trace(batch), without_observers(program)
         for graph_module in original.graph_modules:
             Overwrite()(graph_module)
-        device = next(parameter.device for graph in original.graph_modules for parameter in graph.parameters())
+        device = device_of(original.module)
         tasks = {
             runner: _task(original, trace, runner) for runner in get_args(Runner) if settings.runner in (runner, None)
         }
@@ -170,7 +171,7 @@ class Watch:
         best = max(kept, key=_measured) if kept else min(tried, key=_measured)
         if smallest and not kept and allocate.strict:
             raise BudgetError(
-                f"latency={self.asked:.4g} is out of reach: with every site at rank 1 the model takes "
+                f"latency={self.asked:.4g} is out of reach: at its smallest ranks and widths the model takes "
                 f"{best.timing.measured:.4f} of its time. Ask for more, or pass strict=False to get the fastest model",
                 best.timing.measured,
             )

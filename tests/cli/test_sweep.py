@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
+import balf_fx.cli.sweep
 from balf_fx.cli.sweep import SweepData, run_sweep
 from balf_fx.errors import BudgetError, CalibrationError, FileError, OptionError
 from balf_fx.reporting.curve import Sweep
@@ -73,6 +74,25 @@ def test_models_without_classes_have_a_divergence_alone(batches):
     assert 0 < found.points[0].divergence < 1
     with pytest.raises(OptionError, match="top-1 predictions none"):
         sweep(model, batches, [0.5], effort="fast", labels=torch.zeros(90, dtype=torch.int64))
+
+
+def test_a_time_allows_what_it_allows_in_compile(monkeypatch):
+    """Strips of a kernel, which preparation has to observe already."""
+    given = []
+    for name in ("prepare", "convert"):
+
+        def spied(*args, function=getattr(balf_fx.cli.sweep, name), **options):
+            given.append(options.get("separable"))
+            return function(*args, **options)
+
+        monkeypatch.setattr(balf_fx.cli.sweep, name, spied)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()).eval()
+    images = tuple(torch.randn(2, 4, 3, 8, 8))
+    options = {"effort": "fast", "strict": False, "runner": "eager"}
+    sweep(model, (images, images), [0.9], measure="latency", **options)
+    sweep(model, (images, images), [0.9], measure="latency", separable=False, **options)
+    sweep(model, (images, images), [0.9], effort="fast")
+    assert given == [True, True, False, False, None, None]
 
 
 def test_parameters_can_be_the_measure(classifier, batches):
