@@ -32,6 +32,7 @@ from balf_fx.capture.normal_form import capture
 from balf_fx.distributed.group import Group, group_of
 from balf_fx.engine import compress
 from balf_fx.engine.agreement import check_alike
+from balf_fx.engine.effects import check_effects
 from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.memory import bytes_of
 from balf_fx.engine.options import settings_from, takes_settings
@@ -80,6 +81,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
     """
     settings = settings_from(options).with_free()
     settings.allocate()  # checks the budget before any work is done
+    check_effects(settings)
     group = group_of(device_of(model), settings.distributed)
     with ExitStack() as closing:
         for context in (torch.inference_mode(False), torch.no_grad(), group.guarded()):

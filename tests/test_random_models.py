@@ -50,10 +50,12 @@ def draw(seed: int) -> tuple[RandomModel, list[Any], dict[str, Any]]:
         options |= rng.choice((*extra, {"seed": 7}, {"dense": ["*"], "effort": "best"}))
     elif rng.random() < 0.1:
         options |= rng.choice(({"factors": "air", "effort": "fast"}, {"factors": "svd", "effort": "fast"}))
-    if rng.random() < 0.15:
+    if rng.random() < 0.15 and options.get("factors") != "svd":  # which no weights change
         options["weights"] = _weights
     options |= {"multiple_of": rng.choice((1, 1, 2, 4, 8)), "pivot": rng.random() < 0.7}
     options |= {"separable": rng.choice((True, False, None))}
+    if "factors" in options and options["separable"]:
+        options["separable"] = None  # with these factors, kernels are never divided
     return model, batches, options
 
 

@@ -201,7 +201,7 @@ def test_a_module_of_the_models_own_class(model, small, batches):
     "options", [{"separable": False}, {"factors": "air"}, {"factors": "svd"}, {"allocation": "uniform"}]
 )
 def test_by_choice_and_without_statistics_there_are_none(model, batches, options):
-    assert not set(DIVIDED) & set(forms(compress(model, batches, **options)).values())
+    assert not set(DIVIDED) & set(forms(compress(model, batches, **{"separable": None, **options})).values())
 
 
 @pytest.mark.parametrize(
