@@ -32,9 +32,10 @@ from balf_fx.capture.normal_form import capture
 from balf_fx.distributed.group import Group, group_of
 from balf_fx.engine import compress
 from balf_fx.engine.agreement import check_alike
+from balf_fx.engine.checks import chosen_among
 from balf_fx.engine.effects import check_effects
 from balf_fx.engine.grafting import check_same, graft
-from balf_fx.engine.memory import bytes_of
+from balf_fx.engine.memory import size_of
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Program, whole_program
 from balf_fx.engine.resuming import check, open_journal, with_validation
@@ -153,14 +154,9 @@ def prepare(
     Raises:
         NoSiteError: nothing in the model can be factorized.
     """
-    wanted: set[Factors] = {factors} if isinstance(factors, str) else set(factors)
-    unknown = wanted - set(get_args(Factors))
-    if unknown:
-        raise OptionError(
-            f"factors must be among {', '.join(map(repr, get_args(Factors)))}, not {', '.join(map(repr, unknown))}"
-        )
-    settings = settings_from(options, "prepare")
+    wanted: set[Factors] = set(chosen_among("factors", factors, get_args(Factors)))
     wanted |= {"sensitivity"} if sensitivity else set()
+    settings = settings_from(options, "prepare")
     model, _pages = with_weights(plain_model(model), settings.safetensors)
     check_values(model)
     with torch.inference_mode(False), torch.no_grad():
@@ -300,10 +296,11 @@ def save(compressed: Any, path: str | os.PathLike[str], *, shard: int | str | No
     Raises:
         PassError: the module has no plan.
         OptionError: `shard` is no number of bytes.
-        FileError: a tensor cannot be stored by safetensors, such as a quantized weight; or the folder exists.
+        FileError: a tensor cannot be stored by safetensors, such as a quantized weight; or there is no such folder, or
+            one in place of the file.
         NotCalibratedError: the backend is still calibrating.
     """
-    storage.write(_stored(compressed), path, None if shard is None else bytes_of(shard, name="shard"))
+    storage.write(_stored(compressed), path, None if shard is None else size_of(shard, "shard"))
 
 
 def load(

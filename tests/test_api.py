@@ -315,6 +315,9 @@ def test_a_graph_prepared_for_several_factors_gives_each_of_them(conv_net, image
 def test_factors_that_a_graph_was_not_prepared_for(conv_net, images):
     with pytest.raises(OptionError, match=r"factors must be among .*not 'cp'"):
         balf_fx.prepare(conv_net, images[0], factors=["air", "cp"])
+    for wrong in (None, 5, [["svd"]]):
+        with pytest.raises(OptionError, match=r"factors must be among 'sensitivity', .*, not "):
+            balf_fx.prepare(conv_net, images[0], factors=wrong)
     prepared = balf_fx.prepare(conv_net, images[0], sensitivity=True)
     balf_fx.calibrate(prepared, images, progress=False)
     with pytest.raises(

@@ -95,6 +95,11 @@ class Array:
         if self.holds_images:
             if chosen.ndim == 4 and chosen.shape[-1] not in (1, 3):
                 chosen = chosen.transpose(0, 2, 3, 1)
+            if chosen.ndim == 4 and chosen.shape[-1] > 4:
+                raise CalibrationError(
+                    f"images of type uint8 have 1 to 4 channels, but the array is {self.values.shape}: pass inputs of "
+                    "the model as an array of float32"
+                )
             if chosen.ndim == 4 and chosen.shape[-1] == 1:
                 chosen = chosen[..., 0]
             bar = tqdm(chosen, desc="reading images", unit="image", disable=not progress, leave=False)
@@ -138,6 +143,8 @@ def read_labels(path: Path, name: str) -> Tensor:
     Raises:
         OptionError: there is no such array, or it cannot be used as labels.
     """
+    if not zipfile.is_zipfile(path):
+        raise OptionError(f"labels are an array in the .npz file of the data, but {path} is no .npz file")
     values = _read_array(path, name)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise OptionError(f"labels must be whole numbers, one for each sample, not {values.dtype} {values.shape}")

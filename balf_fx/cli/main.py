@@ -60,7 +60,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BalfError as error:
+        except BrokenPipeError:  # the reader of the output has ended, which click handles
+            raise
+        except (BalfError, OSError) as error:  # such as a full disk, or no network
             raise click.ClickException(str(error)) from error
 
 

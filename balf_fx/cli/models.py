@@ -83,6 +83,10 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
         model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
     except ValueError as error:
         raise OptionError(f"torchvision: {error}; torchvision.models.list_models() lists them") from error
+    except OSError as error:
+        raise ModelError(
+            f"torchvision cannot download the weights of {name}: {error}. Pass a file as --weights"
+        ) from error
     return model
 
 
@@ -92,6 +96,8 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, ValueError) as error:
         raise OptionError(f"timm: {error}; timm.list_models() lists them") from error
+    except OSError as error:
+        raise ModelError(f"timm cannot download the weights of {name}: {error}. Pass a file as --weights") from error
     return model
 
 
@@ -119,11 +125,11 @@ def _from_factory(module: str, name: str) -> nn.Module:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, OSError) as error:
         raise OptionError(f"cannot import {module}:{name}: {error}. A model must be {SPECIFICATION}") from error
     try:
         model = found()
-    except MODEL_ERRORS as error:
+    except (*MODEL_ERRORS, OSError, ImportError) as error:
         raise ModelError(f"{module}:{name}() failed, {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{module}:{name}() returned {type(model).__name__}, not a torch.nn.Module")

@@ -150,7 +150,8 @@ class Inputs:
         indices = choose(len(source), taken + count, self.seed)[taken:]
         if not indices:
             raise OptionError(
-                f"all {len(source)} samples are used for calibration: pass fewer --samples, or others as --eval-data"
+                f"all {len(source)} samples are used for calibration: pass fewer --samples; for a sweep, others can be "
+                "passed as --eval-data"
             )
         batches = self._batches(model, source, indices)
         if labels is None or path is None:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 from balf_fx.api import calibrate, convert, plan, prepare
 from balf_fx.calibration.answers import answers, differ, find_logits
 from balf_fx.calibration.batches import cache_arguments, forward_for, sample_count
-from balf_fx.capture.models import cuda_devices
+from balf_fx.capture.models import cuda_devices, plain_model
 from balf_fx.engine.fields import Stage
 from balf_fx.engine.options import options_of, settings_from
 from balf_fx.errors import BudgetError, CalibrationError, OptionError
+from balf_fx.files.weights import with_weights
 from balf_fx.graph.curves import Measure
 from balf_fx.reporting.curve import Point, Sweep
 
@@ -58,8 +59,9 @@ def run_sweep(
     if "separable" in settings_from({**options, measure: 1.0}).divisions:
         options["separable"] = True  # as `compile` has it with latency, of which `prepare` does not know
     settings = settings_from(options)
-    forward = forward_for(model, **cache_arguments(model))
-    references = answers(model, evaluation, forward)
+    original, _pages = with_weights(plain_model(model), settings.safetensors)
+    forward = forward_for(original, **cache_arguments(original))
+    references = answers(original, evaluation, forward)
     judge = _Judge(evaluation, references, data)
     with torch.random.fork_rng(devices=cuda_devices(model)):
         factors = {"factors": settings.chosen_factors}

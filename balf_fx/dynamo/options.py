@@ -58,8 +58,9 @@ class BackendOptions:
         if self.plan is None:
             self.settings.allocate()  # checks the budget
         elif self._replaced:
+            listed = ", ".join(self._replaced)
             raise OptionError(
-                f"a plan cannot be combined with a budget, nor with options that it replaces: drop {', '.join(self._replaced)}"
+                f"a plan cannot be combined with a budget or with options that it replaces: drop {listed}"
             )
         else:
             _ = self.stored
@@ -88,7 +89,9 @@ class BackendOptions:
             return self.plan
         if isinstance(self.plan, str | os.PathLike):
             return read(self.plan)
-        raise OptionError(f"plan must be the result of balf_fx.backend.plan or a path, not of type {type(self.plan).__name__}")
+        raise OptionError(
+            f"plan must be the result of balf_fx.backend.plan or a path, not of type {type(self.plan).__name__}"
+        )
 
     @cached_property
     def compiler(self) -> Compiler:

@@ -9,11 +9,25 @@ from typing import Any
 from balf_fx.budget.bounds import check_scipy
 from balf_fx.errors import OptionError
 
+_LEAST_LIMIT = 1e-9
+"""The smallest limit of mistakes: it takes billions of samples to test."""
+
 
 def check_choice(name: str, given: Any, values: Collection[Any]) -> None:
     """Check that an option has one of its values, if these are listed; 1 is not True."""
     if values and not any(given is value or (isinstance(given, str) and given == value) for value in values):
         raise OptionError(f"{name} must be one of {', '.join(map(repr, values))}, not {given!r}")
+
+
+def chosen_among(name: str, given: Any, values: Sequence[Any]) -> list[Any]:
+    """One or several of some values, as a list."""
+    single = isinstance(given, str) or not isinstance(given, Collection)
+    chosen = [given] if single else list(given)
+    unknown = [each for each in chosen if each not in values]
+    if unknown:
+        listed, wrong = (", ".join(map(repr, each)) for each in (values, unknown))
+        raise OptionError(f"{name} must be among {listed}, not {wrong}")
+    return chosen
 
 
 def check_patterns(**given: Any) -> None:
@@ -27,9 +41,11 @@ def check_patterns(**given: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Check the seed of the random probes."""
+    """Check the seed of the random probes, to which each process adds its rank."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise OptionError(f"seed must be a whole number, not {seed!r}")
+    if not -(2**62) <= seed < 2**62:
+        raise OptionError(f"seed must be a whole number of at most 62 bits, not {seed}")
 
 
 def check_functions(**given: tuple[Any, str]) -> None:
@@ -57,8 +73,11 @@ def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation:
     values = {"disagreement": disagreement, "divergence": divergence, "confidence": confidence}
     for name, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < 1):
-            raise OptionError(f"{name} must be a number between 0 and 1, such as 0.02, not {value!r}")
+        if (value is not None or name == "confidence") and not (number and 0 < value < 1):
+            usual = 0.95 if name == "confidence" else 0.02
+            raise OptionError(f"{name} must be a number between 0 and 1, such as {usual}, not {value!r}")
+        if name != "confidence" and value is not None and value < _LEAST_LIMIT:
+            raise OptionError(f"{name}={value!r} would need too many samples to test: give at least {_LEAST_LIMIT:g}")
     if disagreement is not None and divergence is not None:
         raise OptionError("give one limit, disagreement= for choices among classes or divergence= for others")
     limited = disagreement is not None or divergence is not None

@@ -27,27 +27,36 @@ def check_memory(memory: Any) -> None:
     bytes_of(memory, free=0)
 
 
-def bytes_of(memory: Any, free: int | None = None, name: str = "memory") -> int:
-    """The number of bytes of 2147483648, "2147483648", "2GiB", or of 0.25 or "0.25", a share of what is free.
+def bytes_of(memory: Any, free: int | None = None) -> int:
+    """The number of bytes of a size as in `size_of`, or of 0.25 or "0.25", a share of what is free.
 
     Args:
         free: the bytes that are free; None to look.
-        name: what it is, for messages.
 
     Raises:
         OptionError: it is neither a number of bytes nor a share in (0, 1).
     """
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
-        return memory
     share = _share(memory)
     if share is not None:
         return int(share * (free_memory() if free is None else free))
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(memory).lower())
-    if not isinstance(memory, str) or found is None:
-        raise OptionError(
-            f"{name} must be a number of bytes, such as 2147483648 or '2G', or a share of the memory that is free, "
-            f"such as 0.25, not {memory!r}"
-        )
+    return size_of(memory, "memory", ", or a share of the memory that is free, such as 0.25")
+
+
+def size_of(size: Any, name: str, otherwise: str = "") -> int:
+    """The number of bytes of 2147483648, "2147483648" or "2GiB".
+
+    Args:
+        name: what it is, for messages.
+        otherwise: what else it may be, for messages.
+
+    Raises:
+        OptionError: it is no number of bytes.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(size).lower())
+    if not isinstance(size, str) or found is None or _share(size) is not None:
+        raise OptionError(f"{name} must be a number of bytes, such as 2147483648 or '2G'{otherwise}, not {size!r}")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

@@ -61,9 +61,10 @@ def restore(found: Stored, model: nn.Module, example: Any | None = None, forward
     Raises:
         PlanError: the model has another architecture, or was captured as several graphs.
     """
+    model = plain_model(model)
     with torch.inference_mode(False), torch.no_grad():
         if found.plan.modules is not None:
-            copied = copy_model(plain_model(model))
+            copied = copy_model(model)
             rebuild_modules(copied, found.plan.modules)
             fill(copied, found.tensors)
             return with_plan(copied, found.plan)

@@ -35,15 +35,21 @@ def write(found: Stored, path: str | os.PathLike[str], shard: int | None = None)
             another to a new folder, with an index.
 
     Raises:
-        FileError: a tensor cannot be stored by safetensors, such as a quantized weight; or the folder exists.
+        FileError: a tensor cannot be stored by safetensors, such as a quantized weight; or the folder around it is
+            missing, or there is a folder at the path.
     """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileError(f"{path} cannot be written: there is no folder {path.parent}. Make it first")
     if shard is None:
-        _write(found, Path(path))
+        _write(found, path)
     else:
-        _write_folder(found, Path(path), shard)
+        _write_folder(found, path, shard)
 
 
 def _write(found: Stored, path: Path) -> None:
+    if path.is_dir():
+        raise FileError(f"{path} is a folder: pass the name of a file, or shard= for a new folder of several files")
     tensors = {name: _plain(name, value) for name, value in found.tensors.items()}
     text = found.plan.to_json(indent=None)
     orders = {name: order for name, value in found.tensors.items() if (order := _order(value)) != sorted(order)}
@@ -113,6 +119,8 @@ def _read(path: Path) -> Stored:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:
         raise FileError(f"{path} is truncated or not a safetensors file: {error}") from error
     if _PLAN not in metadata or _CHECKSUM not in metadata:
@@ -132,7 +140,12 @@ def read_plan(path: Path) -> Plan:
     """
     if (path / _CONFIG).is_file():
         return _configured(path / _CONFIG)
-    return Plan.from_json(path.read_bytes()) if path.suffix == ".json" else read(path).plan
+    if path.suffix != ".json":
+        return read(path).plan
+    try:
+        return Plan.from_json(path.read_bytes())
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
 
 
 def _configured(path: Path) -> Plan:

@@ -102,16 +102,22 @@ def _files(path: Path) -> list[Path]:
     """The files at a path: those that an index names, or all of a folder without an index."""
     if not path.is_dir():
         return [path]
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        try:
-            names = json.loads(index.read_bytes())["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise FileError(f"{index} is not an index of safetensors files") from error
-        return [path / name for name in sorted(set(names))]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        return _files_of(indices[0])
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileError(f"{path} has no safetensors files")
     return files
+
+
+def _files_of(index: Path) -> list[Path]:
+    """The files that an index names."""
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        return [index.parent / name for name in sorted(set(names))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{index} is not an index of safetensors files") from error
 
 
 def _read(path: Path, pages: Pages) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from balf_fx.graph.annotation import META_KEY, GraphRecord, Origin, Replaced
 from balf_fx.graph.certificate import Certificate, Tried
 from balf_fx.graph.curves import Candidate, Cost, Divided, EnergyCurve, Measure, Rank
 from balf_fx.graph.fingerprint import Fingerprint
+from balf_fx.graph.record_types import check_types
 from balf_fx.graph.replacements import Recipe
 from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.graph.timing import Timing
@@ -192,9 +193,11 @@ class Plan:
                 f"versions with which it was written, {data.get('versions')}"
             )
         try:
-            return _plan(data)
+            found = _plan(data)
+            check_types(found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the plan is incomplete or damaged: {type(error).__name__} {error}") from error
+        return found
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:

@@ -161,9 +161,7 @@ def _checksums(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Some classes write their tensors in the form of an earlier version: under other names, or divided.
     """
     held = {
-        name: value
-        for name, value in tensors.items()
-        if type(value.data) is Tensor and value.device.type != "meta"
+        name: value for name, value in tensors.items() if type(value.data) is Tensor and value.device.type != "meta"
     }
     found = {name: checksum({name: value}) for name, value in held.items()}
     for name, value in revert_weight_conversion(model, dict(held)).items():

@@ -7,11 +7,13 @@ bound by arithmetic or by memory. A size counts as the next multiple of its *gra
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
 import logging
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -151,13 +153,28 @@ def open_table(device: torch.device, group: Group = ALONE) -> Table:
 
     Of several processes, all have the table of the first.
 
-    The folder is `balf_fx` beside that of `torch.hub`, which follows TORCH_HOME and XDG_CACHE_HOME.
+    The folder is `balf_fx` in torch's cache folder, which follows TORCH_HOME and XDG_CACHE_HOME. Machines that share it
+    have tables of their own, since the names of their processors differ.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    words = f"{name} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {torch.get_num_threads()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    words = (
+        f"{name} {_processor()} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {torch.get_num_threads()}"
+    )
     stem = "".join(letter if letter.isalnum() else "-" for letter in words)
-    path = Path(torch.hub.get_dir()).parent.with_name("balf_fx") / f"times-{stem}.json"
+    path = Path(torch.hub.get_dir()).parent / "balf_fx" / f"times-{stem}.json"
     return Table(group.once(lambda: _read(path)), path=path, group=group)
+
+
+def _processor(root: Path = Path("/")) -> str:
+    """The name of the processor, or at least its kind.
+
+    Args:
+        root: the root of the file system.
+    """
+    found = None
+    with contextlib.suppress(OSError):  # only Linux has the file
+        found = re.search(r"^model name\s*:\s*(.+)$", (root / "proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def lines(sizes: Iterable[int]) -> list[int]:

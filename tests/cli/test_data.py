@@ -138,6 +138,17 @@ def test_what_is_no_data_is_an_error(tmp_path):
             open_samples(save(tmp_path / "x.npz", x=values))
 
 
+def test_images_have_a_number_of_channels_that_images_have(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.zeros((2, 5, 8, 8), np.uint8))
+    with pytest.raises(CalibrationError, match=r"1 to 4 channels, but the array is \(2, 5, 8, 8\)"):
+        open_samples(tmp_path / "data.npz").read([0], Preprocessing())
+
+
+def test_only_files_of_arrays_have_labels(tmp_path):
+    with pytest.raises(OptionError, match=r"labels are an array in the .* is no \.npz file"):
+        read_labels(tmp_path, "y")
+
+
 def test_labels_are_whole_numbers(tmp_path):
     path = save(tmp_path / "x.npz", y=np.array([2, 0], dtype=np.uint8), z=np.array([0.5]))
     labels = read_labels(path, "y")

@@ -323,6 +323,16 @@ def test_errors_name_what_to_do(work):
     assert_clean_failure(invoke(*wrong, "--flops", "0.5"), 1, "cannot import balf_fx_mine:other")
 
 
+def test_files_that_are_missing_or_cannot_be_written_are_errors_in_one_line(work, monkeypatch):
+    assert_clean_failure(invoke(*COMPRESS, "--allocation", "missing.json"), 1, "missing.json")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("balf_fx.cli.main.save", full)
+    assert_clean_failure(invoke(*COMPRESS, "--flops", "0.5"), 1, "Error: [Errno 28] No space left on device")
+
+
 def test_missing_libraries_are_told_before_any_work(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "balf_fx.reporting.page", raising=False)

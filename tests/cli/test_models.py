@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -174,6 +175,29 @@ def test_factories_that_fail_are_an_error(factory):
         load_model(f"{factory}:number")
     with pytest.raises(OptionError, match="only torchvision and timm"):
         load_model(f"{factory}:net", pretrained=True)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no such file", "net.pt"), ImportError("no module 'fast'")])
+def test_factories_that_miss_a_file_or_a_library_are_an_error(monkeypatch, error):
+    def net():
+        raise error
+
+    monkeypatch.setitem(sys.modules, "balf_fx_missing", SimpleNamespace(net=net))
+    with pytest.raises(ModelError, match=rf"balf_fx_missing:net\(\) failed, {type(error).__name__}: "):
+        load_model("balf_fx_missing:net")
+
+
+@pytest.mark.parametrize(("source", "function"), [("torchvision", "models.get_model"), ("timm", "create_model")])
+def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch, source, function):
+    library = pytest.importorskip(source)
+
+    def offline(*args, **options):
+        raise URLError("no network")
+
+    owner = library.models if source == "torchvision" else library
+    monkeypatch.setattr(owner, function.rpartition(".")[2], offline)
+    with pytest.raises(ModelError, match=r"cannot download the weights of resnet18: .*no network.* as --weights"):
+        load_model(f"{source}:resnet18", pretrained=True)
 
 
 def test_two_sources_of_weights_are_one_too_many(tmp_path):

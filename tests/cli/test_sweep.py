@@ -1,10 +1,12 @@
 """The curve over budgets: each point is what a compression of its own gives, compared with the dense model."""
 
+import copy
 import dataclasses
 import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -79,13 +81,16 @@ def test_models_without_classes_have_a_divergence_alone(batches):
 def test_a_time_allows_what_it_allows_in_compile(monkeypatch):
     """Strips of a kernel, which preparation has to observe already."""
     given = []
-    for name in ("prepare", "convert"):
 
-        def spied(*args, function=getattr(balf_fx.cli.sweep, name), **options):
+    def spy(function):
+        def spied(*args, **options):
             given.append(options.get("separable"))
             return function(*args, **options)
 
-        monkeypatch.setattr(balf_fx.cli.sweep, name, spied)
+        return spied
+
+    for function in (balf_fx.prepare, balf_fx.convert):
+        monkeypatch.setattr(balf_fx.cli.sweep, function.__name__, spy(function))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()).eval()
     images = tuple(torch.randn(2, 4, 3, 8, 8))
     options = {"effort": "fast", "strict": False, "runner": "eager"}
@@ -93,6 +98,13 @@ def test_a_time_allows_what_it_allows_in_compile(monkeypatch):
     sweep(model, (images, images), [0.9], measure="latency", separable=False, **options)
     sweep(model, (images, images), [0.9], effort="fast")
     assert given == [True, True, False, False, None, None]
+
+
+def test_weights_may_be_in_files(classifier, batches, tmp_path):
+    save_file(classifier.state_dict(), tmp_path / "net.safetensors")
+    empty = copy.deepcopy(classifier).to("meta")
+    found = sweep(empty, batches, [0.6], effort="fast", safetensors=tmp_path / "net.safetensors")
+    assert found == sweep(classifier, batches, [0.6], effort="fast")
 
 
 def test_parameters_can_be_the_measure(classifier, batches):

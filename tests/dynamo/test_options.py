@@ -28,7 +28,7 @@ from balf_fx.errors import OptionError, UnknownSiteError
         ({"flops": 0.5, "factors": "air", "refit": True}, "a refit would replace"),
         ({"plan": 3}, "plan must be .*, not of type int"),
         ({"plan": torch.fx.symbolic_trace(torch.nn.ReLU())}, "or a path, not of type ReLU. The options"),
-        ({"plan": "a.safetensors", "flops": 0.5}, "a plan cannot be combined with a budget, .*: drop flops"),
+        ({"plan": "a.safetensors", "flops": 0.5}, "a plan cannot be combined with a budget .*: drop flops"),
         (
             {"plan": "a.safetensors", "exclude": ["0"], "checkpoint": "a", "calibration_steps": 4, "progress": False},
             "drop exclude, checkpoint, calibration_steps",

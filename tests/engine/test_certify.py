@@ -245,6 +245,8 @@ def test_outputs_without_classes_are_told_apart(batches):
         ({"divergence": 0.05, "validation": [], "allocation": {"a": 3}}, "drop allocation"),
         ({"disagreement": 1.5, "validation": []}, "disagreement must be a number between 0 and 1"),
         ({"disagreement": 0.05, "validation": [], "confidence": 1}, "confidence must be a number between 0 and 1"),
+        ({"disagreement": 0.05, "validation": [], "confidence": None}, "such as 0.95, not None"),
+        ({"disagreement": 1e-320, "validation": []}, "disagreement=1e-320 would need too many samples to test"),
         ({"disagreement": 0.05, "validation": [], "minimise": "time"}, "minimise must be one of 'flops', 'params'"),
     ],
     ids=str,

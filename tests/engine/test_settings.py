@@ -237,6 +237,7 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
         ({"widths": 1}, "widths must be one of True, False, not 1"),
         ({"seed": "a"}, "seed must be a whole number, not 'a'"),
         ({"seed": True}, "seed must be a whole number, not True"),
+        ({"seed": 2**70}, "seed must be a whole number of at most 62 bits, not 1180591620717411303424"),
         ({"memory": -1}, "memory must be a number of bytes, .* or a share of .*, such as 0.25, not -1"),
         (
             {"memory": "lots"},

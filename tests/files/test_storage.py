@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.errors import FileError, OptionError, PassError, PlanError
+from balf_fx.errors import FileError, ModelError, OptionError, PassError, PlanError
 from balf_fx.graph.plan import Plan
 
 
@@ -172,7 +172,7 @@ def test_other_files_are_refused(conv_net, path):
     torch.save(conv_net.state_dict(), path)
     with pytest.raises(FileError, match="not a safetensors file"):
         balf_fx.load(path, conv_net)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileError, match=r"nowhere\.safetensors cannot be read"):
         balf_fx.load(path.with_name("nowhere.safetensors"), conv_net)
 
 
@@ -188,6 +188,31 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(small, conv_net, images
         balf_fx.save(balf_fx.compile(conv_net, images, flops=0.9, effort="fast", progress=False), path)
     assert path.read_bytes() == before
     assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+def test_places_where_no_file_can_be_are_refused(small, conv_net, tmp_path):
+    for shard in (None, 100):
+        with pytest.raises(FileError, match=r"there is no folder .*missing\. Make it first"):
+            balf_fx.save(small, tmp_path / "missing" / "small.safetensors", shard=shard)
+    with pytest.raises(FileError, match="is a folder: pass the name of a file"):
+        balf_fx.save(small, tmp_path)
+    for shard in (0.5, "0.5", "much"):
+        with pytest.raises(OptionError, match="shard must be a number of bytes, such as 2147483648 or '2G', not"):
+            balf_fx.save(small, tmp_path / "folder", shard=shard)
+    assert not list(tmp_path.iterdir())
+    for name in ("missing.json", "missing.safetensors", "missing"):
+        with pytest.raises(FileError, match=f"{name} cannot be read"):
+            balf_fx.plan(tmp_path / name)
+    with pytest.raises(FileError, match="cannot be read"):
+        balf_fx.load(tmp_path / "missing", conv_net)
+
+
+@pytest.mark.parametrize("result", ["graph", "module"])
+def test_a_file_is_read_for_a_module(conv_net, images, path, result):
+    options = {"flops": 0.6, "effort": "fast", "progress": False, "result": result}
+    balf_fx.save(balf_fx.compile(conv_net, images, **options), path)
+    with pytest.raises(ModelError, match=r"must be a torch\.nn\.Module, not a str: load it first"):
+        balf_fx.load(path, "conv_net")
 
 
 def test_others_may_read_it_as_any_new_file(small, path, tmp_path):

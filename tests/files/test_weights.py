@@ -176,9 +176,10 @@ def test_files_that_are_damaged_are_refused(tmp_path):
         read_tensors(tmp_path / "nothing", Pages())
     with pytest.raises(FileError, match="has no safetensors files"):
         read_tensors(tmp_path, Pages())
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(FileError, match=r"index.json is not an index of safetensors files"):
-        read_tensors(tmp_path, Pages())
+    for text in ("{}", "[]", '{"weight_map": {"a": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(FileError, match=r"index.json is not an index of safetensors files"):
+            read_tensors(tmp_path, Pages())
 
 
 def test_a_buffer_without_values_is_refused(tmp_path):

@@ -100,6 +100,26 @@ def test_a_file_that_is_no_text_is_no_plan(tmp_path):
         balf_fx.plan(path)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("flops",), "x"),
+        (("allocation", "target"), "x"),
+        (("allocation", "primal"), None),
+        (("allocation", "choices", 0, "chosen", "flops"), None),
+        (("widths", 0, "size"), 1.5),
+    ],
+    ids=str,
+)
+def test_values_of_other_types_are_damage(small, path, value):
+    data = edited = json.loads(Plan.of(small).to_json())
+    for key in path[:-1]:
+        edited = edited[key]
+    edited[path[-1]] = value
+    with pytest.raises(PlanError, match=f"incomplete or damaged: TypeError {path[-1]} cannot be"):
+        Plan.from_dict(data)
+
+
 def test_what_is_no_plan_is_refused(small, conv_net):
     whole = Plan.of(small).to_dict()
     with pytest.raises(PlanError, match="no format"):

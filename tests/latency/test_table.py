@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,8 +87,24 @@ def test_a_damaged_file_is_the_same_as_none(text, tmp_path):
 def test_the_file_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     path = open_table(torch.device("cpu")).path
-    assert path.parent == tmp_path / "balf_fx"
+    assert path.parent == tmp_path / "torch" / "balf_fx"
     assert torch.__version__.replace(".", "-").replace("+", "-") in path.name
+
+
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_any_folder_may_be_torchs_own(monkeypatch, folder):
+    monkeypatch.setenv("TORCH_HOME", folder)
+    assert open_table(torch.device("cpu")).path.parent == Path(folder) / "balf_fx"
+
+
+def test_machines_that_share_a_folder_have_tables_of_their_own(monkeypatch, tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\nflags\t\t: fpu\n")
+    assert module._processor(tmp_path) == "Some CPU @ 2.00GHz"
+    assert module._processor(tmp_path / "none")
+    own = open_table(torch.device("cpu")).path
+    monkeypatch.setattr(module, "_processor", lambda: "Another CPU")
+    assert open_table(torch.device("cpu")).path != own
 
 
 def test_a_measured_time_is_that_of_the_operation():
