@@ -421,6 +421,18 @@ def test_calibration_and_conversion_leave_the_random_state():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+def test_the_default_dtype_does_not_change_the_model(conv_net, images, effort):
+    wanted = compress(conv_net, images, flops=0.6, effort=effort).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = compress(conv_net, images, flops=0.6, effort=effort).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.keys() == wanted.keys()
+    assert all(value.dtype == found[name].dtype and torch.equal(value, found[name]) for name, value in wanted.items())
+
+
 @pytest.mark.parametrize("kind", [lambda net: net, fx.symbolic_trace])
 def test_only_prepared_graphs_are_calibrated_and_converted(conv_net, images, kind, tmp_path):
     plain = kind(conv_net)

@@ -207,12 +207,17 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
         random = random if counts is None else random * counts.sqrt().to(random)
         if scale > 0:  # an output of zeros, as of a black image in a net without biases, has no gradient
             terms.append((values * (random / scale)).sum())
-    return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros((), device="cpu")
+    return (
+        torch.stack([term.float() for term in terms]).sum()
+        if terms
+        else torch.zeros((), dtype=torch.float32, device="cpu")
+    )
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal random numbers, drawn on the CPU so that a seed gives the same probe on every device."""
-    return torch.randn(like.shape, generator=generator, device="cpu").to(like.device, like.dtype)
+    """Normal random numbers, drawn on the CPU in float32, so that a seed gives the same probe everywhere."""
+    drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(like.device, like.dtype)
 
 
 def _accurate(value: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def packed(value: Any) -> Tensor:
     specs = [(tensor.dtype, tuple(tensor.shape), _stride(tensor), tensor.device.type) for tensor in pickler.tensors]
     intro = pickle.dumps((specs, body.getvalue()))
     places = _places(len(intro), [tensor.nbytes for tensor in pickler.tensors])
-    data = torch.zeros(places[-1], dtype=torch.uint8)
-    data[:_HEAD] = torch.tensor([len(intro)]).view(torch.uint8)
+    data = torch.zeros(places[-1], dtype=torch.uint8, device="cpu")
+    data[:_HEAD] = torch.tensor([len(intro)], device="cpu").view(torch.uint8)
     data[_HEAD : _HEAD + len(intro)] = torch.frombuffer(bytearray(intro), dtype=torch.uint8)
     for tensor, start in zip(pickler.tensors, places, strict=False):
         if tensor.numel():
@@ -55,7 +55,7 @@ def as_it_lay(value: Tensor, stride: Sequence[int]) -> Tensor:
     if tuple(value.stride()) == tuple(stride):
         return value
     once = [1 if step == 0 else size for size, step in zip(value.shape, stride, strict=True)]  # expanded dimensions
-    found = torch.empty_strided(once, tuple(stride), dtype=value.dtype)
+    found = torch.empty_strided(once, tuple(stride), dtype=value.dtype, device=value.device)
     found.copy_(value[tuple(slice(0, size) for size in once)])
     return found.expand(value.shape)
 

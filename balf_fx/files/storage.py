@@ -180,4 +180,4 @@ def _order(value: Tensor) -> list[int]:
 def _in_order(value: Tensor, order: list[int]) -> Tensor:
     """The same tensor with its dimensions in this order in memory."""
     strides = [math.prod(value.shape[inner] for inner in order[order.index(dim) + 1 :]) for dim in range(value.dim())]
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device="cpu").copy_(value)

@@ -56,3 +56,12 @@ def test_what_arrives_is_apart_from_the_bytes():
     first += 1
     assert second.equal(torch.zeros(4))
     assert unpacked(data, CPU)[0].equal(torch.zeros(4))
+
+
+def test_the_default_device_does_not_matter():
+    values = [torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(3, 2).mT]
+    with torch.device("meta"):
+        found = unpacked(packed(values), torch.device("cpu"))
+    assert all(
+        torch.equal(one, other) and one.stride() == other.stride() for one, other in zip(found, values, strict=True)
+    )

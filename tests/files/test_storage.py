@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.errors import FileError, ModelError, OptionError, PassError, PlanError
+from balf_fx.files.storage import read
 from balf_fx.graph.plan import Plan
 
 
@@ -312,3 +313,12 @@ def test_weights_that_differ_do_not_load_into_tied_ones(path):
     with pytest.raises(PlanError, match=r"embedding\.weight and head\.weight are one tensor in this model, but differ"):
         balf_fx.load(path, Language(True).eval())
     assert torch.equal(balf_fx.load(path, Language(False).eval())(batches[0]), small(batches[0]))
+
+
+def test_files_are_read_to_the_cpu_whatever_the_default_device(conv_net, images, path):
+    channels_last = conv_net.to(memory_format=torch.channels_last)
+    small = balf_fx.compile(channels_last, images, flops=0.6, effort="fast", progress=False)
+    balf_fx.save(small, path)
+    with torch.device("meta"):
+        found = read(path).tensors
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in found.items())
