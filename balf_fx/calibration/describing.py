@@ -14,16 +14,22 @@ _LONG = 8  # how many items of a batch an error message describes
 def describe(batch: Any) -> str:
     """Describe a batch briefly, for error messages."""
     if isinstance(batch, Tensor):
-        return f"a {batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", "")
+        return with_article(f"{batch.dtype} tensor of shape {tuple(batch.shape)}".replace("torch.", ""))
     if isinstance(batch, Mapping):
         items = [f"{key}: {describe(value)}" for key, value in itertools.islice(batch.items(), _LONG)]
-        return "a mapping of " + _and_more(items, len(batch))
+        return f"a mapping of {_and_more(items, len(batch))}" if items else "an empty mapping"
+    kind = with_article(type(batch).__name__)
     if isinstance(batch, tuple | list):
         items = [describe(value) for value in batch[:_LONG]]
         if len(batch) > 1 and len({type(value) for value in batch}) == 1 and not isinstance(batch[0], Tensor):
-            return f"a {type(batch).__name__} of {len(batch)} times {items[0]}"
-        return f"a {type(batch).__name__} of ({_and_more(items, len(batch))})"
-    return f"a {type(batch).__name__}"
+            return f"{kind} of {len(batch)} times {items[0]}"
+        return f"{kind} of ({_and_more(items, len(batch))})"
+    return kind
+
+
+def with_article(noun: str) -> str:
+    """A noun, such as the name of a type, with "a" or "an"."""
+    return f"{'an' if noun[0].lower() in 'aeio' else 'a'} {noun}"
 
 
 def _and_more(items: Sequence[str], count: int) -> str:

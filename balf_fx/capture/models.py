@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from balf_fx.calibration.batches import MODEL_ERRORS
+from balf_fx.calibration.describing import with_article
 from balf_fx.calibration.pages import mapped
 from balf_fx.capture.sharding import gathered_copy, is_sharded
 from balf_fx.errors import ModelError
@@ -38,7 +39,7 @@ def plain_model(model: Any) -> nn.Module:
         return plain_model(model._orig_mod)
     if not isinstance(model, nn.Module):
         cure = ": load it first; only the command line takes names" if isinstance(model, str) else ""
-        raise ModelError(f"the model must be a torch.nn.Module, not a {name}{cure}")
+        raise ModelError(f"the model must be a torch.nn.Module, not {with_article(name)}{cure}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "the model is compiled by TorchScript, and its code cannot be captured: pass the original module"

@@ -46,10 +46,13 @@ _TEXTS = {
     "allocation": 'How the budget is distributed over the layers: "budget" (least total loss), "uniform" (the same '
     'share of each layer\'s cost) or "energy" (the same share of each layer\'s energy). Or, without a budget, "free", '
     "or a file with the plan of a model of the same architecture: .json, or .safetensors from `compress`.",
+    "checkpoint": "A folder for what is finished: the allocation, refitted layers, the result; and the statistics of "
+    "`compress`, while `sweep` calibrates again. If the run is killed, the same command goes on from there. Another "
+    "model, other options or other data are an error.",
     "refit": 'Whether to solve every layer again for the input that it has in the compressed model: "full" solves for '
     'the whole layer, "up" for left factors and biases only, "none" for nothing. By default, effort decides.',
 }
-"""The texts of options whose values are written in another way than in Python."""
+"""The texts of options that are not quite what they are in Python."""
 
 
 def setting_options(skip: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

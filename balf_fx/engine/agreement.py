@@ -37,7 +37,8 @@ def check_alike(model: nn.Module, settings: Settings, group: Group) -> None:
     differing = _differing(group.gathered(_digests(model)))
     if differing:
         raise ModelError(
-            f"the processes have different models: {', '.join(differing[:5])} differ. Load the same weights in each"
+            f"the processes have different models: {', '.join(map(repr, differing[:5]))} differ. Load the same weights "
+            "in each"
         )
 
 
@@ -67,7 +68,9 @@ def give_alike(compressed: Program, plan: Plan, group: Group) -> None:
 
 
 def _described(value: Any) -> str:
-    """A value in words; functions and other objects by their type."""
+    """A value in words; a plan by its digest, functions and other objects by their type."""
+    if isinstance(value, Plan):
+        return digest_of(value.to_json())
     plain = isinstance(value, str | int | float | bool | tuple | list | dict | None)
     return repr(value) if plain else type(value).__name__
 

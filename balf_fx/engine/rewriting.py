@@ -268,7 +268,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor | None =
     missing, left = sorted(set(held) - set(tensors)), sorted(set(tensors) - set(held))
     if missing or left:
         names = ", ".join([*missing, *left][:5])
-        raise PlanError(f"the model has another architecture, or was built by another version: {names} in one only")
+        raise PlanError(
+            f"the model has another architecture, or was built by another version: only one of both has {names}"
+        )
     given: dict[int, Tensor] = {}  # tensors that several names share remain shared
     first: dict[int, str] = {}
     for name, tensor in held.items():

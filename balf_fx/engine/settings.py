@@ -237,7 +237,7 @@ class Settings:
     )
     memory: int | float | str = option(
         SHARE,
-        'memory beside the model: bytes, such as "2GiB", or a share of what is free at the start, such as 0.25. Half '
+        'memory beside the model: bytes, such as "2GiB", or a share of the free main memory, such as 0.25. Half '
         "of it is for statistics, which beyond it are computed block by block (`engine.blockwise`), half for values, "
         "which beyond it are kept in temporary files (in TMPDIR), with the same result. A batch that needs more than "
         "half of it, or 2 GiB, is run in pieces if samples do not depend on each other, and a sequence without padding "
@@ -256,9 +256,9 @@ class Settings:
     seed: int = option(0, "the seed of the random probes, to which each process adds its rank", "calibrate")
     checkpoint: str | os.PathLike[str] | None = option(
         None,
-        "a folder for what is finished: statistics, the allocation, refitted layers, the result. If the run is killed, "
-        "the same call goes on from there to the same model; once it is complete, it returns that model at once. "
-        "Another model, other options or other data are an error (`engine.resuming`)",
+        "a folder for what is finished: the statistics of `compile`, the allocation, refitted layers, the result. If "
+        "the run is killed, the same call goes on from there to the same model; once it is complete, it returns that "
+        "model at once. Another model, other options or other data are an error (`engine.resuming`)",
         "convert",
     )
     progress: bool = option(True, "show a progress bar on stderr", "calibrate", "convert", values=(True, False))

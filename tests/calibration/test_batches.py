@@ -239,10 +239,14 @@ def test_errors_that_are_not_the_models_pass_unchanged(error):
 def test_describe_names_what_is_nested():
     batch = ({"x": X, "n": 3}, [INTEGERS, None])
     described = (
-        "a tuple of (a mapping of x: a float32 tensor of shape (2, 3), n: a int, "
-        "a list of (a int64 tensor of shape (2, 3), a NoneType))"
+        "a tuple of (a mapping of x: a float32 tensor of shape (2, 3), n: an int, "
+        "a list of (an int64 tensor of shape (2, 3), a NoneType))"
     )
     assert describe(batch) == described
+    assert describe({}) == "an empty mapping"
+    assert describe(OrderedDict) == "a type"
+    assert describe(OrderedDict(x=3).keys()) == "an odict_keys"
+    assert describe(torch.zeros(2, dtype=torch.uint8)) == "a uint8 tensor of shape (2,)"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +289,7 @@ def test_batches_without_samples_are_left_out_and_those_of_inference_mode_are_co
 
 
 def test_descriptions_are_short():
-    assert describe([1] * 300) == "a list of 300 times a int"
-    assert describe([[1, 2]] * 300) == "a list of 300 times a list of 2 times a int"
+    assert describe([1] * 300) == "a list of 300 times an int"
+    assert describe([[1, 2]] * 300) == "a list of 300 times a list of 2 times an int"
     assert len(describe(tuple([X, 1] * 300))) < 400
     assert len(describe({f"key{i}": X for i in range(300)})) < 400

@@ -152,7 +152,7 @@ def test_the_weights_of_a_probe_are_those_of_its_second_moment():
 )
 def test_what_a_user_returns_must_be_weights(weights, message):
     batch = torch.zeros(4, 3, dtype=torch.long)
-    start = r"weights\(batch\) must return .*; for batch 7, which is a int64 tensor of shape \(4, 3\), "
+    start = r"weights\(batch\) must return .*; for batch 7, which is an int64 tensor of shape \(4, 3\), "
     with pytest.raises(CalibrationError, match=start + ".*" + message):
         Calibration([], None, weigh=lambda _: weights).given(7, batch)
     assert checked_weights(SAMPLES, batch, 0) is not None  # a sample may have none, but a row of positions not
