@@ -27,7 +27,7 @@ def digest_of(value: Any) -> str:
     """The digest of nested values: numbers and strings by value, tensors and arrays by dtype, shape and bytes.
 
     Functions count with their code, defaults and what they enclose, but not with the globals that they read; modules
-    with their parameters, buffers and plain attributes. Of other objects, only the type counts.
+    and other objects that are called with their code, tensors and plain attributes. Of the rest, only the type counts.
     """
     digest = hashlib.blake2b(digest_size=16)
     _feed(value, digest.update)
@@ -65,7 +65,8 @@ def _parts(value: Any) -> tuple[str, list[Any]]:
         return f"set {len(value)}", sorted(map(digest_of, value))  # their order differs from process to process
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return name, [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return _parts_of_array(value) or _parts_of_function(value) or (name, [])
+    known = _parts_of_array(value) or _parts_of_function(value)
+    return known or (f"{name} {getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}", [])
 
 
 def _parts_of_array(value: Any) -> tuple[str, list[Any]] | None:
@@ -93,9 +94,12 @@ def _parts_of_function(value: Any) -> tuple[str, list[Any]] | None:
         return "method", [value.__func__, value.__self__]
     if isinstance(value, functools.partial):
         return "partial", [value.func, value.args, value.keywords]
-    if isinstance(value, nn.Module):
-        plain = {name: each for name, each in vars(value).items() if isinstance(each, bool | int | float | str)}
-        return type(value).__name__, [plain, *_held(value), *value.named_children()]
+    if callable(value) and hasattr(value, "__dict__") and not isinstance(value, type):
+        run = type(value).forward if isinstance(value, nn.Module) else type(value).__call__
+        plain = {
+            name: each for name, each in vars(value).items() if isinstance(each, bool | int | float | str | Tensor)
+        }
+        return type(value).__name__, [run, plain, *(_held(value) if isinstance(value, nn.Module) else [])]
     return None
 
 
@@ -108,8 +112,9 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """The parameters and buffers of a module itself, by name."""
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    """The parameters, buffers and modules of a module itself, by name."""
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [*tensors, *module.named_children()]
 
 
 def _feed_tensor(tensor: Tensor, feed: Feed) -> None:

@@ -111,6 +111,28 @@ def recursive(stop):
     return loss
 
 
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, output, batch):
+        return self.factor * output.sum()
+
+
+class Squared(torch.nn.Module):
+    def forward(self, output, batch):
+        return output.square().sum()
+
+
+class Cubed(torch.nn.Module):
+    def forward(self, output, batch):
+        return output.pow(3).sum()
+
+
+def enclosing(function):
+    return lambda output, batch: function(output)
+
+
 def test_functions_count_with_what_they_do():
     weighted = torch.nn.CrossEntropyLoss(torch.tensor([1.0, 2.0]))
     functions = [
@@ -132,6 +154,11 @@ def test_functions_count_with_what_they_do():
         weighted,
         torch.nn.CrossEntropyLoss(torch.tensor([1.0, 3.0])),
         weighted.extra_repr,
+        Scaled(1),
+        Scaled(9),
+        Squared(),
+        Cubed(),
+        *map(enclosing, (torch.sum, torch.mean, Squared, Cubed, Scaled(1), torch.relu)),
         torch.nn.Sequential(weighted, torch.nn.ReLU()),
         torch.nn.Sequential(weighted, torch.nn.GELU()),
     ]
