@@ -249,7 +249,7 @@ class Score(Pass):
         sample, halves = self._sensitivity(graph_module, node) if self.factors == "sensitivity" else (None, ())
         if sample is None:
             return Observed(moments, side, kept=kept)
-        samples = sample.gradients.samples / annotation(node).calls  # counted in every call
+        samples = sample.gradients.samples / max(annotation(node).calls, 1)  # counted in every call
         return Observed(sample.moments, site.side, replace(sample.gradients, samples=samples), halves, kept)
 
     def _parts_roots(

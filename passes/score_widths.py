@@ -221,7 +221,7 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     reduced = weight if mark.site.side == "output" else thin_triangle(weight)
     gradients = whole.gradients
     unit = gradients.unit
-    loss = 0.5 * float(unit) * mark.calls / gradients.samples  # samples are counted in every call
+    loss = 0.5 * float(unit) * max(mark.calls, 1) / gradients.samples  # samples are counted in every call
     bias = None if bias is None else bias[0]
     units = [unit * (sample.gradients.samples / gradients.samples) for sample in samples]  # sums over samples
     return [

@@ -56,7 +56,7 @@ class Annotation:
         shared: whether another graph of the program reads the node's weights too. Their shapes and values do not
             change then, unless both graphs replace them by the same factors.
         site, refusal: set by Annotate; at most one of them.
-        calls: how often one call of the model runs the site's layer; set by Annotate.
+        calls: how often one call of the model runs the site's layer; set by Annotate, 0 for other layers.
         observer: path of the observer of the site's statistics; set by InsertObservers.
         strips: path of the observer of the strips that the layer reads, if its kernel may be divided.
         sensitivity: path of the observer of its gradients, if there is one.
@@ -83,7 +83,7 @@ class Annotation:
     shared: bool = False
     site: Site | None = None
     refusal: Refusal | None = None
-    calls: int = 1
+    calls: int = 0
     observer: str | None = None
     strips: str | None = None
     sensitivity: str | None = None

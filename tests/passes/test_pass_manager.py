@@ -123,13 +123,13 @@ def test_each_pass_leaves_what_the_documentation_says(batches):
     counted = {"flops", "shape"}
     assert graph_record(graph_module).flops > 0
     Annotate(exclude=["4"])(graph_module)
-    assert filled(graph_module) == {*counted, "site"}
+    assert filled(graph_module) == {*counted, "site", "calls"}
     (excluded,) = (node for node in graph_module.graph.nodes if annotation(node).refusal is not None)
     assert excluded.target == "4"
     FindWidths()(graph_module)
     assert graph_record(graph_module).widths
     InsertObservers(sensitivity=True)(graph_module)
-    observed = {*counted, "site", "observer", "sensitivity"}
+    observed = {*counted, "site", "calls", "observer", "sensitivity"}
     assert filled(graph_module) == observed
     balf_fx.calibrate(graph_module, batches, progress=False)
     assert filled(graph_module) == observed
