@@ -33,7 +33,7 @@ class Outer:
     "given",
     [
         {},
-        {"number": 3, "maybe": 3, "anything": [object()]},
+        {"number": 3, "maybe": 3, "anything": [len]},
         {"inner": Inner(()), "listed": (Inner(), Inner((3,))), "named": {"a": 1}},
     ],
     ids=str,
