@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import balf_fx
+from balf_fx.calibration import pieces
 from balf_fx.calibration.batches import Calibration, forward_for
 from balf_fx.calibration.pieces import pieces_for_gradients, pieces_for_walk
 from balf_fx.engine.memory import KINDS
@@ -148,3 +149,12 @@ def test_a_conversion_takes_a_large_batch_as_it_takes_its_pieces(model, batch):
     )
     assert all(torch.equal(value, cut_by_hand[name]) for name, value in cut_by_us.items())
     assert any(not torch.equal(value, whole[name]) for name, value in cut_by_us.items() if name in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_outputs_that_differ_by_the_rounding_of_their_format_are_alike(dtype):
+    whole = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=dtype)
+    rounding = max(4 * torch.finfo(dtype).eps, 1e-3)
+    for share, alike in ((0.5, True), (2.0, False)):
+        parts = (whole + share * rounding * 4).to(dtype).split(1)
+        assert pieces._alike(whole, parts) == alike
