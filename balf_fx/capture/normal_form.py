@@ -29,6 +29,7 @@ from balf_fx.capture.models import (
     unchanged_parameters,
     without_expert_loops,
 )
+from balf_fx.capture.positions import restore_positions
 from balf_fx.capture.single import assert_several
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
@@ -135,6 +136,7 @@ def _captured(
             make_functional(graph_module, inputs)
             if method == "export":  # it leaves out `contiguous` where the value of the example is
                 views_to_reshapes(graph_module.graph)
+                restore_positions(graph_module)
                 graph_module.recompile()
             cast_explicitly(graph_module, inputs, call.autocast)
         _restore_buffers(graph_module, model)
