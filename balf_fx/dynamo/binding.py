@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ class Binding:
         graph_module: as Dynamo captured it.
         inputs: the graph's inputs that take weights.
         names, weights: the dotted names of these weights, and the weights.
+        frame: the code of the frame from which the graph was captured.
 
     Attributes:
         graph_module: holds the user's tensors, and after the switch those that replace them.
         originals: the user's tensors, by dotted name.
+        code: the frame and the weights, the same for graphs for inputs of other shapes.
         calls: how often it has run in calibration.
         rewritten: whether the graph was rewritten by the plan.
         compiled: the compiled graph, which runs after the switch.
@@ -50,11 +53,13 @@ class Binding:
         inputs: Sequence[WeightInput],
         names: Sequence[str],
         weights: Sequence[Tensor],
+        frame: CodeType | None,
     ) -> None:
         held_weights = zip(inputs, names, weights, strict=True)
         self.graph_module = lift(graph_module, {given.position: (name, weight) for given, name, weight in held_weights})
         held = self.graph_module
         self.originals: dict[str, Tensor] = {**dict(held.named_parameters()), **dict(held.named_buffers())}
+        self.code = frame, tuple(map(id, self.originals.values())) or graph_module.code
         self.calls = 0
         self.rewritten = False
         self.compiled: Callable[..., Any] | None = None

@@ -162,7 +162,7 @@ class Session:
                 binding = self._binding(region, weights)
             if self._stored is None and is_empty(inputs):
                 return region.graph_module(*args)
-            if self._stored is None and self._calibrates(region, binding):
+            if self._stored is None and self._calibrates(binding):
                 with computing():
                     run = self._recording.enter(binding, inputs)
                 output = region.graph_module(*args)
@@ -185,7 +185,7 @@ class Session:
             if module is not None:
                 self._take_names(module)
             names = [self._name(given.name, weight) for given, weight in zip(region.weights, weights, strict=True)]
-            region.bindings[key] = Binding(region.graph_module, region.weights, names, weights)
+            region.bindings[key] = Binding(region.graph_module, region.weights, names, weights, region.frame)
         return region.bindings[key]
 
     def _take_names(self, module: nn.Module) -> None:
@@ -212,14 +212,13 @@ class Session:
         for region in self._regions:
             region.bindings.clear()
 
-    def _calibrates(self, region: Region, binding: Binding) -> bool:
+    def _calibrates(self, binding: Binding) -> bool:
         """Count a new call of the model if a frame is entered again, and return whether the call is calibration.
 
         One call may enter frames without weights several times, such as those of activations: such a frame only counts
         where it was the first of a call.
         """
-        weights = tuple(map(id, binding.originals.values()))
-        entered = (region.frame, weights or region.graph_module.code)
+        entered, weights = binding.code, bool(binding.originals)
         if not self._entered or (entered in self._entered and (weights or entered == self._entered[0])):
             self._step, self._entered = self._step + 1, []
             self._recording.begin()
@@ -249,7 +248,7 @@ class Session:
         settings, traces = self.settings, self._recording.traces()
         # 1. Make the graphs parts of one program, and the calls traces through it.
         first = {step.part: step.args for trace in reversed(traces) for step in reversed(trace)}
-        calls, together = per_call([binding.calls for binding in bindings], len(traces))
+        calls, together = per_call([binding.calls for binding in bindings], [binding.code for binding in bindings])
         origin = settings.origin(None)
         parts = [bound.part(n, first[i], origin) for i, (bound, n) in enumerate(zip(bindings, calls, strict=True))]
         program = Program(tuple(parts), lambda _, batch: batch)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -377,15 +378,19 @@ def share_observers(parts: Sequence[Part], names: set[str]) -> None:
                     part.graph_module.set_submodule(path, observer)
 
 
-def per_call(calls: Sequence[int], total: int) -> tuple[list[int], int]:
+def per_call(calls: Sequence[int], codes: Sequence[Hashable]) -> tuple[list[int], int]:
     """How often one call of the model runs each part, or the fewest calls in which that is a whole number for all.
 
     Args:
         calls: how often each part has run in the whole calibration.
-        total: the calls of the model.
+        codes: what each part runs; parts of the same code are for inputs of other shapes.
 
     Returns:
         The counts, and the number of calls of the model to which they belong.
     """
-    unit = math.gcd(*calls, total) or 1
-    return [count // unit for count in calls], total // unit
+    totals: Counter[Hashable] = Counter()
+    for code, count in zip(codes, calls, strict=True):
+        totals[code] += count
+    once = math.gcd(*totals.values()) or 1
+    unit = math.gcd(*calls, once)
+    return [count // unit for count in calls], once // unit

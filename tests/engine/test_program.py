@@ -91,18 +91,20 @@ def test_a_single_answer_is_returned_as_it_is(graphs):
 
 
 @pytest.mark.parametrize(
-    ("calls", "total", "found"),
+    ("calls", "codes", "found"),
     [
-        ([4, 4], 4, ([1, 1], 1)),
-        ([6, 2, 4], 2, ([3, 1, 2], 1)),
-        ([10], 5, ([2], 1)),
-        ([0, 3], 3, ([0, 1], 1)),
-        ([5, 1], 6, ([5, 1], 6)),
-        ([8, 4], 8, ([2, 1], 2)),
+        ([4, 4], "ab", ([1, 1], 1)),
+        ([6, 2, 4], "abc", ([3, 1, 2], 1)),
+        ([3, 1], "ab", ([3, 1], 1)),
+        ([5], "a", ([1], 1)),
+        ([0, 3], "ab", ([0, 1], 1)),
+        ([5, 1], "aa", ([5, 1], 6)),
+        ([8, 4, 12], "aab", ([2, 1, 3], 3)),
+        ([8, 4, 24], "aab", ([2, 1, 6], 3)),
     ],
 )
-def test_calls_are_those_of_one_call_of_the_model(calls, total, found):
-    assert per_call(calls, total) == found
+def test_calls_are_those_of_one_call_of_the_model(calls, codes, found):
+    assert per_call(calls, codes) == found
 
 
 # What is one site.
