@@ -66,6 +66,8 @@ def laid_back(
     Returns:
         None if the entries have no places there, as those that tensors select.
     """
+    if operation(node) == "contiguous":  # of any order in memory
+        return value
     if operation(node) == "roll":
         shifts, *dims = _bound(node, value_of)
         back = [-shift for shift in shifts] if isinstance(shifts, list | tuple) else -shifts

@@ -18,6 +18,7 @@ BACK = {
     "windows": lambda x: x.view(2, 3, 2, 2, 5, 6).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 2, 5, 6),
     "roll": lambda x: torch.roll(x, shifts=(-1, 2), dims=(1, 2)),
     "roll of all entries": lambda x: x.roll(3),
+    "features last in memory": lambda x: x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last),
     "slice": lambda x: x[:, 1:3, ..., :4],
 }
 NOT = {
