@@ -156,7 +156,7 @@ def published() -> str:
             near = min(ours, key=lambda row: abs(100 * (1 - row[f"{measure}_kept"]) - saved))
             own_lost, own_saved = found["dense"]["top1"] - near["top1"], 100 * (1 - near[f"{measure}_kept"])
             theirs = f"{saved:g} % of {'FLOPs' if measure == 'flops' else 'parameters'}"
-            lines.append((method, theirs, f"{lost:g}", f"{own_lost:.1f} at {own_saved:.0f} %", source))
+            lines.append((method, theirs, f"{lost:g}", f"{round(own_lost, 1) + 0.0:.1f} at {own_saved:.0f} %", source))
     return markdown(lines, ("", "saved", "points lost", "balf_fx, same model", "source"))
 
 

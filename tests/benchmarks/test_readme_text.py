@@ -209,7 +209,8 @@ def test_what_is_said_of_other_calibration_data(read):
     top1 = {(row["images"], row["seed"], row["budget"]): row["top1"] for row in ours}
     gains = [top1[1024, 0, budget] - top1[64, 0, budget] for budget in (0.7, 0.5, 0.3)]
     assert gains == sorted(gains)
-    assert all(abs(top1[1024, 1, budget] - top1[1024, 0, budget]) < 1 for budget in (0.7, 0.5, 0.3))
+    changes = [abs(top1[1024, 1, budget] - top1[1024, 0, budget]) for budget in (0.7, 0.5, 0.3)]
+    assert max(changes[:2]) < 1 < changes[2] < 2
 
 
 def test_what_is_said_of_padding(read):
