@@ -126,9 +126,9 @@ class Target:
 
     def _other(self, batch: Batch, addition: Summand) -> tuple[Tensor, Tensor] | None:
         """A value to which the output is added, of both models and in the layout of the output; None if unknown."""
-        before, sizes = batch.original.get(addition.node), addition.sizes
-        if not isinstance(before, Tensor) or any(node not in batch.original for node in sizes):
-            return None
+        before, sizes = batch.original.get(addition.node), map(batch.original.get, addition.sizes)
+        if not isinstance(before, Tensor) or any(size is None or isinstance(size, Tensor) for size in sizes):
+            return None  # entries that tensors select have no single place
         shape = batch.before(self.node).shape
         values = (before, batch.current(addition.node))
         found = [addition.laid_back(self.graph_module, value, shape, batch.before) for value in values]

@@ -166,3 +166,49 @@ def test_what_is_known_of_a_sum_is_corrected():
     window = types.SimpleNamespace(of=lambda value: value)
     target = found.outputs(batch, window, lambda value: value.reshape(5, 6), given)
     torch.testing.assert_close(target, wanted + before - now)  # without limits, since the other branch is not known
+
+
+class Laid(nn.Module):
+    """A layer whose output is added to a value in another layout."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.layer, self.way = nn.Linear(4, 4), way
+
+    def forward(self, value, order):
+        return self.way(self.layer(value), torch.sin(value), order)
+
+
+LAYOUTS = {
+    "as it is": (lambda y, other, order: y + other, True),
+    "transposed": (lambda y, other, order: (y.mT + other.mT).mT, True),
+    "of a size": (lambda y, other, order: y.view(y.size(0), -1) + other.flatten(1), True),
+    "broadcast": (lambda y, other, order: y + other.mean(1, keepdim=True), True),
+    "repeated": (lambda y, other, order: y.mean(1, keepdim=True) + other, False),
+    "larger": (lambda y, other, order: y[:, :1] + other, False),
+    "selected": (lambda y, other, order: y[:, order] + other, False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_error_is_known_in_the_layout_of_the_output(name):
+    way, known = LAYOUTS[name]
+    value, order = torch.randn(2, 3, 4), torch.tensor([2, 0, 1])
+    graph_module = capture(Laid(way).eval(), (value, order))
+    originals, (layer,) = {}, graph_module.graph.find_nodes(op="call_module", target="layer")
+
+    class Kept(fx.Interpreter):
+        def run_node(self, node):
+            originals[node] = super().run_node(node)
+            return originals[node]
+
+    Kept(graph_module).run(value, order)
+    found = Target.of(graph_module, layer, read_layer(graph_module, layer))
+    batch = types.SimpleNamespace(original=originals, before=originals.get, current=originals.get, once=_once)
+    pairs = list(found._others(batch))
+    assert bool(pairs) == known
+    for before, now in pairs:
+        assert torch.equal(before, now)
+        assert before.shape == value.shape
+        wanted = torch.sin(value)
+        assert torch.equal(before, wanted.mean(1, keepdim=True).expand_as(value) if name == "broadcast" else wanted)
