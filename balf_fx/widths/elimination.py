@@ -17,10 +17,14 @@ _DENSE = 0.75  # once at most this share of the rows remains, the matrices are c
 _NOTHING = 1e-30  # the least variance, so that a division is defined
 
 
-def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) -> Tensor:
-    """The covariance [F, F] plus shares of its mean and its largest eigenvalue, so that it is invertible.
+_RAISES = 4  # each by ten times, for sums with errors beyond those of float32
 
-    Linearly dependent or constant features, and rounding errors of sums in float32, then need no special case.
+
+def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) -> Tensor:
+    """The covariance [F, F] plus shares of its mean and its largest eigenvalue, so that it is positive definite.
+
+    Linearly dependent or constant features, and rounding errors of sums in float32, then need no special case. Where a
+    few positions have nearly all of the weight, these errors are larger, and the shares are raised until they suffice.
 
     Args:
         share: the share of the mean eigenvalue.
@@ -31,7 +35,13 @@ def conditioned(covariance: Tensor, share: float = 1e-4, noise: float = 2e-6) ->
     for _ in range(8):  # the power method; the order of magnitude suffices
         vector = symmetric @ (vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
     floor = share * symmetric.diagonal().mean() + noise * vector.norm()
-    symmetric.diagonal().add_(floor.clamp_min(_NOTHING))
+    floor = floor.clamp_min(_NOTHING)
+    symmetric.diagonal().add_(floor)
+    for _ in range(_RAISES):
+        if not bool(torch.linalg.cholesky_ex(symmetric).info.any()):
+            break
+        symmetric.diagonal().add_(9 * floor)
+        floor = 10 * floor
     return symmetric
 
 

@@ -235,3 +235,19 @@ def test_an_error_of_zero_is_not_negative():
         covariance = moment + 1e-13 * torch.eye(12, dtype=torch.float64)
         errors = prediction_errors(covariance, moment, metric @ metric.mT, torch.arange(12), [4, 8, 11])
         assert all(0 <= error < 1e-9 * float(moment.trace()) for error in errors)
+
+
+@pytest.mark.parametrize("error", [0.0, 4e-6, 1e-4])
+def test_rounding_errors_of_sums_leave_a_covariance_positive_definite(error):
+    """Sums over few positions in float32 have eigenvalues below zero."""
+    values = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    covariance = values @ values.mT
+    largest = torch.linalg.eigvalsh(covariance)[-1]
+    wrong = covariance - error * largest * torch.eye(40, dtype=torch.float64)
+    found = conditioned(wrong)
+    eigenvalues = torch.linalg.eigvalsh(found)
+    assert eigenvalues[0] > 0
+    assert eigenvalues[-1] < 1.01 * largest
+    order, errors = eliminate([found], [torch.eye(40, dtype=torch.float64)])
+    assert sorted(order.tolist()) == list(range(40))
+    assert all(math.isfinite(each) for each in errors)
