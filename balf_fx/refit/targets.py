@@ -78,11 +78,11 @@ class Target:
     Where the following operation clips the output to limits, differences beyond the limits do not count as errors.
 
     Attributes:
+        graph_module: the graph.
         node: the layer.
         site: its weight and geometry.
         additions: the values to which its output is added, one after the other.
         limits: the limits to which its output, or the sum, is clipped; None if it is not clipped.
-        graph_module: the graph of both.
     """
 
     graph_module: fx.GraphModule
