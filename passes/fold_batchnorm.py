@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from balf_fx.graph.annotation import annotation, graph_record, record_graph
 from balf_fx.graph.edits import erase_unused
-from balf_fx.graph.folding import fold, owns_parameters
+from balf_fx.graph.folding import fold, is_read_once, owns_parameters
 from balf_fx.graph.layers import read_layer, takes_bias
-from balf_fx.graph.operators import reads_metadata
 from balf_fx.graph.owners import owner_of
 from balf_fx.graph.parameters import get_tensor, is_hooked
 from balf_fx.graph.site import Norm, Site, exclusion
@@ -92,7 +91,7 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, No
 def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -> Site | None:
     """The layer before a BatchNorm, or None if folding would change something else."""
     layer = read_layer(graph_module, source)
-    if not isinstance(layer, Site) or layer.has_experts or sum(not reads_metadata(user) for user in source.users) != 1:
+    if not isinstance(layer, Site) or layer.has_experts or not is_read_once(source):
         return None
     dimensions = 2 if layer.conv is None else len(layer.conv.kernel_size) + 2
     shape = annotation(source).shape

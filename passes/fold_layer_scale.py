@@ -11,12 +11,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.edits import erase_unused
-from balf_fx.graph.folding import fold, owns_parameters
+from balf_fx.graph.folding import fold, is_read_once, owns_parameters
 from balf_fx.graph.layers import read_layer
-from balf_fx.graph.operators import is_identity, operation, reads_metadata
+from balf_fx.graph.operators import is_identity, operation
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.pivoted import feature_axis
-from balf_fx.graph.relayouts import broadcasts, is_relayout, relaid
+from balf_fx.graph.relayouts import broadcasts, is_relayout, relaid, sizes_of
 from balf_fx.graph.site import Norm, Site, exclusion
 from balf_fx.passes.base import Pass
 
@@ -78,7 +78,7 @@ class _Scale:
                 and isinstance(weight, nn.Parameter)
                 and not layer.has_experts
                 and weight.dtype == get_tensor(graph_module, layer.weight).dtype
-                and _are_read_once([node, *path, value])
+                and all(map(is_read_once, (node, *path, value)))
                 and owns_parameters(graph_module, node, layer)
                 and _scales_features(graph_module, (weight, moves), (node, layer, path))
             ):
@@ -96,10 +96,6 @@ def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[
     return node, found
 
 
-def _are_read_once(nodes: Sequence[fx.Node]) -> bool:
-    return all(sum(not reads_metadata(user) for user in node.users) == 1 for node in nodes)
-
-
 def _scales_features(
     graph_module: fx.GraphModule,
     factor: tuple[Tensor, Sequence[fx.Node]],
@@ -108,8 +104,8 @@ def _scales_features(
     """Whether each entry of a factor is multiplied by one feature of a layer, in their order."""
     (weight, moves), (node, layer, path) = factor, output
     features, shape = layer.out_features * layer.groups, annotation(node).shape
-    sizes = {source for each in (*moves, *path) for source in each.all_input_nodes[1:]}
-    if weight.numel() != features or shape is None or any(annotation(each).number is None for each in sizes):
+    sizes = [annotation(each).number for each in sizes_of((*moves, *path))]
+    if weight.numel() != features or shape is None or None in sizes:
         return False
     numbers = torch.arange(features, dtype=torch.int32, device="cpu")
     axis = feature_axis(layer)

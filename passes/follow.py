@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.budget.problem import Problem
 from balf_fx.errors import PlanError
-from balf_fx.graph.allocation import Allocation, Choice
+from balf_fx.graph.allocation import Allocation, Choice, scaled_flops
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph
 from balf_fx.graph.curves import Rank
 from balf_fx.graph.plan import Plan
@@ -61,8 +61,8 @@ class Follow(Pass):
         widths = {width.key: width for cluster in problem.clusters for width in cluster.widths}
         found = self._allocation(problem.curves, widths, widths)
         dense = {site.name: curve.dense.flops for site, curve in problem.curves.items()}
-        choices = tuple(_repriced(choice, dense[choice.site.name]) for choice in found.choices)
-        flops = _scaled(found.saved_elsewhere.flops, problem.totals.flops, self.plan.flops or 0)
+        choices = tuple(choice.scaled(dense[choice.site.name], choice.dense.flops) for choice in found.choices)
+        flops = scaled_flops(found.saved_elsewhere.flops, problem.totals.flops, self.plan.flops or 0)
         elsewhere = dataclasses.replace(found.saved_elsewhere, flops=flops)
         return dataclasses.replace(found, choices=choices, saved_elsewhere=elsewhere)
 
@@ -105,17 +105,6 @@ class Follow(Pass):
 def _with_site(choice: Choice, site: Site) -> Choice:
     """The plan's choice for the graph's own site, in the form for which it was priced."""
     return dataclasses.replace(choice, site=dataclasses.replace(site, pivots=choice.site.pivots, move=choice.site.move))
-
-
-def _repriced(choice: Choice, flops: int) -> Choice:
-    """A choice whose dense layer takes so many FLOPs here; all forms of a layer take as many times as many."""
-    chosen = dataclasses.replace(choice.chosen, flops=_scaled(choice.chosen.flops, flops, choice.dense.flops))
-    return dataclasses.replace(choice, chosen=chosen, dense=dataclasses.replace(choice.dense, flops=flops))
-
-
-def _scaled(flops: int, now: int, before: int) -> int:
-    """FLOPs on a batch where a layer, or a model, takes `now`, of what took them where it took `before`."""
-    return flops * now // before if before else flops
 
 
 def _check_rank(site: Site, rank: Rank) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from balf_fx.graph.curves import FREE, Candidate, Cost, EnergyCurve, Measure
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width
+
+
+def scaled_flops(flops: int, now: int, before: int) -> int:
+    """FLOPs on other batches, on which what took `before` takes `now`."""
+    return flops * now // before if before else flops
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,13 @@ class Choice:
     dense: Candidate
     energy_kept: float
     spectrum: EnergyCurve | None = None
+
+    def scaled(self, now: int, before: int) -> Choice:
+        """The choice on other batches, on which a layer takes `now` FLOPs where it took `before`, in any form."""
+        chosen, dense = (
+            replace(each, flops=scaled_flops(each.flops, now, before)) for each in (self.chosen, self.dense)
+        )
+        return replace(self, chosen=chosen, dense=dense)
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,8 @@ class Plan:
         """The plan with the mean FLOPs of one call of the model, in place of those of several calls."""
         if calls == 1:
             return self
-
-        def choice(own: Choice) -> Choice:
-            chosen, dense = (replace(each, flops=each.flops // calls) for each in (own.chosen, own.dense))
-            return replace(own, chosen=chosen, dense=dense)
-
         elsewhere = replace(self.allocation.saved_elsewhere, flops=self.allocation.saved_elsewhere.flops // calls)
-        choices = tuple(map(choice, self.allocation.choices))
+        choices = tuple(choice.scaled(1, calls) for choice in self.allocation.choices)
         return replace(
             self,
             allocation=replace(self.allocation, choices=choices, saved_elsewhere=elsewhere),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,11 @@ def is_relayout(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return type(graph_module.get_submodule(str(node.target))) in _MODULES
     known = operation(node) in _CALLS or is_transposition(node)
     return known and not any(isinstance(value, torch.dtype) for value in node.args)
+
+
+def sizes_of(relayouts: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that relayouts read besides the values that they bring into another layout."""
+    return {source for node in relayouts for source in node.all_input_nodes[1:]}
 
 
 def relaid(graph_module: fx.GraphModule, node: fx.Node, value: Tensor, value_of: ValueOf) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from balf_fx.calibration.moments import by_sample
 from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.graph.operators import aten, is_identity, operation, reads_metadata
-from balf_fx.graph.relayouts import ValueOf, broadcasts, is_relayout, laid_back, relaid
+from balf_fx.graph.relayouts import ValueOf, broadcasts, is_relayout, laid_back, relaid, sizes_of
 from balf_fx.graph.site import Site
 from balf_fx.refit.lockstep import Batch, sources_of
 from balf_fx.refit.windows import Window
@@ -48,11 +48,6 @@ class Summand:
     node: fx.Node
     total: fx.Node
     relayouts: tuple[fx.Node, ...] = ()
-
-    @property
-    def sizes(self) -> set[fx.Node]:
-        """The nodes that relayouts read besides the output."""
-        return {source for node in self.relayouts for source in node.all_input_nodes[1:]}
 
     def laid_back(
         self, graph_module: fx.GraphModule, value: Tensor, shape: torch.Size, value_of: ValueOf
@@ -126,7 +121,7 @@ class Target:
 
     def _other(self, batch: Batch, addition: Summand) -> tuple[Tensor, Tensor] | None:
         """A value to which the output is added, of both models and in the layout of the output; None if unknown."""
-        before, sizes = batch.original.get(addition.node), map(batch.original.get, addition.sizes)
+        before, sizes = batch.original.get(addition.node), map(batch.original.get, sizes_of(addition.relayouts))
         if not isinstance(before, Tensor) or any(size is None or isinstance(size, Tensor) for size in sizes):
             return None  # entries that tensors select have no single place
         shape = batch.before(self.node).shape
