@@ -1,11 +1,14 @@
-"""Checks of a model before it is captured."""
+"""Checks of a model before it is captured, and of its outputs after that."""
 
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.moments import CHUNK_ELEMENTS
 from balf_fx.errors import ModelError, TrainingModeError
@@ -109,6 +112,17 @@ def check_functional_training(graph_module: fx.GraphModule) -> None:
                 f"{node.name} runs in training mode, in which its output differs from that in deployment: "
                 "call model.eval() first"
             )
+
+
+def same_outputs(want: Any, got: Any) -> bool:
+    """Whether nested outputs have the same tensors up to rounding; leaves that are none, a cache say, may differ."""
+    return all(_same(*pair) for pair in zip_longest(pytree.tree_leaves(want), pytree.tree_leaves(got)))
+
+
+def _same(want: Any, got: Any) -> bool:
+    if not (isinstance(want, Tensor) and isinstance(got, Tensor)):
+        return isinstance(want, Tensor) == isinstance(got, Tensor)
+    return want.shape == got.shape and want.dtype == got.dtype and close(want, got)
 
 
 def close(want: Tensor, got: Tensor) -> bool:

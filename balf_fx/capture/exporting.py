@@ -2,9 +2,8 @@
 
 Sizes of inputs are fixed to those of the example. Only the batch dimension and, for integer inputs [batch, length], the
 length may vary, if the model's code allows it; vmap does not, for the dimension that it maps. The ranges that export
-found for these are asserted in the graph, so that a call with other sizes fails and does not return a wrong result. So
-is what the model's code asks about values, if nothing else captures the model: whether a mask has any entry, or a size
-that is computed as a tensor.
+found for these are asserted in the graph: a call with other sizes fails and does not return a wrong result. So is what
+the model's code asks about values, if nothing else captures the model: whether a mask has any entry, for instance.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.capture.contexts import transforms
+from balf_fx.capture.lengths import symbolic_lengths
 from balf_fx.capture.names import illegal_name
 from balf_fx.capture.tracing import arguments_of, guard_constant, plain, user_line
 from balf_fx.errors import CaptureError
@@ -64,7 +64,7 @@ def export(
         batch = 2
     args, kwargs = tuple(positional.values()), dict(keywords)
     try:
-        with _named_keywords(model, keywords):
+        with _named_keywords(model, keywords), symbolic_lengths(model):
             bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
             shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, batch), dict(bound))
             program = _exported(model, args, kwargs, shapes, conditional)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MODEL_ERRORS, Forward, forward_for
 from balf_fx.capture.arguments import Call, record_call
-from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights, close
+from balf_fx.capture.checks import check_evaluation_mode, check_functional_training, check_weights, same_outputs
 from balf_fx.capture.contexts import cast_explicitly, check_transforms, inline_contexts
 from balf_fx.capture.exporting import export
 from balf_fx.capture.functional import make_functional
@@ -215,10 +215,8 @@ def _restore_buffers(copied: nn.Module, model: nn.Module) -> None:
 
 def _check_same_output(expected: Any, actual: Any) -> None:
     """Raise if outputs differ: the graph runs the model's operations in order, so they may only differ by rounding."""
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=False)
-    for want, got in ((a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
-        if not (want.shape == got.shape and want.dtype == got.dtype and close(want, got)):
-            raise CaptureError(
-                "the output of the captured graph differs from the model's on the example batch: look for hooks on "
-                "the model, for control flow that depends on its inputs, or for state that forward changes"
-            )
+    if not same_outputs(expected, actual):
+        raise CaptureError(
+            "the output of the captured graph differs from the model's on the example batch: look for hooks on the "
+            "model, for control flow that depends on its inputs, or for state that forward changes"
+        )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import operator
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import MODEL_ERRORS, sample_count, some_samples
 from balf_fx.capture.arguments import Call, copied
-from balf_fx.capture.checks import close
+from balf_fx.capture.checks import same_outputs
 
 
 def assert_several(graph_module: fx.GraphModule, model: nn.Module, call: Call) -> None:
@@ -45,15 +43,8 @@ def _alike_on_one(graph_module: fx.GraphModule, model: nn.Module, call: Call) ->
     args, kwargs = some_samples((tuple(call.by_position.values()), call.by_keyword), 0, 1)
     inputs = [call.input(str(node.target)) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad(), suppress(*MODEL_ERRORS):
-        got = pytree.tree_leaves(graph_module(*copied(some_samples(tuple(inputs), 0, 1))))
+        got = graph_module(*copied(some_samples(tuple(inputs), 0, 1)))
         with suppress(*MODEL_ERRORS):
-            want = pytree.tree_leaves(model(*copied(args), **copied(kwargs)))
-            return all(_alike(*pair) for pair in zip(want, got, strict=False))
+            return same_outputs(model(*copied(args), **copied(kwargs)), got)
         return False
     return True
-
-
-def _alike(want: Any, got: Any) -> bool:
-    if not (isinstance(want, Tensor) and isinstance(got, Tensor)):
-        return isinstance(want, Tensor) == isinstance(got, Tensor)
-    return want.shape == got.shape and want.dtype == got.dtype and close(want, got)

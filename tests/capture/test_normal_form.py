@@ -421,3 +421,20 @@ def test_other_lengths_are_open():
     for shape in ((1, 2), (4, 31)):
         tokens = torch.randint(50, shape)
         torch.testing.assert_close(graph_module(tokens), model(tokens))
+
+
+class Asking(nn.Module):
+    """Returns nothing where a size is no number of Python's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y if isinstance(x.shape[0], int) else None
+
+
+def test_a_graph_that_returns_no_tensor_where_the_model_does_is_refused():
+    with pytest.raises(CaptureError, match="differs"):
+        capture(Asking().eval(), torch.randn(4, 8), method="symbolic_trace")
