@@ -131,6 +131,8 @@ def applied(map_: Tensor, vector: Tensor) -> Tensor:
 class JointSums:
     """Accumulates a `Joint` chunk by chunk: products in the precision of the chunks, totals in float64.
 
+    Products are of values around the first chunk's mean: float32 loses the covariance of values far from zero.
+
     Args:
         x, y: (G, D) and (G, O); one group of x may be shared by all groups of y.
         known: the sums over the same x, if they are already known.
@@ -150,6 +152,7 @@ class JointSums:
         self._y = zeros(groups, rows)
         # products of x, y and 1 with x, stacked in this order; only of y if the sums over x are known
         self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
+        self._shift: Tensor | None = None  # [G, D + rows, 1], what is subtracted from x and y
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         """Add some positions.
@@ -158,31 +161,55 @@ class JointSums:
             x, y: [G, D, n] and [G, O, n].
             weights: [n], None for 1 each.
         """
-        y = y.reshape(len(x), -1, y.shape[-1])
-        self.count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
-        if self._known is not None:
-            y = y if weights is None else y * weights
-            self._y += y.sum(-1)
-            self._products += y @ x.mT
-            return
         size = x.shape[1]
-        rows = torch.cat([x, y, x.new_ones(len(x), 1, x.shape[-1])], 1)
+        rows = torch.cat([x, y.reshape(len(x), -1, y.shape[-1]), x.new_ones(len(x), 1, x.shape[-1])], 1)
+        if self._shift is None:
+            self._shift = rows[:, :-1].mean(-1, keepdim=True)
+        rows[:, :-1] -= self._shift
         if weights is not None:
             rows *= weights.sqrt()
+        self.count += float(x.shape[-1] if weights is None else weights.sum(dtype=torch.float64))
         self._y += (rows[:, size:-1] @ rows[:, -1:].mT).squeeze(-1)
-        add_lower(self._products, rows)
+        if self._known is None:
+            add_lower(self._products, rows)
+        else:
+            self._products += rows[:, size:-1] @ rows[:, :size].mT
 
     def merge(self, group: Group) -> None:
         """Add the sums of the other processes; the sums over known x must be those of all processes."""
+        self._move_to_zero()
         self.count, self._y, self._products = group.merged((self.count, self._y, self._products), _added)
 
     def joint(self) -> Joint:
         """The sums so far, in the memory in which they are accumulated."""
+        self._move_to_zero()
         inputs, yx = self._known, self._products
         if inputs is None:
             xx, yx, x = yx.tensor_split((self._shape[-1], -1), 1)
             inputs = Inputs(self.count, x.squeeze(1), mirror(xx))
         return Joint(inputs, self._y.reshape(self._shape[:2]), yx.reshape(self._shape))
+
+    def _move_to_zero(self) -> None:
+        """Turn sums around the shift into sums around zero; what is added from here is not shifted."""
+        if self._shift is None:
+            return
+        shift = self._shift.squeeze(-1).to(torch.float64)
+        x, y = shift.tensor_split((self._shape[-1],), 1)
+        if self._known is None:
+            sums = torch.cat([self._products[:, -1], self._y], 1)
+            products, sum_x = self._products[:, :-1], self._products[:, -1] + self.count * x
+            self._products[:, -1] = sum_x
+        else:
+            products, sums, shift, sum_x = self._products, self._y, y, self._known.x
+        _add_outer(products, sums, x)
+        _add_outer(products, shift, sum_x)
+        self._y += self.count * y
+        self._shift = torch.zeros_like(self._shift)
+
+
+def _add_outer(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """Add the products of [G, n] and [G, m] to [G, n, m], in place since it may be large."""
+    total.baddbmm_(first.unsqueeze(-1), second.unsqueeze(-2))
 
 
 _Sums = tuple[float, Tensor, Tensor]

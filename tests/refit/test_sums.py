@@ -69,3 +69,18 @@ def test_sums_of_other_targets_have_the_factors_of_the_first():
     assert other.whole.inputs.factor(0.1) is first.whole.inputs.factor(0.1)
     torch.testing.assert_close(other.whole.yx, held_out.yx - train.yx)
     torch.testing.assert_close(first.whole.inputs.xx, train.inputs.xx + held_out.inputs.xx)
+
+
+def test_values_far_from_zero_keep_their_covariance_in_single_precision():
+    """Their means are 3,000 deviations; without a shift, the covariance is wrong by several times itself."""
+    x = (random(74, 1, 6, 4000) + 3000 * random(75, 1, 6, 1).abs() + 3000).float()
+    y = (random(76, 1, 3, 6) @ (x.double() - 3000) + random(77, 1, 3, 4000) - 5000).float()
+    exact = joint(x.double(), y.double(), None)
+    for known in (None, exact.inputs):
+        sums = JointSums((1, 6), (1, 3), x.device, known)
+        for chunk in range(4):
+            own = slice(1000 * chunk, 1000 * chunk + 1000)
+            sums.add(x[..., own], y[..., own], None)
+        found = sums.joint()
+        torch.testing.assert_close(found.inputs.covariance, exact.inputs.covariance, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.cross(), exact.cross(), rtol=1e-3, atol=1e-3)
