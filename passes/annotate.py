@@ -14,9 +14,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from balf_fx.errors import PassError, UnknownSiteError
 from balf_fx.graph.annotation import annotate, sites
 from balf_fx.graph.experts import read_experts
-from balf_fx.graph.layers import read_layer, read_parts, read_site
+from balf_fx.graph.layers import read_layer, read_site
 from balf_fx.graph.owners import fixed_layers
 from balf_fx.graph.parameters import get_tensor, parameter_users
+from balf_fx.graph.parts import read_parts
 from balf_fx.graph.routers import routers
 from balf_fx.graph.site import Reason, Refusal, Site, exclusion
 from balf_fx.passes.base import Pass

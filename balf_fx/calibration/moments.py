@@ -72,8 +72,14 @@ def by_sample(value: Tensor, site: Site) -> Tensor:
     """A site's input or output with a leading dimension of samples and, for a linear layer, one of positions."""
     if site.conv is not None:
         return with_batch(value, site.conv)
+    value = samples_first(value, site)
     leading = value.shape[:-1] or (1,)
     return value.reshape(leading[0], math.prod(leading[1:]), value.shape[-1])
+
+
+def samples_first(value: Tensor, site: Site) -> Tensor:
+    """A site's input or output with its samples in the first dimension."""
+    return value.movedim(site.samples, 0) if site.samples else value
 
 
 def leading_sizes(value: Tensor, site: Site, side: Side) -> tuple[int, ...]:
@@ -82,7 +88,7 @@ def leading_sizes(value: Tensor, site: Site, side: Side) -> tuple[int, ...]:
     A convolution's positions are those of its output, for both.
     """
     if site.conv is None:
-        return tuple(value.shape[:-1])
+        return tuple(samples_first(value, site).shape[:-1])
     samples, _, *sizes = with_batch(value, site.conv).shape
     return (samples, *(sizes if side == "output" else site.conv.output_sizes(sizes)))
 

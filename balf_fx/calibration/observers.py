@@ -21,6 +21,7 @@ from balf_fx.calibration.moments import (
     is_finite,
     leading_sizes,
     output_columns,
+    samples_first,
     sum_moments,
     with_batch,
 )
@@ -73,6 +74,7 @@ class CovarianceObserver(nn.Module):
     @torch.no_grad()
     def forward(self, value: Tensor, weights: Weights | None = None) -> None:
         own = None if weights is None else weights.at(leading_sizes(value, self.site, self.side))
+        value = samples_first(value, self.site)
         with torch.autocast(value.device.type, enabled=False):
             seen = self._moments(value, torch.promote_types(value.dtype, torch.float32), own)
             if seen is not None and not in_range(seen):  # squares overflow or underflow long before the values do

@@ -30,6 +30,7 @@ from balf_fx.capture.models import (
     without_expert_loops,
 )
 from balf_fx.capture.positions import restore_positions
+from balf_fx.capture.samples import find_samples
 from balf_fx.capture.single import assert_several
 from balf_fx.capture.tracing import trace
 from balf_fx.errors import CaptureError, OptionError
@@ -145,6 +146,7 @@ def _captured(
         drop_dead_code(graph_module)
         with _runs_the_example():
             output = profile(graph_module, inputs)
+            find_samples(graph_module, inputs)
         if method == "export":
             assert_several(graph_module, subject, call)
     _restore_buffers(graph_module, model)

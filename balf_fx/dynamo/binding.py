@@ -15,6 +15,7 @@ from torch._dynamo.convert_frame import compile_lock
 from balf_fx.capture.contexts import cast_explicitly, inline_contexts
 from balf_fx.capture.functional import make_functional
 from balf_fx.capture.models import cuda_devices
+from balf_fx.capture.samples import find_samples
 from balf_fx.dynamo.frames import WeightInput, lift
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine.program import Part, layer_originals
@@ -85,6 +86,7 @@ class Binding:
         record_graph(graph_module, captured="dynamo", origin=origin)
         with compile_lock, torch.random.fork_rng(devices=cuda_devices(graph_module)):
             profile(graph_module, args)  # under Dynamo's lock: the counter sets the same global of torch
+            find_samples(graph_module, args)
         return Part(graph_module, calls, self.originals, aliases)
 
     def finish(self, graph_module: fx.GraphModule, part: Part, watched: Mapping[str, Tensor]) -> None:

@@ -44,6 +44,7 @@ class Annotation:
     Attributes:
         flops: FLOPs counted on the example batch (`graph.flops.profile`).
         shape: the shape of the node's output on the example batch.
+        samples: the dimension of the samples in the output of a linear layer (`capture.samples`).
         number: the node's output on the example batch if it is a whole number, for example a size.
         loads: the number of rows of each expert on the example batch, where they are assigned to experts.
         argument: the name of the model's argument that an input takes, where the input's own name does not tell it.
@@ -73,6 +74,7 @@ class Annotation:
 
     flops: int | None = None
     shape: tuple[int, ...] | None = None
+    samples: int = 0
     number: int | None = None
     loads: tuple[int, ...] = ()
     argument: str | None = None

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.graph.experts import ExpertProduct, leads_to_experts, read_experts
-from balf_fx.graph.operators import aten, is_transposition, reads_metadata
+from balf_fx.graph.operators import aten, is_transposition
 from balf_fx.graph.parameters import FLOATS, get_tensor, is_hooked, is_quantized
 from balf_fx.graph.site import ConvGeometry, Kind, Reason, Refusal, Site
 
@@ -82,22 +82,7 @@ _CALLS: dict[Any, tuple[Kind, tuple[str, ...]]] = {
 _EINSUMS = (torch.einsum, torch.functional.einsum, aten.einsum.default)
 
 
-_RESHAPES: tuple[Any, ...] = (
-    *(torch.reshape, torch.unflatten, "reshape", "view", "unflatten"),
-    *(aten.reshape.default, aten.view.default, aten.unflatten.int),
-)
-
-
-_SPLITS: tuple[Any, ...] = (
-    *(torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split"),
-    *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.tensor_split.sections),
-)
-
-
 _GROUPED_ALIGNMENT = 16  # bytes
-
-
-_PARTS = (2, 3)
 
 
 _WEIGHTS = ("weight", "bias")
@@ -129,11 +114,11 @@ def read_site(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | N
 
 def read_layer(graph_module: fx.GraphModule, node: fx.Node) -> Site | Refusal | None:
     """Like `read_site`, but also returns layers that are not sites because no rank saves anything."""
-    if node.op == "call_module":
-        return _read_module(graph_module, node)
-    if node.op in ("call_function", "call_method"):
-        return _read_call(graph_module, node)
-    return None
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return None
+    found = _read_module(graph_module, node) if node.op == "call_module" else _read_call(graph_module, node)
+    samples = annotation(node).samples
+    return dataclasses.replace(found, samples=samples) if samples and isinstance(found, Site) else found
 
 
 def layers_of(graph_module: fx.GraphModule) -> dict[str, tuple[Site, list[fx.Node]]]:
@@ -250,26 +235,6 @@ def layer_parameters(node: fx.Node) -> dict[str, fx.Node]:
     """The nodes of the arguments "weight" and "bias" of a functional layer or a product."""
     bound = _bind(node) if node.op in ("call_function", "call_method") else {}
     return {role: value for role in _WEIGHTS if isinstance(value := bound.get(role), fx.Node)}
-
-
-def read_parts(node: fx.Node, features: int) -> int:
-    """The number of equal pieces into which the graph splits a linear layer's output, 2 or 3, else 1.
-
-    It may chunk or split the last dimension, or reshape it to [pieces, heads, features of a head].
-    """
-    found = {_pieces(user, features) for user in node.users if not reads_metadata(user)}
-    return found.pop() if len(found) == 1 else 1
-
-
-def _pieces(user: fx.Node, features: int) -> int:
-    shape = annotation(user).shape
-    if shape is not None:
-        reshaped = len(shape) > 2 and all(isinstance(size, int) for size in shape[-3:])
-        reshaped = reshaped and shape[-3] in _PARTS and math.prod(shape[-3:]) == features
-        return shape[-3] if reshaped and user.target in _RESHAPES else 1
-    widths = [(annotation(item).shape or (0,))[-1] for item in user.users if item.target is operator.getitem]
-    equal = len(widths) in _PARTS and set(widths) == {features // len(widths)}
-    return len(widths) if equal and features % len(widths) == 0 and user.target in _SPLITS else 1
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:

@@ -138,6 +138,7 @@ class Site:
         multiple_of: the number of which the user wants ranks, over all groups, to be multiples.
         pivots: the order that is free where its low-rank maps are written with their own rows or columns; None for
             pairs of factors only.
+        samples: the dimension of the samples in a linear layer's values, 1 for sequences [L, N, F].
         divided: how its kernel is divided between the factors (`ranks.divided`); None where the first has all of it.
         move: the multiplications that such a form must save for each value that it moves at a position; 0 where only
             parameters count.
@@ -160,6 +161,7 @@ class Site:
     pivots: FreeOrder | None = None
     move: int = MOVE
     divided: Divided | None = None
+    samples: int = 0
 
     @property
     def transposed(self) -> bool:
