@@ -1,9 +1,11 @@
-"""Fold a scale of each feature into the layer before it, such as LayerScale (Touvron et al. 2021)."""
+"""Fold a scale into the layer before it: of each feature, as LayerScale (Touvron et al. 2021), or of a whole branch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,10 +25,11 @@ from balf_fx.passes.base import Pass
 
 @dataclass(frozen=True)
 class FoldLayerScale(Pass):
-    """Replace a layer whose output is multiplied by a parameter with one entry for each feature by one layer.
+    """Replace a layer whose output is multiplied by one layer.
 
-    The output may have been brought into another layout in between. It is folded if nothing else reads the output or
-    the layer's parameters. Where layers go back into the user's model, its code multiplies, and nothing is folded.
+    The factor is a number, or a parameter with a single entry or with one for each feature. The output may have been
+    brought into another layout in between. It is folded if nothing else reads the output or the layer's parameters.
+    Where layers go back into the user's model, its code multiplies, and nothing is folded.
 
     Attributes:
         include, exclude: as in `Annotate`: layers that they leave out keep their weights and their scale.
@@ -42,7 +45,7 @@ class FoldLayerScale(Pass):
             scale = _Scale.read(graph_module, node)
             if scale is None or exclusion(scale.layer.name, self.include, self.exclude):
                 continue
-            fold(graph_module, scale.node, scale.layer, Norm(None, None, scale.weight, None, 0.0))
+            fold(graph_module, scale.node, scale.layer, scale.norm)
             node.replace_all_uses_with(scale.value)
             erase_unused(graph_module, node)
             modified = True
@@ -51,39 +54,63 @@ class FoldLayerScale(Pass):
 
 @dataclass(frozen=True)
 class _Scale:
-    """A product of a layer's output and a parameter.
+    """A product of a layer's output and a parameter or a number.
 
     Attributes:
         node, layer: the layer.
         value: its output, as the product reads it.
-        weight: the parameter, in any shape.
+        norm: multiplies by the factor.
     """
 
     node: fx.Node
     layer: Site
     value: fx.Node
-    weight: nn.Parameter
+    norm: Norm
 
     @classmethod
     def read(cls, graph_module: fx.GraphModule, product: fx.Node) -> _Scale | None:
         """What a node multiplies; None if it cannot be folded into a layer."""
-        if operation(product) != "mul" or len(product.args) != 2 or len(product.all_input_nodes) != 2:
-            return None
-        for value, factor in (product.all_input_nodes, product.all_input_nodes[::-1]):
-            (start, moves), (node, path) = (_behind(graph_module, each) for each in (factor, value))
-            weight = get_tensor(graph_module, str(start.target)) if start.op == "get_attr" else None
-            layer = read_layer(graph_module, node) if isinstance(weight, nn.Parameter) else None
+        for value, factor in _factors(product):
+            node, path = _behind(graph_module, value)
+            layer = read_layer(graph_module, node)
             if (
                 isinstance(layer, Site)
-                and isinstance(weight, nn.Parameter)
                 and not layer.has_experts
-                and weight.dtype == get_tensor(graph_module, layer.weight).dtype
                 and all(map(is_read_once, (node, *path, value)))
                 and owns_parameters(graph_module, node, layer)
-                and _scales_features(graph_module, (weight, moves), (node, layer, path))
             ):
-                return cls(node, layer, value, weight)
+                norm = _norm(graph_module, factor, (node, layer, path))
+                return None if norm is None else cls(node, layer, value, norm)
         return None
+
+
+_Output = tuple[fx.Node, Site, Sequence[fx.Node]]
+"""A layer's node, the layer, and what brings its output into another layout."""
+
+
+def _factors(node: fx.Node) -> list[tuple[fx.Node, Any]]:
+    """The values that a product or a quotient multiplies, each with the node or the number that is the factor."""
+    first, second = node.args if len(node.args) == 2 and not node.kwargs else (None, None)
+    pairs: list[tuple[Any, Any]] = []
+    if operation(node) == "mul":
+        pairs = [(first, second), (second, first)]
+    elif operation(node) in ("div", "truediv") and isinstance(second, int | float) and second:
+        pairs = [(first, 1 / second)]
+    return [(value, factor) for value, factor in pairs if isinstance(value, fx.Node)]
+
+
+def _norm(graph_module: fx.GraphModule, factor: Any, output: _Output) -> Norm | None:
+    """Multiplies by a factor of a layer's output; None if it is no number and no parameter that scales features."""
+    if isinstance(factor, int | float):
+        return Norm(None, None, None, None, 0.0, factor) if math.isfinite(factor) else None
+    if not isinstance(factor, fx.Node):
+        return None
+    start, moves = _behind(graph_module, factor)
+    weight = get_tensor(graph_module, str(start.target)) if start.op == "get_attr" else None
+    if not isinstance(weight, nn.Parameter) or weight.dtype != get_tensor(graph_module, output[1].weight).dtype:
+        return None
+    fits = _scales_features(graph_module, (weight, moves), output)
+    return Norm(None, None, weight, None, 0.0) if fits else None
 
 
 def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -96,21 +123,17 @@ def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[
     return node, found
 
 
-def _scales_features(
-    graph_module: fx.GraphModule,
-    factor: tuple[Tensor, Sequence[fx.Node]],
-    output: tuple[fx.Node, Site, Sequence[fx.Node]],
-) -> bool:
-    """Whether each entry of a factor is multiplied by one feature of a layer, in their order."""
+def _scales_features(graph_module: fx.GraphModule, factor: tuple[Tensor, Sequence[fx.Node]], output: _Output) -> bool:
+    """Whether each entry of a factor is multiplied by one feature of a layer, in their order, or one by all."""
     (weight, moves), (node, layer, path) = factor, output
     features, shape = layer.out_features * layer.groups, annotation(node).shape
     sizes = [annotation(each).number for each in sizes_of((*moves, *path))]
-    if weight.numel() != features or shape is None or None in sizes:
+    if weight.numel() not in (1, features) or shape is None or None in sizes:
         return False
-    numbers = torch.arange(features, dtype=torch.int32, device="cpu")
+    numbers = torch.arange(features, dtype=torch.int32, device="cpu") * int(weight.numel() == features)
     axis = feature_axis(layer)
     ours = numbers.reshape(-1, *[1] * (-1 - axis)).expand(shape)
-    theirs = numbers.reshape(weight.shape)
+    theirs = numbers[: weight.numel()].reshape(weight.shape)
     for each in path:
         ours = relaid(graph_module, each, ours, lambda size: annotation(size).number)
     for each in moves:

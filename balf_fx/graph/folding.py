@@ -29,7 +29,8 @@ def fold(graph_module: fx.GraphModule, node: fx.Node, layer: Site, norm: Norm) -
     weight: Tensor = get_tensor(graph_module, layer.weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
     bias = norm.shifted(None if layer.bias is None else get_tensor(graph_module, layer.bias), wide)
-    scaled = weight.detach() * _per_output(norm.scale(wide), layer, weight)
+    scale = norm.scale(wide).to(weight.device).expand(layer.groups * layer.out_features)
+    scaled = weight.detach() * _per_output(scale, layer, weight)
     _set_parameter(graph_module, layer.weight, nn.Parameter(scaled.to(weight.dtype), weight.requires_grad))
     if bias is not None:
         new_bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -161,7 +161,7 @@ class Site:
     pivots: FreeOrder | None = None
     move: int = MOVE
     divided: Divided | None = None
-    samples: int = 0
+    samples: int = field(default=0, compare=False)
 
     @property
     def transposed(self) -> bool:
@@ -311,9 +311,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Norm:
-    """A BatchNorm by its running statistics, y = (x - mean) / sqrt(variance + eps) * weight + bias, or y = x * weight.
+    """A BatchNorm by its running statistics, or a scale: y = (x - mean) / sqrt(variance + eps) * weight * factor + bias.
 
-    All are of length C; mean and variance are None without statistics, and weight and bias may be None.
+    All but the factor, a number, are of length C; a weight may also have length 1. Mean and variance are None without
+    statistics, and weight and bias may be None.
     """
 
     mean: torch.Tensor | None
@@ -321,14 +322,14 @@ class Norm:
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
+    factor: float = 1.0
 
     def scale(self, dtype: torch.dtype) -> torch.Tensor:
-        """The factor of its input, [C]."""
-        own = None if self.weight is None else self.weight.detach().to(dtype).flatten()
-        if self.variance is None:
-            return torch.ones((), dtype=dtype) if own is None else own
-        scale = (self.variance.to(dtype) + self.eps).rsqrt()
-        return scale if own is None else scale * own
+        """The factor of its input, [C], or [] if it is the same number for all."""
+        scale = torch.tensor(self.factor, dtype=dtype, device="cpu")
+        if self.variance is not None:
+            scale = (self.variance.to(dtype) + self.eps).rsqrt() * scale
+        return scale if self.weight is None else scale * self.weight.detach().to(dtype).flatten()
 
     def shifted(self, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         """The bias [C] of a layer with this bias into which it is folded; None if that has none."""

@@ -32,6 +32,12 @@ WAYS = {
     "one number": lambda own, x, y: own.gamma[0] * y,
     "weight read twice": lambda own, x, y: own.gamma * y + F.linear(x, own.layer.weight),
     "half": lambda own, x, y: own.gamma.half() * y,
+    "number": lambda own, x, y: 0.5 * y,
+    "quotient": lambda own, x, y: y / 3,
+    "one entry": lambda own, x, y: own.gamma * y,
+    "reciprocal": lambda own, x, y: 0.5 / y,
+    "quotient of parameters": lambda own, x, y: y / own.gamma,
+    "infinite": lambda own, x, y: y * float("inf"),
 }
 
 
@@ -41,6 +47,9 @@ CASES = {
     "in place": (nn.Linear(6, 6), (6,)),
     "images": (nn.Linear(6, 6), (6,)),
     "heads": (nn.Linear(6, 6), (6,)),
+    "one entry": (nn.Conv2d(6, 6, 1, groups=2, bias=False), (1, 1)),
+    "number": (nn.Linear(6, 6), (6,)),
+    "quotient": (nn.ConvTranspose2d(6, 6, 3, padding=1, groups=3), (6,)),
     "conv": (nn.Conv2d(6, 6, 3, padding=1, groups=2), (6, 1, 1)),
     "transposed": (nn.ConvTranspose2d(6, 6, 3, padding=1, groups=3), (1, 6, 1, 1)),
 }
@@ -65,7 +74,13 @@ def test_a_layer_and_its_scale_become_one_layer_that_computes_the_same(name, met
     assert torch.equal(model.gamma, gamma)
 
 
-@pytest.mark.parametrize("kind", ["other axis", "some", "read twice", "one number", "weight read twice", "half"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("other axis", "some", "read twice", "one number", "weight read twice", "half"),
+        *("reciprocal", "quotient of parameters", "infinite"),
+    ],
+)
 def test_what_is_no_scale_of_each_feature_alone_stays(kind):
     model = Scaled(kind, shape=(3,) if kind == "some" else (6,)).eval()
     x = torch.randn(2, 6, 6, 6) if kind == "other axis" else torch.randn(2, 4, 5, 6)
@@ -86,8 +101,9 @@ def test_layers_that_options_leave_out_keep_their_scale():
 class Stream(nn.Module):
     """Residual blocks on a stream of narrower features, whose branches may end in a scale and in relayouts."""
 
-    def __init__(self, scaled, moved, blocks=4):
+    def __init__(self, scaled, moved, factor=1, blocks=4):
         super().__init__()
+        self.factor = factor
         self.first = nn.ModuleList(nn.Linear(16, 40) for _ in range(blocks))
         self.second = nn.ModuleList(nn.Linear(40, 16) for _ in range(blocks))
         self.gammas = nn.ParameterList(nn.Parameter(torch.rand(16) + 0.5) for _ in range(blocks))
@@ -102,20 +118,22 @@ class Stream(nn.Module):
                 y = y.roll(1, 2).mT.reshape(-1, 16).unflatten(0, (-1, 4)).roll(-1, 1)
             elif self.scaled:
                 y = y * gamma
-            x = x + y
+            x = x + (y if self.factor == 1 else self.factor * y)
         return x
 
 
-@pytest.mark.parametrize(("scaled", "moved"), [(True, False), (False, True), (True, True)])
-def test_scales_and_relayouts_before_a_sum_do_not_change_the_compressed_model(scaled, moved):
+@pytest.mark.parametrize(
+    ("scaled", "moved", "factor"), [(True, False, 1), (False, True, 1), (True, True, 0.5), (False, False, 0.5)]
+)
+def test_scales_and_relayouts_before_a_sum_do_not_change_the_compressed_model(scaled, moved, factor):
     torch.manual_seed(0)
-    plain, model = Stream(scaled=False, moved=False).double().eval(), Stream(scaled, moved).double().eval()
+    plain, model = Stream(scaled=False, moved=False).double().eval(), Stream(scaled, moved, factor).double().eval()
     model.load_state_dict(plain.state_dict())
-    if scaled:
-        with torch.no_grad():
-            for layer, gamma in zip(plain.second, plain.gammas, strict=True):
-                layer.weight.mul_(gamma[:, None])
-                layer.bias.mul_(gamma)
+    with torch.no_grad():
+        for layer, gamma in zip(plain.second, plain.gammas, strict=True):
+            scale = factor * gamma if scaled else torch.full_like(gamma, factor)
+            layer.weight.mul_(scale[:, None])
+            layer.bias.mul_(scale)
     batches = [torch.randn(32, 4, 16, dtype=torch.float64) for _ in range(4)]
     torch.testing.assert_close(model(batches[0]), plain(batches[0]), rtol=0, atol=1e-12)
     found = [
