@@ -311,7 +311,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Norm:
-    """A BatchNorm by its running statistics, or a scale: y = (x - mean) / sqrt(variance + eps) * weight * factor + bias.
+    """A BatchNorm by its statistics, or a scale: y = (x - mean) / sqrt(variance + eps) * weight * factor + bias.
 
     All but the factor, a number, are of length C; a weight may also have length 1. Mean and variance are None without
     statistics, and weight and bias may be None.
