@@ -13,11 +13,12 @@ from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.edits import erase_unused
 from balf_fx.graph.folding import fold, is_read_once, owns_parameters
 from balf_fx.graph.layers import read_layer
+from balf_fx.graph.norms import Scale
 from balf_fx.graph.operators import is_identity, operation
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.pivoted import feature_axis
 from balf_fx.graph.relayouts import broadcasts, is_relayout, relaid, sizes_of
-from balf_fx.graph.site import Norm, Site, exclusion
+from balf_fx.graph.site import Site, exclusion
 from balf_fx.passes.base import Pass
 
 
@@ -42,7 +43,7 @@ class FoldLayerScale(Pass):
             scale = _Scale.read(graph_module, node)
             if scale is None or exclusion(scale.layer.name, self.include, self.exclude):
                 continue
-            fold(graph_module, scale.node, scale.layer, Norm(None, None, scale.weight, None, 0.0))
+            fold(graph_module, scale.node, scale.layer, Scale(scale.weight))
             node.replace_all_uses_with(scale.value)
             erase_unused(graph_module, node)
             modified = True

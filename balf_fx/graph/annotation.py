@@ -13,7 +13,8 @@ from torch import fx
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.curves import Form, Rank, RankCurve, Solution
 from balf_fx.graph.fingerprint import Fingerprint
-from balf_fx.graph.site import Norm, Refusal, Site
+from balf_fx.graph.norms import Foldable
+from balf_fx.graph.site import Refusal, Site
 from balf_fx.graph.widths import Reader, Width, WidthCurve
 
 META_KEY = "balf"
@@ -79,7 +80,7 @@ class Annotation:
     discarded: bool = False
     computed_from: tuple[torch.Tensor, ...] = ()
     overwrites: tuple[str, Any] | None = None
-    folded: tuple[Norm, ...] = ()
+    folded: tuple[Foldable, ...] = ()
     shared: bool = False
     site: Site | None = None
     refusal: Refusal | None = None
