@@ -22,7 +22,7 @@ from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.curves import Divided, RankCurve, Spectrum
 from balf_fx.graph.experts import read_experts
-from balf_fx.graph.flops import use
+from balf_fx.graph.flops import flops_and_outputs
 from balf_fx.graph.parameters import fingerprint, grouped_bias, grouped_weight
 from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass, scored_alike
@@ -133,7 +133,7 @@ class Score(Pass):
         def curves_of(site: Site) -> list[tuple[Site, RankCurve]]:
             plain, nodes = replace(site, divided=None), found[site]
             seen = self._seen(graph_module, nodes[0], site)
-            curve = self.score(graph_module, plain, seen, use(nodes), blocks[site])
+            curve = self.score(graph_module, plain, seen, flops_and_outputs(nodes), blocks[site])
             forms = self._forms(graph_module, nodes, plain, curve, seen)
             give_back(freed=site.numel)
             return forms
@@ -200,7 +200,7 @@ class Score(Pass):
                 raise _unobserved(site)
             if moments is not None and (planned or float(moments.count) >= _ENOUGH * thin.strips.in_features):
                 strips = self._strips(graph_module, thin, moments, seen.gradients, curve.energy)
-                found = rank_curve(thin, strips, *use(nodes))
+                found = rank_curve(thin, strips, *flops_and_outputs(nodes))
                 forms.append((thin, replace(curve, candidates=found.candidates, strips=strips)))
         if planned and forms[-1][0].divided not in wanted:
             raise _unobserved(site)

@@ -25,7 +25,7 @@ from balf_fx.budget.members import Member, Ranks, Share
 from balf_fx.budget.options import Option, Options
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, RankCurve
-from balf_fx.graph.flops import use
+from balf_fx.graph.flops import flops_and_outputs
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
@@ -256,7 +256,7 @@ def _cluster(
         gains_bias = name in read and bool(curves[read[name]].means)
         bias = site.bias is not None or gains_bias
         heads = tuple((index, width.heads) for index, width in enumerate(widths) if hosts.get(width.key) == name)
-        members.append(Member(site, *use([node]), outputs, read.get(name), name in mixed, bias, heads))
+        members.append(Member(site, *flops_and_outputs([node]), outputs, read.get(name), name in mixed, bias, heads))
     return Cluster(widths, curves, tuple(members), tuple(shares))
 
 

@@ -207,11 +207,9 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
         random = random if counts is None else random * counts.sqrt().to(random)
         if scale > 0:  # an output of zeros, as of a black image in a net without biases, has no gradient
             terms.append((values * (random / scale)).sum())
-    return (
-        torch.stack([term.float() for term in terms]).sum()
-        if terms
-        else torch.zeros((), dtype=torch.float32, device="cpu")
-    )
+    if not terms:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    return torch.stack([term.float() for term in terms]).sum()
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

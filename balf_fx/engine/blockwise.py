@@ -23,7 +23,7 @@ from balf_fx.calibration.merging import check_alike
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.parking import park_curves, parked
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import Journal
 from balf_fx.engine.calls import Calls
 from balf_fx.engine.finished import Finished
 from balf_fx.engine.program import Program
@@ -36,11 +36,11 @@ from balf_fx.graph.annotation import annotation, graph_record, record_graph, sit
 from balf_fx.graph.blocks import Block, find_blocks, weight_bytes
 from balf_fx.passes import Score, ScoreWidths
 from balf_fx.passes.score_widths import judges
-from balf_fx.progress import SILENT, Progress
+from balf_fx.progress import Progress
 from balf_fx.refit.offload import Shelved
 
 
-def paged(program: Program, settings: Settings, calibration: Calibration, lenient: bool = False) -> Calibration:
+def paged(program: Program, settings: Settings, calibration: Calibration, lenient: bool) -> Calibration:
     """Calibration with files for what is scored, if the program goes block by block.
 
     It does where weights, statistics and spectra exceed the memory of a process, and where the calibration has files
@@ -81,8 +81,8 @@ def calibrate_in_blocks(
     batches: Iterable[Any],
     calibration: Calibration,
     work: Work,
-    progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    progress: Progress,
+    journal: Journal,
 ) -> None:
     """Run batches through an observed program of one graph and score its sites and widths, block by block.
 

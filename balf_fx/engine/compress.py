@@ -33,7 +33,7 @@ from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.stages import few_samples, work_of
 from balf_fx.engine.timing import Watch
-from balf_fx.engine.trials import allocate_faithfully, plan_trial
+from balf_fx.engine.trials import best_allocation, plan_trial
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
 from balf_fx.graph.allocation import Allocation
@@ -312,10 +312,10 @@ def _measured(
     refit = settings.refit_mode is not None
     if settings.chosen_factors == "sensitivity":
         trial = plan_trial(program, calibration, refit, journal=journal)
-        return allocate_faithfully(program, problem, allocate, trial, progress)
+        return best_allocation(program, problem, allocate, trial, progress)
     try:
         trial = plan_trial(program, calibration, refit, few_samples(calibration.samples()), journal)
-        return allocate_faithfully(program, problem, allocate, trial, progress)
+        return best_allocation(program, problem, allocate, trial, progress)
     except CalibrationError as error:
         _LOGGER.warning("allocations are not compared, since the compressed model does not run: %s", error)
         return None

@@ -165,7 +165,7 @@ def _references(original: Program, judge: Calibration) -> Sequence[Any]:
     return found
 
 
-def allocate_faithfully(
+def best_allocation(
     program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
 ) -> tuple[Allocate, Allocation]:
     """Choose the best of a few allocations: over `caution` and `importance`; without gradients, over `evenness`.

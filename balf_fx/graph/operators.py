@@ -70,10 +70,10 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = str(getattr(node.target, "__name__", ""))
     augmented = node.target in AUGMENTED or node.target is operator.setitem
-    return augmented or name.endswith("_") or has_flag(node) or "out" in node.kwargs
+    return augmented or name.endswith("_") or has_inplace_flag(node) or "out" in node.kwargs
 
 
-def set_flag(node: fx.Node, in_place: bool) -> None:
+def set_inplace_flag(node: fx.Node, in_place: bool) -> None:
     """Set the argument `inplace` of a call, which has one."""
     names = argument_names(node.target)
     position = names.index("inplace") if "inplace" in names else len(node.args)
@@ -83,7 +83,7 @@ def set_flag(node: fx.Node, in_place: bool) -> None:
         node.update_kwarg("inplace", in_place)
 
 
-def has_flag(node: fx.Node) -> bool:
+def has_inplace_flag(node: fx.Node) -> bool:
     """Whether a call's argument `inplace` is true."""
     return bool(arguments(node).get("inplace", False))
 

@@ -119,12 +119,10 @@ class _Finder:
                     found[user, places[0]] = operand
                     others.append(torch.unique(operand.rows))
                 else:
-                    whole = moved is numbers  # as of logits, whose numbers are many
-                    rows = (
-                        torch.arange(shape[-1], device="cpu")
-                        if whole
-                        else torch.unique(moved % shape[-1]).to(torch.int64)
-                    )
+                    if moved is numbers:  # all rows, as of logits, whose numbers are many
+                        rows = torch.arange(shape[-1], device="cpu")
+                    else:
+                        rows = torch.unique(moved % shape[-1]).to(torch.int64)
                     others += [rows, rows]
         reads = torch.cat(others).bincount() if others else torch.zeros(0, device="cpu")
         return {place: operand for place, operand in found.items() if (reads[operand.rows.flatten()] == 1).all()}

@@ -13,7 +13,7 @@ import balf_fx
 from balf_fx.budget.problem import pose
 from balf_fx.calibration.batches import Calibration, forward_for, samples_of
 from balf_fx.engine.program import whole_program
-from balf_fx.engine.trials import Trial, _samples, allocate_faithfully, plan_trial
+from balf_fx.engine.trials import Trial, _samples, best_allocation, plan_trial
 from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Allocate, Score, ScoreWidths
 
@@ -136,7 +136,7 @@ def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
 
     monkeypatch.setattr(Trial, "measure", spy)
     with torch.no_grad():
-        option, chosen = allocate_faithfully(program, problem, allocate, trial_of(model, prepared, batches, refit))
+        option, chosen = best_allocation(program, problem, allocate, trial_of(model, prepared, batches, refit))
     assert len(measured) > 1
     least, allocation = min(measured, key=lambda pair: pair[0])
     assert chosen is allocation
@@ -186,6 +186,6 @@ def test_one_more_power_is_tried_beside_the_best(best, beside, monkeypatch):
     monkeypatch.setattr(Trial, "measure", lambda *_: float(abs(tried[-1][0] - best) + tried[-1][1]))
     trial = trial_of(model, prepared, batches, False)
     monkeypatch.setattr("balf_fx.engine.trials._chosen", lambda _: len(tried))  # no two are the same
-    option, _ = allocate_faithfully(program, problem, Allocate(flops=0.5, importance=0.6), trial)
+    option, _ = best_allocation(program, problem, Allocate(flops=0.5, importance=0.6), trial)
     assert tried == [(0.6, 1.0), (0.6, 2.0), (0.3, 1.0), (1.0, 1.0), (beside, 1.0)]
     assert option.importance == best
