@@ -38,7 +38,7 @@ class Calls:
     ) -> None:
         self._program, self._calibration, self._batches, self._blocks = program, calibration, batches, blocks
         self._known: list[tuple[int, str, Tensor | None, CallWeights]] = []
-        self._run = Shelved(calibration.memory)  # the batches, for the way back
+        self._run = Shelved(calibration.memory)  # the batches, for the backward pass
         self._first: Any = None  # the first batch
         self._generator = torch.Generator("cpu").manual_seed(calibration.seed + calibration.group.rank)
 
@@ -75,7 +75,7 @@ class Calls:
 
     @contextmanager
     def differentiated(self, block: Block, call: int) -> Iterator[Callable[[], Iterable[Wanted]]]:
-        """The context in which a block runs for a call, on the way back."""
+        """The context in which a block runs for a call in the backward pass."""
         graph_module = self._program.graph_modules[0]
         targets = dict.fromkeys(str(node.target) for node in block.nodes if node.op == "call_module")
         observers = [observer_of(graph_module, target, SensitivityObserver) for target in targets]

@@ -1,9 +1,9 @@
-"""What of a compression can be taken up again: the run that a checkpoint belongs to, and calibration in its middle.
+"""Resuming a compression: the run that a checkpoint belongs to, and a calibration that was interrupted.
 
 A run depends on the captured graphs with their tensors and statistics, on the options, on the batches, and on the
-versions of torch and balf_fx. With all of them alike, on the same machine with as many threads, a run that was killed
-ends with the model that it would have ended with, bit for bit. Statistics, trials, the allocation and solved layers are
-kept; capture, scores and the walk over both models are computed again.
+versions of torch and balf_fx. If all of these are the same, on the same machine with as many threads, a resumed run
+returns the model that the killed run would have returned, bit for bit. Statistics, trials, the allocation and solved
+layers are kept; capture, scores and the walk over both models are computed again.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _copied(value: Any) -> Any:
 
 
 class Resumption:
-    """Calibration as it is taken up, and as it is written from time to time.
+    """The state of a calibration, which is written from time to time, and read when a run is resumed.
 
     Args:
         module: the observed module; its observers get the statistics that were written.
@@ -199,9 +199,9 @@ class Resumption:
         self._batches = self._next = 0
         found: Gathered | None = journal.recall(CALIBRATION)
         if found is not None:
-            self._take_up(found)
+            self._resume(found)
 
-    def _take_up(self, found: Gathered) -> None:
+    def _resume(self, found: Gathered) -> None:
         self.counted, self.gradients = list(found.counted), found.gradients
         self._batches = self._next = found.batches
         self._generator.set_state(found.generator)

@@ -112,7 +112,7 @@ def walks(monkeypatch):
 @pytest.fixture
 def walks_back(monkeypatch):
     """The same for walks back."""
-    return counted_walks(monkeypatch, "walk_back")
+    return counted_walks(monkeypatch, "walk_backward")
 
 
 def small_batches(batches):
@@ -222,7 +222,7 @@ def test_statistics_of_finished_blocks_are_in_files(monkeypatch):
 
 
 def test_statistics_of_gradients_and_widths_are_in_files_too(monkeypatch):
-    """On the way back: the halves of each layer that was scored, and the curves of widths whose layers were."""
+    """In the backward pass: the halves of each layer that was scored, and the curves of widths whose layers were."""
     halves, bases, curves, plain = [], [], [], blockwise._score_widths
 
     def score_widths(graph_module, score, scored, pages):
