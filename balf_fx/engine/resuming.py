@@ -106,7 +106,7 @@ def open_journal(program: Program, settings: Settings, forward: Forward, group: 
     return FolderJournal(folder, _RECORDS, group)
 
 
-def check(journal: Journal, batches: Iterable[Any]) -> None:
+def check_batches(journal: Journal, batches: Iterable[Any]) -> None:
     """Read batches to the end, to compare them with those of the run that was killed; nothing without a checkpoint.
 
     Raises:
