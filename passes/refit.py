@@ -39,7 +39,7 @@ from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.parking import parked
 from balf_fx.calibration.weights import Weights, read_masks
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
@@ -98,7 +98,7 @@ class Refit(Pass):
     weights: Sequence[Mapping[str, Weights]] = ()
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
-    journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
+    journal: Journal = field(default=NO_JOURNAL, repr=False, compare=False)
     pages: Pages | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ class _Solver:
         if moved and self.mode == "full" and self._refittable(node, site, _rank(node)):
             weight = grouped_weight(self.graph_module, site)
             refitted = partial(refit_experts, self.walk, product, weight, solution, curve.spectrum)
-            solution = self.journal.remembered(f"layer {node.name}", refitted)
+            solution = self.journal.cached(f"layer {node.name}", refitted)
             annotate(node, refit=(solution,))
         factors = build_experts(get_tensor(self.graph_module, site.weight), site, solution)
         self.walk.finish(node, lambda batch: factors.run(node, batch.current))
@@ -222,7 +222,7 @@ class _Solver:
             spectra=_spectra(node, site),
             through=through,
         )
-        solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
+        solution = self.journal.cached(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=solution)
         self.walk.finish(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
 
@@ -262,7 +262,7 @@ class _Solver:
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
         parts = zip(prior, _spectra(node, thin), self._throughs(node, site, prior), strict=True)
         solution = tuple(
-            self.journal.remembered(f"layer {node.name}, {index}", partial(self._solve_part, node, thin, index, *part))
+            self.journal.cached(f"layer {node.name}, {index}", partial(self._solve_part, node, thin, index, *part))
             for index, part in enumerate(parts)
         )
         annotate(node, refit=solution)
@@ -284,7 +284,7 @@ class _Solver:
         self.walk.store(node, partial(_run, self._build(thin, as_read, (prior,)), reads))
         target = Target.of(self.graph_module, node, thin)
         problem = DividedProblem(target, self._importance(node), prior, *_spectra(node, thin))
-        solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
+        solution = self.journal.cached(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=(solution,))
         self.walk.finish(node, partial(_run, self._build(thin, as_read, (solution,)), reads))
 

@@ -1,4 +1,4 @@
-"""Find the smallest budget whose mistakes are certified, on samples that nothing else has seen.
+"""Find the smallest budget whose disagreement or divergence is certified, on samples that nothing else has seen.
 
 Budgets are tested from mild to hard, each at the full confidence, up to the first that misses the limit. The chance
 that the model before it exceeds the limit is then still at most 1 - confidence, however many budgets were tested
@@ -22,7 +22,7 @@ from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein, least_sa
 from balf_fx.calibration.answers import element_weights, find_logits, find_pixels, real_leaves
 from balf_fx.calibration.batches import Calibration, iterate, run_batch
 from balf_fx.calibration.weights import Weights
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.compress import convert
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
@@ -43,9 +43,11 @@ def certify(
     settings: Settings,
     calibration: Calibration,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[Program, Plan]:
-    """Compress a calibrated program as far as the user's limit of mistakes allows; the program itself is unchanged.
+    """Compress a calibrated program as far as the user's limit on disagreement or divergence allows.
+
+    The program itself is unchanged.
 
     Returns:
         As `compress.convert`; the plan has the certificate. If no budget keeps the limit, nothing but what is free is

@@ -10,7 +10,7 @@ from balf_fx.budget.bounds import check_scipy
 from balf_fx.errors import OptionError
 
 _LEAST_LIMIT = 1e-9
-"""The smallest limit of mistakes: it takes billions of samples to test."""
+"""The smallest limit on disagreement or divergence: it takes billions of samples to test."""
 
 
 def check_choice(name: str, given: Any, values: Collection[Any]) -> None:
@@ -69,7 +69,7 @@ def check_paths(**given: Any) -> None:
 
 
 def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation: Any) -> None:
-    """Check the options of a limit of mistakes, which belong together."""
+    """Check the options of a limit on disagreement or divergence, which belong together."""
     values = {"disagreement": disagreement, "divergence": divergence, "confidence": confidence}
     for name, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -83,7 +83,7 @@ def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation:
     limited = disagreement is not None or divergence is not None
     if limited and validation is None:
         raise OptionError(
-            "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
+            "disagreement= and divergence= are tested on batches that nothing else has seen: pass some as validation="
         )
     if disagreement is not None:
         check_scipy()

@@ -24,7 +24,7 @@ from balf_fx.calibration.observers import OBSERVERS, CovarianceObserver, Influen
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import check_fit, weighing
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.blockwise import score_in_blocks
 from balf_fx.engine.program import Program, count_calls, join, share_observers
 from balf_fx.engine.resuming import Resumption
@@ -108,7 +108,7 @@ def calibrate(
     calibration: Calibration,
     lenient: bool = False,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
 ) -> list[int]:
     """Run batches through an observed program, with gradients if it has observers of gradients.
 
@@ -201,7 +201,7 @@ def convert(
     settings: Settings,
     calibration: Calibration,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
     once: bool = False,
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget; the program itself is unchanged.
@@ -241,7 +241,7 @@ def convert(
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
     problem = pose(program.counted, program.totals() if watch is None else watch.totals())
     choose = partial(_chosen, program, settings, problem, calibration, watch, trying, journal)
-    allocation, timing = journal.remembered("allocation", choose)
+    allocation, timing = journal.cached("allocation", choose)
     compressed = settled(program, problem, drawn(problem, allocation))
     # 3. Refine or Refit: solve for the layers' weights. Pivot, Narrow, Factorize: rewrite the graphs.
     if settings.chosen_factors == "air":

@@ -54,7 +54,7 @@ class Finished:
     def resume(self, journal: Journal, group: Group, pages: Pages) -> None:
         """Read the statistics of the blocks that were finished before, in all processes."""
         for index in sorted(set(self._homes.values())):
-            found = journal.recall(self._name(index))
+            found = journal.last(self._name(index))
             if all(group.gathered(found is not None)):
                 for path, statistics in found.items():
                     self._observers[path].statistics = parked(statistics, pages)

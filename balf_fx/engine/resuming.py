@@ -30,7 +30,7 @@ from balf_fx.calibration.observers import (
 from balf_fx.calibration.sample import Gradients, Positions, Sample
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
-from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, Journal, difference
+from balf_fx.checkpoint.journal import NO_JOURNAL, FolderJournal, Journal, difference
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.engine.program import Program
 from balf_fx.engine.rewriting import held_tensors
@@ -91,7 +91,7 @@ def open_journal(program: Program, settings: Settings, forward: Forward, group: 
         CheckpointError: the folder belongs to another run; the message names the difference.
     """
     if settings.checkpoint is None:
-        return FORGETFUL
+        return NO_JOURNAL
     run: dict[str, dict[str, Any]] = {
         "version": {"balf_fx": __version__, "torch": str(torch.__version__)},
         "number of": {"processes": group.size},
@@ -197,7 +197,7 @@ class Resumption:
         self.counted: list[int] = []
         self.gradients = gradients
         self._batches = self._next = 0
-        found: Gathered | None = journal.recall(CALIBRATION)
+        found: Gathered | None = journal.last(CALIBRATION)
         if found is not None:
             self._resume(found)
 

@@ -23,7 +23,7 @@ from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.blockwise import answering
 from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import projected
@@ -63,12 +63,12 @@ class Trial:
     judge: Calibration
     references: Sequence[Any]
     refit: bool
-    journal: Journal = FORGETFUL
+    journal: Journal = NO_JOURNAL
 
     def measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
         """The distance of the outputs from the original's; the program is unchanged."""
         stage = f"trial {digest_of(_chosen(allocation))}"
-        return self.journal.remembered(stage, lambda: self._measure(program, problem, allocation))
+        return self.journal.cached(stage, lambda: self._measure(program, problem, allocation))
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
         pages = self.judge.pages  # for layers in files, and a model that runs block by block
@@ -91,7 +91,7 @@ def plan_trial(
     calibration: Calibration,
     refit: bool,
     most: int = TRIAL_SAMPLES["judge"],
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
 ) -> Trial:
     """Choose the samples for the measurement, and run the original on them.
 
