@@ -22,8 +22,6 @@ from balf_fx.graph.site import Site, exclusion
 from balf_fx.passes.base import Pass
 
 _MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 _CALLS = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.ops.aten.batch_norm.default: (

@@ -16,8 +16,6 @@ from balf_fx.passes.base import Pass
 
 _LAYERS = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.GroupNorm)
 _PRODUCTS = frozenset(("linear", "addmm", "matmul", "mm", "bmm", "baddbmm"))
-
-
 _OPERATIONS = _PRODUCTS | frozenset(
     (
         *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),

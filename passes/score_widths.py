@@ -40,11 +40,7 @@ from balf_fx.ranks.spectra import (
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 
 _LOGGER = logging.getLogger(__name__)
-
-
 _BASIS_DAMPING = 1e-3  # small, because the metric consists of damped ones
-
-
 _JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
 
 

@@ -34,8 +34,6 @@ from balf_fx.ranks.costs import rank_params
 from balf_fx.widths.heads import has_level_heads, is_attention
 
 _SIZES = {1: 32, 2: 12}  # the number of sizes tried for each width, by the number of widths in the cluster
-
-
 _PRODUCTS = 512  # up to so many choices of ranks at one size are all tried; else those on the convex hull
 
 _Build = Callable[[int, float], Option]

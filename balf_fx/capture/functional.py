@@ -30,11 +30,7 @@ from balf_fx.graph.operators import AUGMENTED, changes_in_place, has_inplace_fla
 from balf_fx.graph.views import view_steps, write_through
 
 _FEW = 2  # samples; with one, more values would share memory
-
-
 _LOGGER = logging.getLogger(__name__)
-
-
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not")
 """Operations that return truth values, but keep the dtype of what they change."""
 

@@ -33,17 +33,9 @@ except ImportError:
 
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
 _EXISTING_RESULT = click.Path(exists=True, path_type=Path)
-
-
 _PICTURE = OutputFile(".png", ".svg", ".pdf")
-
-
 _BUDGET = ("flops", "params", "latency", "energy", "allocation", "disagreement", "divergence", "confidence", "minimise")
-
-
 _BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
 
 

@@ -24,20 +24,10 @@ from balf_fx.graph.expert_rows import ExpertRows, expert_ids
 from balf_fx.graph.operators import operation
 
 _ROWS = "rst"
-
-
 _SAME = ("contiguous", "clone", "detach", "to", "float", "type_as")
-
-
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-
-
 _MOVES = ("transpose", "swapaxes", "swapdims", "permute", "unsqueeze")
-
-
 _LINKS = (*_SAME, *_MOVES, "getitem", "index", "index_select")
-
-
 _PRODUCTS = ("bmm", "baddbmm", "matmul", "einsum", *_GROUPED)
 
 

@@ -53,8 +53,6 @@ _NAME_LENGTH, _NAME_SIZE = 46, 8
 
 
 _MEASURES = {"flops": "FLOPs", "params": "parameters", "latency": "time"}
-
-
 _BAR = 0.72  # height of a bar, as a share of a line
 
 

@@ -26,17 +26,9 @@ from balf_fx.graph.widths import Operand, Size, View, Width
 from balf_fx.widths.moves import Moves, is_harmless, is_shaped, numbered, read_size, reads_size
 
 _ATTENTIONS = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
-
-
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, aten.matmul.default, aten.bmm.default, "matmul", "bmm")
-
-
 _SUMS = (torch.baddbmm, aten.baddbmm.default, "baddbmm")  # a product that is added to the first argument
-
-
 _SCALINGS = ("mul", "div", "truediv", "imul", "itruediv")
-
-
 _LEAST = 8
 
 
