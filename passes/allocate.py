@@ -216,7 +216,9 @@ class Allocate(Pass):
         if sum(group.options.costs[-1] for group in groups) <= budget:
             return [(group, group.options[-1]) for group in groups], 0.0
         solution = solve([group.options.costs for group in groups], [group.options.losses for group in groups], budget)
-        return [(group, group.options[i]) for group, i in zip(groups, solution.choice, strict=True)], solution.multiplier
+        return [
+            (group, group.options[i]) for group, i in zip(groups, solution.choice, strict=True)
+        ], solution.multiplier
 
     def _bound(self, grids: Sequence[Sequence[_Group]], budget: int, multipliers: Sequence[float]) -> float:
         """A lower bound, from the dual, on the loss of every choice among the options of all grids."""

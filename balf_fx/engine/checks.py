@@ -1,4 +1,4 @@
-"""Checks of options."""
+"""Checks of options. Each raises an OptionError that names the option and the values that it takes."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def check_seed(seed: Any) -> None:
 
 
 def check_functions(**given: tuple[Any, str]) -> None:
-    """Check functions of the user's, or None, each with what it is a function of."""
+    """Check options that are functions or None; each comes with the names of its arguments, for the message."""
     for name, (function, arguments) in given.items():
         if function is not None and not callable(function):
             raise OptionError(f"{name} must be a function of {arguments}, not {function!r}")
 
 
 def check_ranks(allocation: Any) -> None:
-    """Check a mapping of layers to ranks, or something else."""
+    """Check the keys of `allocation` if it maps layers to ranks; the ranks are checked where they are used."""
     if isinstance(allocation, Mapping) and not all(isinstance(name, str) for name in allocation):
         raise OptionError(f"allocation must map names of layers to ranks, not {allocation!r}")
 

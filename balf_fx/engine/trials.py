@@ -38,11 +38,11 @@ from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
 _IMPORTANCES = (0.3, 1.0)  # beside the usual one: small powers are better at low budgets, 1 at high budgets
-_BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
+_NEXT_IMPORTANCE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, next to the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (1.0, 2.0)  # where features may be removed: a refit makes up for low ranks better
-_ROWS = {"fit": 16_384, "judge": 2_048}  # of logits, such as tokens: as many say as much with fewer samples
-_FEWEST = 8  # samples with so many rows: those of one sample are alike
+_ROWS = {"fit": 16_384, "judge": 2_048}  # rows of logits, such as tokens, that are enough in place of more samples
+_FEWEST = 8  # samples that are taken even so, since the rows of one sample are similar
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Trial:
             tried = settled(program, problem, allocation)
             carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
         module = tried.module if pages is None else answering(tried, self.judge, pages)
-        lost = divergence(module, self.judge, self.references, partial(_weights, program, self.judge))
+        distance = divergence(module, self.judge, self.references, partial(_weights, program, self.judge))
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
             pages.release()
         give_back(BETWEEN_WALKS, problem.totals.params)
-        return lost
+        return distance
 
 
 def plan_trial(
@@ -98,7 +98,7 @@ def plan_trial(
     Args:
         calibration: has at least one batch, in one of the processes. Samples are taken from all processes in turn.
         refit: whether the chosen allocation will be refitted.
-        most: a limit of the number of samples for each purpose, beside that where each has many rows of logits.
+        most: the most samples for each purpose; fewer are taken where each has many rows of logits.
         journal: as in `Trial`.
     """
     original, group = without_observers(program), calibration.group
@@ -106,7 +106,7 @@ def plan_trial(
     try:
         starts, total = calibration.numbered()
         limits = samples if min(most, total) <= _FEWEST else _limits(program, original, calibration, samples)
-        fit, judge = _few(calibration, refit, limits, starts, total)
+        fit, judge = _split(calibration, refit, limits, starts, total)
         references = group.together(partial(_references, original, judge))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
@@ -195,13 +195,13 @@ def best_allocation(
         rounds = [
             lambda _: [{"importance": IMPORTANCE, "caution": caution} for caution in cautions],
             lambda _: [{"importance": importance} for importance in _IMPORTANCES],
-            lambda best: [{"importance": _BESIDE[best.importance]}],
+            lambda best: [{"importance": _NEXT_IMPORTANCE[best.importance]}],
         ]
     option, attempts = allocate, list[_Attempt]()
     for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0][: len(rounds)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
-        option = min(attempts, key=attrgetter("lost")).option
-    best = min(attempts, key=attrgetter("lost"))
+        option = min(attempts, key=attrgetter("distance")).option
+    best = min(attempts, key=attrgetter("distance"))
     return best.option, best.allocation
 
 
@@ -212,12 +212,12 @@ def _chosen(allocation: Allocation) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Attempt:
-    lost: float
+    distance: float  # of the outputs, from the original's
     option: Allocate
     allocation: Allocation
 
 
-def _few(
+def _split(
     calibration: Calibration, refit: bool, limits: Mapping[str, int], starts: Sequence[int], total: int
 ) -> tuple[Calibration, Calibration]:
     """A few samples for the refit, and others for the measurement.
@@ -238,9 +238,9 @@ def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: 
         starts: the number of the first sample of each batch.
     """
     batches, weights = [], []
-    for index, (seen, batch) in enumerate(zip(starts, calibration.batches, strict=True)):
+    for index, (offset, batch) in enumerate(zip(starts, calibration.batches, strict=True)):
         count = samples_of(batch)
-        first, last = max(start - seen, 0), min(stop - seen, count)
+        first, last = max(start - offset, 0), min(stop - offset, count)
         if first < last:
             given, whole = calibration.given(index, batch), last - first == count
             batches.append(batch if whole else some_samples(batch, first, last))
