@@ -31,7 +31,7 @@ from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve, joint_widths
 from balf_fx.ranks.costs import rank_params
-from balf_fx.widths.heads import has_level_heads, is_attention
+from balf_fx.widths.heads import is_attention, requires_equal_heads
 
 _SIZES = {1: 32, 2: 12}  # the number of sizes tried for each width, by the number of widths in the cluster
 _PRODUCTS = 512  # up to so many choices of ranks at one size are all tried; else those on the convex hull
@@ -237,7 +237,7 @@ def _cluster(
         if graph_record(graph_module).nanoseconds is not None:
             shares.append(Share(Cost(latency=_passing(width, nodes)), ((index, 1.0),)))
     for name, parts in products.items():
-        shares.append(Share(_cost(nodes[name]), tuple(parts), has_level_heads(nodes[name])))
+        shares.append(Share(_cost(nodes[name]), tuple(parts), requires_equal_heads(nodes[name])))
     members = []
     for name in dict.fromkeys((*written, *read)):
         node = nodes[name]

@@ -61,8 +61,8 @@ def is_attention(product: fx.Node) -> bool:
     return product.target in _ATTENTIONS
 
 
-def has_level_heads(product: fx.Node) -> bool:
-    """Whether queries and values must have the same size: attention in one node only has fast kernels then."""
+def requires_equal_heads(product: fx.Node) -> bool:
+    """Whether heads of queries and of values must have one size: attention in one node only has fast kernels then."""
     if not is_attention(product) or len(product.args) < 3:
         return False
     shapes = [annotation(source).shape for source in (product.args[0], product.args[2]) if isinstance(source, fx.Node)]

@@ -606,14 +606,14 @@ def test_a_layer_with_more_outputs_than_inputs_is_solved_as_by_its_outputs(optio
     fewer, solve = [], Problem.solve
 
     def noted(self, walk):
-        fewer.append(self.target.site.name if self.through is not None else None)
+        fewer.append(self.target.site.name if self.linear is not None else None)
         return solve(self, walk)
 
     monkeypatch.setattr(Problem, "solve", noted)
     options |= {"effort": "best", "pivot": False, "progress": False}
     small = balf_fx.compile(model, batches, **options)
     assert names <= set(fewer)
-    monkeypatch.setattr(_Solver, "_through", lambda *_: None)
+    monkeypatch.setattr(_Solver, "_linear_target", lambda *_: None)
     fewer.clear()
     expected = balf_fx.compile(model, batches, **options)
     assert set(fewer) == {None}
