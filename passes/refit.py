@@ -112,7 +112,8 @@ class Refit(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         ends = {node for node in graph_module.graph.nodes if node.op == "output" or observes(node)}
         nodes = [node for node in graph_module.graph.nodes if node not in ends and not leads_to_experts(node)]
-        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_kept(node)}
+        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site)}
+        layers -= {node for node in layers if annotation(node).keeps_weights}
         nodes = summands_first(graph_module, without_ends(graph_module, nodes, layers, ends), layers)
         with torch.no_grad():
             weights = self.weights
@@ -346,12 +347,6 @@ class _Solver:
         """The weight of each position of a sample, where its gradients are known."""
         observer = observer_of(self.graph_module, annotation(node).sensitivity, SensitivityObserver)
         return None if observer is None else observer.positions
-
-
-def _is_kept(node: fx.Node) -> bool:
-    """Whether the layer keeps its weights, and only runs on the compressed values."""
-    refusal = annotation(node).refusal
-    return refusal is not None and refusal.keeps_weights
 
 
 def _run(substitute: Substitute, reads: Callable[[Batch], Tensor], batch: Batch) -> Tensor:

@@ -98,6 +98,11 @@ class Annotation:
     refit: tuple[Solution, ...] | None = None
     pivots: Pivots | None = None
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the node's layer keeps its weights bit for bit, and only runs on the compressed model's values."""
+        return self.refusal is not None and self.refusal.keeps_weights
+
 
 @dataclass(frozen=True)
 class Origin:
