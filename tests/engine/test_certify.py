@@ -187,7 +187,7 @@ def test_tokens_count_by_sequence_and_without_padding():
     assert found.chosen.bound == pytest.approx(empirical_bernstein(shares, 0.95))
 
 
-def test_pixels_choose_among_channels(batches):
+def test_pixels_choose_among_channels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 5, 1)).eval()
     with torch.no_grad():

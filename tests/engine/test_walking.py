@@ -86,7 +86,7 @@ def test_what_no_later_block_reads_is_given_up(shelves):
     assert alive[-1] == 0
 
 
-def test_outputs_are_computed_one_by_one(shelves):
+def test_outputs_are_computed_one_by_one():
     model, batches = MODELS["skips"]()
     graph_module = capture(model, batches[0])
     blocks, alive = find_blocks(graph_module, weight_bytes(graph_module), 0), []
