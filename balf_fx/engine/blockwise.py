@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from balf_fx.calibration.batches import Calibration
-from balf_fx.calibration.calls import Answering
+from balf_fx.calibration.calls import KnownOutputs
 from balf_fx.calibration.coverage import unseen
 from balf_fx.calibration.merging import check_alike
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
@@ -255,7 +255,7 @@ def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[
     pages.release()
 
 
-def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Module:
+def with_known_outputs(program: Program, calibration: Calibration, pages: Pages) -> nn.Module:
     """A module that, called on each of the batches in turn, returns what a program of one graph computes for it.
 
     The graph runs block by block.
@@ -264,4 +264,4 @@ def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Mo
     calls = Calls(program, calibration, calibration.batches)
     blocks = find_blocks(graph_module, bytes_read(graph_module), calibration.memory)
     outputs = walk(graph_module, blocks, calls, calibration.memory, lambda _: pages.release(), calls.around)
-    return Answering(graph_module, outputs)
+    return KnownOutputs(graph_module, outputs)

@@ -186,8 +186,8 @@ def run_steps(graphs: Sequence[Callable[..., Any]], trace: Trace) -> Any:
         output = graphs[step.part](*linked(step, returned))
         returned.append(pytree.tree_leaves(output))
     read = {link.step for step in trace for link in step.links}
-    answers = [value for index, values in enumerate(returned) if index not in read for value in values]
-    return answers[0] if len(answers) == 1 else answers
+    final = [value for index, values in enumerate(returned) if index not in read for value in values]
+    return final[0] if len(final) == 1 else final
 
 
 def linked(step: Step, returned: Sequence[Sequence[Any] | None]) -> tuple[Any, ...]:

@@ -71,8 +71,8 @@ class Settings:
     disagreement: float | None = option(
         None,
         "in place of a budget: the largest share, in (0, 1), of inputs like those of validation on which the model's "
-        "answer, such as the class, may differ from the original's. Budgets are tested on these from 0.95 downwards "
-        "(`engine.certify`), and the last one that passes is taken; the report has its bound",
+        "prediction, such as the class, may differ from the original's. Budgets are tested on these from 0.95 "
+        "downwards (`engine.certify`), and the last one that passes is taken; the report has its bound",
         "convert",
     )
     divergence: float | None = option(

@@ -18,13 +18,13 @@ from operator import attrgetter
 from typing import Any
 
 from balf_fx.budget.problem import Problem
-from balf_fx.calibration.answers import answers, differ, divergence
 from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some_samples
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
+from balf_fx.calibration.outputs import divergence, loss_and_weight, outputs_of
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
-from balf_fx.engine.blockwise import answering
+from balf_fx.engine.blockwise import with_known_outputs
 from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
@@ -76,7 +76,7 @@ class Trial:
         if tried is None:
             tried = settled(program, problem, allocation)
             carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
-        module = tried.module if pages is None else answering(tried, self.judge, pages)
+        module = tried.module if pages is None else with_known_outputs(tried, self.judge, pages)
         distance = divergence(module, self.judge, self.references, partial(_weights, program, self.judge))
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
@@ -147,10 +147,10 @@ def _rows(program: Program, original: Program, calibration: Calibration) -> floa
 
 def _mean_rows(program: Program, original: Program, calibration: Calibration) -> float:
     """The rows of logits of each sample that count, on average."""
-    answered = zip(calibration.batches, _references(original, calibration), strict=True)
+    outputs = zip(calibration.batches, _references(original, calibration), strict=True)
     counts = [
-        differ(answer, answer, batch, _weights(program, calibration, index))[1]
-        for index, (batch, answer) in enumerate(answered)
+        loss_and_weight(output, output, batch, _weights(program, calibration, index))[1]
+        for index, (batch, output) in enumerate(outputs)
     ]
     return sum(counts) / (sum(map(samples_of, calibration.batches)) or 1)
 
@@ -158,8 +158,8 @@ def _mean_rows(program: Program, original: Program, calibration: Calibration) ->
 def _references(original: Program, judge: Calibration) -> Sequence[Any]:
     """The original's outputs, in files where the model goes block by block."""
     if judge.pages is None:
-        return answers(original.module, judge.batches, judge.forward)
-    module, found = answering(original, judge, judge.pages), Shelved(memory=0)
+        return outputs_of(original.module, judge.batches, judge.forward)
+    module, found = with_known_outputs(original, judge, judge.pages), Shelved(memory=0)
     for index, batch in enumerate(judge.batches):
         found.append(run_batch(module, batch, judge.forward, index))
     return found

@@ -8,8 +8,8 @@ from typing import Literal
 from balf_fx.graph.curves import Measure
 
 Mistakes = Literal["disagreement", "divergence"]
-"""What is counted: the share of a sample's answers (classes, tokens, pixels) that differ from the original's, or the
-relative error of its outputs, at most 1."""
+"""What is counted: the share of a sample's predictions (classes, tokens, pixels) that differ from the original's, or
+the relative error of its outputs, at most 1."""
 
 
 @dataclass(frozen=True)
