@@ -169,10 +169,10 @@ class Score(Pass):
             parts = _spectrum(graph_module, site, seen, self.centred, site.parts, roots)
         if gradients is not None and len(seen.halves) == 2:
             weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
-            judge = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
-            spectrum = replace(spectrum, energies=judge(1))
+            held_out = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
+            spectrum = replace(spectrum, energies=held_out(1))
             if parts is not None and gradients.parts is not None:
-                parts = replace(parts, energies=judge(site.parts))
+                parts = replace(parts, energies=held_out(site.parts))
         if gradients is not None and not site.has_experts:  # groups matter as much as their gradients are large
             unit = gradients.unit.mean()
             energies = spectrum.energies * (gradients.unit / unit if unit > 0 else 1.0)
@@ -222,12 +222,12 @@ class Score(Pass):
         less alike at neighbouring pixels, so that it does not.
         """
         matrix = strips_of(grouped_weight(graph_module, site), site.factor_taps)
-        metric, judge = None, None
+        metric, energy_metric = None, None
         if gradients is not None:
-            metric, judge = (damped(gradients.scatter, share, gradients.unit) for share in (self.damping, 0.0))
+            metric, energy_metric = (damped(gradients.scatter, share, gradients.unit) for share in (self.damping, 0.0))
         moment = moments.covariance() if self.centred else moments.second_moment()
         mean = moments.mean if self.centred else None
-        found = strips_spectrum(matrix, moment, mean, site.factor_taps[1], metric, judge)
+        found = strips_spectrum(matrix, moment, mean, site.factor_taps[1], metric, energy_metric)
         total, size = float(found.energies.sum()), min(matrix.shape[1:])  # beyond it, nothing is kept
         energies = found.energies[:, :size] * (max(energy / total, 1.0) if total > 0 else 0.0)
         return Spectrum(energies, found.left[..., :size], mean, found.maps(size)[1])

@@ -35,7 +35,7 @@ from balf_fx.engine.walking import walk, walk_backward
 from balf_fx.graph.annotation import annotation, graph_record, record_graph, sites
 from balf_fx.graph.blocks import Block, find_blocks, weight_bytes
 from balf_fx.passes import Score, ScoreWidths
-from balf_fx.passes.score_widths import judges
+from balf_fx.passes.score_widths import scoring_layers
 from balf_fx.progress import Progress
 from balf_fx.refit.offload import Shelved
 
@@ -242,12 +242,14 @@ def _score_sites(graph_module: fx.GraphModule, score: Score, names: Set[str], pa
 
 
 def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[str], pages: Pages) -> None:
-    """Score the widths that layers judge which are all scored; what was computed goes to files."""
+    """Score the widths whose scoring layers are all scored; what was computed goes to files."""
     record = graph_record(graph_module)
     names = {node.name: site.name for site, nodes in sites(graph_module).items() for node in nodes}
     done = zip(record.widths, record.width_curves, strict=False)
     known = {width.key for width, curve in done if curve is not None}
-    ready = {width.key for width in record.widths if {names.get(node) for node in judges(width)} <= scored} - known
+    ready = {
+        width.key for width in record.widths if {names.get(node) for node in scoring_layers(width)} <= scored
+    } - known
     dataclasses.replace(score, only=ready)(graph_module)
     curves = zip(record.widths, graph_record(graph_module).width_curves, strict=True)
     moved = [parked(curve, pages) if width.key in ready else curve for width, curve in curves]

@@ -41,7 +41,7 @@ _IMPORTANCES = (0.3, 1.0)  # beside the usual one: small powers are better at lo
 _NEXT_IMPORTANCE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, next to the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (1.0, 2.0)  # where features may be removed: a refit makes up for low ranks better
-_ROWS = {"fit": 16_384, "judge": 2_048}  # rows of logits, such as tokens, that are enough in place of more samples
+_ROWS = {"fit": 16_384, "evaluation": 2_048}  # rows of logits, such as tokens, that are enough in place of more samples
 _FEWEST = 8  # samples that are taken even so, since the rows of one sample are similar
 
 
@@ -52,15 +52,15 @@ class Trial:
     Attributes:
         original: a copy of the program that computes what the original does.
         fit: batches on which an allocation is refitted before it is measured; empty for no refit.
-        judge: batches on which it is measured.
-        references: the original's outputs for `judge`.
+        evaluation: batches on which it is measured.
+        references: the original's outputs for `evaluation`.
         refit: whether any process has batches in `fit`.
         journal: has what was measured before a run was killed.
     """
 
     original: Program
     fit: Calibration
-    judge: Calibration
+    evaluation: Calibration
     references: Sequence[Any]
     refit: bool
     journal: Journal = NO_JOURNAL
@@ -71,13 +71,13 @@ class Trial:
         return self.journal.cached(stage, lambda: self._measure(program, problem, allocation))
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
-        pages = self.judge.pages  # for layers in files, and a model that runs block by block
+        pages = self.evaluation.pages  # for layers in files, and a model that runs block by block
         tried = None if self.refit else projected(self.original, allocation)
         if tried is None:
             tried = settled(program, problem, allocation)
             carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
-        module = tried.module if pages is None else with_known_outputs(tried, self.judge, pages)
-        distance = divergence(module, self.judge, self.references, partial(_weights, program, self.judge))
+        module = tried.module if pages is None else with_known_outputs(tried, self.evaluation, pages)
+        distance = divergence(module, self.evaluation, self.references, partial(_weights, program, self.evaluation))
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
@@ -90,7 +90,7 @@ def plan_trial(
     program: Program,
     calibration: Calibration,
     refit: bool,
-    most: int = TRIAL_SAMPLES["judge"],
+    most: int = TRIAL_SAMPLES["evaluation"],
     journal: Journal = NO_JOURNAL,
 ) -> Trial:
     """Choose the samples for the measurement, and run the original on them.
@@ -106,17 +106,17 @@ def plan_trial(
     try:
         starts, total = calibration.numbered()
         limits = samples if min(most, total) <= _FEWEST else _limits(program, original, calibration, samples)
-        fit, judge = _split(calibration, refit, limits, starts, total)
-        references = group.together(partial(_references, original, judge))
+        fit, evaluation = _split(calibration, refit, limits, starts, total)
+        references = group.together(partial(_references, original, evaluation))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
         half = count // 2 if refit else 0
         size = max(map(samples_of, calibration.batches), default=1)
         few = {purpose: math.ceil(limit / size) for purpose, limit in samples.items()}
         fit = calibration.only(range(min(few["fit"], half)))
-        judge = calibration.only(range(half, min(half + few["judge"], count)))
-        references = _references(original, judge)
-    return Trial(original, fit, judge, references, fit.has_batches(), journal)
+        evaluation = calibration.only(range(half, min(half + few["evaluation"], count)))
+        references = _references(original, evaluation)
+    return Trial(original, fit, evaluation, references, fit.has_batches(), journal)
 
 
 def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
@@ -155,13 +155,13 @@ def _mean_rows(program: Program, original: Program, calibration: Calibration) ->
     return sum(counts) / (sum(map(samples_of, calibration.batches)) or 1)
 
 
-def _references(original: Program, judge: Calibration) -> Sequence[Any]:
+def _references(original: Program, evaluation: Calibration) -> Sequence[Any]:
     """The original's outputs, in files where the model goes block by block."""
-    if judge.pages is None:
-        return outputs_of(original.module, judge.batches, judge.forward)
-    module, found = with_known_outputs(original, judge, judge.pages), Shelved(memory=0)
-    for index, batch in enumerate(judge.batches):
-        found.append(run_batch(module, batch, judge.forward, index))
+    if evaluation.pages is None:
+        return outputs_of(original.module, evaluation.batches, evaluation.forward)
+    module, found = with_known_outputs(original, evaluation, evaluation.pages), Shelved(memory=0)
+    for index, batch in enumerate(evaluation.batches):
+        found.append(run_batch(module, batch, evaluation.forward, index))
     return found
 
 
@@ -228,7 +228,9 @@ def _split(
     """
     half = total // 2 if refit and total > 1 else total
     fit = min(limits["fit"], half) if half < total else 0
-    return _samples(calibration, starts, 0, fit), _samples(calibration, starts, fit, fit + min(limits["judge"], half))
+    return _samples(calibration, starts, 0, fit), _samples(
+        calibration, starts, fit, fit + min(limits["evaluation"], half)
+    )
 
 
 def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: int) -> Calibration:
