@@ -161,7 +161,7 @@ def _weight_letters(operand: Any) -> _Weight | None:
 
 
 def _may_link(node: fx.Node) -> bool:
-    """Whether a node is of a kind that transposes or selects: of others, what they read need not be looked at."""
+    """Whether a node transposes or selects; what other nodes read is not followed."""
     return node.target is getattr or operation(node) in _LINKS
 
 
