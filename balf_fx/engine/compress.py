@@ -241,9 +241,7 @@ def convert(
 def _without_unseen(program: Program) -> Program:
     """The program without the sites that no finite value has reached, if there are others; these stay dense."""
     found = [unseen(graph_module) for graph_module in program.graph_modules]
-    if not any(found) or all(
-        len(refusals) == len(sites(g)) for refusals, g in zip(found, program.graph_modules, strict=True)
-    ):
+    if not any(found) or sum(map(len, found)) == sum(len(sites(part)) for part in program.graph_modules):
         return program
     copied = program.copy()
     for graph_module, refusals in zip(copied.graph_modules, found, strict=True):
