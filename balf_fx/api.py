@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import itertools
 import os
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,7 +37,7 @@ from balf_fx.engine.grafting import check_same, graft
 from balf_fx.engine.memory import size_of
 from balf_fx.engine.options import settings_from, takes_settings
 from balf_fx.engine.program import Program, whole_program
-from balf_fx.engine.resuming import check, open_journal, with_validation
+from balf_fx.engine.resuming import check_batches, open_journal, with_validation
 from balf_fx.engine.rewriting import finish, own_memory, with_plan
 from balf_fx.engine.run import keep, run, solve, with_factors, with_refit
 from balf_fx.engine.settings import Settings
@@ -51,6 +50,7 @@ from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.owners import parameters_named_once, stock_modules
 from balf_fx.graph.parameters import count_parameters
 from balf_fx.graph.plan import PLAN_ATTRIBUTE, Plan
+from balf_fx.huggingface.registry import describe
 from balf_fx.passes.score import Factors
 from balf_fx.progress import progress_bar
 from balf_fx.reporting.report import Report
@@ -96,7 +96,7 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         # 1. The first batch of all processes determines how the model is called and what it costs.
         batches = iterate(calib_batches)
         own = list(itertools.islice(batches, 1))
-        first = next(itertools.chain.from_iterable(group.gathered(own)), _NOTHING)
+        first = _first_of_all(own, group)
         if first is _NOTHING:
             raise CalibrationError(
                 "there are no calibration batches, or all are empty: pass at least one, or a fresh iterator"
@@ -107,16 +107,18 @@ def compile(model: nn.Module, calib_batches: Any, *, forward: Forward | None = N
         )
         journal = open_journal(program, settings, forward, group)
         settings = with_validation(settings, journal)
-        # 3. Keep the batches where something is measured or solved on them later; else read them as they come.
-        everything = journal.checked(itertools.chain(own, batches))
-        memory = settings.memory_bytes
-        kept = keep(calib_batches, everything, memory, closing) if settings.keeps_batches else ()
-        few = FEW_SAMPLES if settings.measures else 0
-        stream = None if settings.keeps_batches else Stream(everything, batch_count(calib_batches), few)
+        # 3. Keep the batches where something is measured or solved on them later; else read them once, as a stream.
+        everything, memory = journal.checked(itertools.chain(own, batches)), settings.memory_bytes
+        kept: Sequence[Any] = ()
+        stream = None
+        if settings.keeps_batches:
+            kept = keep(calib_batches, everything, memory, closing)
+        else:
+            stream = Stream(everything, batch_count(calib_batches), FEW_SAMPLES if settings.measures else 0)
         finished = checkpoint.read_result(journal, group)
         if finished is not None:
             if stream is not None and settings.calibrates:
-                collections.deque(stream, maxlen=0)  # compares them
+                collections.deque(stream, maxlen=0)  # a changed batch is an error, which only reading them shows
             return _rebuilt(finished, program, model)
         calibration = dataclasses.replace(_calibration(kept, forward, settings, memory, group), pages=pages)
         # 4. Calibrate, score every rank and width, solve the budget, refit the layers, rewrite the graph.
@@ -183,8 +185,8 @@ def calibrate(
     forward = forward or forward_for(prepared)
     group = group_of(device_of(prepared), settings.distributed)
     shown = progress_bar(settings.progress and group.rank == 0, "calibrating")
-    kept = torch.random.fork_rng(cuda_devices(prepared))
-    with torch.inference_mode(False), group.guarded(), shown as bar, kept:
+    random_state = torch.random.fork_rng(cuda_devices(prepared))
+    with torch.inference_mode(False), group.guarded(), shown as bar, random_state:
         calibration = _calibration([], forward, settings, settings.memory_bytes, group)
         compress.calibrate(whole_program(prepared, forward), several(batches), calibration, progress=bar)
 
@@ -223,33 +225,37 @@ def convert(
     compress.check_prepared(prepared)
     group = group_of(device_of(prepared), settings.distributed)
     shown = progress_bar(settings.progress and group.rank == 0, "compressing")
-    kept = torch.random.fork_rng(cuda_devices(prepared))
-    with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar, kept:
-        seen = list(iterate(batches))
+    random_state = torch.random.fork_rng(cuda_devices(prepared))
+    with torch.inference_mode(False), torch.no_grad(), group.guarded(), shown as bar, random_state:
+        # 1. What the calibration and the batches allow.
+        batches = list(iterate(batches))
         settings = with_factors(settings, prepared)
         if settings.result == "module" and (model is None or graph_record(prepared).modules is None):
             raise OptionError('result="module" needs the model: pass it as model=, and result="module" to prepare, too')
-        given, forward = forward, forward or forward_for(prepared)
         check_alike(prepared, settings, group)
-        first = next(itertools.chain.from_iterable(group.gathered(seen[:1])), _NOTHING)
+        first = _first_of_all(batches, group)
         settings = with_refit(settings, first is not _NOTHING)
-        program = whole_program(prepared, forward)
-        journal = open_journal(program, settings, forward, group)
+        # 2. Return the result at once if a checkpoint has it.
+        forward_graph = forward or forward_for(prepared)
+        program = whole_program(prepared, forward_graph)
+        journal = open_journal(program, settings, forward_graph, group)
         settings = with_validation(settings, journal)
-        check(journal, seen)
+        check_batches(journal, batches)
         finished = checkpoint.read_result(journal, group)
         if finished is not None:
             return _rebuilt(finished, program, model)
-        calibration = _calibration(seen, forward, settings, settings.memory_bytes, group)
+        # 3. Score every rank and width, solve the budget, refit the layers, rewrite the graph.
+        calibration = _calibration(batches, forward_graph, settings, settings.memory_bytes, group)
         compressed, plan = solve(program, settings, calibration, bar, journal)
+        # 4. Leave a plain module with its plan, or put the layers into a copy of the model.
         graph_module = compressed.graph_modules[0]
         if settings.result == "graph" or model is None:
             small: nn.Module = finish(graph_module, plan)
         else:
             model, _pages = with_weights(plain_model(model), settings.safetensors)
-            alone = first is _NOTHING
-            call = recorded_call(plan.origin, model) if alone else (given or _forward_for(model, settings))
-            small = _grafted(model, graph_module, plan, () if alone else first, call)
+            if first is _NOTHING:  # the model and its graph are compared on arguments in the recorded shapes
+                first, forward = (), recorded_call(plan.origin, model)
+            small = _grafted(model, graph_module, plan, first, forward or _forward_for(model, settings))
         checkpoint.write_result(journal, stored(small), group)
         return small
 
@@ -326,7 +332,7 @@ def load(
     found = storage.read(path)
     loaded = restore(found, model, example, forward)
     if found.plan.modules is not None:
-        _describe(loaded, found.plan)
+        describe(loaded, found.plan)
     return loaded
 
 
@@ -360,6 +366,11 @@ def _prepared(
     return graph_module
 
 
+def _first_of_all(own: Sequence[Any], group: Group) -> Any:
+    """The first batch of the first process that has any; `_NOTHING` if none has."""
+    return next(itertools.chain.from_iterable(group.gathered(own[:1])), _NOTHING)
+
+
 def _forward_for(model: nn.Module, settings: Settings) -> Forward:
     """The default way to call the model; one that becomes a model again is captured without its cache."""
     return forward_for(model, **(cache_arguments(model) if settings.result == "module" else {}))
@@ -370,24 +381,15 @@ def _grafted(model: nn.Module, graph_module: fx.GraphModule, plan: Plan, batch: 
     compressed, recipes = graft(model, graph_module, plan)
     plan = dataclasses.replace(plan, modules=recipes)
     check_same(compressed, finish(graph_module, plan), batch, forward)
-    _describe(compressed, plan)
+    describe(compressed, plan)
     return with_plan(compressed, plan)
 
 
 def _rebuilt(finished: Stored, program: Program, model: nn.Module | None) -> nn.Module:
     """The result of a run that is complete."""
     compressed = checkpoint.rebuild(finished, program.graph_modules[0], model)
-    _describe(compressed, finished.plan)
+    describe(compressed, finished.plan)
     return compressed
-
-
-def _describe(compressed: nn.Module, plan: Plan) -> None:
-    """Let transformers write the plan and checksums into the model's folder."""
-    transformers: Any = sys.modules.get("transformers")
-    if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
-        from balf_fx.huggingface.quantizer import describe  # only here: it imports transformers
-
-        describe(compressed, plan)
 
 
 def _calibration(

@@ -27,7 +27,6 @@ from balf_fx.passes.base import Pass
 
 Method = Literal["budget", "uniform", "energy", "free"]
 
-
 _ROUNDING = torch.finfo(torch.float32).eps ** 2
 """The share of a weight's energy below which singular values are rounding errors of single precision."""
 
@@ -129,17 +128,17 @@ class Allocate(Pass):
         """
         weights = _weights(list(problem.curves.values()), self.importance)
         if self.method == "budget" and self.ranks is None:
-            found = self._least_loss(problem, weights)
+            outcome = self._least_loss(problem, weights)
         elif self.method == "free":
-            rows, _ = self._rows(problem, weights)
-            found = _Spread(list(map(_cheapest_without_loss, rows)))
+            groups, _ = self._groups(problem, weights)
+            outcome = _Outcome(list(map(_cheapest_without_loss, groups)))
         elif self.ranks is not None:
-            found = _Spread(explicit_candidates(problem.curves, self.ranks))
+            outcome = _Outcome(explicit_candidates(problem.curves, self.ranks))
         elif self.target is None:
-            found = _Spread([_first_with_energy(curve, self.energy or 1.0) for curve in problem.curves.values()])
+            outcome = _Outcome([_first_with_energy(curve, self.energy or 1.0) for curve in problem.curves.values()])
         else:
-            found = _Spread(self._by_level(list(problem.curves.values()), problem.totals))
-        pairs = zip(problem.curves.items(), found.chosen, strict=True)
+            outcome = _Outcome(self._by_level(list(problem.curves.values()), problem.totals))
+        pairs = zip(problem.curves.items(), outcome.chosen, strict=True)
         choices = tuple(
             Choice(site, candidate, curve.dense, 1.0 - curve.normalised(candidate.distortion))
             for (site, curve), candidate in pairs
@@ -150,44 +149,44 @@ class Allocate(Pass):
             measure=self.measure,
             target=self.target,
             choices=choices,
-            primal=lost if found.loss is None else found.loss,
-            bound=found.bound,
-            sizes=found.sizes,
-            saved_elsewhere=found.saved_elsewhere,
+            primal=lost if outcome.loss is None else outcome.loss,
+            bound=outcome.bound,
+            sizes=outcome.sizes,
+            saved_elsewhere=outcome.saved_elsewhere,
         )
 
-    def _least_loss(self, problem: Problem, weights: Sequence[float]) -> _Spread:
+    def _least_loss(self, problem: Problem, weights: Sequence[float]) -> _Outcome:
         """The least total loss within the budget."""
-        rows, fixed = self._rows(problem, weights)
-        budget = self._reachable([row.options.costs for row in rows], fixed, problem.totals)
-        rows = self._even(rows, budget)
-        picked, multiplier = self._cheapest(rows, budget)
-        grids, multipliers = [rows], [multiplier]
+        groups, fixed = self._groups(problem, weights)
+        budget = self._reachable([group.options.costs for group in groups], fixed, problem.totals)
+        groups = self._evenly(groups, budget)
+        picked, multiplier = self._cheapest(groups, budget)
+        grids, multipliers = [groups], [multiplier]
         if problem.clusters:  # a second, finer grid around the chosen sizes spends the rest of the budget
-            near = {row.widths: option for row, option in picked if row.widths}
-            rows = self._even(self._rows(problem, weights, near)[0], budget)
-            picked, multiplier = self._cheapest(rows, budget)
-            grids, multipliers = [*grids, rows], [*multipliers, multiplier]
-        by_site = {site: c for row, option in picked for site, c in zip(row.sites, option.ranks, strict=True)}
-        return _Spread(
+            near = {group.widths: option for group, option in picked if group.widths}
+            groups = self._evenly(self._groups(problem, weights, near)[0], budget)
+            picked, multiplier = self._cheapest(groups, budget)
+            grids, multipliers = [*grids, groups], [*multipliers, multiplier]
+        by_site = {site: c for group, option in picked for site, c in zip(group.sites, option.ranks, strict=True)}
+        return _Outcome(
             chosen=[by_site[site] for site in problem.curves],
             loss=sum(option.loss for _, option in picked),
             bound=self._bound(grids, budget, multipliers),
-            sizes={w: size for row, option in picked for w, size in zip(row.widths, option.sizes, strict=True)},
-            saved_elsewhere=sum((row.full - option.others for row, option in picked), FREE),
+            sizes={w: size for group, option in picked for w, size in zip(group.widths, option.sizes, strict=True)},
+            saved_elsewhere=sum((group.full - option.others for group, option in picked), FREE),
         )
 
-    def _rows(
+    def _groups(
         self,
         problem: Problem,
         weights: Sequence[float],
         near: Mapping[tuple[str, ...], Option] | None = None,
-    ) -> tuple[list[_Row], int]:
+    ) -> tuple[list[_Group], int]:
         """The options of each cluster and of each remaining site, and the cost of the rest of the model."""
         curves, totals = problem.curves, problem.totals
         weight_of = dict(zip(curves, weights, strict=True))
         mean = _mean_loss(list(curves.values()))
-        rows = []
+        groups = []
         for cluster in problem.clusters:
             own = tuple(member.site for member in cluster.members)
             width_weights = [self.caution * (curve.loss / mean) ** self.importance for curve in cluster.curves]
@@ -198,31 +197,33 @@ class Allocate(Pass):
                 self.measure,
                 None if near is None else near[cluster.keys],
             )
-            rows.append(_Row(own, cluster.keys, options, cluster.full))
-        taken = {site for row in rows for site in row.sites}
-        rows += [
-            _row_of(site, curve, weight_of[site], self.measure) for site, curve in curves.items() if site not in taken
+            groups.append(_Group(own, cluster.keys, options, cluster.full))
+        taken = {site for group in groups for site in group.sites}
+        groups += [
+            _group_of(site, curve, weight_of[site], self.measure) for site, curve in curves.items() if site not in taken
         ]
         dense = sum(curve.dense.cost(self.measure) for curve in curves.values())
-        return rows, totals.now(self.measure) - dense - sum(row.full.of(self.measure) for row in rows)
+        return groups, totals.now(self.measure) - dense - sum(group.full.of(self.measure) for group in groups)
 
-    def _even(self, rows: list[_Row], budget: int) -> list[_Row]:
-        """The rows without options below `evenness`; all options if the budget would be out of reach."""
-        share = self.evenness * min(budget / max(sum(row.options.costs[-1] for row in rows), 1), 1.0)
-        kept = [row.from_cost(share * row.options.costs[-1]) for row in rows] if share > 0 else rows
-        return kept if minimum_cost([row.options.costs for row in kept]) <= budget else rows
+    def _evenly(self, groups: list[_Group], budget: int) -> list[_Group]:
+        """The groups without options below `evenness`, or unchanged where the budget could not be reached then."""
+        share = self.evenness * min(budget / max(sum(group.options.costs[-1] for group in groups), 1), 1.0)
+        kept = [group.from_cost(share * group.options.costs[-1]) for group in groups] if share > 0 else groups
+        return kept if minimum_cost([group.options.costs for group in kept]) <= budget else groups
 
-    def _cheapest(self, rows: Sequence[_Row], budget: int) -> tuple[list[tuple[_Row, Option]], float]:
+    def _cheapest(self, groups: Sequence[_Group], budget: int) -> tuple[list[tuple[_Group, Option]], float]:
         """The options with the least total loss within the budget, and the Lagrangian multiplier."""
-        if sum(row.options.costs[-1] for row in rows) <= budget:
-            return [(row, row.options[-1]) for row in rows], 0.0
-        solution = solve([row.options.costs for row in rows], [row.options.losses for row in rows], budget)
-        return [(row, row.options[i]) for row, i in zip(rows, solution.choice, strict=True)], solution.multiplier
+        if sum(group.options.costs[-1] for group in groups) <= budget:
+            return [(group, group.options[-1]) for group in groups], 0.0
+        solution = solve([group.options.costs for group in groups], [group.options.losses for group in groups], budget)
+        return [
+            (group, group.options[i]) for group, i in zip(groups, solution.choice, strict=True)
+        ], solution.multiplier
 
-    def _bound(self, grids: Sequence[Sequence[_Row]], budget: int, multipliers: Sequence[float]) -> float:
+    def _bound(self, grids: Sequence[Sequence[_Group]], budget: int, multipliers: Sequence[float]) -> float:
         """A lower bound, from the dual, on the loss of every choice among the options of all grids."""
-        costs = [[cost for row in same for cost in row.options.costs] for same in zip(*grids, strict=True)]
-        losses = [[loss for row in same for loss in row.options.losses] for same in zip(*grids, strict=True)]
+        costs = [[cost for group in same for cost in group.options.costs] for same in zip(*grids, strict=True)]
+        losses = [[loss for group in same for loss in group.options.losses] for same in zip(*grids, strict=True)]
         return max(dual(costs, losses, budget, multiplier) for multiplier in multipliers)
 
     def _reachable(self, costs: Sequence[Sequence[int]], fixed: int, totals: Totals) -> int:
@@ -281,12 +282,14 @@ def allocate_for(
 
 
 @dataclass(frozen=True)
-class _Spread:
-    """The choice of a method.
+class _Outcome:
+    """What a method chose.
 
     Attributes:
         chosen: a candidate for each site.
         loss, bound: the value of the objective and its lower bound, where it was minimised.
+        sizes: the size of each width, where widths were chosen too.
+        saved_elsewhere: what those sizes save in operations that are not sites.
     """
 
     chosen: list[Candidate]
@@ -297,8 +300,8 @@ class _Spread:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """Sites and widths that are chosen together.
+class _Group:
+    """Sites and widths that are chosen together: one class of the multiple-choice knapsack problem.
 
     Attributes:
         options: the last one is dense.
@@ -310,14 +313,14 @@ class _Row:
     options: Options
     full: Cost = FREE
 
-    def from_cost(self, least: float) -> _Row:
-        """The row without the options that cost less."""
+    def from_cost(self, least: float) -> _Group:
+        """The group without the options that cost less."""
         kept = [index for index, cost in enumerate(self.options.costs) if cost >= least]
         return dataclasses.replace(self, options=self.options.only(kept))
 
 
-def _row_of(site: Site, curve: RankCurve, weight: float, measure: Measure) -> _Row:
-    """The candidates of one site."""
+def _group_of(site: Site, curve: RankCurve, weight: float, measure: Measure) -> _Group:
+    """One site with its candidates."""
     candidates = _cheaper_than_dense(curve, measure)
     costs = [candidate.cost(measure) for candidate in candidates]
     losses = [weight * curve.normalised(candidate.distortion) for candidate in candidates]
@@ -326,7 +329,7 @@ def _row_of(site: Site, curve: RankCurve, weight: float, measure: Measure) -> _R
         chosen = candidates[index]
         return Option((chosen,), (), chosen.total, FREE, loss)
 
-    return _Row((site,), (), Options(range(len(candidates)), costs, losses, make))
+    return _Group((site,), (), Options(range(len(candidates)), costs, losses, make))
 
 
 def _weights(curves: Sequence[RankCurve], importance: float) -> list[float]:
@@ -345,10 +348,10 @@ def _cheaper_than_dense(curve: RankCurve, measure: Measure) -> list[Candidate]:
     return [c for c in curve.candidates[:-1] if c.cost(measure) < curve.dense.cost(measure)] + [curve.dense]
 
 
-def _cheapest_without_loss(row: _Row) -> Candidate:
+def _cheapest_without_loss(group: _Group) -> Candidate:
     """The cheapest candidate of a site that changes no more than rounding does."""
-    free = (index for index, loss in enumerate(row.options.losses) if loss <= _ROUNDING)
-    cheapest: Option = row.options[min(free, key=row.options.costs.__getitem__)]
+    free = (index for index, loss in enumerate(group.options.losses) if loss <= _ROUNDING)
+    cheapest: Option = group.options[min(free, key=group.options.costs.__getitem__)]
     return cheapest.ranks[0]
 
 

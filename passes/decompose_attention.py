@@ -24,14 +24,8 @@ from balf_fx.graph.parameters import get_tensor, is_hooked, put
 from balf_fx.passes.base import Pass
 
 _INPUTS = ("query", "key", "value")
-
-
 _PARTS = ("q", "k", "v")
-
-
 _MASKS = ("key_padding_mask", "attn_mask")
-
-
 _FLAGS = (
     "num_heads",
     "add_zero_attn",

@@ -106,11 +106,11 @@ def _rest(
             return None
         found += rests[0]
     rows = [row for part in dict.fromkeys(reader.rows for reader in found) for row in part]
-    whole = len(covered) + len(rows) == annotation_rows(layer)
+    whole = len(covered) + len(rows) == _output_features(layer)
     return tuple(found) if whole and len(set(rows)) == len(rows) else None
 
 
-def annotation_rows(layer: fx.Node) -> int:
+def _output_features(layer: fx.Node) -> int:
     """The number of a layer's output features."""
     return (annotation(layer).shape or ())[feature_axis_of(layer)]
 

@@ -15,14 +15,13 @@ from balf_fx.graph.annotation import annotation, graph_record, record_graph
 from balf_fx.graph.edits import erase_unused
 from balf_fx.graph.folding import fold, is_read_once, owns_parameters
 from balf_fx.graph.layers import read_layer, takes_bias
+from balf_fx.graph.norms import BatchNorm
 from balf_fx.graph.owners import owner_of
 from balf_fx.graph.parameters import get_tensor, is_hooked
-from balf_fx.graph.site import Norm, Site, exclusion
+from balf_fx.graph.site import Site, exclusion
 from balf_fx.passes.base import Pass
 
 _MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 _CALLS = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.ops.aten.batch_norm.default: (
@@ -50,12 +49,15 @@ class FoldBatchNorm(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
         for node in list(graph_module.graph.nodes):
-            source, norm = _read_norm(graph_module, node) or (None, None)
-            layer = None if norm is None or source is None else _foldable_layer(graph_module, source, norm)
-            if norm is None or source is None or layer is None:
+            found = _read_norm(graph_module, node)
+            if found is None:
                 continue
-            if _may_fold(graph_module, node, source) and not exclusion(layer.name, self.include, self.exclude):
-                _note(graph_module, node, source)
+            source, norm = found
+            layer = _foldable_layer(graph_module, source, norm)
+            if layer is None or exclusion(layer.name, self.include, self.exclude):
+                continue
+            if _may_fold(graph_module, node, source):
+                _record_fold(graph_module, node, source)
                 fold(graph_module, source, layer, norm)
                 node.replace_all_uses_with(source)
                 erase_unused(graph_module, node)
@@ -64,7 +66,7 @@ class FoldBatchNorm(Pass):
         return PassResult(graph_module, modified)
 
 
-def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Norm] | None:
+def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, BatchNorm] | None:
     """The node's input, and the node as a BatchNorm with running statistics; or None."""
     if node.op == "call_module":
         module: Any = graph_module.get_submodule(str(node.target))
@@ -73,7 +75,7 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, No
             return None
         if not isinstance(source, fx.Node):
             return None
-        return source, Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+        return source, BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
     if node.op != "call_function" or node.target not in _CALLS:
         return None
     names = _CALLS[node.target]
@@ -85,10 +87,10 @@ def _read_norm(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, No
         return None
     found: list[Any] = [None if value is None else get_tensor(graph_module, str(value.target)) for value in tensors]
     mean, variance, weight, bias = found
-    return bound["input"], Norm(mean, variance, weight, bias, float(eps))
+    return bound["input"], BatchNorm(mean, variance, weight, bias, float(eps))
 
 
-def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -> Site | None:
+def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: BatchNorm) -> Site | None:
     """The layer before a BatchNorm, or None if folding would change something else."""
     layer = read_layer(graph_module, source)
     if not isinstance(layer, Site) or layer.has_experts or not is_read_once(source):
@@ -98,7 +100,7 @@ def _foldable_layer(graph_module: fx.GraphModule, source: fx.Node, norm: Norm) -
     if shape is None and layer.conv is None:
         return None
     features = layer.out_features * layer.groups
-    if (shape is not None and len(shape) != dimensions) or norm.mean is None or len(norm.mean) != features:
+    if (shape is not None and len(shape) != dimensions) or len(norm.mean) != features:
         return None
     biased = layer.bias is not None or takes_bias(source)
     return layer if biased and owns_parameters(graph_module, source, layer) else None
@@ -114,7 +116,8 @@ def _may_fold(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> b
     return known.get(norm) == "norm" and known.get(layer) == "layer" and uses == [node]
 
 
-def _note(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
+def _record_fold(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
+    """Record which module of the user's model went into which, where layers go back into it."""
     record = graph_record(graph_module)
     norm, layer = owner_of(node), owner_of(source)
     if record.modules is not None and norm is not None and layer is not None:

@@ -15,11 +15,12 @@ from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.edits import erase_unused
 from balf_fx.graph.folding import fold, is_read_once, owns_parameters
 from balf_fx.graph.layers import read_layer
+from balf_fx.graph.norms import Scale
 from balf_fx.graph.operators import is_identity, operation
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.pivoted import feature_axis
 from balf_fx.graph.relayouts import broadcasts, is_relayout, relaid, sizes_of
-from balf_fx.graph.site import Norm, Site, exclusion
+from balf_fx.graph.site import Site, exclusion
 from balf_fx.passes.base import Pass
 
 
@@ -45,7 +46,7 @@ class FoldLayerScale(Pass):
             scale = _Scale.read(graph_module, node)
             if scale is None or exclusion(scale.layer.name, self.include, self.exclude):
                 continue
-            fold(graph_module, scale.node, scale.layer, scale.norm)
+            fold(graph_module, scale.node, scale.layer, scale.scale)
             node.replace_all_uses_with(scale.value)
             erase_unused(graph_module, node)
             modified = True
@@ -59,13 +60,13 @@ class _Scale:
     Attributes:
         node, layer: the layer.
         value: its output, as the product reads it.
-        norm: multiplies by the factor.
+        scale: what multiplies it.
     """
 
     node: fx.Node
     layer: Site
     value: fx.Node
-    norm: Norm
+    scale: Scale
 
     @classmethod
     def read(cls, graph_module: fx.GraphModule, product: fx.Node) -> _Scale | None:
@@ -79,8 +80,8 @@ class _Scale:
                 and all(map(is_read_once, (node, *path, value)))
                 and owns_parameters(graph_module, node, layer)
             ):
-                norm = _norm(graph_module, factor, (node, layer, path))
-                return None if norm is None else cls(node, layer, value, norm)
+                scale = _scale(graph_module, factor, (node, layer, path))
+                return None if scale is None else cls(node, layer, value, scale)
         return None
 
 
@@ -99,18 +100,17 @@ def _factors(node: fx.Node) -> list[tuple[fx.Node, Any]]:
     return [(value, factor) for value, factor in pairs if isinstance(value, fx.Node)]
 
 
-def _norm(graph_module: fx.GraphModule, factor: Any, output: _Output) -> Norm | None:
-    """Multiplies by a factor of a layer's output; None if it is no number and no parameter that scales features."""
+def _scale(graph_module: fx.GraphModule, factor: Any, output: _Output) -> Scale | None:
+    """What multiplies a layer's output; None if it is no number and no parameter that scales features."""
     if isinstance(factor, int | float):
-        return Norm(None, None, None, None, 0.0, factor) if math.isfinite(factor) else None
+        return Scale(float(factor)) if math.isfinite(factor) else None
     if not isinstance(factor, fx.Node):
         return None
     start, moves = _behind(graph_module, factor)
     weight = get_tensor(graph_module, str(start.target)) if start.op == "get_attr" else None
     if not isinstance(weight, nn.Parameter) or weight.dtype != get_tensor(graph_module, output[1].weight).dtype:
         return None
-    fits = _scales_features(graph_module, (weight, moves), output)
-    return Norm(None, None, weight, None, 0.0) if fits else None
+    return Scale(weight) if _scales_features(graph_module, (weight, moves), output) else None
 
 
 def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:

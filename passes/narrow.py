@@ -19,7 +19,7 @@ from balf_fx.graph.parameters import get_tensor, locate, put
 from balf_fx.graph.widths import Operand, Reader, Width
 from balf_fx.passes.base import Pass
 from balf_fx.widths.elementwise import is_normalisation
-from balf_fx.widths.heads import has_level_heads, is_attention
+from balf_fx.widths.heads import is_attention, requires_equal_heads
 from balf_fx.widths.moves import rebuild, redirect, resize
 from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
 
@@ -52,15 +52,18 @@ class Narrow(Pass):
                 _reorder_module(graph_module, nodes[name], cuts[name].written[0])
         _resize(record, nodes, cuts, {width.key: record.size_of(width) for width in shrunk})
         attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
-        level = [product for product in dict.fromkeys(product for _, product in attentions) if has_level_heads(product)]
+        products = dict.fromkeys(product for _, product in attentions)
+        equal = {
+            product for product in products if requires_equal_heads(product)
+        }  # while the shapes are the original ones
         for name, cut in cuts.items():
             if cut.written:
                 _rewire_outputs(record, nodes, name, cut)
         for width, product in attentions:
             _rewire_product(nodes, width, product)
-        for product in filter(is_attention, dict.fromkeys(product for _, product in attentions)):
+        for product in filter(is_attention, products):
             own = [width for width, other in attentions if other is product]
-            _finish(record, product, own, product in level, cuts)
+            _suit_kernels(record, product, own, product in equal, cuts)
         return PassResult(graph_module, bool(cuts))
 
 
@@ -211,18 +214,23 @@ def _rewire_product(nodes: Mapping[str, fx.Node], width: Width, product: fx.Node
     _erase_unused(old)
 
 
-def _finish(
-    record: GraphRecord, product: fx.Node, widths: Sequence[Width], level: bool, cuts: Mapping[str, Cut]
+def _suit_kernels(
+    record: GraphRecord, product: fx.Node, widths: Sequence[Width], equal: bool, cuts: Mapping[str, Cut]
 ) -> None:
-    """Let attention in one node read its new heads as its kernels need them."""
-    if level:
+    """Give attention in one node its new heads in the sizes and at the addresses that its kernels require.
+
+    Args:
+        widths: those of its heads.
+        equal: whether queries and values must have one size.
+    """
+    if equal:
         left = {width.kind: record.size_of(width) for width in widths}
-        _level(product, *(left.get(kind, widths[0].features) for kind in ("queries", "values")))
-    if any(_starts_anywhere(cuts[name]) for width in widths for name in width.producers if name in cuts):
+        _pad_heads(product, *(left.get(kind, widths[0].features) for kind in ("queries", "values")))
+    if any(_is_unaligned(cuts[name]) for width in widths for name in width.producers if name in cuts):
         _copy(product)
 
 
-def _starts_anywhere(cut: Cut) -> bool:
+def _is_unaligned(cut: Cut) -> bool:
     """Whether parts of a layer's new output may start where kernels of attention cannot read them."""
     return len(cut.written) > 1 and sum(part.total for part in cut.written) % _ALIGNMENT > 0
 
@@ -235,7 +243,7 @@ def _copy(product: fx.Node) -> None:
                 product.update_arg(position, product.graph.call_method("contiguous", (operand,)))
 
 
-def _level(product: fx.Node, queries: int, values: int) -> None:
+def _pad_heads(product: fx.Node, queries: int, values: int) -> None:
     """Pad the smaller heads with zeros, since attention is slow where queries and values differ in size."""
     graph = product.graph
     with graph.inserting_before(product):

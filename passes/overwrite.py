@@ -11,13 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from balf_fx.graph.annotation import annotation
-from balf_fx.graph.operators import is_convolution, operation, set_flag
+from balf_fx.graph.operators import is_convolution, operation, set_inplace_flag
 from balf_fx.passes.base import Pass
 
 _LAYERS = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.GroupNorm)
 _PRODUCTS = frozenset(("linear", "addmm", "matmul", "mm", "bmm", "baddbmm"))
-
-
 _OPERATIONS = _PRODUCTS | frozenset(
     (
         *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
@@ -53,7 +51,7 @@ class Overwrite(Pass):
                 _restore(node)
                 modified = True
             elif set(graph_module.graph.find_nodes(op="call_module", target=node.target)) <= free.keys():
-                modified |= _set_flag(graph_module, node)
+                modified |= _set_module_inplace(graph_module, node)
         return PassResult(graph_module, modified)
 
 
@@ -88,7 +86,7 @@ def _read_by_convolution(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _set_flag(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _set_module_inplace(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Let a module work in place, as a copy since it may have other names, too; returns whether it did not yet."""
     module: Any = graph_module.get_submodule(str(node.target))
     if module.inplace:
@@ -103,5 +101,5 @@ def _restore(node: fx.Node) -> None:
     """Give a call the operation that it had in the user's model."""
     op, target = annotation(node).overwrites or (node.op, node.target)
     if (op, target) == (node.op, node.target):
-        set_flag(node, True)
+        set_inplace_flag(node, True)
     node.op, node.target = op, target

@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
 from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import Annotation, annotate, annotation
@@ -60,7 +60,7 @@ class Refine(Pass):
     dtype: torch.dtype = torch.float32
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
-    journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
+    journal: Journal = field(default=NO_JOURNAL, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
@@ -108,7 +108,7 @@ class Refine(Pass):
             _LOGGER.info("%s keeps its one-shot factors: %s", site.name, reason)
             return None
         solve = partial(self.solve, graph_module, site, mark.curve.spectrum, rank, *observed)
-        solution = self.journal.alone.remembered(f"layer {site.name}", solve)
+        solution = self.journal.alone.cached(f"layer {site.name}", solve)
         return keeping(solution, grouped_weight(graph_module, site), mark.curve.kept)
 
     def solve(

@@ -39,7 +39,7 @@ from balf_fx.calibration.observers import SensitivityObserver, observer_of
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.parking import parked
 from balf_fx.calibration.weights import Weights, read_masks
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation
@@ -60,7 +60,7 @@ from balf_fx.ranks.spectra import in_parts
 from balf_fx.refit.biases import shift_between, shifted
 from balf_fx.refit.experts import refit_experts
 from balf_fx.refit.lockstep import Batch, Lockstep, sources_of, without_ends
-from balf_fx.refit.problems import BiasProblem, DividedProblem, Problem, Through
+from balf_fx.refit.problems import BiasProblem, DividedProblem, LinearTarget, Problem
 from balf_fx.refit.targets import Target, observes, summands_first
 from balf_fx.refit.windows import Window
 from balf_fx.refit.work import Shape, node_work, solved_shape
@@ -98,7 +98,7 @@ class Refit(Pass):
     weights: Sequence[Mapping[str, Weights]] = ()
     group: Group = field(default=ALONE, repr=False, compare=False)
     progress: Progress = field(default=SILENT, repr=False, compare=False)
-    journal: Journal = field(default=FORGETFUL, repr=False, compare=False)
+    journal: Journal = field(default=NO_JOURNAL, repr=False, compare=False)
     pages: Pages | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +112,8 @@ class Refit(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         ends = {node for node in graph_module.graph.nodes if node.op == "output" or observes(node)}
         nodes = [node for node in graph_module.graph.nodes if node not in ends and not leads_to_experts(node)]
-        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site) and not _is_kept(node)}
+        layers = {node for node in nodes if isinstance(read_layer(graph_module, node), Site)}
+        layers -= {node for node in layers if annotation(node).keeps_weights}
         nodes = summands_first(graph_module, without_ends(graph_module, nodes, layers, ends), layers)
         with torch.no_grad():
             weights = self.weights
@@ -188,7 +189,7 @@ class _Solver:
         if moved and self.mode == "full" and self._refittable(node, site, _rank(node)):
             weight = grouped_weight(self.graph_module, site)
             refitted = partial(refit_experts, self.walk, product, weight, solution, curve.spectrum)
-            solution = self.journal.remembered(f"layer {node.name}", refitted)
+            solution = self.journal.cached(f"layer {node.name}", refitted)
             annotate(node, refit=(solution,))
         factors = build_experts(get_tensor(self.graph_module, site.weight), site, solution)
         self.walk.finish(node, lambda batch: factors.run(node, batch.current))
@@ -211,45 +212,45 @@ class _Solver:
     def _refit(self, node: fx.Node, site: Site, cut: Cut) -> None:
         """Solve for the whole layer."""
         prior, target = self._prior(node, site, cut), Target.of(self.graph_module, node, cut.inputs(site))
-        through = self._through_inputs(target, site, prior)
+        linear = self._linear_target_of_parts(target, site, prior)
         problem = Problem(
             target=target,
             importance=self._importance(node),
             columns=partial(_input, node, site, cut),
             outputs=lambda value: in_parts(output_columns(value, site), len(prior)),
-            toward=self._toward(site, cut, len(prior), through),
+            toward=self._toward(site, cut, len(prior), linear),
             prior=prior,
             spectra=_spectra(node, site),
-            through=through,
+            linear=linear,
         )
-        solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
+        solution = self.journal.cached(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=solution)
         self.walk.finish(node, partial(_run, self._build(site, cut, solution), partial(_reads, node, site, cut)))
 
-    def _through_inputs(self, target: Target, site: Site, prior: Sequence[Solution]) -> Through | None:
+    def _linear_target_of_parts(self, target: Target, site: Site, prior: Sequence[Solution]) -> LinearTarget | None:
         """The outputs of all parts as maps of a layer's inputs and 1, where these are fewer."""
         if any(part.divided for part in prior):
             return None
-        through = self._through(target, site, site.out_features)
-        return None if through is None else dataclasses.replace(through, map=in_parts(through.map, len(prior)))
+        linear = self._linear_target(target, site, site.out_features)
+        return None if linear is None else dataclasses.replace(linear, map=in_parts(linear.map, len(prior)))
 
-    def _toward(self, site: Site, cut: Cut, parts: int, through: Through | None) -> Tensor:
-        """The map of the original layer from the inputs that remain, to its outputs or to those of `through`."""
-        if through is None:
+    def _toward(self, site: Site, cut: Cut, parts: int, linear: LinearTarget | None) -> Tensor:
+        """The map of the original layer from the inputs that remain, to its outputs, or to z of the linear target."""
+        if linear is None:
             whole = Solution(None, grouped_weight(self.graph_module, site), None)
             return in_parts(cut.narrow_inputs(whole, site).right, parts)
-        same = torch.eye(site.in_features, dtype=through.map.dtype, device=through.map.device)
+        same = torch.eye(site.in_features, dtype=linear.map.dtype, device=linear.map.device)
         narrowed = cut.narrow_inputs(Solution(None, same.expand(site.groups, -1, -1), None), site).right
         return F.pad(narrowed, (0, 0, 0, 1))
 
-    def _through(self, target: Target, site: Site, outputs: int, extra: int = 0) -> Through | None:
+    def _linear_target(self, target: Target, site: Site, outputs: int, extra: int = 0) -> LinearTarget | None:
         """A layer's outputs as a map of its inputs and 1, if these and `extra` are fewer and it is the target."""
         changed = bool(target.additions) or target.limits is not None
         if changed or outputs <= site.in_features + 1 + extra:
             return None
         weight, bias = grouped_weight(self.graph_module, site), grouped_bias(self.graph_module, site)
         bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-        return Through(partial(_inputs_and_one, target.node, site), torch.cat([weight, bias.unsqueeze(-1)], -1))
+        return LinearTarget(partial(_inputs_and_one, target.node, site), torch.cat([weight, bias.unsqueeze(-1)], -1))
 
     def _refit_up(self, node: fx.Node, site: Site, cut: Cut) -> None:
         """Solve for left factors and biases; until then, the layer's value is the output of its right factors."""
@@ -260,9 +261,9 @@ class _Solver:
         as_read, reads = dataclasses.replace(cut, read=None), partial(_reads, node, site, cut)
         before = self._build(thin, as_read, prior)
         self.walk.store(node, lambda batch: before.run_first(reads(batch)))
-        parts = zip(prior, _spectra(node, thin), self._throughs(node, site, prior), strict=True)
+        parts = zip(prior, _spectra(node, thin), self._linear_targets(node, site, prior), strict=True)
         solution = tuple(
-            self.journal.remembered(f"layer {node.name}, {index}", partial(self._solve_part, node, thin, index, *part))
+            self.journal.cached(f"layer {node.name}, {index}", partial(self._solve_part, node, thin, index, *part))
             for index, part in enumerate(parts)
         )
         annotate(node, refit=solution)
@@ -284,17 +285,17 @@ class _Solver:
         self.walk.store(node, partial(_run, self._build(thin, as_read, (prior,)), reads))
         target = Target.of(self.graph_module, node, thin)
         problem = DividedProblem(target, self._importance(node), prior, *_spectra(node, thin))
-        solution = self.journal.remembered(f"layer {node.name}", partial(problem.solve, self.walk))
+        solution = self.journal.cached(f"layer {node.name}", partial(problem.solve, self.walk))
         annotate(node, refit=(solution,))
         self.walk.finish(node, partial(_run, self._build(thin, as_read, (solution,)), reads))
 
-    def _throughs(self, node: fx.Node, site: Site, prior: Sequence[Solution]) -> Iterator[Through | None]:
+    def _linear_targets(self, node: fx.Node, site: Site, prior: Sequence[Solution]) -> Iterator[LinearTarget | None]:
         """For each part with a left factor, its outputs as a map of fewer values: inputs, 1, and its right factor's."""
         target = Target.of(self.graph_module, node, site)
         for index, part in enumerate(prior):
             found = None
             if part.left is not None and not part.divided:
-                found = self._through(target, site, *part.left.shape[1:])
+                found = self._linear_target(target, site, *part.left.shape[1:])
             if found is not None and part.left is not None:
                 map_ = found.map if len(prior) == 1 else in_parts(found.map, len(prior))[index : index + 1]
                 map_ = torch.cat([map_, part.left], -1)
@@ -308,7 +309,7 @@ class _Solver:
         index: int,
         part: Solution,
         spectrum: Spectrum | None,
-        through: Through | None,
+        linear: LinearTarget | None,
     ) -> Solution:
         """One part with a new left factor and bias; a dense part gets only a new bias, if it has one."""
         inner = dataclasses.replace(site, out_features=part.right.shape[1])
@@ -330,10 +331,10 @@ class _Solver:
         if part.left is not None:
             map_ = by_patch(part.left, site.out_features) if part.divided else part.left
             prior, toward = Solution(None, map_, part.bias), map_
-            if through is not None:
-                same = torch.eye(through.zeros, dtype=map_.dtype, device=map_.device)
-                toward = F.pad(same.expand(len(map_), -1, -1), (0, 0, through.size, 0))
-            problem = Problem(target, weights, columns, outputs, toward, (prior,), (spectrum,), through, part.taps[1])
+            if linear is not None:
+                same = torch.eye(linear.zeros, dtype=map_.dtype, device=map_.device)
+                toward = F.pad(same.expand(len(map_), -1, -1), (0, 0, linear.size, 0))
+            problem = Problem(target, weights, columns, outputs, toward, (prior,), (spectrum,), linear, part.taps[1])
             (found,) = problem.solve(self.walk)
             left = by_column(found.right, part.taps[1]) if part.divided else found.right
             return dataclasses.replace(part, left=left, bias=found.bias)
@@ -346,12 +347,6 @@ class _Solver:
         """The weight of each position of a sample, where its gradients are known."""
         observer = observer_of(self.graph_module, annotation(node).sensitivity, SensitivityObserver)
         return None if observer is None else observer.positions
-
-
-def _is_kept(node: fx.Node) -> bool:
-    """Whether the layer keeps its weights, and only runs on the compressed values."""
-    refusal = annotation(node).refusal
-    return refusal is not None and refusal.keeps_weights
 
 
 def _run(substitute: Substitute, reads: Callable[[Batch], Tensor], batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from balf_fx.errors import NotCalibratedError, OptionError, PassError
 from balf_fx.graph.annotation import annotate, annotation, graph_record
 from balf_fx.graph.curves import Divided, RankCurve, Spectrum
 from balf_fx.graph.experts import read_experts
-from balf_fx.graph.flops import use
+from balf_fx.graph.flops import flops_and_outputs
 from balf_fx.graph.parameters import fingerprint, grouped_bias, grouped_weight
 from balf_fx.graph.site import Side, Site
 from balf_fx.passes.base import Pass, scored_alike
@@ -133,7 +133,7 @@ class Score(Pass):
         def curves_of(site: Site) -> list[tuple[Site, RankCurve]]:
             plain, nodes = replace(site, divided=None), found[site]
             seen = self._seen(graph_module, nodes[0], site)
-            curve = self.score(graph_module, plain, seen, use(nodes), blocks[site])
+            curve = self.score(graph_module, plain, seen, flops_and_outputs(nodes), blocks[site])
             forms = self._forms(graph_module, nodes, plain, curve, seen)
             give_back(freed=site.numel)
             return forms
@@ -169,10 +169,10 @@ class Score(Pass):
             parts = _spectrum(graph_module, site, seen, self.centred, site.parts, roots)
         if gradients is not None and len(seen.halves) == 2:
             weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
-            judge = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
-            spectrum = replace(spectrum, energies=judge(1))
+            held_out = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
+            spectrum = replace(spectrum, energies=held_out(1))
             if parts is not None and gradients.parts is not None:
-                parts = replace(parts, energies=judge(site.parts))
+                parts = replace(parts, energies=held_out(site.parts))
         if gradients is not None and not site.has_experts:  # groups matter as much as their gradients are large
             unit = gradients.unit.mean()
             energies = spectrum.energies * (gradients.unit / unit if unit > 0 else 1.0)
@@ -200,7 +200,7 @@ class Score(Pass):
                 raise _unobserved(site)
             if moments is not None and (planned or float(moments.count) >= _ENOUGH * thin.strips.in_features):
                 strips = self._strips(graph_module, thin, moments, seen.gradients, curve.energy)
-                found = rank_curve(thin, strips, *use(nodes))
+                found = rank_curve(thin, strips, *flops_and_outputs(nodes))
                 forms.append((thin, replace(curve, candidates=found.candidates, strips=strips)))
         if planned and forms[-1][0].divided not in wanted:
             raise _unobserved(site)
@@ -222,12 +222,12 @@ class Score(Pass):
         less alike at neighbouring pixels, so that it does not.
         """
         matrix = strips_of(grouped_weight(graph_module, site), site.factor_taps)
-        metric, judge = None, None
+        metric, energy_metric = None, None
         if gradients is not None:
-            metric, judge = (damped(gradients.scatter, share, gradients.unit) for share in (self.damping, 0.0))
+            metric, energy_metric = (damped(gradients.scatter, share, gradients.unit) for share in (self.damping, 0.0))
         moment = moments.covariance() if self.centred else moments.second_moment()
         mean = moments.mean if self.centred else None
-        found = strips_spectrum(matrix, moment, mean, site.factor_taps[1], metric, judge)
+        found = strips_spectrum(matrix, moment, mean, site.factor_taps[1], metric, energy_metric)
         total, size = float(found.energies.sum()), min(matrix.shape[1:])  # beyond it, nothing is kept
         energies = found.energies[:, :size] * (max(energy / total, 1.0) if total > 0 else 0.0)
         return Spectrum(energies, found.left[..., :size], mean, found.maps(size)[1])

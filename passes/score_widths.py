@@ -40,12 +40,8 @@ from balf_fx.ranks.spectra import (
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
 
 _LOGGER = logging.getLogger(__name__)
-
-
 _BASIS_DAMPING = 1e-3  # small, because the metric consists of damped ones
-
-
-_JUDGED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
+_HELD_OUT_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class ScoreWidths(Pass):
         scored_with = _filled(record.widths_scored_with, len(record.widths))
         nodes, changed = {node.name: node for node in graph_module.graph.nodes}, []
         for index, width in enumerate(record.widths):
-            calls = tuple(annotation(nodes[name]).calls for name in judges(width))
+            calls = tuple(annotation(nodes[name]).calls for name in scoring_layers(width))
             own = ((self.damping, calls), *_halves(graph_module, nodes, width))
             if (self.only is None or width.key in self.only) and not scored_alike(scored_with[index], own):
                 scored_with[index] = own
@@ -89,7 +85,7 @@ class ScoreWidths(Pass):
         return PassResult(graph_module, False)
 
     def _score(self, graph_module: fx.GraphModule, nodes: dict[str, fx.Node], width: Width) -> WidthCurve | None:
-        layers = [_read(graph_module, nodes[name], self.damping) for name in judges(width)]
+        layers = [_read(graph_module, nodes[name], self.damping) for name in scoring_layers(width)]
         known = [layer for layer in layers if layer is not None]
         if len(known) < len(layers):
             _LOGGER.info("no gradient has reached the layers around %s: it keeps its width", width.name)
@@ -103,14 +99,14 @@ class ScoreWidths(Pass):
         return None
 
 
-def judges(width: Width) -> tuple[str, ...]:
-    """The nodes of the layers whose statistics judge a width: those that read its features, or a producer."""
+def scoring_layers(width: Width) -> tuple[str, ...]:
+    """The nodes of the layers by whose statistics a width is scored: those that read its features, or a producer."""
     return width.consumers or width.producers[:1]
 
 
 def _halves(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> Iterator[Sample | None]:
-    """The statistics that judge a width."""
-    for name in judges(width):
+    """The statistics by which a width is scored."""
+    for name in scoring_layers(width):
         observer = observer_of(graph_module, annotation(nodes[name]).sensitivity, SensitivityObserver)
         yield from () if observer is None else observer.halves
 
@@ -242,27 +238,27 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
     order, errors = eliminate(covariances, metrics)
     if len(halves) == 2:  # in the order of all samples: to find one for each half would double the time
         size = len(order)
-        sizes = sorted({round(size * share) for share in _JUDGED_SHARES} - {size})
-        judged = [0.0] * len(sizes)
+        sizes = sorted({round(size * share) for share in _HELD_OUT_SHARES} - {size})
+        held_out = [0.0] * len(sizes)
         seen = [(half, *problem([layer.undamped for layer in half])) for half in halves]
         for (own, own_covariances, _), (other, _, other_metrics) in itertools.permutations(seen):
-            for layer, judge, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
-                moment = judge.features.second_moment(layer.features.mean)[0]
+            for layer, unseen, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
+                moment = unseen.features.second_moment(layer.features.mean)[0]
                 lost = prediction_errors(covariance, moment, metric, order, sizes)
-                judged = [known + own_lost / 2 for known, own_lost in zip(judged, lost, strict=True)]
-        errors = _rescaled(errors, sizes, judged)
+                held_out = [known + own_lost / 2 for known, own_lost in zip(held_out, lost, strict=True)]
+        errors = _rescaled(errors, sizes, held_out)
     means = tuple(layer.features.mean[0] for layer in readers)
     return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means)
 
 
-def _rescaled(errors: list[float], sizes: list[int], judged: list[float]) -> list[float]:
+def _rescaled(errors: list[float], sizes: list[int], held_out: list[float]) -> list[float]:
     """Scale errors by the ratio of held-out to fitted error, interpolated between sizes, and keep them non-increasing.
 
     Args:
         sizes: the sizes with held-out errors, ascending.
-        judged: the held-out error of each of them.
+        held_out: the held-out error of each of them.
     """
-    ratios = [j / errors[size] if errors[size] > 0 else 1.0 for size, j in zip(sizes, judged, strict=True)]
+    ratios = [error / errors[size] if errors[size] > 0 else 1.0 for size, error in zip(sizes, held_out, strict=True)]
     scaled = _interpolated(len(errors), sizes, ratios)
     found = [error * ratio for error, ratio in zip(errors, scaled, strict=True)]
     return list(itertools.accumulate(found, min))
@@ -286,11 +282,11 @@ def _score_heads(width: Width, layer: _Layer, halves: list[list[_Layer]]) -> Wid
     spectrum = _best_bases(moment, metric)
     energies = spectrum.energies * _mean_diagonal(metric)
     if len(halves) == 2:
-        judged = []
+        held_out = []
         for (own,), (other,) in itertools.permutations(halves):
             moment, metric = _heads(width, other.undamped)
-            judged.append(held_out_errors(_best_bases(*_heads(width, own)), moment, None, metric))
-        energies = convex_energies((judged[0] + judged[1]) / 2)
+            held_out.append(held_out_errors(_best_bases(*_heads(width, own)), moment, None, metric))
+        energies = convex_energies((held_out[0] + held_out[1]) / 2)
     tail = [*energies.sum(0).flip(0).cumsum(0).flip(0).tolist(), 0.0]
     means = (layer.features.mean[0],) if width.kind == "values" else ()
     return WidthCurve(tuple(tail), layer.loss * tail[0], left=spectrum.left, right=spectrum.right, means=means)

@@ -1,4 +1,4 @@
-"""Give every candidate of every site its measured time."""
+"""Measure the time of every candidate of every site."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Time(Pass):
         table: the known times; new ones are added to it.
         progress: shows the progress over the operations.
         compiled: runs the graph compiled by inductor, on the same inputs; None where the nodes run one by one.
-        timed: the same graph without observers, as the user runs it (`Overwrite`); by default, the graph itself is
-            timed.
+        timed: the same graph without observers, as the user runs it (`Overwrite`), whose nodes are timed; None for the
+            graph itself.
     """
 
     inputs: Sequence[Any]
@@ -59,23 +59,23 @@ class Time(Pass):
                 raise PassError(f"Time: site {site.name!r} has no curve; run Score first")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        found = self.require_sites(graph_module)
-        device = next(get_tensor(graph_module, site.weight).device for site in found)
+        layers = self.require_sites(graph_module)
+        device = next(get_tensor(graph_module, site.weight).device for site in layers)
         plain = graph_module if self.timed is None else self.timed
         times, whole = self.table.group.once(
             lambda: node_seconds(plain, self.inputs, device, f"{OBSERVERS}.", self.compiled)
         )
         if whole is not None:
-            times = _fused(times, {node.name for nodes in found.values() for node in nodes}, whole)
+            times = _fused(times, {node.name for nodes in layers.values() for node in nodes}, whole)
         for node in graph_module.graph.nodes:
             annotate(node, nanoseconds=round(1e9 * times.get(node.name, 0.0)))
         record_graph(graph_module, nanoseconds=round(1e9 * sum(times.values())))
         compiled = self.compiled is not None
-        uses = {site: [use_of(graph_module, site, node, compiled) for node in nodes] for site, nodes in found.items()}
-        forms = {site: _forms(site, nodes) for site, nodes in found.items()}
-        largest = [run for site in found for form in forms[site] for run in _largest(*form, uses[site])]
+        uses = {site: [use_of(graph_module, site, node, compiled) for node in nodes] for site, nodes in layers.items()}
+        forms = {site: _forms(site, nodes) for site, nodes in layers.items()}
+        largest = [run for site in layers for form in forms[site] for run in _largest(*form, uses[site])]
         self.table.measure(largest, self.progress)
-        for site, nodes in found.items():
+        for site, nodes in layers.items():
             measured = sum(annotation(node).nanoseconds or 0 for node in nodes)
             curves = [(form, self._timed(form, curve, measured, uses[site])) for form, curve in forms[site]]
             chosen, *others = sorted(curves, key=lambda item: item[1].least_at_half("latency"))
@@ -92,7 +92,7 @@ class Time(Pass):
         """The time of a site, given that of its nodes."""
 
         def by_table(site: Site, rank: Rank) -> float:
-            return sum(self.table.nanoseconds(run) for each in uses for run in each.runs(site, rank))
+            return sum(self.table.nanoseconds(run) for use in uses for run in use.runs(site, rank))
 
         dense = by_table(whole, None)
 
@@ -146,9 +146,9 @@ def _largest(site: Site, curve: RankCurve, uses: Sequence[Use]) -> Iterator[Run]
         forms += ["rows", "columns"] if site.reads_each_once else ["rows"]
     ordered = site if site.pivots is None else dataclasses.replace(site, pivots="none")  # which may take gathers
     sizes: dict[Operation, tuple[int, int]] = {}
-    for each in uses:
-        yield from each.runs(site, None)
-        for run in (run for form in forms for rank in ranks for run in each.runs_as(ordered, rank, form)):
+    for use in uses:
+        yield from use.runs(site, None)
+        for run in (run for form in forms for rank in ranks for run in use.runs_as(ordered, rank, form)):
             inputs, outputs = sizes.get(run.operation, (0, 0))
             sizes[run.operation] = max(inputs, run.inputs), max(outputs, run.outputs)
     yield from (Run(operation, *size) for operation, size in sizes.items())

@@ -157,7 +157,7 @@ def test_torch_export_through_dynamo(compressed, case):
     subject.assert_same(subject.exported(strict=True).module())
 
 
-def test_parts_with_ranks_of_their_own(compressed):
+def test_parts_with_ranks_of_their_own():
     torch.manual_seed(0)
     model, batch = _vit()
     ranks = {"blocks.0.attn.qkv": (7, None, 11)}

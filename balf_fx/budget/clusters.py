@@ -25,17 +25,15 @@ from balf_fx.budget.members import Member, Ranks, Share
 from balf_fx.budget.options import Option, Options
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, RankCurve
-from balf_fx.graph.flops import use
+from balf_fx.graph.flops import flops_and_outputs
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width, WidthCurve, joint_widths
 from balf_fx.ranks.costs import rank_params
-from balf_fx.widths.heads import has_level_heads, is_attention
+from balf_fx.widths.heads import is_attention, requires_equal_heads
 
 _SIZES = {1: 32, 2: 12}  # the number of sizes tried for each width, by the number of widths in the cluster
-
-
 _PRODUCTS = 512  # up to so many choices of ranks at one size are all tried; else those on the convex hull
 
 _Build = Callable[[int, float], Option]
@@ -239,7 +237,7 @@ def _cluster(
         if graph_record(graph_module).nanoseconds is not None:
             shares.append(Share(Cost(latency=_passing(width, nodes)), ((index, 1.0),)))
     for name, parts in products.items():
-        shares.append(Share(_cost(nodes[name]), tuple(parts), has_level_heads(nodes[name])))
+        shares.append(Share(_cost(nodes[name]), tuple(parts), requires_equal_heads(nodes[name])))
     members = []
     for name in dict.fromkeys((*written, *read)):
         node = nodes[name]
@@ -256,7 +254,7 @@ def _cluster(
         gains_bias = name in read and bool(curves[read[name]].means)
         bias = site.bias is not None or gains_bias
         heads = tuple((index, width.heads) for index, width in enumerate(widths) if hosts.get(width.key) == name)
-        members.append(Member(site, *use([node]), outputs, read.get(name), name in mixed, bias, heads))
+        members.append(Member(site, *flops_and_outputs([node]), outputs, read.get(name), name in mixed, bias, heads))
     return Cluster(widths, curves, tuple(members), tuple(shares))
 
 

@@ -11,7 +11,12 @@ from balf_fx.ranks.costs import largest_part_rank, parts_candidate, possible_ran
 
 
 def explicit_candidates(curves: Mapping[Site, RankCurve], ranks: Mapping[str, Rank]) -> list[Candidate]:
-    """The candidates that a mapping names."""
+    """The candidate of each site for the ranks that the user gives; dense for sites that are not named.
+
+    Raises:
+        UnknownSiteError: a name is not that of a site.
+        OptionError: a rank is impossible for its site; the message lists those that are possible.
+    """
     names = [site.name for site in curves]
     unknown = sorted(set(ranks) - set(names))
     if unknown:

@@ -29,18 +29,18 @@ class Share:
     Attributes:
         full: its cost at full size.
         shrinks: the share of the cost that is proportional to each width, by the width's index in the cluster.
-        level: whether the cost depends only on the width that keeps the largest share of its features, since the
-            others are padded (`passes.Narrow`).
+        padded: whether the cost depends only on the width that keeps the largest share of its features, since the
+            others are padded to it (`passes.Narrow`).
     """
 
     full: Cost
     shrinks: tuple[tuple[int, float], ...]
-    level: bool = False
+    padded: bool = False
 
     def cost(self, kept: Sequence[float]) -> Cost:
         """The cost, given the share of features that each width keeps."""
         factor = 1.0 - sum(share * (1.0 - kept[index]) for index, share in self.shrinks)
-        if self.level:
+        if self.padded:
             whole = math.isclose(sum(share for _, share in self.shrinks), 1.0)
             factor = max(kept[index] for index, _ in self.shrinks) if whole else 1.0
         return Cost(*(round(factor * value) for value in (self.full.flops, self.full.params, self.full.latency)))

@@ -1,4 +1,4 @@
-"""How a function forward(model, batch) calls the model: with what arguments, or on answers that are known already."""
+"""How a function forward(model, batch) calls the model: with what arguments, or with outputs that are known already."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class _Recorder(_StandIn):
         raise _Recorded
 
 
-class Answering(_StandIn):
-    """Returns what is known already, whatever it is called with.
+class KnownOutputs(_StandIn):
+    """Returns outputs that are known already, whatever it is called with.
 
     Args:
         subject: the module for which it stands.
-        outputs: what that would return for each call in turn; one is asked for at each call.
+        outputs: what that would return for each call in turn; read one by one.
 
     Raises:
         CalibrationError: there are more calls.

@@ -6,9 +6,9 @@ g of the probe (L v)^T z at a site's output satisfies E[g g^T] = J^T H J, where 
 that output: E[g g^T] is the Gauss-Newton matrix there.
 
 For logits the loss is the Kullback-Leibler divergence of softmax(z), whose H = diag(p) - p p^T has the root
-L = diag(sqrt p) - p sqrt(p)^T. Where the model is confident of its answer, H is nearly zero, although an error that is
-large enough to change the answer costs much. So p is the softmax of z / 4, which is less confident. For other outputs
-the loss is the squared error relative to the output's mean square.
+L = diag(sqrt p) - p sqrt(p)^T. Where the model is confident of its prediction, H is nearly zero, although an error
+that is large enough to change the prediction costs much. So p is the softmax of z / 4, which is less confident. For
+other outputs the loss is the squared error relative to the output's mean square.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from balf_fx.calibration.answers import element_weights, find_logits, real_leaves
 from balf_fx.calibration.batches import Calibration, graphs_of, run_batch, sample_count, samples_of
 from balf_fx.calibration.describing import describe
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
+from balf_fx.calibration.outputs import element_weights, find_logits, real_leaves
 from balf_fx.calibration.weights import Weights, counted
 from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
 from balf_fx.graph.parameters import get_tensor, is_quantized
@@ -207,11 +207,9 @@ def probe(output: Any, batch: Any, generator: torch.Generator, weights: Weights 
         random = random if counts is None else random * counts.sqrt().to(random)
         if scale > 0:  # an output of zeros, as of a black image in a net without biases, has no gradient
             terms.append((values * (random / scale)).sum())
-    return (
-        torch.stack([term.float() for term in terms]).sum()
-        if terms
-        else torch.zeros((), dtype=torch.float32, device="cpu")
-    )
+    if not terms:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    return torch.stack([term.float() for term in terms]).sum()
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

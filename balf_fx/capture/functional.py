@@ -26,15 +26,11 @@ from balf_fx.capture.outofplace import out_of_place, view_instead
 from balf_fx.errors import CaptureError
 from balf_fx.graph.annotation import annotate
 from balf_fx.graph.effects import add_effect
-from balf_fx.graph.operators import AUGMENTED, changes_in_place, has_flag, is_opaque_call, operation
+from balf_fx.graph.operators import AUGMENTED, changes_in_place, has_inplace_flag, is_opaque_call, operation
 from balf_fx.graph.views import view_steps, write_through
 
 _FEW = 2  # samples; with one, more values would share memory
-
-
 _LOGGER = logging.getLogger(__name__)
-
-
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not")
 """Operations that return truth values, but keep the dtype of what they change."""
 
@@ -72,7 +68,7 @@ def _watched(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> _Watch:
 def _writes_plainly(graph_module: fx.GraphModule) -> bool:
     """Whether all writes are element by element, to whole values: the number of samples then does not matter."""
     for node in graph_module.graph.nodes:
-        plain = node.op == "call_module" or node.target in AUGMENTED or has_flag(node)
+        plain = node.op == "call_module" or node.target in AUGMENTED or has_inplace_flag(node)
         if operation(node) in _PIECES or is_opaque_call(node):
             return False
         if changes_in_place(graph_module, node) and not plain:

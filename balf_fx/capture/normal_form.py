@@ -47,11 +47,7 @@ Method = Literal["auto", "symbolic_trace", "export"]
 
 
 _OPAQUE = (Reason.NOT_LINEAR, Reason.SUBCLASS, Reason.PARAMETRIZED, Reason.HOOKED)  # export may decompose these
-
-
 _EXPORTABLE = (Tensor, bool, int, float, str, type(None))
-
-
 _LOGGER = logging.getLogger(__name__)
 
 

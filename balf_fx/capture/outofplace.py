@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from balf_fx.graph.operators import AUGMENTED, aten, has_flag, operation, set_flag
+from balf_fx.graph.operators import AUGMENTED, aten, has_inplace_flag, operation, set_inplace_flag
 from balf_fx.graph.views import Index, write_through
 
 _SET_SHAPE = ("squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "detach")
@@ -55,8 +55,8 @@ def out_of_place(
         return node
     if operation(node) == "copy" and len(node.args) > 1:
         return _copied(node.graph, node.args[1], target)
-    if has_flag(node):
-        set_flag(node, False)
+    if has_inplace_flag(node):
+        set_inplace_flag(node, False)
         return node
     other = _counterpart(node)
     if other is not None:
@@ -130,11 +130,10 @@ def _set_items(node: fx.Node, target: fx.Node, shapes: Mapping[fx.Node, Any]) ->
         view = step.take(graph, view)
     is_tensor = isinstance(value, fx.Node) and value in shapes
     if parsed.tensors:
-        given = (
-            graph.call_method("type_as", (value, view))
-            if is_tensor
-            else graph.call_method("new_full", (view, (), value))
-        )
+        if is_tensor:
+            given = graph.call_method("type_as", (value, view))
+        else:
+            given = graph.call_method("new_full", (view, (), value))
         new = graph.call_function(aten.index_put.default, (view, list(parsed.tensors), given))
     elif is_tensor:
         new = _copied(graph, value, view)

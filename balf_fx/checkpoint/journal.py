@@ -1,7 +1,7 @@
-"""The stages of a run and what they returned, so that a run which was killed goes on where it stopped.
+"""The stages of a run and what they returned, so that a run which was killed can be resumed.
 
-A `Journal` is handed down through a run, as `Progress` is. `journal.remembered(stage, compute)` returns what a stage
-returned before, if it was finished, or computes it. The base class remembers nothing, so callers need no condition.
+A `Journal` is handed down through a run, as `Progress` is. `journal.cached(stage, compute)` returns what a stage
+returned before, if it was finished, or computes it. The base class stores nothing, so callers need no condition.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHARE = 0.05  # the largest share of the time that writing unfinished stages ta
 
 
 class Journal:
-    """The stages of a run. This one remembers nothing."""
+    """The stages of a run. This one stores nothing."""
 
     @property
     def folder(self) -> Folder | None:
@@ -43,12 +43,12 @@ class Journal:
         del name
         return self
 
-    def remembered(self, stage: str, compute: Callable[[], _T]) -> _T:
+    def cached(self, stage: str, compute: Callable[[], _T]) -> _T:
         """What a stage returned before; if it was not finished, it is computed and written."""
         del stage
         return compute()
 
-    def recall(self, stage: str) -> Any:
+    def last(self, stage: str) -> Any:
         """What was written last for a stage; None if nothing was."""
         del stage
 
@@ -73,8 +73,8 @@ class Journal:
         return batches
 
 
-FORGETFUL = Journal()
-"""Remembers nothing."""
+NO_JOURNAL = Journal()
+"""Stores nothing."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class _Read:
 class FolderJournal(Journal):
     """Keeps what stages return in a folder.
 
-    What several processes compute together is kept in the folder of process 0, whose word holds for all of them. What
-    is written of statistics and batches is that of each process, in a folder of its own.
+    What several processes compute together is kept in the folder of process 0, which all of them follow. Statistics and
+    digests of batches are kept for each process, in a folder of its own.
 
     Args:
         folder: the folder of this process.
         classes: the dataclasses that stages return.
-        group: the processes, which call `remembered` with the same stages in the same order.
+        group: the processes, which call `cached` with the same stages in the same order.
     """
 
     def __init__(self, folder: Folder, classes: Collection[type], group: Group = ALONE, prefix: str = "") -> None:
@@ -122,7 +122,7 @@ class FolderJournal(Journal):
     def within(self, name: str) -> Journal:
         return FolderJournal(self._folder, self._classes, self._group, f"{self._prefix}{name}, ")
 
-    def remembered(self, stage: str, compute: Callable[[], _T]) -> _T:
+    def cached(self, stage: str, compute: Callable[[], _T]) -> _T:
         known = self._group.once(lambda: self._known(stage))
         if known:
             found: _T = known[0]
@@ -132,7 +132,7 @@ class FolderJournal(Journal):
             self._keep(stage, value)
         return value
 
-    def recall(self, stage: str) -> Any:
+    def last(self, stage: str) -> Any:
         return next(iter(self._known(stage)), None)
 
     def write(self, stage: str, make: Callable[[], Any], due: bool = True) -> None:
@@ -143,7 +143,7 @@ class FolderJournal(Journal):
             self._took = self._written - start
 
     def checked(self, batches: Iterable[_T], name: str = "calibration batch") -> Iterator[_T]:
-        before = self.recall(f"{name}es") or _Read()
+        before = self.last(f"{name}es") or _Read()
         known, count = before.digests, len(before.digests)
         read = self._reading[name] = []
         for index, batch in enumerate(batches):
@@ -166,7 +166,7 @@ class FolderJournal(Journal):
         self._put(stage, value)
 
     def _keep_read(self, name: str, complete: bool) -> None:
-        before, read = self.recall(f"{name}es") or _Read(), tuple(self._reading[name])
+        before, read = self.last(f"{name}es") or _Read(), tuple(self._reading[name])
         if complete or (len(read) > len(before.digests) and not before.complete):
             self._put(f"{name}es", _Read(read, complete))
 

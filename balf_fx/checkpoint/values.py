@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from balf_fx.distributed.packing import as_it_lay
+from balf_fx.distributed.packing import with_strides
 
 
 class Encoder:
@@ -68,7 +68,7 @@ def decode(written: Any, tensors: Mapping[str, Tensor], classes: Collection[type
     if not isinstance(written, dict):
         return written
     if "tensor" in written:
-        return as_it_lay(tensors[written["tensor"]], written["stride"]).to(written["device"])
+        return with_strides(tensors[written["tensor"]], written["stride"]).to(written["device"])
     if "tuple" in written:
         return tuple(decode(each, tensors, classes) for each in written["tuple"])
     if "mapping" in written:

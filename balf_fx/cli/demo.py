@@ -26,8 +26,6 @@ _TRAIN, _CALIBRATION = 1200, 256
 
 
 _BATCH = 64
-
-
 _WIDTHS = ((1, 128, 1), (128, 128, 1), (128, 128, 2), (128, 128, 1))  # in, out, stride
 
 

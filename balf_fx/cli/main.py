@@ -33,18 +33,20 @@ except ImportError:
 
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
 _EXISTING_RESULT = click.Path(exists=True, path_type=Path)
-
-
 _PICTURE = OutputFile(".png", ".svg", ".pdf")
-
-
-_BUDGET = ("flops", "params", "latency", "energy", "allocation", "disagreement", "divergence", "confidence", "minimise")
-
-
-_BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
+_NOT_IN_SWEEP = (
+    "flops",
+    "params",
+    "latency",
+    "energy",
+    "allocation",
+    "disagreement",
+    "divergence",
+    "confidence",
+    "minimise",
+)
+_DEFAULT_BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
 
 
 def _shares(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
@@ -156,8 +158,8 @@ def report(file: Path, as_json: bool, html: Path | None, curve: Path | None, plo
 
 @main.command()
 @input_options
-@setting_options(skip=_BUDGET)
-@click.option("--budgets", callback=_shares, default=_BUDGETS, show_default=True, help="Fractions to keep.")
+@setting_options(skip=_NOT_IN_SWEEP)
+@click.option("--budgets", callback=_shares, default=_DEFAULT_BUDGETS, show_default=True, help="Fractions to keep.")
 @click.option(
     *("--measure", "measure"),
     type=click.Choice(get_args(Measure)),

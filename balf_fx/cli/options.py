@@ -51,14 +51,8 @@ class OutputFile(click.Path):
 
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
 _EXISTING = click.Path(exists=True, path_type=Path)
-
-
 _COUNT = click.IntRange(min=1)
-
-
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
     click.option("--weights", type=_EXISTING_FILE, help="State dict, as .safetensors or by torch.save."),

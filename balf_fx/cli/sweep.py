@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from balf_fx.api import calibrate, convert, plan, prepare
-from balf_fx.calibration.answers import answers, differ, find_logits
 from balf_fx.calibration.batches import cache_arguments, forward_for, sample_count
+from balf_fx.calibration.outputs import find_logits, loss_and_weight, outputs_of
 from balf_fx.capture.models import cuda_devices, plain_model
 from balf_fx.engine.fields import Stage
 from balf_fx.engine.options import options_of, settings_from
@@ -61,8 +61,8 @@ def run_sweep(
     settings = settings_from(options)
     original, _pages = with_weights(plain_model(model), settings.safetensors)
     forward = forward_for(original, **cache_arguments(original))
-    references = answers(original, evaluation, forward)
-    judge = _Judge(evaluation, references, data)
+    references = outputs_of(original, evaluation, forward)
+    comparison = _Comparison(evaluation, references, data)
     with torch.random.fork_rng(devices=cuda_devices(model)):
         factors = {"factors": settings.chosen_factors}
         prepared = prepare(model, calibration[0], **{**_for("prepare", options), **factors, "forward": forward})
@@ -79,7 +79,7 @@ def run_sweep(
                 error = unreachable
                 continue
             found = plan(small)
-            compared = judge(answers(small, evaluation, forward))
+            compared = comparison(outputs_of(small, evaluation, forward))
             points.append(Point(budget, found.flops_kept, found.params_kept, *compared))
     if error is not None and not points:
         raise error
@@ -87,8 +87,8 @@ def run_sweep(
         measure=measure,
         effort=settings.effort,
         samples=sum(map(sample_count, evaluation)),
-        accuracy=judge.accuracy(references),
-        perplexity=judge.perplexity(references),
+        accuracy=comparison.accuracy(references),
+        perplexity=comparison.perplexity(references),
         points=tuple(points),
         out_of_reach=tuple(out_of_reach),
         minimum=None if error is None else error.minimum,
@@ -100,7 +100,7 @@ def _for(stage: Stage, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in options_of(stage)}
 
 
-class _Judge:
+class _Comparison:
     """Compares outputs with the original's, and with labels."""
 
     def __init__(self, batches: Sequence[Any], references: Sequence[Any], data: SweepData) -> None:
@@ -113,7 +113,7 @@ class _Judge:
 
     def __call__(self, given: Sequence[Any]) -> tuple[float, float | None, float | None, float | None]:
         """Divergence, agreement, accuracy and perplexity."""
-        lost = [float(differ(*each)[0]) for each in zip(self.references, given, self.batches, strict=True)]
+        lost = [float(loss_and_weight(*each)[0]) for each in zip(self.references, given, self.batches, strict=True)]
         counts = [max(sample_count(batch), 1) for batch in self.batches]
         classes = self._classes(given)
         agreement = None if classes is None or self.wanted is None else _equal(classes, self.wanted)

@@ -1,8 +1,8 @@
-"""The processes that work on one model together, and what they tell each other.
+"""The processes that compress one model together, and their collective operations.
 
 `Group` is one process alone, for which every exchange is trivial, so callers need no condition. `Processes` are those
-of torch.distributed. All of them call the same methods in the same order. Each exchange first asks whether all are
-well, so that an error of one is raised in all of them, and none waits for a process that has left.
+of torch.distributed. All of them call the same methods in the same order. Each exchange first finds out whether one of
+them has failed, so that its error is raised in all of them, and none waits for a process that has ended.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ class Processes(Group):
         self._device = device
         cpu = "cpu" in dist.get_backend_config() or dist.get_backend() != "nccl"
         self._channel = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
-        self._over = False
+        self._ended = False
 
     def gathered(self, value: _T) -> list[_T]:
-        self._meet("gather")
-        with self._talking():
+        self._synchronise("gather")
+        with self._communicating():
             own = packed(value).to(self._channel)
             lengths = self._each(torch.tensor([len(own)], device="cpu"))
             padded = own.new_zeros(max(lengths))
@@ -133,12 +133,12 @@ class Processes(Group):
 
     def once(self, function: Callable[[], _T]) -> _T:
         own = function() if self.rank == 0 else None
-        self._meet("once")
+        self._synchronise("once")
         value: _T = self._from(0, own)
         return value
 
     def merged(self, value: _T, merge: Callable[[_T, _T], _T]) -> _T:
-        self._meet("merge")
+        self._synchronise("merge")
         step = 1
         while step < self.size and self.rank % step == 0:  # a tree, in which neighbours are merged first
             if self.rank % (2 * step):
@@ -159,7 +159,7 @@ class Processes(Group):
         owners = assigned(costs, self.size)
         own = [index for index, owner in enumerate(owners) if owner == self.rank]
         found = {index: function(items[index]) for index in progress.track(own, [costs[index] for index in own])}
-        self._meet("share out")
+        self._synchronise("share out")
         return [self._from(owner, found.get(index)) for index, owner in enumerate(owners)]
 
     def together(self, function: Callable[[], _T]) -> _T:
@@ -168,12 +168,12 @@ class Processes(Group):
             result = function()
         except BalfError as error:
             failure = error
-        found = self.gathered(None if failure is None else _told(failure))
+        found = self.gathered(None if failure is None else _encoded(failure))
         if failure is not None:
             raise failure
-        for rank, told in enumerate(found):
-            if told is not None:
-                raise _error_of(rank, *told)
+        for rank, sent in enumerate(found):
+            if sent is not None:
+                raise _decoded(rank, *sent)
         return result  # type: ignore[return-value]
 
     @contextmanager
@@ -181,38 +181,40 @@ class Processes(Group):
         try:
             yield
         except Exception as error:
-            if not self._over:
-                self._meet("end", error)
+            if not self._ended:
+                self._synchronise("end", error)
             raise
-        self._meet("end")
+        self._synchronise("end")
 
-    def _meet(self, step: str, failure: Exception | None = None) -> None:
-        """Tell the others that this process is at a step, or that it has failed, and hear the same of them.
+    def _synchronise(self, step: str, failure: Exception | None = None) -> None:
+        """Check that all processes have reached the same step, and tell the others if this one has failed.
 
         Raises:
             BalfError: another one has failed.
+            ProcessError: they are at different steps.
         """
-        with self._talking():
+        with self._communicating():
             places = self._each(torch.tensor([-1 if failure is not None else zlib.crc32(step.encode())], device="cpu"))
         failed = [rank for rank, place in enumerate(places) if place < 0]
-        told = self._from(failed[0], None if failure is None else _told(failure)) if failed else None
+        sent = self._from(failed[0], None if failure is None else _encoded(failure)) if failed else None
         if failure is not None:
             return
-        if told is not None:
-            self._over = True
-            raise _error_of(failed[0], *told)
+        if sent is not None:
+            self._ended = True
+            raise _decoded(failed[0], *sent)
         if len(set(places)) > 1:
-            self._over = True
+            self._ended = True
             raise ProcessError(
                 "the processes are at different steps: call the same functions with the same model and options in each"
             )
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
+    def _communicating(self) -> Iterator[None]:
+        """Convert errors of torch.distributed to ProcessError."""
         try:
             yield
         except RuntimeError as error:  # the base of torch.distributed's errors
-            self._over = True
+            self._ended = True
             raise ProcessError(
                 f"another process has ended, or has not answered within the time limit of the group: {error}. See its "
                 "own output; torch.distributed.init_process_group(timeout=) sets the limit"
@@ -228,7 +230,7 @@ class Processes(Group):
     def _from(self, source: int, value: Any) -> Any:
         """The value of a process, which keeps its own."""
         own = packed(value).to(self._channel) if self.rank == source else None
-        with self._talking():
+        with self._communicating():
             length = torch.tensor([0 if own is None else len(own)], device=self._channel)
             dist.broadcast(length, source)
             data = torch.empty(int(length), dtype=torch.uint8, device=self._channel) if own is None else own
@@ -237,12 +239,12 @@ class Processes(Group):
 
     def _send(self, value: Any, target: int) -> None:
         data = packed(value).to(self._channel)
-        with self._talking():
+        with self._communicating():
             dist.send(torch.tensor([len(data)], device=self._channel), target)
             dist.send(data, target)
 
     def _receive(self, source: int) -> Any:
-        with self._talking():
+        with self._communicating():
             length = torch.tensor([0], device=self._channel)
             dist.recv(length, source)
             data = torch.empty(int(length), dtype=torch.uint8, device=self._channel)
@@ -250,15 +252,15 @@ class Processes(Group):
         return unpacked(data.cpu(), self._device)
 
 
-def _told(error: Exception) -> tuple[type[BalfError] | None, str]:
-    """What other processes are told of an error: its kind, if they can raise it, and its message."""
+def _encoded(error: Exception) -> tuple[type[BalfError] | None, str]:
+    """An error as it is sent to other processes: its class, if they can raise it, and its message."""
     if isinstance(error, BalfError) and not isinstance(type(error).__init__, FunctionType):  # a message is all it takes
         return type(error), str(error)
     return None, f"{type(error).__name__}: {error}"
 
 
-def _error_of(rank: int, kind: type[BalfError] | None, message: str) -> BalfError:
-    """The error of another process."""
+def _decoded(rank: int, kind: type[BalfError] | None, message: str) -> BalfError:
+    """The error to raise for one of another process, from `_encoded`."""
     if kind is None:
         return ProcessError(f"process {rank} has failed with {message}")
     return kind(f"process {rank}: {message}")

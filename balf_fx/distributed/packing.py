@@ -45,12 +45,12 @@ def unpacked(data: Tensor, device: torch.device) -> Any:
     sizes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape, *_ in specs]
     tensors = []
     for (dtype, shape, stride, kind), start, size in zip(specs, _places(length, sizes), sizes, strict=False):
-        own = as_it_lay(data[start : start + size].view(dtype).reshape(shape).clone(), stride)
+        own = with_strides(data[start : start + size].view(dtype).reshape(shape).clone(), stride)
         tensors.append(own if kind == "cpu" else own.to(device))
     return _Unpickler(io.BytesIO(body), tensors).load()
 
 
-def as_it_lay(value: Tensor, stride: Sequence[int]) -> Tensor:
+def with_strides(value: Tensor, stride: Sequence[int]) -> Tensor:
     """A contiguous tensor with other strides."""
     if tuple(value.stride()) == tuple(stride):
         return value

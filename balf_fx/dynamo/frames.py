@@ -22,14 +22,8 @@ from balf_fx.graph.annotation import annotate
 from balf_fx.graph.operators import trains
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "__closure__", "cell_contents", "__dict__", "_orig_mod")
-
-
 _ROOTS = ("self", "fn")  # the module's name in its own methods, and in the function with which torch wraps its modules
-
-
 _POSITIONAL = re.compile(r"L\['args'\]\[(\d+)\]")  # the source of a positional argument of a wrapper
-
-
 _WRAPPED = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the latter in torch 2.8
 
 

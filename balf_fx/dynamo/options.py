@@ -21,7 +21,7 @@ from balf_fx.files.storage import read
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
-_WHOLE = "mistakes are counted on outputs of the whole model, which balf_fx.compile has"
+_WHOLE = "it is measured on outputs of the whole model, which balf_fx.compile has"
 _ELSEWHERE = {
     "capture": "Dynamo captures the graphs",
     "result": "the result is the compiled model",

@@ -23,7 +23,7 @@ from balf_fx.dynamo.recording import Recording, confirmed, on_inputs, weights_of
 from balf_fx.dynamo.watch import Watch
 from balf_fx.engine import compress
 from balf_fx.engine.program import Key, Program, keys_of, name_alike, per_call, run_trace
-from balf_fx.engine.resuming import check, open_journal
+from balf_fx.engine.resuming import check_batches, open_journal
 from balf_fx.engine.rewriting import applicable, fill, find_features, held_tensors, normalise, rewrite_as
 from balf_fx.engine.run import run
 from balf_fx.errors import BalfError, NotCalibratedError, OptionError, WeightsChangedError
@@ -258,7 +258,7 @@ class Session:
             # 2. Observe, calibrate and convert, as for a model that is captured as a whole.
             compress.observe(program, settings, {settings.chosen_factors})
             journal = open_journal(program, settings, run_trace)
-            check(journal, batches)
+            check_batches(journal, batches)
             self._sites, self._stored = keys_of(parts), read_result(journal)
             if self._stored is not None:
                 return

@@ -29,8 +29,8 @@ def check_alike(model: nn.Module, settings: Settings, group: Group) -> None:
     """
     if group.size == 1:
         return
-    named = {name: getattr(settings, name) for name in (each.name for each in dataclasses.fields(settings))}
-    options = {name: _described(value) for name, value in named.items() if name not in _OWN}
+    names = [each.name for each in dataclasses.fields(settings) if each.name not in _OWN]
+    options = {name: _described(getattr(settings, name)) for name in names}
     differing = _differing(group.gathered(options))
     if differing:
         raise OptionError(f"the processes have different options: give all of them the same {', '.join(differing)}")

@@ -1,9 +1,9 @@
 """Calibration and scores block by block, where the statistics of all layers take more than the memory.
 
 All batches run through one block of the graph (`graph.blocks`). Then its sites are scored, and their statistics and the
-directions that their ranks keep go to files, before the next block begins. Where gradients are observed, the blocks run
-without them first, and then back from the last to the first; sites and widths are scored on the way back. Sums are in
-the same order as where all layers run at once, and the result is the same bit for bit; only a layer or a value that
+directions that their ranks keep go to files, before the next block begins. Where gradients are observed, all blocks run
+forward first, and then backward from the last to the first; sites and widths are scored in the backward pass. Sums are
+in the same order as where all layers run at once, and the result is the same bit for bit; only a layer or a value that
 several blocks use adds up its uses in another order. Gradients of weights are not observed in this way.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 from torch import fx, nn
 
 from balf_fx.calibration.batches import Calibration
-from balf_fx.calibration.calls import Answering
+from balf_fx.calibration.calls import KnownOutputs
 from balf_fx.calibration.coverage import unseen
 from balf_fx.calibration.merging import check_alike
 from balf_fx.calibration.observers import CovarianceObserver, SensitivityObserver, observer_of
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.parking import park_curves, parked
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import Journal
 from balf_fx.engine.calls import Calls
 from balf_fx.engine.finished import Finished
 from balf_fx.engine.program import Program
@@ -31,16 +31,16 @@ from balf_fx.engine.projecting import bytes_read
 from balf_fx.engine.resuming import CALIBRATION
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.stages import Work
-from balf_fx.engine.walking import walk, walk_back
+from balf_fx.engine.walking import walk, walk_backward
 from balf_fx.graph.annotation import annotation, graph_record, record_graph, sites
 from balf_fx.graph.blocks import Block, find_blocks, weight_bytes
 from balf_fx.passes import Score, ScoreWidths
-from balf_fx.passes.score_widths import judges
-from balf_fx.progress import SILENT, Progress
+from balf_fx.passes.score_widths import scoring_layers
+from balf_fx.progress import Progress
 from balf_fx.refit.offload import Shelved
 
 
-def paged(program: Program, settings: Settings, calibration: Calibration, lenient: bool = False) -> Calibration:
+def paged(program: Program, settings: Settings, calibration: Calibration, lenient: bool) -> Calibration:
     """Calibration with files for what is scored, if the program goes block by block.
 
     It does where weights, statistics and spectra exceed the memory of a process, and where the calibration has files
@@ -81,8 +81,8 @@ def calibrate_in_blocks(
     batches: Iterable[Any],
     calibration: Calibration,
     work: Work,
-    progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    progress: Progress,
+    journal: Journal,
 ) -> None:
     """Run batches through an observed program of one graph and score its sites and widths, block by block.
 
@@ -99,11 +99,11 @@ def calibrate_in_blocks(
     check_alike(graph_module, calibration.group)
     dataclasses.replace(settings.align(), group=calibration.group)(graph_module)
     settings.find_pivots()(graph_module)
-    run = _there_and_back if settings.chosen_factors == "sensitivity" else _there
+    run = _forward_and_backward if settings.chosen_factors == "sensitivity" else _forward
     run(program, settings, batches, calibration, work, progress, journal)
 
 
-def _there(
+def _forward(
     program: Program,
     settings: Settings,
     batches: Iterable[Any],
@@ -115,24 +115,25 @@ def _there(
     """As `calibrate_in_blocks`, without gradients."""
     graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
     blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration))
-    seen, calls = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION), Calls(program, calibration, batches)
+    moments = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION)
+    calls = Calls(program, calibration, batches)
     times, names = [work.calibrating, work.scoring], ["calibrating", "scoring"]
     shares = iter(progress.spans(times * len(blocks), names * len(blocks)))
     score, scorable = dataclasses.replace(settings.score(), group=group), _scorable(graph_module, blocks)
 
     def finish(index: int) -> None:
         next(shares).done()
-        seen.settle(index, journal, group, pages)
+        moments.settle(index, journal, group, pages)
         _score_sites(graph_module, dataclasses.replace(score, progress=next(shares)), scorable[index], pages)
 
-    seen.take_up(journal, group, pages)
-    if seen.complete:
-        _again(batches, range(len(blocks)), finish)
+    moments.resume(journal, group, pages)
+    if moments.complete:
+        _finish_known(batches, range(len(blocks)), finish)
         return
-    calls.check(walk(graph_module, seen.unfinished(blocks), calls, calibration.memory, finish, calls.around))
+    calls.check(walk(graph_module, moments.unfinished(blocks), calls, calibration.memory, finish, calls.around))
 
 
-def _there_and_back(
+def _forward_and_backward(
     program: Program,
     settings: Settings,
     batches: Iterable[Any],
@@ -145,38 +146,38 @@ def _there_and_back(
     graph_module, group, pages = program.graph_modules[0], calibration.group, _pages(calibration)
     # Observers of gradients are in the block that computes their value, to see all of its gradient.
     blocks = find_blocks(graph_module, _sizes(graph_module), _bound(calibration), _observing(graph_module))
-    seen = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION)
-    felt = Finished(graph_module, blocks, SensitivityObserver, f"{CALIBRATION} with gradients", back=True)
+    moments = Finished(graph_module, blocks, CovarianceObserver, CALIBRATION)
+    gradients = Finished(graph_module, blocks, SensitivityObserver, f"{CALIBRATION} with gradients", backward=True)
     calls = Calls(program, calibration, batches, blocks)
     times = [work.calibrating / 3] * len(blocks) + [work.calibrating * 2 / 3, work.scoring] * len(blocks)
     names = ["calibrating"] * len(blocks) + ["calibrating", "scoring"] * len(blocks)
     shares, scored = iter(progress.spans(times, names)), set[str]()
-    score, scorable = dataclasses.replace(settings.score(), group=group), _scorable(graph_module, blocks, back=True)
+    score, scorable = dataclasses.replace(settings.score(), group=group), _scorable(graph_module, blocks, backward=True)
 
-    def there(index: int) -> None:
+    def finish_forward(index: int) -> None:
         next(shares).done()
-        seen.settle(index, journal, group, pages)
+        moments.settle(index, journal, group, pages)
 
-    def back(index: int) -> None:
+    def finish_backward(index: int) -> None:
         next(shares).done()
         ranks, sizes = next(shares).spans([1.0, 2.0])
-        felt.settle(index, journal, group, pages)
+        gradients.settle(index, journal, group, pages)
         _score_sites(graph_module, dataclasses.replace(score, progress=ranks), scorable[index], pages)
         scored.update(scorable[index])
         if settings.widths:
             _score_widths(graph_module, ScoreWidths(score.damping, group=group, progress=sizes), scored, pages)
 
     _park_bases(graph_module, pages)
-    for each in (seen, felt):
-        each.take_up(journal, group, pages)
-    if seen.complete and felt.complete:
-        _again(batches, reversed(range(len(blocks))), back)
+    for each in (moments, gradients):
+        each.resume(journal, group, pages)
+    if moments.complete and gradients.complete:
+        _finish_known(batches, reversed(range(len(blocks))), finish_backward)
         return
     memory = calibration.memory
     shelves: dict[int, Shelved] = {}
-    calls.check(walk(graph_module, seen.unfinished(blocks), calls, memory, there, calls.around, shelves))
-    left = felt.unfinished(seen.unobserved(blocks))
-    walk_back(graph_module, left, shelves, memory, back, calls.differentiated, calls.loss)
+    forward, backward = moments.unfinished(blocks), gradients.unfinished(moments.unobserved(blocks))
+    calls.check(walk(graph_module, forward, calls, memory, finish_forward, calls.around, shelves))
+    walk_backward(graph_module, backward, shelves, memory, finish_backward, calls.differentiated, calls.loss)
 
 
 def _park_bases(graph_module: fx.GraphModule, pages: Pages) -> None:
@@ -196,7 +197,7 @@ def _bound(calibration: Calibration) -> int:
     return min(calibration.group.gathered(calibration.memory))
 
 
-def _again(batches: Iterable[Any], indices: Iterable[int], finish: Callable[[int], None]) -> None:
+def _finish_known(batches: Iterable[Any], indices: Iterable[int], finish: Callable[[int], None]) -> None:
     """Finish blocks whose statistics are known, and read the batches, which are not run."""
     deque(batches, maxlen=0)
     for index in indices:
@@ -210,8 +211,8 @@ def score_in_blocks(graph_module: fx.GraphModule, score: Score, calibration: Cal
         _score_sites(graph_module, score, names, _pages(calibration))
 
 
-def _scorable(graph_module: fx.GraphModule, blocks: Sequence[Block], back: bool = False) -> list[set[str]]:
-    """For each block, the names of the sites all of whose observers are finished with it, on a walk there or back."""
+def _scorable(graph_module: fx.GraphModule, blocks: Sequence[Block], backward: bool = False) -> list[set[str]]:
+    """For each block, the names of the sites all of whose observers are finished with it, in either pass."""
     places = {node: index for index, block in enumerate(blocks) for node in block.nodes}
     called = defaultdict[str, list[int]](list)
     for node in graph_module.graph.find_nodes(op="call_module"):
@@ -220,9 +221,9 @@ def _scorable(graph_module: fx.GraphModule, blocks: Sequence[Block], back: bool 
     found: list[set[str]] = [set() for _ in blocks]
     for site, nodes in sites(graph_module).items():
         mark = annotation(nodes[0])
-        paths = (mark.sensitivity,) if back else (mark.observer, mark.strips)
+        paths = (mark.sensitivity,) if backward else (mark.observer, mark.strips)
         own = [*(place for path in paths for place in called[path or ""]), places[nodes[0]]]
-        found[min(own) if back else max(own)].add(site.name)
+        found[min(own) if backward else max(own)].add(site.name)
     return found
 
 
@@ -241,12 +242,14 @@ def _score_sites(graph_module: fx.GraphModule, score: Score, names: Set[str], pa
 
 
 def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[str], pages: Pages) -> None:
-    """Score the widths that layers judge which are all scored; what was computed goes to files."""
+    """Score the widths whose scoring layers are all scored; what was computed goes to files."""
     record = graph_record(graph_module)
     names = {node.name: site.name for site, nodes in sites(graph_module).items() for node in nodes}
     done = zip(record.widths, record.width_curves, strict=False)
     known = {width.key for width, curve in done if curve is not None}
-    ready = {width.key for width in record.widths if {names.get(node) for node in judges(width)} <= scored} - known
+    ready = {
+        width.key for width in record.widths if {names.get(node) for node in scoring_layers(width)} <= scored
+    } - known
     dataclasses.replace(score, only=ready)(graph_module)
     curves = zip(record.widths, graph_record(graph_module).width_curves, strict=True)
     moved = [parked(curve, pages) if width.key in ready else curve for width, curve in curves]
@@ -254,7 +257,7 @@ def _score_widths(graph_module: fx.GraphModule, score: ScoreWidths, scored: Set[
     pages.release()
 
 
-def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Module:
+def with_known_outputs(program: Program, calibration: Calibration, pages: Pages) -> nn.Module:
     """A module that, called on each of the batches in turn, returns what a program of one graph computes for it.
 
     The graph runs block by block.
@@ -263,4 +266,4 @@ def answering(program: Program, calibration: Calibration, pages: Pages) -> nn.Mo
     calls = Calls(program, calibration, calibration.batches)
     blocks = find_blocks(graph_module, bytes_read(graph_module), calibration.memory)
     outputs = walk(graph_module, blocks, calls, calibration.memory, lambda _: pages.release(), calls.around)
-    return Answering(graph_module, outputs)
+    return KnownOutputs(graph_module, outputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch, telling
-from balf_fx.calibration.calls import Answering, placeholder_values
+from balf_fx.calibration.calls import KnownOutputs, placeholder_values
 from balf_fx.calibration.describing import describe
 from balf_fx.calibration.gradients import Wanted, differentiable, loss_of, outputs, recording
 from balf_fx.calibration.observers import SensitivityObserver, observer_of
@@ -38,7 +38,7 @@ class Calls:
     ) -> None:
         self._program, self._calibration, self._batches, self._blocks = program, calibration, batches, blocks
         self._known: list[tuple[int, str, Tensor | None, CallWeights]] = []
-        self._run = Shelved(calibration.memory)  # the batches, for the way back
+        self._run = Shelved(calibration.memory)  # the batches, for the backward pass
         self._first: Any = None  # the first batch
         self._generator = torch.Generator("cpu").manual_seed(calibration.seed + calibration.group.rank)
 
@@ -75,7 +75,7 @@ class Calls:
 
     @contextmanager
     def differentiated(self, block: Block, call: int) -> Iterator[Callable[[], Iterable[Wanted]]]:
-        """The context in which a block runs for a call, on the way back."""
+        """The context in which a block runs for a call in the backward pass."""
         graph_module = self._program.graph_modules[0]
         targets = dict.fromkeys(str(node.target) for node in block.nodes if node.op == "call_module")
         observers = [observer_of(graph_module, target, SensitivityObserver) for target in targets]
@@ -89,8 +89,8 @@ class Calls:
     def loss(self, call: int, output: Any) -> Tensor:
         """The scalar whose gradients are observed in a call."""
         (index, _, _, weights), (batch,) = self._known[call], self._run[call]
-        answer = self._answer(batch, output, index)
-        return loss_of(answer, batch, self._calibration, index, self._generator, weights.outputs)
+        final = self._user_output(batch, output, index)
+        return loss_of(final, batch, self._calibration, index, self._generator, weights.outputs)
 
     def check(self, outputs: Iterable[Any]) -> None:
         """Raise if the user's weights are no weights of the positions in a call, or one batch takes several calls.
@@ -102,9 +102,9 @@ class Calls:
             index, _, given, weights = self._known[call]
             check_fit(given, weights, index)
             if not call:
-                self._answer(self._first, output, index)
+                self._user_output(self._first, output, index)
 
-    def _answer(self, batch: Any, output: Any, index: int) -> Any:
-        """What the user's function makes of an output."""
-        stand_in = Answering(self._program.graph_modules[0], [output])
+    def _user_output(self, batch: Any, output: Any, index: int) -> Any:
+        """What the user's `forward` returns where the program returns this output."""
+        stand_in = KnownOutputs(self._program.graph_modules[0], [output])
         return run_batch(stand_in, batch, self._calibration.forward, index, gradients=True)

@@ -1,4 +1,4 @@
-"""Find the smallest budget whose mistakes are certified, on samples that nothing else has seen.
+"""Find the smallest budget whose disagreement or divergence is certified, on samples that nothing else has seen.
 
 Budgets are tested from mild to hard, each at the full confidence, up to the first that misses the limit. The chance
 that the model before it exceeds the limit is then still at most 1 - confidence, however many budgets were tested
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein, least_samples
-from balf_fx.calibration.answers import element_weights, find_logits, find_pixels, real_leaves
 from balf_fx.calibration.batches import Calibration, iterate, run_batch
+from balf_fx.calibration.outputs import element_weights, find_logits, find_pixels, real_leaves
 from balf_fx.calibration.weights import Weights
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.compress import convert
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
@@ -43,9 +43,11 @@ def certify(
     settings: Settings,
     calibration: Calibration,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[Program, Plan]:
-    """Compress a calibrated program as far as the user's limit of mistakes allows; the program itself is unchanged.
+    """Compress a calibrated program as far as the user's limit on disagreement or divergence allows.
+
+    The program itself is unchanged.
 
     Returns:
         As `compress.convert`; the plan has the certificate. If no budget keeps the limit, nothing but what is free is
@@ -55,7 +57,7 @@ def certify(
         OptionError: there are too few validation samples; the message says how many would do. Or the outputs are
             no choices among classes.
     """
-    judge = _Judge.of(program, settings, calibration)
+    validation = _Validation.of(program, settings, calibration)
     best: tuple[Program, Plan] | None = None
     tried: list[Tried] = []
     for share, span in zip(_SHARES, progress.spans([1.0] * len(_SHARES)), strict=True):
@@ -65,15 +67,15 @@ def certify(
             )
         except BudgetError:
             break
-        tried.append(judge.test(candidate[0], share))
+        tried.append(validation.test(candidate[0], share))
         _LOGGER.info("%s %g: %s", settings.minimise, share, tried[-1])
-        if tried[-1].bound > judge.limit:
+        if tried[-1].bound > validation.limit:
             break
         best = candidate
     progress.done()
     compressed, plan = best or convert(program, _free(settings), calibration)
     found = Certificate(
-        judge.mistakes, judge.limit, settings.confidence, settings.minimise, judge.samples, tuple(tried)
+        validation.mistakes, validation.limit, settings.confidence, settings.minimise, validation.samples, tuple(tried)
     )
     return compressed, dataclasses.replace(plan, certificate=found)
 
@@ -85,8 +87,8 @@ def _free(settings: Settings) -> Settings:
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """The answers to the samples of a batch.
+class _Predictions:
+    """The predictions for the samples of a batch.
 
     Attributes:
         values: choices of classes, int64 [N, k], or outputs, float [N, k].
@@ -97,8 +99,8 @@ class _Answers:
     weights: Tensor | None
 
     @classmethod
-    def of(cls, values: Tensor, weights: Tensor | None) -> _Answers:
-        """The answers of the samples that count, on the CPU."""
+    def of(cls, values: Tensor, weights: Tensor | None) -> _Predictions:
+        """The predictions for the samples that count, on the CPU."""
         values = values.detach().cpu()
         if weights is None:
             return cls(values, None)
@@ -118,13 +120,13 @@ class _Answers:
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Validation:
     """Counts the mistakes of a program on the validation samples.
 
     Attributes:
         calibration: the validation batches and how they are run.
-        answers: of the original, for each batch.
-        single: whether each sample has one answer.
+        predictions: of the original, for each batch.
+        single: whether each sample has one prediction.
         samples: the number of samples, in all processes.
     """
 
@@ -132,22 +134,22 @@ class _Judge:
     limit: float
     confidence: float
     calibration: Calibration
-    answers: Sequence[_Answers] = ()
+    predictions: Sequence[_Predictions] = ()
     single: bool = False
     samples: int = 0
 
     @classmethod
-    def of(cls, program: Program, settings: Settings, calibration: Calibration) -> _Judge:
+    def of(cls, program: Program, settings: Settings, calibration: Calibration) -> _Validation:
         """Run the original on the validation samples."""
         kind: Mistakes = "disagreement" if settings.disagreement is not None else "divergence"
         batches = list(iterate(settings.validation))
-        validation = dataclasses.replace(calibration, batches=batches, weights=())
-        blank = cls(kind, settings.limit or 0.0, settings.confidence, validation)
-        answers = blank.run(without_observers(program))
-        single = kind == "disagreement" and all(each.values.shape[1] == 1 for each in answers)
+        calibration = dataclasses.replace(calibration, batches=batches, weights=())
+        blank = cls(kind, settings.limit or 0.0, settings.confidence, calibration)
+        predictions = blank.run(without_observers(program))
+        single = kind == "disagreement" and all(each.values.shape[1] == 1 for each in predictions)
         single = all(calibration.group.gathered(single))
-        samples = sum(calibration.group.gathered(sum(len(each.values) for each in answers)))
-        found = dataclasses.replace(blank, answers=answers, single=single, samples=samples)
+        samples = sum(calibration.group.gathered(sum(len(each.values) for each in predictions)))
+        found = dataclasses.replace(blank, predictions=predictions, single=single, samples=samples)
         needed = least_samples(found.limit, found.confidence, single)
         if found.samples < needed:
             raise OptionError(
@@ -158,7 +160,7 @@ class _Judge:
 
     def test(self, program: Program, share: float) -> Tried:
         """The mistakes of a compressed program, on the samples of all processes."""
-        pairs = zip(self.answers, self.run(program), strict=True)
+        pairs = zip(self.predictions, self.run(program), strict=True)
         own = [value for one, other in pairs for value in one.mistakes(other.values, self.mistakes)]
         values = list(chain.from_iterable(self.calibration.group.gathered(own)))
         mean = sum(values) / len(values)
@@ -166,15 +168,15 @@ class _Judge:
             return Tried(share, mean, clopper_pearson(round(sum(values)), len(values), self.confidence))
         return Tried(share, mean, empirical_bernstein(values, self.confidence))
 
-    def run(self, program: Program) -> list[_Answers]:
-        """The answers of a program."""
+    def run(self, program: Program) -> list[_Predictions]:
+        """The predictions of a program."""
         found = []
         for index, batch in enumerate(self.calibration.batches):
             output = run_batch(program.module, batch, self.calibration.forward, index)
             weights = call_weights(program, batch, self.calibration.given(index, batch)).outputs
             chooses = self.mistakes == "disagreement"
-            answers = _choices(output, batch, weights) if chooses else _values(output, weights)
-            found.append(_Answers.of(*answers))
+            predictions = _choices(output, batch, weights) if chooses else _values(output, weights)
+            found.append(_Predictions.of(*predictions))
         return found
 
 

@@ -1,4 +1,4 @@
-"""Checks of options."""
+"""Checks of options. Each raises an OptionError that names the option and the values that it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from balf_fx.budget.bounds import check_scipy
 from balf_fx.errors import OptionError
 
 _LEAST_LIMIT = 1e-9
-"""The smallest limit of mistakes: it takes billions of samples to test."""
+"""The smallest limit on disagreement or divergence: it takes billions of samples to test."""
 
 
 def check_choice(name: str, given: Any, values: Collection[Any]) -> None:
@@ -49,14 +49,14 @@ def check_seed(seed: Any) -> None:
 
 
 def check_functions(**given: tuple[Any, str]) -> None:
-    """Check functions of the user's, or None, each with what it is a function of."""
+    """Check options that are functions or None; each comes with the names of its arguments, for the message."""
     for name, (function, arguments) in given.items():
         if function is not None and not callable(function):
             raise OptionError(f"{name} must be a function of {arguments}, not {function!r}")
 
 
 def check_ranks(allocation: Any) -> None:
-    """Check a mapping of layers to ranks, or something else."""
+    """Check the keys of `allocation` if it maps layers to ranks; the ranks are checked where they are used."""
     if isinstance(allocation, Mapping) and not all(isinstance(name, str) for name in allocation):
         raise OptionError(f"allocation must map names of layers to ranks, not {allocation!r}")
 
@@ -69,7 +69,7 @@ def check_paths(**given: Any) -> None:
 
 
 def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation: Any) -> None:
-    """Check the options of a limit of mistakes, which belong together."""
+    """Check the options of a limit on disagreement or divergence, which belong together."""
     values = {"disagreement": disagreement, "divergence": divergence, "confidence": confidence}
     for name, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -83,7 +83,7 @@ def check_limit(disagreement: Any, divergence: Any, confidence: Any, validation:
     limited = disagreement is not None or divergence is not None
     if limited and validation is None:
         raise OptionError(
-            "a limit of mistakes is tested on batches that nothing else has seen: pass some as validation="
+            "disagreement= and divergence= are tested on batches that nothing else has seen: pass some as validation="
         )
     if disagreement is not None:
         check_scipy()

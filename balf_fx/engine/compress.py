@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from balf_fx.budget.problem import Problem, drawn, pose
+from balf_fx.budget.problem import drawn, pose
 from balf_fx.calibration.batches import Calibration, is_empty, ordinary, run_batch
 from balf_fx.calibration.coverage import unseen
 from balf_fx.calibration.gradients import observe_gradients
@@ -24,19 +24,18 @@ from balf_fx.calibration.observers import OBSERVERS, CovarianceObserver, Influen
 from balf_fx.calibration.pages import Pages
 from balf_fx.calibration.pieces import Piece, pieces_for_gradients, pieces_for_walk
 from balf_fx.calibration.weights import check_fit, weighing
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
+from balf_fx.engine.allocating import choose_allocation
 from balf_fx.engine.blockwise import score_in_blocks
 from balf_fx.engine.program import Program, count_calls, join, share_observers
 from balf_fx.engine.resuming import Resumption
 from balf_fx.engine.rewriting import Written, normalise
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled
-from balf_fx.engine.stages import few_samples, work_of
-from balf_fx.engine.timing import Watch
-from balf_fx.engine.trials import allocate_faithfully, plan_trial
+from balf_fx.engine.stages import work_of
+from balf_fx.engine.timing import TimeBudget
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
-from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites
 from balf_fx.graph.layers import layers_of
 from balf_fx.graph.plan import Plan, plan_of_records
@@ -47,22 +46,6 @@ from balf_fx.progress import SILENT, Progress
 from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def _seen_only(program: Program) -> Program:
-    """The program without the sites that no finite value has reached, if there are others; these stay dense."""
-    found = [unseen(graph_module) for graph_module in program.graph_modules]
-    if not any(found) or all(len(own) == len(sites(g)) for own, g in zip(found, program.graph_modules, strict=True)):
-        return program
-    copied = program.copy()
-    for graph_module, refusals in zip(copied.graph_modules, found, strict=True):
-        for site, nodes in sites(graph_module).items():
-            if site.name in refusals:
-                refusal = refusals[site.name]
-                _LOGGER.warning("site %s stays dense: %s", site.name, refusal)
-                for node in nodes:
-                    annotate(node, site=None, refusal=refusal)
-    return copied
 
 
 def observe(program: Program, settings: Settings, factors: Collection[Factors]) -> None:
@@ -108,7 +91,7 @@ def calibrate(
     calibration: Calibration,
     lenient: bool = False,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
 ) -> list[int]:
     """Run batches through an observed program, with gradients if it has observers of gradients.
 
@@ -201,7 +184,7 @@ def convert(
     settings: Settings,
     calibration: Calibration,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
     once: bool = False,
 ) -> tuple[Program, Plan]:
     """Compress a calibrated program to the budget; the program itself is unchanged.
@@ -222,8 +205,8 @@ def convert(
         check_prepared(program.module)
     check_merged(program.module, calibration.group)
     allocate, mode = settings.allocate(), settings.refit_mode
-    program = program if settings.chosen_factors == "svd" else _seen_only(program)
-    watch = Watch.start(program, settings, calibration) if settings.times else None
+    program = program if settings.chosen_factors == "svd" else _without_unseen(program)
+    time_budget = TimeBudget.start(program, settings, calibration) if settings.times else None
     if settings.measures or mode is not None:
         calibration = in_pieces(program, calibration)
     if calibration.pages is not None:
@@ -235,13 +218,13 @@ def convert(
     score(program, settings, calibration, scoring)
     if once:
         _delete_statistics(program, moments=settings.chosen_factors != "air")
-    if watch is not None:
+    if time_budget is not None:
         measuring, trying = trying.spans([1.0, 2.0], ["timing layers", "trying allocations"])
-        watch.measure_sites(measuring)
+        time_budget.measure_sites(measuring)
     # 2. Allocate: one budget over all parts; or Follow: the ranks and sizes of a plan.
-    problem = pose(program.counted, program.totals() if watch is None else watch.totals())
-    choose = partial(_chosen, program, settings, problem, calibration, watch, trying, journal)
-    allocation, timing = journal.remembered("allocation", choose)
+    problem = pose(program.counted, program.totals() if time_budget is None else time_budget.totals())
+    choose = partial(choose_allocation, program, settings, problem, calibration, time_budget, trying, journal)
+    allocation, timing = journal.cached("allocation", choose)
     compressed = settled(program, problem, drawn(problem, allocation))
     # 3. Refine or Refit: solve for the layers' weights. Pivot, Narrow, Factorize: rewrite the graphs.
     if settings.chosen_factors == "air":
@@ -253,6 +236,22 @@ def convert(
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     plan = plan_of_records(records, records[0].allocation or allocation)
     return compressed, dataclasses.replace(plan, timing=timing)
+
+
+def _without_unseen(program: Program) -> Program:
+    """The program without the sites that no finite value has reached, if there are others; these stay dense."""
+    found = [unseen(graph_module) for graph_module in program.graph_modules]
+    if not any(found) or sum(map(len, found)) == sum(len(sites(part)) for part in program.graph_modules):
+        return program
+    copied = program.copy()
+    for graph_module, refusals in zip(copied.graph_modules, found, strict=True):
+        for site, nodes in sites(graph_module).items():
+            if site.name in refusals:
+                refusal = refusals[site.name]
+                _LOGGER.warning("site %s stays dense: %s", site.name, refusal)
+                for node in nodes:
+                    annotate(node, site=None, refusal=refusal)
+    return copied
 
 
 def _written(settings: Settings, allocate: Allocate | Follow, timing: Timing | None) -> Written:
@@ -269,56 +268,6 @@ def _finishing(settings: Settings, pages: Pages | None) -> Callable[[nn.Module],
     if pages is None:
         return None
     return (lambda _: pages.release()) if settings.safetensors is None else pages.keep
-
-
-def _chosen(
-    program: Program,
-    settings: Settings,
-    problem: Problem,
-    calibration: Calibration,
-    watch: Watch | None,
-    progress: Progress,
-    journal: Journal,
-) -> tuple[Allocation, Timing | None]:
-    """The allocation, the best of a few where they are compared, and its times where the budget is one."""
-    allocate = settings.allocate()
-    if isinstance(allocate, Follow):
-        return allocate.solve(problem), None
-    timed = None
-    if watch is not None:  # with a target in the unit of the predictions, so that trials are not too large
-        timed = watch.corrected(problem, allocate, min(watch.asked, 1.0))
-        allocate = timed.option
-    best = None
-    if settings.measures and calibration.has_batches():
-        best = _measured(program, settings, problem, allocate, calibration, progress, journal)
-    if watch is None or timed is None:
-        return allocate.solve(problem) if best is None else best[1], None
-    if best is not None and best[0] != timed.option:
-        timed = watch.corrected(problem, best[0], best[0].latency or 1.0, timed)
-    watch.warn(timed.timing)
-    return dataclasses.replace(timed.allocation, target=min(watch.asked, 1.0)), timed.timing
-
-
-def _measured(
-    program: Program,
-    settings: Settings,
-    problem: Problem,
-    allocate: Allocate,
-    calibration: Calibration,
-    progress: Progress,
-    journal: Journal,
-) -> tuple[Allocate, Allocation] | None:
-    """The best of a few allocations; None if the fast effort cannot run a compressed model with the user's function."""
-    refit = settings.refit_mode is not None
-    if settings.chosen_factors == "sensitivity":
-        trial = plan_trial(program, calibration, refit, journal=journal)
-        return allocate_faithfully(program, problem, allocate, trial, progress)
-    try:
-        trial = plan_trial(program, calibration, refit, few_samples(calibration.samples()), journal)
-        return allocate_faithfully(program, problem, allocate, trial, progress)
-    except CalibrationError as error:
-        _LOGGER.warning("allocations are not compared, since the compressed model does not run: %s", error)
-        return None
 
 
 def score(program: Program, settings: Settings, calibration: Calibration, progress: Progress = SILENT) -> None:

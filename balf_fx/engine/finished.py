@@ -1,4 +1,4 @@
-"""The statistics of blocks that a walk has finished: merged over processes, written, in files, and taken up again."""
+"""The statistics of finished blocks: merged over processes, written, moved to files, and read by a resumed run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Finished:
         blocks: in the order of the graph.
         kind: the class of the observers.
         stage: the name of the walk in the journal, which has the blocks that were finished before a run was killed.
-        back: whether the walk is from the last block to the first.
+        backward: whether the walk is from the last block to the first.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Finished:
         blocks: Sequence[Block],
         kind: type[CovarianceObserver | SensitivityObserver],
         stage: str,
-        back: bool = False,
+        backward: bool = False,
     ) -> None:
         self._stage = stage
         self._observers: dict[str, CovarianceObserver | SensitivityObserver] = {}
         self._calls: dict[fx.Node, str] = {}
         self._homes: dict[str, int] = {}  # the block with which each is finished
-        for index, block in reversed(list(enumerate(blocks))) if back else enumerate(blocks):
+        for index, block in reversed(list(enumerate(blocks))) if backward else enumerate(blocks):
             for node in block.nodes:
                 path = str(node.target)
                 observer = observer_of(graph_module, path, kind) if node.op == "call_module" else None
@@ -51,10 +51,10 @@ class Finished:
         """Whether all observers were finished before."""
         return len(self._known) == len(self._homes)
 
-    def take_up(self, journal: Journal, group: Group, pages: Pages) -> None:
+    def resume(self, journal: Journal, group: Group, pages: Pages) -> None:
         """Read the statistics of the blocks that were finished before, in all processes."""
         for index in sorted(set(self._homes.values())):
-            found = journal.recall(self._name(index))
+            found = journal.last(self._name(index))
             if all(group.gathered(found is not None)):
                 for path, statistics in found.items():
                     self._observers[path].statistics = parked(statistics, pages)

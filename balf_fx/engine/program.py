@@ -26,8 +26,6 @@ from balf_fx.graph.layers import layers_of
 from balf_fx.graph.parameters import computed_tensors, count_parameters, get_tensor, put, readers
 from balf_fx.graph.site import ConvGeometry, Site
 
-_NORM_TENSORS = ("mean", "variance", "weight", "bias")
-
 
 class Link(NamedTuple):
     """An argument that an earlier step returned.
@@ -188,8 +186,8 @@ def run_steps(graphs: Sequence[Callable[..., Any]], trace: Trace) -> Any:
         output = graphs[step.part](*linked(step, returned))
         returned.append(pytree.tree_leaves(output))
     read = {link.step for step in trace for link in step.links}
-    answers = [value for index, values in enumerate(returned) if index not in read for value in values]
-    return answers[0] if len(answers) == 1 else answers
+    final = [value for index, values in enumerate(returned) if index not in read for value in values]
+    return final[0] if len(final) == 1 else final
 
 
 def linked(step: Step, returned: Sequence[Sequence[Any] | None]) -> tuple[Any, ...]:
@@ -259,8 +257,8 @@ def site_originals(part: Part, site: Site, node: fx.Node) -> dict[str, Tensor]:
     for source in node.all_input_nodes:
         for index, tensor in enumerate(annotation(source).computed_from):
             found[f"{site.name} (source {index} of {source.target})"] = tensor
-    for norm in annotation(node).folded:
-        found |= {f"{site.name} (folded {field})": getattr(norm, field) for field in _NORM_TENSORS}
+    for index, norm in enumerate(annotation(node).folded):
+        found |= {f"{site.name} ({name} {index}, folded)": tensor for name, tensor in norm.tensors.items()}
     return {name: part.original(tensor) for name, tensor in found.items() if tensor is not None}
 
 
@@ -351,8 +349,8 @@ def _mark_shared(part: Part, shared: set[int]) -> None:
                 for each in (node, *readers(node)):
                     annotate(each, shared=True)
     for node in part.graph_module.graph.nodes:
-        folded = [getattr(norm, field) for norm in annotation(node).folded for field in _NORM_TENSORS]
-        if any(tensor is not None and id(part.original(tensor)) in shared for tensor in folded):
+        folded = [tensor for norm in annotation(node).folded for tensor in norm.tensors.values()]
+        if any(id(part.original(tensor)) in shared for tensor in folded):
             annotate(node, shared=True)
 
 

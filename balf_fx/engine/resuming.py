@@ -1,9 +1,9 @@
-"""What of a compression can be taken up again: the run that a checkpoint belongs to, and calibration in its middle.
+"""Resuming a compression: the run that a checkpoint belongs to, and a calibration that was interrupted.
 
 A run depends on the captured graphs with their tensors and statistics, on the options, on the batches, and on the
-versions of torch and balf_fx. With all of them alike, on the same machine with as many threads, a run that was killed
-ends with the model that it would have ended with, bit for bit. Statistics, trials, the allocation and solved layers are
-kept; capture, scores and the walk over both models are computed again.
+versions of torch and balf_fx. If all of these are the same, on the same machine with as many threads, a resumed run
+returns the model that the killed run would have returned, bit for bit. Statistics, trials, the allocation and solved
+layers are kept; capture, scores and the walk over both models are computed again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from balf_fx.calibration.observers import (
 from balf_fx.calibration.sample import Gradients, Positions, Sample
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
-from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, Journal, difference
+from balf_fx.checkpoint.journal import NO_JOURNAL, FolderJournal, Journal, difference
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.engine.program import Program
 from balf_fx.engine.rewriting import held_tensors
@@ -91,7 +91,7 @@ def open_journal(program: Program, settings: Settings, forward: Forward, group: 
         CheckpointError: the folder belongs to another run; the message names the difference.
     """
     if settings.checkpoint is None:
-        return FORGETFUL
+        return NO_JOURNAL
     run: dict[str, dict[str, Any]] = {
         "version": {"balf_fx": __version__, "torch": str(torch.__version__)},
         "number of": {"processes": group.size},
@@ -106,7 +106,7 @@ def open_journal(program: Program, settings: Settings, forward: Forward, group: 
     return FolderJournal(folder, _RECORDS, group)
 
 
-def check(journal: Journal, batches: Iterable[Any]) -> None:
+def check_batches(journal: Journal, batches: Iterable[Any]) -> None:
     """Read batches to the end, to compare them with those of the run that was killed; nothing without a checkpoint.
 
     Raises:
@@ -180,7 +180,7 @@ def _copied(value: Any) -> Any:
 
 
 class Resumption:
-    """Calibration as it is taken up, and as it is written from time to time.
+    """The state of a calibration, which is written from time to time, and read when a run is resumed.
 
     Args:
         module: the observed module; its observers get the statistics that were written.
@@ -197,11 +197,11 @@ class Resumption:
         self.counted: list[int] = []
         self.gradients = gradients
         self._batches = self._next = 0
-        found: Gathered | None = journal.recall(CALIBRATION)
+        found: Gathered | None = journal.last(CALIBRATION)
         if found is not None:
-            self._take_up(found)
+            self._resume(found)
 
-    def _take_up(self, found: Gathered) -> None:
+    def _resume(self, found: Gathered) -> None:
         self.counted, self.gradients = list(found.counted), found.gradients
         self._batches = self._next = found.batches
         self._generator.set_state(found.generator)

@@ -190,8 +190,7 @@ def applicable(plan: Plan, graph_module: fx.GraphModule) -> Plan:
     if left_out:
         _LOGGER.info("%s stay dense: this graph holds only some of the layers around them", ", ".join(left_out))
     _dense_where_unknown(graph_module, plan, torn)
-    found = {name for name in names if name not in torn}
-    return plan.only(found, whole)
+    return plan.only(names - torn, whole)
 
 
 def _dense_where_unknown(graph_module: fx.GraphModule, plan: Plan, torn: Collection[str]) -> None:
@@ -222,10 +221,8 @@ def _blank_bases(graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str
     record = graph_record(graph_module)
     for width in record.widths:
         if record.hosts.get(width.key) in hosts:
-            yield (
-                width.key,
-                torch.eye(record.size_of(width), dtype=torch.float64, device="cpu").expand(width.heads, -1, -1),
-            )
+            identity = torch.eye(record.size_of(width), dtype=torch.float64, device="cpu")
+            yield width.key, identity.expand(width.heads, -1, -1)
 
 
 def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[Solution, ...]:
@@ -235,15 +232,14 @@ def _blank(graph_module: fx.GraphModule, site: Site, layer: Replaced) -> tuple[S
     zeros = partial(torch.zeros, device=get_tensor(graph_module, site.weight).device)
     found = []
     for rank, biased in zip(ranks, layer.biased, strict=True):
-        form, inputs, own = (
-            ("pair" if rank is None and layer.form != "blocks" else layer.form),
-            site.in_features,
-            rank or 0,
-        )
-        if form in ("separable", "pointwise_first"):
-            second, first = (apart := replace(site, divided=form)).factor_sizes
-            bias, factors = zeros(1, outputs) if biased else None, (zeros(1, second, own), zeros(1, own, first))
-            found.append(Solution(*factors, bias, form=form, taps=apart.factor_taps))
+        form = "pair" if rank is None and layer.form != "blocks" else layer.form
+        inputs, own = site.in_features, rank or 0
+        if form == "separable" or form == "pointwise_first":
+            divided = replace(site, divided=form)
+            second, first = divided.factor_sizes
+            factors = zeros(1, second, own), zeros(1, own, first)
+            bias = zeros(1, outputs) if biased else None
+            found.append(Solution(*factors, bias, form=form, taps=divided.factor_taps))
             continue
         left = None if rank is None else zeros(groups, outputs - own * (form == "rows"), own)
         right = zeros(groups, outputs if rank is None else own, inputs - own * (form == "columns"))

@@ -1,4 +1,4 @@
-"""Calibrate an observed program and compress it, to a budget or as far as a limit of mistakes allows."""
+"""Calibrate an observed program and compress it, to a budget or as far as a limit on its disagreement allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from balf_fx.calibration.batches import Calibration, Stream
 from balf_fx.calibration.observers import SensitivityObserver
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.agreement import give_alike
 from balf_fx.engine.blockwise import calibrate_in_blocks, paged
 from balf_fx.engine.certify import certify
@@ -35,7 +35,7 @@ def run(
     stream: Stream | None = None,
     lenient: bool = False,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[Program, Plan]:
     """Calibrate an observed program and convert it.
 
@@ -66,10 +66,13 @@ def solve(
     settings: Settings,
     calibration: Calibration,
     progress: Progress = SILENT,
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
     once: bool = False,
 ) -> tuple[Program, Plan]:
-    """Compress a calibrated program to the budget, or as far as a limit of mistakes allows (`once`: see `convert`)."""
+    """Compress a calibrated program to the budget, or as far as a limit on its disagreement allows.
+
+    Arguments as in `compress.convert`.
+    """
     chosen = partial(convert, once=once) if settings.limit is None else certify
     compressed, plan = chosen(program, settings, _with_memory(calibration, journal), progress, journal)
     give_alike(compressed, plan, calibration.group)
@@ -79,7 +82,7 @@ def solve(
 def _with_memory(calibration: Calibration, journal: Journal) -> Calibration:
     """Calibration with the memory of the run that was killed, since a share of what is free may be another one now."""
     group = calibration.group
-    memories = journal.remembered("memory", lambda: group.gathered(calibration.memory))
+    memories = journal.cached("memory", lambda: group.gathered(calibration.memory))
     return dataclasses.replace(calibration, memory=memories[group.rank])
 
 

@@ -71,8 +71,8 @@ class Settings:
     disagreement: float | None = option(
         None,
         "in place of a budget: the largest share, in (0, 1), of inputs like those of validation on which the model's "
-        "answer, such as the class, may differ from the original's. Budgets are tested on these from 0.95 downwards "
-        "(`engine.certify`), and the last one that passes is taken; the report has its bound",
+        "prediction, such as the class, may differ from the original's. Budgets are tested on these from 0.95 "
+        "downwards (`engine.certify`), and the last one that passes is taken; the report has its bound",
         "convert",
     )
     divergence: float | None = option(
@@ -292,11 +292,11 @@ class Settings:
 
     @property
     def limit(self) -> float | None:
-        """The largest mean of the mistakes; None for a budget."""
+        """The largest disagreement or divergence that is allowed; None for a budget."""
         return self.divergence if self.disagreement is None else self.disagreement
 
     def at(self, share: float) -> Settings:
-        """The settings for a budget in place of the limit of mistakes."""
+        """The settings for a budget in place of a limit on disagreement or divergence."""
         budget: dict[str, Any] = {**dict.fromkeys(get_args(Measure)), self.minimise: share}
         return dataclasses.replace(self, disagreement=None, divergence=None, validation=None, strict=True, **budget)
 
@@ -372,7 +372,7 @@ class Settings:
         return FindPivots(self.pivot, MOVE if self.params is None else 0)
 
     def allocate(self) -> Allocate | Follow:
-        """Return the allocating pass for these settings, with any budget if there is a limit of mistakes.
+        """Return the allocating pass for these settings, with any budget if disagreement or divergence is limited.
 
         Raises:
             OptionError: there is no budget, or more than one.
@@ -383,7 +383,8 @@ class Settings:
         if self.limit is not None:
             given += [] if isinstance(self.allocation, str) else ["allocation"]
             if given:
-                raise OptionError(f"a limit of mistakes takes the place of a budget: drop {', '.join(given)}")
+                listed = ", ".join(given)
+                raise OptionError(f"disagreement= or divergence= takes the place of a budget: drop {listed}")
             return self.at(1.0).allocate()
         if isinstance(self.allocation, Plan):
             if given:

@@ -12,7 +12,7 @@ from balf_fx.budget.problem import Problem, settle
 from balf_fx.calibration.batches import Calibration
 from balf_fx.calibration.observers import OBSERVERS
 from balf_fx.calibration.weights import Weights
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.program import Program, Step, Trace, linked
 from balf_fx.engine.rewriting import Written, rewrite
 from balf_fx.engine.weighing import call_weights
@@ -48,7 +48,7 @@ def carry_out(
     calibration: Calibration,
     progress: Progress = SILENT,
     written: Written = "pairs",
-    journal: Journal = FORGETFUL,
+    journal: Journal = NO_JOURNAL,
     done: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Solve and rewrite each part, in the order in which they run.

@@ -16,16 +16,16 @@ from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.graph.annotation import annotation, graph_record, sites
 
-TRIAL_SAMPLES = {"fit": 64, "judge": 128}
-"""The most on which an allocation is refitted, and then measured; with twice as many to refit on, equally good ones are
-the best."""
+TRIAL_SAMPLES = {"fit": 64, "evaluation": 128}
+"""The most samples on which an allocation is refitted for a trial, and on which it is then measured. Twice as many to
+refit on choose allocations that are no better."""
 
 FEW_SAMPLES = 32
-"""The most samples on which allocations without gradients are measured: few, since that is the fast way."""
+"""The most samples on which allocations are measured at the fast effort, without gradients."""
 
 
 def few_samples(samples: int) -> int:
-    """The number of samples for that, so that it takes a small part of the time that calibration takes."""
+    """The number of samples for trials at the fast effort, which then take a small part of the time of calibration."""
     return max(min(samples // 16, FEW_SAMPLES), 4)
 
 
@@ -67,7 +67,7 @@ def work_of(program: Program, settings: Settings, batches: Sequence[Any], stream
             cubes += float(width.features) ** 3
     mode = settings.refit_mode
     sensitive = settings.chosen_factors == "sensitivity"
-    trials, most = (_TRIALS, TRIAL_SAMPLES["judge"]) if sensitive else (_FAST_TRIALS, FEW_SAMPLES)
+    trials, most = (_TRIALS, TRIAL_SAMPLES["evaluation"]) if sensitive else (_FAST_TRIALS, FEW_SAMPLES)
     fit = 0.0 if mode is None else min(TRIAL_SAMPLES["fit"], most, samples / 2)
     tried = trials * (_REFIT["up"] * fit + min(most, samples - fit)) / samples * forward
     return Work(

@@ -25,7 +25,7 @@ from balf_fx.graph.timing import Runner, Timing
 from balf_fx.latency.stopwatch import Race, Task, race
 from balf_fx.latency.table import open_table
 from balf_fx.passes import Allocate, Overwrite, Time
-from balf_fx.progress import SILENT, Progress
+from balf_fx.progress import Progress
 
 _LOGGER = logging.getLogger(__name__)
 _ROUNDS = 15
@@ -68,8 +68,8 @@ class Timed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Times compressed programs beside the original.
+class TimeBudget:
+    """The budget of time of a program, whose compressed forms are timed beside the original.
 
     Attributes:
         calibration: its first batch is the call that is timed.
@@ -91,7 +91,7 @@ class Watch:
     pivot: bool
 
     @classmethod
-    def start(cls, program: Program, settings: Settings, calibration: Calibration) -> Watch:
+    def start(cls, program: Program, settings: Settings, calibration: Calibration) -> TimeBudget:
         """Time the original; by default, with the runner that is faster.
 
         Raises:
@@ -119,7 +119,7 @@ class Watch:
         asked, task = settings.latency_share(seconds), tasks[runner]
         return cls(program, calibration, trace, runner, device, original, task, asked, settings.pivot)
 
-    def measure_sites(self, progress: Progress = SILENT) -> None:
+    def measure_sites(self, progress: Progress) -> None:
         """Measure the times of the candidates of all sites (`passes.Time`)."""
         table = open_table(self.device, self.calibration.group)
         parts = [index for index, graph in enumerate(self.program.graph_modules) if sites(graph)]

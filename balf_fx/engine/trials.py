@@ -18,13 +18,13 @@ from operator import attrgetter
 from typing import Any
 
 from balf_fx.budget.problem import Problem
-from balf_fx.calibration.answers import answers, differ, divergence
 from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some_samples
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
+from balf_fx.calibration.outputs import divergence, loss_and_weight, outputs_of
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
-from balf_fx.checkpoint.journal import FORGETFUL, Journal
-from balf_fx.engine.blockwise import answering
+from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
+from balf_fx.engine.blockwise import with_known_outputs
 from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
@@ -38,11 +38,11 @@ from balf_fx.refit.offload import Shelved
 
 _LOGGER = logging.getLogger(__name__)
 _IMPORTANCES = (0.3, 1.0)  # beside the usual one: small powers are better at low budgets, 1 at high budgets
-_BESIDE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, beside the best of these
+_NEXT_IMPORTANCE = {0.3: 0.15, IMPORTANCE: 0.8, 1.0: 0.8}  # one more power, next to the best of these
 _EVENNESSES = (0.0, 0.9)  # without gradients, each is far better on some models
 _CAUTIONS = (1.0, 2.0)  # where features may be removed: a refit makes up for low ranks better
-_ROWS = {"fit": 16_384, "judge": 2_048}  # of logits, such as tokens: as many say as much with fewer samples
-_FEWEST = 8  # samples with so many rows: those of one sample are alike
+_ROWS = {"fit": 16_384, "evaluation": 2_048}  # rows of logits, such as tokens, that are enough in place of more samples
+_FEWEST = 8  # samples that are taken even so, since the rows of one sample are similar
 
 
 @dataclass(frozen=True)
@@ -52,53 +52,53 @@ class Trial:
     Attributes:
         original: a copy of the program that computes what the original does.
         fit: batches on which an allocation is refitted before it is measured; empty for no refit.
-        judge: batches on which it is measured.
-        references: the original's outputs for `judge`.
+        evaluation: batches on which it is measured.
+        references: the original's outputs for `evaluation`.
         refit: whether any process has batches in `fit`.
         journal: has what was measured before a run was killed.
     """
 
     original: Program
     fit: Calibration
-    judge: Calibration
+    evaluation: Calibration
     references: Sequence[Any]
     refit: bool
-    journal: Journal = FORGETFUL
+    journal: Journal = NO_JOURNAL
 
     def measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
         """The distance of the outputs from the original's; the program is unchanged."""
         stage = f"trial {digest_of(_chosen(allocation))}"
-        return self.journal.remembered(stage, lambda: self._measure(program, problem, allocation))
+        return self.journal.cached(stage, lambda: self._measure(program, problem, allocation))
 
     def _measure(self, program: Program, problem: Problem, allocation: Allocation) -> float:
-        pages = self.judge.pages  # for layers in files, and a model that runs block by block
+        pages = self.evaluation.pages  # for layers in files, and a model that runs block by block
         tried = None if self.refit else projected(self.original, allocation)
         if tried is None:
             tried = settled(program, problem, allocation)
             carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
-        module = tried.module if pages is None else answering(tried, self.judge, pages)
-        lost = divergence(module, self.judge, self.references, partial(_weights, program, self.judge))
+        module = tried.module if pages is None else with_known_outputs(tried, self.evaluation, pages)
+        distance = divergence(module, self.evaluation, self.references, partial(_weights, program, self.evaluation))
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
             pages.release()
         give_back(BETWEEN_WALKS, problem.totals.params)
-        return lost
+        return distance
 
 
 def plan_trial(
     program: Program,
     calibration: Calibration,
     refit: bool,
-    most: int = TRIAL_SAMPLES["judge"],
-    journal: Journal = FORGETFUL,
+    most: int = TRIAL_SAMPLES["evaluation"],
+    journal: Journal = NO_JOURNAL,
 ) -> Trial:
     """Choose the samples for the measurement, and run the original on them.
 
     Args:
         calibration: has at least one batch, in one of the processes. Samples are taken from all processes in turn.
         refit: whether the chosen allocation will be refitted.
-        most: a limit of the number of samples for each purpose, beside that where each has many rows of logits.
+        most: the most samples for each purpose; fewer are taken where each has many rows of logits.
         journal: as in `Trial`.
     """
     original, group = without_observers(program), calibration.group
@@ -106,17 +106,17 @@ def plan_trial(
     try:
         starts, total = calibration.numbered()
         limits = samples if min(most, total) <= _FEWEST else _limits(program, original, calibration, samples)
-        fit, judge = _few(calibration, refit, limits, starts, total)
-        references = group.together(partial(_references, original, judge))
+        fit, evaluation = _split(calibration, refit, limits, starts, total)
+        references = group.together(partial(_references, original, evaluation))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
         half = count // 2 if refit else 0
         size = max(map(samples_of, calibration.batches), default=1)
         few = {purpose: math.ceil(limit / size) for purpose, limit in samples.items()}
         fit = calibration.only(range(min(few["fit"], half)))
-        judge = calibration.only(range(half, min(half + few["judge"], count)))
-        references = _references(original, judge)
-    return Trial(original, fit, judge, references, fit.has_batches(), journal)
+        evaluation = calibration.only(range(half, min(half + few["evaluation"], count)))
+        references = _references(original, evaluation)
+    return Trial(original, fit, evaluation, references, fit.has_batches(), journal)
 
 
 def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
@@ -147,25 +147,25 @@ def _rows(program: Program, original: Program, calibration: Calibration) -> floa
 
 def _mean_rows(program: Program, original: Program, calibration: Calibration) -> float:
     """The rows of logits of each sample that count, on average."""
-    answered = zip(calibration.batches, _references(original, calibration), strict=True)
+    outputs = zip(calibration.batches, _references(original, calibration), strict=True)
     counts = [
-        differ(answer, answer, batch, _weights(program, calibration, index))[1]
-        for index, (batch, answer) in enumerate(answered)
+        loss_and_weight(output, output, batch, _weights(program, calibration, index))[1]
+        for index, (batch, output) in enumerate(outputs)
     ]
     return sum(counts) / (sum(map(samples_of, calibration.batches)) or 1)
 
 
-def _references(original: Program, judge: Calibration) -> Sequence[Any]:
+def _references(original: Program, evaluation: Calibration) -> Sequence[Any]:
     """The original's outputs, in files where the model goes block by block."""
-    if judge.pages is None:
-        return answers(original.module, judge.batches, judge.forward)
-    module, found = answering(original, judge, judge.pages), Shelved(memory=0)
-    for index, batch in enumerate(judge.batches):
-        found.append(run_batch(module, batch, judge.forward, index))
+    if evaluation.pages is None:
+        return outputs_of(original.module, evaluation.batches, evaluation.forward)
+    module, found = with_known_outputs(original, evaluation, evaluation.pages), Shelved(memory=0)
+    for index, batch in enumerate(evaluation.batches):
+        found.append(run_batch(module, batch, evaluation.forward, index))
     return found
 
 
-def allocate_faithfully(
+def best_allocation(
     program: Program, problem: Problem, allocate: Allocate, trial: Trial, progress: Progress = SILENT
 ) -> tuple[Allocate, Allocation]:
     """Choose the best of a few allocations: over `caution` and `importance`; without gradients, over `evenness`.
@@ -195,13 +195,13 @@ def allocate_faithfully(
         rounds = [
             lambda _: [{"importance": IMPORTANCE, "caution": caution} for caution in cautions],
             lambda _: [{"importance": importance} for importance in _IMPORTANCES],
-            lambda best: [{"importance": _BESIDE[best.importance]}],
+            lambda best: [{"importance": _NEXT_IMPORTANCE[best.importance]}],
         ]
     option, attempts = allocate, list[_Attempt]()
     for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0][: len(rounds)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
-        option = min(attempts, key=attrgetter("lost")).option
-    best = min(attempts, key=attrgetter("lost"))
+        option = min(attempts, key=attrgetter("distance")).option
+    best = min(attempts, key=attrgetter("distance"))
     return best.option, best.allocation
 
 
@@ -212,12 +212,12 @@ def _chosen(allocation: Allocation) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Attempt:
-    lost: float
+    distance: float  # of the outputs, from the original's
     option: Allocate
     allocation: Allocation
 
 
-def _few(
+def _split(
     calibration: Calibration, refit: bool, limits: Mapping[str, int], starts: Sequence[int], total: int
 ) -> tuple[Calibration, Calibration]:
     """A few samples for the refit, and others for the measurement.
@@ -228,7 +228,9 @@ def _few(
     """
     half = total // 2 if refit and total > 1 else total
     fit = min(limits["fit"], half) if half < total else 0
-    return _samples(calibration, starts, 0, fit), _samples(calibration, starts, fit, fit + min(limits["judge"], half))
+    return _samples(calibration, starts, 0, fit), _samples(
+        calibration, starts, fit, fit + min(limits["evaluation"], half)
+    )
 
 
 def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: int) -> Calibration:
@@ -238,9 +240,9 @@ def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: 
         starts: the number of the first sample of each batch.
     """
     batches, weights = [], []
-    for index, (seen, batch) in enumerate(zip(starts, calibration.batches, strict=True)):
+    for index, (offset, batch) in enumerate(zip(starts, calibration.batches, strict=True)):
         count = samples_of(batch)
-        first, last = max(start - seen, 0), min(stop - seen, count)
+        first, last = max(start - offset, 0), min(stop - offset, count)
         if first < last:
             given, whole = calibration.given(index, batch), last - first == count
             batches.append(batch if whole else some_samples(batch, first, last))

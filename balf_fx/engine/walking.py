@@ -1,8 +1,8 @@
-"""Runs a graph block by block: one block for all calls, then the next; and back, for gradients.
+"""Runs a graph block by block, all calls through one block before the next; and backward, for gradients.
 
-What crosses a cut is kept for all calls, in temporary files beyond a limit. All that is alive besides are the values of
-one call in one block, and all that is read are the weights of one block. On the way back, each block is computed again
-from what it reads, and differentiated (checkpointing, Chen et al. 2016, arXiv 1604.06174, for all calls at once).
+Only what crosses a cut is kept for all calls, in temporary files beyond a limit. Beside it, memory holds the values of
+one call in one block, and the weights of that block. The backward pass computes each block again from what it reads,
+and differentiates it (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174, for all calls at once).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def walk(
         memory: bytes of values that may stay in memory between blocks.
         finish: called with the index of each block after it.
         around: the context in which the call of an index runs.
-        kept: where to keep, for the way back, what each block but the last has written in each call, by node, and the
-            values of the placeholders, at -1.
+        kept: where to keep, for the backward pass, what each block but the last has written in each call, by node, and
+            the values of the placeholders, at -1.
     """
     interpreter, last = fx.Interpreter(graph_module), len(blocks) - 1
     sources, keep = _sources(blocks), kept is not None
@@ -91,7 +91,7 @@ def _written(
         yield {node: values[node] for node in block.writes}
 
 
-def walk_back(
+def walk_backward(
     graph_module: fx.GraphModule,
     blocks: Sequence[Block],
     shelves: dict[int, Shelved],
@@ -100,7 +100,7 @@ def walk_back(
     around: Callable[[Block, int], AbstractContextManager[Callable[[], Iterable[Wanted]]]],
     loss: Callable[[int, Any], Tensor],
 ) -> None:
-    """Run all calls back through the blocks, from the last to the first, with gradients.
+    """Run all calls backward through the blocks, from the last to the first, with gradients.
 
     Args:
         shelves: what `walk` has kept; each is closed once it has been read.
@@ -111,10 +111,10 @@ def walk_back(
     """
     interpreter, last = fx.Interpreter(graph_module), len(blocks) - 1
     sources, trained = [[-1], *_sources(blocks)[1:]], _trained(graph_module)
-    slopes: dict[int, Shelved] = {}  # for each block, the gradients at what it reads
+    gradients: dict[int, Shelved] = {}  # for each block, the gradients at what it reads
     for index in reversed(range(len(blocks))):
         block = blocks[index]
-        found = _shelf(memory, (*shelves.values(), *slopes.values()))
+        found = _shelf(memory, (*shelves.values(), *gradients.values()))
         for call, handed in enumerate(_handed(block, [shelves[place] for place in sources[index]], every=not index)):
             values = {
                 node: pytree.tree_map_only(Tensor, _leaf if node in trained else Tensor.detach, value)
@@ -124,14 +124,14 @@ def walk_back(
             with around(block, call) as wanted, torch.enable_grad():
                 _run(interpreter, block, values)
                 written = {node: values[node] for node in block.writes}
-                ends = list(_ends(written, [shelf[call] for shelf in slopes.values()]))
+                ends = list(_ends(written, [shelf[call] for shelf in gradients.values()]))
                 if index == last:
                     ends = [(loss(call, written.popitem()[1]), None)]
                 found.append(_differentiated(ends, wanted(), read))
-        slopes[index] = found
+        gradients[index] = found
         _close(shelves, set[int]().union(*sources[:index]))
         before = {node for earlier in blocks[:index] for node in earlier.nodes}
-        _close(slopes, {place for place in slopes if not before.isdisjoint(blocks[place].reads)})
+        _close(gradients, {place for place in gradients if not before.isdisjoint(blocks[place].reads)})
         finish(index)
 
 
@@ -206,22 +206,22 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
 
 
-_Slopes = dict[fx.Node, dict[int, Tensor]]
+_Gradients = dict[fx.Node, dict[int, Tensor]]
 """The gradients at the tensors of a node's value, by their places among its leaves."""
 
 
-def _ends(written: Values, slopes: Sequence[_Slopes]) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _ends(written: Values, gradients: Sequence[_Gradients]) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The tensors that a block has written with the gradients at them: the sums over the blocks that read them."""
     for node, value in written.items():
         for place, leaf in enumerate(pytree.tree_leaves(value)):
-            found = [own[node][place] for own in slopes if place in own.get(node, {})]
+            found = [own[node][place] for own in gradients if place in own.get(node, {})]
             if found and leaf.requires_grad:
                 yield leaf, sum(found[1:], found[0])
 
 
-def _differentiated(ends: Sequence[tuple[Tensor, Tensor | None]], wanted: Iterable[Wanted], read: Values) -> _Slopes:
+def _differentiated(ends: Sequence[tuple[Tensor, Tensor | None]], wanted: Iterable[Wanted], read: Values) -> _Gradients:
     """Hand over the gradients that are wanted, and return those at what a block reads."""
-    found: _Slopes = {node: {} for node in read}
+    found: _Gradients = {node: {} for node in read}
     leaves = [
         (leaf, partial(found[node].__setitem__, place))
         for node, value in read.items()

@@ -96,7 +96,12 @@ def _shards(tensors: Mapping[str, Tensor], size: int) -> list[list[str]]:
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
-    """The plan and the tensors in a file, or in a folder."""
+    """The plan and the tensors in a file, or in a folder of several.
+
+    Raises:
+        FileError: a file is missing, cannot be read or is damaged, or the files of a folder do not belong together.
+        PlanError: the plan is of another format.
+    """
     path = Path(path)
     if not path.is_dir():
         return _read(path)

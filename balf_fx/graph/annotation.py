@@ -13,7 +13,8 @@ from torch import fx
 from balf_fx.graph.allocation import Allocation, Choice
 from balf_fx.graph.curves import Form, Rank, RankCurve, Solution
 from balf_fx.graph.fingerprint import Fingerprint
-from balf_fx.graph.site import Norm, Refusal, Site
+from balf_fx.graph.norms import Foldable
+from balf_fx.graph.site import Refusal, Site
 from balf_fx.graph.widths import Reader, Width, WidthCurve
 
 META_KEY = "balf"
@@ -81,7 +82,7 @@ class Annotation:
     discarded: bool = False
     computed_from: tuple[torch.Tensor, ...] = ()
     overwrites: tuple[str, Any] | None = None
-    folded: tuple[Norm, ...] = ()
+    folded: tuple[Foldable, ...] = ()
     shared: bool = False
     site: Site | None = None
     refusal: Refusal | None = None
@@ -98,6 +99,11 @@ class Annotation:
     choice: Choice | None = None
     refit: tuple[Solution, ...] | None = None
     pivots: Pivots | None = None
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the node's layer keeps its weights bit for bit, and only runs on the compressed model's values."""
+        return self.refusal is not None and self.refusal.keeps_weights
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ import torch
 from torch.nn import functional as F
 
 _SELF_ATTENTION = ("in_weight", "in_bias", "out_weight", "out_bias")
-
-
 KERNELS: dict[Any, tuple[str, ...]] = {
     torch._native_multi_head_attention: (
         *("query", "key", "value", "embed_dim", "num_heads", *_SELF_ATTENTION),

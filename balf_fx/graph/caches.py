@@ -1,8 +1,8 @@
 """Caches of attention without the zeros with which narrower heads are padded (`widths.layouts`).
 
-Attention in transformers hands its keys and values to the cache, and reads those of all positions from it. A hook on
-the attention hands it a view of the cache, which stores what is not zero and adds the zeros to what is read: the memory
-that stays between two tokens is smaller, what one layer needs while it runs is not.
+Attention in transformers writes its keys and values to the cache, and reads those of all positions from it. A hook
+gives the attention a view of the cache, which stores what is not zero and pads with zeros what is read. So the cache,
+which is kept from token to token, takes less memory; what one layer needs while it runs does not change.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class NarrowCache:
     values: int | None
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return tuple(map(self._seen, args)), {name: self._seen(value) for name, value in kwargs.items()}
+        return tuple(map(self._wrapped, args)), {name: self._wrapped(value) for name, value in kwargs.items()}
 
-    def _seen(self, value: Any) -> Any:
+    def _wrapped(self, value: Any) -> Any:
         """A view of a cache; other arguments as they are, and also the two caches of a decoder with an encoder."""
         is_cache = hasattr(value, "update") and hasattr(value, "get_seq_length")
         return _View(value, self) if is_cache and not hasattr(value, "cross_attention_cache") else value

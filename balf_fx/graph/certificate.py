@@ -1,4 +1,4 @@
-"""What was certified about the mistakes of a compressed model."""
+"""What was certified about the disagreement or divergence of a compressed model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 from balf_fx.graph.curves import Measure
 
 Mistakes = Literal["disagreement", "divergence"]
-"""What is counted: the share of a sample's answers (classes, tokens, pixels) that differ from the original's, or the
-relative error of its outputs, at most 1."""
+"""What is counted: the share of a sample's predictions (classes, tokens, pixels) that differ from the original's, or
+the relative error of its outputs, at most 1."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Tried:
 
     Attributes:
         share: the share of the cost that it keeps.
-        observed: the mean of the mistakes over the samples.
+        observed: the mean disagreement or divergence of the samples.
         bound: its upper confidence bound.
     """
 
@@ -32,7 +32,7 @@ class Certificate:
     """The test of budgets from mild to hard on samples that nothing else has seen.
 
     Attributes:
-        limit: the largest mean of the mistakes over all inputs like the samples.
+        limit: the largest mean that is allowed, over all inputs like the samples.
         confidence: the probability with which the chosen model keeps the limit.
         measure: the cost that was minimised.
         samples: the number of samples.

@@ -80,7 +80,7 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
     Functions outside of torch, methods that tensors do not have, and hooks may do anything.
     """
-    if node.is_impure(impure_random=_drops(graph_module, node)) or changes_in_place(graph_module, node):
+    if node.is_impure(impure_random=_draws(graph_module, node)) or changes_in_place(graph_module, node):
         return True
     if node.op == "call_module":
         return any(map(is_hooked, graph_module.get_submodule(str(node.target)).modules()))
@@ -89,7 +89,7 @@ def _has_effects(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return is_opaque_call(node)
 
 
-def _drops(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _draws(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a random operation draws numbers: those with dropout do not in evaluation mode, or where it is 0."""
     if is_identity(graph_module, node):
         return False
@@ -112,11 +112,9 @@ def _argument(node: fx.Node, name: str) -> Any:
 
 def _fetches(node: fx.Node, path: str) -> bool:
     """Whether a node reads the tensor at a path, itself or through the module that it calls."""
-    return (
-        node.target == path
-        if node.op == "get_attr"
-        else node.op == "call_module" and path.startswith(f"{node.target}.")
-    )
+    if node.op == "get_attr":
+        return bool(node.target == path)
+    return node.op == "call_module" and path.startswith(f"{node.target}.")
 
 
 MODULE_STACK = "nn_module_stack"

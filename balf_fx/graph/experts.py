@@ -24,20 +24,10 @@ from balf_fx.graph.expert_rows import ExpertRows, expert_ids
 from balf_fx.graph.operators import operation
 
 _ROWS = "rst"
-
-
 _SAME = ("contiguous", "clone", "detach", "to", "float", "type_as")
-
-
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-
-
 _MOVES = ("transpose", "swapaxes", "swapdims", "permute", "unsqueeze")
-
-
 _LINKS = (*_SAME, *_MOVES, "getitem", "index", "index_select")
-
-
 _PRODUCTS = ("bmm", "baddbmm", "matmul", "einsum", *_GROUPED)
 
 
@@ -171,7 +161,7 @@ def _weight_letters(operand: Any) -> _Weight | None:
 
 
 def _may_link(node: fx.Node) -> bool:
-    """Whether a node is of a kind that transposes or selects: of others, what they read need not be looked at."""
+    """Whether a node transposes or selects; what other nodes read is not followed."""
     return node.target is getattr or operation(node) in _LINKS
 
 

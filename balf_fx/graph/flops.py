@@ -169,7 +169,7 @@ def profile(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     return output
 
 
-def use(nodes: Iterable[fx.Node]) -> tuple[int, int]:
+def flops_and_outputs(nodes: Iterable[fx.Node]) -> tuple[int, int]:
     """FLOPs and number of output elements over all uses of a site, as recorded by `profile`."""
     marks = [annotation(node) for node in nodes]
     return sum(mark.flops or 0 for mark in marks), sum(math.prod(mark.shape or (0,)) for mark in marks)

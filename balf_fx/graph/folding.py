@@ -7,9 +7,10 @@ from torch import Tensor, fx, nn
 
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.edits import set_bias
+from balf_fx.graph.norms import Foldable
 from balf_fx.graph.operators import reads_metadata
 from balf_fx.graph.parameters import get_tensor, locate, parameter_users
-from balf_fx.graph.site import Norm, Site
+from balf_fx.graph.site import Site
 
 
 def is_read_once(node: fx.Node) -> bool:
@@ -24,7 +25,7 @@ def owns_parameters(graph_module: fx.GraphModule, node: fx.Node, layer: Site) ->
     return all(users[id(tensor)] == {node} for tensor in own)
 
 
-def fold(graph_module: fx.GraphModule, node: fx.Node, layer: Site, norm: Norm) -> None:
+def fold(graph_module: fx.GraphModule, node: fx.Node, layer: Site, norm: Foldable) -> None:
     """Scale and shift a layer's outputs; half precision is folded in float32."""
     weight: Tensor = get_tensor(graph_module, layer.weight)
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -35,20 +35,10 @@ _MODULES: dict[type[nn.Module], Kind] = {
 
 
 _LINEAR = ("input", "weight", "bias")
-
-
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-
 _CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-
-
 _PRODUCT = ("input", "weight")  # x @ W: the weight is stored inputs first
-
-
 _ADDMM = ("bias", "input", "weight")
-
-
 _CALLS: dict[Any, tuple[Kind, tuple[str, ...]]] = {
     F.linear: ("linear", _LINEAR),
     aten.linear.default: ("linear", _LINEAR),
@@ -80,11 +70,7 @@ _CALLS: dict[Any, tuple[Kind, tuple[str, ...]]] = {
 
 
 _EINSUMS = (torch.einsum, torch.functional.einsum, aten.einsum.default)
-
-
 _GROUPED_ALIGNMENT = 16  # bytes
-
-
 _WEIGHTS = ("weight", "bias")
 
 

@@ -15,11 +15,7 @@ from torch.utils import _pytree as pytree
 aten = torch.ops.aten
 
 _TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
-
-
 _IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-
 _IDENTITY_CALLS = (
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
     *("feature_dropout", "feature_alpha_dropout"),
@@ -70,10 +66,10 @@ def changes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = str(getattr(node.target, "__name__", ""))
     augmented = node.target in AUGMENTED or node.target is operator.setitem
-    return augmented or name.endswith("_") or has_flag(node) or "out" in node.kwargs
+    return augmented or name.endswith("_") or has_inplace_flag(node) or "out" in node.kwargs
 
 
-def set_flag(node: fx.Node, in_place: bool) -> None:
+def set_inplace_flag(node: fx.Node, in_place: bool) -> None:
     """Set the argument `inplace` of a call, which has one."""
     names = argument_names(node.target)
     position = names.index("inplace") if "inplace" in names else len(node.args)
@@ -83,7 +79,7 @@ def set_flag(node: fx.Node, in_place: bool) -> None:
         node.update_kwarg("inplace", in_place)
 
 
-def has_flag(node: fx.Node) -> bool:
+def has_inplace_flag(node: fx.Node) -> bool:
     """Whether a call's argument `inplace` is true."""
     return bool(arguments(node).get("inplace", False))
 

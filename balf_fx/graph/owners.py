@@ -41,10 +41,10 @@ def _class_name(module: nn.Module) -> str:
 
 
 def stock_modules(model: nn.Module) -> dict[str, Kind]:
-    """The modules of a model whose call does what their class says and no more, by dotted path.
+    """The modules of a model that compute what their class defines, and nothing else, by dotted path.
 
     Subclasses, the model itself, and modules with hooks, parametrizations or another forward are left out; subclasses
-    of embeddings are not, since these only need to have their weight themselves.
+    of embeddings are not, since only their weights are replaced.
     """
     found: dict[str, Kind] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -79,7 +79,7 @@ class Plan:
         versions: the versions of balf_fx and torch.
         modules: what stands in place of which modules of the user's model (`graph.replacements`), by path; None where
             the result is a graph.
-        certificate: what was certified about the mistakes of the model; None for a budget.
+        certificate: what was certified about the disagreement or divergence of the model; None for a budget.
         timing: what was measured of its time; None unless the budget was one.
     """
 

@@ -45,7 +45,7 @@ Described = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What stands in place of a module of the user's model.
+    """How a module of the user's model is replaced.
 
     Attributes:
         form: how the map is written.
@@ -58,7 +58,7 @@ class Recipe:
             For a parameter, `outputs` is its length along `axis`.
         reads: the number of features that are read, where these are selected; None where all are, in their order.
         places: whether the outputs are brought into the original's places.
-        answers: attributes of the original module, for code that asks for them.
+        answers: attributes of the original module, which the replacement has too, for code that reads them.
         children: the children of a norm that run without it.
     """
 
@@ -93,8 +93,8 @@ class Recipe:
 class Replacement(nn.Sequential):
     """Stock layers that compute the map of one layer, or a map of low rank in its place.
 
-    It answers for the layer where code asks for its sizes; `weight` and `bias` are those of the factor that makes the
-    outputs, of the right dtype and device.
+    It has the layer's sizes as attributes, for code that reads them. `weight` and `bias` are those of the factor that
+    computes the outputs, of the right dtype and device.
     """
 
     reads: Tensor | None

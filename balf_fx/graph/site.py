@@ -17,8 +17,6 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
-import torch
-
 from balf_fx.graph.curves import Divided, Form, Rank
 
 Side = Literal["output", "input"]
@@ -307,39 +305,6 @@ class Site:
     def shape_in_words(self) -> str:
         """The shape as "O x D x G", for messages."""
         return " x ".join(map(str, self.shape))
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A BatchNorm by its statistics, or a scale: y = (x - mean) / sqrt(variance + eps) * weight * factor + bias.
-
-    All but the factor, a number, are of length C; a weight may also have length 1. Mean and variance are None without
-    statistics, and weight and bias may be None.
-    """
-
-    mean: torch.Tensor | None
-    variance: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    eps: float
-    factor: float = 1.0
-
-    def scale(self, dtype: torch.dtype) -> torch.Tensor:
-        """The factor of its input, [C], or [] if it is the same number for all."""
-        scale = torch.tensor(self.factor, dtype=dtype, device="cpu")
-        if self.variance is not None:
-            scale = (self.variance.to(dtype) + self.eps).rsqrt() * scale
-        return scale if self.weight is None else scale * self.weight.detach().to(dtype).flatten()
-
-    def shifted(self, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """The bias [C] of a layer with this bias into which it is folded; None if that has none."""
-        if self.mean is not None:
-            bias = -self.mean.to(dtype) if bias is None else bias.detach() - self.mean
-        scaled = None if bias is None else bias.detach().to(dtype) * self.scale(dtype)
-        if self.bias is None:
-            return scaled
-        own = self.bias.detach().to(dtype)
-        return own if scaled is None else scaled + own
 
 
 def exclusion(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:

@@ -13,6 +13,11 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from balf_fx.graph.plan import Plan
 
 _LOGGER = logging.getLogger(__name__)
 _AWAITED = "transformers.quantizers.auto"
@@ -24,6 +29,14 @@ def watch() -> None:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def describe(compressed: nn.Module, plan: Plan) -> None:
+    """Let a model of transformers write the plan and checksums into its folder; nothing for other models."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is not None and isinstance(compressed, transformers.PreTrainedModel):
+        quantizer = importlib.import_module("balf_fx.huggingface.quantizer")  # only here: it imports transformers
+        quantizer.describe(compressed, plan)
 
 
 def _register() -> None:

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from balf_fx.latency.operations import Run
 
-GRANULES = (8, 16, 32)
-_BETWEEN = {8: (13, 21, 29), 16: (8, 24), 32: (16,)}  # sizes between multiples of a granule, from one multiple of 32
+_BETWEEN = {8: (13, 21, 29), 16: (8, 24), 32: (16,)}  # by granule: sizes between its multiples, after one of 32
 _WASTE = 0.03  # the share of the time by which they must lie above the line
 
 

@@ -62,7 +62,7 @@ def moment_of_strips(moment: Tensor, taps: tuple[int, int]) -> Tensor:
 
 
 def strips_spectrum(
-    matrix: Tensor, moment: Tensor, mean: Tensor | None, taps: int, metric: Tensor | None, judge: Tensor | None
+    matrix: Tensor, moment: Tensor, mean: Tensor | None, taps: int, metric: Tensor | None, energy_metric: Tensor | None
 ) -> Spectrum:
     """The optimum for uncorrelated strips: of rank r, A = M left[..., :r] and B = right[..., :r, :].
 
@@ -72,11 +72,11 @@ def strips_spectrum(
         mean: that of the strips [1, C h], for the correction of the bias; None leaves the bias unchanged.
         taps: w.
         metric: [1, O, O], that of errors of the outputs; None for plain squared errors.
-        judge: the metric in which energies are measured; None for the same.
+        energy_metric: the metric in which energies are measured; None for the same.
     """
     values, left, right = _directions(_seen(matrix, metric, taps), moment)
-    if judge is not None:
-        values = (left * (_seen(matrix, judge, taps) @ left)).sum(-2)
+    if energy_metric is not None:
+        values = (left * (_seen(matrix, energy_metric, taps) @ left)).sum(-2)
         values = convex_energies(F.pad(values.flip(-1).cumsum(-1).flip(-1), (0, 1)))
     return Spectrum(values, left, mean, right)
 

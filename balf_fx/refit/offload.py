@@ -18,8 +18,6 @@ from torch.utils import _pytree as pytree
 from balf_fx.errors import FileError
 
 _NUMBERS = itertools.count()
-
-
 _ALIGNMENT = 64  # bytes; a multiple of the size of every dtype's elements
 
 

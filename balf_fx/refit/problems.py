@@ -25,11 +25,11 @@ Columns = Callable[[Batch, Window], Tensor]
 
 
 @dataclass(frozen=True)
-class Through:
-    """Values z of the original model of which the target outputs are a linear map, y = T z.
+class LinearTarget:
+    """The target outputs as a linear map of other values of the original model, y = T z.
 
-    Where they are fewer than the outputs, as before the head of a language model, so are the products with x', and the
-    outputs themselves are not needed.
+    Where z has fewer entries than y, as in the head of a language model, it takes less to sum the products of x' and z
+    than those of x' and y, and y is not computed at all.
 
     Attributes:
         columns: reads z [G, Z, n].
@@ -61,11 +61,11 @@ class Problem:
         importance: [P], the weight of each position of a sample (`refit.windows.visits`).
         columns: reads [G, D, n], the layer's input or a function of it.
         outputs: extracts [G, O, n] from values of the shape of the layer's output.
-        toward: [G, O, D], the map toward which the ridge shrinks; with `through`, M [G, Z + k, D] where that
+        toward: [G, O, D], the map toward which the ridge shrinks; with `linear`, M [G, Z + k, D] where that
             map is T M.
         prior: the solution so far, from columns to outputs, one for each part.
         spectra: the metric of each part, None for the plain squared error.
-        through: in place of `outputs`, for a target that is the layer's output as it is.
+        linear: in place of `outputs`, for a target that is the layer's output as it is.
         taps: the pixels at which each channel of the columns is read; these are alike, so fewer positions are read.
     """
 
@@ -76,7 +76,7 @@ class Problem:
     toward: Tensor
     prior: Sequence[Solution]
     spectra: Sequence[Spectrum | None]
-    through: Through | None = None
+    linear: LinearTarget | None = None
     taps: int = 1
 
     def solve(self, walk: Lockstep) -> tuple[Solution, ...]:
@@ -96,7 +96,7 @@ class Problem:
             first: the sums that led to it, with the same columns.
         """
         groups, outputs, inputs = self.toward.shape
-        outputs = outputs if self.through is None else self.through.size
+        outputs = outputs if self.linear is None else self.linear.size
         shape = (groups if len(self.prior) == 1 else 1, inputs)
         known = (None, None) if first is None else (first.train.inputs, first.held_out.inputs)
         shares = [JointSums(shape, (groups, outputs), self.toward.device, share) for share in known]
@@ -111,14 +111,14 @@ class Problem:
         for each in shares:
             each.merge(walk.group)
         train, held_out = (each.joint() for each in shares)
-        if self.through is not None:
-            train, held_out = self.through.joint(train), self.through.joint(held_out)
+        if self.linear is not None:
+            train, held_out = self.linear.joint(train), self.linear.joint(held_out)
         return Shares(train, held_out, None if first is None else first.whole.inputs)
 
     def _wanted(self, visit: Visit, x: Tensor, earlier: Sequence[Solution] | None) -> Tensor:
         """y [G, O, n], or z [G, Z, n]."""
-        if self.through is not None:
-            return self.through.columns(visit.batch, visit.window)
+        if self.linear is not None:
+            return self.linear.columns(visit.batch, visit.window)
         predicted = None if earlier is None else apply(earlier, x)
         return self.target.outputs(visit.batch, visit.window, self.outputs, predicted)
 

@@ -86,10 +86,10 @@ class Sweep:
         headers = (self.measure, "FLOPs kept", "params kept", "same top-1", "divergence", last)
         found: list[tuple[str, ...]] = [headers]
         if self.accuracy is not None or self.perplexity is not None:
-            found.append(("dense", *(["100.00 %"] * 3), "0", _judged(self)))
+            found.append(("dense", *(["100.00 %"] * 3), "0", _quality(self)))
         for point in self.points:
             shares = map(_percent, (point.flops_kept, point.params_kept, point.agreement))
-            found.append((f"{point.budget:g}", *shares, f"{point.divergence:.4g}", _judged(point)))
+            found.append((f"{point.budget:g}", *shares, f"{point.divergence:.4g}", _quality(point)))
         return found
 
     @property
@@ -107,7 +107,7 @@ class Sweep:
         return f"{table}\n\n{self.note}"
 
 
-def _judged(found: Point | Sweep) -> str:
+def _quality(found: Point | Sweep) -> str:
     """The perplexity, or else the accuracy."""
     return _percent(found.accuracy) if found.perplexity is None else f"{found.perplexity:.2f}"
 

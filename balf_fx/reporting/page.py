@@ -86,7 +86,7 @@ def render(report: Report, sweep: Sweep | None = None) -> str:
             drawn.append(("mistakes", "Certified mistakes", meaning, plot_certificate(report.certificate)))
         tables.insert(0, _tried(report.certificate))
     if sweep is not None:
-        meaning = "Answers and their divergence at each budget"
+        meaning = "Predictions and their divergence at each budget"
         drawn.append(("budgets", "Accuracy and budget", meaning, plot_sweep(sweep)))
         tables.insert(0, _points(sweep))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

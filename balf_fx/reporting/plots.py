@@ -53,8 +53,6 @@ _NAME_LENGTH, _NAME_SIZE = 46, 8
 
 
 _MEASURES = {"flops": "FLOPs", "params": "parameters", "latency": "time"}
-
-
 _BAR = 0.72  # height of a bar, as a share of a line
 
 
@@ -229,7 +227,7 @@ def plot_sweep(sweep: Sweep) -> Figure:
         divergences.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
         divergences.yaxis.set_major_formatter("{x:g}")
         divergences.yaxis.set_minor_locator(NullLocator())
-    shares.set_ylabel("top-1 answers", fontsize=9)
+    shares.set_ylabel("top-1 predictions", fontsize=9)
     shares.yaxis.set_major_formatter(PercentFormatter())
     divergences.set_ylabel("divergence, nats" if shares.lines else "squared error, relative", fontsize=9)
     asked = "asked for" if sweep.measure == "latency" else "kept"
@@ -247,7 +245,7 @@ def plot_sweep(sweep: Sweep) -> Figure:
     divergences.set_xticks(kept, [f"{share:.3g}%" for share in kept])
     for axes in (shares, divergences):
         _plain(axes)
-    title = f"Answers on {counted(sweep.samples, 'sample')}, effort {sweep.effort!r}"
+    title = f"Predictions on {counted(sweep.samples, 'sample')}, effort {sweep.effort!r}"
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     if shares.lines:
         shares.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)

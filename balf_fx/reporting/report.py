@@ -132,7 +132,7 @@ class Report:
         widths: the widths that were narrowed.
         flops_saved_elsewhere, params_saved_elsewhere: what the widths save outside the sites, as in a depthwise
             convolution or an attention product.
-        certificate: what was certified about the model's mistakes; None for a budget.
+        certificate: what was certified about the model's disagreement or divergence; None for a budget.
         timing: what was measured of its time; None unless the budget was one.
     """
 

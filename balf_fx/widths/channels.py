@@ -220,11 +220,11 @@ class Finder:
 
     def sources(self, node: fx.Node, axis: int, features: int, space: Space) -> list[tuple[fx.Node, int]]:
         """The values from which a node gets the features; none for a layer, which computes them."""
-        layer = read_layer(self.graph_module, node)
-        shape = annotation(node).shape or ()
+        layer, mark = read_layer(self.graph_module, node), annotation(node)
+        shape = mark.shape or ()
         if isinstance(layer, Site):
             along = axis == _feature_axis(layer, shape)
-            if along and _is_depthwise(layer, features) and self._owns(node, layer) and not _is_kept(node):
+            if along and _is_depthwise(layer, features) and self._owns(node, layer) and not mark.keeps_weights:
                 space.between.append(node)
                 return [(site_input(node), axis)]
             if along and self.is_layer(node, layer) and layer.out_features == features:
@@ -376,12 +376,6 @@ def _own_size(user: fx.Node, node: fx.Node, axis: int) -> Size:
     if shape is None or any(reader.op == "output" for reader in user.users):
         raise UnsupportedError
     return Size(user.name, node.name, tuple(None if i == axis else i for i in range(len(shape))), shape)
-
-
-def _is_kept(node: fx.Node) -> bool:
-    """Whether the layer keeps its weights bit for bit."""
-    refusal = annotation(node).refusal
-    return refusal is not None and refusal.keeps_weights
 
 
 def _is_depthwise(layer: Site, features: int) -> bool:

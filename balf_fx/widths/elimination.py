@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 _DELAYED = 64  # removals that are applied together
-
-
 _DENSE = 0.75  # once at most this share of the rows remains, the matrices are copied without the removed ones
-
-
 _NOTHING = 1e-30  # the least variance, so that a division is defined
-
-
 _RAISES = 4  # each by ten times, for sums with errors beyond those of float32
 
 

@@ -26,17 +26,9 @@ from balf_fx.graph.widths import Operand, Size, View, Width
 from balf_fx.widths.moves import Moves, is_harmless, is_shaped, numbered, read_size, reads_size
 
 _ATTENTIONS = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
-
-
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, aten.matmul.default, aten.bmm.default, "matmul", "bmm")
-
-
 _SUMS = (torch.baddbmm, aten.baddbmm.default, "baddbmm")  # a product that is added to the first argument
-
-
 _SCALINGS = ("mul", "div", "truediv", "imul", "itruediv")
-
-
 _LEAST = 8
 
 
@@ -69,8 +61,8 @@ def is_attention(product: fx.Node) -> bool:
     return product.target in _ATTENTIONS
 
 
-def has_level_heads(product: fx.Node) -> bool:
-    """Whether queries and values must have the same size: attention in one node only has fast kernels then."""
+def requires_equal_heads(product: fx.Node) -> bool:
+    """Whether heads of queries and of values must have one size: attention in one node only has fast kernels then."""
     if not is_attention(product) or len(product.args) < 3:
         return False
     shapes = [annotation(source).shape for source in (product.args[0], product.args[2]) if isinstance(source, fx.Node)]
@@ -119,12 +111,10 @@ class _Finder:
                     found[user, places[0]] = operand
                     others.append(torch.unique(operand.rows))
                 else:
-                    whole = moved is numbers  # as of logits, whose numbers are many
-                    rows = (
-                        torch.arange(shape[-1], device="cpu")
-                        if whole
-                        else torch.unique(moved % shape[-1]).to(torch.int64)
-                    )
+                    if moved is numbers:  # all rows, as of logits, whose numbers are many
+                        rows = torch.arange(shape[-1], device="cpu")
+                    else:
+                        rows = torch.unique(moved % shape[-1]).to(torch.int64)
                     others += [rows, rows]
         reads = torch.cat(others).bincount() if others else torch.zeros(0, device="cpu")
         return {place: operand for place, operand in found.items() if (reads[operand.rows.flatten()] == 1).all()}

@@ -129,8 +129,7 @@ def _places(written: tuple[Narrowed, ...]) -> Tensor:
 def _is_replaceable(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node belongs to a layer, all of whose code is replaced with it."""
     known = graph_record(graph_module).modules or {}
-    refusal = annotation(node).refusal
-    return known.get(owner_of(node) or "") == "layer" and not (refusal is not None and refusal.keeps_weights)
+    return known.get(owner_of(node) or "") == "layer" and not annotation(node).keeps_weights
 
 
 def _between(graph_module: fx.GraphModule, width: Width) -> list[fx.Node]:

@@ -23,8 +23,6 @@ from balf_fx.graph.parameters import called_module, get_tensor
 from balf_fx.graph.widths import Reader, Size
 
 _RESHAPES = ("reshape", "view", "expand")
-
-
 _SELECTIONS = (
     *("unbind", "chunk", "split", "split_with_sizes", "tensor_split", "select", "getitem", "slice", "narrow"),
     *("index_select", "index"),
@@ -39,11 +37,7 @@ _MOVES = (
 
 
 _COPIES = ("lift_fresh", "lift_fresh_copy", "detach", "clone")  # of constant indices, in exported graphs
-
-
 _END = 2**63 - 1  # the end of a whole slice in exported graphs
-
-
 _MODULES = (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten)
 
 

@@ -76,7 +76,7 @@ def test_bytes_are_those_of_weights_scales_and_factors(residual, form, size):
     assert residual.Format(*form).size(10, 48) == size
 
 
-def test_shared_weights_stay_as_they_are(residual, weight):
+def test_shared_weights_stay_as_they_are(residual):
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 6, bias=False))
     model[2].weight = model[0].weight
     quantized, size = residual.Quantizer(model, [torch.arange(6).repeat(3, 1)]).quantized(residual.Format(8, 0, 0))

@@ -151,7 +151,7 @@ def test_clusters_are_the_joint_widths():
     assert share.cost([0.5, 0.5]) == Cost(share.full.flops // 2)
     assert share.cost([0.5, 1.0]) == share.cost([1.0, 0.5]) == Cost(share.full.flops)
     assert share.cost([0.5, 0.75]) == Cost(share.full.flops * 3 // 4)
-    apart = dataclasses.replace(share, level=False)
+    apart = dataclasses.replace(share, padded=False)
     assert apart.cost([0.5, 1.0]) == Cost(share.full.flops * 3 // 4)
 
 

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import balf_fx
-from balf_fx.calibration.answers import find_logits
 from balf_fx.calibration.gradients import TEMPERATURE, probe
 from balf_fx.calibration.observers import SensitivityObserver
+from balf_fx.calibration.outputs import find_logits
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation, sites
 from balf_fx.ranks.spectra import damped_roots, spectrum_from_input, spectrum_from_output, thin_qr

@@ -3,7 +3,7 @@ import torch
 
 from balf_fx.checkpoint import journal as module
 from balf_fx.checkpoint.folder import Folder
-from balf_fx.checkpoint.journal import FORGETFUL, FolderJournal, difference
+from balf_fx.checkpoint.journal import NO_JOURNAL, FolderJournal, difference
 from balf_fx.errors import CheckpointError
 
 RUN = {"option": {"flops": "0.5"}}
@@ -17,21 +17,21 @@ def opened(tmp_path):
 
 @pytest.mark.parametrize("value", [None, 0.1, (1, {"a": 2})])
 def test_a_finished_stage_is_not_computed_again(opened, value):
-    assert opened().remembered("stage", lambda: value) == value
-    assert opened().remembered("stage", pytest.fail) == value
-    assert opened().within("part").remembered("stage", lambda: 3) == 3
-    assert opened().within("part").within("a").remembered("stage", lambda: 4) == 4
-    assert opened().within("part").recall("stage") == 3
-    assert opened().recall("stage") == value
+    assert opened().cached("stage", lambda: value) == value
+    assert opened().cached("stage", pytest.fail) == value
+    assert opened().within("part").cached("stage", lambda: 3) == 3
+    assert opened().within("part").within("a").cached("stage", lambda: 4) == 4
+    assert opened().within("part").last("stage") == 3
+    assert opened().last("stage") == value
 
 
 def test_the_base_class_remembers_nothing():
-    assert [FORGETFUL.within("part").remembered("stage", lambda n=n: n) for n in range(2)] == [0, 1]
-    FORGETFUL.write("stage", pytest.fail)
-    assert FORGETFUL.recall("stage") is None
+    assert [NO_JOURNAL.within("part").cached("stage", lambda n=n: n) for n in range(2)] == [0, 1]
+    NO_JOURNAL.write("stage", pytest.fail)
+    assert NO_JOURNAL.last("stage") is None
     batches = [torch.ones(2)]
-    assert FORGETFUL.checked(batches) is batches
-    assert FORGETFUL.folder is None
+    assert NO_JOURNAL.checked(batches) is batches
+    assert NO_JOURNAL.folder is None
 
 
 def test_an_unfinished_stage_is_written_from_time_to_time(opened, monkeypatch):
@@ -42,9 +42,9 @@ def test_an_unfinished_stage_is_written_from_time_to_time(opened, monkeypatch):
         clock[0] = float(second)
         journal.write("stage", lambda second=second: written.append(second) or second, due=False)
     assert written == [60, 120, 180]
-    assert journal.recall("stage") == 180
+    assert journal.last("stage") == 180
     journal.write("stage", lambda: 7)
-    assert journal.recall("stage") == 7
+    assert journal.last("stage") == 7
 
     def slow():
         clock[0] += 30.0
@@ -55,7 +55,7 @@ def test_an_unfinished_stage_is_written_from_time_to_time(opened, monkeypatch):
     journal.write("stage", pytest.fail, due=False)  # writing takes at most a twentieth of the time
     clock[0] += 2.0
     journal.write("stage", lambda: 9, due=False)
-    assert journal.recall("stage") == 9
+    assert journal.last("stage") == 9
 
 
 def test_batches_are_compared_with_those_of_the_run_before(opened):
@@ -90,7 +90,7 @@ def test_batches_of_a_run_that_stopped_while_it_read_them_are_compared(opened):
 def test_an_unknown_class_in_a_file_is_told(opened, tmp_path):
     Folder(tmp_path, RUN).put("stage", [{"record": "Popen", "fields": {}}], {})
     with pytest.raises(CheckpointError, match=r"stage 'stage' in .* is damaged"):
-        opened().recall("stage")
+        opened().last("stage")
 
 
 @pytest.mark.parametrize(

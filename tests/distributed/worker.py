@@ -190,7 +190,7 @@ def resumed(rank, own, folder, options):
     """What follows an interrupted run: the same call, the same once more, and other calls."""
     failed = interrupted(rank, own, folder, options)
     again = AssertionError("a batch is run again")
-    with mock.patch.object(compress, "_run", side_effect=again), mock.patch.object(blockwise, "walk_back", again):
+    with mock.patch.object(compress, "_run", side_effect=again), mock.patch.object(blockwise, "walk_backward", again):
         models = [described(compiled(own, checkpoint=folder, **options)) for _ in range(2)]
     large = [path for path in folder.rglob("*.safetensors") if load_file(path)]
     return {

@@ -42,7 +42,7 @@ def test_wrong_options_fail_at_compile_time(conv_net, images, given, message):
     assert "flops, params, latency" in str(caught.value)
 
 
-def test_no_plan_is_the_same_as_none(conv_net, images):
+def test_no_plan_is_the_same_as_none():
     assert parse_options({"plan": None}) == parse_options({})
     assert parse_options({"plan": None, "flops": 0.5}) == parse_options({"flops": 0.5})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from dynamo.helpers import STEPS, Transformer, calibrated, compiled, make_offline, options, ranks
@@ -75,11 +77,13 @@ def test_without_gradients_sensitivity_is_the_plain_output_error(tokens, caplog)
         def forward(self, x):
             return self.second(self.first(x).relu()).detach().sign()
 
+    caplog.set_level(logging.INFO, "balf_fx.passes.score")
     model = Detached().eval()
     small, plain = (calibrated(model, tokens, factors=factors) for factors in ("sensitivity", "activations"))
     with torch.no_grad():
         torch.testing.assert_close(small(tokens[3]), plain(tokens[3]))
     assert ranks(balf_fx.report(small)) == ranks(balf_fx.report(plain))
+    assert "no gradient has reached linear: its factors minimise the plain output error" in caplog.text
 
 
 def test_two_models_of_one_class_with_the_same_options_do_not_mix(tokens):

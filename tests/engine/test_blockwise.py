@@ -112,7 +112,7 @@ def walks(monkeypatch):
 @pytest.fixture
 def walks_back(monkeypatch):
     """The same for walks back."""
-    return counted_walks(monkeypatch, "walk_back")
+    return counted_walks(monkeypatch, "walk_backward")
 
 
 def small_batches(batches):
@@ -222,7 +222,7 @@ def test_statistics_of_finished_blocks_are_in_files(monkeypatch):
 
 
 def test_statistics_of_gradients_and_widths_are_in_files_too(monkeypatch):
-    """On the way back: the halves of each layer that was scored, and the curves of widths whose layers were."""
+    """In the backward pass: the halves of each layer that was scored, and the curves of widths whose layers were."""
     halves, bases, curves, plain = [], [], [], blockwise._score_widths
 
     def score_widths(graph_module, score, scored, pages):
@@ -352,7 +352,7 @@ def test_a_layer_that_nothing_has_reached_stays_dense(caplog):
 
 def test_outputs_of_trials_are_computed_one_by_one(monkeypatch):
     """Those of all samples, as of a language model, are never held at once."""
-    walks, alive, plain = [], [], trials.answering
+    walks, alive, plain = [], [], trials.with_known_outputs
 
     def watched(outputs, seen):
         for output in outputs:
@@ -361,13 +361,13 @@ def test_outputs_of_trials_are_computed_one_by_one(monkeypatch):
             yield output
             del output
 
-    def answering(program, calibration, pages):
+    def with_known_outputs(program, calibration, pages):
         module = plain(program, calibration, pages)
         walks.append([])
         module.outputs = watched(module.outputs, walks[-1])
         return module
 
-    monkeypatch.setattr(trials, "answering", answering)
+    monkeypatch.setattr(trials, "with_known_outputs", with_known_outputs)
     model, batches = make("mlp")
     compressed(model, list(torch.cat(batches)[:16].split(4)), memory=TINY)
     assert [len(seen) for seen in walks] == [4] * 3

@@ -9,7 +9,7 @@ from torch import nn
 import balf_fx
 from balf_fx.budget.bounds import clopper_pearson, empirical_bernstein
 from balf_fx.calibration.batches import Calibration, forward_for
-from balf_fx.checkpoint.journal import FORGETFUL
+from balf_fx.checkpoint.journal import NO_JOURNAL
 from balf_fx.engine import certify
 from balf_fx.engine.program import whole_program
 from balf_fx.engine.settings import Settings
@@ -64,7 +64,7 @@ class Remembered:
     def __init__(self):
         self.convert, self.found = certify.convert, {}
 
-    def __call__(self, program, settings, calibration, progress=SILENT, journal=FORGETFUL):
+    def __call__(self, program, settings, calibration, progress=SILENT, journal=NO_JOURNAL):
         if settings.flops not in self.found:
             self.found[settings.flops] = self.convert(program, settings, calibration, progress, journal)
         return self.found[settings.flops]
@@ -187,7 +187,7 @@ def test_tokens_count_by_sequence_and_without_padding():
     assert found.chosen.bound == pytest.approx(empirical_bernstein(shares, 0.95))
 
 
-def test_pixels_choose_among_channels(batches):
+def test_pixels_choose_among_channels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 5, 1)).eval()
     with torch.no_grad():

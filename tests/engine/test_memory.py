@@ -11,7 +11,7 @@ import balf_fx
 from balf_fx.calibration import pieces
 from balf_fx.calibration.batches import MEMORY, Calibration, forward_for
 from balf_fx.calibration.observers import SensitivityObserver
-from balf_fx.engine import compress, memory
+from balf_fx.engine import allocating, memory
 from balf_fx.engine.memory import KINDS, bytes_of, free_memory
 from balf_fx.engine.settings import Settings
 
@@ -54,7 +54,7 @@ def test_a_share_is_taken_once_at_the_start_of_a_run(monkeypatch):
 @pytest.fixture
 def alive(monkeypatch):
     """Of each run, how many observers of gradients have statistics when allocations are tried."""
-    found, plain = [], compress.plan_trial
+    found, plain = [], allocating.plan_trial
 
     def plan_trial(program, *args, **options):
         observers = [each for each in program.module.modules() if isinstance(each, SensitivityObserver)]
@@ -62,7 +62,7 @@ def alive(monkeypatch):
         found.append(sum(each.sample is not None for each in observers))
         return plain(program, *args, **options)
 
-    monkeypatch.setattr(compress, "plan_trial", plan_trial)
+    monkeypatch.setattr(allocating, "plan_trial", plan_trial)
     return found
 
 

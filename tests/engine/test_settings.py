@@ -111,7 +111,7 @@ def test_the_backend_takes_every_option_that_needs_no_whole_model():
             assert getattr(parse_options(options).settings, name) == value
     with pytest.raises(OptionError, match="'capture' is not an option here: Dynamo captures the graphs"):
         parse_options({"flops": 0.5, "capture": "export"})
-    with pytest.raises(OptionError, match="'disagreement' is not an option here: mistakes are counted on outputs of"):
+    with pytest.raises(OptionError, match="'disagreement' is not an option here: it is measured on outputs of"):
         parse_options({"disagreement": 0.02})
 
 

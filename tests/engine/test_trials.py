@@ -13,7 +13,7 @@ import balf_fx
 from balf_fx.budget.problem import pose
 from balf_fx.calibration.batches import Calibration, forward_for, samples_of
 from balf_fx.engine.program import whole_program
-from balf_fx.engine.trials import Trial, _samples, allocate_faithfully, plan_trial
+from balf_fx.engine.trials import Trial, _samples, best_allocation, plan_trial
 from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Allocate, Score, ScoreWidths
 
@@ -49,14 +49,14 @@ def test_a_refit_is_measured_on_samples_of_its_own():
     model, prepared, batches = scored()
     with_refit, without = (trial_of(model, prepared, batches, refit) for refit in (True, False))
     samples = torch.cat(batches)
-    fit, judge = torch.cat(list(with_refit.fit.batches)), torch.cat(list(with_refit.judge.batches))
+    fit, evaluation = torch.cat(list(with_refit.fit.batches)), torch.cat(list(with_refit.evaluation.batches))
     half = len(samples) // 2
-    assert (len(fit), len(judge)) == (min(half, 64), min(half, 128))
-    assert torch.equal(torch.cat([fit, judge]), samples[: len(fit) + len(judge)])
+    assert (len(fit), len(evaluation)) == (min(half, 64), min(half, 128))
+    assert torch.equal(torch.cat([fit, evaluation]), samples[: len(fit) + len(evaluation)])
     assert not without.fit.batches
-    assert torch.equal(torch.cat(list(without.judge.batches)), samples[:128])
+    assert torch.equal(torch.cat(list(without.evaluation.batches)), samples[:128])
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat(with_refit.references), model(judge))
+        torch.testing.assert_close(torch.cat(with_refit.references), model(evaluation))
 
 
 class Tagger(nn.Module):
@@ -72,30 +72,30 @@ class Tagger(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("length", "counted", "fit", "judge", "alone"),
+    ("length", "counted", "fit", "evaluation", "alone"),
     [
         (4, 4, 48, 48, 96),  # few tokens: half of all samples for each, or all of them
         (1_024, 1_024, 16, 8, 8),  # 16,384 tokens to refit on, and no fewer than 8 samples to measure on
         (1_024, 128, 48, 16, 16),  # 2,048 tokens that count
     ],
 )
-def test_sequences_of_many_tokens_are_fewer(length, counted, fit, judge, alone):
+def test_sequences_of_many_tokens_are_fewer(length, counted, fit, evaluation, alone):
     model = Tagger().eval()
     tokens = torch.zeros(96, length, dtype=torch.int64)
     mask = (torch.arange(length) < counted).long().expand_as(tokens)
     batches = [{"tokens": tokens[at : at + 12], "attention_mask": mask[at : at + 12]} for at in range(0, 96, 12)]
     prepared = balf_fx.prepare(model, batches[0])
-    for refit, sizes in ((True, [fit, judge]), (False, [0, alone])):
+    for refit, sizes in ((True, [fit, evaluation]), (False, [0, alone])):
         trial = trial_of(model, prepared, batches, refit)
-        assert [sum(map(samples_of, each.batches)) for each in (trial.fit, trial.judge)] == sizes
-        assert len(trial.references) == len(trial.judge.batches)
+        assert [sum(map(samples_of, each.batches)) for each in (trial.fit, trial.evaluation)] == sizes
+        assert len(trial.references) == len(trial.evaluation.batches)
 
 
 def test_one_sample_is_enough():
     model, prepared, batches = scored()
     trial = trial_of(model, prepared, [batches[0][:1]], True)
     assert not trial.fit.batches
-    assert [len(batch) for batch in trial.judge.batches] == [1]
+    assert [len(batch) for batch in trial.evaluation.batches] == [1]
 
 
 def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
@@ -109,12 +109,12 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
     prepared = balf_fx.prepare(model, batches[0], factors="sensitivity", forward=forward)
     for refit, sizes in ((True, (1, 2)), (False, (0, 3))):
         trial = trial_of(model, prepared, batches, refit, forward)
-        assert (len(trial.fit.batches), len(trial.judge.batches)) == sizes
+        assert (len(trial.fit.batches), len(trial.evaluation.batches)) == sizes
     many = batches * 10
     trial = trial_of(model, prepared, many, True, forward)
     few = [math.ceil(most / len(batches[0])) for most in (64, 128)]
     assert max(few) < len(many) // 2
-    assert [len(trial.fit.batches), len(trial.judge.batches)] == few
+    assert [len(trial.fit.batches), len(trial.evaluation.batches)] == few
     narrow = balf_fx.compile(model, batches, flops=0.6, forward=forward, progress=False)
     assert balf_fx.report(narrow).flops_kept <= 0.6
 
@@ -136,7 +136,7 @@ def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
 
     monkeypatch.setattr(Trial, "measure", spy)
     with torch.no_grad():
-        option, chosen = allocate_faithfully(program, problem, allocate, trial_of(model, prepared, batches, refit))
+        option, chosen = best_allocation(program, problem, allocate, trial_of(model, prepared, batches, refit))
     assert len(measured) > 1
     least, allocation = min(measured, key=lambda pair: pair[0])
     assert chosen is allocation
@@ -154,7 +154,7 @@ def test_the_original_loses_nothing():
         lost = trial.measure(program, problem, Allocate(flops=0.5, importance=0.6).solve(problem))
     narrow = balf_fx.convert(prepared, flops=0.5, factors="sensitivity", pivot=False, progress=False)
     with torch.no_grad():
-        given, wanted = (net(torch.cat(trial.judge.batches)).log_softmax(-1) for net in (narrow, model))
+        given, wanted = (net(torch.cat(trial.evaluation.batches)).log_softmax(-1) for net in (narrow, model))
     expected = F.kl_div(given, wanted, reduction="batchmean", log_target=True)  # batches of several sizes
     assert lost == pytest.approx(float(expected), rel=1e-3)
 
@@ -186,6 +186,6 @@ def test_one_more_power_is_tried_beside_the_best(best, beside, monkeypatch):
     monkeypatch.setattr(Trial, "measure", lambda *_: float(abs(tried[-1][0] - best) + tried[-1][1]))
     trial = trial_of(model, prepared, batches, False)
     monkeypatch.setattr("balf_fx.engine.trials._chosen", lambda _: len(tried))  # no two are the same
-    option, _ = allocate_faithfully(program, problem, Allocate(flops=0.5, importance=0.6), trial)
+    option, _ = best_allocation(program, problem, Allocate(flops=0.5, importance=0.6), trial)
     assert tried == [(0.6, 1.0), (0.6, 2.0), (0.3, 1.0), (1.0, 1.0), (beside, 1.0)]
     assert option.importance == best

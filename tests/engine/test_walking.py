@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from balf_fx.capture.normal_form import capture
 from balf_fx.engine import walking
-from balf_fx.engine.walking import walk, walk_back
+from balf_fx.engine.walking import walk, walk_backward
 from balf_fx.graph.blocks import find_blocks, weight_bytes
 
 
@@ -86,7 +86,7 @@ def test_what_no_later_block_reads_is_given_up(shelves):
     assert alive[-1] == 0
 
 
-def test_outputs_are_computed_one_by_one(shelves):
+def test_outputs_are_computed_one_by_one():
     model, batches = MODELS["skips"]()
     graph_module = capture(model, batches[0])
     blocks, alive = find_blocks(graph_module, weight_bytes(graph_module), 0), []
@@ -146,7 +146,7 @@ def test_back_through_the_blocks_gradients_are_those_of_the_graph(name, memory, 
     kept = {}
     for _ in walk(graph_module, blocks, calls, memory, lambda _: None, lambda _: contextlib.nullcontext(), kept):
         pass
-    walk_back(graph_module, blocks, kept, memory, finish, around, lambda _, output: loss(output))
+    walk_backward(graph_module, blocks, kept, memory, finish, around, lambda _, output: loss(output))
     assert done == blocks[::-1]
     assert max(most) <= memory
     assert most[-1] == 0

@@ -95,7 +95,7 @@ def test_what_became_of_a_model_afterwards_is_saved_too(small, conv_net, images,
     assert torch.equal(balf_fx.load(path, conv_net)(images[0].double()), small(images[0].double()))
 
 
-def test_the_model_that_is_given_stays_as_it_is(small, images, path):
+def test_the_model_that_is_given_stays_as_it_is(small, path):
     balf_fx.save(small, path)
     model = ConvNet().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -110,7 +110,7 @@ def test_copies_and_pickles_are_saved_as_well(small, conv_net, images, path):
         assert torch.equal(balf_fx.load(path, conv_net)(images[0]), small(images[0]))
 
 
-def test_an_example_takes_the_place_of_the_recorded_call(conv_net, images, path):
+def test_an_example_takes_the_place_of_the_recorded_call(images, path):
     class Called(nn.Module):
         def __init__(self):
             super().__init__()

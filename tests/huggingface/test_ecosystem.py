@@ -320,7 +320,7 @@ def test_narrower_parameters_in_folders(tmp_path):
         Scaled.from_pretrained(tmp_path)
 
 
-def test_a_graph_has_no_folder(tokens, folder):
+def test_a_graph_has_no_folder(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["plan"][0]["modules"] = None
     (folder / "config.json").write_text(json.dumps(config))

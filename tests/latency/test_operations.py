@@ -8,7 +8,7 @@ from torch import nn
 
 import balf_fx
 from balf_fx.graph.annotation import sites
-from balf_fx.graph.flops import flop_counter, use
+from balf_fx.graph.flops import flop_counter, flops_and_outputs
 from balf_fx.latency.operations import Operation
 from balf_fx.latency.uses import use_of
 from balf_fx.ranks.costs import possible_ranks, rank_flops
@@ -46,7 +46,7 @@ def found(layer, shape):
 def test_operations_cost_what_the_site_does_at_each_rank(case, pivots):
     site, nodes, own = found(*LAYERS[case])
     site = dataclasses.replace(site, pivots=pivots, move=0)
-    flops, elements = use(nodes)
+    flops, elements = flops_and_outputs(nodes)
     assert counted(own.runs(site, None)) == flops
     for rank in possible_ranks(site):
         assert counted(own.runs(site, rank)) == rank_flops(site, rank, flops, elements)
@@ -60,7 +60,7 @@ def test_operations_of_divided_kernels(kernel, stride, padding):
     for division in site.divisions:
         thin = dataclasses.replace(site, divided=division)
         for rank in possible_ranks(thin):
-            assert counted(own.runs(thin, rank)) == rank_flops(thin, rank, *use(nodes))
+            assert counted(own.runs(thin, rank)) == rank_flops(thin, rank, *flops_and_outputs(nodes))
 
 
 @pytest.mark.parametrize("pivots", [None, "none"])
@@ -68,7 +68,7 @@ def test_operations_of_divided_kernels(kernel, stride, padding):
 def test_operations_of_parts(ranks, pivots):
     site, nodes, own = found(nn.Linear(16, 36), (5, 16))
     site = dataclasses.replace(site, parts=3, pivots=pivots, move=0)
-    flops, elements = use(nodes)
+    flops, elements = flops_and_outputs(nodes)
     assert counted(own.runs(site, ranks)) == rank_flops(site, ranks, flops, elements)
 
 

@@ -59,7 +59,7 @@ def test_models_with_other_sizes_have_their_own_grids(measured):
     assert table.nanoseconds(Run(LINEAR, 23, 48)) == pytest.approx(1e9 * formula(Run(LINEAR, 23, 48)))
 
 
-def test_rounds_stop_at_the_limit(measured, monkeypatch):
+def test_rounds_stop_at_the_limit(measured):
     table = Table(limit=0.0)
     table.measure([Run(LINEAR, 8, 8)])
     assert len(measured) == len(set(measured))

@@ -142,7 +142,7 @@ def test_the_loss_of_a_rank_is_what_is_measured(name):
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=["output side", "input side"])
 @pytest.mark.parametrize("centred", [True, False])
-def test_each_half_of_the_samples_judges_the_other(shape, centred):
+def test_each_half_of_the_samples_is_held_out_from_the_other(shape, centred):
     """Every other sample lies in another subspace of four dimensions: those of one half tell nothing of the other."""
     x, (left, right) = torch.randn(120, shape[0], dtype=torch.float64), torch.randn(2, 4, shape[0], dtype=torch.float64)
     x[::2], x[1::2] = x[::2, :4] @ left, x[1::2, :4] @ right

@@ -138,7 +138,7 @@ def test_what_losing_all_features_costs():
 
 
 def test_halves_count_samples_as_the_whole_does():
-    """Where nothing can be overfitted, what the halves judge is what the whole has seen."""
+    """Where nothing can be overfitted, the held-out errors of the halves are those of the whole."""
     model = linear_mlp()
     batches = list(torch.randn(40, 64, 12, dtype=torch.float64))
     prepared = balf_fx.prepare(model, batches[0], factors="sensitivity")
@@ -340,7 +340,7 @@ def test_features_of_a_convolution_are_its_channels():
     torch.testing.assert_close(observer.sample.features.covariance()[0], wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_each_half_of_the_samples_judges_the_other():
+def test_each_half_of_the_samples_is_held_out_from_the_other():
     """Every other sample varies in other features: what one half leaves out, the other one misses."""
     model = linear_mlp(hidden=16)
     x = torch.randn(160, 12, dtype=torch.float64)
@@ -369,7 +369,7 @@ def test_all_heads_that_share_keys_are_read(idle):
 
 
 @pytest.mark.parametrize("kind", ["queries", "values"])
-def test_each_half_of_the_samples_judges_the_heads_of_the_other(kind):
+def test_each_half_of_the_samples_is_held_out_from_the_heads_of_the_other(kind):
     """Every other sample lies in another subspace of three dimensions, and the bias in one more."""
     model, (x, *_) = make("unfused", count=1)
     with torch.no_grad():

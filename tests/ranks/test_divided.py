@@ -169,11 +169,11 @@ def test_energies_are_what_each_rank_loses_of_uncorrelated_strips(taps):
 
 def test_energies_may_be_measured_in_another_metric():
     matrix, moment = randn(1, 4 * 9, 3), positive(3)
-    plain, judge = torch.eye(4).double()[None], positive(4, seed=1)
-    found = strips_spectrum(matrix, moment, None, 9, plain, judge)
+    plain, energy_metric = torch.eye(4).double()[None], positive(4, seed=1)
+    found = strips_spectrum(matrix, moment, None, 9, plain, energy_metric)
     left, right = found.maps(1)
     missed = (matrix - matrix @ left @ right)[0]
-    lost = (missed @ moment[0] @ missed.mT * torch.kron(judge[0], torch.eye(9).double())).sum()
+    lost = (missed @ moment[0] @ missed.mT * torch.kron(energy_metric[0], torch.eye(9).double())).sum()
     assert 0.5 * float(lost) < float(found.energies[0, 1:].sum()) < 1.001 * float(lost)  # what is convex is below
 
 

@@ -1,8 +1,7 @@
-"""What a walk over two models leaves out."""
-
+import torch
 from torch import fx, nn
 
-from balf_fx.refit.lockstep import without_ends
+from balf_fx.refit.lockstep import Lockstep, without_ends
 
 
 class Ends(nn.Module):
@@ -34,3 +33,21 @@ def test_layers_and_what_others_read_stay():
     (output,) = graph_module.graph.find_nodes(op="output")
     assert without_ends(graph_module, nodes, {nodes[1], nodes[3]}, {output}) == nodes
     assert without_ends(graph_module, nodes, {nodes[1], nodes[3]}, set()) == nodes
+
+
+def test_a_placeholder_that_one_batch_is_not_handed_has_its_own_value_there():
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return x.mul_(2) + 1
+
+    graph_module = fx.symbolic_trace(Doubled())
+    x, doubled, added, _ = graph_module.graph.nodes
+    seen = []
+    walk = Lockstep(graph_module, [{"x": torch.ones(1)}, {"x": torch.ones(1)}], [{"x": torch.zeros(1)}, {}])
+
+    def replace(node):
+        assert walk.moved == {x, doubled}
+        seen.extend((float(batch.before(doubled)), float(batch.current(doubled))) for batch in walk.batches())
+
+    walk.run([x, doubled, added], {added}, replace)
+    assert seen == [(2, 0), (2, 2)]

@@ -177,7 +177,7 @@ def test_svg_is_the_same_every_time_and_loads_nothing(report):
         assert word not in drawn
 
 
-def test_nothing_global_changes(report):
+def test_nothing_global_changes():
     code = """
 import sys
 import matplotlib

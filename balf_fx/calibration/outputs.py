@@ -1,4 +1,4 @@
-"""The distance of a compressed model's outputs from the original's, without labels."""
+"""A model's outputs, and the distance of a compressed model's from the original's, without labels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _named_logits(output: Any) -> Tensor | None:
     return named if isinstance(named, Tensor) and named.is_floating_point() else None
 
 
-def answers(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[Any]:
+def outputs_of(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[Any]:
     """The model's output for each batch."""
     return [run_batch(model, batch, forward, index) for index, batch in enumerate(batches)]
 
@@ -82,22 +82,22 @@ def divergence(
 
     Args:
         calibration: the batches.
-        references: the original model's `answers`.
+        references: the original model's outputs, one for each batch.
         weigh: the weights of the outputs for the batch of an index.
     """
 
-    def judged(index: int, batch: Any, reference: Any) -> tuple[float, float]:
+    def measured(index: int, batch: Any, reference: Any) -> tuple[float, float]:
         output = run_batch(model, batch, calibration.forward, index)  # freed before the next is computed
         if calibration.loss is not None:
             return float(calibration.loss(output, batch)), float(samples_of(batch))
-        lost, share = differ(reference, output, batch, weigh(index))
-        return float(lost), share
+        loss, weight = loss_and_weight(reference, output, batch, weigh(index))
+        return float(loss), weight
 
     def summed() -> tuple[float, float]:
         total = count = 0.0
         for index, (batch, reference) in enumerate(zip(calibration.batches, references, strict=True)):
-            lost, share = judged(index, batch, reference)
-            total, count = total + share * lost, count + share
+            loss, weight = measured(index, batch, reference)
+            total, count = total + weight * loss, count + weight
         return total, count
 
     group = calibration.group
@@ -106,7 +106,7 @@ def divergence(
     return mean if mean == mean else torch.inf
 
 
-def differ(reference: Any, output: Any, batch: Any, weights: Weights | None = None) -> tuple[Tensor, float]:
+def loss_and_weight(reference: Any, output: Any, batch: Any, weights: Weights | None = None) -> tuple[Tensor, float]:
     """The loss of one batch's output, a scalar, and its weight in the mean over batches; see `divergence`.
 
     The weight is the number of rows that count for logits, else 1, or 0 if nothing counts.

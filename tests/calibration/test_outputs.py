@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from balf_fx.calibration.answers import answers, differ, divergence, find_logits, find_pixels
 from balf_fx.calibration.batches import Calibration, forward_for
+from balf_fx.calibration.outputs import divergence, find_logits, find_pixels, loss_and_weight, outputs_of
 
 
 class Outputs(nn.Module):
@@ -28,7 +28,7 @@ FORMS = {
 def measured(model, other, batches, loss=None):
     forward = forward_for(model)
     with torch.no_grad():
-        return divergence(other, Calibration(batches, forward, loss), answers(model, batches, forward))
+        return divergence(other, Calibration(batches, forward, loss), outputs_of(model, batches, forward))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -106,11 +106,11 @@ def test_no_batches_are_no_difference():
 def test_rows_of_many_classes_are_compared_a_part_at_a_time(monkeypatch):
     wanted, given = torch.randn(2, 3, 40), torch.randn(2, 3, 40)
     ids = torch.zeros(2, 3, dtype=torch.long)
-    whole, share = differ(wanted, given, ids)
+    whole, share = loss_and_weight(wanted, given, ids)
     assert float(whole) == pytest.approx(float(kl(wanted, given)))
     assert share == 6
-    monkeypatch.setattr("balf_fx.calibration.answers.CHUNK_ELEMENTS", 90)
-    assert torch.equal(differ(wanted, given, ids)[0], whole)
+    monkeypatch.setattr("balf_fx.calibration.outputs.CHUNK_ELEMENTS", 90)
+    assert torch.equal(loss_and_weight(wanted, given, ids)[0], whole)
 
 
 def kl(wanted, given):
@@ -123,7 +123,7 @@ def test_logits_without_classes_along_the_last_dimension_are_other_outputs(shape
     """As of regressions and segmentations of transformers."""
     wanted, given = torch.randn(shape), torch.randn(shape)
     assert find_logits({"logits": wanted}, None) is None
-    lost, _ = differ({"logits": wanted}, {"logits": given}, torch.zeros(6, 3))
+    lost, _ = loss_and_weight({"logits": wanted}, {"logits": given}, torch.zeros(6, 3))
     assert float(lost) == pytest.approx(float((wanted - given).square().sum() / wanted.square().sum()), rel=1e-5)
 
 
