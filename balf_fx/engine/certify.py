@@ -141,7 +141,7 @@ class _Judge:
         """Run the original on the validation samples."""
         kind: Mistakes = "disagreement" if settings.disagreement is not None else "divergence"
         batches = list(iterate(settings.validation))
-        validation = dataclasses.replace(calibration, batches=batches, weights=())
+        validation = dataclasses.replace(calibration, batches=batches, weights=(), turns=())
         blank = cls(kind, settings.limit or 0.0, settings.confidence, validation)
         answers = blank.run(without_observers(program))
         single = kind == "disagreement" and all(each.values.shape[1] == 1 for each in answers)
