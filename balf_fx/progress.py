@@ -91,4 +91,4 @@ def progress_bar(shown: bool, name: str) -> Iterator[Progress]:
         yield SILENT
         return
     with tqdm(total=100.0, desc=name, bar_format=_FORMAT, leave=False) as bar:
-        yield _Span(bar, 0.0, 1.0, name)
+        yield SILENT if bar.disable else _Span(bar, 0.0, 1.0, name)  # a user of tqdm may have disabled all bars

@@ -80,15 +80,15 @@ class Refit(Pass):
         mode: "full" solves for the whole layer; "up" keeps right factors, and changes only the bias of dense layers.
             "outputs" is "up", but maps the outputs of divided kernels, which takes less time and recovers less.
         memory: bytes of values that are kept in memory; the rest are written to temporary files (`refit.lockstep`).
-        handed: where the graph is a part of a larger program, the values for each batch with which the compressed
-            program replaces some of `inputs`, so that the error made in earlier parts is corrected too. Empty if there
-            are none.
+        handed: where the graph is a part of a larger program, the values for each batch that the compressed program
+            has in place of some of `inputs`, so that the error of earlier parts is corrected too. Empty if none has.
         weights: the weights of positions by name of a mask, for each batch (`calibration.weights`). Without them, the
             masks among `inputs` say which positions count.
         group: the processes that refit together, each on its own batches: all sums are over the batches of all.
         progress: shows the progress over the nodes.
         journal: has the layers that were solved before a run was killed.
         pages: files for solutions, which give back what was read of them after each layer; None to keep all in memory.
+        turns: the order of the batches of all processes (`distributed.shares`); by default, these take turns.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -100,6 +100,7 @@ class Refit(Pass):
     progress: Progress = field(default=SILENT, repr=False, compare=False)
     journal: Journal = field(default=NO_JOURNAL, repr=False, compare=False)
     pages: Pages | None = field(default=None, repr=False, compare=False)
+    turns: Sequence[int] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(AnyMode):
@@ -119,7 +120,7 @@ class Refit(Pass):
             weights = self.weights
             if not len(weights) and mask_inputs(graph_module):
                 weights = [read_masks(graph_module, values) for values in self.inputs]
-            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights, self.group)
+            walk = Lockstep(graph_module, self.inputs, self.handed, self.memory, weights, self.group, self.turns)
             solver = _Solver(walk, self.mode, self.journal, self.pages)
             samples = sample_count(self.inputs[0]) * len(self.inputs) if self.inputs else 0
             work = node_work(nodes, solver.regressions(nodes, layers), max(samples, len(self.inputs)))

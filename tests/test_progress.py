@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import balf_fx
 from balf_fx import progress
@@ -24,6 +26,7 @@ class Bar:
     """Notes where the bar stands, in place of drawing it."""
 
     last = None
+    disable = False
 
     def __init__(self, total, **_):
         self.total, self.n, self.desc, self.places, self.names = total, 0.0, "", [], []
@@ -119,6 +122,12 @@ def test_silence_writes_nothing(capfd, bar):
 @pytest.fixture
 def model():
     return nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 10)).eval()
+
+
+def test_bars_that_are_disabled_for_all_of_tqdm_stay_silent(model, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "tqdm", partial(tqdm, disable=True))  # as the environment's TQDM_DISABLE=1 does
+    balf_fx.compile(model, torch.randn(64, 12), flops=0.5)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_one_bar_for_all_of_compression(model, bar):

@@ -69,6 +69,7 @@ class Calibration:
         weights: what `weigh` returns for each of the batches; empty where it has not been called.
         seen: the number of samples that were calibrated on, if the batches are only some of them.
         group: the processes that calibrate together, each on its own batches.
+        turns: where batches are pieces of larger ones, the index of that one for each.
         pages: where the model goes block by block (`engine.blockwise`), the files of what is scored.
     """
 
@@ -81,6 +82,7 @@ class Calibration:
     weights: Sequence[Tensor] = ()
     seen: int | None = None
     group: Group = ALONE
+    turns: Sequence[int] = ()
     pages: Pages | None = None
 
     def samples(self) -> int:
@@ -94,15 +96,22 @@ class Calibration:
 
     def numbered(self) -> tuple[list[int], int]:
         """The number of samples before each batch, and in all, where the processes take turns with their batches."""
-        counts = self.group.gathered(list(map(samples_of, self.batches)))
-        return starts_in_turn(counts)[self.group.rank], sum(map(sum, counts))
+        found = self.group.gathered((list(map(samples_of, self.batches)), self.in_turn))
+        counts = [own for own, _ in found]
+        return starts_in_turn(counts, [own for _, own in found])[self.group.rank], sum(map(sum, counts))
+
+    @property
+    def in_turn(self) -> list[int]:
+        """The turn of each batch, where processes take turns with them."""
+        return list(self.turns) or list(range(len(self.batches)))
 
     def only(self, indices: Sequence[int]) -> Calibration:
         """The same with some of the batches."""
         if len(indices) == len(self.batches):
             return self
         weights = _Some(self.weights, indices) if len(self.weights) else ()
-        return replace(self, batches=_Some(self.batches, indices), weights=weights)
+        turns = [self.in_turn[index] for index in indices]
+        return replace(self, batches=_Some(self.batches, indices), weights=weights, turns=turns)
 
     def given(self, index: int, batch: Any) -> Tensor | None:
         """The user's weights of the batch of an index.

@@ -23,11 +23,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from balf_fx.calibration.batches import Calibration, graphs_of, run_batch, sample_count, samples_of
-from balf_fx.calibration.describing import describe
 from balf_fx.calibration.observers import InfluenceObserver, Recorded, SensitivityObserver
-from balf_fx.calibration.outputs import element_weights, find_logits, real_leaves
+from balf_fx.calibration.outputs import element_weights, find_logits, loss_given, real_leaves
 from balf_fx.calibration.weights import Weights, counted
-from balf_fx.errors import CalibrationError, ModelError, NonFiniteError
+from balf_fx.errors import ModelError, NonFiniteError
 from balf_fx.graph.parameters import get_tensor, is_quantized
 
 TEMPERATURE = 4.0
@@ -78,9 +77,7 @@ def loss_of(
     """
     if calibration.loss is None:
         return probe(output, batch, generator, weights)
-    scalar: Any = calibration.loss(output, batch)
-    if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-        raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
+    scalar = loss_given(calibration.loss, output, batch)
     if not torch.isfinite(scalar).all():
         raise NonFiniteError(f"loss(output, batch) is {float(scalar.detach())} for calibration batch {index}")
     return scalar * samples_of(batch)  # of a mean: in a small batch, each sample's share of it is larger

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from balf_fx.calibration.batches import Calibration, Forward, run_batch, samples_of
+from balf_fx.calibration.batches import Calibration, Forward, Loss, run_batch, samples_of
+from balf_fx.calibration.describing import describe
 from balf_fx.calibration.moments import CHUNK_ELEMENTS
 from balf_fx.calibration.weights import Weights, counted
+from balf_fx.errors import CalibrationError
 
 
 def find_logits(output: Any, batch: Any) -> Tensor | None:
@@ -68,6 +70,18 @@ def _row_weights(leaf: Tensor, weights: Weights) -> Tensor | None:
     return None if rows is None else rows.repeat_interleave(leaf.shape[-1])
 
 
+def loss_given(loss: Loss, output: Any, batch: Any) -> Tensor:
+    """The user's loss of an output.
+
+    Raises:
+        CalibrationError: it is not a scalar.
+    """
+    scalar: Any = loss(output, batch)
+    if not isinstance(scalar, Tensor) or scalar.numel() != 1 or scalar.is_complex():
+        raise CalibrationError(f"loss(output, batch) must return a scalar tensor, not {describe(scalar)}")
+    return scalar
+
+
 def divergence(
     model: nn.Module,
     calibration: Calibration,
@@ -89,7 +103,7 @@ def divergence(
     def measured(index: int, batch: Any, reference: Any) -> tuple[float, float]:
         output = run_batch(model, batch, calibration.forward, index)  # freed before the next is computed
         if calibration.loss is not None:
-            return float(calibration.loss(output, batch)), float(samples_of(batch))
+            return float(loss_given(calibration.loss, output, batch)), float(samples_of(batch))
         loss, weight = loss_and_weight(reference, output, batch, weigh(index))
         return float(loss), weight
 

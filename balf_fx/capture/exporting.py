@@ -25,7 +25,8 @@ from balf_fx.calibration.batches import MODEL_ERRORS, holds_tensor
 from balf_fx.capture.contexts import transforms
 from balf_fx.capture.lengths import symbolic_lengths
 from balf_fx.capture.names import illegal_name
-from balf_fx.capture.tracing import arguments_of, guard_constant, plain, user_line
+from balf_fx.capture.outputs import nested
+from balf_fx.capture.tracing import guard_constant, plain, user_line
 from balf_fx.errors import CaptureError
 from balf_fx.graph.operators import aten
 from balf_fx.graph.parameters import get_tensor
@@ -225,7 +226,7 @@ def _plain(
     output = graph.output_node()
     leaves = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
     with graph.inserting_before(output):
-        output.args = (_nested(graph, pytree.tree_unflatten(leaves, info.out_spec)),)
+        output.args = (nested(graph, pytree.tree_unflatten(leaves, info.out_spec)),)
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(exported, plain(graph), class_name)
 
@@ -376,25 +377,3 @@ def _scatter(graph: fx.Graph, source: fx.Node, value: Any) -> list[fx.Node]:
                 picked = graph.call_function(operator.getitem, (source, key))
             found += _scatter(graph, picked, item)
     return found
-
-
-def _nested(graph: fx.Graph, value: Any) -> Any:
-    """An output that contains nodes; containers that FX does not support are built by a call of their class."""
-    if isinstance(value, fx.Node) or not isinstance(value, list | tuple | dict):
-        return value
-    if isinstance(value, dict):
-        fields = {key: _nested(graph, item) for key, item in value.items()}
-        arguments = arguments_of(type(value), fields)
-        return fields if arguments is None else _construct(graph, type(value), *arguments)
-    items = [_nested(graph, item) for item in value]
-    if type(value) in (list, tuple):
-        return type(value)(items)
-    return _construct(graph, type(value), tuple(items))
-
-
-def _construct(
-    graph: fx.Graph, container: type, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-) -> fx.Node:
-    node = graph.call_function(container, args, kwargs)
-    node.meta["is_wrapped"] = True  # FX must not trace into it when it traces the code again, as unpickling does
-    return node

@@ -143,8 +143,8 @@ class _Validation:
         """Run the original on the validation samples."""
         kind: Mistakes = "disagreement" if settings.disagreement is not None else "divergence"
         batches = list(iterate(settings.validation))
-        calibration = dataclasses.replace(calibration, batches=batches, weights=())
-        blank = cls(kind, settings.limit or 0.0, settings.confidence, calibration)
+        validation = dataclasses.replace(calibration, batches=batches, weights=(), turns=())
+        blank = cls(kind, settings.limit or 0.0, settings.confidence, validation)
         predictions = blank.run(without_observers(program))
         single = kind == "disagreement" and all(each.values.shape[1] == 1 for each in predictions)
         single = all(calibration.group.gathered(single))

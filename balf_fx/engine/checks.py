@@ -62,9 +62,9 @@ def check_ranks(allocation: Any) -> None:
 
 
 def check_paths(**given: Any) -> None:
-    """Check paths of folders, or None."""
+    """Check paths of folders, or None; no system has paths with a null character."""
     for name, path in given.items():
-        if path is not None and not isinstance(path, str | os.PathLike):
+        if path is not None and (not isinstance(path, str | os.PathLike) or "\0" in os.fsdecode(path)):
             raise OptionError(f"{name} must be the path of a folder, not {path!r}")
 
 

@@ -311,12 +311,13 @@ def in_pieces(program: Program, calibration: Calibration) -> Calibration:
     """Split large batches so that the values of one layer of both models fit into memory."""
     fitting = pieces_for_walk(program.module, calibration)
     pieces = [
-        piece
-        for index, batch in enumerate(calibration.batches)
+        (turn, piece)
+        for index, (turn, batch) in enumerate(zip(calibration.in_turn, calibration.batches, strict=True))
         for piece in fitting.of((batch, calibration.given(index, batch)), index)
     ]
     weights = Shelved(calibration.memory)
-    for _, given in pieces:
+    for _, (_, given) in pieces:
         if given is not None:
             weights.append(given)
-    return dataclasses.replace(calibration, batches=[batch for batch, _ in pieces], weights=weights)
+    batches, turns = [batch for _, (batch, _) in pieces], [turn for turn, _ in pieces]
+    return dataclasses.replace(calibration, batches=batches, weights=weights, turns=turns)

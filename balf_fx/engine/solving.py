@@ -74,8 +74,8 @@ def carry_out(
             graph_module = program.graph_modules[index]
             if sites(graph_module):
                 inputs, handed, weights = relay.inputs(index), relay.handed(index), relay.weights(index)
-                own, group = journal.within(f"part {index}"), calibration.group
-                Refit(inputs, mode, calibration.memory, handed, weights, group, span, own, calibration.pages)(
+                own, group, turns = journal.within(f"part {index}"), calibration.group, relay.turns(index)
+                Refit(inputs, mode, calibration.memory, handed, weights, group, span, own, calibration.pages, turns)(
                     graph_module
                 )
             rewrite(graph_module, written, done)
@@ -117,6 +117,11 @@ class _Relay:
     def inputs(self, part: int) -> Sequence[Mapping[str, Any]]:
         """The original's values of a part's placeholders by name, for each run."""
         return _Inputs(self._program, self._batches, self._runs(part), part)
+
+    def turns(self, part: int) -> Sequence[int]:
+        """The turn of each run of a part."""
+        turns = self._calibration.in_turn
+        return [turns[batch] for batch, _ in self._runs(part)]
 
     def handed(self, part: int) -> Sequence[Mapping[str, Any]]:
         """The values by name, for each run of a part, that compressed parts compute in place of the original."""

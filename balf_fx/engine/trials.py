@@ -239,13 +239,14 @@ def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: 
     Args:
         starts: the number of the first sample of each batch.
     """
-    batches, weights = [], []
+    batches, weights, turns = [], [], []
     for index, (offset, batch) in enumerate(zip(starts, calibration.batches, strict=True)):
         count = samples_of(batch)
         first, last = max(start - offset, 0), min(stop - offset, count)
         if first < last:
             given, whole = calibration.given(index, batch), last - first == count
             batches.append(batch if whole else some_samples(batch, first, last))
+            turns.append(calibration.in_turn[index])
             if given is not None:
                 weights.append(given if whole else given[first:last])
-    return dataclasses.replace(calibration, batches=batches, weights=weights)
+    return dataclasses.replace(calibration, batches=batches, weights=weights, turns=turns)

@@ -20,7 +20,7 @@ def share_of(latency: Any, seconds: float | None) -> float:
         OptionError: it is neither a fraction nor a time.
     """
     if isinstance(latency, int | float) and not isinstance(latency, bool):
-        return float(latency)
+        return latency  # not as a float, which not every whole number fits into
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|us|s)\s*", str(latency).lower())
     if not isinstance(latency, str) or found is None or float(found[1]) == 0:
         raise OptionError(

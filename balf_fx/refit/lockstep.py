@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from balf_fx.calibration.batches import MEMORY, sample_count
 from balf_fx.calibration.weights import Weights
 from balf_fx.distributed.group import ALONE, Group
+from balf_fx.distributed.shares import others_in_turn
 from balf_fx.graph.experts import leads_to_experts
 from balf_fx.graph.masks import mask_names
 from balf_fx.graph.operators import changes_in_place, operation
@@ -98,11 +99,12 @@ class Lockstep:
         memory: bytes of values that may be in memory, apart from those of the batch that is being run.
         weights: {name of a mask: the weights of values with its positions} for each batch; empty if all count.
         group: the processes that walk together, each over its own batches.
+        turns: the turn of each batch (`distributed.shares.starts_in_turn`); by default, one after the other.
 
     Attributes:
         inputs, handed, group: as above.
         runs, samples: the number of batches and of samples in all processes.
-        before: the number of samples in the processes before this one.
+        others: for each batch, the samples in the batches of other processes that have their turn just before it.
         moved: the nodes whose values differ between the models.
     """
 
@@ -114,6 +116,7 @@ class Lockstep:
         memory: int = MEMORY,
         weights: Sequence[Mapping[str, Weights]] = (),
         group: Group = ALONE,
+        turns: Sequence[int] = (),
     ) -> None:
         self.graph_module = graph_module
         self.moved: set[fx.Node] = set()
@@ -128,10 +131,11 @@ class Lockstep:
         self._nbytes: list[int] = []
         self.group = group
         self._counts = [sample_count(values) for values in inputs]
-        found = group.gathered((len(inputs), sum(self._counts), {name for values in handed for name in values}))
-        self.runs = sum(runs for runs, _, _ in found)
-        self.samples = sum(count for _, count, _ in found)
-        self.before = sum(count for _, count, _ in found[: group.rank])
+        own = list(turns) or list(range(len(inputs)))
+        found = group.gathered((self._counts, own, {name for values in handed for name in values}))
+        counts = [each for each, _, _ in found]
+        self.runs, self.samples = sum(map(len, counts)), sum(map(sum, counts))
+        self.others = others_in_turn(counts, [each for _, each, _ in found], group.rank)
         self._handed_names = {name for _, _, names in found for name in names}
 
     def is_handed(self, node: fx.Node) -> bool:
@@ -142,6 +146,11 @@ class Lockstep:
         """The samples of a value in all batches and processes, if a batch has so many."""
         own = self._counts[batch.index]
         return round(self.samples * count / own) if own else self.runs * count
+
+    def rows_of_others(self, batch: Batch, count: int) -> list[int]:
+        """For each of the `others` of a batch, the samples of a value of which this batch has so many."""
+        own = self._counts[batch.index]
+        return [round(other * count / own) if own else count for other in self.others[batch.index]]
 
     def weights(self, node: fx.Node, batch: Batch) -> Weights | None:
         """The weights of the positions of a node's value; None if all count."""

@@ -88,7 +88,7 @@ def visits(
             with another number of positions.
     """
     outputs, inputs = shape
-    seen, turn = walk.before, walk.group.rank  # the grid is shifted each turn: together they read all pixels
+    seen = turn = 0  # the grid is shifted each turn: together they read all pixels
     for batch in walk.batches():
         count, sizes = _positions(batch, node, site)
         counted = _counted(walk, node, site, batch, (count, *sizes))
@@ -98,6 +98,9 @@ def visits(
         steps = pixel_steps(together, sizes, inputs) if site.conv is not None else (1,) * len(sizes)
         positions = grid_count(sizes, steps)
         weights = None if importance is None else position_weights(importance, sizes)
+        for other in walk.rows_of_others(batch, samples):  # what one process would have read before
+            turn += sum(1 for _ in chunks(seen, other, positions, max(inputs, outputs)))
+            seen += other
         for share, span in chunks(seen, samples, positions, max(inputs, outputs)):
             window = Window(span if numbers is None else numbers[span], pixel_grid(sizes, steps, turn))
             own, kept = window.weights(weights, counted), None

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from balf_fx.calibration.batches import Calibration, forward_for
 from balf_fx.calibration.outputs import divergence, find_logits, find_pixels, loss_and_weight, outputs_of
+from balf_fx.errors import CalibrationError
 
 
 class Outputs(nn.Module):
@@ -96,6 +97,13 @@ def test_a_users_loss_takes_the_place():
     batches = list(torch.randn(2, 5, 6))
     loss = lambda output, batch: output.sum() * 0 + batch.sum()  # noqa: E731
     assert measured(model, other, batches, loss) == pytest.approx(float(sum(b.sum() for b in batches)) / 2)
+
+
+@pytest.mark.parametrize("found", [None, 1.0, "one", torch.ones(3), torch.ones(1, dtype=torch.cfloat)])
+def test_a_users_loss_must_be_a_scalar(found):
+    model = Outputs(FORMS["logits"]).eval()
+    with pytest.raises(CalibrationError, match="must return a scalar tensor, not"):
+        measured(model, model, [torch.randn(5, 6)], lambda *_: found)
 
 
 def test_no_batches_are_no_difference():

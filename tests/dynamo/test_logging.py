@@ -6,6 +6,7 @@ import logging
 
 import torch
 from dynamo.helpers import STEPS, calibrated, compiled, messages, ranks, run
+from torch import nn
 
 import balf_fx
 
@@ -37,3 +38,18 @@ def test_a_progress_bar_at_the_switch_alone(conv_net, images, capsys):
 def test_no_progress_bar(conv_net, images, capsys):
     run(compiled(conv_net, progress=False), *images)
     assert capsys.readouterr().err == ""
+
+
+def test_errors_that_are_expected_are_not_printed(capsys):
+    """Graphs of one batch size cannot run on a few samples, on which allocations are tried first."""
+
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 24), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.last(self.first(x).view(x.shape[0], 3, 8).relu().sum(1))
+
+    run(compiled(Sized().eval(), progress=False), *torch.randn(STEPS + 1, 16, 12))
+    assert capsys.readouterr() == ("", "")

@@ -250,6 +250,7 @@ def test_help_shows_signature_and_text_of_every_option(door, stages):
         ({"memory": 1.5}, "memory must be a number of bytes, .*, not 1.5"),
         ({"memory": float("nan")}, "memory must be a number of bytes, .*, not nan"),
         ({"checkpoint": 3}, "checkpoint must be the path of a folder, not 3"),
+        ({"checkpoint": "a\0b"}, r"checkpoint must be the path of a folder, not 'a\\x00b'"),
         ({"safetensors": 3}, "safetensors must be the path of a folder, not 3"),
         ({"exclude": "head"}, r"exclude must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
         ({"dense": "head"}, r"dense must be a list of patterns, such as \['head', 'blocks.\*'\], not 'head'"),
