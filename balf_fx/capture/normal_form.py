@@ -28,6 +28,7 @@ from balf_fx.capture.models import (
     plain_model,
     unchanged_parameters,
     without_expert_loops,
+    without_questions_about_masks,
 )
 from balf_fx.capture.positions import restore_positions
 from balf_fx.capture.single import assert_several
@@ -122,6 +123,7 @@ def _captured(
     else:
         _check_exportable(type(model).__name__, call.output)
         without_expert_loops(subject)
+        without_questions_about_masks(subject)
         graph_module = export(subject, call.by_position, call.by_keyword, conditional)
     _restore_buffers(graph_module, model)
     if any(module.training for module in model.modules()):
