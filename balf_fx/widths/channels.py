@@ -160,7 +160,7 @@ class Finder:
         mark = annotation(node)
         if mark.refusal is not None and mark.refusal.reason is not Reason.TOO_SMALL:
             return False
-        plain = site.groups == 1 and not (site.keeps_weight or site.transposed or site.has_experts)
+        plain = site.groups == 1 and not (site.keeps_weight or site.has_experts)
         return plain and self._owns(node, site)
 
     def grow(self, source: fx.Node, axis: int, features: int, parts: frozenset[fx.Node] = frozenset()) -> Space:

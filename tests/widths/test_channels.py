@@ -15,6 +15,7 @@ FOUND = {  # producers, consumers and what lies between, of each width
     "gated mlp": {"w2": ({"w1", "w3"}, ["w2"], set(), 32)},
     "scaled mlp": {"down": ({"up"}, ["down"], {"gamma"}, 32)},
     "convs": {"second": ({"first"}, ["second"], set(), 16), "head": ({"second"}, ["head"], set(), 12)},
+    "transposed": {"second": ({"first"}, ["second"], set(), 16)},
     "inverted residual": {
         "block.4": ({"block_0"}, ["block_4"], {"block_2"}, 32),
         "block.0": ({"stem", "block_4"}, ["block_0", "head"], set(), 8),
@@ -258,9 +259,16 @@ def test_a_depthwise_convolution_with_a_multiplier_stays():
     assert channels(model, IMAGE) == {}
 
 
-def test_transposed_convolutions_stay():
-    model = nn.Sequential(nn.ConvTranspose2d(3, 16, 2), nn.ReLU(), nn.Conv2d(16, 10, 1))
-    assert channels(model, IMAGE) == {}
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_transposed_convolutions_write_and_read_features(method):
+    model = nn.Sequential(nn.ConvTranspose2d(3, 16, 2), nn.ReLU(), nn.ConvTranspose2d(16, 10, 3, stride=2), nn.ReLU())
+    found = channels(model, IMAGE, method)
+    assert [(width.features, len(width.producers), len(width.consumers)) for width in found.values()] == [(16, 1, 1)]
+
+
+def test_grouped_transposed_convolutions_stay():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 16, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(16, 16, 3, groups=16))
+    assert channels(model, torch.randn(2, 4, 7, 7)) == {}
 
 
 @pytest.mark.parametrize("method", ["symbolic_trace", "export"])
