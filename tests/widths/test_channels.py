@@ -116,7 +116,8 @@ MIXING = {
     "LayerNorm": nn.LayerNorm(32),
     "F.layer_norm": Whole(lambda x: F.layer_norm(x, (32,))),
     "softmax": nn.Softmax(-1),
-    "PReLU": nn.PReLU(32),
+    "shared PReLU": (lambda slopes: nn.Sequential(slopes, nn.ReLU(), slopes))(nn.PReLU(32)),
+    "sorted where": Whole(lambda x: torch.where(x > 0, x, x.flip(-1))),
     "mean of features": Whole(lambda x: x - x.mean(-1, keepdim=True)),
     "norm of features": Whole(lambda x: F.normalize(x, dim=-1)),
     "flip": Whole(lambda x: x.flip(-1)),
@@ -132,6 +133,36 @@ MIXING = {
 @pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_features_or_counts_them(name):
     assert channels(Mlp(MIXING[name]), ROW) == {}
+
+
+SEPARATE = {
+    "one slope": lambda: nn.PReLU(),
+    "slopes": lambda: nn.PReLU(16),
+    "batch norm": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(16)),
+    "instance norm": lambda: nn.Sequential(nn.InstanceNorm2d(16), nn.ReLU()),
+    "affine instance norm": lambda: nn.InstanceNorm2d(16, affine=True, track_running_stats=True),
+    "branches": lambda: Whole(lambda x: torch.where(x > 0.1, x, x.masked_fill(x < -0.1, 0.0).lerp(x, 0.5))),
+    "sums of pixels": lambda: Whole(lambda x: x * x.amax((2, 3), keepdim=True) / x.square().sum((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize(("method", "result"), [("symbolic_trace", "graph"), ("export", "graph"), ("auto", "module")])
+@pytest.mark.parametrize("name", SEPARATE)
+def test_what_treats_each_channel_separately_loses_those_that_repeat_others(name, method, result):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), SEPARATE[name](), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(72, 4))
+    for tensor in (*model[1].parameters(), *model[1].buffers()):
+        if tensor.numel() > 1:
+            tensor.data.uniform_(0.5, 1.5)
+    for tensor in (*model[0].parameters(), *model[1].parameters(), *model[1].buffers()):
+        if tensor.numel() > 1:
+            tensor.data[8:] = tensor.data[:8]
+    model, batches = model.eval(), list(torch.randn(2, 32, 3, 7, 7))
+    options = {"dense": ["*"], "effort": "balanced", "capture": method, "result": result, "progress": False}
+    small = balf_fx.compile(model, batches, params=0.75, **options)
+    assert balf_fx.report(small).params_after == sum(p.numel() for p in small.parameters())
+    assert balf_fx.report(small).widths[0].features_after <= 12
+    answer = model(batches[0])
+    assert float((small(batches[0]).detach() - answer).norm() / answer.norm()) < 2e-3
 
 
 SIZES = {
