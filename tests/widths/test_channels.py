@@ -165,6 +165,37 @@ def test_what_treats_each_channel_separately_loses_those_that_repeat_others(name
     assert float((small(batches[0]).detach() - answer).norm() / answer.norm()) < 2e-3
 
 
+class FlatNorm(nn.Module):
+    """A linear layer with a BatchNorm over all positions, as LeViT has it."""
+
+    def __init__(self, inputs, outputs, function):
+        super().__init__()
+        self.linear, self.norm, self.function = nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), function
+
+    def forward(self, x):
+        x = self.linear(x)
+        return self.function(self.norm(x.flatten(0, 1)), x)
+
+
+@pytest.mark.parametrize("result", ["graph", "module"])
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+@pytest.mark.parametrize(
+    "function", [lambda flat, x: flat.reshape_as(x), lambda flat, x: flat.view_as(x)], ids=["reshape", "view"]
+)
+def test_a_value_may_get_the_sizes_of_another(function, method, result):
+    model = nn.Sequential(FlatNorm(12, 32, function), nn.ReLU(), FlatNorm(32, 12, function)).eval()
+    for tensor in (*model[0].parameters(), *model[0].buffers()):
+        if tensor.dim() > 0:
+            tensor.data[16:] = tensor.data[:16]
+    batches = list(torch.randn(2, 32, 6, 12))
+    options = {"dense": ["*"], "effort": "balanced", "capture": method, "result": result, "progress": False}
+    small = balf_fx.compile(model, batches, flops=0.6, **options)
+    assert [width.features_after for width in balf_fx.report(small).widths] == [19]
+    for size in (1, 32):
+        answer = model(batches[0][:size]).detach()
+        assert float((small(batches[0][:size]).detach() - answer).norm() / answer.norm()) < 2e-3
+
+
 SIZES = {
     "size": lambda x: x * x.size(-1),
     "shape": lambda x: x + x.shape[1],
