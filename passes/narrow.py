@@ -18,7 +18,7 @@ from balf_fx.graph.layers import site_input
 from balf_fx.graph.parameters import get_tensor, locate, put
 from balf_fx.graph.widths import Operand, Reader, Width
 from balf_fx.passes.base import Pass
-from balf_fx.widths.elementwise import is_normalisation
+from balf_fx.widths.elementwise import is_normalisation, is_separate
 from balf_fx.widths.heads import is_attention, requires_equal_heads
 from balf_fx.widths.moves import rebuild, redirect, resize
 from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
@@ -48,7 +48,10 @@ class Narrow(Pass):
         for name in {str(nodes[name].target): name for name in cuts if name in between}.values():  # each target once
             if nodes[name].op == "get_attr":
                 _slice_constant(graph_module, nodes[name], cuts[name].written)
-            elif is_normalisation(graph_module, nodes[name], len(annotation(nodes[name]).shape or ()) - 1):
+            elif nodes[name].op == "call_module" and (
+                is_separate(graph_module, nodes[name], 1)
+                or is_normalisation(graph_module, nodes[name], len(annotation(nodes[name]).shape or ()) - 1)
+            ):
                 _reorder_module(graph_module, nodes[name], cuts[name].written[0])
         _resize(record, nodes, cuts, {width.key: record.size_of(width) for width in shrunk})
         attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
@@ -97,10 +100,18 @@ def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, written: Sequen
 
 
 def _reorder_module(graph_module: fx.GraphModule, node: fx.Node, reordered: Narrowed) -> None:
-    """Reorder the parameters of a normalisation, one for each feature."""
+    """Reorder what a module holds for each feature, or leave some of it out."""
     module = copy.deepcopy(graph_module.get_submodule(str(node.target)))
     for name, value in list(module.named_parameters()):
-        module.register_parameter(name, nn.Parameter(reordered.of(value.detach()), requires_grad=value.requires_grad))
+        if value.numel() > 1:  # a PReLU may have one slope for all features
+            new = nn.Parameter(reordered.of(value.detach()), requires_grad=value.requires_grad)
+            module.register_parameter(name, new)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.dim() > 0:
+            module.register_buffer(name, reordered.of(buffer))
+    for name in ("num_features", "num_parameters"):
+        if getattr(module, name, 1) > 1:
+            setattr(module, name, reordered.total)
     put(graph_module, str(node.target), module)
 
 

@@ -148,6 +148,12 @@ class _Layer:
             raise ValueError(f"the input of {self.site.name} was not observed")
         return self.sample.features
 
+    @property
+    def center(self) -> Tensor:
+        """[1, F], what the bias makes up for: nothing where strides let each output read other taps than the next."""
+        mean = self.features.mean
+        return mean if self.site.taps_read == 1 else torch.zeros_like(mean)
+
     @cached_property
     def basis(self) -> Tensor:
         """Q [O, m] of W = Q R."""
@@ -165,7 +171,7 @@ class _Layer:
         `alike` corrects that.
         """
         by_tap = [each.reshape(len(each), -1, self.site.taps).permute(2, 0, 1) for each in (self.reduced, self.weighed)]
-        found = (by_tap[0].mT @ by_tap[1]).sum(0)
+        found = (by_tap[0].mT @ by_tap[1]).sum(0) * self.site.taps_read
         return (found + found.mT) / 2
 
     def alike(self) -> float:
@@ -231,7 +237,7 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
     units = [layer.alike() * layer.loss / first if first > 0 else 1.0 for layer in readers]
 
     def problem(layers: list[_Layer]) -> tuple[list[Tensor], list[Tensor]]:
-        covariances = [conditioned(layer.features.covariance()[0]) for layer in layers]
+        covariances = [conditioned(layer.features.second_moment(layer.center)[0]) for layer in layers]
         return covariances, [unit * layer.metric() for unit, layer in zip(units, layers, strict=True)]
 
     covariances, metrics = problem(readers)
@@ -243,11 +249,11 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
         seen = [(half, *problem([layer.undamped for layer in half])) for half in halves]
         for (own, own_covariances, _), (other, _, other_metrics) in itertools.permutations(seen):
             for layer, unseen, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
-                moment = unseen.features.second_moment(layer.features.mean)[0]
+                moment = unseen.features.second_moment(layer.center)[0]
                 lost = prediction_errors(covariance, moment, metric, order, sizes)
                 held_out = [known + own_lost / 2 for known, own_lost in zip(held_out, lost, strict=True)]
         errors = _rescaled(errors, sizes, held_out)
-    means = tuple(layer.features.mean[0] for layer in readers)
+    means = tuple(layer.center[0] for layer in readers)
     return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means)
 
 

@@ -63,6 +63,18 @@ class Convs(nn.Module):
         return self.head(self.second(F.relu(self.first(x))).abs().mean((2, 3)))
 
 
+class Transposed(nn.Module):
+    """A transposed convolution with strides: no two neighbouring outputs read the same taps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.ConvTranspose2d(16, 7, 4, stride=2, padding=1)
+        self.head = nn.Linear(7, 10)
+
+    def forward(self, x):
+        return self.head(self.second(F.relu(self.first(x))).abs().mean((2, 3)))
+
+
 class InvertedResidual(nn.Module):
     """A depthwise convolution in the middle, and a residual connection around it all."""
 
@@ -245,6 +257,7 @@ CHANNELS = {
     "gated mlp": (GatedMlp, ROWS),
     "scaled mlp": (ScaledMlp, ROWS),
     "convs": (Convs, IMAGES),
+    "transposed": (Transposed, IMAGES),
     "inverted residual": (InvertedResidual, IMAGES),
     "squeeze and excite": (SqueezeExcite, IMAGES),
     "pooled": (Pooled, IMAGES),

@@ -232,8 +232,8 @@ def _cluster(
             share = 0.5 if is_attention(nodes[width.product]) else 1.0
             if not width.padded:
                 products.setdefault(width.product, []).append((index, share))
-        along = [nodes[name] for name in width.between if not (width.padded and nodes[name].op == "get_attr")]
-        shares += [_between(graph_module, node, index) for node in along]
+        along = [_between(graph_module, nodes[name], index, width.padded) for name in width.between]
+        shares += [share for share in along if share is not None]
         if graph_record(graph_module).nanoseconds is not None:
             shares.append(Share(Cost(latency=_passing(width, nodes)), ((index, 1.0),)))
     for name, parts in products.items():
@@ -258,13 +258,14 @@ def _cluster(
     return Cluster(widths, curves, tuple(members), tuple(shares))
 
 
-def _between(graph_module: fx.GraphModule, node: fx.Node, index: int) -> Share:
-    if node.op == "get_attr":
-        tensor = get_tensor(graph_module, str(node.target))
-        return Share(Cost(params=tensor.numel() if isinstance(tensor, nn.Parameter) else 0), ((index, 1.0),))
+def _between(graph_module: fx.GraphModule, node: fx.Node, index: int, padded: bool) -> Share | None:
+    """What becomes cheaper beside the layers; None for entries that stay, since the model's code has all features."""
     layer = read_layer(graph_module, node)
-    params = rank_params(layer, None, False) if isinstance(layer, Site) else 0
-    return Share(_cost(node, params), ((index, 1.0),))
+    if isinstance(layer, Site):
+        return Share(_cost(node, rank_params(layer, None, False)), ((index, 1.0),))
+    held = get_tensor(graph_module, str(node.target))
+    tensors = held.parameters() if isinstance(held, nn.Module) else [held] if isinstance(held, nn.Parameter) else []
+    return None if padded else Share(_cost(node, sum(tensor.numel() for tensor in tensors)), ((index, 1.0),))
 
 
 def _passing(width: Width, nodes: Mapping[str, fx.Node]) -> int:

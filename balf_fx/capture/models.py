@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -177,3 +179,30 @@ def without_expert_loops(model: nn.Module) -> None:
         config = getattr(module, "config", None)
         if getattr(config, "_experts_implementation", None) == "eager":
             config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+
+
+def without_questions_about_masks(model: nn.Module) -> None:
+    """Let encoders and decoders of torch.nn apply the mask that they are given, whatever its values are.
+
+    They ask whether it is the causal one, which no graph can know, only to call a kernel that needs no mask then.
+
+    Args:
+        model: a copy, which gets hooks.
+    """
+    for module in model.modules():
+        for kind, name in _ASKS_ABOUT_MASKS.items():
+            if isinstance(module, kind) and type(module).forward is kind.forward:
+                module.register_forward_pre_hook(functools.partial(_answered, name), with_kwargs=True)
+
+
+_ASKS_ABOUT_MASKS: dict[type[nn.Module], str] = {
+    nn.TransformerEncoder: "is_causal",
+    nn.TransformerDecoder: "tgt_is_causal",
+}
+"""The argument that answers the question; None asks it."""
+
+
+def _answered(name: str, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+    """The arguments of a call, all by name."""
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return (), {**given, name: bool(given.get(name))}

@@ -28,6 +28,7 @@ from balf_fx.capture.models import (
     plain_model,
     unchanged_parameters,
     without_expert_loops,
+    without_questions_about_masks,
 )
 from balf_fx.capture.positions import restore_positions
 from balf_fx.capture.samples import find_samples
@@ -38,7 +39,7 @@ from balf_fx.graph.annotation import Origin, annotation, record_graph
 from balf_fx.graph.edits import drop_dead_code
 from balf_fx.graph.flops import profile
 from balf_fx.graph.layers import read_site
-from balf_fx.graph.layouts import views_to_reshapes
+from balf_fx.graph.layouts import read_sizes, views_to_reshapes
 from balf_fx.graph.parameters import count_parameters, get_tensor
 from balf_fx.graph.site import Reason, Refusal, Site
 from balf_fx.passes import DecomposeAttention, FoldConstants
@@ -119,6 +120,7 @@ def _captured(
     else:
         _check_exportable(type(model).__name__, call.output)
         without_expert_loops(subject)
+        without_questions_about_masks(subject)
         graph_module = export(subject, call.by_position, call.by_keyword, conditional)
     _restore_buffers(graph_module, model)
     if any(module.training for module in model.modules()):
@@ -131,10 +133,11 @@ def _captured(
         check_transforms(graph_module)
         with _runs_the_example():
             make_functional(graph_module, inputs)
+            read_sizes(graph_module.graph)
             if method == "export":  # it leaves out `contiguous` where the value of the example is
                 views_to_reshapes(graph_module.graph)
                 restore_positions(graph_module)
-                graph_module.recompile()
+            graph_module.recompile()
             cast_explicitly(graph_module, inputs, call.autocast)
         _restore_buffers(graph_module, model)
         DecomposeAttention()(graph_module)

@@ -13,6 +13,7 @@ from balf_fx.graph.annotation import annotation, carried_meta
 from balf_fx.graph.operators import changes_in_place, operation
 
 _VIEWS = ("view", "_unsafe_view")
+_BY_SIZES = {"view_as": "view", "reshape_as": "reshape", "expand_as": "expand"}
 _STRIDED = ("view_as_complex", "as_strided", "stride")
 _PERMUTED = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t", "expand")
 _ALIASES = (
@@ -55,6 +56,21 @@ def views_to_reshapes(graph: fx.Graph) -> None:
             new.meta = node.meta
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+
+
+def read_sizes(graph: fx.Graph) -> None:
+    """Let calls such as `x.view_as(y)` read the sizes of y apart, and not its values; the caller recompiles it."""
+    for node in graph.nodes:
+        name = _BY_SIZES.get(operation(node))
+        if name is None or node.kwargs or len(node.args) != 2:
+            continue
+        value, other = node.args
+        with graph.inserting_before(node):
+            sizes = graph.call_method("size", (other,))
+            new = graph.call_method(name, (value, sizes))
+        sizes.meta, new.meta = dict(node.meta), node.meta
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def allow_any_layout(graph_module: fx.GraphModule) -> None:

@@ -184,6 +184,11 @@ class Site:
         return 1 if self.conv is None else math.prod(self.conv.kernel_size)
 
     @property
+    def taps_read(self) -> float:
+        """The share of the taps that meet at an output: all, but for strides of a transposed convolution."""
+        return 1.0 if self.conv is None or not self.transposed else 1 / math.prod(self.conv.stride)
+
+    @property
     def divisions(self) -> tuple[Divided, ...]:
         """How its kernel may be divided, so that the first factor's outputs have as many columns as its own."""
         conv = self.conv

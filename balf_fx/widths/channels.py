@@ -19,7 +19,7 @@ from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.parameters import get_tensor, owns_weight, parameter_users, readers
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size, View, Width
-from balf_fx.widths.elementwise import is_elementwise, is_glu, passes_on
+from balf_fx.widths.elementwise import is_elementwise, is_glu, is_separate, passes_on
 from balf_fx.widths.moves import (
     Moves,
     feature_axis,
@@ -160,7 +160,7 @@ class Finder:
         mark = annotation(node)
         if mark.refusal is not None and mark.refusal.reason is not Reason.TOO_SMALL:
             return False
-        plain = site.groups == 1 and not (site.keeps_weight or site.transposed or site.has_experts)
+        plain = site.groups == 1 and not (site.keeps_weight or site.has_experts)
         return plain and self._owns(node, site)
 
     def grow(self, source: fx.Node, axis: int, features: int, parts: frozenset[fx.Node] = frozenset()) -> Space:
@@ -238,6 +238,8 @@ class Finder:
             space.selections.append(_Selection(node, source, axis, rows))
             return []
         if passes_on(self.graph_module, node, axis):
+            if node.op == "call_module" and is_separate(self.graph_module, node, axis):
+                space.between.append(self.module(node))
             return self.operands(node, axis, features, space)
         if self.moves.is_move(node):
             return self._moved_from(node, axis, space)
@@ -265,6 +267,20 @@ class Finder:
         everywhere = self.users[id(get_tensor(self.graph_module, str(node.target)))]
         shared = len(node.users) > 1 or annotation(node).shared or not everywhere <= readers(node)
         if shared or size.count(features) != 1 or size[axis] != features:
+            raise UnsupportedError
+        return node
+
+    def module(self, node: fx.Node) -> fx.Node:
+        """A call of a module with entries for each feature, if nothing else calls it or reads what it holds."""
+        module = self.graph_module.get_submodule(str(node.target))
+        readers = [self.users[id(tensor)] for tensor in (*module.parameters(), *module.buffers())]
+        calls = node.graph.find_nodes(op=node.op, target=node.target)
+        if (
+            annotation(node).keeps_weights
+            or annotation(node).shared
+            or len(calls) > 1
+            or not all(own <= {node} for own in readers)
+        ):
             raise UnsupportedError
         return node
 
@@ -355,8 +371,8 @@ class Finder:
         shape, own = annotation(node).shape, annotation(source).shape
         if shape is None or own is None:
             return None
-        if not is_elementwise(self.graph_module, node):
-            return axis  # pools only affect the axes after the features
+        if not is_elementwise(self.graph_module, node):  # pools only affect the axes after the features
+            return 0 if len(own) == 1 and is_separate(self.graph_module, node, axis) else axis
         from_right = axis - len(shape)
         return len(own) + from_right if len(own) >= -from_right else None
 

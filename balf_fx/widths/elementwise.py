@@ -15,6 +15,7 @@ _MODULES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
     *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softsign),
+    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.RReLU, nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 
 
@@ -25,7 +26,8 @@ _ELEMENTWISE_NAMES = (
     *("expm1", "sin", "cos", "reciprocal", "sign", "log_sigmoid", "logsigmoid", "clamp_min", "clamp_max", "clip"),
     *("hardshrink", "softshrink", "tanhshrink", "threshold", "relu1", "maximum", "minimum", "rsub", "_to_copy"),
     *("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "true_divide", "subtract"),
-    *("multiply", "divide"),
+    *("multiply", "divide", "where", "masked_fill", "lerp", "addcmul", "addcdiv", "exp2"),
+    *("gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not"),
 )
 
 
@@ -35,7 +37,7 @@ _SPATIAL_MODULES = (
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d),
     *(nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d, nn.LPPool1d, nn.LPPool2d),
 )
 
 
@@ -48,12 +50,25 @@ _SPATIAL_NAMES = (
 )
 
 
+_SEPARATE_MODULES = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+
+_SEPARATE_NAMES = ("batch_norm", "instance_norm", "prelu")
+
+
 _PADDINGS = ("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 
 
 def passes_on(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     """Whether a node that does more than to move values treats each feature on an axis of its value separately."""
-    return is_elementwise(graph_module, node) or _is_spatial(graph_module, node, axis)
+    return (
+        is_elementwise(graph_module, node)
+        or _is_spatial(graph_module, node, axis)
+        or is_separate(graph_module, node, axis)
+    )
 
 
 def is_elementwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -61,6 +76,20 @@ def is_elementwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return type(called_module(graph_module, node)) in _MODULES
     return operation(node) in _ELEMENTWISE_NAMES and "out" not in node.kwargs
+
+
+def is_separate(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
+    """Whether a node treats each feature on an axis separately, with parameters that have an entry for each of them."""
+    if axis != 1:
+        return False
+    if node.op != "call_module":
+        return operation(node) in _SEPARATE_NAMES
+    module = called_module(graph_module, node)
+    rank = len(annotation(node).shape or ())
+    unbatched = isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d) and (
+        rank < 2 + _spatial_axes(type(module).__name__, rank)
+    )
+    return type(module) in _SEPARATE_MODULES and not unbatched
 
 
 def is_glu(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
@@ -126,7 +155,7 @@ def _is_spatial(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
         kind = type(called_module(graph_module, node))
         return kind in _SPATIAL_MODULES and axis < rank - _spatial_axes(kind.__name__, rank)
     name = operation(node)
-    if name == "mean":
+    if name in ("mean", "sum", "amax", "amin", "std", "var"):
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         listed = dims if isinstance(dims, list | tuple) else [dims]
         rank = len(annotation(node.all_input_nodes[0]).shape or ())

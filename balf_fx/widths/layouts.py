@@ -30,7 +30,8 @@ _CHUNKS = ("chunk", torch.chunk, aten.chunk.default)
 
 def fits(graph_module: fx.GraphModule, width: Width) -> bool:
     """Whether a width may become narrower in the user's model: all layers along its features can be replaced."""
-    return all(_is_replaceable(graph_module, node) for node in _between(graph_module, width) if node.op != "get_attr")
+    along = [node for node in _between(graph_module, width) if _is_layer(graph_module, node)]
+    return all(_is_replaceable(graph_module, node) for node in along)
 
 
 def passes(graph_module: fx.GraphModule, width: Width) -> bool:
@@ -51,7 +52,7 @@ def passes(graph_module: fx.GraphModule, width: Width) -> bool:
         and not any(annotation(node).discarded for node in _carriers(nodes, width))
         and all(_is_replaceable(graph_module, nodes[name]) for name in shaped)
         and all(_is_chunk(nodes[reader.node], width) for reader in width.readers)
-        and all(_is_own(graph_module, node) for node in _between(graph_module, width) if node.op == "get_attr")
+        and all(_is_layer(graph_module, node) or _is_own(graph_module, node) for node in _between(graph_module, width))
     )
 
 
@@ -138,8 +139,12 @@ def _between(graph_module: fx.GraphModule, width: Width) -> list[fx.Node]:
     return [node for node in graph_module.graph.nodes if node.name in names]
 
 
+def _is_layer(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(read_layer(graph_module, node), Site)
+
+
 def _is_own(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a constant is a parameter of the user's model itself, so that a narrower one may take its place."""
+    """Whether a value is a parameter of the user's model itself, so that a narrower one may take its place."""
     return str(node.target) in graph_record(graph_module).parameters and not annotation(node).computed_from
 
 

@@ -87,3 +87,32 @@ def test_a_feature_extractor_is_copied_in_evaluation_mode():
         small = balf_fx.compile(model, batches, flops=1.0, result=result, progress=False)
         assert list(small(batches[0])) == ["middle.0", "last"]
         torch.testing.assert_close(small(batches[0]), model(batches[0]))
+
+
+class Decoder(nn.Module):
+    """Encodes and decodes under causal masks, which the modules of torch ask about."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 1)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 2, 64, batch_first=True), 1)
+
+    def forward(self, source, target):
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.decoder(target, self.encoder(source, mask), mask)
+
+
+def test_layers_of_torch_with_causal_masks_are_sites():
+    model, batches = Decoder().eval(), [(torch.randn(16, 6, 32), torch.randn(16, 6, 32)) for _ in range(2)]
+    state = copy.deepcopy(model.state_dict())
+    small = balf_fx.compile(model, batches, flops=0.8, effort="fast", pivot=False, progress=False)
+    report = balf_fx.report(small)
+    assert {"encoder.layers.0.linear1", "decoder.layers.0.linear2"} <= {site.name for site in report.sites}
+    assert report.flops_in_sites > 0.9
+    same = balf_fx.compile(model, batches, flops=1.0, effort="fast", progress=False)
+    for size in (1, 5):
+        other = (torch.randn(size, 6, 32), torch.randn(size, 6, 32))
+        torch.testing.assert_close(same(*other), model(*other), rtol=1e-4, atol=1e-4)
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    assert not hooked
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)

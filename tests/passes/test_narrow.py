@@ -36,6 +36,7 @@ DUPLICATED = {  # the width by its reader, and everything that writes it or lies
     "gated mlp": ("w2", ["w1", "w3"]),
     "scaled mlp": ("down", ["up", "gamma"]),
     "convs": ("second", ["first"]),
+    "transposed": ("second", ["first"]),
     "inverted residual": ("block.4", ["block.0", "block.2"]),
     "squeeze and excite": ("last", ["first", "expand"]),
     "pooled": ("head", ["conv"]),

@@ -414,3 +414,20 @@ def test_errors_at_neighbouring_pixels_add_up_in_a_kernel():
         reader.weight.copy_(reader.weight.mean((2, 3), keepdim=True).expand_as(reader.weight))
     width, output = losses_of_all(model, list(torch.randn(4, 32, 3, 12, 12, dtype=torch.float64)))
     assert width == pytest.approx(output, rel=0.1)  # independent taps would give less than a third of it
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (4, 2), (3, 1), (6, 3)])
+def test_a_transposed_convolution_adds_up_the_taps_that_meet(kernel, stride):
+    model = nn.Sequential(nn.Conv2d(3, 12, 1, bias=False), nn.Identity(), nn.ConvTranspose2d(12, 5, kernel, stride))
+    width, output = losses_of_all(model.double().eval(), list(torch.randn(4, 32, 3, 12, 12, dtype=torch.float64)))
+    assert width == pytest.approx(output, rel=0.4)  # fewer taps meet at the borders; all of them are 4 or 9 times more
+
+
+def test_what_never_varies_costs_something_where_outputs_read_other_taps():
+    first = nn.Conv2d(3, 12, 1)
+    model = nn.Sequential(first, nn.Identity(), nn.ConvTranspose2d(12, 5, 2, stride=2)).double().eval()
+    with torch.no_grad():
+        first.weight.mul_(1e-3)
+        first.bias.fill_(1.0)
+    width, output = losses_of_all(model, list(torch.randn(4, 32, 3, 12, 12, dtype=torch.float64)))
+    assert width > 0.5 * output  # no bias makes up for a constant that outputs read by other taps

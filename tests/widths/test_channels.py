@@ -15,6 +15,7 @@ FOUND = {  # producers, consumers and what lies between, of each width
     "gated mlp": {"w2": ({"w1", "w3"}, ["w2"], set(), 32)},
     "scaled mlp": {"down": ({"up"}, ["down"], {"gamma"}, 32)},
     "convs": {"second": ({"first"}, ["second"], set(), 16), "head": ({"second"}, ["head"], set(), 12)},
+    "transposed": {"second": ({"first"}, ["second"], set(), 16)},
     "inverted residual": {
         "block.4": ({"block_0"}, ["block_4"], {"block_2"}, 32),
         "block.0": ({"stem", "block_4"}, ["block_0", "head"], set(), 8),
@@ -115,7 +116,8 @@ MIXING = {
     "LayerNorm": nn.LayerNorm(32),
     "F.layer_norm": Whole(lambda x: F.layer_norm(x, (32,))),
     "softmax": nn.Softmax(-1),
-    "PReLU": nn.PReLU(32),
+    "shared PReLU": (lambda slopes: nn.Sequential(slopes, nn.ReLU(), slopes))(nn.PReLU(32)),
+    "sorted where": Whole(lambda x: torch.where(x > 0, x, x.flip(-1))),
     "mean of features": Whole(lambda x: x - x.mean(-1, keepdim=True)),
     "norm of features": Whole(lambda x: F.normalize(x, dim=-1)),
     "flip": Whole(lambda x: x.flip(-1)),
@@ -131,6 +133,67 @@ MIXING = {
 @pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_features_or_counts_them(name):
     assert channels(Mlp(MIXING[name]), ROW) == {}
+
+
+SEPARATE = {
+    "one slope": lambda: nn.PReLU(),
+    "slopes": lambda: nn.PReLU(16),
+    "batch norm": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(16)),
+    "instance norm": lambda: nn.Sequential(nn.InstanceNorm2d(16), nn.ReLU()),
+    "affine instance norm": lambda: nn.InstanceNorm2d(16, affine=True, track_running_stats=True),
+    "branches": lambda: Whole(lambda x: torch.where(x > 0.1, x, x.masked_fill(x < -0.1, 0.0).lerp(x, 0.5))),
+    "sums of pixels": lambda: Whole(lambda x: x * x.amax((2, 3), keepdim=True) / x.square().sum((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize(("method", "result"), [("symbolic_trace", "graph"), ("export", "graph"), ("auto", "module")])
+@pytest.mark.parametrize("name", SEPARATE)
+def test_what_treats_each_channel_separately_loses_those_that_repeat_others(name, method, result):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), SEPARATE[name](), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(72, 4))
+    for tensor in (*model[1].parameters(), *model[1].buffers()):
+        if tensor.numel() > 1:
+            tensor.data.uniform_(0.5, 1.5)
+    for tensor in (*model[0].parameters(), *model[1].parameters(), *model[1].buffers()):
+        if tensor.numel() > 1:
+            tensor.data[8:] = tensor.data[:8]
+    model, batches = model.eval(), list(torch.randn(2, 32, 3, 7, 7))
+    options = {"dense": ["*"], "effort": "balanced", "capture": method, "result": result, "progress": False}
+    small = balf_fx.compile(model, batches, params=0.75, **options)
+    assert balf_fx.report(small).params_after == sum(p.numel() for p in small.parameters())
+    assert balf_fx.report(small).widths[0].features_after <= 12
+    answer = model(batches[0])
+    assert float((small(batches[0]).detach() - answer).norm() / answer.norm()) < 2e-3
+
+
+class FlatNorm(nn.Module):
+    """A linear layer with a BatchNorm over all positions, as LeViT has it."""
+
+    def __init__(self, inputs, outputs, function):
+        super().__init__()
+        self.linear, self.norm, self.function = nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), function
+
+    def forward(self, x):
+        x = self.linear(x)
+        return self.function(self.norm(x.flatten(0, 1)), x)
+
+
+@pytest.mark.parametrize("result", ["graph", "module"])
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+@pytest.mark.parametrize(
+    "function", [lambda flat, x: flat.reshape_as(x), lambda flat, x: flat.view_as(x)], ids=["reshape", "view"]
+)
+def test_a_value_may_get_the_sizes_of_another(function, method, result):
+    model = nn.Sequential(FlatNorm(12, 32, function), nn.ReLU(), FlatNorm(32, 12, function)).eval()
+    for tensor in (*model[0].parameters(), *model[0].buffers()):
+        if tensor.dim() > 0:
+            tensor.data[16:] = tensor.data[:16]
+    batches = list(torch.randn(2, 32, 6, 12))
+    options = {"dense": ["*"], "effort": "balanced", "capture": method, "result": result, "progress": False}
+    small = balf_fx.compile(model, batches, flops=0.6, **options)
+    assert [width.features_after for width in balf_fx.report(small).widths] == [19]
+    for size in (1, 32):
+        answer = model(batches[0][:size]).detach()
+        assert float((small(batches[0][:size]).detach() - answer).norm() / answer.norm()) < 2e-3
 
 
 SIZES = {
@@ -258,9 +321,16 @@ def test_a_depthwise_convolution_with_a_multiplier_stays():
     assert channels(model, IMAGE) == {}
 
 
-def test_transposed_convolutions_stay():
-    model = nn.Sequential(nn.ConvTranspose2d(3, 16, 2), nn.ReLU(), nn.Conv2d(16, 10, 1))
-    assert channels(model, IMAGE) == {}
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_transposed_convolutions_write_and_read_features(method):
+    model = nn.Sequential(nn.ConvTranspose2d(3, 16, 2), nn.ReLU(), nn.ConvTranspose2d(16, 10, 3, stride=2), nn.ReLU())
+    found = channels(model, IMAGE, method)
+    assert [(width.features, len(width.producers), len(width.consumers)) for width in found.values()] == [(16, 1, 1)]
+
+
+def test_grouped_transposed_convolutions_stay():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 16, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(16, 16, 3, groups=16))
+    assert channels(model, torch.randn(2, 4, 7, 7)) == {}
 
 
 @pytest.mark.parametrize("method", ["symbolic_trace", "export"])
