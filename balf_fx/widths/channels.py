@@ -274,13 +274,8 @@ class Finder:
         """A call of a module with entries for each feature, if nothing else calls it or reads what it holds."""
         module = self.graph_module.get_submodule(str(node.target))
         readers = [self.users[id(tensor)] for tensor in (*module.parameters(), *module.buffers())]
-        calls = node.graph.find_nodes(op=node.op, target=node.target)
-        if (
-            annotation(node).keeps_weights
-            or annotation(node).shared
-            or len(calls) > 1
-            or not all(own <= {node} for own in readers)
-        ):
+        calls, mark = node.graph.find_nodes(op=node.op, target=node.target), annotation(node)
+        if mark.keeps_weights or mark.shared or len(calls) > 1 or not all(own <= {node} for own in readers):
             raise UnsupportedError
         return node
 
