@@ -165,6 +165,8 @@ class JointSums:
         rows = torch.cat([x, y.reshape(len(x), -1, y.shape[-1]), x.new_ones(len(x), 1, x.shape[-1])], 1)
         if self._shift is None:
             self._shift = rows[:, :-1].mean(-1, keepdim=True)
+            if self._known is not None:  # the sum of the x that were added here, which may be only some, is not known
+                self._shift[:, size:] = 0
         rows[:, :-1] -= self._shift
         if weights is not None:
             rows *= weights.sqrt()
@@ -197,12 +199,11 @@ class JointSums:
         x, y = shift.tensor_split((self._shape[-1],), 1)
         if self._known is None:
             sums = torch.cat([self._products[:, -1], self._y], 1)
-            products, sum_x = self._products[:, :-1], self._products[:, -1] + self.count * x
-            self._products[:, -1] = sum_x
+            self._products[:, -1] += self.count * x
+            _add_outer(self._products[:, :-1], sums, x)
+            _add_outer(self._products[:, :-1], shift, self._products[:, -1])
         else:
-            products, sums, shift, sum_x = self._products, self._y, y, self._known.x
-        _add_outer(products, sums, x)
-        _add_outer(products, shift, sum_x)
+            _add_outer(self._products, self._y, x)
         self._y += self.count * y
         self._shift = torch.zeros_like(self._shift)
 

@@ -84,3 +84,14 @@ def test_values_far_from_zero_keep_their_covariance_in_single_precision():
         found = sums.joint()
         torch.testing.assert_close(found.inputs.covariance, exact.inputs.covariance, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found.cross(), exact.cross(), rtol=1e-3, atol=1e-3)
+
+
+def test_sums_over_some_of_the_known_inputs():
+    """Those of one of several processes: the sums over known x are of all."""
+    x, y = random(78, 2, 3, 40) + 5, random(79, 2, 4, 40) - 7
+    known = joint(x, y, None).inputs
+    parts = [JointSums((2, 3), (2, 4), x.device, known) for _ in range(2)]
+    for sums, own in zip(parts, (slice(0, 25), slice(25, 40)), strict=True):
+        sums.add(x[..., own], y[..., own], None)
+        torch.testing.assert_close(sums.joint().yx, y[..., own] @ x[..., own].mT)
+        torch.testing.assert_close(sums.joint().y, y[..., own].sum(-1))
