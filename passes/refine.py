@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.calibration.moments import Moments
-from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, WeightGradients, observer_of
+from balf_fx.calibration.observers import CovarianceObserver, InfluenceObserver, observer_of
+from balf_fx.calibration.sample import WeightGradients
 from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.distributed.group import ALONE, Group
 from balf_fx.errors import OptionError, PassError

@@ -61,6 +61,7 @@ class Observed:
         gradients: gradients at the site's output; None for the plain output error.
         halves: statistics of each half of the samples. The spectrum of one half is evaluated on the other, so that the
             energies are the error that a rank saves on samples that were not used to choose it.
+        parts: the moments of each part (`calibration.sample.Sample`).
         kept: the FLOPs of each expert that keeps its matrix, since it has seen too few positions.
     """
 
@@ -68,6 +69,7 @@ class Observed:
     side: Side
     gradients: Gradients | None = None
     halves: tuple[Sample, ...] = ()
+    parts: Moments | None = None
     kept: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -183,7 +185,7 @@ class Score(Pass):
         curve = rank_curve(site, spectrum, *cost, parts, seen.kept, blocks)
         if gradients is None:
             return curve
-        return replace(curve, loss=_loss(gradients, spectrum.energies, site.has_experts))
+        return replace(curve, loss=gradients.loss(spectrum.energies, site.has_experts))
 
     def _forms(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
@@ -250,7 +252,8 @@ class Score(Pass):
         if sample is None:
             return Observed(moments, side, kept=kept)
         samples = sample.gradients.samples / max(annotation(node).calls, 1)  # counted in every call
-        return Observed(sample.moments, site.side, replace(sample.gradients, samples=samples), halves, kept)
+        gradients = replace(sample.gradients, samples=samples)
+        return Observed(sample.moments, site.side, gradients, halves, sample.parts, kept)
 
     def _parts_roots(
         self, graph_module: fx.GraphModule, site: Site, gradients: Gradients
@@ -309,17 +312,6 @@ class Score(Pass):
         return observer.moments, observer.side
 
 
-def _loss(gradients: Gradients, energies: Tensor, shared: bool) -> float:
-    """The loss of a sample, to second order, if the site's output is replaced by its mean.
-
-    Args:
-        energies: [G, m], for gradients that are scaled to a mean square of 1 over all groups.
-        shared: whether energies are means over the positions of all groups (`ranks.spectra.shared_energies`).
-    """
-    unit = gradients.unit.sum() if shared else gradients.unit.mean()
-    return 0.5 * float(unit * energies.sum()) / gradients.samples
-
-
 def _unobserved(site: Site) -> NotCalibratedError:
     return NotCalibratedError(
         f"the kernel of site {site.name!r} may be divided, but its strips were not observed: pass separable=True to "
@@ -363,7 +355,7 @@ def _spectrum(
     roots: tuple[Tensor, Tensor] | None,
 ) -> Spectrum:
     """The spectrum of the site as a whole or, with `parts` above 1, of each of its parts."""
-    moments = seen.moments
+    moments = seen.parts if parts > 1 and seen.parts is not None else seen.moments
     if moments is None:
         return spectrum_from_weight(in_parts(grouped_weight(graph_module, site), parts))
     if seen.side == "input":
@@ -388,7 +380,7 @@ def _coordinates(
     gradient = sample.gradients.scatter
     if parts > 1 and sample.gradients.parts is not None:
         gradient = sample.gradients.parts
-    moments = sample.moments
+    moments = sample.parts if parts > 1 and sample.parts is not None else sample.moments
     if thin is not None:
         basis, reduced = thin
         gradient = gradient if basis is None else basis.mT @ gradient @ basis

@@ -188,22 +188,39 @@ class _Layer:
         apart = float((self.undamped.metric() * self.features.covariance()[0]).sum())
         return max(seen / apart, 1.0) if apart > 0 else 1.0
 
-    def output_moment(self) -> Tensor:
-        """E[y y^T], [O, O] float64, with the observer's weights of positions."""
-        moments = self.sample.moments
+    def output_block(self, rows: Tensor) -> Tensor:
+        """E[y y^T], [F, F] float64, for some rows of the output, with the observer's weights of positions."""
+        part = self._part(rows)
         if self.site.side == "output":
-            return moments.second_moment()[0]
-        mean = self.weight @ moments.mean[0]
-        mean = mean if self.bias is None else mean + self.bias
-        return self.weight @ moments.covariance()[0] @ self.weight.mT + torch.outer(mean, mean)
+            mean, covariance = self.sample.moments.mean[0][rows], self._covariance[0][rows][:, rows]
+            return covariance + torch.outer(mean, mean)
+        if self.sample.parts is None or part is None:
+            mean, covariance = self.sample.moments.mean[0], self._covariance[0]
+        else:
+            mean, covariance = self.sample.parts.mean[part], self._covariance_of_parts[part]
+        weight = self.weight[rows]
+        mean = weight @ mean if self.bias is None else weight @ mean + self.bias[rows]
+        return weight @ covariance @ weight.mT + torch.outer(mean, mean)
+
+    @cached_property
+    def _covariance(self) -> Tensor:
+        return self.sample.moments.covariance()
+
+    @cached_property
+    def _covariance_of_parts(self) -> Tensor:
+        return (self.sample.parts or self.sample.moments).covariance()
+
+    def _part(self, rows: Tensor) -> int | None:
+        """The part to which all rows belong; None if there is none."""
+        found = torch.unique(rows // (self.site.out_features // self.site.parts))
+        return int(found) if self.site.parts > 1 and len(found) == 1 else None
 
     def gradient_block(self, rows: Tensor) -> Tensor:
         """E[g g^T], [F, F], for some rows of the output."""
-        size = self.site.out_features // self.site.parts
-        part = torch.unique(rows // size)
-        gradients = self.sample.gradients
-        if gradients.parts is not None and len(part) == 1:
-            return gradients.parts[int(part)][rows % size][:, rows % size]
+        gradients, part = self.sample.gradients, self._part(rows)
+        if gradients.parts is not None and part is not None:
+            own = rows % (self.site.out_features // self.site.parts)
+            return gradients.parts[part][own][:, own]
         if self.site.side == "output":
             return gradients.scatter[0][rows][:, rows]
         return self.basis[rows] @ gradients.scatter[0] @ self.basis[rows].mT
@@ -313,11 +330,11 @@ def _heads(width: Width, layer: _Layer) -> tuple[Tensor, Tensor]:
         moment, seen, weighed = layer.features.covariance()[0], layer.reduced, layer.weighed
         rows = torch.arange(len(moment), device="cpu").reshape(width.heads, width.repeat, -1)
         metrics = torch.stack([seen[:, own].mT @ weighed[:, own] for own in rows.flatten(0, 1)])
+        moments = torch.stack([moment[own][:, own] for own in rows.flatten(0, 1)])
     else:
-        moment = layer.output_moment()
         rows = torch.tensor(width.rows[0], device="cpu").reshape(width.heads, width.repeat, width.features)
         blocks = torch.stack([layer.gradient_block(own) for own in rows.flatten(0, 1)])
         metrics = damped(blocks, layer.damping, layer.unit.expand(len(blocks), 1))
-    moments = torch.stack([moment[own][:, own] for own in rows.flatten(0, 1)])
+        moments = torch.stack([layer.output_block(own) for own in rows.flatten(0, 1)])
     shape = (*rows.shape[:2], *moments.shape[1:])
     return moments.reshape(shape).sum(1), metrics.reshape(shape).mean(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -280,9 +281,9 @@ def make(name: str, dtype: torch.dtype = torch.float32, count: int = 2) -> tuple
     return model, list(torch.randn(count, 48, *shape, dtype=dtype))
 
 
-def widths(model: nn.Module, x: torch.Tensor, capture: str = "auto") -> dict[str, Width]:
+def widths(model: nn.Module, x: torch.Tensor, capture: str = "auto", **options: Any) -> dict[str, Width]:
     """The widths that are found, by their names."""
-    prepared = balf_fx.prepare(model, x, factors="sensitivity", capture=capture)
+    prepared = balf_fx.prepare(model, x, factors="sensitivity", capture=capture, **options)
     return {width.name: width for width in graph_record(prepared).widths}
 
 

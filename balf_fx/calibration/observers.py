@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ from balf_fx.calibration.moments import (
     sum_moments,
     with_batch,
 )
-from balf_fx.calibration.sample import Gradients, Positions, Sample, Statistics
+from balf_fx.calibration.sample import Gradients, Positions, Sample, Statistics, WeightGradients
 from balf_fx.calibration.weights import Weights
 from balf_fx.errors import NonFiniteError
 from balf_fx.graph.parameters import site_matrix
@@ -228,11 +227,13 @@ class SensitivityObserver(nn.Module):
         if not len(seen.gradient) or not is_finite(seen.gradient):
             return
         rows, samples = len(by_sample(gradient, self.site)), len(seen.gradient)
-        squares = output_columns(seen.gradient, self.site).square().sum((0, 1)).reshape(samples, -1)
+        columns = output_columns(seen.gradient, self.site)
+        by_part = columns.reshape(self.site.parts, -1, columns.shape[-1]).square().sum(1)
+        squares = by_part.reshape(self.site.parts, samples, -1).sum(1)  # [parts, P]
         count = squares.new_full(squares.shape[1:], samples)
         if seen.counted is not None:
             count = (seen.counted > 0).sum(0).to(count)
-        positions = squares.sum(0) / count.clamp_min(1)
+        positions = squares / count.clamp_min(1)
         parts = {self.batches % 2: seen}
         whole = self.batch_samples and samples == rows and rows % self.batch_samples == 0
         each = rows // self.batch_samples if whole else 1  # rows of a sample, which shall not be in both halves
@@ -287,10 +288,11 @@ class SensitivityObserver(nn.Module):
             of_row: the samples for which a row stands.
         """
         columns = output_columns(seen.gradient, self.site)  # [G, O, n]
-        samples = columns.shape[-1] // len(positions)
-        weights = positions.repeat(samples)
+        samples = columns.shape[-1] // positions.shape[-1]
+        by_part = positions.repeat(1, samples)
         if seen.counted is not None:
-            weights = weights * seen.counted.flatten().to(weights)
+            by_part = by_part * seen.counted.flatten().to(by_part)
+        weights = by_part.sum(0)
         inner = columns if self.basis is None else self.basis.to(columns).mT @ columns
         parts = None
         if self.site.parts > 1:
@@ -300,7 +302,17 @@ class SensitivityObserver(nn.Module):
         if moments is None:
             return None
         features = None if seen.features is None else self._features(seen, columns.dtype, weights)
-        return Sample(Gradients(samples * of_row, gram(inner), parts), moments, features)
+        own = None if parts is None or self.site.side == "output" else self._parts(seen, by_part)
+        return Sample(Gradients(samples * of_row, gram(inner), parts), moments, features, own)
+
+    def _parts(self, seen: _Seen, by_part: Tensor) -> Moments | None:
+        """The moments with each part's own weights [parts, n]; None if no gradient has reached one of them."""
+        found = [batch_moments(seen.value, self.site, "input", by_part.dtype, weights) for weights in by_part]
+        own = [each for each in found if each is not None]
+        if len(own) < len(found):
+            return None
+        count = own[0].mean.new_tensor([each.count for each in own])
+        return Moments(count, torch.cat([each.mean for each in own]), torch.cat([each.scatter for each in own]))
 
     def _features(self, seen: _Seen, dtype: torch.dtype, weights: Tensor) -> Moments | None:
         value: Any = seen.features
@@ -328,25 +340,6 @@ def _by(counted: Tensor | None, samples: int, device: torch.device) -> Tensor | 
 def _position_sizes(value: Tensor, site: Site) -> tuple[int, ...]:
     """The dimensions of the positions of a sample, from a value of `by_sample`."""
     return tuple(value.shape[1:2] if site.conv is None else value.shape[2:])
-
-
-@dataclass(frozen=True)
-class WeightGradients:
-    """The gradient of the loss at a site's weight, summed over batches.
-
-    Attributes:
-        absolute, squares: [G, O, D] float32, the sums of |dL/dW| and of (dL/dW)^2.
-    """
-
-    absolute: Tensor
-    squares: Tensor
-
-    def merge(self, other: WeightGradients) -> WeightGradients:
-        """Both samples together."""
-        return WeightGradients(self.absolute + other.absolute, self.squares + other.squares)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightGradients:
-        return self
 
 
 class InfluenceObserver(nn.Module):

@@ -30,6 +30,16 @@ class Gradients:
         """[G, 1], the mean eigenvalue of the scatter of each group."""
         return self.scatter.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
 
+    def loss(self, energies: Tensor, shared: bool) -> float:
+        """The loss of a sample, to second order, if the site's output is replaced by its mean.
+
+        Args:
+            energies: [G, m], for gradients that are scaled to a mean square of 1 over all groups.
+            shared: whether energies are means over the positions of all groups (`ranks.spectra.shared_energies`).
+        """
+        unit = self.unit.sum() if shared else self.unit.mean()
+        return 0.5 * float(unit * energies.sum()) / self.samples
+
     def merge(self, other: Gradients) -> Gradients:
         """Both samples together."""
         parts = None if self.parts is None or other.parts is None else self.parts + other.parts
@@ -49,18 +59,22 @@ class Sample:
             of the call's positions (`calibration.weights`).
         features: the moments of the input's features, for a convolution those of pixels, not of patches; None if they
             are not needed.
+        parts: the moments with the weights of each part's own gradients, as groups; None where the site has no parts,
+            or its moments are those of outputs.
     """
 
     gradients: Gradients
     moments: Moments
     features: Moments | None
+    parts: Moments | None = None
 
     def merge(self, other: Sample) -> Sample:
         """Statistics of both samples together."""
         features = self.features if other.features is None else other.features
         if self.features is not None and other.features is not None:
             features = self.features.merge(other.features)
-        return Sample(self.gradients.merge(other.gradients), self.moments.merge(other.moments), features)
+        parts = None if self.parts is None or other.parts is None else self.parts.merge(other.parts)
+        return Sample(self.gradients.merge(other.gradients), self.moments.merge(other.moments), features, parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
         return self
@@ -101,3 +115,22 @@ class Mergeable(Protocol):
 
 Statistics = tuple[Mergeable | None, ...]
 """All statistics of an observer, None for those that no value has reached."""
+
+
+@dataclass(frozen=True)
+class WeightGradients:
+    """The gradient of the loss at a site's weight, summed over batches.
+
+    Attributes:
+        absolute, squares: [G, O, D] float32, the sums of |dL/dW| and of (dL/dW)^2.
+    """
+
+    absolute: Tensor
+    squares: Tensor
+
+    def merge(self, other: WeightGradients) -> WeightGradients:
+        """Both samples together."""
+        return WeightGradients(self.absolute + other.absolute, self.squares + other.squares)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightGradients:
+        return self

@@ -46,9 +46,11 @@ def find_samples(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 
 def _shape(graph_module: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
-    """The leading dimensions of a linear layer's output; empty for other nodes."""
+    """The leading dimensions of a linear layer's output; empty for other nodes, also of experts, which mix rows."""
     layer = read_layer(graph_module, node)
-    return (annotation(node).shape or ())[:-1] if isinstance(layer, Site) and layer.conv is None else ()
+    if not isinstance(layer, Site) or layer.conv is not None or layer.has_experts:
+        return ()
+    return (annotation(node).shape or ())[:-1]
 
 
 class _Sizes(fx.Interpreter):

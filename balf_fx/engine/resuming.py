@@ -25,9 +25,8 @@ from balf_fx.calibration.observers import (
     CovarianceObserver,
     InfluenceObserver,
     SensitivityObserver,
-    WeightGradients,
 )
-from balf_fx.calibration.sample import Gradients, Positions, Sample
+from balf_fx.calibration.sample import Gradients, Positions, Sample, WeightGradients
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.folder import Folder
 from balf_fx.checkpoint.journal import NO_JOURNAL, FolderJournal, Journal, difference

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from balf_fx.calibration.observers import WeightGradients
+from balf_fx.calibration.sample import WeightGradients
 
 Signal = Literal["weight_gradient", "fisher"]
 

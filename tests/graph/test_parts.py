@@ -29,6 +29,8 @@ def parts(model, *inputs, method="auto"):
     [
         (lambda y: torch.cat(y.chunk(3, -1)), 3),
         (lambda y: torch.cat(y.split(24, -1)), 2),
+        (lambda y: torch.cat(y.reshape(-1, 48).reshape(5, 4, 48).split(16, -1)), 3),
+        (lambda y: torch.cat(y.reshape(-1, 96).split(32, -1)), 1),
         (lambda y: sum(y.unflatten(-1, (3, 4, 4)).unbind(-3)), 3),
         (lambda y: torch.stack([each + 1 for each in y.unflatten(-1, (3, 16)).transpose(0, 2)[0:3:2]]), 1),
         (lambda y: y.unflatten(-1, (3, 16)), 1),  # three heads

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balf_fx.calibration.observers import WeightGradients
+from balf_fx.calibration.sample import WeightGradients
 from balf_fx.ranks.influence import cholesky_root, error_weights, influence, refined_factors, sweep
 
 PROPERTY = settings(max_examples=60, derandomize=True)

@@ -34,13 +34,15 @@ def test_fused(capture):
 
 
 @BOTH
-def test_unfused(capture):
+@pytest.mark.parametrize("fold", [True, False])
+def test_unfused(capture, fold):
+    """The scale of the queries is folded into their layer, or belongs to the product."""
     model, batches = make("unfused")
-    found = widths(model, batches[0], capture)
+    found = widths(model, batches[0], capture, fold_batchnorm=fold)
     assert set(found) == {"q:queries", "proj"}
     queries, values = found["q:queries"], found["proj"]
     assert queries.rows == (rows(0), rows(0))
-    assert queries.operands == (Operand(0, HEAD**-0.5), Operand(1, transposed=True))
+    assert queries.operands == (Operand(0, 1.0 if fold else HEAD**-0.5), Operand(1, transposed=True))
     assert values.operands == (Operand(1),)
     assert queries.product != values.product
 
