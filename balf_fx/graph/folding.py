@@ -8,14 +8,14 @@ from torch import Tensor, fx, nn
 from balf_fx.graph.annotation import annotate, annotation
 from balf_fx.graph.edits import set_bias
 from balf_fx.graph.norms import Foldable
-from balf_fx.graph.operators import reads_metadata
+from balf_fx.graph.operators import value_readers
 from balf_fx.graph.parameters import get_tensor, locate, parameter_users
 from balf_fx.graph.site import Site
 
 
 def is_read_once(node: fx.Node) -> bool:
     """Whether one node alone reads the values of a node, whose shape others may look at."""
-    return sum(not reads_metadata(user) for user in node.users) == 1
+    return len(value_readers(node)) == 1
 
 
 def owns_parameters(graph_module: fx.GraphModule, node: fx.Node, layer: Site) -> bool:

@@ -165,6 +165,11 @@ def reads_metadata(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
+def value_readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a node's values, and not only its shape or dtype."""
+    return [user for user in node.users if not reads_metadata(user)]
+
+
 def is_transposition(node: fx.Node) -> bool:
     """Whether a node only transposes a matrix."""
     if node.op not in ("call_function", "call_method"):

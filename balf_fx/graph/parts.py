@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from balf_fx.graph.annotation import annotation
-from balf_fx.graph.operators import aten, operation, reads_metadata
+from balf_fx.graph.operators import aten, operation, value_readers
 
 _RESHAPES: tuple[Any, ...] = (
     *(torch.reshape, torch.unflatten, "reshape", "view", "unflatten"),
@@ -34,19 +34,15 @@ def read_parts(node: fx.Node, features: int) -> int:
     It may chunk or split the last dimension, reshape it to [pieces, heads, features of a head], or reshape it to
     [pieces, features of a piece] and select one piece after the other.
     """
-    readers = _readers(node)
+    readers = value_readers(node)
     while (
         len(readers) == 1
         and readers[0].target in _RESHAPES
         and (annotation(readers[0]).shape or ())[-1:] == (features,)
     ):
-        readers = _readers(readers[0])  # rows become positions again
+        readers = value_readers(readers[0])  # rows become positions again
     found = {_pieces(user, features) for user in readers}
     return found.pop() if len(found) == 1 else 1
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    return [user for user in node.users if not reads_metadata(user)]
 
 
 def _pieces(user: fx.Node, features: int) -> int:

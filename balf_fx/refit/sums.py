@@ -152,7 +152,8 @@ class JointSums:
         self._y = zeros(groups, rows)
         # products of x, y and 1 with x, stacked in this order; only of y if the sums over x are known
         self._products = zeros(groups, rows if known is not None else size + rows + 1, size)
-        self._shift: Tensor | None = None  # [G, D + rows, 1], what is subtracted from x and y
+        # [G, D + rows, 1], what is subtracted from x and y; None before the first chunk, and zeros once it is undone
+        self._shift: Tensor | None = None
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         """Add some positions.
@@ -193,7 +194,7 @@ class JointSums:
 
     def _move_to_zero(self) -> None:
         """Turn sums around the shift into sums around zero; what is added from here is not shifted."""
-        if self._shift is None:
+        if self._shift is None or not self._shift.any():
             return
         shift = self._shift.squeeze(-1).to(torch.float64)
         x, y = shift.tensor_split((self._shape[-1],), 1)
