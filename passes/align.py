@@ -81,7 +81,8 @@ class Align(Pass):
         wanted = [granules[names[name]][1] for name in width.producers if names.get(name) in granules]
         wanted += [granules[names[name]][0] for name in width.consumers if names.get(name) in granules]
         granule = max(wanted, default=1)
-        step = self._step(granule // math.gcd(granule, width.heads), width.features)
+        features = min(map(len, width.branches), default=width.features)
+        step = self._step(granule // math.gcd(granule, width.heads), features)
         return dataclasses.replace(width, step=step)
 
     def _granules(self, graph_module: fx.GraphModule) -> dict[str, tuple[int, int, int]]:

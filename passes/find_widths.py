@@ -10,27 +10,30 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from balf_fx.budget.chains import elimination_order
 from balf_fx.graph.annotation import annotation, graph_record, record_graph
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.site import Site
-from balf_fx.graph.widths import Reader, Width, joint_widths
+from balf_fx.graph.widths import Reader, Width
 from balf_fx.passes.base import Pass
-from balf_fx.widths.channels import feature_axis_of, find_channels
+from balf_fx.widths.channels import find_channels
+from balf_fx.widths.following import feature_axis_of
 from balf_fx.widths.heads import find_heads
 from balf_fx.widths.layouts import fits, passes
 from balf_fx.widths.moves import Moves
 from balf_fx.widths.orders import find_orders
 
-_JOINED = 2  # the most widths that share layers and are chosen together: every pair of their sizes is compared
+_JOINED = 3  # the most widths whose sizes are compared all with all (`budget.chains`)
 
 
 @dataclass(frozen=True)
 class FindWidths(Pass):
     """Record the widths of an annotated and profiled graph (`widths.channels`, `widths.heads`).
 
-    A layer may lie between two widths, like the middle one of a bottleneck. In longer chains, the widths that affect
-    the most FLOPs are taken. The other rows of a layer that only partly belongs to widths, such as queries and keys
-    behind a rotary embedding, stay as they are; if they cannot be separated from those of its widths, it has no widths.
+    A layer may lie between two widths, like the middle one of a bottleneck, and those may form long chains. Where more
+    than a few sizes would have to be compared all with all, the widths that affect the most FLOPs are taken. The other
+    rows of a layer that only partly belongs to widths, such as queries and keys behind a rotary embedding, stay as they
+    are; if they cannot be separated from those of its widths, it has no widths.
     Further sets of channels, such as those of a residual stream, keep their size, but may change their order. They do
     not where layers go back into the user's model, which may return them.
     """
@@ -137,12 +140,20 @@ def _layer_name(graph_module: fx.GraphModule, node: fx.Node) -> str:
 
 
 def _most_valuable(graph_module: fx.GraphModule, found: Sequence[Width]) -> list[Width]:
-    """Take widths in the order of the FLOPs that they affect, as long as at most `_JOINED` are connected by layers."""
+    """Take widths in the order of the FLOPs that they affect, as long as few sizes must be compared all with all."""
     flops = {node.name: annotation(node).flops or 0 for node in graph_module.graph.nodes}
     order = sorted(range(len(found)), key=lambda i: -sum(flops[name] for name in found[i].layers))
     taken: list[int] = []
     for index in order:
-        joined = joint_widths([*(found[i] for i in taken), found[index]])
-        if max(map(len, joined)) <= _JOINED:
+        if _together([found[i] for i in (*taken, index)]) <= _JOINED:
             taken.append(index)
     return [found[index] for index in sorted(taken)]
+
+
+def _together(widths: Sequence[Width]) -> int:
+    """The most widths whose sizes are compared all with all."""
+    sharing: dict[str, list[int]] = {}
+    for index, width in enumerate(widths):
+        for name in {*width.layers, width.product or ""} - {""}:
+            sharing.setdefault(name, []).append(index)
+    return max(1 + len(others) for _, others in elimination_order(sharing.values()))

@@ -92,7 +92,7 @@ class Follow(Pass):
                     f"the plan narrows {planned.kind} at {planned.name}, for which there are no statistics here: they "
                     "require gradients, so use factors='sensitivity' and widths=True"
                 )
-            if planned.features != width.features or not 1 <= planned.size <= width.features:
+            if planned.features != width.features or not width.least <= planned.size <= width.features:
                 raise PlanError(
                     f"the plan leaves {planned.size} of {planned.features} {planned.kind} at {planned.name}, which has "
                     f"{width.features}"

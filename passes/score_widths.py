@@ -38,7 +38,9 @@ from balf_fx.ranks.spectra import (
     thin_triangle,
 )
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
+from balf_fx.widths.joined import embedded, grouped, restricted
 
+_GROUPED_SIZES = 64  # at about so many sizes, errors are computed anew where features have got another order
 _LOGGER = logging.getLogger(__name__)
 _BASIS_DAMPING = 1e-3  # small, because the metric consists of damped ones
 _HELD_OUT_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
@@ -91,7 +93,9 @@ class ScoreWidths(Pass):
             _LOGGER.info("no gradient has reached the layers around %s: it keeps its width", width.name)
             return None
         whole, *halves = ([layer[i] for layer in known] for i in range(min(map(len, known))))
-        curve = _score_channels(whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
+        curve = (
+            _score_channels(width, whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
+        )
         give_back(freed=width.features**2)
         if all(map(math.isfinite, (curve.loss, *curve.distortion))):
             return curve
@@ -249,7 +253,8 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     ]
 
 
-def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
+def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
+    held: list[tuple[int, ...] | None] = [width.held_by(name) for name in width.consumers]
     first = readers[0].loss
     units = [layer.alike() * layer.loss / first if first > 0 else 1.0 for layer in readers]
 
@@ -258,20 +263,43 @@ def _score_channels(readers: list[_Layer], halves: list[list[_Layer]]) -> WidthC
         return covariances, [unit * layer.metric() for unit, layer in zip(units, layers, strict=True)]
 
     covariances, metrics = problem(readers)
-    order, errors = eliminate(covariances, metrics)
+    order, errors = _elimination(width, held, covariances, metrics)
     if len(halves) == 2:  # in the order of all samples: to find one for each half would double the time
         size = len(order)
         sizes = sorted({round(size * share) for share in _HELD_OUT_SHARES} - {size})
         held_out = [0.0] * len(sizes)
         seen = [(half, *problem([layer.undamped for layer in half])) for half in halves]
         for (own, own_covariances, _), (other, _, other_metrics) in itertools.permutations(seen):
-            for layer, unseen, covariance, metric in zip(own, other, own_covariances, other_metrics, strict=True):
+            pairs = zip(own, other, own_covariances, other_metrics, held, strict=True)
+            for layer, unseen, covariance, metric, features in pairs:
                 moment = unseen.features.second_moment(layer.center)[0]
-                lost = prediction_errors(covariance, moment, metric, order, sizes)
+                lost = prediction_errors(covariance, moment, metric, *restricted(order, sizes, features))
                 held_out = [known + own_lost / 2 for known, own_lost in zip(held_out, lost, strict=True)]
         errors = _rescaled(errors, sizes, held_out)
     means = tuple(layer.center[0] for layer in readers)
     return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means)
+
+
+def _elimination(
+    width: Width, held: list[tuple[int, ...] | None], covariances: list[Tensor], metrics: list[Tensor]
+) -> tuple[Tensor, list[float]]:
+    """The order of a width's features and the error of each size; lists have an entry for each reader.
+
+    Args:
+        held: the features that it reads; None for all.
+    """
+    size, count = width.features, range(len(held))
+    order, errors = eliminate(
+        [embedded(covariances[i], held[i], size, float(covariances[i].diagonal().mean())) for i in count],
+        [embedded(metrics[i], held[i], size, 0.0) for i in count],
+    )
+    if not width.held:
+        return order, errors
+    order = grouped(order, width.branches, width.step)
+    sizes = list(range(0, size, max(size // _GROUPED_SIZES // width.step, 1) * width.step))
+    pairs = zip(covariances, metrics, held, strict=True)
+    lost = [prediction_errors(own, own, metric, *restricted(order, sizes, features)) for own, metric, features in pairs]
+    return order, _interpolated(size + 1, [*sizes, size], [*map(sum, zip(*lost, strict=True)), 0.0])
 
 
 def _rescaled(errors: list[float], sizes: list[int], held_out: list[float]) -> list[float]:

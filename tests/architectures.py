@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -252,6 +253,56 @@ class Transformer(Fused):
         return self.head(x.mean(1))
 
 
+def branch(inputs: int, outputs: int, size: int) -> nn.Sequential:
+    """A convolution, and behind it a normalisation that cannot be folded into it."""
+    norm = nn.BatchNorm2d(outputs)
+    for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(value, 0.5, 1.5)
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, padding=size // 2), nn.ReLU(), norm)
+
+
+class Joined(nn.Module):
+    """Branches of different sizes, whose features are concatenated, as in SqueezeNet and Inception."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = branch(3, 8, 1)
+        self.one, self.three = branch(8, 10, 1), branch(8, 14, 3)
+        self.wide, self.last = nn.Conv2d(24, 10, 3), nn.Conv2d(24, 10, 1)
+
+    def forward(self, x):
+        x = self.squeeze(x)
+        x = torch.cat([self.one(x), self.three(x)], 1)
+        return self.wide(F.max_pool2d(x, 2)).mean((2, 3)) + self.last(x).mean((2, 3))
+
+
+class Skip(nn.Module):
+    """Features that are read twice, alone and with others, as in a U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle = branch(3, 12, 3), branch(12, 16, 3)
+        self.up, self.last = nn.Conv2d(16, 10, 1), nn.Conv2d(22, 10, 3)
+
+    def forward(self, x):
+        x = self.down(x)
+        return self.last(torch.cat([F.relu(self.up(self.middle(x))), x], dim=1)).mean((2, 3))
+
+
+class Chain(nn.Module):
+    """Layers whose widths are chosen together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (12, 16, 24, 16, 10)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = F.gelu(layer(x))
+        return self.layers[-1](x)
+
+
 IMAGES, ROWS, TOKENS = (3, 7, 7), (12,), (6, 32)
 CHANNELS = {
     "mlp": (Mlp, ROWS),
@@ -262,6 +313,9 @@ CHANNELS = {
     "inverted residual": (InvertedResidual, IMAGES),
     "squeeze and excite": (SqueezeExcite, IMAGES),
     "pooled": (Pooled, IMAGES),
+    "joined": (Joined, IMAGES),
+    "skip": (Skip, IMAGES),
+    "chain": (Chain, ROWS),
 }
 ATTENTIONS = {
     "fused": (Fused, TOKENS),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from balf_fx.budget.clusters import Cluster, find_clusters
+from balf_fx.budget.clusters import Cluster
+from balf_fx.budget.finding import find_clusters
 from balf_fx.errors import PassError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import annotate, annotation, graph_record, record_graph, sites

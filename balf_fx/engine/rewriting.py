@@ -204,14 +204,15 @@ def _dense_where_unknown(graph_module: fx.GraphModule, plan: Plan, torn: Collect
 
 def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
     """A curve that narrows a width to these features, or to any; its values are arbitrary."""
-    identity = torch.eye(width.features, dtype=torch.float64, device="cpu")
+    held = [width.held_by(name) for name in width.consumers]
+    identities = [torch.eye(len(own or range(width.features)), dtype=torch.float64, device="cpu") for own in held]
     nothing = (0.0,) * (width.features + 1)
     if width.kind != "channels":
-        heads = identity.expand(width.heads, -1, -1)
+        heads = torch.eye(width.features, dtype=torch.float64, device="cpu").expand(width.heads, -1, -1)
         return WidthCurve(nothing, 0.0, left=heads, right=heads)
     chosen = kept or ()
     order = torch.tensor([*chosen, *sorted(set(range(width.features)) - set(chosen))], dtype=torch.int64, device="cpu")
-    return WidthCurve(nothing, 0.0, order=order, covariances=(identity,) * len(width.consumers))
+    return WidthCurve(nothing, 0.0, order=order, covariances=tuple(identities))
 
 
 def _blank_bases(graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, Tensor]]:

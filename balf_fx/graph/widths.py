@@ -102,8 +102,8 @@ class Width:
     """Features whose number may be reduced. Nodes are stored by name, so that copies of a graph may share the record.
 
     * "channels": producers output the features, elementwise operations and depthwise convolutions may process them, and
-      consumers read them. A subset of the features is kept, from which the consumers predict the others by least
-      squares.
+      consumers read them. Where values are concatenated, some of these hold only some of the features. A subset of the
+      features is kept, from which the consumers predict the others by least squares.
     * "queries": two producers, of queries and of keys, are multiplied in a product that sums over the features of each
       head; there are no consumers. The basis of the features is arbitrary.
     * "values": one producer, one consumer, and an average over positions between them. The basis is arbitrary.
@@ -129,6 +129,8 @@ class Width:
             along the features keep their size.
         layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In
             other graphs of the same model, nodes may have other names, but layers may not.
+        held: for channels, the nodes that output, process or read only some of the features, and which these are, in
+            the order of their rows, entries or columns.
     """
 
     kind: WidthKind
@@ -151,6 +153,7 @@ class Width:
     step: int = 1
     padded: bool = False
     layer_names: tuple[str, ...] = ()
+    held: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def key(self) -> str:
@@ -161,6 +164,24 @@ class Width:
     def layers(self) -> tuple[str, ...]:
         """The nodes of the layers on both sides."""
         return tuple(dict.fromkeys((*self.producers, *self.consumers)))
+
+    @property
+    def least(self) -> int:
+        """The least size, at which every layer holds some features."""
+        return self.step * max(len(self.branches), 1)
+
+    @property
+    def branches(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of features that the same producers hold; none where all of these hold all features."""
+        held = {name: frozenset(features) for name, features in self.held if name in self.producers}
+        found: dict[tuple[str, ...], list[int]] = {}
+        for feature in range(self.features if held else 0):
+            found.setdefault(tuple(name for name, own in held.items() if feature in own), []).append(feature)
+        return tuple(map(tuple, found.values()))
+
+    def held_by(self, name: str) -> tuple[int, ...] | None:
+        """The features that a node holds; None for all."""
+        return next((features for node, features in self.held if node == name), None)
 
 
 @dataclass(frozen=True)
@@ -193,7 +214,7 @@ class WidthCurve:
         distortion: the error at sizes 0 .. features, in the metric of the layers that read it (`passes.ScoreWidths`).
         loss: the increase of the loss, to second order, when all features are removed.
         order: [features], for channels, the last one removed first.
-        covariances: for channels, [features, features] float64 for each reader.
+        covariances: for channels, [F, F] float64 for each reader, of the F features that it reads.
         left, right: for heads, [heads, features, features]; at size r, left[..., :r] and right[:, :r].
         means: the mean for each reader, as in `WidthMaps`.
     """
@@ -214,18 +235,35 @@ class WidthCurve:
         """[size], the features that are kept, for channels; None for heads, which get a new basis."""
         return None if self.order is None else self.order[:size].sort().values
 
-    def maps(self, size: int, reader: int = 0) -> WidthMaps:
-        """The maps at a size, for one of the readers."""
+    def maps(self, size: int, reader: int = 0, held: Sequence[int] | None = None) -> WidthMaps:
+        """The maps at a size, for one of the readers.
+
+        Args:
+            held: the features that it reads; None for all.
+        """
         mean = self.means[reader] if self.means else None
         kept = self.kept(size)
-        if self.order is not None and kept is not None:
+        if kept is not None:
+            kept = places(kept, held)
             covariance = self.covariances[reader]
-            right = torch.eye(len(self.order), dtype=covariance.dtype, device=covariance.device)[kept].unsqueeze(0)
+            right = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)[kept].unsqueeze(0)
             return WidthMaps(right, kept, mean, lambda: predict(covariance, kept).unsqueeze(0))
         if self.left is None or self.right is None:
             raise ValueError("a curve has either an order of its features or a basis")
         left = self.left[..., :size]
         return WidthMaps(self.right[:, :size], None, mean, lambda: left)
+
+
+def places(kept: Tensor, held: Sequence[int] | None) -> Tensor:
+    """The places of features among those that are held, ascending, without those that are not held.
+
+    Args:
+        kept: the features, in any order if all are held.
+        held: in any order; None for all features.
+    """
+    if held is None:
+        return kept
+    return torch.nonzero(torch.isin(torch.tensor(held, device=kept.device), kept)).flatten()
 
 
 def predict(covariance: Tensor, kept: Tensor) -> Tensor:

@@ -131,9 +131,19 @@ def is_reduction(node: fx.Node, axis: int) -> bool:
 
 def is_concatenation(node: fx.Node, axis: int) -> bool:
     """Whether a node concatenates values on another axis than this one."""
+    return _concatenates_on(node) not in (None, axis)
+
+
+def joins(node: fx.Node, axis: int) -> bool:
+    """Whether a node concatenates values on this axis."""
+    return _concatenates_on(node) == axis
+
+
+def _concatenates_on(node: fx.Node) -> int | None:
+    """The axis on which a node concatenates values; None for other nodes."""
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     rank = len(annotation(node).shape or ())
-    return operation(node) in ("cat", "concat") and isinstance(dim, int) and dim % rank != axis
+    return dim % rank if operation(node) in ("cat", "concat", "concatenate") and isinstance(dim, int) else None
 
 
 def table_of(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> str | None:

@@ -77,7 +77,7 @@ def find_layouts(graph_module: fx.GraphModule) -> dict[str, Layout]:
         width, any_size = own.width, passes(graph_module, own.width)
         between = (*width.between, *width.fused)
         written = {name: _Found.of(_places(cuts[name].written), any_size) for name in (*between, *width.producers)}
-        reads |= dict.fromkeys(width.consumers, _Found.of(own.read_places(), any_size))
+        reads |= {name: _Found.of(own.read_places(name), any_size) for name in width.consumers}
         reads |= {name: written[name] for name in between}
         writes |= written
     return dict(_layouts(graph_module, reads, writes))

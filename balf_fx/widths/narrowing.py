@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from balf_fx.graph.annotation import GraphRecord, graph_record
 from balf_fx.graph.curves import Solution
 from balf_fx.graph.site import Site
-from balf_fx.graph.widths import HOSTS, Width, WidthCurve, WidthMaps
+from balf_fx.graph.widths import HOSTS, Width, WidthCurve, WidthMaps, places
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Narrowed:
 
     Attributes:
         rows: [heads, features], indices of rows.
-        maps: [heads, r, features], by which the rows of each head are multiplied; None if they stay as they are.
-        kept: [r], the features that the maps select; None if they combine features.
+        maps: [heads, r, features], by which the rows of each head are multiplied; None if none are combined.
+        kept: [r], the features that are selected; None if all are, or combinations of them.
     """
 
     rows: Tensor
@@ -32,13 +32,15 @@ class Narrowed:
     def of(self, value: Tensor) -> Tensor:
         """These rows of a value [O, ...], reduced: [heads * r, ...]."""
         rows = value[self.rows if self.kept is None else self.rows[:, self.kept]]
-        if self.kept is None and self.maps is not None:
+        if self.maps is not None:
             rows = torch.einsum("hrf,hf...->hr...", self.maps.to(value), rows)
         return rows.flatten(0, 1)
 
     @property
     def size(self) -> int:
         """r, the number of features of each head after the reduction."""
+        if self.kept is not None:
+            return len(self.kept)
         return self.rows.shape[1] if self.maps is None else self.maps.shape[1]
 
     @property
@@ -228,11 +230,12 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
     for own in changed:
         width = own.width
         for reader, name in enumerate(width.consumers):
-            read = None if own.curve is None else own.curve.maps(own.size, reader)
+            read = None if own.curve is None else own.curve.maps(own.size, reader, width.held_by(name))
             cut = found.get(name, Cut())
             found[name] = dataclasses.replace(cut, read=read, repeat=width.repeat, order=own.order)
         for name in width.between:
-            found[name] = Cut(written=(own.narrowed(torch.arange(width.features, device="cpu").unsqueeze(0)),))
+            features = torch.arange(len(width.held_by(name) or range(width.features)), device="cpu")
+            found[name] = Cut(written=(own.narrowed(features.unsqueeze(0), name),))
         for name in width.fused:
             found[name] = Cut(written=found[width.fused_layer].written)
     for width in record.widths:
@@ -273,7 +276,7 @@ class Changed:
 
     Attributes:
         curve: None if it keeps its size.
-        maps: those of the first reader; None if it keeps its size.
+        maps: for heads; None if they keep their size.
         kept: the features that are kept, in their new order; None if the maps combine features.
         order: the same as positions among the kept features; None if they stay in their order.
     """
@@ -285,16 +288,17 @@ class Changed:
     kept: Tensor | None
     order: Tensor | None
 
-    def read_places(self) -> Tensor:
-        """The places of the features that are read now among those that were read before."""
+    def read_places(self, name: str) -> Tensor:
+        """The places of the features that a node reads now among those that it read before."""
         if self.kept is not None:
-            return self.kept
+            return places(self.kept, self.width.held_by(name))
         heads = torch.arange(self.width.heads * self.width.repeat, device="cpu").unsqueeze(1) * self.width.features
         return (heads + torch.arange(self.size, device="cpu")).flatten()
 
-    def narrowed(self, rows: Tensor) -> Narrowed:
-        """Rows [heads, features] of the width."""
-        return Narrowed(rows, None if self.maps is None else self.maps.right, self.kept)
+    def narrowed(self, rows: Tensor, name: str) -> Narrowed:
+        """Rows [heads, features] of a node of the width."""
+        kept = None if self.kept is None else places(self.kept, self.width.held_by(name))
+        return Narrowed(rows, None if self.maps is None else self.maps.right, kept)
 
 
 def changed_widths(record: GraphRecord) -> Iterator[Changed]:
@@ -305,8 +309,8 @@ def changed_widths(record: GraphRecord) -> Iterator[Changed]:
         curve = curves.get(width.key) if size < width.features else None
         if curve is None and order is None:
             continue
-        maps = None if curve is None else curve.maps(size)
-        kept = None if maps is None else maps.kept
+        kept = None if curve is None else curve.kept(size)
+        maps = None if curve is None or kept is not None else curve.maps(size)
         positions = None if order is None else torch.argsort(torch.argsort(order))
         yield Changed(width, size, curve, maps, kept if order is None else order, positions)
 
@@ -322,13 +326,13 @@ def _written(record: GraphRecord, name: str, changed: Mapping[str, Changed]) -> 
                 continue
             queries = width.kind == "queries" and position == 0
             repeat = width.repeat if queries else 1
-            rows = torch.tensor(width.rows[position], device="cpu").reshape(width.heads * repeat, width.features)
+            rows = torch.tensor(width.rows[position], device="cpu").reshape(width.heads * repeat, -1)
             maps = None if own is None else own.maps
             if own is None or maps is None:
-                written.append(Narrowed(rows) if own is None else own.narrowed(rows))
+                written.append(Narrowed(rows) if own is None else own.narrowed(rows, name))
                 continue
             map_ = maps.left.mT if width.kind == "queries" and position == 1 else maps.right
-            written.append(Narrowed(rows, map_.repeat_interleave(repeat, 0), own.kept))
+            written.append(Narrowed(rows, map_.repeat_interleave(repeat, 0)))
             if queries:
                 projected.append(Narrowed(rows, (maps.left @ maps.right).repeat_interleave(repeat, 0)))
     rests = dict.fromkeys(reader.rows for reader in record.rests.get(name, ()))

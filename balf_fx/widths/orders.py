@@ -16,8 +16,10 @@ from balf_fx.graph.layers import read_layer
 from balf_fx.graph.parameters import get_tensor
 from balf_fx.graph.site import Site
 from balf_fx.graph.widths import Width
-from balf_fx.widths.channels import Finder, Space, UnsupportedError, channels_of
+from balf_fx.widths.channels import channels_of
 from balf_fx.widths.elementwise import is_concatenation, is_normalisation, is_reduction, table_of
+from balf_fx.widths.following import Finder
+from balf_fx.widths.spaces import Space, UnsupportedError
 
 
 def find_orders(graph_module: fx.GraphModule) -> Iterator[Width]:
@@ -47,6 +49,7 @@ class _OrderFinder(Finder):
     """Follows features through all operations for which their order does not matter."""
 
     most = math.inf
+    follows_joins = False  # each layer would keep its features among themselves
 
     def grow(self, source: fx.Node, axis: int, features: int, parts: frozenset[fx.Node] = frozenset()) -> Space:
         self._tied: list[fx.Node] = []

@@ -10,8 +10,9 @@ from architectures import EVERYTHING, count_flops, count_params, make, rewritten
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balf_fx.budget.clusters import _Menu, _on_hulls, find_clusters
+from balf_fx.budget.finding import find_clusters
 from balf_fx.budget.members import Member, Ranks
+from balf_fx.budget.menus import Menu, _on_hulls
 from balf_fx.graph.annotation import annotation, graph_record, sites
 from balf_fx.graph.curves import FREE, Cost
 from balf_fx.ranks.hulls import segments, steepest_first
@@ -197,9 +198,9 @@ def menus(draw):
         return Ranks(None, tuple(range(count)), costs, losses)
 
     pools = [[ranks() for _ in range(2)] for _ in range(3)]
-    found = [_Menu(FREE, tuple(map(rng.choice, pools))) for _ in range(5)]
+    found = [Menu(FREE, tuple(map(rng.choice, pools))) for _ in range(5)]
     weights = [rng.choice((0.0, 1.0, 1.0, 3.0)) for _ in range(3)]
-    return [*found, _Menu(FREE, (pools[0][0], pools[1][0], ranks()))], weights
+    return [*found, Menu(FREE, (pools[0][0], pools[1][0], ranks()))], weights
 
 
 @given(menus())

@@ -71,7 +71,10 @@ def unequal():
 
 
 MODELS = {
-    **{name: lambda name=name: make(name) for name in ("mlp", "squeeze and excite", "fused", "grouped", "transformer")},
+    **{
+        name: lambda name=name: make(name)
+        for name in ("mlp", "squeeze and excite", "joined", "skip", "chain", "fused", "grouped", "transformer")
+    },
     "convolutions": lambda: (randomise_batchnorm(ConvNet()), list(torch.randn(3, 8, 3, 12, 12))),
     "padded text": lambda: (Text(), texts()),
     "untouched": lambda: (Untouched(), list(torch.randn(6, 2, 12))),
@@ -155,6 +158,7 @@ def test_the_result_is_that_of_all_blocks_at_once(name, options, walks):
     ("name", "options"),
     [
         *((name, "balanced") for name in ("convolutions", "fused", "grouped", "experts", "padded text", "untouched")),
+        *((name, "balanced") for name in ("joined", "skip", "chain")),
         *(("transformer", "best"), ("transformer", "no widths"), ("squeeze and excite", "loss")),
     ],
 )
@@ -162,9 +166,10 @@ def test_with_gradients_too(name, options, walks_back):
     torch.manual_seed(0)
     model, batches = MODELS[name]()
     model.eval()
+    larger = {"convolutions": 80_000, "experts": 320_000, "untouched": 16_000, "joined": 80_000, "skip": 80_000}
     pair = [
         balf_fx.compile(model, iter(small_batches(batches)), memory=memory, progress=False, **OPTIONS[options])
-        for memory in (AMPLE, {"convolutions": 80_000, "experts": 320_000, "untouched": 16_000}.get(name, SMALL))
+        for memory in (AMPLE, larger.get(name, SMALL))
     ]
     assert_same(*pair)
     assert len(walks_back) == 1

@@ -40,6 +40,9 @@ DUPLICATED = {  # the width by its reader, and everything that writes it or lies
     "inverted residual": ("block.4", ["block.0", "block.2"]),
     "squeeze and excite": ("last", ["first", "expand"]),
     "pooled": ("head", ["conv"]),
+    "joined": ("last", ["one.0", "one.2", "three.0", "three.2"]),
+    "skip": ("middle.0", ["down.0", "down.2", "up"]),
+    "chain": ("layers.2", ["layers.1"]),
 }
 PROJECTED = {  # for each kind: the width, the layer that writes it, its first row, heads, how many share a subspace
     "fused": {"queries": ("qkv:queries", "qkv", 0, 2, 1), "values": ("proj", "qkv", 48, 2, 1)},
@@ -71,9 +74,10 @@ def curve_of(prepared, name):
 def duplicate(model, path):
     """Let the second half of the rows repeat the first."""
     module = getattr(model, path) if path == "gamma" else model.get_submodule(path)
-    for parameter in [module] if isinstance(module, nn.Parameter) else module.parameters():
-        half = len(parameter) // 2
-        parameter.data[half:] = parameter.data[:half]
+    for value in [module] if isinstance(module, nn.Parameter) else [*module.parameters(), *module.buffers()]:
+        if value.dim() > 0:
+            half = len(value) // 2
+            value.data[half:] = value.data[:half]
 
 
 def project(model, path, start, heads, shared, rank):
@@ -175,7 +179,7 @@ def test_every_width_narrows_alone_and_with_the_others(name, size):
     model, batches = make(name)
     prepared = scored(model, batches)
     widths = graph_record(prepared).widths
-    sizes = {width.key: min(size, width.features - 1) for width in widths}
+    sizes = {width.key: min(max(size, width.least), width.features - 1) for width in widths}
     for chosen in [*({key: s} for key, s in sizes.items()), sizes]:
         narrow = rewritten(prepared, chosen)
         before = count_params(rewritten(prepared, {}))

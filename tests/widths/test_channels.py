@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from architectures import CHANNELS, ROWS, Convs, Mlp, Transformer, make, rewritten, widths
@@ -22,9 +24,22 @@ FOUND = {  # producers, consumers and what lies between, of each width
     },
     "squeeze and excite": {
         "last": ({"first", "expand"}, ["last", "reduce"], set(), 32),
+        "expand": ({"reduce"}, ["expand"], set(), 8),
         "head": ({"last"}, ["head"], set(), 12),
     },
     "pooled": {"head": ({"conv"}, ["head"], set(), 32)},
+    "joined": {
+        "three.0": ({"squeeze_0"}, ["three_0", "one_0"], {"squeeze_2"}, 8),
+        "last": ({"one_0", "three_0"}, ["last", "wide"], {"one_2", "three_2"}, 24),
+    },
+    "skip": {
+        "middle.0": ({"up", "down_0"}, ["middle_0", "last"], {"down_2"}, 22),
+        "up": ({"middle_0"}, ["up"], {"middle_2"}, 16),
+    },
+    "chain": {
+        f"layers.{index}": ({f"layers_{index - 1}"}, [f"layers_{index}"], set(), n)
+        for index, n in ((1, 16), (2, 24), (3, 16))
+    },
 }
 
 
@@ -43,7 +58,8 @@ def test_what_is_found(name):
         assert list(own.consumers) == consumers  # the costliest first
         assert set(own.between) == between
         assert own.features == features
-        assert own.rows == (tuple(range(features)),) * len(producers)
+        held = [own.held_by(name) or range(features) for name in own.producers]
+        assert own.rows == tuple(tuple(range(len(each))) for each in held)
         assert (own.heads, own.repeat, own.product) == (1, 1, None)
 
 
@@ -55,8 +71,10 @@ def test_exported_graphs_have_the_same(name):
     for width, own in traced.items():
         other = exported[width]
         assert own.features == other.features
-        for side in ("producers", "consumers", "between"):
+        for side in ("producers", "consumers"):
             assert len(getattr(own, side)) == len(getattr(other, side))
+        assert bool(own.between) == bool(other.between)  # a module, or each of its tensors
+        assert set(own.branches) == set(other.branches)
 
 
 ACTIVATIONS = [
@@ -402,10 +420,10 @@ def test_scalars_and_broadcasts_pass():
     assert found["down"].between == ()
 
 
-def test_no_more_than_two_widths_hang_together():
-    layers = [nn.Linear(a, b) for a, b in ((12, 64), (64, 40), (40, 32), (32, 24), (24, 10))]
-    found = channels(nn.Sequential(*layers), ROW)
-    assert set(found) == {"1", "2", "4"}  # the most FLOPs: between 0 and 1, and 1 and 2
+def test_widths_of_a_long_chain_are_all_found():
+    sizes = (12, 64, 40, 32, 24, 16, 8, 16, 10)
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    assert set(channels(nn.Sequential(*layers), ROW)) == set(map(str, range(1, 8)))
 
 
 def test_padding_of_pixels_passes():

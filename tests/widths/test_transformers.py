@@ -35,7 +35,7 @@ FOUND = {  # kind, features and heads of each width, worked out by hand for one 
     "phi": (HIDDEN, GROUPED),
     "phi3": (HIDDEN, GROUPED),
     "qwen3": (HIDDEN, GROUPED),
-    "resnet": (("channels", 8, 1), ("channels", 8, 1), ("channels", 16, 1), ("channels", 16, 1)),
+    "resnet": (*(("channels", 8, 1),) * 2, *(("channels", 16, 1),) * 2, ("channels", 64, 1)),  # and the last stream
     "segformer": (
         *(POOLED, HIDDEN),
         *(("queries", 32, 1), ("queries", 32, 2), ("values", 32, 1), ("values", 32, 2)),
