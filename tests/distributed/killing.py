@@ -25,6 +25,7 @@ import balf_fx
 from balf_fx.checkpoint import journal
 
 SIZE, MEMORY = 2, 6000
+_MOST = 4  # times as many kills as are wanted
 
 
 def compressed(rank: int, folder: Path, meeting: Path) -> str:
@@ -55,7 +56,11 @@ def results(folder: Path) -> list[str]:
 
 
 def main(folder: Path, wanted: int) -> None:
-    """Print how many runs were killed, how many of these found finished stages, and the results of the others."""
+    """Print how many runs were killed, how many began with finished stages, and the results of the others.
+
+    How far a run has come when it is killed depends on what else the machine does, so that more are killed until as
+    many as wanted have begun with finished stages.
+    """
     torch.set_num_threads(1)
     journal.EVERY, journal._SHARE = 0.0, float("inf")  # write after every batch
     assert run(folder, None, 0.0)
@@ -67,9 +72,9 @@ def main(folder: Path, wanted: int) -> None:
     shutil.rmtree(folder)
     moments = random.Random(0)
     kills, resumed, found = 0, 0, []
-    while kills < wanted or not found:
+    while (wants := resumed < wanted and kills < _MOST * wanted) or not found:
         resumed += any(folder.glob("stages/*.safetensors"))
-        victim = moments.randrange(SIZE) if kills < wanted else None
+        victim = moments.randrange(SIZE) if wants else None
         kills += victim is not None
         if run(folder, victim, moments.uniform(0.1, 0.9) * longest):
             found.append(results(folder))

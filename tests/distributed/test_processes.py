@@ -185,15 +185,14 @@ def test_processes_go_on_from_a_checkpoint_to_the_same_model(found, name):
 
 
 def test_processes_of_which_one_is_killed_again_and_again_end_with_the_same_model(tmp_path):
-    command = [sys.executable, Path(killing.__file__), tmp_path / "checkpoint", "5"]
+    command = [sys.executable, Path(killing.__file__), tmp_path / "checkpoint", "4"]
     here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
     found = json.loads(printed[-1])
     assert len(printed) == 1 or torch.__version__ < (2, 9), "only torch 2.8 prints the ranks that are connected"
-    assert found["kills"] == 5
-    assert found["resumed"] >= 3
+    assert found["resumed"] >= 4
     assert found["expected"][0] == found["expected"][1]
     assert found["results"]
     assert all(each == found["expected"] for each in found["results"])
