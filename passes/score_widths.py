@@ -38,9 +38,9 @@ from balf_fx.ranks.spectra import (
     thin_triangle,
 )
 from balf_fx.widths.elimination import conditioned, eliminate, prediction_errors
-from balf_fx.widths.joined import embedded, grouped, restricted
+from balf_fx.widths.joined import embedded, grouped, restricted, same_from
 
-_GROUPED_SIZES = 64  # at about so many sizes, errors are computed anew where features have got another order
+_GROUPED_SIZES = 32  # at about so many sizes, errors are computed anew where features have got another order
 _LOGGER = logging.getLogger(__name__)
 _BASIS_DAMPING = 1e-3  # small, because the metric consists of damped ones
 _HELD_OUT_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97)
@@ -254,7 +254,7 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
 
 
 def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
-    held: list[tuple[int, ...] | None] = [width.held_by(name) for name in width.consumers]
+    held: list[tuple[int, ...] | None] = [width.read_by(name) for name in width.consumers]
     first = readers[0].loss
     units = [layer.alike() * layer.loss / first if first > 0 else 1.0 for layer in readers]
 
@@ -293,13 +293,15 @@ def _elimination(
         [embedded(covariances[i], held[i], size, float(covariances[i].diagonal().mean())) for i in count],
         [embedded(metrics[i], held[i], size, 0.0) for i in count],
     )
-    if not width.held:
+    if not width.branches:
         return order, errors
-    order = grouped(order, width.branches, width.step)
-    sizes = list(range(0, size, max(size // _GROUPED_SIZES // width.step, 1) * width.step))
+    first, order = order, grouped(order, width.branches, width.step)
+    last = same_from(first, order)
+    sizes = list(range(0, last, max(last // _GROUPED_SIZES // width.step, 1) * width.step))
     pairs = zip(covariances, metrics, held, strict=True)
     lost = [prediction_errors(own, own, metric, *restricted(order, sizes, features)) for own, metric, features in pairs]
-    return order, _interpolated(size + 1, [*sizes, size], [*map(sum, zip(*lost, strict=True)), 0.0])
+    anew = _interpolated(last + 1, [*sizes, last], [*map(sum, zip(*lost, strict=True)), errors[last]])
+    return order, [*anew, *errors[last + 1 :]]
 
 
 def _rescaled(errors: list[float], sizes: list[int], held_out: list[float]) -> list[float]:

@@ -289,6 +289,20 @@ class Skip(nn.Module):
         return self.last(torch.cat([F.relu(self.up(self.middle(x))), x], dim=1)).mean((2, 3))
 
 
+class Aggregated(nn.Module):
+    """Layers that read some features and output others of the same set, as in VoVNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = branch(3, 8, 3), branch(8, 10, 3), branch(10, 12, 3)
+        self.last = nn.Conv2d(30, 10, 1)
+
+    def forward(self, x):
+        first = self.first(x)
+        second = self.second(first)
+        return self.last(torch.cat([first, second, self.third(second)], 1)).mean((2, 3))
+
+
 class Chain(nn.Module):
     """Layers whose widths are chosen together."""
 
@@ -315,6 +329,7 @@ CHANNELS = {
     "pooled": (Pooled, IMAGES),
     "joined": (Joined, IMAGES),
     "skip": (Skip, IMAGES),
+    "aggregated": (Aggregated, IMAGES),
     "chain": (Chain, ROWS),
 }
 ATTENTIONS = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-_LONGEST = 192  # points of a hull
+_LONGEST = 96  # points of a hull
 _ROUNDING = 1e-12
 
 

@@ -26,7 +26,7 @@ from balf_fx.budget.options import Option, Options
 from balf_fx.graph.curves import FREE, Candidate, Cost, Measure, RankCurve
 from balf_fx.graph.widths import Width, WidthCurve
 
-_SIZES = {1: 32, 2: 12}  # the sizes tried for each width, by the number of widths in a cluster; 12 for each of more
+_SIZES = {1: 32, 2: 12}  # the sizes tried for each width, by the number of widths in a cluster; 8 for each of more
 
 
 class _Piece(NamedTuple):
@@ -223,7 +223,7 @@ def _piece(menu: Menu, sizes: tuple[int, ...], picked: Sequence[int], asked: _As
 
 def _sizes(width: Width, together: int) -> list[int]:
     """The sizes to try, the full one last: multiples of eight, which suit the hardware, if there are enough."""
-    count = _SIZES.get(together, 12)
+    count = _SIZES.get(together, 8)
     step = math.lcm(width.step, 8 if width.features >= 8 * count else 4 if width.features >= 4 * count else 1)
     exact = [width.features * k / count for k in range(1, count)]
     least = math.ceil(width.least / step) * step

@@ -61,16 +61,16 @@ class _Builder:
         """The cluster of the widths."""
         for index, width in enumerate(self.widths):
             for name, rows in zip(width.producers, width.rows, strict=True):
-                self.written[name].append((self._share(index, name), len(set(rows))))
-            self.read |= {name: self._share(index, name) for name in width.consumers}
+                self.written[name].append((self._share(index, width.held_by(name)), len(set(rows))))
+            self.read |= {name: self._share(index, width.read_by(name)) for name in width.consumers}
             self.shares += self._along(index)
         self.shares += self._products()
         members = [member for name in dict.fromkeys((*self.written, *self.read)) for member in self._members(name)]
         return Cluster(tuple(self.widths), tuple(self.curves), tuple(members), tuple(self.shares), tuple(self.parts))
 
-    def _share(self, index: int, name: str) -> int:
-        """The number of the share of a width's features that a node keeps."""
-        held, order = self.widths[index].held_by(name), self.curves[index].order
+    def _share(self, index: int, held: tuple[int, ...] | None) -> int:
+        """The number of the share of some of a width's features that is kept; of all for None."""
+        order = self.curves[index].order
         if held is None or order is None:
             return index
         counts = restricted(order, range(self.widths[index].features + 1), held)[1]
@@ -80,7 +80,7 @@ class _Builder:
         """What becomes cheaper along a width's features."""
         width = self.widths[index]
         for name in width.between:
-            share = _between(self.graph_module, self.nodes[name], self._share(index, name), width.padded)
+            share = _between(self.graph_module, self.nodes[name], self._share(index, width.held_by(name)), width.padded)
             if share is not None:
                 yield share
         if graph_record(self.graph_module).nanoseconds is not None:

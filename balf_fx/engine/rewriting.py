@@ -204,7 +204,7 @@ def _dense_where_unknown(graph_module: fx.GraphModule, plan: Plan, torn: Collect
 
 def _blank_curve(width: Width, kept: tuple[int, ...] | None) -> WidthCurve:
     """A curve that narrows a width to these features, or to any; its values are arbitrary."""
-    held = [width.held_by(name) for name in width.consumers]
+    held = [width.read_by(name) for name in width.consumers]
     identities = [torch.eye(len(own or range(width.features)), dtype=torch.float64, device="cpu") for own in held]
     nothing = (0.0,) * (width.features + 1)
     if width.kind != "channels":

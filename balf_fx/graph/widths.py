@@ -129,8 +129,9 @@ class Width:
             along the features keep their size.
         layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In
             other graphs of the same model, nodes may have other names, but layers may not.
-        held: for channels, the nodes that output, process or read only some of the features, and which these are, in
-            the order of their rows, entries or columns.
+        held: for channels, the nodes that output or process only some of the features, and which these are, in the
+            order of their rows or entries.
+        read: the same for the nodes that read only some of them, in the order of their columns.
     """
 
     kind: WidthKind
@@ -154,6 +155,7 @@ class Width:
     padded: bool = False
     layer_names: tuple[str, ...] = ()
     held: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    read: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def key(self) -> str:
@@ -180,8 +182,12 @@ class Width:
         return tuple(map(tuple, found.values()))
 
     def held_by(self, name: str) -> tuple[int, ...] | None:
-        """The features that a node holds; None for all."""
-        return next((features for node, features in self.held if node == name), None)
+        """The features that a node outputs or processes; None for all."""
+        return dict(self.held).get(name)
+
+    def read_by(self, name: str) -> tuple[int, ...] | None:
+        """The features that a node reads; None for all."""
+        return dict(self.read).get(name)
 
 
 @dataclass(frozen=True)

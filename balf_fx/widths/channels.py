@@ -7,7 +7,7 @@ scales: its output is another space, of which nodes of the first one read parts 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -51,6 +51,7 @@ def channels_of(finder: Finder) -> Iterator[Width]:
 def _width(finder: Finder, space: Space, wide: Sequence[Space]) -> Width | None:
     """The width of a space, if it lies between layers that may change."""
     features = space.features
+    held, read = _held(finder, space) if space.joined else ((), ())
     consumers = sorted(space.consumers, key=lambda n: -(annotation(n).flops or 0))
     written = [(producer, tuple(range(len(space.held[producer])))) for producer in space.producers]
     for each in wide:
@@ -73,24 +74,32 @@ def _width(finder: Finder, space: Space, wide: Sequence[Space]) -> Width | None:
         readers=tuple(_reader(own.reader, own.source, wide) for own in space.selections if own.reader is not None),
         sizes=tuple(size for each in (space, *wide) for size in each.sizes),
         views=(*space.views(), *(view for each in wide for view in each.views(each.producers[0].name))),
-        held=tuple(_held(finder, space)) if space.joined else (),
+        held=held,
+        read=read,
     )
 
 
-def _held(finder: Finder, space: Space) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The features of the nodes of a space with concatenations, in the order of the names of layers that output them.
+_Held = tuple[tuple[str, tuple[int, ...]], ...]
+"""As `Width.held` and `Width.read`."""
 
-    Other graphs of the same model may be walked in another order.
+
+def _held(finder: Finder, space: Space) -> tuple[_Held, _Held]:
+    """The features that nodes of a space output or process, and that they read, where these are not all.
+
+    They are in the order of the names of the layers that output them: other graphs of the same model may be walked in
+    another order.
     """
     producers = sorted(space.producers, key=finder.layer_name)
     order = dict.fromkeys(feature for producer in producers for feature in space.held[producer])
     number = {feature: index for index, feature in enumerate(order)}
-    values = {node: node for node in space.producers} | {node: site_input(node) for node in space.consumers}
-    values |= {node: next(iter(node.users)) if node.op == "get_attr" else node for node in space.between}
-    for node, value in values.items():
-        held = tuple(number[feature] for feature in space.held[value])
-        if held != tuple(range(space.features)):
-            yield node.name, held
+
+    def numbered(values: Mapping[fx.Node, fx.Node]) -> _Held:
+        found = ((node.name, tuple(number[each] for each in space.held[value])) for node, value in values.items())
+        return tuple((name, held) for name, held in found if held != tuple(range(space.features)))
+
+    written = {node: next(iter(node.users)) if node.op == "get_attr" else node for node in space.between}
+    written |= {node: node for node in space.producers}
+    return numbered(written), numbered({node: site_input(node) for node in space.consumers})
 
 
 def _reader(reader: Reader, source: fx.Node, wide: Sequence[Space]) -> Reader:

@@ -59,3 +59,10 @@ def grouped(order: Tensor, sets: Sequence[Sequence[int]], step: int) -> Tensor:
             turn = 0 if start == 0 else 1 if len(group) == step else 2
             found.append((turn, sum(map(place.__getitem__, group)) / len(group), group))
     return torch.tensor([feature for *_, group in sorted(found) for feature in group], device="cpu")
+
+
+def same_from(first: Tensor, second: Tensor) -> int:
+    """The least size from which on two orders keep the same features."""
+    places = torch.argsort(first)[second]
+    apart = torch.nonzero(places.cummax(0).values != torch.arange(len(places), device="cpu")).flatten()
+    return 0 if len(apart) == 0 else int(apart[-1]) + 2

@@ -230,7 +230,7 @@ def find_cuts(graph_module: fx.GraphModule) -> Mapping[str, Cut]:
     for own in changed:
         width = own.width
         for reader, name in enumerate(width.consumers):
-            read = None if own.curve is None else own.curve.maps(own.size, reader, width.held_by(name))
+            read = None if own.curve is None else own.curve.maps(own.size, reader, width.read_by(name))
             cut = found.get(name, Cut())
             found[name] = dataclasses.replace(cut, read=read, repeat=width.repeat, order=own.order)
         for name in width.between:
@@ -291,7 +291,7 @@ class Changed:
     def read_places(self, name: str) -> Tensor:
         """The places of the features that a node reads now among those that it read before."""
         if self.kept is not None:
-            return places(self.kept, self.width.held_by(name))
+            return places(self.kept, self.width.read_by(name))
         heads = torch.arange(self.width.heads * self.width.repeat, device="cpu").unsqueeze(1) * self.width.features
         return (heads + torch.arange(self.size, device="cpu")).flatten()
 

@@ -42,6 +42,7 @@ DUPLICATED = {  # the width by its reader, and everything that writes it or lies
     "pooled": ("head", ["conv"]),
     "joined": ("last", ["one.0", "one.2", "three.0", "three.2"]),
     "skip": ("middle.0", ["down.0", "down.2", "up"]),
+    "aggregated": ("third.0", ["first.0", "first.2", "second.0", "second.2", "third.0", "third.2"]),
     "chain": ("layers.2", ["layers.1"]),
 }
 PROJECTED = {  # for each kind: the width, the layer that writes it, its first row, heads, how many share a subspace

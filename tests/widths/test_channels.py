@@ -32,6 +32,14 @@ FOUND = {  # producers, consumers and what lies between, of each width
         "three.0": ({"squeeze_0"}, ["three_0", "one_0"], {"squeeze_2"}, 8),
         "last": ({"one_0", "three_0"}, ["last", "wide"], {"one_2", "three_2"}, 24),
     },
+    "aggregated": {
+        "third.0": (
+            {"first_0", "second_0", "third_0"},
+            ["third_0", "second_0", "last"],
+            {"first_2", "second_2", "third_2"},
+            30,
+        )
+    },
     "skip": {
         "middle.0": ({"up", "down_0"}, ["middle_0", "last"], {"down_2"}, 22),
         "up": ({"middle_0"}, ["up"], {"middle_2"}, 16),

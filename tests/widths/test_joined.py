@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.graph.annotation import graph_record
-from balf_fx.widths.joined import embedded, grouped, restricted
+from balf_fx.widths.joined import embedded, grouped, restricted, same_from
 
 
 def sets_of(sizes):
@@ -46,6 +46,14 @@ def test_each_set_keeps_multiples_of_the_step(sizes, step, seed):
             assert all(len(set(own) & set(found[:size])) % step == 0 for own in sets)
     for own in sets:  # within a set, the order is the old one
         assert [f for f in found if f in own] == sorted(own, key=order.tolist().index)
+
+
+@given(st.permutations(range(7)), st.permutations(range(7)))
+def test_from_a_size_on_orders_keep_the_same(first, second):
+    found = same_from(torch.tensor(first), torch.tensor(second))
+    same = [set(first[:size]) == set(second[:size]) for size in range(8)]
+    assert all(same[found:])
+    assert found == 0 or not same[found - 1]
 
 
 def test_without_a_step_features_keep_their_order_behind_the_first_of_each_set():
@@ -101,14 +109,14 @@ def test_readers_of_some_features_predict_these_alone():
     width, curve = next((w, c) for w, c in zip(record.widths, record.width_curves, strict=True) if w.held)
     kept = curve.kept(12)
     for reader, name in enumerate(width.consumers):
-        held = torch.tensor(width.held_by(name) or range(width.features))
-        maps = curve.maps(12, reader, width.held_by(name))
+        held = torch.tensor(width.read_by(name) or range(width.features))
+        maps = curve.maps(12, reader, width.read_by(name))
         assert held[maps.kept].tolist() == [f for f in held.tolist() if f in kept.tolist()]
         assert maps.left.shape == (1, len(held), len(maps.kept))
         torch.testing.assert_close(maps.left[0, maps.kept], torch.eye(len(maps.kept), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["joined", "skip", "chain"])
+@pytest.mark.parametrize("name", ["joined", "skip", "aggregated", "chain"])
 def test_all_doors_narrow_them(name, tmp_path):
     model, batches = make(name)
     options = {"flops": 0.5, "progress": False}
