@@ -15,7 +15,10 @@ from torch.utils import _pytree as pytree
 aten = torch.ops.aten
 
 _TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
-_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_IDENTITY_MODULES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 _IDENTITY_CALLS = (
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
     *("feature_dropout", "feature_alpha_dropout"),

@@ -8,20 +8,19 @@ from typing import Any
 from torch import fx, nn
 
 from balf_fx.graph.annotation import annotation
-from balf_fx.graph.operators import operation
+from balf_fx.graph.operators import is_identity, operation
 from balf_fx.graph.parameters import called_module
 
 _MODULES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
     *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softsign),
-    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.RReLU, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.RReLU),
 )
 
 
 _ELEMENTWISE_NAMES = (
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "sigmoid"),
-    *("tanh", "hardtanh", "hardsigmoid", "hardswish", "softsign", "dropout", "clamp", "exp", "abs", "sqrt", "rsqrt"),
+    *("tanh", "hardtanh", "hardsigmoid", "hardswish", "softsign", "clamp", "exp", "abs", "sqrt", "rsqrt"),
     *("square", "neg", "erf", "contiguous", "clone", "float", "to", "type_as", "detach", "pow", "log", "log1p"),
     *("expm1", "sin", "cos", "reciprocal", "sign", "log_sigmoid", "logsigmoid", "clamp_min", "clamp_max", "clip"),
     *("hardshrink", "softshrink", "tanhshrink", "threshold", "relu1", "maximum", "minimum", "rsub", "_to_copy"),
@@ -73,6 +72,8 @@ def passes_on(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
 
 def is_elementwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node treats each element of its broadcast operands separately."""
+    if is_identity(graph_module, node):
+        return True
     if node.op == "call_module":
         return type(called_module(graph_module, node)) in _MODULES
     return operation(node) in _ELEMENTWISE_NAMES and "out" not in node.kwargs
