@@ -15,7 +15,10 @@ from torch.utils import _pytree as pytree
 aten = torch.ops.aten
 
 _TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
-_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_IDENTITY_MODULES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 _IDENTITY_CALLS = (
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
     *("feature_dropout", "feature_alpha_dropout"),
@@ -158,8 +161,15 @@ def is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return stochastic_depth or operation(node) in _IDENTITY_CALLS
 
 
+def makes_alike(node: fx.Node) -> bool:
+    """Whether a node makes a new value of a given size that only has the type and the device of another one."""
+    return operation(node) in ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+
+
 def reads_metadata(node: fx.Node) -> bool:
     """Whether a node only reads the shape or the type of a value."""
+    if makes_alike(node):
+        return True
     if node.op == "call_method":
         return node.target in ("size", "dim")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
