@@ -161,8 +161,15 @@ def is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return stochastic_depth or operation(node) in _IDENTITY_CALLS
 
 
+def makes_alike(node: fx.Node) -> bool:
+    """Whether a node makes a new value of a given size that only has the type and the device of another one."""
+    return operation(node) in ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+
+
 def reads_metadata(node: fx.Node) -> bool:
     """Whether a node only reads the shape or the type of a value."""
+    if makes_alike(node):
+        return True
     if node.op == "call_method":
         return node.target in ("size", "dim")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")

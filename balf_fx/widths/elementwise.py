@@ -58,6 +58,9 @@ _SEPARATE_MODULES = (
 _SEPARATE_NAMES = ("batch_norm", "instance_norm", "prelu")
 
 
+_REDUCTIONS = ("mean", "sum", "amax", "amin", "std", "var")
+
+
 _PADDINGS = ("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 
 
@@ -119,15 +122,27 @@ def is_normalisation(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> 
 
 def is_reduction(node: fx.Node, axis: int) -> bool:
     """Whether a node sums an axis up, on which its value then has one entry for all features."""
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    rank = len(annotation(node).shape or ())
-    listed = dims if isinstance(dims, list | tuple) else [dims]
-    return (
-        operation(node) in ("mean", "sum", "var")
-        and keeps is True
-        and [axis] == [dim % rank for dim in listed if isinstance(dim, int)]
-    )
+    found = reduced_from(node) or ()
+    alone = axis < len(found) and found == tuple(None if own == axis else own for own in range(len(found)))
+    return operation(node) in ("mean", "sum", "var") and alone
+
+
+def reduced_from(node: fx.Node) -> tuple[int | None, ...] | None:
+    """For each axis of a value that is reduced from another one, its axis there; None for one that is reduced to 1.
+
+    Returns None for other nodes, and for reductions of all axes.
+    """
+    if operation(node) not in _REDUCTIONS:
+        return None
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
+    listed: Any = dims if isinstance(dims, list | tuple) else [dims]
+    source, own = (annotation(each).shape for each in (node.all_input_nodes[0], node))
+    if source is None or own is None or not listed or not all(isinstance(dim, int) for dim in listed):
+        return None
+    reduced = {dim % len(source) for dim in listed}
+    if len(own) == len(source):
+        return tuple(None if axis in reduced else axis for axis in range(len(source)))
+    return tuple(axis for axis in range(len(source)) if axis not in reduced)
 
 
 def is_concatenation(node: fx.Node, axis: int) -> bool:
@@ -166,14 +181,10 @@ def _is_spatial(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
         kind = type(called_module(graph_module, node))
         return kind in _SPATIAL_MODULES and axis < rank - _spatial_axes(kind.__name__, rank)
     name = operation(node)
-    if name in ("mean", "sum", "amax", "amin", "std", "var"):
-        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        listed = dims if isinstance(dims, list | tuple) else [dims]
-        rank = len(annotation(node.all_input_nodes[0]).shape or ())
-        return all(isinstance(d, int) and d % rank > axis for d in listed) and rank > 0
     if name in _PADDINGS:
         amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad", node.kwargs.get("padding"))
-        return isinstance(amounts, list | tuple) and len(amounts) // 2 < rank - axis
+        last = 2 * (rank - 1 - axis)  # amounts begin with the last axis
+        return isinstance(amounts, list | tuple) and tuple(amounts[last : last + 2]) in ((), (0, 0))
     return name in _SPATIAL_NAMES and axis < rank - _spatial_axes(name, rank)
 
 

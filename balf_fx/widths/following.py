@@ -13,7 +13,7 @@ from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.parameters import get_tensor, owns_weight, parameter_users, readers
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size
-from balf_fx.widths.elementwise import is_elementwise, is_glu, is_separate, joins, passes_on
+from balf_fx.widths.elementwise import is_elementwise, is_glu, is_separate, joins, passes_on, reduced_from
 from balf_fx.widths.moves import (
     Moves,
     feature_axis,
@@ -171,7 +171,7 @@ class Finder:
             rows = (half, tuple(row + features for row in half))
             space.selections.append(Selection(node, source, axis, rows))
             return []
-        if passes_on(self.graph_module, node, axis):
+        if passes_on(self.graph_module, node, axis) or reduced_from(node) is not None:
             if node.op == "call_module" and is_separate(self.graph_module, node, axis):
                 space.between.append(self.module(node))
             return self.operands(node, axis, features, space)
@@ -300,6 +300,9 @@ class Finder:
         shape, own = annotation(node).shape, annotation(source).shape
         if shape is None or own is None:
             return None
+        reduced = reduced_from(node)
+        if reduced is not None:
+            return reduced[axis]
         if not is_elementwise(self.graph_module, node):  # pools only affect the axes after the features
             return 0 if len(own) == 1 and is_separate(self.graph_module, node, axis) else axis
         from_right = axis - len(shape)
@@ -310,6 +313,9 @@ class Finder:
         shape, own = annotation(user).shape, annotation(node).shape
         if shape is None or own is None:
             return None
+        reduced = reduced_from(user)
+        if reduced is not None:
+            return reduced.index(axis) if axis in reduced else None
         if passes_on(self.graph_module, user, axis):
             return len(shape) - (len(own) - axis) if is_elementwise(self.graph_module, user) else axis
         return self.moves.keeps(user, node, axis)

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from balf_fx.graph.annotation import annotation
-from balf_fx.graph.operators import aten, operation, reads_metadata
+from balf_fx.graph.operators import aten, is_transposition, makes_alike, operation, reads_metadata
 from balf_fx.graph.parameters import called_module, get_tensor
 from balf_fx.graph.widths import Reader, Size
 
-_RESHAPES = ("reshape", "view", "expand")
+_RESHAPES = ("reshape", "view", "_unsafe_view", "expand")
 _SELECTIONS = (
     *("unbind", "chunk", "split", "split_with_sizes", "tensor_split", "select", "getitem", "slice", "narrow"),
     *("index_select", "index"),
@@ -31,8 +31,9 @@ _SELECTIONS = (
 
 _MOVES = (
     *(*_RESHAPES, *_SELECTIONS),
-    *("flatten", "unflatten", "permute", "transpose", "movedim", "swapaxes", "contiguous", "clone"),
-    *("squeeze", "unsqueeze", "repeat_interleave", "broadcast_to", "dropout", "alias", "t"),
+    *("flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "alias", "dropout"),
+    *("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "mT", "numpy_T", "roll"),
+    *("repeat_interleave", "broadcast_to"),
 )
 
 
@@ -61,13 +62,14 @@ class Moves:
         """Whether a node only moves values."""
         if node.op == "call_module":
             return type(called_module(self.graph_module, node)) in _MODULES
-        return operation(node) in _MOVES and "out" not in node.kwargs
+        return is_transposition(node) or (operation(node) in _MOVES and "out" not in node.kwargs)
 
-    def run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def run(self, node: fx.Node, values: Mapping[fx.Node, Any], picks: bool = False) -> Any:
         """The numbers as a move arranges them; None if it cannot be run.
 
         Args:
             values: the numbers, or tuples of them, by the nodes from which the move may read.
+            picks: whether the move may pick one entry of an axis that has only one on the example batch.
         """
         if operation(node) == "dropout":
             return values.get(node.all_input_nodes[0])
@@ -77,7 +79,7 @@ class Moves:
             if known[source] is None:
                 return None
         args, kwargs = map_arg((node.args, node.kwargs), lambda source: known[source])
-        if operation(node) in _SELECTIONS and _picks_from_one(operation(node), args):
+        if not picks and operation(node) in _SELECTIONS and _picks_from_one(operation(node), args):
             return None
         try:
             return getattr(self.interpreter, node.op)(node.target, tuple(args), dict(kwargs))
@@ -129,7 +131,7 @@ class Moves:
         labels = self.along(source, axis)
         if labels is None or not self.is_move(node) or node.kwargs.keys() & {"shape", "size"}:
             return None
-        found = self.run(node, {source: labels})
+        found = self.run(node, {source: labels}, picks=True)  # which entry of another axis makes no difference
         held = feature_axis(found) if isinstance(found, Tensor) else None
         return held[0] if held is not None and held[1] == tuple(range(labels.shape[axis])) else None
 
@@ -278,8 +280,8 @@ def read_layout(moved: Tensor, shape: Sequence[int], axis: int) -> Layout | None
 
 
 def reads_size(node: fx.Node) -> bool:
-    """Whether a node only reads the shape or the type of a value."""
-    return reads_metadata(node) or node.target is aten.sym_size.int
+    """Whether a node only returns the shape or the type of a value."""
+    return (reads_metadata(node) and not makes_alike(node)) or node.target is aten.sym_size.int
 
 
 def read_size(user: fx.Node, source: fx.Node, moved: Any, shape: Sequence[int], axis: int) -> Size | None:
@@ -325,7 +327,7 @@ def is_harmless(user: fx.Node, axis: int) -> bool:
         return isinstance(user.args[1], int) and user.args[1] % _rank(user) != axis
     if not reads_metadata(user):
         return False
-    if user.target is getattr and user.args[1] in ("ndim", "dtype", "device"):
+    if makes_alike(user) or (user.target is getattr and user.args[1] in ("ndim", "dtype", "device")):
         return True
     if user.op == "call_method" and user.target == "dim":
         return True

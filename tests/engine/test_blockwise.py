@@ -166,7 +166,14 @@ def test_with_gradients_too(name, options, walks_back):
     torch.manual_seed(0)
     model, batches = MODELS[name]()
     model.eval()
-    larger = {"convolutions": 80_000, "experts": 320_000, "untouched": 16_000, "joined": 80_000, "skip": 80_000}
+    larger = {
+        "transformer": 60_000,
+        "convolutions": 80_000,
+        "experts": 320_000,
+        "untouched": 16_000,
+        "joined": 80_000,
+        "skip": 80_000,
+    }
     pair = [
         balf_fx.compile(model, iter(small_batches(batches)), memory=memory, progress=False, **OPTIONS[options])
         for memory in (AMPLE, larger.get(name, SMALL))

@@ -472,7 +472,7 @@ def test_a_depthwise_convolution_along_another_axis_mixes_the_features():
     with torch.no_grad():
         model.down.weight.copy_(torch.randn(16, 5) @ torch.randn(5, 32) / 10)
     batches = [torch.randn(4, 32, 8, 16, dtype=torch.float64) for _ in range(2)]
-    assert not channels(Spatial(), batches[0].float())
+    assert set(channels(Spatial(), batches[0].float())) == {"head"}  # what is pooled behind `down`
     small = balf_fx.compile(model, batches, progress=False)
     assert balf_fx.report(small).flops_kept < 1
     torch.testing.assert_close(small(batches[0]), model(batches[0]), rtol=0, atol=1e-6)

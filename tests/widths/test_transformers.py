@@ -44,7 +44,7 @@ FOUND = {  # kind, features and heads of each width, worked out by hand for one 
     "swin": (*(HIDDEN, WIDE) * 2, *ATTENTION * 2, *(("queries", 16, 2), ("values", 16, 2)) * 2),
     "t5_encoder": (HIDDEN, *ATTENTION),
     "vit": (HIDDEN, *ATTENTION),
-    "whisper_encoder": (POOLED, HIDDEN, *ATTENTION),  # the first of two convolutions
+    "whisper_encoder": (POOLED, HIDDEN, WIDE, *ATTENTION),  # the first of two convolutions, and what is pooled
     "xlnet": (HIDDEN, POOLED),  # its projections have weights of three dimensions
 }
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "n_layers", "num_layers")
