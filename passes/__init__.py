@@ -29,11 +29,13 @@ from balf_fx.passes.score import Score
 from balf_fx.passes.score_widths import ScoreWidths
 from balf_fx.passes.split_bias import SplitBias
 from balf_fx.passes.time import Time
+from balf_fx.passes.unify_products import UnifyProducts
 
 __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Pass",
     "DecomposeAttention",
     "FoldConstants",
+    "UnifyProducts",
     "FoldBatchNorm",
     "FoldLayerScale",
     "Annotate",

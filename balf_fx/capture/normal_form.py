@@ -42,7 +42,7 @@ from balf_fx.graph.layers import read_site
 from balf_fx.graph.layouts import read_sizes, views_to_reshapes
 from balf_fx.graph.parameters import count_parameters, get_tensor
 from balf_fx.graph.site import Reason, Refusal, Site
-from balf_fx.passes import DecomposeAttention, FoldConstants
+from balf_fx.passes import DecomposeAttention, FoldConstants, UnifyProducts
 
 Method = Literal["auto", "symbolic_trace", "export"]
 
@@ -145,6 +145,8 @@ def _captured(
         drop_dead_code(graph_module)
         with _runs_the_example():
             output = profile(graph_module, inputs)
+            if UnifyProducts()(graph_module).modified:
+                output = profile(graph_module, inputs)
             find_samples(graph_module, inputs)
         if method == "export":
             assert_several(graph_module, subject, call)

@@ -25,7 +25,7 @@ from balf_fx.graph.edits import drop_dead_code
 from balf_fx.graph.effects import release_effects
 from balf_fx.graph.flops import profile
 from balf_fx.graph.parameters import get_tensor, put
-from balf_fx.passes import DecomposeAttention, FoldConstants
+from balf_fx.passes import DecomposeAttention, FoldConstants, UnifyProducts
 
 
 class Binding:
@@ -86,6 +86,8 @@ class Binding:
         record_graph(graph_module, captured="dynamo", origin=origin)
         with compile_lock, torch.random.fork_rng(devices=cuda_devices(graph_module)):
             profile(graph_module, args)  # under Dynamo's lock: the counter sets the same global of torch
+            if UnifyProducts()(graph_module).modified:
+                profile(graph_module, args)
             find_samples(graph_module, args)
         return Part(graph_module, calls, self.originals, aliases)
 
