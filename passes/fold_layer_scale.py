@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import annotation, graph_record
 from balf_fx.graph.edits import erase_unused
+from balf_fx.graph.effects import effects
 from balf_fx.graph.folding import fold, is_read_once, owns_parameters
 from balf_fx.graph.layers import read_layer
 from balf_fx.graph.norms import Scale
@@ -28,9 +29,10 @@ from balf_fx.passes.base import Pass
 class FoldLayerScale(Pass):
     """Replace a layer whose output is multiplied by one layer.
 
-    The factor is a number, or a parameter with a single entry or with one for each feature. The output may have been
-    brought into another layout in between. It is folded if nothing else reads the output or the layer's parameters.
-    Where layers go back into the user's model, its code multiplies, and nothing is folded.
+    The factor is a number, or a parameter, or a buffer that the model does not write to, with a single entry or with
+    one for each feature. The output may have been brought into another layout in between. It is folded if nothing else
+    reads the output or the layer's parameters. Where layers go back into the user's model, its code multiplies, and
+    nothing is folded.
 
     Attributes:
         include, exclude: as in `Annotate`: layers that they leave out keep their weights and their scale.
@@ -95,7 +97,7 @@ def _factors(node: fx.Node) -> list[tuple[fx.Node, Any]]:
     pairs: list[tuple[Any, Any]] = []
     if operation(node) == "mul":
         pairs = [(first, second), (second, first)]
-    elif operation(node) in ("div", "truediv") and isinstance(second, int | float) and second:
+    elif operation(node) == "div" and isinstance(second, int | float) and second:
         pairs = [(first, 1 / second)]
     return [(value, factor) for value, factor in pairs if isinstance(value, fx.Node)]
 
@@ -108,9 +110,19 @@ def _scale(graph_module: fx.GraphModule, factor: Any, output: _Output) -> Scale 
         return None
     start, moves = _behind(graph_module, factor)
     weight = get_tensor(graph_module, str(start.target)) if start.op == "get_attr" else None
-    if not isinstance(weight, nn.Parameter) or weight.dtype != get_tensor(graph_module, output[1].weight).dtype:
+    if (
+        not isinstance(weight, Tensor)
+        or _is_written(start)
+        or weight.dtype != get_tensor(graph_module, output[1].weight).dtype
+    ):
         return None
     return Scale(weight) if _scales_features(graph_module, (weight, moves), output) else None
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether the model writes to the buffer that a node reads."""
+    written = [effect.args[0] for effect in effects(node.graph)]
+    return any(isinstance(target, fx.Node) and target.target == node.target for target in written)
 
 
 def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:

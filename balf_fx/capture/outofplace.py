@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from balf_fx.graph.operators import AUGMENTED, aten, has_inplace_flag, operation, set_inplace_flag
 from balf_fx.graph.views import Index, write_through
 
-_SET_SHAPE = ("squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "detach")
+_SET_SHAPE = ("squeeze", "unsqueeze", "t", "transpose", "detach")
 
 
 def view_instead(node: fx.Node) -> bool:

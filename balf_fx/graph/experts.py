@@ -26,7 +26,7 @@ from balf_fx.graph.operators import operation
 _ROWS = "rst"
 _SAME = ("contiguous", "clone", "detach", "to", "float", "type_as")
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-_MOVES = ("transpose", "swapaxes", "swapdims", "permute", "unsqueeze")
+_MOVES = ("transpose", "permute", "unsqueeze")
 _LINKS = (*_SAME, *_MOVES, "getitem", "index", "index_select")
 _PRODUCTS = ("bmm", "baddbmm", "matmul", "einsum", *_GROUPED)
 
@@ -188,7 +188,7 @@ def _moved(node: fx.Node, letters: str) -> str | None:
     numbers = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
     if not all(isinstance(number, int) for number in numbers) or node.kwargs:
         return None
-    if name in ("transpose", "swapaxes", "swapdims") and len(numbers) == 2:
+    if name == "transpose" and len(numbers) == 2:
         one, other = numbers
         order[one], order[other] = order[other], order[one]
         return "".join(order)

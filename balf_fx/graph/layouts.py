@@ -15,7 +15,7 @@ from balf_fx.graph.operators import changes_in_place, operation
 _VIEWS = ("view", "_unsafe_view")
 _BY_SIZES = {"view_as": "view", "reshape_as": "reshape", "expand_as": "expand"}
 _STRIDED = ("view_as_complex", "as_strided", "stride")
-_PERMUTED = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "t", "expand")
+_PERMUTED = ("permute", "transpose", "movedim", "t", "expand")
 _ALIASES = (
     *_VIEWS,
     *_PERMUTED,

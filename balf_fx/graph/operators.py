@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
-_TRANSPOSES = (torch.t, torch.transpose, aten.t.default, aten.transpose.int, aten.numpy_T.default, "t", "transpose")
+_TRANSPOSES = ("t", "transpose", "numpy_T", "mT")
 _IDENTITY_MODULES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -134,8 +134,23 @@ def is_opaque_call(node: fx.Node) -> bool:
     return not known
 
 
+_SYNONYMS = {
+    **{"multiply": "mul", "divide": "div", "true_divide": "div", "truediv": "div", "subtract": "sub", "clip": "clamp"},
+    **{"swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim"},
+    **{"concat": "cat", "concatenate": "cat", "absolute": "abs", "negative": "neg"},
+}
+
+
 def operation(node: fx.Node) -> str:
-    """The name of a call's operation, the same for a function, a method and an operator, in place or not."""
+    """The name of a call's operation, the same for a function, a method and an operator, in place or not.
+
+    Names for the same operation are one name.
+    """
+    name = _name(node)
+    return _SYNONYMS.get(name, name)
+
+
+def _name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target).rstrip("_")
     if node.op != "call_function":
@@ -184,4 +199,4 @@ def is_transposition(node: fx.Node) -> bool:
     """Whether a node only transposes a matrix."""
     if node.op not in ("call_function", "call_method"):
         return False
-    return node.target in _TRANSPOSES or (node.target is getattr and node.args[1] in ("T", "mT"))
+    return operation(node) in _TRANSPOSES or (node.target is getattr and node.args[1] in ("T", "mT"))

@@ -17,7 +17,7 @@ ValueOf = Callable[[fx.Node], Any]
 _CALLS = (
     *("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "ravel", "flatten", "unflatten"),
     *("squeeze", "unsqueeze", "contiguous"),
-    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT", "numpy_T"),
+    *("permute", "transpose", "movedim", "t", "mT", "numpy_T"),
     *("getitem", "slice", "narrow", "roll"),
 )
 

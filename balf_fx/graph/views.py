@@ -17,7 +17,6 @@ from torch import fx
 from balf_fx.graph.operators import aten, operation
 
 _SAME_ORDER = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel")
-_SWAPS = ("transpose", "swapaxes", "swapdims")
 
 
 class ViewStep(ABC):
@@ -115,7 +114,7 @@ def view_steps(node: fx.Node, dims: int) -> list[ViewStep] | None:
         return [Select(*args)]  # type: ignore[arg-type]
     if name == "slice" and args:
         return [Slice(*args)]  # type: ignore[arg-type]
-    if name in _SWAPS:
+    if name == "transpose":
         return [Whole(node, (name, *args))]
     if name == "t":
         return [Whole(node, ("t",))]

@@ -22,10 +22,10 @@ _ELEMENTWISE_NAMES = (
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "sigmoid"),
     *("tanh", "hardtanh", "hardsigmoid", "hardswish", "softsign", "clamp", "exp", "abs", "sqrt", "rsqrt"),
     *("square", "neg", "erf", "contiguous", "clone", "float", "to", "type_as", "detach", "pow", "log", "log1p"),
-    *("expm1", "sin", "cos", "reciprocal", "sign", "log_sigmoid", "logsigmoid", "clamp_min", "clamp_max", "clip"),
+    *("expm1", "sin", "cos", "reciprocal", "sign", "log_sigmoid", "logsigmoid", "clamp_min", "clamp_max"),
     *("hardshrink", "softshrink", "tanhshrink", "threshold", "relu1", "maximum", "minimum", "rsub", "_to_copy"),
-    *("add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "true_divide", "subtract"),
-    *("multiply", "divide", "where", "masked_fill", "lerp", "addcmul", "addcdiv", "exp2"),
+    *("add", "sub", "mul", "div", "iadd", "isub", "imul", "itruediv", "where", "masked_fill", "lerp"),
+    *("addcmul", "addcdiv", "exp2"),
     *("gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not"),
 )
 
@@ -159,7 +159,7 @@ def _concatenates_on(node: fx.Node) -> int | None:
     """The axis on which a node concatenates values; None for other nodes."""
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     rank = len(annotation(node).shape or ())
-    return dim % rank if operation(node) in ("cat", "concat", "concatenate") and isinstance(dim, int) else None
+    return dim % rank if operation(node) == "cat" and isinstance(dim, int) else None
 
 
 def table_of(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> str | None:

@@ -28,7 +28,7 @@ from balf_fx.widths.moves import Moves, is_harmless, is_shaped, numbered, read_s
 _ATTENTIONS = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, aten.matmul.default, aten.bmm.default, "matmul", "bmm")
 _SUMS = (torch.baddbmm, aten.baddbmm.default, "baddbmm")  # a product that is added to the first argument
-_SCALINGS = ("mul", "div", "truediv", "imul", "itruediv")
+_SCALINGS = ("mul", "div", "imul", "itruediv")
 _LEAST = 8
 
 

@@ -32,7 +32,7 @@ _SELECTIONS = (
 _MOVES = (
     *(*_RESHAPES, *_SELECTIONS),
     *("flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "alias", "dropout"),
-    *("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "mT", "numpy_T", "roll"),
+    *("permute", "transpose", "movedim", "t", "mT", "numpy_T", "roll"),
     *("repeat_interleave", "broadcast_to"),
 )
 

@@ -410,7 +410,7 @@ def test_what_is_stored_in_a_layer_stays_there(effort):
             self.layer.down, self.layer.matrix = nn.Linear(32, 32), nn.Parameter(torch.randn(40, 32))
 
         def forward(self, x):
-            return F.linear(self.layer.down(self.layer(x) * self.layer.scale).relu(), self.layer.matrix)
+            return F.linear(self.layer.down(self.layer(x).relu() * self.layer.scale).relu(), self.layer.matrix)
 
     model, x = Net().eval(), torch.randn(64, 24)
     compressed = balf_fx.compile(model, x, params=0.5, effort=effort, progress=False, capture="symbolic_trace")

@@ -15,6 +15,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.layer, self.kind = layer or nn.Linear(6, 6), kind
         self.gamma = nn.Parameter(torch.rand(shape) + 0.5)
+        self.register_buffer("scale", self.gamma.detach() + 1)
         self.dropout = nn.Dropout()
 
     def forward(self, x):
@@ -35,6 +36,10 @@ WAYS = {
     "number": lambda own, x, y: 0.5 * y,
     "quotient": lambda own, x, y: y / 3,
     "one entry": lambda own, x, y: own.gamma * y,
+    "buffer": lambda own, x, y: own.scale * y,
+    "synonym": lambda own, x, y: torch.multiply(y, own.gamma),
+    "synonym of a quotient": lambda own, x, y: torch.true_divide(y, 3),
+    "written": lambda own, x, y: (y * own.scale, own.scale.add_(1))[0],
     "reciprocal": lambda own, x, y: 0.5 / y,
     "quotient of parameters": lambda own, x, y: y / own.gamma,
     "infinite": lambda own, x, y: y * float("inf"),
@@ -49,6 +54,9 @@ CASES = {
     "heads": (nn.Linear(6, 6), (6,)),
     "one entry": (nn.Conv2d(6, 6, 1, groups=2, bias=False), (1, 1)),
     "number": (nn.Linear(6, 6), (6,)),
+    "buffer": (nn.Linear(6, 6), (6,)),
+    "synonym": (nn.Linear(6, 6), (6,)),
+    "synonym of a quotient": (nn.Linear(6, 6), (6,)),
     "quotient": (nn.ConvTranspose2d(6, 6, 3, padding=1, groups=3), (6,)),
     "conv": (nn.Conv2d(6, 6, 3, padding=1, groups=2), (6, 1, 1)),
     "transposed": (nn.ConvTranspose2d(6, 6, 3, padding=1, groups=3), (1, 6, 1, 1)),
@@ -78,7 +86,7 @@ def test_a_layer_and_its_scale_become_one_layer_that_computes_the_same(name, met
     "kind",
     [
         *("other axis", "some", "read twice", "one number", "weight read twice", "half"),
-        *("reciprocal", "quotient of parameters", "infinite"),
+        *("reciprocal", "quotient of parameters", "infinite", "written"),
     ],
 )
 def test_what_is_no_scale_of_each_feature_alone_stays(kind):
