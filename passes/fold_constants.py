@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from balf_fx.graph.annotation import annotate
+from balf_fx.graph.constants import NotConstantError, evaluated, expression, sources, unchanged_constants
 from balf_fx.graph.edits import erase_unused
-from balf_fx.graph.effects import effects
 from balf_fx.graph.experts import product_weights
 from balf_fx.graph.layers import layer_parameters
-from balf_fx.graph.operators import changes_in_place, is_transposition
-from balf_fx.graph.parameters import constant_nodes, get_tensor, is_quantized, locate, parameter_users
+from balf_fx.graph.operators import is_transposition
+from balf_fx.graph.parameters import get_tensor, is_quantized, locate, parameter_users
 from balf_fx.passes.base import Pass
 
 
@@ -35,8 +32,7 @@ class FoldConstants(Pass):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        constants = constant_nodes(graph_module)
-        constants -= _changed(graph_module, constants)
+        constants = unchanged_constants(graph_module)
         found: dict[fx.Node, _Folding] = {}
         products = set()
         for node in graph_module.graph.nodes:
@@ -85,7 +81,7 @@ class _Folding:
 
 def _is_constant(node: fx.Node, constants: set[fx.Node]) -> bool:
     """Whether a node computes its value from constants only."""
-    return node.op != "get_attr" and constants.issuperset(_expression(node))
+    return node.op != "get_attr" and constants.issuperset(expression(node))
 
 
 def _is_stack(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -105,13 +101,12 @@ def _folding(graph_module: fx.GraphModule, role: str, node: fx.Node, constants: 
     """What can be folded at a node; None for any other node."""
     if not _is_constant(node, constants):
         return None
-    paths = tuple(str(source.target) for source in _sources(node))
+    paths = tuple(str(source.target) for source in sources(node))
     tensors = tuple(get_tensor(graph_module, path) for path in paths)
     if not any(isinstance(tensor, nn.Parameter) for tensor in tensors) or any(map(is_quantized, tensors)):
         return None
     try:
-        with torch.no_grad(), Deterministic():  # type: ignore[no-untyped-call]
-            value = _evaluate(graph_module, node, {})
+        value = evaluated(graph_module, node)
     except NotConstantError:
         return None
     return _Folding(role, node, value, paths, tensors) if value.is_floating_point() else None
@@ -144,7 +139,7 @@ def _freed(group: Sequence[_Folding], users: Mapping[int, set[fx.Node]]) -> int:
     def is_lost(node: fx.Node) -> bool:
         return node in ends or (bool(node.users) and node in inside and all(map(is_lost, node.users)))
 
-    inside = set[fx.Node]().union(*(_expression(folding.node) for folding in group))
+    inside = set[fx.Node]().union(*(expression(folding.node) for folding in group))
     tensors = {id(tensor): tensor for folding in group for tensor in folding.tensors}
     return sum(tensor.numel() for identity, tensor in tensors.items() if all(map(is_lost, users[identity])))
 
@@ -189,62 +184,7 @@ def _owner(graph_module: fx.GraphModule, path: str) -> str:
     return f"{above}.{name}" if above else name
 
 
-def _changed(graph_module: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
-    """Constants that a node changes in place, perhaps through a view, and all nodes from which they are computed."""
-    changes = [node for node in graph_module.graph.nodes if changes_in_place(graph_module, node) and node.args]
-    changes += effects(graph_module.graph)
-    targets = [node.args[0] for node in changes if node.args[0] in constants]
-    return {source for target in targets if isinstance(target, fx.Node) for source in _expression(target)}
-
-
-def _expression(node: fx.Node) -> dict[fx.Node, None]:
-    """The node and all nodes from which it is computed, in order of use."""
-    found: dict[fx.Node, None] = {}
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found[node] = None
-            pending += reversed(node.all_input_nodes)
-    return found
-
-
 def _layer_path(path: str) -> str:
     """The path of a parameter's layer; a parameter stored by torch.nn.utils.parametrize belongs to the layer above."""
     parts = path.split(".")[:-1]
     return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts)
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The attributes from which a constant node is computed, in order of use."""
-    return [each for each in _expression(node) if each.op == "get_attr"]
-
-
-class NotConstantError(Exception):
-    """An operation is random or changes a tensor in place."""
-
-
-class Deterministic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses operations that draw random numbers or change their arguments."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
-            raise NotConstantError
-        return func(*args, **(kwargs or {}))
-
-
-def _evaluate(graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor:
-    """The value of a constant node."""
-    if node not in known:
-        if node.op == "get_attr":
-            known[node] = get_tensor(graph_module, str(node.target))
-        else:
-            args: Any = map_arg(node.args, lambda argument: _evaluate(graph_module, argument, known))
-            kwargs: Any = map_arg(node.kwargs, lambda argument: _evaluate(graph_module, argument, known))
-            if node.op == "call_method":
-                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                function: Any = node.target
-                known[node] = function(*args, **kwargs)
-    value: Tensor = known[node]
-    return value

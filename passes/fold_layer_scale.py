@@ -1,9 +1,9 @@
-"""Fold a scale into the layer before it: of each feature, as LayerScale (Touvron et al. 2021), or of a whole branch."""
+"""Fold constant scales and shifts into the layer before them, as LayerScale (Touvron et al. 2021)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +12,29 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.graph.annotation import annotation, graph_record
+from balf_fx.graph.constants import NotConstantError, evaluated, sources, unchanged_constants
 from balf_fx.graph.edits import erase_unused
-from balf_fx.graph.effects import effects
 from balf_fx.graph.folding import fold, is_read_once, owns_parameters
-from balf_fx.graph.layers import read_layer
-from balf_fx.graph.norms import Scale
+from balf_fx.graph.layers import read_layer, takes_bias
+from balf_fx.graph.norms import Scale, Shift
 from balf_fx.graph.operators import is_identity, operation
-from balf_fx.graph.parameters import get_tensor
+from balf_fx.graph.parameters import get_tensor, is_quantized
 from balf_fx.graph.pivoted import feature_axis
 from balf_fx.graph.relayouts import broadcasts, is_relayout, relaid, sizes_of
 from balf_fx.graph.site import Site, exclusion
 from balf_fx.passes.base import Pass
 
+_FACTORS = ("mul", "div")
+
 
 @dataclass(frozen=True)
 class FoldLayerScale(Pass):
-    """Replace a layer whose output is multiplied by one layer.
+    """Replace a layer whose output is multiplied by a constant, or to which one is added, by one layer.
 
-    The factor is a number, or a parameter, or a buffer that the model does not write to, with a single entry or with
-    one for each feature. The output may have been brought into another layout in between. It is folded if nothing else
-    reads the output or the layer's parameters. Where layers go back into the user's model, its code multiplies, and
-    nothing is folded.
+    The constant is a number, or what the model computes from parameters and buffers that it does not change, as a
+    frozen BatchNorm does. It has a single entry or one for each feature. The output may have been brought into another
+    layout in between. It is folded if nothing else reads the output or the layer's parameters. Where layers go back
+    into the user's model, its code multiplies and adds, and nothing is folded.
 
     Attributes:
         include, exclude: as in `Annotate`: layers that they leave out keep their weights and their scale.
@@ -44,36 +46,39 @@ class FoldLayerScale(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
         nodes = list(graph_module.graph.nodes) if graph_record(graph_module).modules is None else []
+        constants = unchanged_constants(graph_module)
         for node in nodes:
-            scale = _Scale.read(graph_module, node)
-            if scale is None or exclusion(scale.layer.name, self.include, self.exclude):
+            affine = None if node in constants else _Affine.read(graph_module, node, constants)
+            if affine is None or exclusion(affine.layer.name, self.include, self.exclude):
                 continue
-            fold(graph_module, scale.node, scale.layer, scale.scale)
-            node.replace_all_uses_with(scale.value)
+            fold(graph_module, affine.node, affine.layer, affine.folded)
+            node.replace_all_uses_with(affine.value)
             erase_unused(graph_module, node)
             modified = True
         return PassResult(graph_module, modified)
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """A product of a layer's output and a parameter or a number.
+class _Affine:
+    """A product or a sum of a layer's output and a constant.
 
     Attributes:
         node, layer: the layer.
-        value: its output, as the product reads it.
-        scale: what multiplies it.
+        value: its output, as the product or the sum reads it.
+        folded: what multiplies it, or is added.
     """
 
     node: fx.Node
     layer: Site
     value: fx.Node
-    scale: Scale
+    folded: Scale | Shift
 
     @classmethod
-    def read(cls, graph_module: fx.GraphModule, product: fx.Node) -> _Scale | None:
-        """What a node multiplies; None if it cannot be folded into a layer."""
-        for value, factor in _factors(product):
+    def read(cls, graph_module: fx.GraphModule, affine: fx.Node, constants: Set[fx.Node]) -> _Affine | None:
+        """What a node multiplies or adds; None if it cannot be folded into a layer."""
+        for value, constant in _operands(affine):
+            if isinstance(constant, fx.Node) and _behind(graph_module, constant)[0] not in constants:
+                continue
             node, path = _behind(graph_module, value)
             layer = read_layer(graph_module, node)
             if (
@@ -81,9 +86,11 @@ class _Scale:
                 and not layer.has_experts
                 and all(map(is_read_once, (node, *path, value)))
                 and owns_parameters(graph_module, node, layer)
+                and (operation(affine) in _FACTORS or layer.bias is not None or takes_bias(node))
             ):
-                scale = _scale(graph_module, factor, (node, layer, path))
-                return None if scale is None else cls(node, layer, value, scale)
+                output = (node, layer, path)
+                found = _constant(graph_module, constant, output)
+                return None if found is None else cls(node, layer, value, _folded(operation(affine), *found))
         return None
 
 
@@ -91,38 +98,41 @@ _Output = tuple[fx.Node, Site, Sequence[fx.Node]]
 """A layer's node, the layer, and what brings its output into another layout."""
 
 
-def _factors(node: fx.Node) -> list[tuple[fx.Node, Any]]:
-    """The values that a product or a quotient multiplies, each with the node or the number that is the factor."""
+def _operands(node: fx.Node) -> list[tuple[fx.Node, Any]]:
+    """The values that a node multiplies or adds, each with the node or the number that may be the constant."""
     first, second = node.args if len(node.args) == 2 and not node.kwargs else (None, None)
     pairs: list[tuple[Any, Any]] = []
-    if operation(node) == "mul":
+    if operation(node) in ("mul", "add"):
         pairs = [(first, second), (second, first)]
-    elif operation(node) == "div" and isinstance(second, int | float) and second:
-        pairs = [(first, 1 / second)]
-    return [(value, factor) for value, factor in pairs if isinstance(value, fx.Node)]
+    elif operation(node) == "sub" or (operation(node) == "div" and second != 0):
+        pairs = [(first, second)]
+    return [(value, constant) for value, constant in pairs if isinstance(value, fx.Node)]
 
 
-def _scale(graph_module: fx.GraphModule, factor: Any, output: _Output) -> Scale | None:
-    """What multiplies a layer's output; None if it is no number and no parameter that scales features."""
-    if isinstance(factor, int | float):
-        return Scale(float(factor)) if math.isfinite(factor) else None
-    if not isinstance(factor, fx.Node):
+def _folded(name: str, constant: Tensor | float, sources: tuple[Tensor, ...]) -> Scale | Shift:
+    """What is folded of an operation with a constant."""
+    if name in _FACTORS:
+        return Scale(1 / constant if name == "div" else constant, sources)
+    return Shift(-constant if name == "sub" else constant, sources)
+
+
+def _constant(
+    graph_module: fx.GraphModule, given: Any, output: _Output
+) -> tuple[Tensor | float, tuple[Tensor, ...]] | None:
+    """The constant of each feature, and from what it is computed; None if it is no number and has other entries."""
+    if isinstance(given, int | float):
+        return (float(given), ()) if math.isfinite(given) else None
+    if not isinstance(given, fx.Node):
         return None
-    start, moves = _behind(graph_module, factor)
-    weight = get_tensor(graph_module, str(start.target)) if start.op == "get_attr" else None
-    if (
-        not isinstance(weight, Tensor)
-        or _is_written(start)
-        or weight.dtype != get_tensor(graph_module, output[1].weight).dtype
-    ):
+    start, moves = _behind(graph_module, given)
+    found = tuple(get_tensor(graph_module, str(each.target)) for each in sources(start))
+    try:
+        value = evaluated(graph_module, start) if found and not any(map(is_quantized, found)) else None
+    except NotConstantError:
         return None
-    return Scale(weight) if _scales_features(graph_module, (weight, moves), output) else None
-
-
-def _is_written(node: fx.Node) -> bool:
-    """Whether the model writes to the buffer that a node reads."""
-    written = [effect.args[0] for effect in effects(node.graph)]
-    return any(isinstance(target, fx.Node) and target.target == node.target for target in written)
+    if value is None or value.dtype != get_tensor(graph_module, output[1].weight).dtype:
+        return None
+    return (value, found) if _is_of_features(graph_module, (value, moves), output) else None
 
 
 def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -135,9 +145,9 @@ def _behind(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[
     return node, found
 
 
-def _scales_features(graph_module: fx.GraphModule, factor: tuple[Tensor, Sequence[fx.Node]], output: _Output) -> bool:
-    """Whether each entry of a factor is multiplied by one feature of a layer, in their order, or one by all."""
-    (weight, moves), (node, layer, path) = factor, output
+def _is_of_features(graph_module: fx.GraphModule, constant: tuple[Tensor, Sequence[fx.Node]], output: _Output) -> bool:
+    """Whether each entry of a constant belongs to one feature of a layer, in their order, or one to all."""
+    (weight, moves), (node, layer, path) = constant, output
     features, shape = layer.out_features * layer.groups, annotation(node).shape
     sizes = [annotation(each).number for each in sizes_of((*moves, *path))]
     if weight.numel() not in (1, features) or shape is None or None in sizes:

@@ -21,8 +21,8 @@ from balf_fx.calibration.describing import with_article
 from balf_fx.calibration.pages import mapped
 from balf_fx.capture.sharding import gathered_copy, is_sharded
 from balf_fx.errors import ModelError
+from balf_fx.graph.constants import Deterministic, NotConstantError
 from balf_fx.graph.parameters import computed_tensors, is_quantized
-from balf_fx.passes.fold_constants import Deterministic, NotConstantError
 
 
 def plain_model(model: Any) -> nn.Module:

@@ -34,7 +34,8 @@ def fold(graph_module: fx.GraphModule, node: fx.Node, layer: Site, norm: Foldabl
     scaled = weight.detach() * _per_output(scale, layer, weight)
     _set_parameter(graph_module, layer.weight, nn.Parameter(scaled.to(weight.dtype), weight.requires_grad))
     if bias is not None:
-        new_bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+        bias = bias.to(weight.device, weight.dtype).expand(layer.groups * layer.out_features).contiguous()
+        new_bias = nn.Parameter(bias, weight.requires_grad)
         if layer.bias is None:
             set_bias(graph_module, node, new_bias)
         else:

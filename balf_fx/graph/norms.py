@@ -46,18 +46,20 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Scale:
-    """A product with a parameter, as the layer scale of residual branches, or with a number: y = x * factor.
+    """A product with a constant, as the layer scale of residual branches, or with a number: y = x * factor.
 
     Attributes:
         factor: C entries, in any shape, or one for all features.
+        sources: the parameters and buffers from which the model computes it.
     """
 
     factor: Tensor | float
+    sources: tuple[Tensor, ...] = ()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that determine it, by name."""
-        return {"factor": self.factor} if isinstance(self.factor, Tensor) else {}
+        return {f"factor {index}": tensor for index, tensor in enumerate(self.sources)}
 
     def scale(self, dtype: torch.dtype) -> Tensor:
         """The factor of each feature, [C] or [1]."""
@@ -70,4 +72,31 @@ class Scale:
         return None if bias is None else bias.detach().to(dtype) * self.scale(dtype).to(bias.device)
 
 
-Foldable = BatchNorm | Scale
+@dataclass(frozen=True)
+class Shift:
+    """A sum with a constant, as in a BatchNorm that a model writes out, or with a number: y = x + summand.
+
+    Attributes:
+        summand, sources: as the factor of a `Scale` and its sources.
+    """
+
+    summand: Tensor | float
+    sources: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that determine it, by name."""
+        return {f"summand {index}": tensor for index, tensor in enumerate(self.sources)}
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """The factor of each feature, [1]."""
+        return torch.ones(1, dtype=dtype, device="cpu")
+
+    def shifted(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The bias of a layer into which it is folded, [C], or [1] for one without a bias."""
+        summand = self.summand if isinstance(self.summand, Tensor) else torch.tensor([self.summand], dtype=dtype)
+        flat = summand.detach().to(dtype).flatten()
+        return flat if bias is None else bias.detach().to(dtype) + flat.to(bias.device)
+
+
+Foldable = BatchNorm | Scale | Shift

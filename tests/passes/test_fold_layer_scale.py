@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 import balf_fx
 from balf_fx.capture.normal_form import capture
+from balf_fx.graph.operators import operation
 from balf_fx.passes import FoldLayerScale
 
 
@@ -20,6 +21,12 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return x + WAYS[self.kind](self, x, self.layer(x))
+
+
+def frozen(y, variance, weight):
+    """A BatchNorm that a model writes out."""
+    scale = weight * (variance.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+    return y * scale + (weight - 0.5 * scale)
 
 
 WAYS = {
@@ -39,9 +46,17 @@ WAYS = {
     "buffer": lambda own, x, y: own.scale * y,
     "synonym": lambda own, x, y: torch.multiply(y, own.gamma),
     "synonym of a quotient": lambda own, x, y: torch.true_divide(y, 3),
+    "sum": lambda own, x, y: own.gamma + y,
+    "difference": lambda own, x, y: y - own.scale,
+    "sum with a number": lambda own, x, y: 2 + y,
+    "frozen norm": lambda own, x, y: frozen(y, own.scale, own.gamma.reshape(1, -1, 1, 1)),
+    "sum on other axis": lambda own, x, y: (y.transpose(1, 2) + own.gamma).transpose(1, 2),
+    "sum with a product": lambda own, x, y: x @ own.layer.weight.T + own.gamma,
+    "difference from a number": lambda own, x, y: 2 - y,
+    "sum with a count": lambda own, x, y: y + own.scale.add_(1).sum(),
     "written": lambda own, x, y: (y * own.scale, own.scale.add_(1))[0],
     "reciprocal": lambda own, x, y: 0.5 / y,
-    "quotient of parameters": lambda own, x, y: y / own.gamma,
+    "quotient of parameters": lambda own, x, y: y / own.gamma.square(),
     "infinite": lambda own, x, y: y * float("inf"),
 }
 
@@ -55,6 +70,12 @@ CASES = {
     "one entry": (nn.Conv2d(6, 6, 1, groups=2, bias=False), (1, 1)),
     "number": (nn.Linear(6, 6), (6,)),
     "buffer": (nn.Linear(6, 6), (6,)),
+    "quotient of parameters": (nn.Linear(6, 6), (6,)),
+    "sum": (nn.Linear(6, 6), (6,)),
+    "sum without a bias": (nn.Linear(6, 6, bias=False), (6,)),
+    "difference": (nn.Linear(6, 6), (6,)),
+    "sum with a number": (nn.ConvTranspose2d(6, 6, 3, padding=1, groups=3), (6,)),
+    "frozen norm": (nn.Conv2d(6, 6, 3, padding=1, groups=2), (6,)),
     "synonym": (nn.Linear(6, 6), (6,)),
     "synonym of a quotient": (nn.Linear(6, 6), (6,)),
     "quotient": (nn.ConvTranspose2d(6, 6, 3, padding=1, groups=3), (6,)),
@@ -67,7 +88,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_and_its_scale_become_one_layer_that_computes_the_same(name, method):
     layer, shape = CASES[name]
-    kind = "plain" if name in ("without a bias", "conv", "transposed") else name
+    kind = {"sum without a bias": "sum"} | dict.fromkeys(("without a bias", "conv", "transposed"), "plain")
+    kind = kind.get(name, name)
     model = Scaled(kind, layer, shape).double().eval()
     x = torch.randn(6, 6, 6, 6, dtype=torch.float64)
     wanted = model(x)
@@ -76,8 +98,9 @@ def test_a_layer_and_its_scale_become_one_layer_that_computes_the_same(name, met
     assert FoldLayerScale()(graph_module).modified
     graph_module.recompile()
     torch.testing.assert_close(graph_module(x), wanted, rtol=0, atol=1e-12)
-    kept = sum(parameter.numel() for parameter in graph_module.parameters())
-    assert kept == sum(parameter.numel() for parameter in layer.parameters())
+    kept = {path: parameter.numel() for path, parameter in graph_module.named_parameters()}
+    assert sum(kept.values()) == layer.weight.numel() + 6 * (layer.bias is not None or "sum" in name)
+    assert not any(operation(node) in ("mul", "div", "sub") for node in graph_module.graph.nodes)
     assert torch.equal(layer.weight, weight)
     assert torch.equal(model.gamma, gamma)
 
@@ -86,13 +109,14 @@ def test_a_layer_and_its_scale_become_one_layer_that_computes_the_same(name, met
     "kind",
     [
         *("other axis", "some", "read twice", "one number", "weight read twice", "half"),
-        *("reciprocal", "quotient of parameters", "infinite", "written"),
+        *("reciprocal", "infinite", "written", "sum with a count", "sum on other axis", "difference from a number"),
+        "sum with a product",  # which has no argument for a bias
     ],
 )
 def test_what_is_no_scale_of_each_feature_alone_stays(kind):
     model = Scaled(kind, shape=(3,) if kind == "some" else (6,)).eval()
-    x = torch.randn(2, 6, 6, 6) if kind == "other axis" else torch.randn(2, 4, 5, 6)
-    x = x[:, 0] if kind == "other axis" else x
+    x = torch.randn(2, 6, 6, 6) if "other axis" in kind else torch.randn(2, 4, 5, 6)
+    x = x[:, 0] if "other axis" in kind else x
     graph_module = capture(model, x)
     assert not FoldLayerScale()(graph_module).modified
     assert torch.equal(graph_module(x), model(x))

@@ -397,7 +397,7 @@ def test_constants_used_elsewhere_stay():
             self.gamma = nn.Parameter(torch.ones(32))
 
         def forward(self, x):
-            return self.down(F.gelu(self.up(x)) * self.gamma) + self.gamma.sum()
+            return self.down(F.gelu(self.up(x)) * self.gamma) + x.sum() * self.gamma.sum()
 
     assert channels(Net(), ROW) == {}
 
