@@ -172,16 +172,16 @@ class Score(Pass):
         if gradients is not None and len(seen.halves) == 2:
             weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
             held_out = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
-            spectrum = replace(spectrum, energies=held_out(1))
+            spectrum = replace(spectrum, energies=held_out(1), fitted=spectrum.energies)
             if parts is not None and gradients.parts is not None:
-                parts = replace(parts, energies=held_out(site.parts))
+                parts = replace(parts, energies=held_out(site.parts), fitted=parts.energies)
         if gradients is not None and not site.has_experts:  # groups matter as much as their gradients are large
             unit = gradients.unit.mean()
-            energies = spectrum.energies * (gradients.unit / unit if unit > 0 else 1.0)
-            spectrum = replace(spectrum, energies=energies)
+            scale = gradients.unit / unit if unit > 0 else 1.0
+            spectrum = spectrum.rescaled(lambda energies: energies * scale)
         if site.has_experts and seen.moments is not None:
-            energies = shared_energies(spectrum.energies, seen.moments.count, list(seen.kept))
-            spectrum = replace(spectrum, energies=energies)
+            count, kept = seen.moments.count, list(seen.kept)
+            spectrum = spectrum.rescaled(lambda energies: shared_energies(energies, count, kept))
         curve = rank_curve(site, spectrum, *cost, parts, seen.kept, blocks)
         if gradients is None:
             return curve

@@ -34,6 +34,7 @@ from balf_fx.ranks.spectra import (
     damped_roots,
     held_out_errors,
     spectrum_from_output,
+    tail_energies,
     thin_qr,
     thin_triangle,
 )
@@ -263,7 +264,8 @@ def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Laye
         return covariances, [unit * layer.metric() for unit, layer in zip(units, layers, strict=True)]
 
     covariances, metrics = problem(readers)
-    order, errors = _elimination(width, held, covariances, metrics)
+    order, fitted = _elimination(width, held, covariances, metrics)
+    errors = fitted
     if len(halves) == 2:  # in the order of all samples: to find one for each half would double the time
         size = len(order)
         sizes = sorted({round(size * share) for share in _HELD_OUT_SHARES} - {size})
@@ -275,9 +277,9 @@ def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Laye
                 moment = unseen.features.second_moment(layer.center)[0]
                 lost = prediction_errors(covariance, moment, metric, *restricted(order, sizes, features))
                 held_out = [known + own_lost / 2 for known, own_lost in zip(held_out, lost, strict=True)]
-        errors = _rescaled(errors, sizes, held_out)
+        errors = _rescaled(fitted, sizes, held_out)
     means = tuple(layer.center[0] for layer in readers)
-    return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means)
+    return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means, fitted=tuple(fitted))
 
 
 def _elimination(
@@ -333,16 +335,17 @@ def _interpolated(count: int, places: list[int], values: list[float]) -> list[fl
 def _score_heads(width: Width, layer: _Layer, halves: list[list[_Layer]]) -> WidthCurve:
     moment, metric = _heads(width, layer)
     spectrum = _best_bases(moment, metric)
-    energies = spectrum.energies * _mean_diagonal(metric)
+    energies = fitted = spectrum.energies * _mean_diagonal(metric)
     if len(halves) == 2:
         held_out = []
         for (own,), (other,) in itertools.permutations(halves):
             moment, metric = _heads(width, other.undamped)
             held_out.append(held_out_errors(_best_bases(*_heads(width, own)), moment, None, metric))
         energies = convex_energies((held_out[0] + held_out[1]) / 2)
-    tail = [*energies.sum(0).flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    tail, own_tail = (tuple(tail_energies(each)) for each in (energies, fitted))
     means = (layer.features.mean[0],) if width.kind == "values" else ()
-    return WidthCurve(tuple(tail), layer.loss * tail[0], left=spectrum.left, right=spectrum.right, means=means)
+    loss = layer.loss * tail[0]
+    return WidthCurve(tail, loss, left=spectrum.left, right=spectrum.right, means=means, fitted=own_tail)
 
 
 def _best_bases(moment: Tensor, metric: Tensor) -> Spectrum:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,34 @@ def pose(parts: Sequence[Part], totals: Totals) -> Problem:
             curves[site.name] = site, curve
     clusters = [cluster for graph_module, calls in parts for cluster in find_clusters(graph_module, calls)]
     return Problem(dict(curves.values()), totals, tuple(clusters))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a sample, to second order.
+
+    Attributes:
+        fitted: on the samples by which ranks and features were chosen.
+        optimism: how much more it is on others.
+    """
+
+    fitted: float
+    optimism: float
+
+
+def predicted_loss(problem: Problem, allocation: Allocation) -> Loss:
+    """The loss of an allocation, as the sum over sites and widths; none of sites without gradients."""
+    lost = []
+    for choice in allocation.choices:
+        site = problem.curves[choice.site]
+        share = site.normalised(choice.chosen.distortion)
+        lost.append((site.loss or 0.0, share, site.optimism(choice.chosen.rank)))
+    for cluster in problem.clusters:
+        for width, curve in zip(cluster.widths, cluster.curves, strict=True):
+            size = allocation.size_of(width)
+            lost.append((curve.loss, curve.normalised(curve.distortion[size]), curve.optimism(size)))
+    fitted = math.fsum(loss * (share - optimism) for loss, share, optimism in lost)
+    return Loss(fitted, math.fsum(loss * optimism for loss, _, optimism in lost))
 
 
 def settle(parts: Sequence[Part], problem: Problem, allocation: Allocation) -> None:

@@ -14,10 +14,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
-from balf_fx.budget.problem import Problem
+from balf_fx.budget.problem import Loss, Problem, predicted_loss
 from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some_samples
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.outputs import divergence, loss_and_weight, outputs_of
@@ -183,9 +182,10 @@ def best_allocation(
         chosen = _chosen(allocation)
         if chosen not in measured:
             measured[chosen] = trial.measure(program, problem, allocation)
-        tried = (option.importance, option.caution, option.evenness, measured[chosen])
-        _LOGGER.info("importance %s, caution %s, evenness %s: %.4g", *tried)
-        return _Attempt(measured[chosen], option, allocation)
+        expected = predicted_loss(problem, allocation)
+        tried = (option.importance, option.caution, option.evenness, measured[chosen], expected.optimism)
+        _LOGGER.info("importance %s, caution %s, evenness %s: %.4g, optimism %.4g", *tried)
+        return _Attempt(measured[chosen], expected, option, allocation)
 
     rounds: list[Callable[[Allocate], list[dict[str, Any]]]] = [
         lambda _: [{"evenness": evenness} for evenness in _EVENNESSES]
@@ -200,8 +200,8 @@ def best_allocation(
     option, attempts = allocate, list[_Attempt]()
     for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0][: len(rounds)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
-        option = min(attempts, key=attrgetter("distance")).option
-    best = min(attempts, key=attrgetter("distance"))
+        option = _best(attempts).option
+    best = _best(attempts)
     return best.option, best.allocation
 
 
@@ -213,8 +213,21 @@ def _chosen(allocation: Allocation) -> tuple[Any, ...]:
 @dataclass(frozen=True)
 class _Attempt:
     distance: float  # of the outputs, from the original's
+    expected: Loss
     option: Allocate
     allocation: Allocation
+
+
+def _best(attempts: Sequence[_Attempt]) -> _Attempt:
+    """The attempt whose outputs should be the closest on samples that nothing has seen.
+
+    An allocation is measured on the samples by which ranks, features and their predictions were chosen. What it should
+    lose beyond that is added (Efron 1986, "How biased is the apparent error rate of a prediction rule?"), in the unit
+    in which the attempts' losses were measured.
+    """
+    fitted = math.fsum(attempt.expected.fitted for attempt in attempts)
+    unit = math.fsum(attempt.distance for attempt in attempts) / fitted if fitted > 0 else 1.0
+    return min(attempts, key=lambda attempt: attempt.distance + unit * attempt.expected.optimism)
 
 
 def _split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,12 +69,20 @@ class Spectrum:
         left: L [G, O, m] float64; rank-r factors are A = left[..., :r] and B = right[..., :r, :] W.
         mean: [G, O] float64, the mean of W x over positions, for the correction of the bias; None if not centred.
         right: R [G, m, O] float64, a left inverse of `left`; None for its transpose, if its columns are orthonormal.
+        fitted: [G, m] float64, the energies on the samples that chose the components, where `energies` are those on
+            other samples; None where they are the same.
     """
 
     energies: torch.Tensor
     left: torch.Tensor
     mean: torch.Tensor | None
     right: torch.Tensor | None = None
+    fitted: torch.Tensor | None = None
+
+    def rescaled(self, scale: Callable[[torch.Tensor], torch.Tensor]) -> Spectrum:
+        """The spectrum with all energies [G, m] in another unit."""
+        fitted = None if self.fitted is None else scale(self.fitted)
+        return dataclasses.replace(self, energies=scale(self.energies), fitted=fitted)
 
     def maps(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """L [G, O, r] and R [G, r, O] with W' = L R W."""
@@ -83,8 +92,8 @@ class Spectrum:
     def only(self, group: int) -> Spectrum:
         """The spectrum of one group, or part."""
         own = slice(group, group + 1)
-        mean, right = (None if value is None else value[own] for value in (self.mean, self.right))
-        return Spectrum(self.energies[own], self.left[own], mean, right)
+        others = (None if value is None else value[own] for value in (self.mean, self.right, self.fitted))
+        return Spectrum(self.energies[own], self.left[own], *others)
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,16 @@ class RankCurve:
     def normalised(self, distortion: float) -> float:
         """`distortion` as a share of the site's energy; 0 for a site without energy."""
         return distortion / self.energy if self.energy > 0 else 0.0
+
+    def optimism(self, rank: Rank) -> float:
+        """How much more a rank loses on other samples than on those that chose it, normalised; at least 0."""
+        spectrum = self.parts if isinstance(rank, tuple) else self.spectrum
+        if rank is None or self.strips is not None or spectrum is None or spectrum.fitted is None:
+            return 0.0
+        unseen = spectrum.energies - spectrum.fitted
+        rows = zip([unseen.sum(0)] if isinstance(rank, int) else unseen, each_rank(rank), strict=True)
+        lost = sum(float(row[own:].sum()) for row, own in rows if own is not None)
+        return max(self.normalised(lost), 0.0)
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,8 @@ class WidthCurve:
         covariances: for channels, [F, F] float64 for each reader, of the F features that it reads.
         left, right: for heads, [heads, features, features]; at size r, left[..., :r] and right[:, :r].
         means: the mean for each reader, as in `WidthMaps`.
+        fitted: the error at sizes 0 .. features on the samples by which features are chosen and predicted, where
+            `distortion` is that on other samples; () where they are the same.
     """
 
     distortion: tuple[float, ...]
@@ -232,6 +234,11 @@ class WidthCurve:
     left: Tensor | None = None
     right: Tensor | None = None
     means: tuple[Tensor, ...] = ()
+    fitted: tuple[float, ...] = ()
+
+    def optimism(self, size: int) -> float:
+        """How much more is lost on other samples than on those by which features are chosen, normalised; at least 0."""
+        return max(self.normalised(self.distortion[size] - self.fitted[size]), 0.0) if self.fitted else 0.0
 
     def normalised(self, distortion: float) -> float:
         """`distortion` as a share of the distortion without any features."""

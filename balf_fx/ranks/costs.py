@@ -103,7 +103,7 @@ def rank_curve(
         kept: the FLOPs of each expert that keeps its matrix; None if none does.
         blocks: the number of entries in blocks of the weight that a change of basis can turn into the identity.
     """
-    tail = tail_energies(spectrum)
+    tail = tail_energies(spectrum.energies)
     bias = site.bias is not None or spectrum.mean is not None
     whole = len(kept or ()) * site.out_features * site.in_features
 
@@ -135,7 +135,7 @@ def timed(candidates: Sequence[Candidate], site: Site, clock: Clock | None) -> l
 
 def energy_curve(site: Site, curve: RankCurve) -> EnergyCurve:
     """The share of energy kept by ranks of the whole site, up to full rank; 1 for a site without energy."""
-    tail = tail_energies(curve.ranked)
+    tail = tail_energies(curve.ranked.energies)
     steps = min(_POINTS - 1, site.full_rank)
     ranks = sorted({max(i, round(site.full_rank * (i / steps) ** 2)) for i in range(steps + 1)})
     return EnergyCurve(tuple(ranks), tuple(round(1.0 - curve.normalised(tail[rank]), 5) for rank in ranks))
@@ -145,7 +145,7 @@ def rank_candidate(site: Site, curve: RankCurve, rank: int) -> Candidate:
     """The candidate of any possible rank of a site without experts."""
     flops = rank_flops(site, rank, curve.dense.flops, curve.output_elements)
     params = rank_params(site, rank, site.bias is not None or curve.spectrum.mean is not None)
-    return Candidate(rank, flops, params, tail_energies(curve.ranked)[rank])
+    return Candidate(rank, flops, params, tail_energies(curve.ranked.energies)[rank])
 
 
 def largest_part_rank(site: Site) -> int:

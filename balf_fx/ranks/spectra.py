@@ -232,9 +232,9 @@ def spectrum_from_weight(weight: Tensor) -> Spectrum:
     return Spectrum(singular.square(), left, None)
 
 
-def tail_energies(spectrum: Spectrum) -> list[float]:
-    """Distortion at ranks 0, 1, .., m: the sum of the dropped energies over all groups."""
-    dropped = spectrum.energies.sum(0).flip(0).cumsum(0).flip(0)
+def tail_energies(energies: Tensor) -> list[float]:
+    """Distortion at ranks 0, 1, .., m: the sum of the dropped energies [G, m] over all groups."""
+    dropped = energies.sum(0).flip(0).cumsum(0).flip(0)
     return [*dropped.tolist(), 0.0]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.budget.problem import pose
+from balf_fx.budget.problem import pose, predicted_loss
 from balf_fx.calibration.batches import Calibration, forward_for, samples_of
 from balf_fx.engine.program import whole_program
 from balf_fx.engine.trials import Trial, _samples, best_allocation, plan_trial
@@ -120,7 +120,7 @@ def test_a_graph_of_one_batch_size_is_measured_on_whole_batches():
 
 
 @pytest.mark.parametrize("refit", [True, False])
-def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
+def test_what_should_lose_least_on_other_samples_is_taken(refit, monkeypatch):
     model, prepared, batches = scored()
     program = whole_program(prepared, forward_for(model))
     problem, allocate, measured = pose(program.counted, program.totals()), Allocate(flops=0.5), []
@@ -138,7 +138,9 @@ def test_the_least_of_what_was_measured_is_taken(refit, monkeypatch):
     with torch.no_grad():
         option, chosen = best_allocation(program, problem, allocate, trial_of(model, prepared, batches, refit))
     assert len(measured) > 1
-    least, allocation = min(measured, key=lambda pair: pair[0])
+    expected = {id(allocation): predicted_loss(problem, allocation) for _, allocation in measured}
+    unit = sum(lost for lost, _ in measured) / sum(expected[id(allocation)].fitted for _, allocation in measured)
+    least, allocation = min(measured, key=lambda pair: pair[0] + unit * expected[id(pair[1])].optimism)
     assert chosen is allocation
     assert option.solve(problem) == chosen
     assert 0 < least < float("inf")
@@ -189,3 +191,31 @@ def test_one_more_power_is_tried_beside_the_best(best, beside, monkeypatch):
     option, _ = best_allocation(program, problem, Allocate(flops=0.5, importance=0.6), trial)
     assert tried == [(0.6, 1.0), (0.6, 2.0), (0.3, 1.0), (1.0, 1.0), (beside, 1.0)]
     assert option.importance == best
+
+
+class Pooled(nn.Module):
+    """A classifier that sees one vector of many features for each sample, behind layers that see many tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.head, self.classifier = nn.Linear(16, 192), nn.Linear(192, 12)
+
+    def forward(self, x):
+        x = x + self.down(torch.relu(self.up(x)))
+        return 4 * self.classifier(torch.relu(self.head(x.mean(1))))
+
+
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+def test_few_samples_are_not_taken_for_all(effort):
+    """Fewer samples than features: any few features predict all others, but only on these samples."""
+    generator, model = torch.Generator().manual_seed(1), Pooled().eval()
+    mixed = torch.randn(16, 16, generator=generator) * torch.linspace(2, 0.05, 16)
+    drawn = (torch.randn(n, 6, 16, generator=generator) + torch.randn(n, 1, 16, generator=generator) for n in (32, 512))
+    seen, unseen = (each @ mixed for each in drawn)
+    small = balf_fx.compile(model, [seen[:16], seen[16:]], flops=0.7, effort=effort, progress=False)
+    with torch.no_grad():
+        given, wanted = (net(unseen).log_softmax(-1) for net in (small, model))
+    assert balf_fx.report(small).flops_kept <= 0.7
+    assert F.kl_div(given, wanted, reduction="batchmean", log_target=True) < 0.03
