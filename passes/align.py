@@ -83,7 +83,7 @@ class Align(Pass):
         granule = max(wanted, default=1)
         features = min(map(len, width.branches), default=width.features)
         step = self._step(granule // math.gcd(granule, width.heads), features)
-        return dataclasses.replace(width, step=step)
+        return dataclasses.replace(width, step=math.lcm(step, width.block))
 
     def _granules(self, graph_module: fx.GraphModule) -> dict[str, tuple[int, int, int]]:
         """For each site, the granules of its inputs, of its outputs, and of what reads its ranks."""

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from balf_fx.graph.annotation import GraphRecord, annotation, carried_meta, graph_record
 from balf_fx.graph.layers import site_input
+from balf_fx.graph.operators import arguments, operation
 from balf_fx.graph.parameters import get_tensor, locate, put
 from balf_fx.graph.widths import Operand, Reader, Width
 from balf_fx.passes.base import Pass
-from balf_fx.widths.elementwise import is_normalisation, is_separate
+from balf_fx.widths.elementwise import is_normalisation, is_separate, normalised_groups
 from balf_fx.widths.heads import is_attention, requires_equal_heads
 from balf_fx.widths.moves import rebuild, redirect, resize
 from balf_fx.widths.narrowing import Cut, Narrowed, find_cuts
@@ -45,14 +46,18 @@ class Narrow(Pass):
         nodes = {node.name: node for node in graph_module.graph.nodes}
         shrunk = [width for width in record.widths if record.size_of(width) < width.features]
         between = {name for width in record.all_widths for name in (*width.between, *width.fused)}
-        for name in {str(nodes[name].target): name for name in cuts if name in between}.values():  # each target once
-            if nodes[name].op == "get_attr":
-                _slice_constant(graph_module, nodes[name], cuts[name].written)
-            elif nodes[name].op == "call_module" and (
-                is_separate(graph_module, nodes[name], 1)
-                or is_normalisation(graph_module, nodes[name], len(annotation(nodes[name]).shape or ()) - 1)
+        for name in {_held_by(nodes[name]): name for name in cuts if name in between}.values():  # each target once
+            node, written = nodes[name], cuts[name].written
+            if node.op == "get_attr":
+                _slice_constant(graph_module, node, written)
+            elif operation(node) == "group_norm":
+                node.args = (node.args[0], _groups_left(node, written[0]), *node.args[2:])
+            elif node.op == "call_module" and (
+                is_separate(graph_module, node, 1)
+                or normalised_groups(graph_module, node, 1)
+                or is_normalisation(graph_module, node, len(annotation(node).shape or ()) - 1)
             ):
-                _reorder_module(graph_module, nodes[name], cuts[name].written[0])
+                _reorder_module(graph_module, node, written[0])
         _resize(record, nodes, cuts, {width.key: record.size_of(width) for width in shrunk})
         attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
         products = dict.fromkeys(product for _, product in attentions)
@@ -84,6 +89,17 @@ def _resize(
             resize(nodes[view.node], view.axis, sizes[width.key])
 
 
+def _held_by(node: fx.Node) -> str:
+    """What holds the entries for features: the same for all nodes with the same target, but not for functions."""
+    return str(node.target) if node.op in ("get_attr", "call_module") else node.name
+
+
+def _groups_left(node: fx.Node, written: Narrowed) -> int:
+    """The number of groups of features that a call of GroupNorm still normalises."""
+    groups: Any = arguments(node)["num_groups"]
+    return int(written.total * groups // written.rows.numel())
+
+
 def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, written: Sequence[Narrowed]) -> None:
     path = str(node.target)
     value: Tensor = get_tensor(graph_module, path)
@@ -109,7 +125,9 @@ def _reorder_module(graph_module: fx.GraphModule, node: fx.Node, reordered: Narr
     for name, buffer in list(module.named_buffers()):
         if buffer.dim() > 0:
             module.register_buffer(name, reordered.of(buffer))
-    for name in ("num_features", "num_parameters"):
+    if isinstance(module, nn.GroupNorm):
+        module.num_groups = reordered.total * module.num_groups // module.num_channels
+    for name in ("num_features", "num_parameters", "num_channels"):
         if getattr(module, name, 1) > 1:
             setattr(module, name, reordered.total)
     put(graph_module, str(node.target), module)

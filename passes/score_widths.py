@@ -268,7 +268,7 @@ def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Laye
     errors = fitted
     if len(halves) == 2:  # in the order of all samples: to find one for each half would double the time
         size = len(order)
-        sizes = sorted({round(size * share) for share in _HELD_OUT_SHARES} - {size})
+        sizes = sorted({round(size * share / width.block) * width.block for share in _HELD_OUT_SHARES} - {size})
         held_out = [0.0] * len(sizes)
         seen = [(half, *problem([layer.undamped for layer in half])) for half in halves]
         for (own, own_covariances, _), (other, _, other_metrics) in itertools.permutations(seen):
@@ -294,6 +294,7 @@ def _elimination(
     order, errors = eliminate(
         [embedded(covariances[i], held[i], size, float(covariances[i].diagonal().mean())) for i in count],
         [embedded(metrics[i], held[i], size, 0.0) for i in count],
+        width.block,
     )
     if not width.branches:
         return order, errors

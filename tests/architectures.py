@@ -317,6 +317,20 @@ class Chain(nn.Module):
         return self.layers[-1](x)
 
 
+class Normalised(nn.Module):
+    """Groups of features are normalised, by a module and by a function (Wu & He 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 32, 3), nn.GroupNorm(8, 32)
+        self.second, self.head = nn.Conv2d(32, 24, 3), nn.Linear(24, 10)
+        self.gain, self.offset = nn.Parameter(torch.linspace(0.5, 2, 24)), nn.Parameter(torch.linspace(-1, 1, 24))
+
+    def forward(self, x):
+        x = self.second(F.silu(self.norm(self.first(x))))
+        return self.head(F.relu(F.group_norm(x, 4, self.gain, self.offset)).mean((2, 3)))
+
+
 IMAGES, ROWS, TOKENS = (3, 7, 7), (12,), (6, 32)
 CHANNELS = {
     "mlp": (Mlp, ROWS),
@@ -331,6 +345,7 @@ CHANNELS = {
     "skip": (Skip, IMAGES),
     "aggregated": (Aggregated, IMAGES),
     "chain": (Chain, ROWS),
+    "normalised": (Normalised, IMAGES),
 }
 ATTENTIONS = {
     "fused": (Fused, TOKENS),

@@ -115,10 +115,15 @@ class _Builder:
 
 
 def _between(graph_module: fx.GraphModule, node: fx.Node, index: int, padded: bool) -> Share | None:
-    """What becomes cheaper beside the layers; None for entries that stay, since the model's code has all features."""
+    """What becomes cheaper beside the layers.
+
+    It is None for entries that stay, since the model's code has all features, and for nodes without entries.
+    """
     layer = read_layer(graph_module, node)
     if isinstance(layer, Site):
         return Share(_cost(node, rank_params(layer, None, False)), ((index, 1.0),))
+    if node.op not in ("get_attr", "call_module"):
+        return None
     held = get_tensor(graph_module, str(node.target))
     tensors = held.parameters() if isinstance(held, nn.Module) else [held] if isinstance(held, nn.Parameter) else []
     return None if padded else Share(_cost(node, sum(tensor.numel() for tensor in tensors)), ((index, 1.0),))

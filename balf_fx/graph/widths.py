@@ -125,6 +125,8 @@ class Width:
         operands: for heads, how the product reads each producer.
         sequence_first: for heads, whether positions come first in the producers' outputs, before the batch.
         step: sizes below the full one are multiples of it.
+        block: for channels, so many features that follow each other stay or go together, as those that GroupNorm
+            normalises together. `step` is a multiple of it.
         padded: whether the model has zeros in the places of removed features, so that products of heads and constants
             along the features keep their size.
         layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In
@@ -152,6 +154,7 @@ class Width:
     operands: tuple[Operand, ...] = ()
     sequence_first: bool = False
     step: int = 1
+    block: int = 1
     padded: bool = False
     layer_names: tuple[str, ...] = ()
     held: tuple[tuple[str, tuple[int, ...]], ...] = ()

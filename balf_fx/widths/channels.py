@@ -76,6 +76,8 @@ def _width(finder: Finder, space: Space, wide: Sequence[Space]) -> Width | None:
         views=(*space.views(), *(view for each in wide for view in each.views(each.producers[0].name))),
         held=held,
         read=read,
+        step=space.block,
+        block=space.block,
     )
 
 

@@ -96,6 +96,17 @@ def is_separate(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     return type(module) in _SEPARATE_MODULES and not unbatched
 
 
+def normalised_groups(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> int | None:
+    """The number of groups of features on an axis that a node normalises, as GroupNorm does; None for other nodes."""
+    if axis != 1:
+        return None
+    if node.op == "call_module":
+        module = called_module(graph_module, node)
+        return module.num_groups if type(module) is nn.GroupNorm else None
+    groups: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("num_groups")
+    return groups if operation(node) == "group_norm" and isinstance(groups, int) else None
+
+
 def is_glu(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> bool:
     """Whether a node multiplies one half of an axis by the sigmoid of the other."""
     if node.op == "call_module":

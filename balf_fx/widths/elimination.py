@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def prediction_errors(
     return errors
 
 
-def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor], block: int = 1) -> tuple[Tensor, list[float]]:
     """Order the features greedily: each step removes the one whose removal increases the error least.
 
     If feature j is removed and the remaining features predict it by least squares, the error in the metric A increases
@@ -82,17 +82,18 @@ def eliminate(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> tuple
     Args:
         covariances: C [F, F] float64 of the features at each reader, `conditioned`.
         metrics: A [F, F], the metric of errors in the features at each reader.
+        block: so many features that follow each other are removed together.
 
     Returns:
-        order [F], the last one removed first, and the error at sizes 0 .. F.
+        order [F], the last one removed first, and the error at sizes 0 .. F, linear between those of whole blocks.
     """
     # Squares of very small costs could underflow, so everything is computed in units of the mean.
     units = [covariance.diagonal().mean() for covariance in covariances]
     scaled = [unit * metric for unit, metric in zip(units, metrics, strict=True)]
     whole = torch.stack([metric.diagonal().mean() for metric in scaled]).max().clamp_min(_NOTHING)
     inverses = [_inverse(covariance / unit) for covariance, unit in zip(covariances, units, strict=True)]
-    state = _Elimination(torch.stack(inverses), torch.stack(scaled).div_(whole))
-    gone, costs = zip(*(state.remove_cheapest() for _ in range(len(covariances[0]))), strict=True)
+    stacked = torch.stack(inverses), torch.stack(scaled).div_(whole)
+    gone, costs = zip(*_removed(*stacked) if block == 1 else _removed_in_blocks(*stacked, block), strict=True)
     errors = itertools.accumulate(costs, initial=0.0)
     return torch.tensor(gone[::-1], device="cpu"), [float(whole) * error for error in errors][::-1]
 
@@ -102,6 +103,35 @@ def _inverse(covariance: Tensor) -> Tensor:
     root, failed = torch.linalg.cholesky_ex(covariance)
     inverse: Tensor = torch.cholesky_inverse(root).masked_fill_(failed > 0, torch.nan)
     return inverse
+
+
+def _removed(inverse: Tensor, metric: Tensor) -> Iterator[tuple[int, float]]:
+    """The features in the order of their removal, each with the increase of the error; arguments of `_Elimination`."""
+    state = _Elimination(inverse, metric)
+    return (state.remove_cheapest() for _ in range(inverse.shape[-1]))
+
+
+def _removed_in_blocks(inverse: Tensor, metric: Tensor, block: int) -> Iterator[tuple[int, float]]:
+    """The same for blocks, which increase the error by tr A_BB (M_BB)^-1: each of their features by the same share.
+
+    Args:
+        inverse, metric: M and A as in `_Elimination`; they are changed.
+    """
+    left = torch.arange(inverse.shape[-1], device=inverse.device).reshape(-1, block)
+    numbers = torch.arange(len(left), device="cpu").tolist()
+    while numbers:
+        rows, columns = left.unsqueeze(-1), left.unsqueeze(-2)
+        variances = torch.linalg.inv_ex(inverse[:, rows, columns]).inverse  # of each block, given all other ones
+        costs = (metric[:, rows, columns] * variances).sum((0, 2, 3)).clamp_min(0)
+        place = int(costs.argmin())
+        own = left[place]
+        share = inverse[:, :, own] @ variances[:, place]
+        crossed = metric[:, :, own] - share @ metric[:, own][:, :, own] / 2
+        inverse -= share @ inverse[:, own]
+        metric -= crossed @ share.mT + share @ crossed.mT
+        left = torch.cat([left[:place], left[place + 1 :]])
+        first = block * numbers.pop(place)
+        yield from ((first + each, float(costs[place]) / block) for each in reversed(range(block)))
 
 
 class _Elimination:

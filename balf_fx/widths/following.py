@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,15 @@ from balf_fx.graph.layers import read_layer, site_input
 from balf_fx.graph.parameters import get_tensor, owns_weight, parameter_users, readers
 from balf_fx.graph.site import Reason, Site
 from balf_fx.graph.widths import Reader, Size
-from balf_fx.widths.elementwise import is_elementwise, is_glu, is_separate, joins, passes_on, reduced_from
+from balf_fx.widths.elementwise import (
+    is_elementwise,
+    is_glu,
+    is_separate,
+    joins,
+    normalised_groups,
+    passes_on,
+    reduced_from,
+)
 from balf_fx.widths.moves import (
     Moves,
     feature_axis,
@@ -44,6 +53,7 @@ class Finder:
     most: float = 4  # layers around one space, as in a gated block with squeeze-and-excitation
     most_joined: float = 12  # the same where values are concatenated, as the branches of an Inception block
     follows_joins: bool = True
+    follows_blocks: bool = True
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
@@ -91,6 +101,8 @@ class Finder:
             if len(space.producers) + len(space.consumers) > (self.most_joined if space.joined else self.most):
                 raise UnsupportedError
         if space.joined and (space.selections or space.shaped):
+            raise UnsupportedError
+        if space.block > 1 and (parts or space.joined or space.selections or space.block == space.features):
             raise UnsupportedError
         return space
 
@@ -171,6 +183,9 @@ class Finder:
             rows = (half, tuple(row + features for row in half))
             space.selections.append(Selection(node, source, axis, rows))
             return []
+        groups = normalised_groups(self.graph_module, node, axis)
+        if groups is not None:
+            return self._normalised(node, features // groups, space)
         if passes_on(self.graph_module, node, axis) or reduced_from(node) is not None:
             if node.op == "call_module" and is_separate(self.graph_module, node, axis):
                 space.between.append(self.module(node))
@@ -178,6 +193,19 @@ class Finder:
         if self.moves.is_move(node):
             return self._moved_from(node, axis, space)
         raise UnsupportedError
+
+    def _normalised(self, node: fx.Node, block: int, space: Space) -> list[tuple[fx.Node, int]]:
+        """The source of a normalisation of blocks of features, which is the same without some of the blocks."""
+        source: Any = node.args[0] if node.args else None
+        if not self.follows_blocks or not isinstance(source, fx.Node):
+            raise UnsupportedError
+        space.block = math.lcm(space.block, block)
+        space.between.append(self.module(node) if node.op == "call_module" else node)
+        affine = [each for each in node.all_input_nodes if each is not source]
+        if not all(each.op == "get_attr" for each in affine):
+            raise UnsupportedError
+        space.between += [self.constant(each, 0, space.features) for each in affine]
+        return [(source, 1)]
 
     def operands(self, node: fx.Node, axis: int, features: int, space: Space) -> list[tuple[fx.Node, int]]:
         """The sources of an elementwise operation, without those that are the same for all features."""
@@ -316,6 +344,8 @@ class Finder:
         reduced = reduced_from(user)
         if reduced is not None:
             return reduced.index(axis) if axis in reduced else None
+        if normalised_groups(self.graph_module, user, axis) is not None:
+            return axis
         if passes_on(self.graph_module, user, axis):
             return len(shape) - (len(own) - axis) if is_elementwise(self.graph_module, user) else axis
         return self.moves.keeps(user, node, axis)

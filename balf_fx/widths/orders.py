@@ -35,13 +35,17 @@ def simple_ones(graph_module: fx.GraphModule, widths: Iterable[Width]) -> Iterat
 
 def _is_simple(graph_module: fx.GraphModule, nodes: Mapping[str, fx.Node], width: Width) -> bool:
     whole = tuple(range(width.features))
-    return width.kind == "channels" and all(
-        width.producers.count(name) == 1
-        and rows == whole
-        and isinstance(layer := annotation(nodes[name]).site or read_layer(graph_module, nodes[name]), Site)
-        and layer.out_features * layer.groups == width.features
-        and layer.parts == 1
-        for name, rows in zip(width.producers, width.rows, strict=True)
+    return (
+        width.kind == "channels"
+        and width.block == 1
+        and all(
+            width.producers.count(name) == 1
+            and rows == whole
+            and isinstance(layer := annotation(nodes[name]).site or read_layer(graph_module, nodes[name]), Site)
+            and layer.out_features * layer.groups == width.features
+            and layer.parts == 1
+            for name, rows in zip(width.producers, width.rows, strict=True)
+        )
     )
 
 
@@ -50,6 +54,7 @@ class _OrderFinder(Finder):
 
     most = math.inf
     follows_joins = False  # each layer would keep its features among themselves
+    follows_blocks = False  # and each block
 
     def grow(self, source: fx.Node, axis: int, features: int, parts: frozenset[fx.Node] = frozenset()) -> Space:
         self._tied: list[fx.Node] = []

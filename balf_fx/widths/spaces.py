@@ -36,11 +36,13 @@ class Space:
         axes: the axis of the features in each of them.
         held: the numbers of the features that each of them holds; there are more where values are concatenated.
         features: the number of all features.
+        block: so many features that follow each other stay or go together.
     """
 
     axes: dict[fx.Node, int] = field(default_factory=dict)
     held: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     features: int = 0
+    block: int = 1
     producers: list[fx.Node] = field(default_factory=list)
     consumers: list[fx.Node] = field(default_factory=list)
     between: list[fx.Node] = field(default_factory=list)

@@ -73,7 +73,17 @@ def unequal():
 MODELS = {
     **{
         name: lambda name=name: make(name)
-        for name in ("mlp", "squeeze and excite", "joined", "skip", "chain", "fused", "grouped", "transformer")
+        for name in (
+            "mlp",
+            "squeeze and excite",
+            "joined",
+            "skip",
+            "chain",
+            "normalised",
+            "fused",
+            "grouped",
+            "transformer",
+        )
     },
     "convolutions": lambda: (randomise_batchnorm(ConvNet()), list(torch.randn(3, 8, 3, 12, 12))),
     "padded text": lambda: (Text(), texts()),

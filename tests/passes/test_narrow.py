@@ -44,6 +44,7 @@ DUPLICATED = {  # the width by its reader, and everything that writes it or lies
     "skip": ("middle.0", ["down.0", "down.2", "up"]),
     "aggregated": ("third.0", ["first.0", "first.2", "second.0", "second.2", "third.0", "third.2"]),
     "chain": ("layers.2", ["layers.1"]),
+    "normalised": ("second", ["first", "norm"]),
 }
 PROJECTED = {  # for each kind: the width, the layer that writes it, its first row, heads, how many share a subspace
     "fused": {"queries": ("qkv:queries", "qkv", 0, 2, 1), "values": ("proj", "qkv", 48, 2, 1)},
@@ -180,7 +181,10 @@ def test_every_width_narrows_alone_and_with_the_others(name, size):
     model, batches = make(name)
     prepared = scored(model, batches)
     widths = graph_record(prepared).widths
-    sizes = {width.key: min(max(size, width.least), width.features - 1) for width in widths}
+    sizes = {
+        width.key: min(max(size // width.block * width.block, width.least), width.features - width.block)
+        for width in widths
+    }
     for chosen in [*({key: s} for key, s in sizes.items()), sizes]:
         narrow = rewritten(prepared, chosen)
         before = count_params(rewritten(prepared, {}))

@@ -48,6 +48,10 @@ FOUND = {  # producers, consumers and what lies between, of each width
         f"layers.{index}": ({f"layers_{index - 1}"}, [f"layers_{index}"], set(), n)
         for index, n in ((1, 16), (2, 24), (3, 16))
     },
+    "normalised": {
+        "second": ({"first"}, ["second"], {"norm"}, 32),
+        "head": ({"second"}, ["head"], {"group_norm", "gain", "offset"}, 24),
+    },
 }
 
 

@@ -62,6 +62,28 @@ def test_many_features_are_no_different(features, readers):
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(errors))
 
 
+@pytest.mark.parametrize("readers", [1, 3])
+@pytest.mark.parametrize("block", [2, 3, 4])
+def test_blocks_go_together(block, readers):
+    covariances, metrics = problem(12, readers)
+    before = [value.clone() for value in (*covariances, *metrics)]
+    order, errors = eliminate(covariances, metrics, block)
+    left = list(range(12 // block))
+
+    def rows(numbers):
+        return [block * number + own for number in sorted(numbers) for own in range(block)]
+
+    for size in reversed(range(12 // block)):
+        costs = {gone: lost_by_all(covariances, metrics, rows({*left} - {gone})) for gone in left}
+        left.remove(min(costs, key=costs.__getitem__))
+        assert sorted(order[: size * block].tolist()) == rows(left)
+        assert errors[size * block] == pytest.approx(min(costs.values()), rel=1e-8, abs=1e-12)
+        ahead, behind = errors[size * block], errors[(size + 1) * block]
+        for own in range(block):
+            assert errors[size * block + own] == pytest.approx(ahead + (behind - ahead) * own / block)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*covariances, *metrics), strict=True))
+
+
 def test_delayed_removals_change_nothing(monkeypatch):
     covariances, metrics = problem(40, 2)
     order, errors = eliminate(covariances, metrics)
