@@ -2,7 +2,8 @@
 
 The losses of the layers predict the loss of the model poorly, and its loss after a refit even less. So a few
 allocations are carried out and measured. If there will be a refit, each is refitted quickly on some samples, and
-measured on others; this ranks allocations as a full refit on all samples does.
+measured on others; this ranks allocations as a full refit on all samples does. Ranks and features are those of all
+samples, however, so what they lose on samples that did not choose them is estimated and added (`_best`).
 """
 
 from __future__ import annotations
