@@ -226,9 +226,11 @@ def _best(attempts: Sequence[_Attempt]) -> _Attempt:
     lose beyond that is added (Efron 1986, "How biased is the apparent error rate of a prediction rule?"), in the unit
     in which the attempts' losses were measured.
     """
-    fitted = math.fsum(attempt.expected.fitted for attempt in attempts)
-    unit = math.fsum(attempt.distance for attempt in attempts) / fitted if fitted > 0 else 1.0
-    return min(attempts, key=lambda attempt: attempt.distance + unit * attempt.expected.optimism)
+    finite = [attempt for attempt in attempts if math.isfinite(attempt.distance)] or attempts
+    fitted = math.fsum(attempt.expected.fitted for attempt in finite)
+    measured = math.fsum(attempt.distance for attempt in finite)
+    unit = measured / fitted if measured > 0 and fitted > 0 else 1.0  # a distance of zero may be negative by rounding
+    return min(finite, key=lambda attempt: attempt.distance + unit * attempt.expected.optimism)
 
 
 def _split(

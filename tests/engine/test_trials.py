@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import balf_fx
-from balf_fx.budget.problem import pose, predicted_loss
+from balf_fx.budget.problem import Loss, pose, predicted_loss
 from balf_fx.calibration.batches import Calibration, forward_for, samples_of
 from balf_fx.engine.program import whole_program
-from balf_fx.engine.trials import Trial, _samples, best_allocation, plan_trial
+from balf_fx.engine.trials import Trial, _Attempt, _best, _samples, best_allocation, plan_trial
 from balf_fx.graph.annotation import graph_record
 from balf_fx.passes import Allocate, Score, ScoreWidths
 
@@ -191,6 +191,28 @@ def test_one_more_power_is_tried_beside_the_best(best, beside, monkeypatch):
     option, _ = best_allocation(program, problem, Allocate(flops=0.5, importance=0.6), trial)
     assert tried == [(0.6, 1.0), (0.6, 2.0), (0.3, 1.0), (1.0, 1.0), (beside, 1.0)]
     assert option.importance == best
+
+
+def attempts(*rows):
+    """Attempts with a distance, the loss that was fitted, and the optimism."""
+    return [_Attempt(distance, Loss(fitted, optimism), None, None) for distance, fitted, optimism in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([(3.0, 1.0, 0.0), (2.0, 1.0, 0.0)], 1),
+        ([(3.0, 1.0, 0.0), (2.0, 1.0, 0.3)], 1),  # 2.75: each unit of loss was measured as 2.5
+        ([(3.0, 1.0, 0.0), (2.0, 1.0, 0.5)], 0),
+        ([(math.inf, 1.0, 0.0), (math.nan, 1.0, 0.0), (2.0, 1.0, 1.0), (2.5, 1.0, 0.0)], 3),
+        ([(-2e-8, 1e-4, 0.3), (-1e-8, 1e-4, 0.1)], 1),
+        ([(0.0, 0.0, 0.0), (-1e-9, 0.0, 0.2)], 0),
+        ([(math.nan, 1.0, 0.0)], 0),
+    ],
+)
+def test_the_best_attempt(rows, best):
+    tried = attempts(*rows)
+    assert _best(tried) is tried[best]
 
 
 class Pooled(nn.Module):
