@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from balf_fx.graph.annotation import GraphRecord, annotation, carried_meta, graph_record
 from balf_fx.graph.layers import site_input
-from balf_fx.graph.operators import arguments, operation
-from balf_fx.graph.parameters import get_tensor, locate, put
+from balf_fx.graph.parameters import called_module, get_tensor, locate, put
 from balf_fx.graph.widths import Operand, Reader, Width
 from balf_fx.passes.base import Pass
 from balf_fx.widths.elementwise import is_normalisation, is_separate, normalised_groups
@@ -48,16 +47,17 @@ class Narrow(Pass):
         between = {name for width in record.all_widths for name in (*width.between, *width.fused)}
         for name in {_held_by(nodes[name]): name for name in cuts if name in between}.values():  # each target once
             node, written = nodes[name], cuts[name].written
+            groups = normalised_groups(graph_module, node, 1)
             if node.op == "get_attr":
                 _slice_constant(graph_module, node, written)
-            elif operation(node) == "group_norm":
-                node.args = (node.args[0], _groups_left(node, written[0]), *node.args[2:])
             elif node.op == "call_module" and (
                 is_separate(graph_module, node, 1)
-                or normalised_groups(graph_module, node, 1)
+                or groups is not None
                 or is_normalisation(graph_module, node, len(annotation(node).shape or ()) - 1)
             ):
                 _reorder_module(graph_module, node, written[0])
+            if groups is not None:
+                _regroup(graph_module, node, written[0].total * groups // written[0].rows.numel())
         _resize(record, nodes, cuts, {width.key: record.size_of(width) for width in shrunk})
         attentions = [(width, nodes[width.product]) for width in shrunk if width.product is not None]
         products = dict.fromkeys(product for _, product in attentions)
@@ -94,10 +94,15 @@ def _held_by(node: fx.Node) -> str:
     return str(node.target) if node.op in ("get_attr", "call_module") else node.name
 
 
-def _groups_left(node: fx.Node, written: Narrowed) -> int:
-    """The number of groups of features that a call of GroupNorm still normalises."""
-    groups: Any = arguments(node)["num_groups"]
-    return int(written.total * groups // written.rows.numel())
+def _regroup(graph_module: fx.GraphModule, node: fx.Node, groups: int) -> None:
+    """Let a GroupNorm whose entries have been left out normalise so many groups of features."""
+    if node.op == "call_module":
+        module: Any = called_module(graph_module, node)
+        module.num_groups = groups
+    elif "num_groups" in node.kwargs:
+        node.update_kwarg("num_groups", groups)
+    else:
+        node.update_arg(1, groups)
 
 
 def _slice_constant(graph_module: fx.GraphModule, node: fx.Node, written: Sequence[Narrowed]) -> None:
@@ -125,8 +130,6 @@ def _reorder_module(graph_module: fx.GraphModule, node: fx.Node, reordered: Narr
     for name, buffer in list(module.named_buffers()):
         if buffer.dim() > 0:
             module.register_buffer(name, reordered.of(buffer))
-    if isinstance(module, nn.GroupNorm):
-        module.num_groups = reordered.total * module.num_groups // module.num_channels
     for name in ("num_features", "num_parameters", "num_channels"):
         if getattr(module, name, 1) > 1:
             setattr(module, name, reordered.total)

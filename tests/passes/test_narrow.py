@@ -27,6 +27,7 @@ import balf_fx
 from balf_fx.capture.normal_form import capture
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import graph_record, record_graph
+from balf_fx.graph.operators import arguments
 from balf_fx.passes import Allocate, Annotate, FindWidths, Narrow
 from balf_fx.widths.elimination import conditioned
 from balf_fx.widths.narrowing import find_cuts
@@ -111,6 +112,25 @@ def test_duplicates_may_go(name, method, monkeypatch):
     torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-5, atol=1e-5)
     assert count_flops(narrow, fresh) < count_flops(model, fresh)
     assert count_params(narrow) < count_params(model)
+
+
+@pytest.mark.parametrize("by_name", [False, True])  # as in graphs that Dynamo captures
+def test_duplicate_groups_may_go(by_name, monkeypatch):
+    monkeypatch.setattr("balf_fx.passes.score_widths.conditioned", lambda c: conditioned(c, 1e-7, 1e-9))
+    model, batches = make("normalised", torch.float64)
+    duplicate(model, "second")
+    for parameter in (model.gain, model.offset):
+        parameter.data[12:] = parameter.data[:12]
+    prepared = scored(model, batches, "symbolic_trace")
+    (call,) = prepared.graph.find_nodes(op="call_function", target=F.group_norm)
+    if by_name:
+        given = arguments(call)
+        call.args, call.kwargs = (given.pop("input"),), given
+    found = width_of(prepared, "head")
+    assert (found.features, found.block) == (24, 6)
+    narrow = rewritten(prepared, {found.key: 12})
+    fresh = torch.randn(5, *batches[0].shape[1:], dtype=torch.float64)
+    torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CHANNELS)
