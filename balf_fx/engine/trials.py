@@ -201,9 +201,9 @@ def best_allocation(
     option, attempts = allocate, list[_Attempt]()
     for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0][: len(rounds)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
-        option = _best(attempts).option
-    best = _best(attempts)
-    return best.option, best.allocation
+        best = _best(attempts)
+        option = best.option
+    return option, best.allocation
 
 
 def _chosen(allocation: Allocation) -> tuple[Any, ...]:
