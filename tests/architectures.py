@@ -331,6 +331,20 @@ class Normalised(nn.Module):
         return self.head(F.relu(F.group_norm(x, 4, self.gain, self.offset)).mean((2, 3)))
 
 
+class Divided(nn.Module):
+    """The middle layer of a bottleneck has groups (Xie et al. 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32)
+        self.middle, self.last = nn.Conv2d(32, 32, 3, padding=1, groups=8), nn.Conv2d(32, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.last(F.relu(self.middle(F.relu(self.norm(self.first(x))))))
+        return self.head(x.relu().mean((2, 3)))
+
+
 IMAGES, ROWS, TOKENS = (3, 7, 7), (12,), (6, 32)
 CHANNELS = {
     "mlp": (Mlp, ROWS),
@@ -346,6 +360,7 @@ CHANNELS = {
     "aggregated": (Aggregated, IMAGES),
     "chain": (Chain, ROWS),
     "normalised": (Normalised, IMAGES),
+    "divided": (Divided, IMAGES),
 }
 ATTENTIONS = {
     "fused": (Fused, TOKENS),

@@ -42,6 +42,7 @@ class _Builder:
         parts: the number of each part of a width, as in `Cluster.parts`.
         written: the shares of features and the rows that each layer outputs, by its name.
         read: the share of features that each layer reads.
+        along: the share of features that the groups of each site process.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class _Builder:
         self.parts: dict[tuple[int, tuple[int, ...]], int] = {}
         self.written: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.read: dict[str, int] = {}
+        self.along: dict[str, int] = {}
         self.shares: list[Share] = []
 
     def build(self) -> Cluster:
@@ -65,7 +67,8 @@ class _Builder:
             self.read |= {name: self._share(index, width.read_by(name)) for name in width.consumers}
             self.shares += self._along(index)
         self.shares += self._products()
-        members = [member for name in dict.fromkeys((*self.written, *self.read)) for member in self._members(name)]
+        names = dict.fromkeys((*self.written, *self.read, *self.along))
+        members = [member for name in names for member in self._members(name)]
         return Cluster(tuple(self.widths), tuple(self.curves), tuple(members), tuple(self.shares), tuple(self.parts))
 
     def _share(self, index: int, held: tuple[int, ...] | None) -> int:
@@ -80,7 +83,11 @@ class _Builder:
         """What becomes cheaper along a width's features."""
         width = self.widths[index]
         for name in width.between:
-            share = _between(self.graph_module, self.nodes[name], self._share(index, width.held_by(name)), width.padded)
+            node, kept = self.nodes[name], self._share(index, width.held_by(name))
+            if annotation(node).site is not None:
+                self.along[name] = kept
+                continue
+            share = _between(self.graph_module, node, kept, width.padded)
             if share is not None:
                 yield share
         if graph_record(self.graph_module).nanoseconds is not None:
@@ -111,7 +118,8 @@ class _Builder:
         heads = tuple((index, width.heads) for index, width in enumerate(self.widths) if hosts.get(width.key) == name)
         mixed = any(name in width.producers for width in self.widths if width.product is not None)
         bias = site.bias is not None or any(name in width.consumers and curve.means for width, curve in pairs)
-        yield Member(site, *flops_and_outputs([node]), outputs, self.read.get(name), mixed, bias, heads)
+        reads, along = self.read.get(name), self.along.get(name)
+        yield Member(site, *flops_and_outputs([node]), outputs, reads, mixed, bias, heads, along)
 
 
 def _between(graph_module: fx.GraphModule, node: fx.Node, index: int, padded: bool) -> Share | None:

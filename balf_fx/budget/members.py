@@ -57,6 +57,7 @@ class Member:
         mixed: whether narrowing combines its rows, so that it must stay dense if its outputs are narrowed.
         bias: whether it has a bias, or gets one when it reads fewer features.
         heads: the index of each width whose heads may get identity blocks in it, and the number of these heads.
+        along: the index of the width whose features its groups process, so that it has fewer groups at smaller sizes.
     """
 
     site: Site
@@ -67,12 +68,13 @@ class Member:
     mixed: bool
     bias: bool
     heads: tuple[tuple[int, int], ...] = ()
+    along: int | None = None
 
     @property
     def depends_on(self) -> tuple[int, ...]:
         """The indices of the widths on whose sizes its candidates depend."""
-        reads = () if self.reads is None else (self.reads,)
-        return tuple(sorted({*reads, *(index for index, _ in self.outputs)}))
+        own = (index for index in (self.reads, self.along) if index is not None)
+        return tuple(sorted({*own, *(index for index, _ in self.outputs)}))
 
     def narrowed(self, kept: Sequence[float]) -> Site:
         """The site at these sizes."""
@@ -80,7 +82,8 @@ class Member:
         inputs = self.site.in_features
         if self.reads is not None:
             inputs = round(inputs * kept[self.reads])
-        return dataclasses.replace(self.site, out_features=outputs, in_features=inputs)
+        groups = self.site.groups if self.along is None else round(self.site.groups * kept[self.along])
+        return dataclasses.replace(self.site, out_features=outputs, in_features=inputs, groups=groups)
 
     def candidates(self, curve: RankCurve, kept: Sequence[float], every: bool = False) -> list[Candidate]:
         """Some of its ranks at these sizes, or all with `every`, ascending; then dense."""
@@ -89,6 +92,9 @@ class Member:
         if site == self.site:
             blocks = (each for each in curve.candidates if each.blocks)
             return [*choose(list(curve.whole.values())), *blocks, curve.dense]
+        if self.along is not None:
+            aligned = [each for rank, each in curve.whole.items() if rank % site.step == 0]
+            return [_with_groups(each, site.groups, self.site) for each in (*choose(aligned), curve.dense)]
         flops = self.flops // (self.site.out_features * self.site.in_features) * site.out_features * site.in_features
         elements = self.output_elements // self.site.out_features * site.out_features
         biased = self.bias and (self.reads is None or kept[self.reads] < 1.0 or self.site.bias is not None)
@@ -148,6 +154,13 @@ class Ranks:
         points = lower_hull(costs, losses)
         slopes = [steepness for steepness, _ in segments(costs, losses, points)]
         return Hull(torch.tensor(points, device="cpu"), torch.tensor(slopes, dtype=torch.float64, device="cpu"))
+
+
+def _with_groups(candidate: Candidate, groups: int, site: Site) -> Candidate:
+    """The candidate of a site with fewer groups, which all cost the same."""
+    before = candidate.flops, candidate.params, candidate.latency
+    flops, params, latency = (value * groups // site.groups for value in before)
+    return dataclasses.replace(candidate, flops=flops, params=params, latency=latency)
 
 
 def _thin(found: Sequence[_T]) -> list[_T]:

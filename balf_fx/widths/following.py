@@ -61,7 +61,7 @@ class Finder:
         self.moves = Moves(graph_module)
 
     def inputs(self, site: Site) -> int:
-        """The number of input features of a layer with one group: the channels for a convolution."""
+        """The number of input features of each group of a layer: the channels for a convolution."""
         return site.in_features // site.taps
 
     def layer_name(self, node: fx.Node) -> str:
@@ -170,7 +170,8 @@ class Finder:
         shape = mark.shape or ()
         if isinstance(layer, Site):
             along = axis == site_axis(layer, shape)
-            if along and _is_depthwise(layer, features) and self._owns(node, layer) and not mark.keeps_weights:
+            if along and self._is_apart(layer, features) and self._owns(node, layer) and not mark.keeps_weights:
+                space.block = math.lcm(space.block, layer.out_features)
                 space.between.append(node)
                 return [(site_input(node), axis)]
             if along and self.is_layer(node, layer) and layer.out_features == features:
@@ -299,12 +300,12 @@ class Finder:
         return found
 
     def read_by(self, user: fx.Node, layer: Site, node: fx.Node, axis: int, space: Space) -> list[tuple[fx.Node, int]]:
-        """What a layer makes of the features: nothing if it mixes them, its output if it is a depthwise convolution."""
+        """What a layer makes of the features: nothing if it mixes them, its output if it treats groups apart."""
         shape = annotation(node).shape or ()
         if site_input(user) is not node:
             raise UnsupportedError
         along = axis == site_axis(layer, shape)
-        if along and _is_depthwise(layer, shape[axis]):
+        if along and self._is_apart(layer, shape[axis]):
             return [(user, axis)]
         whole = along and self.inputs(layer) == shape[axis]
         if annotation(user).site is None or not self.takes(user, layer) or not whole:
@@ -322,6 +323,13 @@ class Finder:
 
     def _owns(self, node: fx.Node, layer: Site) -> bool:
         return owns_weight(self.graph_module, self.users, node, layer)
+
+    def _is_apart(self, layer: Site, features: int) -> bool:
+        """Whether each group of a convolution's outputs stands for as many of its inputs: one if it is depthwise."""
+        together = layer.out_features
+        if layer.conv is None or layer.inputs_first or together * layer.groups != features:
+            return False
+        return together == self.inputs(layer) and (together == 1 or (self.follows_blocks and layer.groups > 1))
 
     def source_axis(self, node: fx.Node, source: fx.Node, axis: int) -> int | None:
         """The axis of a node's features on one of its sources; None if the source is broadcast along them."""
@@ -357,7 +365,3 @@ def _own_size(user: fx.Node, node: fx.Node, axis: int) -> Size:
     if shape is None or any(reader.op == "output" for reader in user.users):
         raise UnsupportedError
     return Size(user.name, node.name, tuple(None if i == axis else i for i in range(len(shape))), shape)
-
-
-def _is_depthwise(layer: Site, features: int) -> bool:
-    return layer.conv is not None and layer.groups == features and layer.out_features == 1 and not layer.inputs_first

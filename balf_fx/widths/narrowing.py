@@ -124,8 +124,8 @@ class Cut:
     def outputs(self, site: Site) -> Site:
         """The site with its reduced outputs."""
         fewer = sum(own.rows.numel() - own.total for own in self.written)
-        if site.groups > 1:  # a depthwise convolution: a group is a feature
-            return dataclasses.replace(site, groups=site.groups - fewer)
+        if site.groups > 1:  # whole groups of a convolution, which process the features
+            return dataclasses.replace(site, groups=site.groups - fewer // site.out_features)
         return dataclasses.replace(site, out_features=site.out_features - fewer, parts=1 if fewer else site.parts)
 
     def narrow_inputs(self, solution: Solution, site: Site) -> Solution:
@@ -165,7 +165,8 @@ class Cut:
             left = self._written_rows(left.reshape(1, outputs, -1)).reshape(1, -1, rank)
         else:
             left = self._written_rows(left)
-        return dataclasses.replace(solution, left=left, bias=bias)
+        right = solution.right[self._written_groups(solution.left)]
+        return dataclasses.replace(solution, left=left, right=right, bias=bias)
 
     def turn(self, solution: Solution) -> Solution:
         """The layer's solution, with reduced inputs and outputs, in the new bases of heads on both sides."""
@@ -188,10 +189,15 @@ class Cut:
         return rows
 
     def _written_rows(self, value: Tensor) -> Tensor:
-        """The kept rows of [1, O, ...], or of a depthwise convolution's [G, 1, ...]."""
-        if len(value) > 1:
-            return torch.cat([own.of(value) for own in self.written])
-        return torch.cat([own.of(value[0]) for own in self.written]).unsqueeze(0)
+        """The kept rows of [1, O, ...], or of [G, O, ...], whose groups stay or go as wholes."""
+        groups, outputs = value.shape[:2]
+        rows = torch.cat([own.of(value.flatten(0, 1)) for own in self.written])
+        return rows.reshape(*(1, -1) if groups == 1 else (-1, outputs), *value.shape[2:])
+
+    def _written_groups(self, value: Tensor) -> Tensor:
+        """The numbers of the groups that are kept of [G, O, ...]."""
+        numbers = torch.arange(len(value), device="cpu").unsqueeze(1)
+        return self._written_rows(numbers.expand(value.shape[:2]))[:, 0]
 
     def project(self, solution: Solution) -> Solution:
         """The layer's solution at its old size, with outputs projected onto the smaller space."""

@@ -46,6 +46,7 @@ DUPLICATED = {  # the width by its reader, and everything that writes it or lies
     "aggregated": ("third.0", ["first.0", "first.2", "second.0", "second.2", "third.0", "third.2"]),
     "chain": ("layers.2", ["layers.1"]),
     "normalised": ("second", ["first", "norm"]),
+    "divided": ("last", ["first", "norm", "middle"]),
 }
 PROJECTED = {  # for each kind: the width, the layer that writes it, its first row, heads, how many share a subspace
     "fused": {"queries": ("qkv:queries", "qkv", 0, 2, 1), "values": ("proj", "qkv", 48, 2, 1)},
@@ -131,6 +132,20 @@ def test_duplicate_groups_may_go(by_name, monkeypatch):
     narrow = rewritten(prepared, {found.key: 12})
     fresh = torch.randn(5, *batches[0].shape[1:], dtype=torch.float64)
     torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_layer_with_groups_keeps_those_of_the_features_that_stay(rank):
+    model, batches = make("divided")
+    prepared = scored(model, batches)
+    found = width_of(prepared, "last")
+    assert (found.features, found.block) == (32, 4)
+    kept = curve_of(prepared, "last").kept(12)
+    whole, narrow = (rewritten(prepared, sizes, {"middle": rank}).middle for sizes in ({}, {found.key: 12}))
+    first = narrow if rank is None else narrow[0]
+    assert (first.in_channels, first.groups) == (12, 3)
+    x = torch.randn(2, 32, 7, 7)
+    torch.testing.assert_close(narrow(x[:, kept]), whole(x)[:, kept])
 
 
 @pytest.mark.parametrize("name", CHANNELS)
