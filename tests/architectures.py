@@ -331,7 +331,7 @@ class Normalised(nn.Module):
         return self.head(F.relu(F.group_norm(x, 4, self.gain, self.offset)).mean((2, 3)))
 
 
-class Divided(nn.Module):
+class GroupedConvs(nn.Module):
     """The middle layer of a bottleneck has groups (Xie et al. 2017)."""
 
     def __init__(self) -> None:
@@ -360,7 +360,7 @@ CHANNELS = {
     "aggregated": (Aggregated, IMAGES),
     "chain": (Chain, ROWS),
     "normalised": (Normalised, IMAGES),
-    "divided": (Divided, IMAGES),
+    "grouped convs": (GroupedConvs, IMAGES),
 }
 ATTENTIONS = {
     "fused": (Fused, TOKENS),

@@ -101,9 +101,9 @@ class View:
 class Width:
     """Features whose number may be reduced. Nodes are stored by name, so that copies of a graph may share the record.
 
-    * "channels": producers output the features, elementwise operations and depthwise convolutions may process them, and
-      consumers read them. Where values are concatenated, some of these hold only some of the features. A subset of the
-      features is kept, from which the consumers predict the others by least squares.
+    * "channels": producers output the features, elementwise operations and convolutions with groups may process them,
+      and consumers read them. Where values are concatenated, some of these hold only some of the features. A subset of
+      the features is kept, from which the consumers predict the others by least squares.
     * "queries": two producers, of queries and of keys, are multiplied in a product that sums over the features of each
       head; there are no consumers. The basis of the features is arbitrary.
     * "values": one producer, one consumer, and an average over positions between them. The basis is arbitrary.
@@ -115,7 +115,8 @@ class Width:
             such as a gate and what it scales, is listed for each of them.
         rows: the rows of each producer that output them, head by head: heads * features, for queries also * repeat.
         consumers: the nodes of the layers that read them; their columns have the order of the producers' rows.
-        between: nodes whose parameters or constants have one entry for each feature.
+        between: nodes whose parameters or constants have one entry for each feature, and convolutions each of whose
+            groups outputs as many of the features as it reads.
         fused: the same with one entry for each row of `fused_layer`, before its several values are separated.
         fused_layer: the producer for `fused`.
         readers: for channels, the nodes that separate the values of such producers.
@@ -126,7 +127,7 @@ class Width:
         sequence_first: for heads, whether positions come first in the producers' outputs, before the batch.
         step: sizes below the full one are multiples of it.
         block: for channels, so many features that follow each other stay or go together, as those that GroupNorm
-            normalises together. `step` is a multiple of it.
+            normalises together, or that a group of a convolution reads. `step` is a multiple of it.
         padded: whether the model has zeros in the places of removed features, so that products of heads and constants
             along the features keep their size.
         layer_names: `Site.name` of the producers and then of the consumers, each once; set by `passes.FindWidths`. In

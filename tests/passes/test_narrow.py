@@ -46,7 +46,7 @@ DUPLICATED = {  # the width by its reader, and everything that writes it or lies
     "aggregated": ("third.0", ["first.0", "first.2", "second.0", "second.2", "third.0", "third.2"]),
     "chain": ("layers.2", ["layers.1"]),
     "normalised": ("second", ["first", "norm"]),
-    "divided": ("last", ["first", "norm", "middle"]),
+    "grouped convs": ("last", ["first", "norm", "middle"]),
 }
 PROJECTED = {  # for each kind: the width, the layer that writes it, its first row, heads, how many share a subspace
     "fused": {"queries": ("qkv:queries", "qkv", 0, 2, 1), "values": ("proj", "qkv", 48, 2, 1)},
@@ -136,7 +136,7 @@ def test_duplicate_groups_may_go(by_name, monkeypatch):
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_layer_with_groups_keeps_those_of_the_features_that_stay(rank):
-    model, batches = make("divided")
+    model, batches = make("grouped convs")
     prepared = scored(model, batches)
     found = width_of(prepared, "last")
     assert (found.features, found.block) == (32, 4)

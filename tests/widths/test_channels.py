@@ -52,7 +52,7 @@ FOUND = {  # producers, consumers and what lies between, of each width
         "second": ({"first"}, ["second"], {"norm"}, 32),
         "head": ({"second"}, ["head"], {"group_norm", "gain", "offset"}, 24),
     },
-    "divided": {"last": ({"first"}, ["last"], {"middle"}, 32), "head": ({"last"}, ["head"], set(), 16)},
+    "grouped convs": {"last": ({"first"}, ["last"], {"middle"}, 32), "head": ({"last"}, ["head"], set(), 16)},
 }
 
 
