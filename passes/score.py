@@ -185,7 +185,12 @@ class Score(Pass):
         curve = rank_curve(site, spectrum, *cost, parts, seen.kept, blocks)
         if gradients is None:
             return curve
-        return replace(curve, loss=gradients.loss(spectrum.energies, site.has_experts))
+        curve = replace(curve, loss=gradients.loss(spectrum.energies, site.has_experts))
+        if len(seen.halves) < 2 or not curve.fits_samples:
+            return curve
+        half = seen.halves[0]
+        first = replace(seen, gradients=half.gradients, moments=half.moments, parts=half.parts, halves=())
+        return replace(curve, half=self.score(graph_module, site, first, cost, blocks))
 
     def _forms(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed

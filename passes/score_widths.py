@@ -94,9 +94,9 @@ class ScoreWidths(Pass):
             _LOGGER.info("no gradient has reached the layers around %s: it keeps its width", width.name)
             return None
         whole, *halves = ([layer[i] for layer in known] for i in range(min(map(len, known))))
-        curve = (
-            _score_channels(width, whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
-        )
+        curve = _curve(width, whole, halves)
+        if curve.fits_samples:
+            curve = dataclasses.replace(curve, half=_curve(width, halves[0], []))
         give_back(freed=width.features**2)
         if all(map(math.isfinite, (curve.loss, *curve.distortion))):
             return curve
@@ -252,6 +252,12 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
         _Layer(mark.site, sample, weight, bias, reduced, own, damping, loss)
         for sample, own in zip(samples, units, strict=True)
     ]
+
+
+def _curve(width: Width, layers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
+    if width.kind == "channels":
+        return _score_channels(width, layers, halves)
+    return _score_heads(width, layers[0], halves)
 
 
 def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:

@@ -324,13 +324,13 @@ def sample_count(batch: Any) -> int:
     return counts.pop() if alike else 0
 
 
-def some_samples(batch: Any, start: int, stop: int) -> Any:
-    """A batch of the samples start .. stop - 1."""
+def some_samples(batch: Any, start: int, stop: int, step: int = 1) -> Any:
+    """A batch of the samples start .. stop - 1, or of every second one of them and so on."""
     count = sample_count(batch)
     batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.dim() > 0 and tensor.shape[0] == count else tensor
+        return tensor[start:stop:step] if tensor.dim() > 0 and tensor.shape[0] == count else tensor
 
     return pytree.tree_map_only(Tensor, cut, batch)
 

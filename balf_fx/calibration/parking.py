@@ -20,8 +20,8 @@ _LARGE: Mapping[type, tuple[str, ...]] = {
     Gradients: ("scatter", "parts"),
     Sample: ("gradients", "moments", "features"),
     Spectrum: ("left", "right"),
-    RankCurve: ("spectrum", "parts", "strips"),
-    WidthCurve: ("covariances", "left", "right"),
+    RankCurve: ("spectrum", "parts", "strips", "half"),
+    WidthCurve: ("covariances", "left", "right", "half"),
     Solution: ("left", "right"),
 }
 """The attributes that are large, or hold what is."""

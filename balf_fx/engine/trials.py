@@ -3,7 +3,8 @@
 The losses of the layers predict the loss of the model poorly, and its loss after a refit even less. So a few
 allocations are carried out and measured. If there will be a refit, each is refitted quickly on some samples, and
 measured on others; this ranks allocations as a full refit on all samples does. Ranks and features are those of all
-samples, however, so what they lose on samples that did not choose them is estimated and added (`_best`).
+samples, so that for the trials half of them choose, and others are measured on (`engine.halving`). Where this is not
+possible, what ranks and features lose on samples that did not choose them is estimated and added (`_best`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.blockwise import with_known_outputs
+from balf_fx.engine.halving import fits_samples, half_of, use_first_half
 from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
@@ -75,6 +77,7 @@ class Trial:
         tried = None if self.refit else projected(self.original, allocation)
         if tried is None:
             tried = settled(program, problem, allocation)
+            _use_first_half(tried)
             carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
         module = tried.module if pages is None else with_known_outputs(tried, self.evaluation, pages)
         distance = divergence(module, self.evaluation, self.references, partial(_weights, program, self.evaluation))
@@ -102,11 +105,16 @@ def plan_trial(
         journal: as in `Trial`.
     """
     original, group = without_observers(program), calibration.group
+    _use_first_half(original)
     samples = {purpose: min(most, usual) for purpose, usual in TRIAL_SAMPLES.items()}
     try:
         starts, total = calibration.numbered()
         limits = samples if min(most, total) <= _FEWEST else _limits(program, original, calibration, samples)
-        fit, evaluation = _split(calibration, refit, limits, starts, total)
+        if not fits_samples(program.graph_modules):
+            fit, evaluation = _split(calibration, refit, limits, starts, total)
+        else:
+            fit = _first(half_of(calibration, 0), limits["fit"] if refit else 0)
+            evaluation = _first(half_of(calibration, 1), limits["evaluation"])
         references = group.together(partial(_references, original, evaluation))
     except CalibrationError:  # the model may only run on batches of the size that it was captured with
         count = len(calibration.batches)
@@ -117,6 +125,11 @@ def plan_trial(
         evaluation = calibration.only(range(half, min(half + few["evaluation"], count)))
         references = _references(original, evaluation)
     return Trial(original, fit, evaluation, references, fit.has_batches(), journal)
+
+
+def _use_first_half(program: Program) -> None:
+    for graph_module in program.graph_modules:
+        use_first_half(graph_module)
 
 
 def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
@@ -201,7 +214,7 @@ def best_allocation(
     option, attempts = allocate, list[_Attempt]()
     for changes, span in zip(rounds, progress.spans([2.0, 2.0, 1.0][: len(rounds)]), strict=True):
         attempts += [attempt(dataclasses.replace(option, **change)) for change in span.track(changes(option))]
-        best = _best(attempts)
+        best = _best(attempts, seen=not fits_samples(program.graph_modules))
         option = best.option
     return option, best.allocation
 
@@ -219,14 +232,16 @@ class _Attempt:
     allocation: Allocation
 
 
-def _best(attempts: Sequence[_Attempt]) -> _Attempt:
+def _best(attempts: Sequence[_Attempt], seen: bool) -> _Attempt:
     """The attempt whose outputs should be the closest on samples that nothing has seen.
 
-    An allocation is measured on the samples by which ranks, features and their predictions were chosen. What it should
-    lose beyond that is added (Efron 1986, "How biased is the apparent error rate of a prediction rule?"), in the unit
-    in which the attempts' losses were measured.
+    Where allocations are measured on the samples by which ranks, features and their predictions were chosen, what they
+    should lose beyond that is added (Efron 1986, "How biased is the apparent error rate of a prediction rule?"), in the
+    unit in which the attempts' losses were measured.
     """
     finite = [attempt for attempt in attempts if math.isfinite(attempt.distance)] or attempts
+    if not seen:
+        return min(finite, key=lambda attempt: attempt.distance)
     fitted = math.fsum(attempt.expected.fitted for attempt in finite)
     measured = math.fsum(attempt.distance for attempt in finite)
     unit = measured / fitted if measured > 0 and fitted > 0 else 1.0  # a distance of zero may be negative by rounding
@@ -247,6 +262,11 @@ def _split(
     return _samples(calibration, starts, 0, fit), _samples(
         calibration, starts, fit, fit + min(limits["evaluation"], half)
     )
+
+
+def _first(calibration: Calibration, count: int) -> Calibration:
+    """The first samples, of all processes in turn."""
+    return _samples(calibration, calibration.numbered()[0], 0, count)
 
 
 def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: int) -> Calibration:

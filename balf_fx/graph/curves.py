@@ -122,6 +122,19 @@ class Candidate:
         return int(getattr(self, measure))
 
 
+_FITS = 0.25
+
+
+def fits(lost: float, optimism: float) -> bool:
+    """Whether a choice fits its samples: a quarter more is lost on others. With many samples, nothing does.
+
+    Args:
+        lost: what is lost on other samples.
+        optimism: how much more that is.
+    """
+    return optimism > _FITS * (lost - optimism)
+
+
 @dataclass(frozen=True)
 class RankCurve:
     """Distortion and cost of a site as a function of rank.
@@ -139,6 +152,7 @@ class RankCurve:
         strips: where the kernel is divided, the spectrum for strips of pixels, whose maps are those of inputs
             (`ranks.divided.strips_spectrum`); its energies are in the unit of `spectrum`.
         clock: the time of the site; None where times have not been measured.
+        half: the curve by the first half of the samples; None if the ranks do not fit the samples (`fits_samples`).
     """
 
     candidates: tuple[Candidate, ...]
@@ -150,6 +164,7 @@ class RankCurve:
     kept: tuple[int, ...] = ()
     strips: Spectrum | None = None
     clock: Clock | None = None
+    half: RankCurve | None = None
 
     @property
     def dense(self) -> Candidate:
@@ -173,6 +188,12 @@ class RankCurve:
     def normalised(self, distortion: float) -> float:
         """`distortion` as a share of the site's energy; 0 for a site without energy."""
         return distortion / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def fits_samples(self) -> bool:
+        """Whether half of the dense site's cost loses much more on other samples than on those that chose the ranks."""
+        cheap = [each for each in self.whole.values() if 2 * each.flops <= self.dense.flops]
+        return bool(cheap) and fits(self.normalised(cheap[-1].distortion), self.optimism(cheap[-1].rank))
 
     def optimism(self, rank: Rank) -> float:
         """How much more a rank loses on other samples than on those that chose it, normalised; at least 0."""

@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from balf_fx.graph.curves import fits
+
 WidthKind = Literal["channels", "queries", "values"]
 
 
@@ -229,6 +231,7 @@ class WidthCurve:
         means: the mean for each reader, as in `WidthMaps`.
         fitted: the error at sizes 0 .. features on the samples by which features are chosen and predicted, where
             `distortion` is that on other samples; () where they are the same.
+        half: the curve by the first half of the samples; None if the choice does not fit the samples (`fits_samples`).
     """
 
     distortion: tuple[float, ...]
@@ -239,6 +242,13 @@ class WidthCurve:
     right: Tensor | None = None
     means: tuple[Tensor, ...] = ()
     fitted: tuple[float, ...] = ()
+    half: WidthCurve | None = None
+
+    @property
+    def fits_samples(self) -> bool:
+        """Whether half of the features lose much more on other samples than on those that chose them."""
+        size = len(self.distortion) // 2
+        return fits(self.normalised(self.distortion[size]), self.optimism(size))
 
     def optimism(self, size: int) -> float:
         """How much more is lost on other samples than on those by which features are chosen, normalised; at least 0."""

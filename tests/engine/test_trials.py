@@ -212,7 +212,13 @@ def attempts(*rows):
 )
 def test_the_best_attempt(rows, best):
     tried = attempts(*rows)
-    assert _best(tried) is tried[best]
+    assert _best(tried, seen=True) is tried[best]
+
+
+def test_what_was_measured_on_other_samples_is_not_corrected():
+    tried = attempts((3.0, 1.0, 0.0), (2.0, 1.0, 5.0), (math.nan, 1.0, 0.0))
+    assert _best(tried, seen=True) is tried[0]
+    assert _best(tried, seen=False) is tried[1]
 
 
 class Pooled(nn.Module):
