@@ -186,7 +186,7 @@ class Score(Pass):
         if gradients is None:
             return curve
         curve = replace(curve, loss=gradients.loss(spectrum.energies, site.has_experts))
-        if len(seen.halves) < 2 or not curve.fits_samples:
+        if len(seen.halves) < 2 or site.has_experts or not curve.fits_samples:  # half an expert's rows are too few
             return curve
         half = seen.halves[0]
         first = replace(seen, gradients=half.gradients, moments=half.moments, parts=half.parts, halves=())
