@@ -36,6 +36,7 @@ from balf_fx.ranks.spectra import (
     diagonal_blocks,
     held_out_errors,
     in_parts,
+    lifted,
     shared_energies,
     spectrum_from_input,
     spectrum_from_output,
@@ -165,16 +166,18 @@ class Score(Pass):
         gradients, centred = seen.gradients, self.centred and not site.has_experts
         roots = None if gradients is None else damped_roots(gradients.scatter, self.damping)
         spectrum = _spectrum(graph_module, site, seen, centred, 1, roots)
-        parts = None
+        parts, half = None, None
         if self.split and site.parts > 1 and not site.keeps_rank and self.factors != "air":
             roots = None if gradients is None else self._parts_roots(graph_module, site, gradients)
             parts = _spectrum(graph_module, site, seen, self.centred, site.parts, roots)
         if gradients is not None and len(seen.halves) == 2:
             weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
             held_out = partial(self._held_out, site, weight, bias, seen.halves, gradients.unit)
-            spectrum = replace(spectrum, energies=held_out(1), fitted=spectrum.energies)
+            unseen, half = held_out(1)
+            spectrum, half_parts = replace(spectrum, energies=unseen, fitted=spectrum.energies), None
             if parts is not None and gradients.parts is not None:
-                parts = replace(parts, energies=held_out(site.parts), fitted=parts.energies)
+                unseen, half_parts = held_out(site.parts)
+                parts = replace(parts, energies=unseen, fitted=parts.energies)
         if gradients is not None and not site.has_experts:  # groups matter as much as their gradients are large
             unit = gradients.unit.mean()
             scale = gradients.unit / unit if unit > 0 else 1.0
@@ -183,14 +186,14 @@ class Score(Pass):
             count, kept = seen.moments.count, list(seen.kept)
             spectrum = spectrum.rescaled(lambda energies: shared_energies(energies, count, kept))
         curve = rank_curve(site, spectrum, *cost, parts, seen.kept, blocks)
-        if gradients is None:
+        if gradients is not None:
+            curve = replace(curve, loss=gradients.loss(spectrum.energies, site.has_experts))
+        if half is None or site.has_experts or not curve.fits_samples:  # half an expert's rows are too few
             return curve
-        curve = replace(curve, loss=gradients.loss(spectrum.energies, site.has_experts))
-        if len(seen.halves) < 2 or site.has_experts or not curve.fits_samples:  # half an expert's rows are too few
-            return curve
-        half = seen.halves[0]
-        first = replace(seen, gradients=half.gradients, moments=half.moments, parts=half.parts, halves=())
-        return replace(curve, half=self.score(graph_module, site, first, cost, blocks))
+        if site.side == "input":
+            half = lifted(half, weight)
+            half_parts = half_parts and lifted(half_parts, in_parts(weight, site.parts))
+        return replace(curve, half=replace(curve, spectrum=half, parts=half_parts or parts))
 
     def _forms(
         self, graph_module: fx.GraphModule, nodes: Sequence[fx.Node], site: Site, curve: RankCurve, seen: Observed
@@ -274,8 +277,8 @@ class Score(Pass):
 
     def _held_out(
         self, site: Site, weight: Tensor, bias: Tensor | None, halves: Sequence[Sample], unit: Tensor, parts: int
-    ) -> Tensor:
-        """The energies of each half's spectrum on the other half of the samples, averaged.
+    ) -> tuple[Tensor, Spectrum]:
+        """The energies of each half's spectrum on the other half, averaged; the first one's, on the input side of R x.
 
         Damping steadies a spectrum where gradients are few. The error is measured without it.
         """
@@ -289,11 +292,11 @@ class Score(Pass):
         units = [unit * (half.gradients.samples / total) for half in halves]
         if site.has_experts:  # each with another number of positions in either half
             units = [half.gradients.unit for half in halves]
-        errors = []
+        spectra, errors = [], []
         for (own, own_unit), (other, other_unit) in itertools.permutations(zip(seen, units, strict=True)):
-            spectrum = spectrum_from_output(*own[:2], damped_roots(own[2], self.damping, own_unit))
-            errors.append(held_out_errors(spectrum, *other[:2], damped(other[2], 0.0, other_unit)))
-        return convex_energies((errors[0] + errors[1]) / 2)
+            spectra.append(spectrum_from_output(*own[:2], damped_roots(own[2], self.damping, own_unit)))
+            errors.append(held_out_errors(spectra[-1], *other[:2], damped(other[2], 0.0, other_unit)))
+        return convex_energies((errors[0] + errors[1]) / 2), spectra[0]
 
     def _sensitivity(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Sample | None, tuple[Sample, ...]]:
         """The statistics of all samples, and of each half of them."""

@@ -94,9 +94,9 @@ class ScoreWidths(Pass):
             _LOGGER.info("no gradient has reached the layers around %s: it keeps its width", width.name)
             return None
         whole, *halves = ([layer[i] for layer in known] for i in range(min(map(len, known))))
-        curve = _curve(width, whole, halves)
-        if curve.fits_samples:
-            curve = dataclasses.replace(curve, half=_curve(width, halves[0], []))
+        curve = (
+            _score_channels(width, whole, halves) if width.kind == "channels" else _score_heads(width, whole[0], halves)
+        )
         give_back(freed=width.features**2)
         if all(map(math.isfinite, (curve.loss, *curve.distortion))):
             return curve
@@ -254,12 +254,6 @@ def _read(graph_module: fx.GraphModule, node: fx.Node, damping: float) -> list[_
     ]
 
 
-def _curve(width: Width, layers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
-    if width.kind == "channels":
-        return _score_channels(width, layers, halves)
-    return _score_heads(width, layers[0], halves)
-
-
 def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Layer]]) -> WidthCurve:
     held: list[tuple[int, ...] | None] = [width.read_by(name) for name in width.consumers]
     first = readers[0].loss
@@ -271,7 +265,7 @@ def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Laye
 
     covariances, metrics = problem(readers)
     order, fitted = _elimination(width, held, covariances, metrics)
-    errors = fitted
+    errors, seen = fitted, []
     if len(halves) == 2:  # in the order of all samples: to find one for each half would double the time
         size = len(order)
         sizes = sorted({round(size * share / width.block) * width.block for share in _HELD_OUT_SHARES} - {size})
@@ -284,8 +278,15 @@ def _score_channels(width: Width, readers: list[_Layer], halves: list[list[_Laye
                 lost = prediction_errors(covariance, moment, metric, *restricted(order, sizes, features))
                 held_out = [known + own_lost / 2 for known, own_lost in zip(held_out, lost, strict=True)]
         errors = _rescaled(fitted, sizes, held_out)
-    means = tuple(layer.center[0] for layer in readers)
-    return WidthCurve(tuple(errors), first * errors[0], order, tuple(covariances), means=means, fitted=tuple(fitted))
+    curve = WidthCurve(tuple(errors), first * errors[0], order, fitted=tuple(fitted))
+    half = _predicting(curve, *seen[0][:2]) if seen and curve.fits_samples else None  # in the order of all samples
+    return dataclasses.replace(_predicting(curve, readers, covariances), half=half)
+
+
+def _predicting(curve: WidthCurve, layers: list[_Layer], covariances: list[Tensor]) -> WidthCurve:
+    """The curve with what predicts the removed features from the others, at each reader."""
+    means = tuple(layer.center[0] for layer in layers)
+    return dataclasses.replace(curve, covariances=tuple(covariances), means=means)
 
 
 def _elimination(
@@ -352,7 +353,9 @@ def _score_heads(width: Width, layer: _Layer, halves: list[list[_Layer]]) -> Wid
     tail, own_tail = (tuple(tail_energies(each)) for each in (energies, fitted))
     means = (layer.features.mean[0],) if width.kind == "values" else ()
     loss = layer.loss * tail[0]
-    return WidthCurve(tail, loss, left=spectrum.left, right=spectrum.right, means=means, fitted=own_tail)
+    curve = WidthCurve(tail, loss, left=spectrum.left, right=spectrum.right, means=means, fitted=own_tail)
+    fitting = len(halves) == 2 and curve.fits_samples
+    return dataclasses.replace(curve, half=_score_heads(width, halves[0][0], []) if fitting else None)
 
 
 def _best_bases(moment: Tensor, metric: Tensor) -> Spectrum:

@@ -325,7 +325,7 @@ def sample_count(batch: Any) -> int:
 
 
 def some_samples(batch: Any, start: int, stop: int, step: int = 1) -> Any:
-    """A batch of the samples start .. stop - 1, or of every second one of them and so on."""
+    """A batch of the samples start, start + step and so on, below `stop`."""
     count = sample_count(batch)
     batch = dict(batch) if isinstance(batch, Mapping) else batch  # of mappings, pytree only traverses dict
 

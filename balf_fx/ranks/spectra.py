@@ -226,6 +226,14 @@ def spectrum_from_input(
     return Spectrum(inner.energies, weight @ left, output_mean, None if right is None else right @ weight.mT)
 
 
+def lifted(spectrum: Spectrum, weight: Tensor) -> Spectrum:
+    """The spectrum of W x, given that of R x, for W = Q R from `thin_qr`: W is [G, O, D]."""
+    basis = thin_qr(weight)[0]
+    mean = None if spectrum.mean is None else (basis @ spectrum.mean.unsqueeze(-1)).squeeze(-1)
+    right = None if spectrum.right is None else spectrum.right @ basis.mT
+    return Spectrum(spectrum.energies, basis @ spectrum.left, mean, right)
+
+
 def spectrum_from_weight(weight: Tensor) -> Spectrum:
     """The plain truncated SVD of W [G, O, D], as if x were white: energies are squared singular values."""
     left, singular, _ = torch.linalg.svd(weight, full_matrices=False)
