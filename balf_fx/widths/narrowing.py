@@ -159,13 +159,13 @@ class Cut:
         bias = None if solution.bias is None else self._written_rows(solution.bias)
         if solution.left is None:
             return Solution(None, self._written_rows(solution.right), bias)
-        left, rank = solution.left, solution.left.shape[-1]
+        left, right, rank = solution.left, solution.right, solution.left.shape[-1]
         if solution.divided:
             outputs = sum(own.rows.numel() for own in self.written)
             left = self._written_rows(left.reshape(1, outputs, -1)).reshape(1, -1, rank)
         else:
             left = self._written_rows(left)
-        right = solution.right[self._written_groups(solution.left)]
+            right = right if len(right) == 1 else right[self._written_groups(solution.left)]
         return dataclasses.replace(solution, left=left, right=right, bias=bias)
 
     def turn(self, solution: Solution) -> Solution:
