@@ -8,7 +8,7 @@ the samples (`RankCurve.half`, `WidthCurve.half`), and what this half chooses is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import fx
 
@@ -28,30 +28,47 @@ def fits_samples(graph_modules: Iterable[fx.GraphModule]) -> bool:
     return False
 
 
-def use_first_half(graph_module: fx.GraphModule) -> None:
+def use_first_half(graph_modules: Iterable[fx.GraphModule]) -> None:
     """Let the first half of the samples choose ranks and features where it has scored them.
 
     Costs, and with them allocations, stay as they are.
     """
-    for nodes in sites(graph_module).values():
-        curve = annotation(nodes[0]).curve
-        if curve is not None and curve.half is not None:
-            own = dataclasses.replace(curve, spectrum=curve.half.spectrum, parts=curve.half.parts)
-            for node in nodes:
-                annotate(node, curve=own)
-    curves = graph_record(graph_module).width_curves
-    record_graph(graph_module, width_curves=tuple(own if own is None else own.half or own for own in curves))
+    for graph_module in graph_modules:
+        for nodes in sites(graph_module).values():
+            curve = annotation(nodes[0]).curve
+            if curve is not None and curve.half is not None:
+                own = dataclasses.replace(curve, spectrum=curve.half.spectrum, parts=curve.half.parts)
+                for node in nodes:
+                    annotate(node, curve=own)
+        curves = graph_record(graph_module).width_curves
+        record_graph(graph_module, width_curves=tuple(own if own is None else own.half or own for own in curves))
 
 
 def half_of(calibration: Calibration, half: int) -> Calibration:
     """Every second sample, as observers divide them; of batches of one sample, every second batch."""
+
+    def own(index: int, count: int) -> range:
+        return range(half, count, 2) if count > 1 else range(index % 2 == half)
+
+    return picked(calibration, own)
+
+
+def picked(calibration: Calibration, numbers: Callable[[int, int], range]) -> Calibration:
+    """Some samples of each batch, without the batches that keep none. Each batch is read once.
+
+    Args:
+        numbers: returns those of the samples that are kept, given the index of a batch and how many samples it has. A
+            batch that cannot be counted is one sample.
+    """
     batches, weights, turns = [], [], []
     for index, batch in enumerate(calibration.batches):
-        count, given = samples_of(batch), calibration.given(index, batch)
-        if count < 2 and index % 2 != half:
+        count = samples_of(batch)
+        own = numbers(index, count)
+        if not own:
             continue
-        batches.append(batch if count < 2 else some_samples(batch, half, count, 2))
+        given, whole = calibration.given(index, batch), len(own) == count
+        batches.append(batch if whole else some_samples(batch, own.start, own.stop, own.step))
         turns.append(calibration.in_turn[index])
         if given is not None:
-            weights.append(given if count < 2 else given[half::2])
+            weights.append(given if whole else given[own.start : own.stop : own.step])
     return dataclasses.replace(calibration, batches=batches, weights=weights, turns=turns)

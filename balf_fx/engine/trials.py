@@ -19,14 +19,14 @@ from functools import partial
 from typing import Any
 
 from balf_fx.budget.problem import Loss, Problem, predicted_loss
-from balf_fx.calibration.batches import Calibration, run_batch, samples_of, some_samples
+from balf_fx.calibration.batches import Calibration, run_batch, samples_of
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.outputs import divergence, loss_and_weight, outputs_of
 from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.blockwise import with_known_outputs
-from balf_fx.engine.halving import fits_samples, half_of, use_first_half
+from balf_fx.engine.halving import fits_samples, half_of, picked, use_first_half
 from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
@@ -77,7 +77,7 @@ class Trial:
         tried = None if self.refit else projected(self.original, allocation)
         if tried is None:
             tried = settled(program, problem, allocation)
-            _use_first_half(tried)
+            use_first_half(tried.graph_modules)
             carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
         module = tried.module if pages is None else with_known_outputs(tried, self.evaluation, pages)
         distance = divergence(module, self.evaluation, self.references, partial(_weights, program, self.evaluation))
@@ -105,7 +105,7 @@ def plan_trial(
         journal: as in `Trial`.
     """
     original, group = without_observers(program), calibration.group
-    _use_first_half(original)
+    use_first_half(original.graph_modules)
     samples = {purpose: min(most, usual) for purpose, usual in TRIAL_SAMPLES.items()}
     try:
         starts, total = calibration.numbered()
@@ -125,11 +125,6 @@ def plan_trial(
         evaluation = calibration.only(range(half, min(half + few["evaluation"], count)))
         references = _references(original, evaluation)
     return Trial(original, fit, evaluation, references, fit.has_batches(), journal)
-
-
-def _use_first_half(program: Program) -> None:
-    for graph_module in program.graph_modules:
-        use_first_half(graph_module)
 
 
 def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
@@ -275,14 +270,8 @@ def _samples(calibration: Calibration, starts: Sequence[int], start: int, stop: 
     Args:
         starts: the number of the first sample of each batch.
     """
-    batches, weights, turns = [], [], []
-    for index, (offset, batch) in enumerate(zip(starts, calibration.batches, strict=True)):
-        count = samples_of(batch)
-        first, last = max(start - offset, 0), min(stop - offset, count)
-        if first < last:
-            given, whole = calibration.given(index, batch), last - first == count
-            batches.append(batch if whole else some_samples(batch, first, last))
-            turns.append(calibration.in_turn[index])
-            if given is not None:
-                weights.append(given if whole else given[first:last])
-    return dataclasses.replace(calibration, batches=batches, weights=weights, turns=turns)
+
+    def own(index: int, count: int) -> range:
+        return range(max(start - starts[index], 0), min(stop - starts[index], count))
+
+    return picked(calibration, own)

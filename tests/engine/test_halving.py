@@ -41,7 +41,7 @@ def scored(model, batches, **options):
     with torch.no_grad():
         compress.score(program, Settings(flops=0.5, **options), calibration)
     first = program.copy()
-    use_first_half(first.graph_modules[0])
+    use_first_half(first.graph_modules)
     return program, first
 
 
@@ -123,7 +123,7 @@ def test_the_scores_of_all_samples_stay():
     assert fits_samples(program.graph_modules)
     before = directions(program, "up"), covariance(program)
     assert (before[0] - directions(first, "up")).norm() > 0.1
-    use_first_half(program.copy().graph_modules[0])
+    use_first_half(program.copy().graph_modules)
     assert torch.equal(directions(program, "up"), before[0])
     assert torch.equal(covariance(program), before[1])
 
