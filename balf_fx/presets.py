@@ -13,6 +13,7 @@ BALF: Mapping[str, object] = MappingProxyType(
         "split": False,
         "pivot": False,
         "separable": False,
+        "temperature": False,
         "allocation": "budget",
     }
 )
@@ -32,6 +33,7 @@ AIR: Mapping[str, object] = MappingProxyType(
         "split": False,
         "pivot": False,
         "separable": False,
+        "temperature": False,
         "allocation": "uniform",
     }
 )

@@ -25,6 +25,7 @@ from balf_fx.passes.overwrite import Overwrite
 from balf_fx.passes.pivot import Pivot
 from balf_fx.passes.refine import Refine
 from balf_fx.passes.refit import Refit
+from balf_fx.passes.scale_logits import ScaleLogits
 from balf_fx.passes.score import Score
 from balf_fx.passes.score_widths import ScoreWidths
 from balf_fx.passes.split_bias import SplitBias
@@ -56,4 +57,5 @@ __all__ = [  # noqa: RUF022 (in the order in which they run)
     "Factorize",
     "SplitBias",
     "Overwrite",
+    "ScaleLogits",
 ]

@@ -28,9 +28,28 @@ def find_logits(output: Any, batch: Any) -> Tensor | None:
         return named if named.dim() in (2, 3) and named.shape[-1] > 1 else None
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2 or output.shape[-1] < 2:
         return None
-    tokens = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
-    language = output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
-    return output if output.dim() == 2 or language else None
+    return output if output.dim() == 2 or (output.dim() == 3 and _has_tokens(batch, output)) else None
+
+
+def find_token_logits(output: Any, batch: Any, vocabulary: int) -> Tensor | None:
+    """The logits of a language model, [samples, length, classes], among a model's outputs, or None.
+
+    These are logits for integer inputs [samples, length] that are named so, or one for each word. Others of their
+    shape may be the features of an encoder, and those of samples may be numbers that a model predicts.
+
+    Args:
+        vocabulary: the number of words.
+    """
+    logits = find_logits(output, batch)
+    if logits is None or logits.dim() != 3 or not _has_tokens(batch, logits):
+        return None
+    return logits if _named_logits(output) is not None or logits.shape[-1] == vocabulary else None
+
+
+def _has_tokens(batch: Any, output: Tensor) -> bool:
+    """Whether a batch has an integer for each position of an output [samples, length, ...]."""
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
+    return any(leaf.shape == output.shape[:2] for leaf in leaves)
 
 
 def find_pixels(output: Any) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.errors import CheckpointError
 
-_MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 11
+_MANIFEST, _STAGES, _SUFFIX, _FORMAT = "manifest.json", "stages", ".safetensors", 12
 _UNFINISHED = f".{_MANIFEST}.tmp"
 _OF_PROCESS = re.compile(r"process-\d+")
 """The folders of other processes, in that of the first."""

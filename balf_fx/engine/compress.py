@@ -33,6 +33,7 @@ from balf_fx.engine.rewriting import Written, normalise
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled
 from balf_fx.engine.stages import work_of
+from balf_fx.engine.tempering import temper
 from balf_fx.engine.timing import TimeBudget
 from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError, NonFiniteError, NoSiteError, NotCalibratedError
@@ -231,11 +232,14 @@ def convert(
         for graph_module in filter(sites, compressed.graph_modules):
             Refine(group=calibration.group, progress=solving, journal=journal)(graph_module)
     written = _written(settings, allocate, timing)
-    carry_out(compressed, mode, calibration, solving, written, journal, _finishing(settings, calibration.pages))
+    done = _finishing(settings, calibration.pages)
+    carry_out(compressed, mode, calibration, solving, written, journal, done)
+    # 4. ScaleLogits: one factor for the logits.
+    factor = temper(program, compressed, settings, calibration, done)
     progress.done()
     records = [graph_record(graph_module) for graph_module in compressed.graph_modules]
     plan = plan_of_records(records, records[0].allocation or allocation)
-    return compressed, dataclasses.replace(plan, timing=timing)
+    return compressed, dataclasses.replace(plan, timing=timing, logit_factor=factor)
 
 
 def _without_unseen(program: Program) -> Program:

@@ -16,7 +16,7 @@ from balf_fx.calibration.batches import Loss
 from balf_fx.calibration.weights import WeightsOf
 from balf_fx.capture.normal_form import Method as CaptureMethod
 from balf_fx.engine import checks
-from balf_fx.engine.fields import option
+from balf_fx.engine.fields import Effort, Result, option
 from balf_fx.engine.memory import KINDS, SHARE, bytes_of, check_memory
 from balf_fx.engine.units import share_of
 from balf_fx.errors import OptionError
@@ -32,12 +32,6 @@ from balf_fx.passes.follow import Follow
 from balf_fx.passes.refit import RefitMode
 from balf_fx.passes.score import Factors, Score
 from balf_fx.progress import SILENT, Progress
-
-Effort = Literal["fast", "balanced", "best"]
-"""The effort, and so the time, that compression spends on accuracy."""
-
-Result = Literal["graph", "module"]
-"""What a compressed model is: a GraphModule, or a copy of the user's model."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +214,13 @@ class Settings:
         "convert",
         values=(None, True, False, *get_args(RefitMode)),
     )
+    temperature: bool | None = option(
+        None,
+        "multiply the logits by the factor that brings the probabilities closest to the original's on some batches, "
+        "by default those of language models alone, with True those of classifiers, too; not with loss",
+        "convert",
+        values=(None, True, False),
+    )
     loss: Loss | None = option(
         None,
         'with factors="sensitivity" or "air", a function loss(output, batch) that returns a scalar to keep small, a '
@@ -298,6 +299,7 @@ class Settings:
     def at(self, share: float) -> Settings:
         """The settings for a budget in place of a limit on disagreement or divergence."""
         budget: dict[str, Any] = {**dict.fromkeys(get_args(Measure)), self.minimise: share}
+        budget |= {} if self.divergence is None else {"temperature": False}  # outputs are compared, not probabilities
         return dataclasses.replace(self, disagreement=None, divergence=None, validation=None, strict=True, **budget)
 
     @property
@@ -334,10 +336,6 @@ class Settings:
     def times(self) -> bool:
         """Whether the budget is a time."""
         return self.latency is not None or (self.limit is not None and self.minimise == "latency")
-
-    def latency_share(self, seconds: float | None = None) -> float:
-        """`latency` as a share of the original's time; arguments and errors as in `units.share_of`."""
-        return share_of(self.latency, seconds)
 
     @property
     def memory_bytes(self) -> int:
@@ -377,7 +375,7 @@ class Settings:
         Raises:
             OptionError: there is no budget, or more than one.
         """
-        latency = None if self.latency is None else self.latency_share()
+        latency = None if self.latency is None else share_of(self.latency)
         budget = {"flops": self.flops, "params": self.params, "latency": latency, "energy": self.energy}
         given = [name for name, value in budget.items() if value is not None]
         if self.limit is not None:

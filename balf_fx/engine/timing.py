@@ -18,6 +18,7 @@ from balf_fx.engine.program import Program, Step, Trace, run_steps
 from balf_fx.engine.rewriting import Written
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import carry_out, settled, without_observers
+from balf_fx.engine.units import share_of
 from balf_fx.errors import BudgetError, OptionError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.graph.annotation import graph_record, sites
@@ -116,7 +117,7 @@ class TimeBudget:
         runner: Runner = min(races, key=lambda each: races[each].ratio)
         seconds = races[runner].second
         _LOGGER.info("the model takes %.4g ms (%s)", 1e3 * seconds, runner)
-        asked, task = settings.latency_share(seconds), tasks[runner]
+        asked, task = share_of(settings.latency, seconds), tasks[runner]
         return cls(program, calibration, trace, runner, device, original, task, asked, settings.pivot)
 
     def measure_sites(self, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from balf_fx.errors import OptionError
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-def share_of(latency: Any, seconds: float | None) -> float:
+def share_of(latency: Any, seconds: float | None = None) -> float:
     """A fraction as it is, or a time such as "12ms" as a share of the original's.
 
     Args:

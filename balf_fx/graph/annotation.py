@@ -193,7 +193,8 @@ class GraphRecord:
         unused: the number of parameters of such a model that its graph does not have.
         folded: the path of each BatchNorm that was folded into a layer, with the layer's; set by FoldBatchNorm.
         layouts: the places of the layers and their features in the user's model (`widths.layouts`), by `Site.name`.
-        constants: the paths of the parameters along features that become fewer in the user's model, too.
+        constants: the paths of parameters, other than those of layers, that change in the user's model, too: along
+            features that become fewer, or by ScaleLogits.
         replaced: set by Factorize.
     """
 

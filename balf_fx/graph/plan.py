@@ -81,6 +81,7 @@ class Plan:
             the result is a graph.
         certificate: what was certified about the disagreement or divergence of the model; None for a budget.
         timing: what was measured of its time; None unless the budget was one.
+        logit_factor: what the logits were multiplied by (`calibration.temperature`).
     """
 
     allocation: Allocation
@@ -96,6 +97,7 @@ class Plan:
     modules: Mapping[str, Recipe] | None = None
     certificate: Certificate | None = None
     timing: Timing | None = None
+    logit_factor: float = 1.0
 
     @classmethod
     def of(cls, compressed: nn.Module) -> Plan:
@@ -286,6 +288,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         modules=_recipes(data["modules"]),
         certificate=None if data["certificate"] is None else _certificate(data["certificate"]),
         timing=None if data["timing"] is None else Timing(**data["timing"]),
+        logit_factor=float(data.get("logit_factor", 1.0)),
     )
 
 

@@ -134,6 +134,7 @@ class Report:
             convolution or an attention product.
         certificate: what was certified about the model's disagreement or divergence; None for a budget.
         timing: what was measured of its time; None unless the budget was one.
+        logit_factor: what the logits were multiplied by.
     """
 
     sites: tuple[SiteRow, ...]
@@ -156,6 +157,7 @@ class Report:
     params_saved_elsewhere: int = 0
     certificate: Certificate | None = None
     timing: Timing | None = None
+    logit_factor: float = 1.0
 
     @classmethod
     def of(cls, plan: Plan) -> Report:
@@ -190,6 +192,7 @@ class Report:
             params_saved_elsewhere=allocation.saved_elsewhere.params,
             certificate=plan.certificate,
             timing=plan.timing,
+            logit_factor=plan.logit_factor,
         )
 
     @property
@@ -254,6 +257,8 @@ class Report:
             elsewhere = self.flops_saved_elsewhere
             saved = f", which also save {elsewhere:,} FLOPs outside the sites" if elsewhere else ""
             lines.append(f"widths  {len(self.widths)} narrower, {before:,} -> {after:,} features{saved}")
+        if self.logit_factor != 1:
+            lines.append(f"logits  multiplied by {self.logit_factor:.3g}, the factor with the least divergence")
         if self.timing is not None:
             lines.append(f"time    {timing_in_words(self.timing)}")
         asked = "no budget" if self.target is None else f"{self.measure} {self.target:g}"

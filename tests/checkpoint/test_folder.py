@@ -67,7 +67,7 @@ def test_a_damaged_manifest_is_told(folder, text):
 
 
 def test_the_manifest_is_json(folder):
-    assert json.loads((folder.path / "manifest.json").read_text()) == {"format": 11, "run": RUN}
+    assert json.loads((folder.path / "manifest.json").read_text()) == {"format": 12, "run": RUN}
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace", "save"])

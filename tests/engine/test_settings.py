@@ -51,6 +51,7 @@ OTHERS = {
     "capture": "export",
     "result": "module",
     "refit": "up",
+    "temperature": True,
     "loss": loss,
     "weights": weights,
     "memory": "2G",
@@ -166,7 +167,7 @@ def test_commands_take_every_option(monkeypatch, tmp_path):
     ]
     common += ["--no-fold-batchnorm", "--include", "0", "--include", "2", "--exclude", "1", "--dense", "2", "-q"]
     common += ["--capture", "export", "--refit", "up", "--loss", "balf_fx_settings:loss", "--memory", "2G"]
-    common += ["--checkpoint", "folder", "--safetensors", "weights"]
+    common += ["--checkpoint", "folder", "--safetensors", "weights", "--temperature"]
     common += [
         "--runner",
         "eager",

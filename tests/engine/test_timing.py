@@ -16,6 +16,7 @@ from balf_fx.engine import certify
 from balf_fx.engine import timing as module
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.timing import Line, nearest_line, next_target
+from balf_fx.engine.units import share_of
 from balf_fx.errors import BudgetError, OptionError
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.flops import count_flops, flop_counter
@@ -248,7 +249,7 @@ def test_a_wrong_latency_is_an_error(latency):
 
 @pytest.mark.parametrize(("written", "seconds"), [("12ms", 0.012), (" 1.5 s", 1.5), ("250us", 250e-6), (".5MS", 5e-4)])
 def test_times_are_written_with_their_unit(written, seconds):
-    assert Settings(latency=written).latency_share(1.0) == pytest.approx(seconds)
+    assert share_of(written, 1.0) == pytest.approx(seconds)
 
 
 def test_one_budget_at_a_time():

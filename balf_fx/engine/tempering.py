@@ -1,0 +1,176 @@
+"""Choose one factor for the logits of a compressed program on some of the calibration samples, and apply it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from balf_fx.calibration.batches import Calibration, run_batch
+from balf_fx.calibration.outputs import find_logits, find_token_logits
+from balf_fx.calibration.temperature import FACTORS, closest_to_one, row_divergences
+from balf_fx.calibration.weights import Weights
+from balf_fx.engine.blockwise import with_known_outputs
+from balf_fx.engine.program import Program
+from balf_fx.engine.settings import Settings
+from balf_fx.engine.solving import without_observers
+from balf_fx.engine.weighing import call_weights
+from balf_fx.errors import CalibrationError
+from balf_fx.graph.annotation import annotation
+from balf_fx.graph.parameters import locate
+from balf_fx.graph.scaling import table_sizes
+from balf_fx.passes import ScaleLogits
+
+_LOGGER = logging.getLogger(__name__)
+_ROWS, _SAMPLES = 2_048, 256  # rows of logits, such as tokens, that are enough, and samples with one row each
+_FEWEST_SAMPLES, _FEWEST_ROWS = 8, 128  # fewer rows change nothing
+
+
+def temper(
+    program: Program,
+    compressed: Program,
+    settings: Settings,
+    calibration: Calibration,
+    done: Callable[[nn.Module], None] | None = None,
+) -> float:
+    """Multiply the logits of a compressed program by the factor that brings them closest to the original's.
+
+    Args:
+        program: the original, with the shapes of its values; it is unchanged.
+        compressed: rewritten; some of its parameters are replaced.
+        calibration: without batches, nothing is changed.
+        done: called with the modules whose parameters are replaced.
+
+    Returns:
+        The factor; 1 if nothing was changed.
+    """
+    end = _end(program, calibration.batches)
+    wanted = settings.temperature is not False and settings.loss is None and settings.calibrates
+    if not wanted or end is None or not calibration.has_batches():
+        return 1.0
+    few = calibration.only(_few(_outputs(program.graph_modules[end]), calibration.numbered()[0]))
+    any_logits = settings.temperature is True
+    try:
+        measured = calibration.group.together(partial(_measure, program, compressed, end, few, any_logits))
+    except CalibrationError as error:  # as in trials, some efforts do not require that the compressed model runs
+        _LOGGER.warning("the logits keep their scale, since the compressed model does not run: %s", error)
+        return 1.0
+    found = calibration.group.gathered(measured)
+    outputs = [each.output for each in found if len(each.rows)]
+    output = outputs[0] if outputs else None
+    if output is None or set(outputs) != {output}:
+        return 1.0
+    rows, weights = (torch.cat(parts) for parts in zip(*chain(*(each.rows for each in found)), strict=True))
+    if len(rows) < _FEWEST_ROWS:
+        return 1.0
+    factor = closest_to_one(rows, weights)
+    if factor != 1:
+        graph_module = compressed.graph_modules[end]
+        scale = ScaleLogits(factor, output, replaced=compressed.is_traced)
+        paths = scale.parameters(graph_module)
+        scale(graph_module)
+        if done is not None:
+            for path in paths:
+                done(locate(graph_module, path)[0])
+    return factor
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one process has measured.
+
+    Attributes:
+        rows: of each batch, as in `row_divergences`; empty without batches.
+        output: the index of the logits among the outputs; None if there are none that can be scaled.
+    """
+
+    rows: list[tuple[Tensor, Tensor]]
+    output: int | None = None
+
+
+def _measure(program: Program, compressed: Program, end: int, calibration: Calibration, any_logits: bool) -> _Measured:
+    """Run both models on the batches.
+
+    Args:
+        end: the part that returns the output.
+        any_logits: whether those of samples count, too, which may as well be numbers that a model predicts.
+    """
+    original, found = without_observers(program), list[tuple[Tensor, Tensor]]()
+    tables = max(chain.from_iterable(map(table_sizes, program.graph_modules)), default=0)
+    modules = [_module(each, calibration) for each in (original, compressed)]
+    output: int | None = None
+    for index, batch in enumerate(calibration.batches):
+        wanted, given = (run_batch(module, batch, calibration.forward, index) for module in modules)
+        logits = find_logits(wanted, batch) if any_logits else find_token_logits(wanted, batch, tables)
+        output = _place(program, compressed, end, logits) if output is None else output
+        rows = None if output is None else row_divergences(wanted, given, batch, _weights(program, calibration, index))
+        if rows is None:
+            return _Measured([(torch.zeros(1, len(FACTORS)), torch.zeros(1))])
+        found.append(rows)
+    return _Measured(found, output)
+
+
+def _module(program: Program, calibration: Calibration) -> nn.Module:
+    """The module that computes the outputs; block by block where the weights are in files."""
+    pages = calibration.pages
+    return program.module if pages is None else with_known_outputs(program, calibration, pages)
+
+
+def _place(program: Program, compressed: Program, end: int, logits: Tensor | None) -> int | None:
+    """The index of logits among the outputs of a part; None if they cannot be told apart, or not be scaled alone."""
+    if logits is None:
+        return None
+    shapes = [annotation(node).shape or () for node in _outputs(program.graph_modules[end])]
+    alike = [
+        index for index, shape in enumerate(shapes) if (len(shape), *shape[-1:]) == (logits.dim(), logits.shape[-1])
+    ]
+    if len(alike) != 1:
+        return None
+    graph_module = compressed.graph_modules[end]
+    paths = ScaleLogits(1.0, alike[0], replaced=compressed.is_traced).parameters(graph_module)
+    owners = {id(locate(graph_module, path)[0]) for path in paths}
+    others = (module for each in compressed.graph_modules if each is not graph_module for module in each.modules())
+    return alike[0] if paths and owners.isdisjoint(map(id, others)) else None
+
+
+def _end(program: Program, batches: Sequence[Any]) -> int | None:
+    """The part that returns the output in all calls of the model; None if it is not always the same one."""
+    if not program.is_traced:
+        return 0
+    found: set[int] = set()
+    for trace in map(program.trace, batches):
+        read = {link.step for step in trace for link in step.links}
+        last = [step.part for index, step in enumerate(trace) if index not in read]
+        found |= set(last) if len(last) == 1 else {-1}
+    return found.pop() if len(found) == 1 and -1 not in found else None
+
+
+def _few(outputs: Sequence[fx.Node], starts: Sequence[int]) -> list[int]:
+    """The indices of the batches that have enough rows together with those before them.
+
+    Args:
+        starts: the number of samples before each batch.
+    """
+    rows = max((math.prod((annotation(node).shape or ())[1:-1]) for node in outputs), default=1)
+    most = _SAMPLES if rows == 1 else max(math.ceil(_ROWS / rows), _FEWEST_SAMPLES)
+    return [index for index, start in enumerate(starts) if start < most]
+
+
+def _outputs(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The values that a graph returns."""
+    (output,) = graph_module.graph.find_nodes(op="output")
+    return [each for each in pytree.tree_leaves(output.args) if isinstance(each, fx.Node)]
+
+
+def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
+    """The weights of the outputs for a batch."""
+    batch = calibration.batches[index]
+    return call_weights(program, batch, calibration.given(index, batch)).outputs
