@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -56,10 +57,13 @@ def temper(
     wanted = settings.temperature is not False and settings.loss is None and settings.calibrates
     if not wanted or end is None or not calibration.has_batches():
         return 1.0
-    few = calibration.only(_few(_outputs(program.graph_modules[end]), calibration.numbered()[0]))
     any_logits = settings.temperature is True
+    candidates = _candidates(program, compressed, end, any_logits)
+    if not candidates:
+        return 1.0
+    few = calibration.only(_few(candidates.values(), calibration.numbered()[0]))
     try:
-        measured = calibration.group.together(partial(_measure, program, compressed, end, few, any_logits))
+        measured = calibration.group.together(partial(_measure, program, compressed, candidates, few, any_logits))
     except CalibrationError as error:  # as in trials, some efforts do not require that the compressed model runs
         _LOGGER.warning("the logits keep their scale, since the compressed model does not run: %s", error)
         return 1.0
@@ -96,21 +100,27 @@ class _Measured:
     output: int | None = None
 
 
-def _measure(program: Program, compressed: Program, end: int, calibration: Calibration, any_logits: bool) -> _Measured:
+def _measure(
+    program: Program,
+    compressed: Program,
+    candidates: Mapping[int, tuple[int, ...]],
+    calibration: Calibration,
+    any_logits: bool,
+) -> _Measured:
     """Run both models on the batches.
 
     Args:
-        end: the part that returns the output.
-        any_logits: whether those of samples count, too, which may as well be numbers that a model predicts.
+        candidates, any_logits: as in `_candidates`.
     """
     original, found = without_observers(program), list[tuple[Tensor, Tensor]]()
-    tables = max(chain.from_iterable(map(table_sizes, program.graph_modules)), default=0)
+    words = max(chain.from_iterable(map(table_sizes, program.graph_modules)), default=0)
     modules = [_module(each, calibration) for each in (original, compressed)]
     output: int | None = None
     for index, batch in enumerate(calibration.batches):
         wanted, given = (run_batch(module, batch, calibration.forward, index) for module in modules)
-        logits = find_logits(wanted, batch) if any_logits else find_token_logits(wanted, batch, tables)
-        output = _place(program, compressed, end, logits) if output is None else output
+        logits = find_logits(wanted, batch) if any_logits else find_token_logits(wanted, batch, words)
+        if output is None and logits is not None:
+            output = next((each for each, shape in candidates.items() if _kind(shape) == _kind(logits.shape)), None)
         rows = None if output is None else row_divergences(wanted, given, batch, _weights(program, calibration, index))
         if rows is None:
             return _Measured([(torch.zeros(1, len(FACTORS)), torch.zeros(1))])
@@ -124,21 +134,31 @@ def _module(program: Program, calibration: Calibration) -> nn.Module:
     return program.module if pages is None else with_known_outputs(program, calibration, pages)
 
 
-def _place(program: Program, compressed: Program, end: int, logits: Tensor | None) -> int | None:
-    """The index of logits among the outputs of a part; None if they cannot be told apart, or not be scaled alone."""
-    if logits is None:
-        return None
-    shapes = [annotation(node).shape or () for node in _outputs(program.graph_modules[end])]
-    alike = [
-        index for index, shape in enumerate(shapes) if (len(shape), *shape[-1:]) == (logits.dim(), logits.shape[-1])
-    ]
-    if len(alike) != 1:
-        return None
+def _candidates(program: Program, compressed: Program, end: int, any_logits: bool) -> dict[int, tuple[int, ...]]:
+    """The outputs of a part that have the shape of logits, alone, and can be multiplied: their indices and shapes.
+
+    Args:
+        any_logits: whether those of samples count, too, which may as well be numbers that a model predicts.
+    """
     graph_module = compressed.graph_modules[end]
-    paths = ScaleLogits(1.0, alike[0], replaced=compressed.is_traced).parameters(graph_module)
-    owners = {id(locate(graph_module, path)[0]) for path in paths}
-    others = (module for each in compressed.graph_modules if each is not graph_module for module in each.modules())
-    return alike[0] if paths and owners.isdisjoint(map(id, others)) else None
+    placeholders = chain.from_iterable(each.graph.find_nodes(op="placeholder") for each in program.graph_modules)
+    inputs = {annotation(node).shape for node in placeholders}
+    others = {id(module) for each in compressed.graph_modules if each is not graph_module for module in each.modules()}
+    shapes = [annotation(node).shape or () for node in _outputs(program.graph_modules[end])]
+    kinds = Counter(map(_kind, shapes))
+    found: dict[int, tuple[int, ...]] = {}
+    for index, shape in enumerate(shapes):
+        possible = (any_logits and len(shape) == 2) or (len(shape) == 3 and shape[:2] in inputs)
+        if possible and kinds[_kind(shape)] == 1:
+            paths = ScaleLogits(1.0, index, replaced=compressed.is_traced).parameters(graph_module)
+            if paths and others.isdisjoint(id(locate(graph_module, path)[0]) for path in paths):
+                found[index] = shape
+    return found
+
+
+def _kind(shape: Sequence[int]) -> tuple[int, int]:
+    """By what outputs are told apart whatever the number of samples and their length is: dimensions and classes."""
+    return len(shape), shape[-1] if len(shape) else 0
 
 
 def _end(program: Program, batches: Sequence[Any]) -> int | None:
@@ -153,13 +173,14 @@ def _end(program: Program, batches: Sequence[Any]) -> int | None:
     return found.pop() if len(found) == 1 and -1 not in found else None
 
 
-def _few(outputs: Sequence[fx.Node], starts: Sequence[int]) -> list[int]:
+def _few(shapes: Iterable[tuple[int, ...]], starts: Sequence[int]) -> list[int]:
     """The indices of the batches that have enough rows together with those before them.
 
     Args:
+        shapes: of the logits that there may be.
         starts: the number of samples before each batch.
     """
-    rows = max((math.prod((annotation(node).shape or ())[1:-1]) for node in outputs), default=1)
+    rows = max(math.prod(shape[1:-1]) for shape in shapes)
     most = _SAMPLES if rows == 1 else max(math.ceil(_ROWS / rows), _FEWEST_SAMPLES)
     return [index for index, start in enumerate(starts) if start < most]
 

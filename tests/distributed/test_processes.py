@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import killing, worker
-from distributed.worker import EFFORTS, IN_FOUR, batches_for, compiled, described, make_batches
+from distributed.worker import EFFORTS, IN_FOUR, batches_for, compiled, described, make_batches, model_for
 from filelock import FileLock
 
 pytestmark = [
@@ -68,7 +68,9 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {name: described(compiled(batches_for(name), **options)) for name, options in EFFORTS.items()}
+    return {
+        name: described(compiled(batches_for(name), model_for(name), **options)) for name, options in EFFORTS.items()
+    }
 
 
 def same_bits(first, second):
@@ -83,6 +85,8 @@ def test_all_processes_end_with_the_model_of_one(found, alone, size, name):
     for other in others:
         same_bits(first, other)
     assert first["ranks"] == alone[name]["ranks"]
+    assert first["factor"] == alone[name]["factor"]
+    assert (first["factor"] != 1) == (name == "temperature")
     torch.testing.assert_close(first["output"], alone[name]["output"], rtol=1e-4, atol=1e-5)
 
 

@@ -63,11 +63,12 @@ EFFORTS = {
     "air": {"factors": "air", "loss": loss},
     "few": {"effort": "best", "loss": loss},
     "small": {"effort": "best", "loss": loss},
+    "temperature": {"effort": "fast", "refit": "up", "temperature": True, "flops": 0.3},
     "blocks": {"effort": "fast", "memory": 20_000},
     "blocks with gradients": {"effort": "balanced", "refit": "up", "loss": loss, "memory": 20_000},
 }
 """Options whose result does not depend on random probes."""
-IN_FOUR = ("fast", "few")
+IN_FOUR = ("fast", "few", "temperature")
 """Those that four processes run."""
 RESUMED = ("best", "up", "air", "blocks with gradients")
 """Those that are interrupted."""
@@ -78,7 +79,20 @@ FEW = 1
 def batches_for(name):
     if name == "small":  # a quarter of the samples is no whole number
         return make_batches(5, 7)
+    if name == "temperature":
+        return make_batches(5, 40)
     return make_batches(FEW if name == "few" else 5)
+
+
+def model_for(name):
+    if name != "temperature":
+        return make_net()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
+    with torch.no_grad():
+        for index in (1, 3, 5):
+            net[index].weight *= 3
+    return net.eval()
 
 
 def compiled(batches, model=None, **options):
@@ -89,7 +103,8 @@ def described(small):
     """What is compared of a compressed model."""
     with torch.no_grad():
         output = small(make_batches(1)[0])
-    return {"ranks": balf_fx.plan(small).ranks, "output": output, "tensors": dict(small.state_dict())}
+    plan = balf_fx.plan(small)
+    return {"ranks": plan.ranks, "factor": plan.logit_factor, "output": output, "tensors": dict(small.state_dict())}
 
 
 def error_of(function):
@@ -219,7 +234,7 @@ def main(rank, size, folder):
     own = batches[rank::size]
     found = {"exchanges": exchanges(rank, size)}
     for name in EFFORTS if size == 2 else IN_FOUR:
-        found[name] = described(compiled(batches_for(name)[rank::size], **EFFORTS[name]))
+        found[name] = described(compiled(batches_for(name)[rank::size], model_for(name), **EFFORTS[name]))
     found["bad batch"] = bad_batch(rank, own)
     if size == 2:
         found["probe"] = described(compiled(own, effort="balanced"))

@@ -156,6 +156,46 @@ def test_those_of_samples_only_if_asked_for():
     assert balf_fx.plan(few).logit_factor == 1
 
 
+class Several(Text):
+    """`pick` makes the model's outputs of logits and of other values of their shape."""
+
+    def __init__(self, pick):
+        super().__init__(False)
+        self.other, self.pick = nn.Linear(WIDTH, WORDS), pick
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = self.norm(x + 12 * self.down(F.gelu(self.up(x))))
+        return self.pick(self.head(x), self.other(x), x)
+
+
+OUTPUTS = {
+    "features beside": (lambda y, other, x: {"logits": y, "features": x}, True),
+    "others of their shape": (lambda y, other, x: {"logits": y, "others": other}, False),
+    "others that are multiplied in their place": (
+        lambda y, other, x: {"logits": 9 * (y / 9).tanh(), "o": other},
+        False,
+    ),
+    "another name": (lambda y, other, x: {"scores": y, "features": x}, False),
+    "logits of the last word": (lambda y, other, x: y[:, -1], False),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_logits_are_told_apart_from_other_outputs(name):
+    pick, known = OUTPUTS[name]
+    model, batches = Several(pick), texts()
+    plain, small = (compiled(model, batches, temperature=each) for each in (False, None))
+    factor = balf_fx.plan(small).logit_factor
+    assert (factor != 1) == known
+    expected, found = (
+        list(each(batches[0]).values()) if name != "logits of the last word" else [each(batches[0])]
+        for each in (plain, small)
+    )
+    torch.testing.assert_close(found[0], factor * expected[0], rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, found[1:], expected[1:]))
+
+
 def test_a_users_loss_is_not_that_of_probabilities(text):
     small = compiled(text, texts(), loss=lambda output, batch: output.square().mean())
     assert balf_fx.plan(small).logit_factor == 1
