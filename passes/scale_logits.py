@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.utils import _pytree as pytree
 
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import graph_record, record_graph
 from balf_fx.graph.parameters import get_tensor, put
-from balf_fx.graph.scaling import scaling_parameters
+from balf_fx.graph.scaling import returned_values, scaling_parameters
 from balf_fx.passes.base import Pass
 
 
@@ -56,9 +55,7 @@ class ScaleLogits(Pass):
                 return True
             return not self.replaced and (record.modules is None or path in record.parameters)
 
-        (output,) = graph_module.graph.find_nodes(op="output")
-        outputs = [each for each in pytree.tree_leaves(output.args) if isinstance(each, fx.Node)]
-        return scaling_parameters(graph_module, outputs[self.output], may_change)
+        return scaling_parameters(graph_module, returned_values(graph_module)[self.output], may_change)
 
 
 def _replaced_layers(graph_module: fx.GraphModule) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from small_models import TINY_TEXT
 
 import balf_fx
+from balf_fx.engine import tempering
 from balf_fx.errors import CaptureError
 
 transformers = pytest.importorskip("transformers")
@@ -153,3 +154,22 @@ def test_a_file_is_loaded_into_a_model_made_from_its_configuration(tokens, tmp_p
         other = transformers.AutoModelForCausalLM.from_config(model.config).eval()
     loaded = balf_fx.load(tmp_path / "small.safetensors", other)
     assert torch.equal(loaded(input_ids=tokens).logits, small(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("result", ["graph", "module"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_language_models_have_one_factor(tied, result, monkeypatch, tmp_path):
+    """It goes into the head, or the norm before a tied one, and folders hold it."""
+    monkeypatch.setattr(tempering, "closest_to_one", lambda *_: 0.7)
+    model = language_model(tie_word_embeddings=tied, use_cache=result == "module")
+    batches = [{"input_ids": torch.randint(WORDS, (32, TOKENS))} for _ in range(2)]
+    options = {"params": 0.8, "effort": "balanced", "result": result}
+    plain, small = (compress(model, batches, temperature=each, **options) for each in (False, None))
+    with torch.no_grad():
+        logits = small(**batches[0]).logits
+        torch.testing.assert_close(logits, 0.7 * plain(**batches[0]).logits, rtol=1e-4, atol=1e-4)
+        if result == "module":
+            small.save_pretrained(tmp_path)
+            again = type(model).from_pretrained(tmp_path)
+            assert torch.equal(again(**batches[0]).logits, logits)
+            assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied

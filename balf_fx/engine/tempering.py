@@ -12,8 +12,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from balf_fx.calibration.batches import Calibration, run_batch
 from balf_fx.calibration.outputs import find_logits, find_token_logits
@@ -27,7 +26,7 @@ from balf_fx.engine.weighing import call_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.parameters import locate
-from balf_fx.graph.scaling import table_sizes
+from balf_fx.graph.scaling import returned_values, table_sizes
 from balf_fx.passes import ScaleLogits
 
 _LOGGER = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ def _candidates(program: Program, compressed: Program, end: int, any_logits: boo
     placeholders = chain.from_iterable(each.graph.find_nodes(op="placeholder") for each in program.graph_modules)
     inputs = {annotation(node).shape for node in placeholders}
     others = {id(module) for each in compressed.graph_modules if each is not graph_module for module in each.modules()}
-    shapes = [annotation(node).shape or () for node in _outputs(program.graph_modules[end])]
+    shapes = [annotation(node).shape or () for node in returned_values(program.graph_modules[end])]
     kinds = Counter(map(_kind, shapes))
     found: dict[int, tuple[int, ...]] = {}
     for index, shape in enumerate(shapes):
@@ -183,12 +182,6 @@ def _few(shapes: Iterable[tuple[int, ...]], starts: Sequence[int]) -> list[int]:
     rows = max(math.prod(shape[1:-1]) for shape in shapes)
     most = _SAMPLES if rows == 1 else max(math.ceil(_ROWS / rows), _FEWEST_SAMPLES)
     return [index for index, start in enumerate(starts) if start < most]
-
-
-def _outputs(graph_module: fx.GraphModule) -> list[fx.Node]:
-    """The values that a graph returns."""
-    (output,) = graph_module.graph.find_nodes(op="output")
-    return [each for each in pytree.tree_leaves(output.args) if isinstance(each, fx.Node)]
 
 
 def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.layers import read_layer, site_input
@@ -54,8 +55,27 @@ def scaling_parameters(
         if node in search.scaled and not search.visit(node):
             return ()
     readers = [user for node in search.scaled - {value} for user in value_readers(node)]
-    readers += [user for user in value_readers(value) if user.op != "output"]
+    readers += [user for user in value_readers(value) if not _returns(user)]
     return tuple(search.paths) if search.scaled.issuperset(readers) else ()
+
+
+def returned_values(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The values that a graph returns, in the order of its outputs, those in containers among them."""
+    (output,) = graph_module.graph.find_nodes(op="output")
+    found, pending = list[fx.Node](), [output]
+    while pending:
+        node = pending.pop(0)
+        if _returns(node):
+            leaves = pytree.tree_leaves((node.args, node.kwargs))
+            pending[:0] = [each for each in leaves if isinstance(each, fx.Node)]
+        else:
+            found.append(node)
+    return found
+
+
+def _returns(node: fx.Node) -> bool:
+    """Whether a node only returns values, or puts them into a container, such as the outputs of transformers."""
+    return node.op == "output" or (node.op == "call_function" and isinstance(node.target, type))
 
 
 class _Search:

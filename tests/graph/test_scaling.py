@@ -1,15 +1,18 @@
 """Parameters that scale a value: multiplied, they multiply it, and nothing else."""
 
+import dataclasses
+
 import pytest
 import torch
 from small_models import ConvNet, randomise_batchnorm
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from balf_fx.calibration.batches import forward_for
 from balf_fx.capture.normal_form import capture
 from balf_fx.graph.parameters import get_tensor, put
-from balf_fx.graph.scaling import scaling_parameters, table_sizes
+from balf_fx.graph.scaling import returned_values, scaling_parameters, table_sizes
 
 WIDTH, WORDS = 12, 20
 
@@ -160,6 +163,32 @@ def test_a_convolution_and_what_pools_it():
     net = randomise_batchnorm(ConvNet())
     graph_module = captured(net, torch.randn(2, 3, 12, 12))
     assert set(scaling_parameters(graph_module, logits(graph_module), lambda _: True)) == HEAD
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    state: torch.Tensor
+
+
+@pytest.mark.parametrize("method", ["symbolic_trace", "export"])
+def test_outputs_in_containers(method):
+    if Answer not in pytree.SUPPORTED_NODES:
+        pytree.register_dataclass(Answer)
+    net = model_of(lambda m, x: {"first": x + 1, "answer": Answer(m.head(x), m.same(x))})
+    batch = torch.randn(6, WIDTH)
+    graph_module = captured(net, batch, method)
+    values = returned_values(graph_module)
+    assert len(values) == 3
+    before = graph_module(batch)
+    paths = scaling_parameters(graph_module, values[1], lambda _: True)
+    assert set(paths) == HEAD
+    for path in paths:
+        put(graph_module, path, nn.Parameter(get_tensor(graph_module, path).detach() * 0.7))
+    after = graph_module(batch)
+    torch.testing.assert_close(after["answer"].logits, 0.7 * before["answer"].logits)
+    assert torch.equal(after["answer"].state, before["answer"].state)
+    assert torch.equal(after["first"], before["first"])
 
 
 @pytest.mark.parametrize("method", ["symbolic_trace", "export"])
