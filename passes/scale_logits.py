@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,13 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from balf_fx.errors import PassError
-from balf_fx.graph.annotation import graph_record, record_graph
-from balf_fx.graph.parameters import get_tensor, put
+from balf_fx.graph.annotation import GraphRecord, Replaced, annotation, graph_record, record_graph
+from balf_fx.graph.curves import Solution
+from balf_fx.graph.layers import layers_of
+from balf_fx.graph.parameters import fingerprint, get_tensor, grouped_bias, grouped_weight, put
 from balf_fx.graph.scaling import returned_values, scaling_parameters
+from balf_fx.graph.site import Site
+from balf_fx.graph.substitute import build, replace_site
 from balf_fx.passes.base import Pass
 
 
@@ -27,44 +31,56 @@ class ScaleLogits(Pass):
     Attributes:
         factor: above 0.
         output: the index of the output among all that the graph returns.
-        replaced: whether only layers that were replaced may change, as where other graphs run them, too.
+        shared: whether other graphs of the program, and those that are captured later, take over the layers that were
+            replaced, and nothing else: the layer that is scaled is replaced, and a normalisation stays as it is.
     """
 
     factor: float
     output: int = 0
-    replaced: bool = False
+    shared: bool = False
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         paths = self.parameters(graph_module)
         if not paths:
             raise PassError(f"ScaleLogits: nothing scales output {self.output} of the graph, and nothing else")
-        for path in paths:
-            put(graph_module, path, _scaled(get_tensor(graph_module, path), self.factor))
         record = graph_record(graph_module)
+        outside = [path for path in paths if not _is_in_a_layer(path, record)]
+        layers = _layers_with(graph_module, outside) if self.shared else {}
+        for site, nodes in layers.items():
+            original = annotation(nodes[0]).fingerprint or fingerprint(graph_module, site)
+            weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
+            scaled = Solution(None, weight * self.factor, None if bias is None else bias * self.factor)
+            substitute = build(graph_module, site, (scaled,))
+            replace_site(graph_module, nodes, site, substitute)
+            replaced = Replaced(site.name, None, substitute.biased, original)
+            record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, replaced))
+        for path in paths if not layers else [path for path in paths if path not in outside]:
+            put(graph_module, path, _scaled(get_tensor(graph_module, path), self.factor))
         if record.modules is not None:
-            outside = [path for path in paths if not _is_in_a_layer(path, set(_replaced_layers(graph_module)))]
             record_graph(graph_module, constants=(*record.constants, *outside))
         return PassResult(graph_module, True)
 
     def parameters(self, graph_module: fx.GraphModule) -> tuple[str, ...]:
         """The paths of the parameters that are multiplied; none if the output cannot be scaled alone."""
-        record, layers = graph_record(graph_module), set(_replaced_layers(graph_module))
+        record = graph_record(graph_module)
+        layers = {path for site, _ in layers_of(graph_module).values() for path in (site.weight, site.bias)}
 
         def may_change(path: str) -> bool:
-            if _is_in_a_layer(path, layers):
+            if _is_in_a_layer(path, record):
                 return True
-            return not self.replaced and (record.modules is None or path in record.parameters)
+            return path in layers if self.shared else record.modules is None or path in record.parameters
 
         return scaling_parameters(graph_module, returned_values(graph_module)[self.output], may_change)
 
 
-def _replaced_layers(graph_module: fx.GraphModule) -> Iterator[str]:
-    return (layer.name for layer in graph_record(graph_module).replaced)
+def _layers_with(graph_module: fx.GraphModule, paths: Sequence[str]) -> dict[Site, list[fx.Node]]:
+    """The layers whose parameters are among some."""
+    return {site: nodes for site, nodes in layers_of(graph_module).values() if site.weight in paths}
 
 
-def _is_in_a_layer(path: str, layers: set[str]) -> bool:
-    """Whether a parameter belongs to one of some layers."""
-    return any(path.startswith(f"{layer}.") for layer in layers)
+def _is_in_a_layer(path: str, record: GraphRecord) -> bool:
+    """Whether a parameter belongs to a layer that was replaced."""
+    return any(path.startswith(f"{layer.name}.") for layer in record.replaced)
 
 
 def _scaled(parameter: Tensor, factor: float) -> nn.Parameter:

@@ -77,7 +77,7 @@ def temper(
     factor = closest_to_one(rows, weights)
     if factor != 1:
         graph_module = compressed.graph_modules[end]
-        scale = ScaleLogits(factor, output, replaced=compressed.is_traced)
+        scale = ScaleLogits(factor, output, shared=compressed.is_traced)
         paths = scale.parameters(graph_module)
         scale(graph_module)
         if done is not None:
@@ -149,7 +149,7 @@ def _candidates(program: Program, compressed: Program, end: int, any_logits: boo
     for index, shape in enumerate(shapes):
         possible = (any_logits and len(shape) == 2) or (len(shape) == 3 and shape[:2] in inputs)
         if possible and kinds[_kind(shape)] == 1:
-            paths = ScaleLogits(1.0, index, replaced=compressed.is_traced).parameters(graph_module)
+            paths = ScaleLogits(1.0, index, shared=compressed.is_traced).parameters(graph_module)
             if paths and others.isdisjoint(id(locate(graph_module, path)[0]) for path in paths):
                 found[index] = shape
     return found

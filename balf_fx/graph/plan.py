@@ -22,7 +22,7 @@ from balf_fx.graph.site import ConvGeometry, Reason, Refusal, Site
 from balf_fx.graph.timing import Timing
 from balf_fx.version import __version__
 
-FORMAT = 10
+FORMAT = 11
 """The format of written plans, increased when older versions could not read them."""
 
 PLAN_ATTRIBUTE = "balf_plan"
@@ -288,7 +288,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         modules=_recipes(data["modules"]),
         certificate=None if data["certificate"] is None else _certificate(data["certificate"]),
         timing=None if data["timing"] is None else Timing(**data["timing"]),
-        logit_factor=float(data.get("logit_factor", 1.0)),
+        logit_factor=float(data["logit_factor"]),
     )
 
 

@@ -136,7 +136,9 @@ class _Search:
         return True
 
     def _scale_parameters(self, node: fx.Node, paths: list[str]) -> bool:
-        """Scale parameters that this node alone reads; False, and none is, if one may not change."""
+        """Scale parameters that this node alone reads, in all graphs; False, and none is, if one may not change."""
+        if annotation(node).shared:
+            return False
         for path in paths:
             value = get_tensor(self.graph_module, path)
             plain = isinstance(value, nn.Parameter) and value.dtype in FLOATS and not is_quantized(value)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import balf_fx
 from balf_fx.errors import PassError
 from balf_fx.graph.annotation import graph_record, record_graph
+from balf_fx.graph.fingerprint import Fingerprint
 from balf_fx.passes import Allocate, Factorize, FindPivots, Pivot, RemoveObservers, ScaleLogits, Score, SplitBias
 
 FACTOR = 0.7
@@ -58,12 +59,28 @@ def test_one_output_is_multiplied(rank, pivots, apart):
 
 def test_a_pass_that_finds_nothing_is_an_error():
     graph_module, _ = rewritten(3, False, False)
-    assert ScaleLogits(FACTOR, output=1, replaced=True).parameters(graph_module)
     with pytest.raises(PassError, match="output 0"):
-        ScaleLogits(FACTOR, replaced=True)(graph_module)  # what scales the mean scales what the head reads, too
-    dense, _ = rewritten(None, False, False)
-    with pytest.raises(PassError, match="output 1"):
-        ScaleLogits(FACTOR, output=1, replaced=True)(dense)
+        ScaleLogits(FACTOR)(graph_module)  # what scales the mean scales what the head reads, too
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_where_graphs_share_layers_the_head_is_one_that_is_replaced(rank):
+    graph_module, batch = rewritten(rank, False, False)
+    before, weight = graph_module(batch), Fingerprint.of(Net().head.weight, Net().head.bias)
+    ScaleLogits(FACTOR, output=1, shared=True)(graph_module)
+    mean, logits = graph_module(batch)
+    assert torch.equal(mean, before[0])
+    torch.testing.assert_close(logits, FACTOR * before[1])
+    (head,) = (layer for layer in graph_record(graph_module).replaced if layer.name == "head")
+    assert head.rank == rank
+    assert head.fingerprint.shape == weight.shape
+
+
+def test_where_graphs_share_layers_a_norm_stays():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    graph_module = torch.fx.symbolic_trace(model)
+    assert ScaleLogits(FACTOR).parameters(graph_module)
+    assert not ScaleLogits(FACTOR, shared=True).parameters(graph_module)
 
 
 def test_parameters_of_the_users_model_are_recorded():
