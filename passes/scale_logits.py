@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,20 +45,25 @@ class ScaleLogits(Pass):
             raise PassError(f"ScaleLogits: nothing scales output {self.output} of the graph, and nothing else")
         record = graph_record(graph_module)
         outside = [path for path in paths if not _is_in_a_layer(path, record)]
-        layers = _layers_with(graph_module, outside) if self.shared else {}
-        for site, nodes in layers.items():
-            original = annotation(nodes[0]).fingerprint or fingerprint(graph_module, site)
-            weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
-            scaled = Solution(None, weight * self.factor, None if bias is None else bias * self.factor)
-            substitute = build(graph_module, site, (scaled,))
-            replace_site(graph_module, nodes, site, substitute)
-            replaced = Replaced(site.name, None, substitute.biased, original)
-            record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, replaced))
-        for path in paths if not layers else [path for path in paths if path not in outside]:
+        for site, nodes in _layers_with(graph_module, outside).items() if self.shared else ():
+            self._replace(graph_module, site, nodes, paths)
+        for path in set(paths) - set(outside) if self.shared else paths:
             put(graph_module, path, _scaled(get_tensor(graph_module, path), self.factor))
         if record.modules is not None:
             record_graph(graph_module, constants=(*record.constants, *outside))
         return PassResult(graph_module, True)
+
+    def _replace(
+        self, graph_module: fx.GraphModule, site: Site, nodes: Sequence[fx.Node], paths: Collection[str]
+    ) -> None:
+        """Replace a layer by one with scaled parameters, as a layer that is refitted."""
+        original = annotation(nodes[0]).fingerprint or fingerprint(graph_module, site)
+        weight, bias = grouped_weight(graph_module, site), grouped_bias(graph_module, site)
+        weight = weight * (self.factor if site.weight in paths else 1.0)
+        substitute = build(graph_module, site, (Solution(None, weight, None if bias is None else bias * self.factor),))
+        replace_site(graph_module, nodes, site, substitute)
+        new = Replaced(site.name, None, substitute.biased, original)
+        record_graph(graph_module, replaced=(*graph_record(graph_module).replaced, new))
 
     def parameters(self, graph_module: fx.GraphModule) -> tuple[str, ...]:
         """The paths of the parameters that are multiplied; none if the output cannot be scaled alone."""
@@ -75,7 +80,8 @@ class ScaleLogits(Pass):
 
 def _layers_with(graph_module: fx.GraphModule, paths: Sequence[str]) -> dict[Site, list[fx.Node]]:
     """The layers whose parameters are among some."""
-    return {site: nodes for site, nodes in layers_of(graph_module).values() if site.weight in paths}
+    layers = layers_of(graph_module).values()
+    return {site: nodes for site, nodes in layers if not {site.weight, site.bias}.isdisjoint(paths)}
 
 
 def _is_in_a_layer(path: str, record: GraphRecord) -> bool:

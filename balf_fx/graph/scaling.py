@@ -56,7 +56,8 @@ def scaling_parameters(
             return ()
     readers = [user for node in search.scaled - {value} for user in value_readers(node)]
     readers += [user for user in value_readers(value) if not _returns(user)]
-    return tuple(search.paths) if search.scaled.issuperset(readers) else ()
+    once = search.scaled.issuperset(readers) and search.scaled.isdisjoint(search.unscaled)
+    return tuple(search.paths) if once else ()
 
 
 def returned_values(graph_module: fx.GraphModule) -> list[fx.Node]:
@@ -83,6 +84,7 @@ class _Search:
 
     Attributes:
         scaled: the nodes whose values are multiplied.
+        unscaled: nodes whose values may not be, since what they are multiplied with is scaled.
         paths: the parameters that are.
     """
 
@@ -90,6 +92,7 @@ class _Search:
         self.graph_module, self.may_change = graph_module, may_change
         self.users = parameter_users(graph_module)
         self.scaled: set[fx.Node] = set()
+        self.unscaled: set[fx.Node] = set()
         self.paths: dict[str, None] = {}
 
     def visit(self, node: fx.Node) -> bool:
@@ -104,15 +107,16 @@ class _Search:
             return len(summands) > 1 and all(self._scale_operand(node, summand) for summand in summands)
         if operation(node) in ("mul", "div"):
             return self._scale_factor(node)
-        norm = list(_norm_parameters(self.graph_module, node))
-        return bool(norm) and self._scale_parameters(node, norm)
+        norm = _norm_parameters(self.graph_module, node)
+        return bool(norm) and self._scale_map(node, norm, node.all_input_nodes[0])
 
     def _scale_layer(self, node: fx.Node, layer: Site) -> bool:
         """The weight, unless the layer's input is scaled already, or has to be instead; and the bias."""
         biases = [] if layer.bias is None else [layer.bias]
         source = site_input(node)
-        free = source not in self.scaled and not annotation(node).keeps_weights
-        if free and self._scale_parameters(node, [layer.weight, *biases]):
+        if annotation(node).keeps_weights:
+            return not biases and self._scale_value(source)
+        if source not in self.scaled and self._scale_map(node, [layer.weight, *biases], source):
             return True
         return self._scale_parameters(node, biases) and self._scale_value(source)
 
@@ -122,7 +126,8 @@ class _Search:
         if len(values) == 1:  # the other one is a number
             return node.args[0] is values[0] and self._scale_value(values[0])
         parameters = [each for each in values if each.op == "get_attr"] if operation(node) == "mul" else []
-        return len(parameters) == 1 and self._scale_operand(node, parameters[0])
+        others = [each for each in values if each not in parameters]
+        return len(parameters) == len(others) == 1 and self._scale_map(node, [str(parameters[0].target)], others[0])
 
     def _scale_operand(self, node: fx.Node, operand: Any) -> bool:
         if not isinstance(operand, fx.Node):
@@ -130,6 +135,13 @@ class _Search:
         if operand.op == "get_attr":
             return self._scale_parameters(node, [str(operand.target)])
         return self._scale_value(operand)
+
+    def _scale_map(self, node: fx.Node, paths: list[str], source: fx.Node) -> bool:
+        """Scale what a value is mapped with."""
+        if not self._scale_parameters(node, paths):
+            return False
+        self.unscaled.add(source)
+        return True
 
     def _scale_value(self, node: fx.Node) -> bool:
         self.scaled.add(node)

@@ -213,11 +213,14 @@ def test_outputs_within_a_divergence_are_compared_as_they_are(monkeypatch):
     assert not called
 
 
-def test_layers_that_are_left_out_keep_their_weights():
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_are_left_out_keep_their_weights(bias):
     model = Text(False)
+    if bias:
+        model.head.bias = nn.Parameter(torch.randn(WORDS))
     small = compiled(model, texts(), params=0.5, exclude=["head"])
-    assert balf_fx.plan(small).logit_factor < 1  # the norm is scaled
-    assert torch.equal(small.get_submodule("head").weight, model.head.weight)
+    assert (balf_fx.plan(small).logit_factor < 1) == (not bias)  # the norm is scaled
+    assert all(map(torch.equal, small.get_submodule("head").parameters(), model.head.parameters()))
 
 
 def test_published_methods_stay_as_they_are(text):

@@ -64,6 +64,7 @@ FOUND = {
     "side by side": (lambda m, x: torch.cat([m.head(x), m.other(x)], -1), {*HEAD, "other.weight", "other.bias"}),
     "rows and combinations": (lambda m, x: (lambda y: torch.cat([y, m.back(y)], -1))(m.head(x)), {*HEAD, "back.bias"}),
     "a bias apart": (lambda m, x: torch.sub(F.linear(x, m.weight), m.bias, alpha=-1), {"weight", "bias"}),
+    "a factor": (lambda m, x: m.gamma * x, {"gamma"}),
     "a sum with its input": (lambda m, x: x + m.same(x), {*FIRST, "same.bias"}),
     "a weight that is read elsewhere": (lambda m, x: (m.head(x), m.head.weight.sum()), {*FIRST, "head.bias"}),
     "returned twice": (lambda m, x: (lambda y: (y, y))(m.head(x)), HEAD),
@@ -77,6 +78,9 @@ NOTHING = {
     "a product of values": lambda m, x: m.head(x) * m.other(x),
     "its value is read": lambda m, x: (lambda y: (y, y.exp()))(m.head(x)),
     "its first value is read": lambda m, x: (lambda y: (y.flatten(), y))(m.head(x)),
+    "its input before the layer": lambda m, x: (lambda y: torch.cat([y, m.head(x)], -1))(2 * F.relu(x)),
+    "its input before the norm": lambda m, x: (lambda y: torch.cat([y, m.norm(x)], -1))(F.relu(x)),
+    "its input before a factor": lambda m, x: (lambda y: torch.cat([y, m.gamma * x], -1))(F.relu(x)),
     "called twice": lambda m, x: m.same(m.same(x)),
     "no parameters": lambda m, x: F.layer_norm(x, (WIDTH,)),
     "a bias for all": lambda m, x: torch.cat([m.head(x), m.fixed.expand(len(x), -1)], -1),
@@ -102,6 +106,7 @@ def model_of(end):
     layers = {"other": nn.Linear(WIDTH, WORDS), "same": nn.Linear(WIDTH, WIDTH), "back": nn.Linear(WORDS, 3)}
     model = Model(end, **layers)
     model.weight, model.bias = (nn.Parameter(torch.randn(size)) for size in ((WORDS, WIDTH), (WORDS,)))
+    model.gamma = nn.Parameter(torch.rand(WIDTH))
     model.register_buffer("fixed", torch.randn(3))
     return model
 
