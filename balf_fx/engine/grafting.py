@@ -63,11 +63,12 @@ def rebuild(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
 
 
 def _narrow_constants(model: nn.Module, graph_module: fx.GraphModule) -> Iterator[tuple[str, Recipe]]:
-    """Put the parameters along fewer features in place of the model's own; their recipes by path."""
+    """Put the parameters that have changed in place of the model's own; the recipes of narrower ones by path."""
     for path in graph_record(graph_module).constants:
         old, new = get_tensor(model, path), get_tensor(graph_module, path)
         put(model, path, new)
-        yield path, parameter_recipe(old, new)
+        if new.shape != old.shape:  # others are read by their names, like all tensors of the model
+            yield path, parameter_recipe(old, new)
 
 
 def _caches(model: nn.Module, graph_module: fx.GraphModule, plan: Plan) -> Iterator[tuple[str, Recipe]]:
