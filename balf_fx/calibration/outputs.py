@@ -144,11 +144,10 @@ def loss_and_weight(reference: Any, output: Any, batch: Any, weights: Weights | 
 
     The weight is the number of rows that count for logits, else 1, or 0 if nothing counts.
     """
-    wanted, logits = find_logits(reference, batch), find_logits(output, batch)
-    if wanted is not None and logits is not None:
-        own = None if weights is None else weights.of(logits, rows=True)
-        (wanted, logits), own = counted((wanted, logits), own, rows=True)
-        rows = _row_losses(wanted.flatten(0, -2), logits.flatten(0, -2))
+    found = logit_rows(reference, output, batch, weights)
+    if found is not None:
+        wanted, logits, own = found
+        rows = _row_losses(wanted, logits)
         share = float(rows.numel() if own is None else own.sum())
         rows = rows if own is None else rows * own.to(rows)
         return rows.sum() / (share or 1.0), share
@@ -160,6 +159,21 @@ def loss_and_weight(reference: Any, output: Any, batch: Any, weights: Weights | 
         terms.append(error / size.clamp_min(torch.finfo(torch.float32).tiny))
         share = max(share, float(a.numel() > 0))
     return (torch.stack(terms).sum() if terms else torch.zeros((), device="cpu")), share
+
+
+def logit_rows(
+    reference: Any, output: Any, batch: Any, weights: Weights | None = None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The rows of logits of two outputs that count, [n, classes], and their weights [n]; None if there are no logits.
+
+    The weights are None if all rows count alike.
+    """
+    wanted, logits = find_logits(reference, batch), find_logits(output, batch)
+    if wanted is None or logits is None:
+        return None
+    own = None if weights is None else weights.of(logits, rows=True)
+    (wanted, logits), own = counted((wanted, logits), own, rows=True)
+    return wanted.flatten(0, -2), logits.flatten(0, -2), own
 
 
 def _row_losses(wanted: Tensor, logits: Tensor) -> Tensor:

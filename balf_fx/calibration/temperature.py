@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from balf_fx.calibration.moments import CHUNK_ELEMENTS
-from balf_fx.calibration.outputs import find_logits
-from balf_fx.calibration.weights import Weights, counted
+from balf_fx.calibration.outputs import logit_rows
+from balf_fx.calibration.weights import Weights
 
 FACTORS = tuple(2.0 ** (step / 4) for step in range(-8, 5))
 """The factors that are compared, from 1/4 to 2; 1 is among them."""
@@ -32,12 +32,10 @@ def row_divergences(
     Returns:
         [n, F] and the weights [n] of the n rows that count, float64 on the CPU; None if there are no logits.
     """
-    wanted, logits = find_logits(reference, batch), find_logits(output, batch)
-    if wanted is None or logits is None:
+    rows_and_weights = logit_rows(reference, output, batch, weights)
+    if rows_and_weights is None:
         return None
-    own = None if weights is None else weights.of(logits, rows=True)
-    (wanted, logits), own = counted((wanted, logits), own, rows=True)
-    wanted, logits = wanted.flatten(0, -2), logits.flatten(0, -2)
+    wanted, logits, own = rows_and_weights
     size = max(CHUNK_ELEMENTS // wanted.shape[-1], 1)
     found = [_divergences(*pair) for pair in zip(torch.split(wanted, size), torch.split(logits, size), strict=True)]
     rows = torch.cat(found).to("cpu", torch.float64)

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from balf_fx.calibration.batches import Calibration, run_batch
 from balf_fx.calibration.outputs import find_logits, find_token_logits
 from balf_fx.calibration.temperature import FACTORS, closest_to_one, row_divergences
-from balf_fx.calibration.weights import Weights
 from balf_fx.engine.blockwise import with_known_outputs
 from balf_fx.engine.program import Program
 from balf_fx.engine.settings import Settings
 from balf_fx.engine.solving import without_observers
-from balf_fx.engine.weighing import call_weights
+from balf_fx.engine.weighing import output_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.annotation import annotation
 from balf_fx.graph.parameters import locate
@@ -52,13 +51,12 @@ def temper(
     Returns:
         The factor; 1 if nothing was changed.
     """
-    end = _end(program, calibration.batches)
     wanted = settings.temperature is not False and settings.loss is None and settings.calibrates
-    if not wanted or end is None or not calibration.has_batches():
+    if not wanted or not calibration.has_batches():
         return 1.0
-    any_logits = settings.temperature is True
-    candidates = _candidates(program, compressed, end, any_logits)
-    if not candidates:
+    end, any_logits = _end(program, calibration.batches), settings.temperature is True
+    candidates = {} if end is None else _candidates(program, compressed, end, any_logits)
+    if end is None or not candidates:
         return 1.0
     few = calibration.only(_few(candidates.values(), calibration.numbered()[0]))
     try:
@@ -120,7 +118,11 @@ def _measure(
         logits = find_logits(wanted, batch) if any_logits else find_token_logits(wanted, batch, words)
         if output is None and logits is not None:
             output = next((each for each, shape in candidates.items() if _kind(shape) == _kind(logits.shape)), None)
-        rows = None if output is None else row_divergences(wanted, given, batch, _weights(program, calibration, index))
+        rows = (
+            None
+            if output is None
+            else row_divergences(wanted, given, batch, output_weights(program, calibration, index))
+        )
         if rows is None:
             return _Measured([(torch.zeros(1, len(FACTORS)), torch.zeros(1))])
         found.append(rows)
@@ -182,9 +184,3 @@ def _few(shapes: Iterable[tuple[int, ...]], starts: Sequence[int]) -> list[int]:
     rows = max(math.prod(shape[1:-1]) for shape in shapes)
     most = _SAMPLES if rows == 1 else max(math.ceil(_ROWS / rows), _FEWEST_SAMPLES)
     return [index for index, start in enumerate(starts) if start < most]
-
-
-def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
-    """The weights of the outputs for a batch."""
-    batch = calibration.batches[index]
-    return call_weights(program, batch, calibration.given(index, batch)).outputs

@@ -22,7 +22,6 @@ from balf_fx.budget.problem import Loss, Problem, predicted_loss
 from balf_fx.calibration.batches import Calibration, run_batch, samples_of
 from balf_fx.calibration.freed import BETWEEN_WALKS, give_back
 from balf_fx.calibration.outputs import divergence, loss_and_weight, outputs_of
-from balf_fx.calibration.weights import Weights
 from balf_fx.checkpoint.digests import digest_of
 from balf_fx.checkpoint.journal import NO_JOURNAL, Journal
 from balf_fx.engine.blockwise import with_known_outputs
@@ -31,7 +30,7 @@ from balf_fx.engine.program import Program
 from balf_fx.engine.projecting import projected
 from balf_fx.engine.solving import carry_out, settled, without_observers
 from balf_fx.engine.stages import TRIAL_SAMPLES
-from balf_fx.engine.weighing import call_weights
+from balf_fx.engine.weighing import output_weights
 from balf_fx.errors import CalibrationError
 from balf_fx.graph.allocation import Allocation
 from balf_fx.passes.allocate import IMPORTANCE, Allocate
@@ -80,7 +79,9 @@ class Trial:
             use_first_half(tried.graph_modules)
             carry_out(tried, "outputs" if self.refit else None, self.fit, done=None if pages is None else pages.keep)
         module = tried.module if pages is None else with_known_outputs(tried, self.evaluation, pages)
-        distance = divergence(module, self.evaluation, self.references, partial(_weights, program, self.evaluation))
+        distance = divergence(
+            module, self.evaluation, self.references, partial(output_weights, program, self.evaluation)
+        )
         if pages is not None:  # a graph and its module refer to each other, and so would keep all layers
             del tried, module
             gc.collect()
@@ -127,12 +128,6 @@ def plan_trial(
     return Trial(original, fit, evaluation, references, fit.has_batches(), journal)
 
 
-def _weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
-    """The weights of the outputs for a batch."""
-    batch = calibration.batches[index]
-    return call_weights(program, batch, calibration.given(index, batch)).outputs
-
-
 def _limits(program: Program, original: Program, calibration: Calibration, samples: dict[str, int]) -> dict[str, int]:
     """The most samples for each purpose: `samples`, or fewer with as many rows of logits as are enough."""
     group = calibration.group
@@ -157,7 +152,7 @@ def _mean_rows(program: Program, original: Program, calibration: Calibration) ->
     """The rows of logits of each sample that count, on average."""
     outputs = zip(calibration.batches, _references(original, calibration), strict=True)
     counts = [
-        loss_and_weight(output, output, batch, _weights(program, calibration, index))[1]
+        loss_and_weight(output, output, batch, output_weights(program, calibration, index))[1]
         for index, (batch, output) in enumerate(outputs)
     ]
     return sum(counts) / (sum(map(samples_of, calibration.batches)) or 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from balf_fx.calibration.batches import MODEL_ERRORS
+from balf_fx.calibration.batches import MODEL_ERRORS, Calibration
 from balf_fx.calibration.weights import CallWeights, Weights, read_mask, read_masks
 from balf_fx.engine.program import Program, Step
 from balf_fx.graph.masks import MASKS, OTHER, main_mask, mask_inputs
@@ -44,6 +44,12 @@ def call_weights(program: Program, batch: Any, given: Tensor | None = None) -> C
     ]
     last = steps[-1].part
     return CallWeights(found, found[last].get(main_mask(graph_modules[last])))
+
+
+def output_weights(program: Program, calibration: Calibration, index: int) -> Weights | None:
+    """The weights of a program's outputs for the batch of an index."""
+    batch = calibration.batches[index]
+    return call_weights(program, batch, calibration.given(index, batch)).outputs
 
 
 def _of_mapping(batch: Any) -> _Masks:

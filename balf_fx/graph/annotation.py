@@ -195,7 +195,7 @@ class GraphRecord:
         layouts: the places of the layers and their features in the user's model (`widths.layouts`), by `Site.name`.
         constants: the paths of parameters, other than those of layers, that change in the user's model, too: along
             features that become fewer, or by ScaleLogits.
-        replaced: set by Factorize.
+        replaced: set by Factorize, and by ScaleLogits where graphs share layers.
     """
 
     flops: int | None = None

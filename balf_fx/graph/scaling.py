@@ -103,7 +103,7 @@ class _Search:
         if _is_homogeneous(self.graph_module, node):
             return self._scale_value(node.all_input_nodes[0])
         if operation(node) in _SUMS:
-            summands = list(_summands(node))
+            summands = _summands(node)
             return len(summands) > 1 and all(self._scale_operand(node, summand) for summand in summands)
         if operation(node) in ("mul", "div"):
             return self._scale_factor(node)
